@@ -1,0 +1,311 @@
+"""Settings: one YAML file describes a run, flags (`a.b=value`) beat it. Every field is documented here and nowhere else.
+
+Unknown keys are errors that name the nearest known key. The key names of other trainers are accepted (`ALIASES`); they are
+renamed before validation, so the resolved settings in a run folder always use Fulcrum's own names.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fulcrum.errors import ConfigError, nearest
+from fulcrum.records import Anchor, Placement
+
+Order = Literal["random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general"]
+
+# Names that people bring from TRL, LLaMA-Factory, Axolotl, ms-swift and Hugging Face -> ours (dotted).
+ALIASES: Mapping[str, str] = {
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "lr": "train.learning_rate",
+    "learning_rate": "train.learning_rate",
+    "num_train_epochs": "mix.repeats",
+    "per_device_train_batch_size": "train.batch_size",
+    "batch_size": "train.batch_size",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
+    "weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.max_grad_norm",
+    "max_length": "train.max_length",
+    "cutoff_len": "train.max_length",
+    "sequence_len": "train.max_length",
+    "max_seq_length": "train.max_length",
+    "lora_r": "train.lora_r",
+    "lora_rank": "train.lora_r",
+    "lora_alpha": "train.lora_alpha",
+    "lora_dropout": "train.lora_dropout",
+    "lora_target_modules": "train.lora_target_modules",
+    "use_rslora": "train.use_rslora",
+    "use_dora": "train.use_dora",
+    "max_new_tokens": "task.max_new_tokens",
+    "early_stopping_patience": "train.early_stopping_patience",
+    "data_seed": "seed",
+}
+
+
+class Section(BaseModel):
+    """Base of all settings: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSource(Section):
+    """Where rows come from: a file, folder, glob, hub id or `builtin`, and how its columns are named."""
+
+    path: str = Field(description="file (.jsonl .json .csv .parquet .arrow), folder, glob, hub id, or `builtin`")
+    name: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("train", description="split of a hub data set, slices as in `train[:1%]`")
+    revision: str | None = Field(None, description="commit or tag of a hub data set")
+    columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the file's, e.g. {prompt: text}")
+    limit: int | None = Field(None, ge=1, description="use at most this many rows, drawn by the run's seed")
+
+
+Sources = tuple[DataSource, ...]
+
+
+def _as_sources(value: Any) -> Any:
+    """Accept a path, a mapping or a list of these wherever sources are asked for."""
+    if value is None:
+        return ()
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": str(item)} if isinstance(item, str | Path) else item for item in items)
+
+
+class AnchorSettings(Section):
+    """The anchor prompt of a task."""
+
+    text: str = Field(min_length=1, description="the anchor's words")
+    placement: Placement = Field("user_prefix", description="where it stands in every row of the task")
+
+
+class TaskSettings(Section):
+    """The user's few rows and how they are scored."""
+
+    name: str = Field("task", description="a short name, used in tables and file names")
+    train: Sources = Field(description="training rows")
+    dev: Sources = Field((), description="rows for choosing settings; none: a fifth of the training groups is held out")
+    test: Sources = Field((), description="rows scored once at the end; none: a quarter of the training groups is held out")
+    group: str | None = Field(None, description="column whose equal values belong together (document, customer ...)")
+    anchor: AnchorSettings | None = Field(None, description="text, {text, placement}, or none")
+    metrics: tuple[str, ...] = Field(("nll", "exact_match"), description="see `fulcrum eval --help` for the names")
+    max_new_tokens: int = Field(64, ge=1, description="longest generated answer, in tokens")
+    train_limit: int | None = Field(None, ge=1, description="use this many training rows (nested subsets, drawn by seed)")
+    dev_limit: int | None = Field(None, ge=1, description="use at most this many dev rows")
+    test_limit: int | None = Field(None, ge=1, description="use at most this many test rows")
+
+    _sources = field_validator("train", "dev", "test", mode="before")(_as_sources)
+
+    @field_validator("anchor", mode="before")
+    @classmethod
+    def _anchor(cls, value: Any) -> Any:
+        if value in (None, "", "none"):
+            return None
+        return {"text": value} if isinstance(value, str) else value
+
+    def anchor_value(self) -> Anchor | None:
+        """Return the anchor as a plain record."""
+        return None if self.anchor is None else Anchor(self.anchor.text, self.anchor.placement)
+
+
+class MixSettings(Section):
+    """How task rows and general rows become one stream."""
+
+    general_per_task: float = Field(4.0, ge=0, description="general per shown task row, in `unit`; 0 is plain SFT")
+    unit: Literal["examples", "tokens"] = Field("examples", description="what `general_per_task` counts")
+    repeats: int | Literal["auto"] = Field("auto", description="how often each task row is shown; auto: tuned over 1, 2, 4, 8")
+    order: Order = Field("random", description="how the stream is ordered")
+
+    @field_validator("repeats")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"repeats is {value}; every task row must be shown at least once")
+        return value
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """The numbers of repeats to try."""
+        return (1, 2, 4, 8) if self.repeats == "auto" else (self.repeats,)
+
+
+class TrainSettings(Section):
+    """The trainer. Defaults follow 'LoRA Without Regret' (all linear layers, high learning rate, small batch)."""
+
+    learning_rate: float = Field(5e-4, gt=0, description="peak of the schedule")
+    batch_size: int = Field(8, ge=1, description="examples in one optimizer step (consecutive plan positions)")
+    max_length: int = Field(1024, ge=8, description="longest row in tokens; longer ones follow `too_long`")
+    too_long: Literal["drop", "error"] = Field("drop", description="rows over `max_length`: dropped and counted, or refused")
+    lora_r: int = Field(16, ge=1, description="rank of the adapters")
+    lora_alpha: float = Field(32.0, gt=0, description="scale of the adapters; keep it when changing the rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the adapters")
+    lora_target_modules: str | tuple[str, ...] = Field("all-linear", description="as in PEFT")
+    use_rslora: bool = Field(False, description="rank-stabilised scaling")
+    use_dora: bool = Field(False, description="weight-decomposed adapters")
+    load_in_4bit: bool = Field(False, description="4-bit base through bitsandbytes; GPU only, not yet measured")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay")
+    beta2: float = Field(0.99, gt=0, lt=1, description="AdamW's second beta (the first is 0.9)")
+    warmup: float = Field(0.05, ge=0, description="below 1 a share of the steps, else a number of steps")
+    final_lr: float = Field(0.1, ge=0, le=1, description="the linear decay ends at this share of the peak")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    task_weight: float = Field(1.0, gt=0, description="weight of task rows' tokens in the loss")
+    evaluations: int = Field(8, ge=1, description="dev evaluations in a run; the best one's weights are kept")
+    early_stopping_patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
+    save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    pack_tokens: int = Field(1024, ge=8, description="tokens in a packed row; examples are isolated from each other")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="matrix products; auto: bf16 where it is faster")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: a GPU where there is one")
+
+
+class EvalSettings(Section):
+    """How adapters are scored."""
+
+    batch_tokens: int = Field(4096, ge=64, description="tokens in one generation batch, answers included")
+    general_rows: int = Field(64, ge=0, description="held-out rows of the user's own pool for measuring forgetting")
+    draws: int = Field(2000, ge=100, description="bootstrap draws")
+
+
+class CompareSettings(Section):
+    """Which arms, and how many seeds."""
+
+    arms: tuple[str, ...] = Field(("base", "base_anchor", "sft", "sft_anchor", "mix", "tell"), description="arms to run")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="one whole chain (subset, order, initialisation) each")
+    sft_epochs: tuple[int, ...] | None = Field(
+        None, description="epochs tried for arms without general data; none: cap/4, cap/2, cap"
+    )
+
+
+class Settings(Section):
+    """A whole run."""
+
+    model: str = Field("smollm2-135m-instruct", description="hub id, folder, .gguf file or a name from `fulcrum models`")
+    trust_remote_code: bool = Field(False, description="run code that comes with a hub model; off unless you read that code")
+    tasks: tuple[TaskSettings, ...] = Field(min_length=1, description="one task (`task:`) or several that share one adapter")
+    general: Sources = Field((DataSource(path="builtin"),), description="general data")
+    mix: MixSettings = MixSettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+    compare: CompareSettings = CompareSettings()
+    output_dir: str = Field("runs/run", description="run folder")
+    seed: int = Field(0, ge=0, description="root of all seeds: data, mix, initialisation, training")
+
+    _sources = field_validator("general", mode="before")(_as_sources)
+
+    @model_validator(mode="after")
+    def _names(self) -> "Settings":
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks need different names, got {names}; set tasks[i].name")
+        return self
+
+
+def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for key in parents:
+        child = data.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{dotted}: {key!r} already holds {child!r} and cannot take {last!r}; give {key} as a mapping")
+        data = child
+    data[last] = value
+
+
+def _apply_aliases(data: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        key = key.replace("-", "_")
+        _set(result, ALIASES.get(key, key), dict(value) if isinstance(value, dict) else value)
+    if "task" in result:
+        if "tasks" in result:
+            raise ConfigError("both `task` and `tasks` are given; use `task` for one, `tasks` for several")
+        result["tasks"] = [result.pop("task")]
+    return result
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """Field names of the section that an error's location points into."""
+    section: Any = Settings
+    for part in location:
+        if isinstance(part, int) or section is None:
+            continue
+        field = section.model_fields.get(part)
+        section = _SECTIONS.get(part) if field is not None else None
+    return [] if section is None else [*section.model_fields, *(ALIASES if section is Settings else ())]
+
+
+_SECTIONS: Mapping[str, type[Section]] = {
+    "tasks": TaskSettings,
+    "general": DataSource,
+    "mix": MixSettings,
+    "train": TrainSettings,
+    "eval": EvalSettings,
+    "compare": CompareSettings,
+    "anchor": AnchorSettings,
+}
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    first = error.errors()[0]
+    dotted = ".".join(str(part) for part in first["loc"])
+    dotted = dotted.replace("tasks.0.", "task.") if dotted.startswith("tasks.0.") else dotted
+    if first["type"] == "extra_forbidden":
+        return ConfigError(
+            f"{where}: unknown setting {dotted!r}{nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
+        )
+    if first["type"] == "missing":
+        return ConfigError(f"{where}: {dotted!r} is missing; write it, or start from `fulcrum init DATA_FILE`")
+    message = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{where}: {dotted or 'settings'}: {message} (got {first['input']!r:.200})")
+
+
+def from_dict(data: Mapping[str, Any], where: str = "settings") -> Settings:
+    """Validate nested settings. Raises ConfigError naming the key, the value and the nearest known name."""
+    if "task" not in data and "tasks" not in data:
+        raise ConfigError(f"{where}: no `task:` section; write one, or start from `fulcrum init DATA_FILE`")
+    try:
+        return Settings.model_validate(_apply_aliases(data))
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file and apply `a.b=value` overrides (values are YAML: numbers, lists, null).
+
+    Raises ConfigError where the file is missing or broken, a key is unknown or a value does not fit.
+    """
+    file = Path(path)
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such settings file; write one with `fulcrum init DATA_FILE`") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{file}: not readable as YAML: {str(error).splitlines()[-1].strip()}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: expected a mapping of settings, found {type(data).__name__}")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {override!r}: expected key=value, e.g. --set train.learning_rate=2e-4")
+        key = ALIASES.get(key.strip().replace("-", "_"), key.strip())
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not YAML: {str(error).splitlines()[-1].strip()}") from None
+        _set(data, key, _number(value))
+    return from_dict(data, str(file))
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `5e-4` as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def dump(settings: Settings) -> str:
+    """Return the resolved settings as YAML; `load` of it gives equal settings."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,36 @@
+"""Every error a user can cause: one base, few kinds. A message says what is wrong, the values, where, and the nearest remedy.
+
+`FulcrumError` reaches the terminal as one line with exit code 2; anything else is a bug of ours and keeps its traceback.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FulcrumError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class ConfigError(FulcrumError):
+    """A setting is unknown, of the wrong type or contradicts another."""
+
+
+class DataError(FulcrumError):
+    """A data file or a row cannot be used as it is."""
+
+
+class ModelError(FulcrumError):
+    """A model cannot be found, fetched, trusted or loaded."""
+
+
+class StoreError(FulcrumError):
+    """A run folder or a checkpoint cannot be written, read or resumed."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return ``; did you mean 'x' or 'y'?``, or the full list where nothing is near (to append to a message)."""
+    known = sorted(set(choices))
+    close = get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(repr(name) for name in close) + "?"
+    return "; known: " + ", ".join(known)

@@ -1,0 +1,244 @@
+"""The plain values that travel between the stages. Frozen, without behaviour beyond reading themselves, without torch.
+
+Flow: files -> `Example` -> plan -> `Tokens` -> `PackedRow` -> adapter -> `Prediction` -> `Score` -> results.json -> report.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Role = Literal["system", "user", "assistant", "tool"]
+Placement = Literal["system", "user_prefix", "user_suffix", "response_prefix"]
+SourceKind = Literal["task", "general"]
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `train` is False where a row says that this answer must not be learned (weight 0)."""
+
+    role: Role
+    content: str
+    train: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One conversation whose last message is the assistant's answer.
+
+    `group` names the content (equal groups are never split over train, dev and test, and are resampled together);
+    `origin` says where the row came from, as ``file:line``.
+    """
+
+    messages: tuple[Message, ...]
+    group: str
+    origin: str
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """All messages before the final answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The final answer's text."""
+        return self.messages[-1].content
+
+    @property
+    def question(self) -> str:
+        """The last user message's text (empty if there is none)."""
+        return next((m.content for m in reversed(self.messages) if m.role == "user"), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A row that was read and not kept, with its place, a short reason that can be counted, and the details."""
+
+    origin: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """Text that every row of one task carries, and no general row; the same tokens in training and inference."""
+
+    text: str
+    placement: Placement = "user_prefix"
+
+    @property
+    def sha256(self) -> str:
+        """Hash over text and placement, in hex."""
+        return hashlib.sha256(f"{self.placement}\0{self.text}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task: its rows, split by content, its anchor and how it is scored. Dev rows count as task data."""
+
+    name: str
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+    test: tuple[Example, ...]
+    anchor: Anchor | None = None
+    metrics: tuple[str, ...] = ("nll", "exact_match")
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """A tokenised example: `ids` (length n) and `loss_mask` (length n, True where the token is a training target)."""
+
+    ids: IntArray
+    loss_mask: BoolArray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n_loss(self) -> int:
+        """Number of supervised tokens."""
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """Examples laid end to end in one training row, isolated from each other. `members` index the caller's list."""
+
+    members: tuple[int, ...]
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What part of a stream is task data, counted three ways, each in [0, 1], beside the absolute counts."""
+
+    examples: float
+    tokens: float
+    loss_tokens: float
+    task_examples: int
+    general_examples: int
+    total_tokens: int
+    total_loss_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a model said on one row, and how likely the gold answer was: summed nats over `n_tokens` answer tokens."""
+
+    origin: str
+    group: str
+    prompt: str
+    gold: str
+    output: str | None
+    nll_sum: float
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A metric with its 95% bootstrap interval over content groups. `outcomes` holds one value a row where that exists."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    n_groups: int
+    higher_is_better: bool
+    outcomes: tuple[float, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPoint:
+    """One optimizer step's log line: mean loss (nats per supervised token) per source, None where a step had no such row."""
+
+    step: int
+    task_loss: float | None
+    general_loss: float | None
+    learning_rate: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """One training run of an arm: its setting, its dev losses by step, and where it was best."""
+
+    repeats: int
+    steps: int
+    best_step: int
+    best_dev_nll: float
+    dev_nll: tuple[tuple[int, float], ...]
+    history: tuple[TrainPoint, ...]
+    share: Share
+    train_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """One arm at one seed: the trials, the chosen one, test scores per task and held-out general loss."""
+
+    arm: str
+    seed: int
+    trials: tuple[TrialResult, ...]
+    chosen: int | None
+    scores: Mapping[str, tuple[Score, ...]]
+    predictions: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
+    general_nll: Mapping[str, Score]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Paired difference of two arms on the same test rows (arm minus reference), with its 95% interval."""
+
+    task: str
+    metric: str
+    arm: str
+    reference: str
+    estimate: float
+    low: float
+    high: float
+    n_seeds: int
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFacts:
+    """What a report says about a task's data."""
+
+    name: str
+    anchor: str | None
+    placement: str | None
+    train: int
+    dev: int
+    test: int
+    test_groups: int
+    train_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Everything that results.json holds and the report needs. Predictions are apart, in predictions.jsonl."""
+
+    kind: Literal["train", "compare", "eval"]
+    settings: Mapping[str, object]
+    environment: Mapping[str, str]
+    tasks: tuple[TaskFacts, ...]
+    notes: tuple[str, ...]
+    rejects: Mapping[str, int]
+    arms: tuple[ArmResult, ...]
+    differences: tuple[Difference, ...]
+    step_cap: int
+    seconds: float
+    peak_memory_bytes: int
+    version: int = 1

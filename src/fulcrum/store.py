@@ -1,0 +1,127 @@
+"""The run folder: fingerprints, atomic writes, and the rule that one folder holds one run.
+
+A file is written beside its final place, flushed to disk and renamed, so that a half-written file is never read as whole. A
+fingerprint is the SHA-256 of canonical JSON; a value without a canonical form is refused rather than guessed.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from fulcrum.errors import StoreError
+
+MANIFEST = "manifest.json"
+
+
+def plain(value: Any) -> Any:
+    """Turn records (dataclasses), tuples and paths into what JSON holds. NaN and infinities become None, raises TypeError
+    for anything that has no plain form.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"no plain form for {type(value).__name__}: {value!r:.80}")
+
+
+def fingerprint(value: Any) -> str:
+    """Return the SHA-256 (hex) of the value's canonical JSON: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's SHA-256 (hex)."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Raise StoreError where the disk under `folder` has less than `needed_bytes` free."""
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise StoreError(
+            f"{folder}: {purpose} needs {needed_bytes / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; "
+            "free some space or set output_dir (or FULCRUM_CACHE, for models) to another disk"
+        )
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write atomically: all of `data` or the file as it was. Raises StoreError where the disk or folder refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StoreError(f"{path}: cannot write: {error.strerror or error}; free space or set another output_dir") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a record or plain value as indented JSON, atomically."""
+    write_bytes(path, (json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write records as JSON lines, atomically."""
+    write_bytes(path, "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises StoreError where the file is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{path}: no such file; is {path.parent} a finished run folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}: not readable as JSON ({error}); the file was changed or damaged") from None
+
+
+def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path:
+    """Make `folder` the place of the run that `identity` (settings, data hashes, versions) describes.
+
+    A new or empty folder is taken. A folder with a manifest goes on only with `resume` and the same identity. Raises
+    StoreError for another run's folder (naming what differs), a folder with other files in it, or no place to write.
+    """
+    manifest = folder / MANIFEST
+    if folder.is_file():
+        raise StoreError(f"{folder}: is a file; set output_dir to a folder")
+    if manifest.exists():
+        before = read_json(manifest)
+        changed = [key for key in sorted({*before, *identity}) if before.get(key) != plain(identity.get(key))]
+        if not resume:
+            same = "the same run (go on with --resume)" if not changed else "another run"
+            raise StoreError(f"{folder}: already holds {same}; choose another output_dir")
+        if changed:
+            raise StoreError(
+                f"{folder}: cannot resume, {', '.join(changed)} changed since it started; choose another output_dir"
+            )
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise StoreError(f"{folder}: not empty and not a run folder; choose another output_dir")
+    require_space(folder, 64 * 2**20, "a run folder")
+    write_json(manifest, identity)
+    return folder
