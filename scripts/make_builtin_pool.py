@@ -2,19 +2,19 @@
 
 The chat template is rendered up to the start of a user turn, the model samples the rest of an instruction, and then answers it
 in a fresh conversation. Left alone, a 135M model asks the same few things again and again, so the system turn names one of
-the topics below and the user turn starts with one of the openings; neither system turn is stored. Every raw sample is kept or
-rejected with a counted reason.
+the topics below and the user turn starts with one of the openings. That system turn is not stored; answers are sampled under the
+template's own default. Every raw sample is kept or rejected with a counted reason.
 
-Two steps: `generate` appends batches to a raw JSONL file (one line a sample; a batch is written whole, and a rerun goes on
-behind the last whole batch, each batch having its own seed), `package` filters the raw file and writes
+Two steps: `generate` appends batches to raw JSONL files (one line a sample; each batch has its own seed and is written whole,
+and a rerun goes on behind the last one), `package` filters them and writes
 
     builtin_pool.jsonl.gz   rows {prompt, completion, family: "builtin", topic}
     builtin_eval.jsonl.gz   the same, from EVAL_TOPICS only: no topic, prompt or near-copy of one is shared with the pool
 
-Invariant: `package` is a pure function of the raw file. (`generate` repeats its bits only on the same CPU and torch version.)
+Invariant: `package` is a pure function of the raw files. (`generate` repeats its bits only on the same CPU and torch version.)
 
-    python scripts/make_builtin_pool.py generate --raw pool_raw.jsonl --minutes 16
-    python scripts/make_builtin_pool.py package --raw pool_raw.jsonl --out src/fulcrum/data
+    python scripts/make_builtin_pool.py generate --raw pool_raw --minutes 16
+    python scripts/make_builtin_pool.py package --raw pool_raw --out src/fulcrum/data
 """
 
 import argparse
@@ -24,18 +24,20 @@ import random
 import re
 import time
 from collections import Counter, defaultdict
+from multiprocessing import Process
 from pathlib import Path
 from typing import Any
 
+MODEL = "smollm2-135m-instruct"
 SEED = 20240401
-BATCH_SIZE = 64
-MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 60, 80
-PROMPT_SAMPLING = {"temperature": 0.9, "top_p": 0.95, "top_k": 0}
-ANSWER_SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 0}
-ASK_SYSTEM = "The user asks a short, clear question about {topic}."
-ANSWER_SYSTEM = "You are a helpful assistant. Answer in one or two short sentences."
+BATCH_SIZE, WORKERS = 64, 2
+MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 32, 72
+TOP_K = 40  # of the vocabulary; a nucleus (top-p) would sort 49,152 logits a row and cost as much as the model itself
+PROMPT_TEMPERATURE, ANSWER_TEMPERATURE = 0.8, 0.5
+END_BIAS = 4.0  # nats for the end token right after a sentence: half of the answers would else not end in 72 tokens
+ASK_SYSTEM = "You are an expert on {topic}. You answer short, simple questions about {topic}."
 NEAR_DUPLICATE = 0.6  # Jaccard overlap of the prompts' character 8-grams
-POOL_ROWS_PER_PREFIX = 40  # at most so many prompts with the same first four words: keeps one pet phrase from ruling
+ROWS_PER_PREFIX = 30  # at most so many prompts with the same first four words: keeps one pet phrase from ruling
 EVAL_ROWS = 96
 
 POOL_TOPICS = """
@@ -69,11 +71,9 @@ clocks; keyboards; search engines; prime numbers; triangles; elevators; tunnels;
 """
 OPENINGS = """
 What is|What are|What does|What do|What happens when|How do I|How do|How does|How can|How many|How long|Why do|Why is|Why are|
-When did|When should I|Where can|Which|Who|Is it|Are there|Can I|Can you explain|Could you tell me|Should I|Do|Does|
-I want to|I need|My friend|Give me|Give an example of|Give one reason why|List three|Name two|Name a|Define|Describe|Explain|
-Explain why|Explain how|Compare|Suggest a|Recommend|Tell me|Write a sentence about|Write a short|Write one|Write a title for|
-Summarize in one sentence|Complete this sentence:|Fix this sentence:|Rewrite this sentence:|Turn this sentence into a question:|
-True or false:|Choose the correct word:|Make a list of|Help me
+When should I|Where can|Which|Is it|Are there|Can I|Can you explain|Could you tell me|Should I|Do|Does|I want to|I need|My friend|
+Give me|Give an example of|Give one reason why|List three|Name two|Name one|Define|Describe|Explain|Explain why|Explain how|
+Compare|Suggest a|Recommend a|Tell me about|Tell me why|Write a sentence about|Write one sentence that|Write a title for a
 """
 
 REFUSAL = re.compile(
@@ -89,7 +89,14 @@ MISSING_CONTEXT = re.compile(
     r"|this (?:text|passage|paragraph|image|picture|article))\b|\[[^\]]*\]|_{3,}",
     re.I,
 )
-ASSISTANT_VOICE = re.compile(r"\b(i'?d be happy to|here'?s a|here are|sure[,!]|certainly[,!]|i can help you|your question)\b", re.I)
+ASSISTANT_VOICE = re.compile(
+    r"\b(i'?d be happy to|here'?s a|here are|sure[,!]|certainly[,!]|i can help you|your question)\b", re.I
+)
+SENSITIVE = re.compile(
+    r"\b(sex\w*|porn\w*|rap(?:e|ist)|suicid\w*|murder\w*|kill\w*|nazi\w*|terroris\w*|bomb\w*|cocaine|heroin|covid\S*|vaccin\w*)\b",
+    re.I,
+)
+NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+ (?:[A-Z]\. )?[A-Z][a-z]+")  # a 135M model invents facts about people and firms
 Row = dict[str, Any]
 
 
@@ -136,8 +143,12 @@ def prompt_fault(row: Row) -> str | None:
         return "prompt lacks its text"
     if prompt[-1] not in ".?!\"'":
         return "prompt without end mark"
+    if SENSITIVE.search(prompt):
+        return "sensitive"
     if prompt.count("\n") > 2 or repeat_share(prompt) > 0.15:
         return "prompt repetition"
+    if NAME.search(prompt) and not any(topic in prompt for topic in split_list(POOL_TOPICS + ";" + EVAL_TOPICS, ";")):
+        return "prompt names someone"
     return None
 
 
@@ -154,11 +165,17 @@ def answer_fault(row: Row) -> str | None:
         return "answer garbled"
     if REFUSAL.search(answer):
         return "refusal"
+    if SENSITIVE.search(answer):
+        return "sensitive"
     if MISSING_CONTEXT.search(answer):
         return "answer lacks its text"
     if repeat_share(answer) > 0.2:
         return "answer repetition"
     asked, said = set(words_of(prompt)), words_of(answer)
+    if answer[-1] not in ".?!\"')*":
+        return "answer without end mark"
+    if answer.startswith("1.") and "2." not in answer:
+        return "list cut short"
     if "?" in answer[-2:] or " ".join(said).startswith(" ".join(words_of(prompt))) or len(asked | set(said)) <= len(asked) + 1:
         return "question echoed"
     return None
@@ -190,8 +207,9 @@ class Deduplicator:
 
 
 def package(raw: Path, out: Path) -> Counter[str]:
-    """Filter the raw file into the two packaged files; return the number of raw samples, kept rows and rejects by reason."""
-    samples = [json.loads(line) for line in raw.read_text(encoding="utf-8").splitlines()]
+    """Filter the raw files into the two packaged ones; return the counts of raw samples, kept rows and rejects by reason."""
+    lines = [line for path in raw.glob("worker*.jsonl") for line in path.read_text("utf-8").splitlines()]
+    samples = sorted(map(json.loads, lines), key=lambda row: row["batch"])
     eval_topics = set(split_list(EVAL_TOPICS, ";"))
     counts: Counter[str] = Counter(raw=len(samples))
     kept: dict[str, list[Row]] = {"pool": [], "eval": []}
@@ -201,7 +219,7 @@ def package(raw: Path, out: Path) -> Counter[str]:
         side = "eval" if sample["topic"] in eval_topics else "pool"
         prefix = " ".join(words_of(sample["prompt"])[:4])
         fault = prompt_fault(sample) or answer_fault(sample)
-        if fault is None and prefixes[prefix] >= POOL_ROWS_PER_PREFIX:
+        if fault is None and prefixes[prefix] >= ROWS_PER_PREFIX:
             fault = "pet phrase"
         if fault is None and not seen.is_new(sample["prompt"]):
             fault = "duplicate prompt"
@@ -219,3 +237,136 @@ def package(raw: Path, out: Path) -> Counter[str]:
         # mtime 0: equal rows give equal bytes
         (out / f"builtin_{side}.jsonl.gz").write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
     return counts
+
+
+class Sampler:
+    """The model, and how it continues texts.
+
+    Unlike `generate`, finished rows leave the batch at once (on a CPU the cost of a step is nearly proportional to its rows),
+    and a sentence's end makes the end token likelier (END_BIAS).
+    """
+
+    def __init__(self, folder: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        # Eager: with one query a row, plain products beat SDPA's CPU kernel by a third. One thread in each of two processes
+        # beats two threads, whose barriers stall as soon as anything else runs on the machine.
+        torch.set_num_threads(1)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+        pieces = self.tokenizer.batch_decode([[i] for i in range(self.model.config.vocab_size)])
+        self.closes = torch.tensor([piece.rstrip("\"')*").endswith((".", "!", "?")) for piece in pieces])
+        # "1." opens a list item and ends no sentence.
+        self.number = torch.tensor([piece.strip().isdigit() for piece in pieces])
+
+    def render(self, messages: list[dict[str, str]], *, go_on: bool) -> str:
+        """Return the chat template's text, up to inside the last message (`go_on`) or up to the answer's start."""
+        text: str = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, continue_final_message=go_on, add_generation_prompt=not go_on
+        )
+        return text
+
+    def sample(self, texts: list[str], max_new: int, temperature: float, end_bias: float) -> list[tuple[str, bool]]:
+        """Continue each text until the end token or `max_new` tokens; return (text, whether the end came), in order."""
+        import torch
+
+        end = self.tokenizer.eos_token_id
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        mask, token, alive = batch.attention_mask, batch.input_ids, torch.arange(len(texts))
+        out: list[list[int]] = [[] for _ in texts]
+        done = [False] * len(texts)
+        cache, before = None, batch.input_ids[:, -1]
+        with torch.inference_mode():
+            for _ in range(max_new):
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]
+                step = self.model(
+                    input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+                )
+                cache, logits = step.past_key_values, step.logits[:, -1].float()
+                if end_bias:
+                    logits[:, end] += end_bias * (self.closes[token[:, -1]] & ~self.number[before])
+                top = (logits / temperature).topk(TOP_K)
+                new = top.indices.gather(1, torch.multinomial(top.values.softmax(-1), 1))
+                for row, value in zip(alive.tolist(), new[:, 0].tolist(), strict=True):
+                    done[row] = value == end
+                    if value != end:
+                        out[row].append(value)
+                keep = (new[:, 0] != end).nonzero()[:, 0]
+                if not len(keep):
+                    break
+                before, token = token[keep, -1], new[keep]
+                alive, mask = alive[keep], torch.cat([mask[keep], torch.ones(len(keep), 1, dtype=mask.dtype)], 1)
+                if len(keep) < len(new):
+                    cache.batch_select_indices(keep)
+        return [(self.tokenizer.decode(ids), ended) for ids, ended in zip(out, done, strict=True)]
+
+
+def make_batch(sampler: Sampler, number: int) -> list[Row]:
+    """Return batch `number`: every instruction asked, with its answer where `prompt_fault` lets it through."""
+    import torch
+
+    torch.manual_seed(SEED + number)
+    rng = random.Random(SEED + number)
+    # The eval topics' share of the raw samples is twice their share of the list: a few must fill EVAL_ROWS.
+    topics = split_list(POOL_TOPICS, ";") + 2 * split_list(EVAL_TOPICS, ";")
+    openings = split_list(OPENINGS, "|")
+    rows: list[Row] = [{"topic": rng.choice(topics), "opening": rng.choice(openings)} for _ in range(BATCH_SIZE)]
+    asked = [
+        sampler.render(
+            [
+                {"role": "system", "content": ASK_SYSTEM.format(topic=row["topic"])},
+                {"role": "user", "content": row["opening"]},
+            ],
+            go_on=True,
+        )
+        for row in rows
+    ]
+    for row, (text, ended) in zip(rows, sampler.sample(asked, MAX_PROMPT_TOKENS, PROMPT_TEMPERATURE, 0.0), strict=True):
+        row.update(batch=number, prompt=(row.pop("opening") + text).strip(), prompt_finished=ended)
+    good = [row for row in rows if prompt_fault(row) is None]
+    texts = [sampler.render([{"role": "user", "content": row["prompt"]}], go_on=False) for row in good]
+    for row, (text, ended) in zip(good, sampler.sample(texts, MAX_ANSWER_TOKENS, ANSWER_TEMPERATURE, END_BIAS), strict=True):
+        row.update(completion=text.strip(), answer_finished=ended)
+    return rows
+
+
+def generate(raw: Path, worker: int, minutes: float) -> None:
+    """Append batches `worker`, `worker` + WORKERS, … to this worker's raw file until the time is up."""
+    from fulcrum.gguf import prepare
+
+    raw.mkdir(parents=True, exist_ok=True)
+    path = raw / f"worker{worker}.jsonl"
+    whole = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    number = max((row["batch"] for row in whole), default=worker - WORKERS) + WORKERS
+    sampler, start = Sampler(str(prepare(MODEL))), time.monotonic()
+    while time.monotonic() - start < 60 * minutes:
+        rows = make_batch(sampler, number)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        good = sum("completion" in row and answer_fault(row) is None for row in rows)
+        print(f"batch {number}: {good} of {len(rows)} pass the row filters, {time.monotonic() - start:.0f} s", flush=True)
+        number += WORKERS
+
+
+def main() -> None:
+    """Run one of the two steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["generate", "package"])
+    parser.add_argument("--raw", type=Path, required=True, help="folder of the raw samples")
+    parser.add_argument("--out", type=Path, default=Path("src/fulcrum/data"), help="folder of the packaged files")
+    parser.add_argument("--minutes", type=float, default=16.0, help="stop after this time (default: 16)")
+    args = parser.parse_args()
+    if args.step == "package":
+        for what, n in package(args.raw, args.out).items():
+            print(f"{n:6} {what}")
+        return
+    processes = [Process(target=generate, args=(args.raw, worker, args.minutes)) for worker in range(WORKERS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+if __name__ == "__main__":
+    main()

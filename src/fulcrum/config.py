@@ -103,6 +103,8 @@ class TaskSettings(Section):
     def _anchor(cls, value: Any) -> Any:
         if value in (None, "", "none"):
             return None
+        if isinstance(value, Anchor):
+            return {"text": value.text, "placement": value.placement}
         return {"text": value} if isinstance(value, str) else value
 
     def anchor_value(self) -> Anchor | None:

@@ -144,12 +144,15 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A metric with its 95% bootstrap interval over content groups. `outcomes` holds one value a row where that exists."""
+    """A metric with its 95% bootstrap interval over content groups (None or nan where one group only gives none).
+
+    `outcomes` holds one value a row where that exists.
+    """
 
     metric: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
     n_groups: int
     higher_is_better: bool
@@ -206,8 +209,8 @@ class Difference:
     arm: str
     reference: str
     estimate: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n_seeds: int
     higher_is_better: bool
 

@@ -45,6 +45,11 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def seed_for(root: int, purpose: str) -> int:
+    """A seed for one purpose (data, mix, init ...), split from the run's root seed by name."""
+    return int.from_bytes(hashlib.sha256(f"{root}:{purpose}".encode()).digest()[:4], "big")
+
+
 def file_sha256(path: Path) -> str:
     """Return a file's SHA-256 (hex)."""
     with path.open("rb") as stream:

@@ -1,0 +1,137 @@
+"""Arms x seeds on the same rows: the untouched model, plain SFT and TELL side by side, with intervals.
+
+A cell is one arm at one seed (all its trials). Each finished cell is stored at once, so a killed comparison goes on without
+redoing it. All cells share the base model; only adapters change.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from fulcrum import config, export, material, metrics, model, stats, store
+from fulcrum.config import Settings
+from fulcrum.errors import ConfigError, nearest
+from fulcrum.material import Material
+from fulcrum.model import LoadedModel
+from fulcrum.records import ArmResult, Difference, Results
+from fulcrum.run import ARMS, Arm, Silent, Watcher, finish, identity, run_arm
+
+# Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
+_PAIRS = (
+    ("tell", "sft_anchor"), ("tell", "sft"), ("tell", "base_anchor"), ("tell", "mix"), ("mix", "sft"),
+    ("sft_anchor", "sft"), ("sft", "base"), ("base_anchor", "base"),
+)  # fmt: skip
+
+
+def compare(settings: Settings, *, resume: bool = False, watcher: Watcher | None = None) -> Results:
+    """Run every arm at every seed, and fill the run folder with results, predictions, adapters and report.
+
+    Fairness: the same task rows in all arms; no arm may use more optimizer steps than TELL; SFT's epochs are tuned, its
+    learning rate decaying fully within them; one checkpoint rule (best on dev); test is scored once per arm and seed.
+    Raises ConfigError, DataError, ModelError or StoreError.
+    """
+    watcher, started = watcher or Silent(), time.perf_counter()
+    arms = chosen_arms(settings)
+    watcher.stage(f"loading {settings.model}")
+    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    watcher.stage("reading data")
+    materials = {seed: material.prepare(settings, loaded.tokenizer, loaded.context, seed) for seed in settings.compare.seeds}
+    rows = list(materials.values())
+    folder = store.open_run(Path(settings.output_dir), identity(settings, loaded, rows), resume=resume)
+    store.write_bytes(folder / "config.yaml", config.dump(settings).encode())
+    results: list[ArmResult] = []
+    for seed in settings.compare.seeds:
+        for arm in arms:
+            number = f"{len(results) + 1} of {len(arms) * len(rows)}"
+            watcher.stage(f"{arm.name}, seed {seed} (cell {number})")
+            # Untrained arms do not depend on the seed: the first seed's cell stands for all.
+            if not arm.trained and seed != settings.compare.seeds[0]:
+                continue
+            results.append(_cell(materials[seed], loaded, arm, settings, seed, folder, watcher))
+    differences = paired_differences(results, settings)
+    return finish("compare", settings, folder, loaded, rows, results, differences, started)
+
+
+def chosen_arms(settings: Settings) -> list[Arm]:
+    """The arms asked for. Raises ConfigError for unknown names and for arms that these settings cannot make different."""
+    unknown = [name for name in settings.compare.arms if name not in ARMS]
+    if unknown:
+        raise ConfigError(f"compare.arms: no arm {unknown[0]!r}{nearest(unknown[0], ARMS)}")
+    arms = [ARMS[name] for name in settings.compare.arms]
+    if not any(task.anchor for task in settings.tasks):
+        named = [arm.name for arm in arms if arm.anchored]
+        if named:
+            raise ConfigError(
+                f"compare.arms: {', '.join(named)} need an anchor and no task has one; set task.anchor or leave them out"
+            )
+    if settings.mix.general_per_task == 0 and any(arm.general for arm in arms):
+        raise ConfigError(
+            "compare: mix.general_per_task is 0, so mix and tell would be SFT; set it above 0 or leave these arms out"
+        )
+    return arms
+
+
+def _cell(
+    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed: int, folder: Path, watcher: Watcher
+) -> ArmResult:
+    """One arm at one seed: read back if it is finished, else run and stored. The first seed's adapters are kept."""
+    file = folder / "cells" / f"{arm.name}-seed{seed}.json"
+    if file.exists():
+        return TypeAdapter(ArmResult).validate_python(store.read_json(file))
+    result, state = run_arm(rows, loaded, arm, settings, seed, folder, watcher)
+    if state is not None and seed == settings.compare.seeds[0]:
+        anchors = {task.name: task.anchor if arm.anchored else None for task in rows.tasks}
+        export.save_adapter(loaded, folder / "adapters" / arm.name, anchors)
+    store.write_json(file, result)
+    return result
+
+
+def paired_differences(results: Sequence[ArmResult], settings: Settings) -> list[Difference]:
+    """Paired test differences of the telling pairs, for every task and every metric that is a mean over rows.
+
+    Rows are paired by place (all arms and seeds are scored on the same test rows); groups and seeds are resampled as
+    `stats.paired_over_seeds` says. With one seed the interval is given this seed.
+    """
+    by_arm: dict[str, list[ArmResult]] = {}
+    for result in results:
+        by_arm.setdefault(result.arm, []).append(result)
+    found = []
+    for arm, reference in _PAIRS:
+        if arm not in by_arm or reference not in by_arm:
+            continue
+        for task in settings.tasks:
+            for metric in task.metrics:
+                difference = _difference(by_arm[arm], by_arm[reference], task.name, metric)
+                found += [] if difference is None else [difference]
+    return found
+
+
+def _difference(arm: list[ArmResult], reference: list[ArmResult], task: str, metric: str) -> Difference | None:
+    n_seeds = max(len(arm), len(reference))
+    first = arm[0].predictions[task]
+    groups = [prediction.group for prediction in first]
+    denominators = None
+
+    def values(results: list[ArmResult]) -> np.ndarray | None:
+        rows = []
+        for index in range(n_seeds):
+            result = results[index % len(results)]  # an untrained arm has one cell for all seeds
+            if metric == "nll":
+                rows.append([prediction.nll_sum for prediction in result.predictions[task]])
+            else:
+                rows.append(list(next(s for s in result.scores[task] if s.metric == metric).outcomes))
+        return np.asarray(rows, dtype=float) if all(rows) else None
+
+    own, other = values(arm), values(reference)
+    if own is None or other is None:
+        return None  # a corpus metric: no outcome a row to pair
+    if metric == "nll":
+        denominators = np.asarray([prediction.n_tokens for prediction in first], dtype=float)
+    interval = stats.paired_over_seeds(own - other, groups, denominators=denominators)
+    return Difference(
+        task, metric, arm[0].arm, reference[0].arm, interval.estimate, interval.low, interval.high, n_seeds,
+        metrics.HIGHER_IS_BETTER[metric],
+    )  # fmt: skip

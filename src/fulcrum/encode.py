@@ -1,0 +1,180 @@
+"""Conversations -> token ids and loss mask. The contract that keeps training and inference alike:
+
+- A prompt (with a response prefix) is one string and is tokenised as one; an answer is tokenised apart and ends with the
+  template's end-of-turn token, which is trained.
+- Template markers become special ids; the same characters inside a user's text stay plain text, so a row that contains
+  ``<|im_end|>`` cannot end a turn.
+- The anchor is part of the template (`anchor.bake`), for training and inference alike.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from fulcrum import anchor as anchors
+from fulcrum.errors import DataError, ModelError
+from fulcrum.records import Anchor, Example, Message, Tokens
+
+# For base models, whose tokenizers bring no chat template: a plain question-and-answer layout that any text model has seen.
+PLAIN_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{- message['content'] + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'assistant' -%}{{- 'Output:\\n' + message['content'] + eos_token + '\\n\\n' -}}"
+    "{%- else -%}{{- 'Input:\\n' + message['content'] + '\\n\\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Output:\\n' -}}{%- endif -%}"
+)
+
+# Noncharacters (Unicode reserves them for internal use) stand in for special-token text while a template is rendered.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MARKED = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+class Tokenizer(Protocol):
+    """What encoding needs of a Transformers tokenizer; its methods are Transformers' own."""
+
+    chat_template: Any
+    eos_token_id: int | None
+    all_special_tokens: Sequence[str]
+
+    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]: ...  # noqa: D102
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any: ...  # noqa: D102
+
+    def convert_tokens_to_ids(self, tokens: str) -> Any: ...  # noqa: D102
+
+    def decode(self, token_ids: Sequence[int], **options: Any) -> Any: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one tokenizer writes conversations with one anchor (or none)."""
+
+    tokenizer: Tokenizer
+    template: str
+    anchor: Anchor | None
+    end_ids: tuple[int, ...]
+    end_text: str
+    special: re.Pattern[str] = field(repr=False)
+    special_names: tuple[str, ...] = field(repr=False)
+
+
+def plain_template(adds_bos: bool) -> str:
+    """The template given to tokenizers that have none; `adds_bos`: the tokenizer starts plain text with its BOS token."""
+    return ("{{- bos_token -}}" if adds_bos else "") + PLAIN_TEMPLATE
+
+
+def make_format(tokenizer: Tokenizer, anchor: Anchor | None) -> Format:
+    """Prepare encoding. Raises ModelError where the chat template cannot render one question and answer."""
+    if not isinstance(tokenizer.chat_template, str):
+        raise ModelError("the tokenizer has no chat template (or several); load the model through `fulcrum.model.load`")
+    template = anchors.bake(tokenizer.chat_template, anchor)
+    names = tuple(sorted({str(token) for token in tokenizer.all_special_tokens if str(token)}, key=len, reverse=True))
+    special = re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
+    end_ids, end_text = _end_of_turn(tokenizer, special)
+    return Format(tokenizer, template, anchor, end_ids, end_text, special, names)
+
+
+def _end_of_turn(tokenizer: Tokenizer, special: re.Pattern[str]) -> tuple[tuple[int, ...], str]:
+    """The special token that the template writes after an answer; the tokenizer's EOS where it writes none."""
+    probe = "fulcrumprobe"
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "x"}, {"role": "assistant", "content": probe}], tokenize=False
+            )
+        )
+    except Exception as error:  # Jinja raises many kinds, and templates raise their own
+        raise ModelError(f"the model's chat template cannot render a question and an answer: {error}") from error
+    found = special.match(text.rpartition(probe)[2].lstrip())
+    if found:
+        return (int(tokenizer.convert_tokens_to_ids(found.group())),), found.group()
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "neither the chat template nor the tokenizer has an end token; set tokenizer.eos_token and save the model"
+        )
+    return (tokenizer.eos_token_id,), str(tokenizer.decode([tokenizer.eos_token_id]))
+
+
+def _hide(text: str, form: Format) -> str:
+    return form.special.sub(lambda found: f"{_OPEN}{form.special_names.index(found.group())}{_CLOSE}", text)
+
+
+def _show(text: str, form: Format) -> str:
+    def name(found: re.Match[str]) -> str:
+        index = int(found.group(1))
+        return form.special_names[index] if index < len(form.special_names) else found.group()
+
+    return _MARKED.sub(name, text)
+
+
+def _ids(text: str, form: Format, *, plain: bool = False) -> list[int]:
+    found = form.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+    return [int(token) for token in found]
+
+
+def _prompt_text(messages: Sequence[Message], form: Format) -> str:
+    """Rendered prompt; special-token text of the user stands hidden in it."""
+    turns = [{"role": message.role, "content": _hide(message.content, form)} for message in messages]
+    return str(
+        form.tokenizer.apply_chat_template(turns, chat_template=form.template, add_generation_prompt=True, tokenize=False)
+    )
+
+
+def _prompt_ids(text: str, form: Format) -> list[int]:
+    if _OPEN not in text:
+        return _ids(text, form)
+    ids: list[int] = []
+    end = 0
+    for marker in form.special.finditer(text):
+        ids += _ids(_show(text[end : marker.start()], form), form, plain=True)
+        ids.append(int(form.tokenizer.convert_tokens_to_ids(marker.group())))
+        end = marker.end()
+    return ids + _ids(_show(text[end:], form), form, plain=True)
+
+
+def prompt_ids(messages: Sequence[Message], form: Format) -> list[int]:
+    """Token ids of a prompt (messages without the final answer), the generation prompt and response prefix included."""
+    return _prompt_ids(_prompt_text(messages, form), form)
+
+
+def _answer_ids(answer: str, form: Format) -> list[int]:
+    text = anchors.answer_lead(form.anchor) + answer
+    return _ids(text, form, plain=form.special.search(text) is not None) + list(form.end_ids)
+
+
+def encode(example: Example, form: Format) -> Tokens:
+    """Return ids and loss mask of one conversation; every trained answer and its end token is a target.
+
+    Earlier answers of a multi-turn row are trained too, where the template renders a conversation so far as the beginning of
+    the longer one (some drop reasoning from past turns: there, and for anchors that stand after the last question, only the
+    last answer is). Raises DataError where no answer may be trained.
+    """
+    trained = [i for i, message in enumerate(example.messages) if message.role == "assistant" and message.train]
+    if not trained:
+        raise DataError(f"{example.origin}: no answer to train (every assistant message has weight 0); drop the row")
+    if anchors.last_answer_only(form.anchor):
+        trained = trained[-1:]
+    ids: list[int] = []
+    mask: list[bool] = []
+    done = ""
+    for i in trained:
+        text = _prompt_text(example.messages[:i], form)
+        if not text.startswith(done):
+            return final_answer(example, form)
+        part = _prompt_ids(text[len(done) :], form)
+        answer = _answer_ids(example.messages[i].content, form)
+        ids += part + answer
+        mask += [False] * len(part) + [True] * len(answer)
+        done = text + _hide(example.messages[i].content, form) + form.end_text
+    return Tokens(np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=np.bool_))
+
+
+def final_answer(example: Example, form: Format) -> Tokens:
+    """Like `encode`, but only the final answer is a target: what is scored."""
+    *earlier, last = example.messages
+    silent = tuple(Message(message.role, message.content, train=False) for message in earlier)
+    return encode(Example((*silent, Message(last.role, last.content)), example.group, example.origin), form)

@@ -1,0 +1,46 @@
+"""What leaves a run: the adapter in PEFT's format, beside a tokenizer whose chat template carries the anchor.
+
+Whoever loads the two with plain Transformers and PEFT and calls `apply_chat_template` gets the anchor's tokens.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from fulcrum import anchor as anchors
+from fulcrum.errors import StoreError
+from fulcrum.model import LoadedModel
+from fulcrum.records import Anchor
+
+NOTE = (
+    "The chat template saved in `adapter/` adds the anchor by itself: call `apply_chat_template` and do not write the anchor "
+    "into your messages. With several tasks on one adapter, choose by name: `apply_chat_template(..., chat_template=NAME)`; "
+    "the default template then adds no anchor."
+)
+
+
+def save_adapter(loaded: LoadedModel, folder: Path, task_anchors: Mapping[str, Anchor | None]) -> Path:
+    """Write adapter_model.safetensors, adapter_config.json, tokenizer and generation_config.json into `folder`, atomically.
+
+    One task: its anchor is in the default chat template. Several: one named template a task. Raises StoreError.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    template = loaded.tokenizer.chat_template
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        loaded.peft.save_pretrained(str(partial), save_embedding_layers=False)
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run folder has a full one
+        loaded.causal.generation_config.save_pretrained(str(partial))
+        baked = {name: anchors.bake(template, anchor) for name, anchor in task_anchors.items()}
+        loaded.tokenizer.chat_template = next(iter(baked.values())) if len(baked) == 1 else {"default": template, **baked}
+        loaded.tokenizer.save_pretrained(str(partial))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StoreError(
+            f"{folder}: cannot save the adapter: {error.strerror or error}; free space or set output_dir"
+        ) from error
+    finally:
+        loaded.tokenizer.chat_template = template
+    return folder

@@ -1,0 +1,137 @@
+"""Sources -> Examples and reasoned rejects; then splits, subsets and checks by content.
+
+Content is what `Example.group` names: rows of equal groups are never put on two sides of a split. The order in which groups are
+drawn is that of a hash of (purpose, seed, group), so it depends neither on the order of the rows nor on which other groups
+there are.
+
+Invariant: rows in = kept + rejected.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from fulcrum.config import DataSource
+from fulcrum.errors import DataError
+from fulcrum.records import Example, IntArray, Reject
+from fulcrum.rows import content_key, digest
+from fulcrum.tables import Held, open_tables, text_rows
+
+
+def read(sources: Sequence[DataSource], *, group: str | None = None, seed: int = 0) -> tuple[list[Example], list[Reject]]:
+    """Read all rows of the sources, in order: every row is in exactly one of the two lists returned.
+
+    `group` names the column whose equal values belong together; without it a column called ``group`` is used, else a hash of
+    the prompt's text. A source's `limit` draws rows by `seed` (they stay in file order). A later row with the same normalised
+    texts as an earlier one is rejected as ``duplicate``. Raises DataError for missing, empty or broken files and wrong columns.
+    """
+    examples: list[Example] = []
+    rejects: list[Reject] = []
+    first: dict[str, str] = {}
+    for place, source in enumerate(sources):
+        tables = open_tables(source, _in_memory, group=group)
+        for table, ids in zip(tables, draw([table.size for table in tables], source.limit, (seed, place)), strict=True):
+            for row in (table[int(index)] for index in ids):
+                if isinstance(row, Reject):
+                    rejects.append(row)
+                elif (key := content_key(row)) in first:
+                    rejects.append(Reject(row.origin, "duplicate", f"same as {first[key]}"))
+                else:
+                    first[key] = row.origin
+                    examples.append(row)
+    return examples, rejects
+
+
+def draw(sizes: Sequence[int], limit: int | None, key: tuple[int, ...]) -> list[IntArray]:
+    """Draw `limit` rows of tables with these sizes, seeded by `key`: ascending row ids for each table, nested in `limit`."""
+    total = sum(sizes)
+    chosen = np.arange(total, dtype=np.int64)
+    if limit is not None and limit < total:
+        chosen = np.sort(np.random.default_rng(key).permutation(total)[:limit]).astype(np.int64)
+    ends = list(accumulate(sizes))
+    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+    return [part - (end - size) for part, end, size in zip(parts, ends, sizes, strict=True)]
+
+
+def _in_memory(path: Path) -> Held:
+    rows = list(text_rows(path))
+    return {name for _, row in rows for name in row}, len(rows), rows.__getitem__
+
+
+def require_rows(examples: Sequence[Example], rejects: Sequence[Reject], minimum: int = 2) -> None:
+    """Raise DataError, counting the rejects by reason, where fewer than `minimum` rows are usable."""
+    if len(examples) >= minimum:
+        return
+    files = sorted({origin.rpartition(":")[0] for origin in [e.origin for e in examples] + [r.origin for r in rejects]})
+    counts = Counter(reject.reason for reject in rejects).most_common()
+    reasons = f"; rejected: {', '.join(f'{count} {reason}' for reason, count in counts)}" if rejects else ""
+    first = f" (first: {rejects[0].origin} {rejects[0].detail})" if rejects else ""
+    raise DataError(
+        f"{', '.join(files) or 'no source'}: {len(examples)} usable of {len(examples) + len(rejects)} rows read, "
+        f"at least {minimum} are needed{reasons}{first}; add rows or mend these"
+    )
+
+
+def _seeded_groups(examples: Sequence[Example], purpose: str, seed: int) -> dict[str, list[Example]]:
+    """Rows by group, groups in seeded order, rows of a group in the order given."""
+    members: dict[str, list[Example]] = {}
+    for example in examples:
+        members.setdefault(example.group, []).append(example)
+    order = sorted(members, key=lambda group: hashlib.sha256(f"{purpose}\0{seed}\0{group}".encode()).digest())
+    return {group: members[group] for group in order}
+
+
+def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Hold out `share` (in (0, 1)) of the groups, at least one and never all: returns (rest, held out), in the order given.
+
+    Raises DataError where there are fewer than two groups.
+    """
+    groups = list(_seeded_groups(examples, "split", seed))
+    if len(groups) < 2:
+        raise DataError(
+            f"{len(examples)} rows in {len(groups)} group(s) cannot be split by content: two groups are needed; "
+            "give `dev:` and `test:` files, add rows with other content, or name another column with `group:`"
+        )
+    held = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
+    return [e for e in examples if e.group not in held], [e for e in examples if e.group in held]
+
+
+def subset(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
+    """Return `limit` rows (all, where there are fewer): the first ones of a single seeded order, group after group.
+
+    Subsets are nested: a smaller one is the beginning of a larger one. The last group may be cut, so that the number of rows
+    is exact; a group is cut in the same order of its rows every time.
+    """
+    return [example for rows in _seeded_groups(examples, "subset", seed).values() for example in rows][:limit]
+
+
+def check_overlap(train: Sequence[Example], held_out: Sequence[Example], name: str, *, by_group: bool = True) -> None:
+    """Refuse held-out rows (`name`: dev or test) whose content is in `train`. Raises DataError with the count and places.
+
+    Content is the same where the normalised prompt is the same (its turns in one text, the system's included), or prompt and
+    answer together, or, with `by_group`, the group. Switch `by_group` off where group values were not meant to be compared
+    between files, as where each file numbers its groups from 0.
+    """
+
+    def keys(example: Example) -> list[str]:
+        texts = [message.content for message in example.messages]
+        found = ["prompt " + digest(" ".join(texts[:-1])), "text " + digest(" ".join(texts))]
+        return [*found, "group " + example.group] if by_group else found
+
+    known = {key: example.origin for example in reversed(train) for key in keys(example)}
+    hits = [(row, next((key for key in keys(row) if key in known), None)) for row in held_out]
+    shared = [(row, key) for row, key in hits if key is not None]
+    if shared:
+        kinds = Counter(key.split()[0] for _, key in shared)
+        pairs = ", ".join(f"{row.origin} = {known[key]}" for row, key in shared[:3])
+        raise DataError(
+            f"{len(shared)} of {len(held_out)} {name} rows have content of the training rows "
+            f"({', '.join(f'{count} the same {kind}' for kind, count in kinds.items())}): {pairs}"
+            f"{' ...' if len(shared) > 3 else ''}; remove them from one side, "
+            f"or leave `{name}:` out, and rows are held out by content"
+            + ("; if group values restart in every file, make them unique" if kinds["group"] else "")
+        )

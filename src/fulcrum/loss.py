@@ -1,0 +1,166 @@
+"""A packed row -> nats at its supervised tokens. Training and scoring share this one path, so their losses agree.
+
+The head runs at supervised positions only, in chunks, and in training each chunk's gradient is taken at once: the logits of a
+whole row (262,144 numbers a token for Gemma) never exist.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fulcrum import attention
+from fulcrum.model import LoadedModel
+from fulcrum.pack import layout, pack
+from fulcrum.records import Tokens
+
+_CHUNK = 256  # supervised positions whose logits exist at a time
+_ACTIVATION_BYTES = 1_200 * 2**20  # a row whose activations would need more is recomputed in the backward pass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row: `ids` and `positions` (1, n), `ends` of the segments, and its targets.
+
+    Target k is token `labels[k]`, predicted at position `where[k]`, belonging to the caller's example `owner[k]`.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    ends: tuple[int, ...]
+    where: Tensor
+    labels: Tensor
+    owner: Tensor
+
+
+def rows(examples: Sequence[Tokens], loaded: LoadedModel, budget: int) -> list[Row]:
+    """Lay examples into rows of at most `budget` tokens (a longer example has its own row); nothing is cut or dropped."""
+    lengths = [len(example) for example in examples]
+    groups = [row.members for row in pack(lengths, budget)] if loaded.packed else [(index,) for index in range(len(examples))]
+    return [_row(examples, members, loaded.device) for members in groups]
+
+
+def _row(examples: Sequence[Tokens], members: Sequence[int], device: torch.device) -> Row:
+    positions, ends = layout([len(examples[i]) for i in members])
+    ids = np.concatenate([examples[i].ids for i in members])
+    mask = np.concatenate([examples[i].loss_mask for i in members])
+    mask[ends[:-1]] = False  # nothing predicts an example's first token
+    targets = np.flatnonzero(mask)
+    owner = np.repeat(np.asarray(members), [len(examples[i]) for i in members])[targets]
+
+    def tensor(array: Any) -> Tensor:
+        return torch.as_tensor(np.asarray(array, dtype=np.int64), device=device)
+
+    return Row(
+        tensor(ids)[None], tensor(positions)[None], tuple(int(end) for end in ends),
+        tensor(targets - 1), tensor(ids[targets]), tensor(owner),
+    )  # fmt: skip
+
+
+def _inputs(loaded: LoadedModel, row: Row) -> dict[str, Any]:
+    alone = {"input_ids": row.ids, "use_cache": False}
+    if not loaded.packed:
+        return alone  # one example: its positions are the default ones, and some architectures take none
+    return {**alone, "position_ids": row.positions, **attention.boundaries(row.ends, loaded.flash, loaded.device)}
+
+
+def _hidden(loaded: LoadedModel, row: Row) -> Tensor:
+    """Hidden states at the positions that predict targets: (targets, d)."""
+    return loaded.body(**_inputs(loaded, row))[0][0, row.where]  # type: ignore[no-any-return]
+
+
+def _logits_everywhere(loaded: LoadedModel, row: Row) -> Tensor:
+    return loaded.causal(**_inputs(loaded, row)).logits[0, row.where]  # type: ignore[no-any-return]
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """sum(weights * cross entropy) over targets, with the gradient for the hidden states taken chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        nats, gradients = [], []
+        for part in _chunks(len(labels)):
+            chunk = hidden[part].detach().requires_grad_(True)
+            with torch.enable_grad():
+                losses = functional.cross_entropy(head(chunk).float(), labels[part], reduction="none")
+                (gradient,) = torch.autograd.grad((losses * weights[part]).sum(), chunk)
+            nats.append(losses.detach())
+            gradients.append(gradient)
+        ctx.save_for_backward(torch.cat(gradients))
+        each = torch.cat(nats)
+        ctx.mark_non_differentiable(each)
+        return (each * weights).sum(), each
+
+    @staticmethod
+    def backward(ctx: Any, total_gradient: Tensor, _each: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * total_gradient.to(gradient.dtype), None, None, None
+
+
+def row_loss(loaded: LoadedModel, row: Row, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted loss of a row, and the nats of each target (no gradient).
+
+    `weights` (targets,) already hold the division by the step's total, so that rows of a step just add up.
+    """
+    _checkpointing(loaded, row)
+    with loaded.precision(), _adapter_precision(loaded):
+        if loaded.split_head:
+            total, each = _ChunkedLoss.apply(_hidden(loaded, row), loaded.head, row.labels, weights)
+            return total, each
+        losses = functional.cross_entropy(_logits_everywhere(loaded, row).float(), row.labels, reduction="none")
+        return (losses * weights).sum(), losses.detach()
+
+
+@torch.no_grad()
+def row_nats(loaded: LoadedModel, row: Row) -> Tensor:
+    """Nats of each target of a row, for scoring."""
+    with loaded.precision(), _adapter_precision(loaded):
+        if not loaded.split_head:
+            return functional.cross_entropy(_logits_everywhere(loaded, row).float(), row.labels, reduction="none")
+        hidden = _hidden(loaded, row)
+        return torch.cat(
+            [
+                functional.cross_entropy(loaded.head(hidden[p]).float(), row.labels[p], reduction="none")
+                for p in _chunks(len(row.labels))
+            ]
+        )
+
+
+def _adapter_precision(loaded: LoadedModel) -> AbstractContextManager[None]:
+    """Let autocast choose the dtype inside adapters: PEFT would lift their inputs to fp32, only to have them cast back."""
+    if loaded.peft is None or loaded.dtype == torch.float32:
+        return nullcontext()
+    return disable_input_dtype_casting(loaded.peft)  # type: ignore[no-any-return]
+
+
+def _checkpointing(loaded: LoadedModel, row: Row) -> None:
+    """Recompute activations in the backward pass of rows too long to keep them: a third slower, a fraction of the memory."""
+    config = loaded.causal.config.get_text_config()
+    width = getattr(config, "hidden_size", 0)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    inner = max(inner) if isinstance(inner, list | tuple) else inner
+    numbers = row.ids.shape[1] * getattr(config, "num_hidden_layers", 0) * (16 * width + 6 * inner)
+    needed = numbers * (2 if loaded.dtype == torch.bfloat16 else 4)
+    wanted = needed > _ACTIVATION_BYTES and getattr(loaded.causal, "supports_gradient_checkpointing", False)
+    if wanted != getattr(loaded.causal, "is_gradient_checkpointing", False):
+        if wanted:
+            loaded.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            loaded.causal.gradient_checkpointing_disable()
+        for module in loaded.causal.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                # The flag of this layer alone: its parts stay in evaluation mode, so the frozen base's own dropout stays off.
+                module.training = wanted

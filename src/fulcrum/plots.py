@@ -1,0 +1,167 @@
+"""Plots of the report, drawn by matplotlib as SVG text that is put straight into the page.
+
+Two shapes are enough: dots with intervals, one line an arm (`dots`), and curves over optimizer steps (`curves`). Colours are
+the Okabe-Ito palette, which people with colour-blindness can tell apart; arms also differ by label, marker or dashes.
+
+Invariant: the same values give the same bytes, and no text of the caller's is read as markup or mathematics.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fulcrum.stats import Interval
+
+# Okabe & Ito 2008, "Color Universal Design"; its yellow is left out, as it cannot be seen on white.
+COLOURS = {
+    "base": "#5f5f5f",
+    "base_anchor": "#999999",
+    "sft": "#E69F00",
+    "sft_anchor": "#D55E00",
+    "mix": "#56B4E9",
+    "tell": "#0072B2",
+}
+_OTHERS = ("#009E73", "#CC79A7", "#000000")
+_DASHES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_INK, _FAINT, _WIDTH = "#222222", "#e4e4e4", 9.2  # inches; the page scales the picture
+_STYLE = {
+    "svg.hashsalt": "fulcrum",  # else the ids in the file are random
+    "svg.fonttype": "none",  # text stays text: small, selectable, searchable
+    "text.parse_math": False,  # an arm or a task called `$x` is no formula
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": "#8a8a8a",
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+@dataclass(frozen=True)
+class Dots:
+    """One panel: a value with its interval for each arm, the single seeds' values, and a value to compare with."""
+
+    title: str
+    x_label: str
+    rows: Sequence[tuple[str, Interval, Sequence[float]]]
+    reference: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One arm's values over optimizer steps; `best` is the step whose weights were kept."""
+
+    arm: str
+    points: Sequence[tuple[float, float]]
+    best: int | None = None
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One panel of curves."""
+
+    title: str
+    y_label: str
+    lines: Sequence[Curve]
+
+
+def dots(panels: Sequence[Dots]) -> str:
+    """Draw the panels side by side, two in a line, arms from top to bottom, and return one ``<svg>`` element."""
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    height = lines * (0.95 + 0.3 * max(len(panel.rows) for panel in panels))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(lines, columns, squeeze=False).flatten()
+        for axis, panel in zip(axes, panels, strict=False):
+            _draw_dots(axis, panel)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+
+    return _svg(height, draw)
+
+
+def _draw_dots(axis: Any, panel: Dots) -> None:
+    names = [arm for arm, _, _ in panel.rows]
+    for place, (arm, interval, seeds) in enumerate(panel.rows):
+        colour = _colour(arm, names)
+        axis.axhline(place, color=_FAINT, linewidth=0.8, zorder=0)
+        axis.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2.4, solid_capstyle="round")
+        if len(seeds) > 1:
+            axis.plot(seeds, [place + 0.3] * len(seeds), "o", markersize=3.5, color=colour)  # below, else the mean hides them
+        axis.plot([interval.estimate], [place], "o", markersize=7.5, color=colour)
+    if panel.reference is not None and math.isfinite(panel.reference):
+        axis.axvline(panel.reference, color="#8a8a8a", linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    axis.locator_params(axis="x", nbins=5)
+    axis.set_title(panel.title, loc="left")
+    axis.set_xlabel(panel.x_label)
+
+
+def curves(panels: Sequence[Curves]) -> str:
+    """Draw the panels side by side with one legend below, and return one ``<svg>`` element."""
+    names = list(dict.fromkeys(line.arm for panel in panels for line in panel.lines))
+
+    def draw(figure: Any) -> None:
+        handles: dict[str, Any] = {}
+        for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for line in panel.lines:
+                handles[line.arm] = _draw_curve(axis, line, names)
+            axis.locator_params(axis="x", nbins=5, integer=True)
+            axis.grid(axis="y", color=_FAINT, linewidth=0.8)
+            axis.set_axisbelow(True)
+            axis.set_title(panel.title, loc="left")
+            axis.set_xlabel("optimizer step")
+            axis.set_ylabel(panel.y_label)
+        figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False)
+
+    return _svg(3.3, draw)
+
+
+def _draw_curve(axis: Any, line: Curve, names: Sequence[str]) -> Any:
+    place = names.index(line.arm)
+    colour = _colour(line.arm, names)
+    xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
+    marker = _MARKERS[place % len(_MARKERS)]
+    style = {"color": colour, "linewidth": 1.7, "linestyle": _DASHES[place % len(_DASHES)], "marker": marker}
+    # Hollow markers on some points tell the arms apart without colour; the filled one is the checkpoint that was kept.
+    (handle,) = axis.plot(xs, ys, markersize=4, markerfacecolor="white", markevery=max(1, len(xs) // 8), **style)
+    for x, y in line.points:
+        if x == line.best:
+            axis.plot([x], [y], marker, markersize=8, color=colour)
+    return handle
+
+
+def _colour(arm: str, names: Sequence[str]) -> str:
+    unknown = [name for name in names if name not in COLOURS]
+    return COLOURS.get(arm) or _OTHERS[unknown.index(arm) % len(_OTHERS)]
+
+
+def _svg(height: float, draw: Any) -> str:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        draw(figure)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # no date, so that equal runs give equal files
+        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]  # no XML prolog inside HTML
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to these, and a second plot would repeat them
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -1,0 +1,266 @@
+"""What a run found, for the terminal, as one offline HTML page, and as a model card.
+
+Everything is read from ``results.json`` (the plain form of `records.Results`) and ``predictions.jsonl`` of a run folder, so
+that an old run can be reported anew and no model is needed. `fulcrum.summary` has the numbers, `fulcrum.plots` the pictures.
+
+Invariants: the page runs no script and asks no network; all text of the user's rows is inert; equal inputs give equal bytes.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fulcrum import plots, store, summary
+from fulcrum.errors import StoreError
+from fulcrum.records import Results
+from fulcrum.summary import Grid, Record, headline
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["card", "headline", "html", "load", "tables", "write"]
+
+EXAMPLE_ROWS, EXAMPLE_CHARACTERS, CURVE_POINTS = 10, 700, 50  # keep the page below 1 MB
+
+
+def load(folder: Path) -> Record:
+    """Return ``results.json`` of a run folder. Raises StoreError where it is missing, broken or of another version."""
+    if not folder.is_dir():
+        raise StoreError(f"{folder}: no such run folder; give the output_dir of a finished run")
+    path = folder / "results.json"
+    results = store.read_json(path)
+    known = {field.name: field.default for field in fields(Results)}
+    version = results.get("version") if isinstance(results, dict) else None
+    if version != known["version"]:
+        raise StoreError(f"{path}: has version {version}, this Fulcrum reads {known['version']}; use the Fulcrum that wrote it")
+    if missing := sorted(known.keys() - results.keys()):
+        raise StoreError(f"{path}: lacks {', '.join(missing)}; the file was changed or damaged")
+    return dict(results)
+
+
+def _read_predictions(path: Path) -> list[Record]:
+    """Read JSON lines; none where the file was taken away, which the page then says."""
+    if not path.exists():
+        return []
+    rows = []
+    # Not `splitlines`: it also breaks at U+2028 and its kind, which may stand inside a row.
+    for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise StoreError(f"{path}:{number}: not readable as JSON ({error}); the file was changed or damaged") from None
+    return rows
+
+
+def tables(results: Record) -> list["Table"]:
+    """Return the terminal's tables: one a task with a row an arm, then the paired differences. See `Grid` for the numbers."""
+    training = {row[0]: row for row in summary.training_grid(results).rows}
+    seconds = {row[0]: row[-1] for row in summary.cost_grid(results).rows}
+    grids = []
+    for facts in results["tasks"]:
+        grid = summary.score_grid(results, facts["name"])
+        rows = []
+        for row in grid.rows:
+            trained = training.get(row[0])
+            share = " / ".join(trained[1:4]) if trained else "–"
+            rows.append((*row, share, *(trained[-2:] if trained else ("–", "–")), seconds[row[0]]))
+        head = (*grid.head, "task share: examples / tokens / loss tokens", "steps", "train tokens", "seconds")
+        grids.append(Grid(grid.title, head, tuple(rows), grid.marks))
+    differences = summary.difference_grid(results)
+    return [_rich(grid) for grid in (*grids, differences) if grid.rows]
+
+
+def _rich(grid: Grid) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text  # plain text: a task called `[red]` must stay what it is
+
+    styles = {"best": "bold", "base": "dim", "better": "bold green", "worse": "bold red"}
+    table = Table(title=Text(grid.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, name in enumerate(grid.head):
+        # Folded, for an ellipsis would hide digits in a narrow terminal.
+        table.add_column(Text(name), justify="right" if place else "left", no_wrap=place == 0, overflow="fold")
+    for row, mark in zip(grid.rows, grid.marks or ("",) * len(grid.rows), strict=True):
+        table.add_row(*(Text(cell) for cell in row), style=styles.get(mark, ""))
+    return table
+
+
+def score_plot(results: Record, task: str) -> str:
+    """Return the SVG with a panel for each metric of the task, or nothing where the task was not scored."""
+    arms = summary.by_arm(results)
+    panels = []
+    for metric in summary.metrics_of(arms, task):
+        name, direction = metric["metric"], "higher" if metric["higher_is_better"] else "lower"
+        found = {arm: summary.scores_of(results, task, name) for arm, results in arms.items()}
+        rows = [
+            (arm, summary.interval_of(scores), [summary.value_of(score) for score in scores]) for arm, scores in found.items()
+        ]
+        label = ", ".join(filter(None, (summary.UNITS.get(name), f"{direction} is better")))
+        panels.append(plots.Dots(summary.label_of(name), label, rows))
+    return plots.dots(panels) if panels else ""
+
+
+def forgetting_plot(results: Record) -> str:
+    """Return the SVG of NLL on held-out general rows, a panel for each source, with the base model as a dashed line."""
+    arms = summary.by_arm(results)
+    panels = []
+    for source in dict.fromkeys(source for arm in arms.values() for source in arm[0]["general_nll"]):
+        found = {
+            name: [r["general_nll"][source] for r in summary.seed_sample(arm) if source in r["general_nll"]]
+            for name, arm in arms.items()
+        }
+        rows = [
+            (name, summary.interval_of(scores), [summary.value_of(score) for score in scores])
+            for name, scores in found.items()
+            if scores
+        ]
+        base = found.get("base")
+        reference = summary.value_of(base[0]) if base else None
+        panels.append(plots.Dots(source, "NLL, nats per answer token, lower is better", rows, reference))
+    return plots.dots(panels) if panels else ""
+
+
+def training_plot(results: Record) -> str:
+    """Return the SVG of task loss, general loss and dev NLL by step: the chosen trial of each trained arm's first seed."""
+    panels: dict[str, list[plots.Curve]] = {"Loss on task rows": [], "Loss on general rows": [], "NLL on dev rows": []}
+    for name, arm in summary.by_arm(results).items():
+        for trial in summary.chosen_trials(arm)[:1]:
+            history = trial["history"]
+            task = [(point["step"], point["task_loss"]) for point in history]
+            general = [(point["step"], point["general_loss"]) for point in history]
+            dev = plots.Curve(name, _known(trial["dev_nll"]), trial["best_step"])
+            curves = (plots.Curve(name, _thin(_known(task))), plots.Curve(name, _thin(_known(general))), dev)
+            for lines, curve in zip(panels.values(), curves, strict=True):
+                if curve.points:
+                    lines.append(curve)
+    drawn = [plots.Curves(title, "nats per token", lines) for title, lines in panels.items() if lines]
+    return plots.curves(drawn) if drawn else ""
+
+
+def _known(points: Sequence[Any]) -> list[tuple[float, float]]:
+    return [(step, value) for step, value in points if value is not None]
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Average runs of steps, so that a curve has at most CURVE_POINTS points and the noise of single steps is calmed."""
+    size = max(1, math.ceil(len(points) / CURVE_POINTS))
+    runs = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
+
+
+def examples(results: Record, predictions: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
+    """Return for each task the test rows on which the arms differ most, in nats per answer token, in either direction.
+
+    The arms compared are tell and sft where both exist, else all; of several seeds the first is shown.
+    """
+    arms = list(summary.by_arm(results))
+    pair = ["tell", "sft"] if {"tell", "sft"} <= set(arms) else arms
+    limit = max(3, min(EXAMPLE_ROWS, 60 // max(1, len(results["tasks"]))))
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for facts in results["tasks"]:
+        rows: dict[str, dict[str, Record]] = {}
+        for prediction in predictions:
+            if prediction["task"] == facts["name"]:
+                rows.setdefault(prediction["origin"], {}).setdefault(prediction["arm"], prediction)
+        ranked = sorted(rows.values(), key=lambda row: -_gap(row, pair))
+        shown[facts["name"]] = [_example(row, arms) for row in ranked[:limit]]
+    return shown
+
+
+def _per_token(prediction: Record) -> float:
+    return summary.value_of(prediction, "nll_sum") / prediction["n_tokens"] if prediction["n_tokens"] else math.nan
+
+
+def _gap(row: Mapping[str, Record], arms: Sequence[str]) -> float:
+    values = [value for arm in arms if arm in row and math.isfinite(value := _per_token(row[arm]))]
+    return max(values) - min(values) if values else 0.0
+
+
+def _example(row: Mapping[str, Record], arms: Sequence[str]) -> dict[str, Any]:
+    first = next(row[arm] for arm in ("base", "sft", *arms, *row) if arm in row)  # the prompt without anchor, if any arm has it
+    outputs = []
+    for arm in (name for name in arms if name in row):
+        text = row[arm]["output"]
+        outputs.append((arm, None if text is None else _clip(text), summary.decimal(_per_token(row[arm]))))
+    return {"origin": first["origin"], "prompt": _clip(first["prompt"]), "gold": _clip(first["gold"]), "outputs": outputs}
+
+
+def _clip(text: str) -> str:
+    rest = len(text) - EXAMPLE_CHARACTERS
+    return text if rest <= 0 else f"{text[:EXAMPLE_CHARACTERS]} … ({rest:,} more characters)"
+
+
+def html(results: Record, predictions: Sequence[Record]) -> str:
+    """Return the report as one page that needs no network and runs no script; equal inputs give equal text."""
+    import yaml
+
+    arms = summary.by_arm(results)
+    per_task = [
+        {
+            "facts": facts,
+            "metrics": summary.metrics_of(arms, facts["name"]),
+            "grid": summary.score_grid(results, facts["name"]),
+            "plot": score_plot(results, facts["name"]),
+        }
+        for facts in results["tasks"]
+    ]
+    return _render(
+        "report.html.j2",
+        results,
+        per_task=per_task,
+        examples=examples(results, predictions),
+        training_plot=training_plot(results),
+        forgetting_plot=forgetting_plot(results),
+        settings=yaml.safe_dump(dict(results["settings"]), sort_keys=False, allow_unicode=True),
+    )
+
+
+def write(folder: Path) -> Path:
+    """Write ``report.html`` into a run folder and return its path. Raises StoreError where the run cannot be read."""
+    results = load(folder)
+    path = folder / "report.html"
+    store.write_bytes(path, html(results, _read_predictions(folder / "predictions.jsonl")).encode())
+    return path
+
+
+def card(results: Record, adapter_note: str) -> str:
+    """Return the model card in Markdown; `adapter_note` says in a sentence how the anchor gets into the prompt."""
+    anchors = [facts for facts in results["tasks"] if facts["anchor"] is not None]
+    grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
+    longest = max((task["max_new_tokens"] for task in results["settings"].get("tasks", ())), default=64)
+    return _render("card.md.j2", results, adapter_note=adapter_note, anchors=anchors, grids=grids, max_new_tokens=longest)
+
+
+def _fence(text: str) -> str:
+    """Return a Markdown fence that no line of the text can close."""
+    return "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+
+
+def _render(template: str, results: Record, **more: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fulcrum", "data"),
+        autoescape=True,  # of every template, whatever its name ends in
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["fence"] = _fence
+    arms = summary.by_arm(results)
+    return environment.get_template(template).render(
+        results=results,
+        claims=summary.claims(results),
+        seeds=sorted({result["seed"] for result in results["arms"]}),
+        trained=[name for name, arm in arms.items() if summary.chosen_trials(arm)],
+        training=summary.training_grid(results),
+        cost=summary.cost_grid(results),
+        differences=summary.difference_grid(results),
+        draws=results["settings"].get("eval", {}).get("draws"),
+        peak_mebibytes=round(results["peak_memory_bytes"] / 2**20),
+        **more,
+    )

@@ -1,0 +1,235 @@
+"""One run on one page: every stage in order, from files to a scored adapter. No stage calls the next; this file does.
+
+files -> material (rows split and cleaned) -> tokens -> plan -> adapter, once per trial -> the trial best on dev -> test scores
+"""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fulcrum import config, encode, evaluate, export, generate, material, metrics, mix, model, report, store
+from fulcrum import train as training
+from fulcrum.config import Settings
+from fulcrum.errors import ConfigError
+from fulcrum.material import Material
+from fulcrum.model import LoadedModel, State
+from fulcrum.records import ArmResult, Difference, Results, Tokens, TrainPoint, TrialResult
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training that is compared. Arms differ in these things and in nothing else."""
+
+    name: str
+    trained: bool
+    anchored: bool
+    general: bool
+
+
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("base", trained=False, anchored=False, general=False),
+        Arm("base_anchor", trained=False, anchored=True, general=False),
+        Arm("sft", trained=True, anchored=False, general=False),
+        Arm("sft_anchor", trained=True, anchored=True, general=False),
+        Arm("mix", trained=True, anchored=False, general=True),
+        Arm("tell", trained=True, anchored=True, general=True),
+    )
+}
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes on: the terminal, a notebook, nobody."""
+
+    def stage(self, text: str) -> None:
+        """Something began."""
+
+    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
+        """An optimizer step ended."""
+
+    def count(self, label: str, done: int, total: int) -> None:
+        """`done` of `total` are finished."""
+
+
+class Silent:
+    """The watcher that says nothing."""
+
+    def stage(self, text: str) -> None:
+        """Say nothing."""
+
+    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
+        """Say nothing."""
+
+    def count(self, label: str, done: int, total: int) -> None:
+        """Say nothing."""
+
+
+def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = None) -> Results:
+    """Train one adapter as the settings say, score it beside the untouched model, and fill the run folder.
+
+    Raises ConfigError, DataError, ModelError or StoreError, each naming the remedy.
+    """
+    watcher, started = watcher or Silent(), time.perf_counter()
+    watcher.stage(f"loading {settings.model}")
+    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    watcher.stage("reading data")
+    rows = material.prepare(settings, loaded.tokenizer, loaded.context, settings.seed)
+    folder = store.open_run(Path(settings.output_dir), identity(settings, loaded, [rows]), resume=resume)
+    store.write_bytes(folder / "config.yaml", config.dump(settings).encode())
+    arm = own_arm(settings)
+    base = replace(ARMS["base"], anchored=arm.anchored, name="base_anchor" if arm.anchored else "base")
+    results = [run_arm(rows, loaded, base, settings, settings.seed, None, watcher)[0]]
+    trained, state = run_arm(rows, loaded, arm, settings, settings.seed, folder, watcher)
+    results.append(trained)
+    model.use(loaded, state, settings.train)
+    export.save_adapter(loaded, folder / "adapter", {t.name: t.anchor if arm.anchored else None for t in rows.tasks})
+    return finish("train", settings, folder, loaded, [rows], results, (), started)
+
+
+def own_arm(settings: Settings) -> Arm:
+    """The arm that the settings describe: TELL where there is an anchor and general data, else what is left of it."""
+    anchored = any(task.anchor is not None for task in settings.tasks)
+    general = settings.mix.general_per_task > 0
+    return next(a for a in ARMS.values() if a.trained and a.anchored == anchored and a.general == general)
+
+
+def stream(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, repeats: int, seed: int) -> training.Stream:
+    """The token stream of one trial: the same task rows in every arm, with or without anchor and general rows."""
+    plain = encode.make_format(loaded.tokenizer, None)
+    own: list[Tokens] = []
+    for task in rows.tasks:
+        form = encode.make_format(loaded.tokenizer, task.anchor) if arm.anchored else plain
+        own += [encode.encode(example, form) for example in task.train]
+    count = rows.general_count(repeats, settings) if arm.general else 0
+    plan = mix.plan(
+        len(own), count, repeats=repeats, general_per_task=count / (repeats * len(own)),
+        order=settings.mix.order, seed=store.seed_for(seed, "mix"),
+    )  # fmt: skip
+    return training.Stream(plan, own, [encode.encode(example, plain) for example in rows.general[:count]])
+
+
+def trials(rows: Material, arm: Arm, settings: Settings) -> tuple[int, ...]:
+    """The repeats (epochs) that an arm tries. Without general data: up to the most epochs that TELL's steps allow.
+
+    Each trial's learning rate decays fully within its own steps. Raises ConfigError for epochs beyond the cap.
+    """
+    if arm.general or settings.mix.general_per_task == 0:
+        return settings.mix.candidates
+    cap = max(1, rows.step_cap * settings.train.batch_size // rows.n_task)
+    wanted = settings.compare.sft_epochs
+    if wanted is None:
+        return tuple(sorted({max(1, cap // 4), max(1, cap // 2), cap}))
+    if max(wanted) > cap:
+        raise ConfigError(
+            f"compare.sft_epochs: {max(wanted)} epochs of {rows.n_task} rows are over TELL's {rows.step_cap} steps; "
+            f"use at most {cap}"
+        )
+    return wanted
+
+
+def run_arm(
+    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed: int, folder: Path | None, watcher: Watcher
+) -> tuple[ArmResult, State | None]:
+    """Train every trial of an arm, keep the one that is best on dev, and score it once on test."""
+    results: list[TrialResult] = []
+    best: State | None = None
+    chosen: int | None = None
+    forms = {t.name: encode.make_format(loaded.tokenizer, t.anchor if arm.anchored else None) for t in rows.tasks}
+    dev = [[encode.encode(example, forms[task.name]) for example in task.dev] for task in rows.tasks]
+    for repeats in trials(rows, arm, settings) if arm.trained else ():
+        cell = f"{arm.name}-seed{seed}-repeats{repeats}"
+        state, result = training.train(
+            loaded, stream(rows, loaded, arm, settings, repeats, seed), lambda: dev_loss(loaded, dev), settings.train,
+            seed=store.seed_for(seed, "train"), repeats=repeats,
+            checkpoint=None if folder is None else folder / "checkpoints" / cell,
+            progress=_tell(watcher, cell),
+        )  # fmt: skip
+        results.append(result)
+        if chosen is None or result.best_dev_nll < results[chosen].best_dev_nll:
+            best, chosen = state, len(results) - 1
+    model.use(loaded, best, settings.train)
+    scores, predictions = {}, {}
+    for task in rows.tasks:
+        label = f"{arm.name} seed {seed}: answers to {task.name}"
+        predictions[task.name] = evaluate.predict(
+            loaded, task, task.test, anchored=arm.anchored, batch_tokens=settings.eval.batch_tokens,
+            count=lambda done, total, label=label: watcher.count(label, done, total),  # type: ignore[misc]
+        )  # fmt: skip
+        scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
+    forgotten = evaluate.general_loss(loaded, rows.held_out, draws=settings.eval.draws)
+    seconds = sum(result.seconds for result in results)
+    return ArmResult(arm.name, seed, tuple(results), chosen, scores, predictions, forgotten, seconds), best
+
+
+def dev_loss(loaded: LoadedModel, dev: Sequence[Sequence[Tokens]]) -> float:
+    """Nats per answer token, averaged over tasks so that a large one does not decide alone."""
+    return float(np.mean([generate.mean_nats(loaded, rows) for rows in dev]))
+
+
+def _tell(watcher: Watcher, cell: str) -> training.Progress:
+    return lambda point, steps, newest: watcher.step(cell, point, steps, newest)
+
+
+def finish(
+    kind: Any, settings: Settings, folder: Path, loaded: LoadedModel, materials: Sequence[Material],
+    arms: Sequence[ArmResult], differences: Sequence[Difference], started: float,
+) -> Results:  # fmt: skip
+    """Write results.json, predictions.jsonl, report.html and the model card; returns the results."""
+    first = materials[0]
+    plans = [
+        (arm.name, stream(first, loaded, arm, settings, r, 0).plan) for arm in _used(arms) for r in settings.mix.candidates[-1:]
+    ]
+    notes = [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
+    results = Results(
+        kind=kind, settings=settings.model_dump(mode="json"), environment=environment(loaded),
+        tasks=material.facts(first, loaded.tokenizer), notes=tuple(notes), rejects=first.rejects,
+        arms=tuple(replace(arm, predictions={}) for arm in arms), differences=tuple(differences),
+        step_cap=first.step_cap, seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes(),
+    )  # fmt: skip
+    lines = [
+        {"arm": arm.arm, "seed": arm.seed, "task": task, **store.plain(prediction)}
+        for arm in arms
+        for task, predictions in arm.predictions.items()
+        for prediction in predictions
+    ]
+    store.write_jsonl(folder / "predictions.jsonl", lines)
+    store.write_json(folder / "results.json", results)
+    report.write(folder)
+    store.write_bytes(folder / "README.md", report.card(report.load(folder), export.NOTE).encode())
+    return results
+
+
+def _used(arms: Sequence[ArmResult]) -> list[Arm]:
+    return [ARMS[name] for name in dict.fromkeys(arm.arm for arm in arms) if ARMS[name].general]
+
+
+def identity(settings: Settings, loaded: LoadedModel, materials: Sequence[Material]) -> dict[str, Any]:
+    """What makes a run this run: settings, every data row, model and versions. Kept as the folder's manifest."""
+    described = settings.model_dump(mode="json")
+    described.pop("output_dir")
+    return {"settings": described, "data": [rows.fingerprint for rows in materials], "environment": environment(loaded)}
+
+
+def environment(loaded: LoadedModel) -> dict[str, str]:
+    """Versions and choices that a number depends on."""
+    libraries = ("fulcrum-llm", "torch", "transformers", "peft", "accelerate", "numpy")
+    return {
+        "python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads()),
+        **{name: version(name) for name in libraries}, "model": loaded.name, "device": str(loaded.device),
+        "probes": "; ".join(loaded.facts),
+    }  # fmt: skip
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far (Linux counts in KiB, macOS in bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

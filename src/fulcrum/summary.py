@@ -1,0 +1,272 @@
+"""What the results say, in numbers and words: intervals over seeds, claims, and small tables of text.
+
+The input is the plain form of `records.Results`, as ``results.json`` holds it. The terminal, the page and the model card are
+all fed from here, so they cannot disagree.
+
+Invariants: no score without its interval, n and seeds; what is missing shows as a dash.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fulcrum.stats import Interval, seed_interval
+
+Record = Mapping[str, Any]  # one record as JSON holds it
+Arms = Mapping[str, Sequence[Record]]  # arm -> its results, one a seed
+
+UNITS = {"nll": "nats per answer token", "bleu": "BLEU points", "chrf": "chrF points"}
+# Arms that see no general row, each with what a reader should do where TELL does not beat it.
+WITHOUT_GENERAL = {
+    "sft": "Use SFT",
+    "sft_anchor": "Use SFT with the anchor",
+    "base": "Use the base model untrained",
+    "base_anchor": "Use the base model with the anchor, untrained",
+}
+ONE_SEED = "one seed: differences between seeds are not covered"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of text. `marks` holds, for each row, ``best``, ``base`` or nothing; the first column names the row."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a task's result says in one sentence; `verdict` is ``better``, ``worse``, ``no difference shown`` or ``scores``."""
+
+    task: str
+    verdict: str
+    sentence: str
+
+
+def by_arm(results: Record) -> Arms:
+    """Return every arm's results, one a seed, in the order of the run."""
+    arms: dict[str, list[Record]] = {}
+    for result in results["arms"]:
+        arms.setdefault(result["arm"], []).append(result)
+    return arms
+
+
+def value_of(score: Record | None, key: str = "value") -> float:
+    """Read a number, nan where it or the whole score is missing (JSON has no nan)."""
+    value = None if score is None else score[key]
+    return math.nan if value is None else float(value)
+
+
+def chosen_trials(arm: Sequence[Record]) -> list[Record]:
+    """Return the chosen trial of every seed; none for an arm that was not trained."""
+    return [result["trials"][result["chosen"]] for result in arm if result["chosen"] is not None]
+
+
+def seed_sample(arm: Sequence[Record]) -> Sequence[Record]:
+    """Return the results that are a sample over seeds: an untrained arm is the same at every seed, and counts once."""
+    return arm if chosen_trials(arm) else arm[:1]
+
+
+def metrics_of(arms: Arms, task: str) -> list[Record]:
+    """Return one score of each metric of a task, for its name, n and direction."""
+    return list({s["metric"]: s for arm in arms.values() for s in arm[0]["scores"].get(task, ())}.values())
+
+
+def scores_of(arm: Sequence[Record], task: str, metric: str) -> list[Record]:
+    """Return an arm's scores of one metric, one a seed."""
+    return [s for result in seed_sample(arm) for s in result["scores"].get(task, ()) if s["metric"] == metric]
+
+
+def _over_seeds(values: Sequence[float]) -> Interval:
+    if not values or not all(math.isfinite(value) for value in values):
+        return Interval(math.nan, math.nan, math.nan)
+    return seed_interval(values)
+
+
+def interval_of(scores: Sequence[Record]) -> Interval:
+    """Return the mean over seeds with its t interval; for one seed the score with its bootstrap interval over rows."""
+    if len(scores) == 1:
+        return Interval(value_of(scores[0]), value_of(scores[0], "low"), value_of(scores[0], "high"))
+    return _over_seeds([value_of(score) for score in scores])
+
+
+def _forgetting(arms: Arms, arm: str, source: str) -> Interval:
+    """Return how far the arm's NLL on held-out general rows lies above the base model's, in nats per answer token."""
+    base = {result["seed"]: result["general_nll"].get(source) for result in arms.get("base", ())}
+    first = next(iter(base.values()), None)
+    return _over_seeds(
+        [
+            value_of(result["general_nll"].get(source)) - value_of(base.get(result["seed"], first))
+            for result in seed_sample(arms[arm])
+        ]
+    )
+
+
+def _best(arms: Arms, task: str) -> str | None:
+    """Return the arm with the best mean on the task's first metric."""
+    metrics = metrics_of(arms, task)
+    if len(arms) < 2 or not metrics:
+        return None
+    sign = 1 if metrics[0]["higher_is_better"] else -1
+    means = {name: sign * interval_of(scores_of(arm, task, metrics[0]["metric"])).estimate for name, arm in arms.items()}
+    return max((name for name in means if math.isfinite(means[name])), key=means.__getitem__, default=None)
+
+
+def verdict(low: float, high: float, *, higher_is_better: bool) -> str:
+    """Return ``better``, ``worse`` or ``no difference shown`` for a difference's interval; nan bounds show nothing."""
+    if low > 0 or high < 0:
+        return "better" if (low > 0) == higher_is_better else "worse"
+    return "no difference shown"
+
+
+def decimal(value: float) -> str:
+    """Show a number with three decimals, from 10 upwards with one; nan as a dash."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}".replace("-", "−") if abs(value) < 10 else f"{value:.1f}".replace("-", "−")
+
+
+def _show(interval: Interval) -> str:
+    if not math.isfinite(interval.low + interval.high):
+        return decimal(interval.estimate)
+    return f"{decimal(interval.estimate)} [{decimal(interval.low)}, {decimal(interval.high)}]"
+
+
+def _span(values: Sequence[float], form: str = "{:,.0f}") -> str:
+    """Show what differs over seeds as ``low–high``."""
+    low, high = (form.format(min(values)), form.format(max(values))) if values else ("–", "–")
+    return low if low == high else f"{low}–{high}"
+
+
+def label_of(metric: str) -> str:
+    """Return a metric's name as people write it."""
+    return "NLL" if metric == "nll" else metric.replace("_", " ")
+
+
+def _unit(metric: str) -> str:
+    return UNITS.get(metric, f"in {label_of(metric)}")
+
+
+def _sample(score: Record, seeds: int) -> str:
+    groups = "" if score["n_groups"] == score["n"] else f" in {score['n_groups']} groups"
+    return f"n={score['n']} test rows{groups}, {f'{seeds} seeds' if seeds > 1 else ONE_SEED}"
+
+
+def claims(results: Record) -> list[Claim]:
+    """Return one claim a task: TELL against the best arm without general data on the task's first metric, or the scores."""
+    arms = by_arm(results)
+    found = []
+    for facts in results["tasks"]:
+        metrics = metrics_of(arms, facts["name"])
+        if metrics:
+            compared = _comparison(results, arms, facts["name"], metrics[0]) if results["kind"] == "compare" else None
+            found.append(compared or _state_scores(arms, facts["name"], metrics[0]))
+    return found
+
+
+def _comparison(results: Record, arms: Arms, task: str, metric: Record) -> Claim | None:
+    sign = 1 if metric["higher_is_better"] else -1
+    against = {
+        d["reference"]: d
+        for d in results["differences"]
+        if (d["task"], d["metric"], d["arm"]) == (task, metric["metric"], "tell") and d["reference"] in WITHOUT_GENERAL
+    }
+    # The reference is picked by its test score: that can only make TELL's task harder.
+    means = {
+        name: sign * interval_of(scores_of(arms[name], task, metric["metric"])).estimate for name in against if name in arms
+    }
+    if not means:
+        return None
+    reference = max(means, key=means.__getitem__)
+    difference = against[reference]
+    gain, bounds = sign * value_of(difference, "estimate"), sorted(sign * value_of(difference, key) for key in ("low", "high"))
+    word = verdict(*bounds, higher_is_better=True)
+    interval = f"{decimal(bounds[0])} to {decimal(bounds[1])}"
+    unit, sample, advice = _unit(metric["metric"]), _sample(metric, difference["n_seeds"]), WITHOUT_GENERAL[reference]
+    if word == "no difference shown":
+        about = f"tell's advantage over {reference} is {decimal(gain)} {unit}"
+        return Claim(task, word, f"No gain shown: {about} (95% interval {interval}; {sample}). {advice}.")
+    text = f"tell is {word} than {reference} by {decimal(abs(gain))} {unit}"
+    if word == "better":
+        return Claim(task, word, f"{text} (95% interval {interval}; {sample}).")
+    interval = f"{decimal(-bounds[1])} to {decimal(-bounds[0])}"
+    return Claim(task, word, f"{text} (95% interval {interval}; {sample}). {advice}.")
+
+
+def _state_scores(arms: Arms, task: str, metric: Record) -> Claim:
+    name = metric["metric"]
+    scores = "; ".join(f"{arm} {_show(interval_of(scores_of(results, task, name)))}" for arm, results in arms.items())
+    seeds = max(len(results) for results in arms.values())
+    unit = f"{label_of(name)} in {UNITS[name]}" if name in UNITS else label_of(name)
+    return Claim(task, "scores", f"{unit} [95% interval]: {scores} ({_sample(metric, seeds)}).")
+
+
+def headline(results: Record) -> str:
+    """Return what the run shows in one sentence a task, with interval, n and seeds, and the advice where nothing was gained."""
+    found = claims(results)
+    if not found:
+        return "No task was scored."
+    return " ".join(f"{claim.task}: {claim.sentence}" if len(found) > 1 else claim.sentence for claim in found)
+
+
+def score_grid(results: Record, task: str) -> Grid:
+    """Return a row an arm: every metric with its interval, and the change of NLL on each held-out general source."""
+    arms = by_arm(results)
+    metrics = metrics_of(arms, task)
+    sources = _sources(arms)
+    best = _best(arms, task)
+    rows = []
+    for name, arm in arms.items():
+        scores = [_show(interval_of(scores_of(arm, task, metric["metric"]))) for metric in metrics]
+        changes = ["reference" if name == "base" else _show(_forgetting(arms, name, source)) for source in sources]
+        rows.append((name, *scores, *changes))
+    head = ("arm", *(f"{label_of(m['metric'])} {'↑' if m['higher_is_better'] else '↓'}" for m in metrics))
+    marks = tuple("best" if name == best else "" if chosen_trials(arm) else "base" for name, arm in arms.items())
+    return Grid(task, (*head, *(f"forgetting: {source} (nats)" for source in sources)), tuple(rows), marks)
+
+
+def _sources(arms: Arms) -> list[str]:
+    """Return the held-out general sources on which a change can be stated, that is those that the base model was scored on."""
+    return list(arms["base"][0]["general_nll"]) if "base" in arms else []
+
+
+def training_grid(results: Record) -> Grid:
+    """Return a row a trained arm: what its chosen trial saw, and where it was best; ``low–high`` where seeds differ."""
+    rows = []
+    for name, arm in by_arm(results).items():
+        if trials := chosen_trials(arm):
+            shares = [trial["share"] for trial in trials]
+            parts = [
+                _span([share[key] for share in shares], "{:.1%}").replace(".0%", "%")
+                for key in ("examples", "tokens", "loss_tokens")
+            ]
+            counts = [_span([share[key] for share in shares]) for key in ("task_examples", "general_examples")]
+            steps = [_span([trial[key] for trial in trials]) for key in ("repeats", "best_step", "steps", "train_tokens")]
+            rows.append((name, *parts, *counts, *steps))
+    head = ("arm", "task share: examples", "tokens", "loss tokens", "task rows shown", "general rows")
+    return Grid("What each arm was trained on", (*head, "repeats", "best step", "steps", "train tokens"), tuple(rows))
+
+
+def cost_grid(results: Record) -> Grid:
+    """Return a row an arm: trials, tokens trained on in all trials, and seconds, summed over seeds."""
+    rows = []
+    for name, arm in by_arm(results).items():
+        trials = [trial for result in arm for trial in result["trials"]]
+        tokens, seconds = sum(trial["train_tokens"] for trial in trials), sum(value_of(result, "seconds") for result in arm)
+        rows.append((name, f"{len(arm)}", f"{len(trials)}", f"{tokens:,}", f"{seconds:,.0f}"))
+    return Grid("Cost", ("arm", "seeds", "trials", "train tokens, all trials", "seconds, all trials and tests"), tuple(rows))
+
+
+def difference_grid(results: Record) -> Grid:
+    """Return a row a paired difference (arm minus reference, on the same test rows) with its verdict."""
+    rows = []
+    for d in results["differences"]:
+        interval = Interval(value_of(d, "estimate"), value_of(d, "low"), value_of(d, "high"))
+        word = verdict(interval.low, interval.high, higher_is_better=d["higher_is_better"])
+        pair = f"{d['arm']} − {d['reference']}"
+        rows.append((pair, d["task"], label_of(d["metric"]), _show(interval), f"{d['n_seeds']}", word))
+    head = ("arm − reference", "task", "metric", "difference [95% interval]", "seeds", "verdict")
+    return Grid("Paired differences", head, tuple(rows), tuple(row[-1] for row in rows))

@@ -1,0 +1,241 @@
+"""Files, folders, globs and hub data sets -> `Table`s: raw rows with their places, converted when asked for.
+
+A source opens as one table for each file or hub data set. A row's origin is ``file:line`` (text), ``file:row`` (lists and
+tables) or ``hub id:row``, counted from 1. Text is parsed here, so that an error has its line; .parquet, .arrow and hub data
+sets are memory-mapped by `datasets`.
+
+Invariant: a file that is missing, empty or broken as a file is refused with its place and a remedy; it is never read in part.
+"""
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fulcrum.config import DataSource
+from fulcrum.errors import DataError, nearest
+from fulcrum.records import Example, Reject
+from fulcrum.rows import Layout, convert, layout
+
+TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
+BUILTIN = {"builtin": "builtin_pool.jsonl.gz", "builtin_eval": "builtin_eval.jsonl.gz"}
+SAVED_META = ("dataset_info.json", "state.json", "dataset_dict.json")  # beside the rows in what `datasets` saves to disk
+
+Row = tuple[int, Mapping[str, Any]]  # line or row number from 1, columns
+Held = tuple[set[str], int, Callable[[int], Row]]  # all rows' column names, number of rows, row i
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file or hub data set. `fetch(i)` gives raw row i; `table[i]` gives its Example or Reject."""
+
+    name: str
+    size: int
+    fetch: Callable[[int], Row] = field(repr=False)
+    layout: Layout
+
+    def __getitem__(self, index: int) -> Example | Reject:
+        """Convert row `index`, 0 <= index < size."""
+        line, row = self.fetch(index)
+        return convert(row, self.layout, f"{self.name}:{line}")
+
+
+def open_tables(source: DataSource, hold: Callable[[Path], Held], *, group: str | None = None) -> list[Table]:
+    """Open a source's files (sorted by name) or hub data set. `hold` says where the rows of a text file are kept.
+
+    Raises DataError for what is missing, empty, broken, or has columns that fit no format.
+    """
+    files = _files(source.path)
+    if files is None:
+        return [_arrow_table(source.path, hub(source.path, source.name, source.split, source.revision), source, group)]
+    if source.name or source.revision or source.split != "train":
+        raise DataError(f"{source.path}: name, split and revision belong to hub data sets, this is a file; use `limit:`")
+    tables = []
+    for name, path in files:
+        if _suffix(path) in TEXT_SUFFIXES:
+            columns, size, fetch = hold(path)
+            _require_some(name, size)
+            tables.append(Table(name, size, fetch, layout(columns, source.columns, group, name)))
+        else:
+            tables.append(_arrow_table(name, _arrow(path), source, group))
+    return tables
+
+
+def _require_some(name: str, size: int) -> None:
+    if not size:
+        raise DataError(f"{name}: is empty, it holds no rows; write at least one, or leave it out")
+
+
+def _suffix(path: Path) -> str | None:
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
+def _files(text: str) -> list[tuple[str, Path]] | None:
+    """Resolve a path to (name in origins, file); None where it can only be a hub id."""
+    if text in BUILTIN:
+        packaged = Path(str(resources.files("fulcrum"))) / "data" / BUILTIN[text]
+        if not packaged.exists():
+            raise DataError(f"{text}: this installation lacks its data file {BUILTIN[text]}; reinstall fulcrum-llm")
+        return [(text, packaged)]
+    path = Path(text).expanduser()
+    if path.is_dir():
+        visible = (p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        found = sorted(p for p in visible if _suffix(p) and p.name not in SAVED_META)
+        if not found:
+            inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise DataError(f"{text}: this folder holds no data files ({', '.join(SUFFIXES)}); it holds: {inside}")
+    elif path.is_file():
+        found = [path]
+    elif any(character in text for character in "*?["):
+        matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        found = sorted(p for p in matches if p.is_file() and not p.name.startswith("."))
+        if not found:
+            raise DataError(f"{text}: no file matches this pattern; relative patterns start at {Path.cwd()}")
+    elif (
+        _suffix(path) is None
+        and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text)
+        and not (path.parent.name and path.parent.is_dir())
+    ):
+        return None
+    else:
+        raise DataError(f"{text}: {_missing(path)}")
+    for file in found:
+        if _suffix(file) is None:
+            raise DataError(f"{file}: unknown kind of file {file.suffix!r}; give one of {', '.join(SUFFIXES)}")
+    return [(str(file), file) for file in found]
+
+
+def _missing(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"no such file: there is no folder {path.parent}"
+    names = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))
+    near = get_close_matches(path.name, names, cutoff=0.5) or names[:8]
+    return "no such file" + (nearest(path.name, near) if near else f"; the folder {path.parent} is empty")
+
+
+def text_rows(path: Path) -> Iterator[Row]:
+    """Yield (line or row number, columns) of a .jsonl, .json or .csv file, gzipped or not.
+
+    Raises DataError with file:line for invalid UTF-8, broken JSON or CSV, and what is not an object.
+    """
+    kind = str(_suffix(path)).removesuffix(".gz")
+    if kind == ".csv":
+        yield from _csv(path)
+    elif kind == ".json":
+        text = "".join(line for _, line in _lines(path))
+        value = _json(text, path, 1) if text.strip() else []
+        if not isinstance(value, list):
+            keys = f" with the keys {', '.join(map(repr, value))}" if isinstance(value, dict) else ""
+            raise DataError(f"{path}: expected a list of objects, found {_kind(value)}{keys}; write the list of rows alone")
+        for number, row in enumerate(value, 1):
+            yield number, _object(row, f"{path}:{number}")
+    else:
+        for number, line in _lines(path):
+            if line.strip():
+                yield number, _object(_json(line.rstrip("\r\n"), path, number), f"{path}:{number}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number, text) of the lines, which end in a line feed only: JSON strings may hold other separators."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, raw in enumerate(stream, 1):
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _json(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}:{line + error.lineno - 1}: broken JSON: {error.msg} at column {error.colno}"
+        raise DataError(f"{place}; mend the line (.jsonl: one object a line, .json: one list of objects)") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{line}: broken JSON: {error}") from None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    return names.get(type(value), "a number or truth value")
+
+
+def _object(row: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with named columns, found {_kind(row)}: {row!r:.60}")
+    return row
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    header: list[str] | None = None
+    start = 1
+    try:
+        for fields in reader:
+            if header is None:
+                header = fields
+                if len(set(header)) < len(header):
+                    raise DataError(f"{path}:1: the header names a column twice: {', '.join(header)}")
+            elif fields:
+                if len(fields) != len(header):
+                    raise DataError(
+                        f"{path}:{start}: {len(fields)} fields, but the header has {len(header)}; quote fields with commas"
+                    )
+                yield start, dict(zip(header, fields, strict=True))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}:{start}: broken CSV: {error}; quote the field, double the quotes inside") from None
+
+
+def _arrow_table(name: str, data: Any, source: DataSource, group: str | None) -> Table:
+    """Wrap a `datasets.Dataset`. Only the columns in use are kept, so that no other (an image ...) is ever decoded."""
+    _require_some(name, len(data))
+    shape = layout(data.column_names, source.columns, group, name)
+    used = data.select_columns(sorted(set(shape.columns.values())))
+    return Table(name, len(used), lambda index: (index + 1, used[index]), shape)
+
+
+def _arrow(path: Path) -> Any:
+    """Open .parquet or .arrow memory-mapped, through the Arrow cache of `datasets`."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path.suffix[1:].lower(), data_files=str(path), split="train")
+    except Exception as error:  # whatever the readers of damaged files raise
+        raise DataError(f"{path}: not readable as {path.suffix[1:]}: {_cause(error)}; write the file again") from error
+
+
+def hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
+    """Load a hub data set as a `datasets.Dataset`; code that comes with it is never run. Raises DataError with what to do."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, config, split=split, revision=revision)
+    except Exception as error:  # errors of four libraries come through here
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "check the id, `name:`, `split:` and `revision:`; without a network, download it elsewhere and give its files"
+        if "gated" in cause.lower() or "authenticated" in cause.lower():
+            remedy = "accept its terms on its hub page, then run `hf auth login`"
+        here = "" if Path(name).exists() else f"{_missing(Path(name))}. And it "
+        raise DataError(f"{name}: {here}cannot be loaded as a hub data set: {cause}; {remedy}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """First line of the innermost error: `datasets` wraps what the reader of a file said."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,247 @@
+"""A stream of examples -> an adapter: one plain loop on Accelerate.
+
+An optimizer step is `batch_size` consecutive plan positions. The loss is the mean over all supervised tokens of the step,
+weighted by source, whatever rows and processes the step is cut into. At equal spacing the dev loss is measured, and the best
+adapter is what the run returns: one checkpoint rule for every arm.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fulcrum.config import TrainSettings
+from fulcrum.errors import StoreError
+from fulcrum.loss import Row, row_loss, rows
+from fulcrum.mix import Plan, share
+from fulcrum.model import LoadedModel, State, adapter_state, new_adapter, set_adapter_state
+from fulcrum.records import BoolArray, Share, Tokens, TrainPoint, TrialResult
+from fulcrum.store import fingerprint, plain, read_json
+
+Progress = Callable[[TrainPoint, int, float | None], None]  # log line, total steps, newest dev loss
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A plan with the tokens of the rows that it orders. `task` and `general` are indexed by the plan's row ids."""
+
+    plan: Plan
+    task: Sequence[Tokens]
+    general: Sequence[Tokens]
+
+    def step(self, index: int, batch_size: int) -> tuple[list[Tokens], BoolArray]:
+        """The examples of one optimizer step in order, and which of them are task rows."""
+        start = index * batch_size
+        is_task, ids = self.plan.slice(start, min(start + batch_size, len(self.plan)))
+        return [(self.task if own else self.general)[row] for own, row in zip(is_task, ids, strict=True)], is_task
+
+    def steps(self, batch_size: int) -> int:
+        """Number of optimizer steps; the last may be smaller."""
+        return math.ceil(len(self.plan) / batch_size)
+
+    def share(self) -> Share:
+        """Realised task shares in examples, tokens and loss tokens, counted over the whole stream."""
+        is_task, ids = self.plan.slice(0, len(self.plan))
+        examples = [(self.task if own else self.general)[row] for own, row in zip(is_task, ids, strict=True)]
+        return share(is_task, np.array([len(e) for e in examples]), np.array([e.n_loss for e in examples]))
+
+
+def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
+    """Linear warm-up, then linear decay that ends at `final_lr` of the peak on the last step (steps count from 0)."""
+    warmup = settings.warmup * steps if settings.warmup < 1 else settings.warmup
+    warmup = min(max(round(warmup), 1), steps)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    decay = (step - warmup + 1) / max(steps - warmup, 1)
+    return settings.learning_rate * (1 - (1 - settings.final_lr) * decay)
+
+
+class _Loss(nn.Module):
+    """What Accelerate wraps, so that gradients are shared between processes however a row is turned into a loss."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        self.peft = loaded.peft
+        self.loaded = loaded
+
+    def forward(self, row: Row, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return row_loss(self.loaded, row, weights)
+
+
+@dataclass
+class _Progress:
+    """All that a resumed run needs beside weights and optimizer. `done` steps are finished."""
+
+    done: int
+    best_step: int
+    best_dev: float
+    dev: list[tuple[int, float]]
+    history: list[TrainPoint]
+    tokens: int
+    seconds: float
+    stale: int = 0
+
+
+def train(
+    loaded: LoadedModel,
+    stream: Stream,
+    dev_loss: Callable[[], float],
+    settings: TrainSettings,
+    *,
+    seed: int,
+    repeats: int,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[State, TrialResult]:
+    """Train a fresh adapter on the stream; returns the weights that were best on dev, and the run's record.
+
+    `dev_loss` gives nats per token on the dev rows with the present adapter. With a `checkpoint` folder the run saves itself
+    every `save_every` steps, and goes on from the newest whole checkpoint found there: the result is the same, bit for bit.
+    Raises StoreError where a checkpoint belongs to other settings or another stream.
+    """
+    identity = fingerprint([plain(settings.model_dump(mode="json")), stream.plan.fingerprint, seed, loaded.name])
+    new_adapter(loaded, settings, seed)
+    module = _Loss(loaded)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
+    )
+    accelerator = Accelerator(cpu=loaded.device.type == "cpu")
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    torch.manual_seed(seed)  # adapter dropout
+    steps = stream.steps(settings.batch_size)
+    state = _Progress(0, 0, math.inf, [], [], 0, 0.0)
+    best: State = adapter_state(loaded)
+    if checkpoint is not None:
+        restored = _restore(checkpoint, identity, loaded, optimizer)
+        state, best = restored if restored is not None else (state, best)
+    measured = {max(1, round(steps * k / settings.evaluations)) for k in range(1, settings.evaluations + 1)}
+    before, started = state.seconds, time.perf_counter()
+    for step in range(state.done, steps):
+        if _stop_early(state, settings):
+            break
+        rate = learning_rate(step, steps, settings)
+        point = _step(accelerator, wrapped, optimizer, parameters, loaded, stream, settings, step, rate)
+        state.tokens += point.tokens
+        state.seconds = before + time.perf_counter() - started
+        point = TrainPoint(step + 1, point.task_loss, point.general_loss, rate, state.tokens, state.seconds)
+        state.history.append(point)
+        state.done = step + 1
+        newest = None
+        if step + 1 in measured:
+            newest = dev_loss()
+            state.dev.append((step + 1, newest))
+            state.stale += 1
+            if newest < state.best_dev:
+                state.best_step, state.best_dev, state.stale = step + 1, newest, 0
+                best = adapter_state(loaded)
+        if progress is not None:
+            progress(point, steps, newest)
+        if checkpoint is not None and accelerator.is_main_process and (step + 1) % settings.save_every == 0:
+            _save(checkpoint, identity, loaded, optimizer, best, state)
+    set_adapter_state(loaded, best)
+    return best, TrialResult(
+        repeats=repeats, steps=state.done, best_step=state.best_step, best_dev_nll=state.best_dev,
+        dev_nll=tuple(state.dev), history=tuple(state.history), share=stream.share(),
+        train_tokens=state.tokens, seconds=state.seconds,
+    )  # fmt: skip
+
+
+def _stop_early(state: _Progress, settings: TrainSettings) -> bool:
+    return settings.early_stopping_patience is not None and state.stale >= settings.early_stopping_patience
+
+
+def _step(
+    accelerator: Accelerator, wrapped: nn.Module, optimizer: Any, parameters: list[nn.Parameter],
+    loaded: LoadedModel, stream: Stream, settings: TrainSettings, step: int, rate: float,
+) -> TrainPoint:  # fmt: skip
+    """One optimizer step. Every process knows the whole step, so the divisor needs no communication."""
+    examples, is_task = stream.step(step, settings.batch_size)
+    weight = np.where(is_task, settings.task_weight, 1.0)
+    total = float(sum(w * example.n_loss for w, example in zip(weight, examples, strict=True)))
+    mine = list(range(accelerator.process_index, len(examples), accelerator.num_processes))
+    packed = rows([examples[i] for i in mine], loaded, settings.pack_tokens)
+    weight_of = torch.as_tensor(weight[mine], dtype=torch.float32, device=loaded.device)
+    task_of = torch.as_tensor(is_task[mine], device=loaded.device)
+    sums = torch.zeros(4, dtype=torch.float64)  # task nats, task targets, general nats, general targets
+    _set_adapter_dropout(loaded, settings, True)
+    for place, row in enumerate(packed):
+        # DDP averages over processes and shares gradients at the last row only.
+        weights = weight_of[row.owner] * (accelerator.num_processes / total)
+        with torch.enable_grad(), _sync(accelerator, wrapped, place == len(packed) - 1):
+            loss, nats = wrapped(row, weights)
+            accelerator.backward(loss)
+        own = task_of[row.owner]
+        for kind, chosen in enumerate((own, ~own)):
+            sums[2 * kind] += float(nats[chosen].sum(dtype=torch.float64))
+            sums[2 * kind + 1] += int(chosen.sum())
+    _set_adapter_dropout(loaded, settings, False)
+    accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    sums = accelerator.reduce(sums, reduction="sum")
+    task = float(sums[0] / sums[1]) if sums[1] else None
+    general = float(sums[2] / sums[3]) if sums[3] else None
+    return TrainPoint(step, task, general, rate, sum(len(e) for e in examples), 0.0)
+
+
+def _sync(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> Any:
+    return torch.enable_grad() if last else accelerator.no_sync(wrapped)
+
+
+def _set_adapter_dropout(loaded: LoadedModel, settings: TrainSettings, on: bool) -> None:
+    """Adapter dropout is the only dropout there is: the frozen base always runs in evaluation mode."""
+    if settings.lora_dropout > 0:
+        for name, module in loaded.peft.named_modules():
+            if "lora_dropout" in name:
+                module.train(on)
+
+
+def _save(folder: Path, identity: str, loaded: LoadedModel, optimizer: Any, best: State, state: _Progress) -> None:
+    """Write checkpoint-N beside its place and rename it; then drop the older ones."""
+    final = folder / f"checkpoint-{state.done}"
+    partial = folder / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(adapter_state(loaded), partial / "adapter.safetensors")
+        save_file(best, partial / "best.safetensors")
+        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, partial / "optimizer.pt")
+        (partial / "state.json").write_text(json.dumps({"identity": identity, "best_dev": state.best_dev, **plain(state)}))
+        partial.rename(final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StoreError(f"{final}: cannot save: {error.strerror or error}; free space or set another output_dir") from error
+    for old in folder.glob("checkpoint-*"):
+        if old != final:
+            shutil.rmtree(old)
+
+
+def _restore(folder: Path, identity: str, loaded: LoadedModel, optimizer: Any) -> tuple[_Progress, State] | None:
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    if not found:
+        return None
+    newest = found[-1]
+    data = read_json(newest / "state.json")
+    if data.pop("identity") != identity:
+        raise StoreError(f"{newest}: made with other settings, data or model; choose another output_dir")
+    set_adapter_state(loaded, load_file(newest / "adapter.safetensors"))
+    saved = torch.load(newest / "optimizer.pt", weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"])
+    data["best_dev"] = math.inf if data["best_dev"] is None else data["best_dev"]
+    data["dev"] = [(step, value) for step, value in data["dev"]]
+    data["history"] = [TrainPoint(**point) for point in data["history"]]
+    return _Progress(**data), load_file(newest / "best.safetensors")

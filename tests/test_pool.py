@@ -1,0 +1,154 @@
+"""The pool stays on disk and gives the rows that `read` gives; selection counts every row and plants no leak."""
+
+import json
+import os
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fulcrum.config import DataSource
+from fulcrum.errors import DataError
+from fulcrum.ingest import read
+from fulcrum.pool import open_pool, select
+from fulcrum.records import Anchor, Example, Message, Reject
+
+
+@pytest.fixture(autouse=True)
+def _own_arrow_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("arrow"))
+
+
+def jsonl(path, *pairs):
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs), encoding="utf-8")
+    return DataSource(path=str(path))
+
+
+def task(prompt, answer):
+    return Example((Message("user", prompt), Message("assistant", answer)), prompt, "task:1")
+
+
+def pick(pool, count, *, seed=0, fits=lambda row: None, task_rows=(), held_out_rows=(), anchors=()):
+    return select(pool, count, seed=seed, fits=fits, task_rows=task_rows, held_out_rows=held_out_rows, anchors=anchors)
+
+
+def test_the_pool_gives_what_read_gives(tmp_path):
+    text = jsonl(tmp_path / "a.jsonl", ("q1", "NA"), ("q2", ""), ("q3", "2020-01-01"))
+    (tmp_path / "b.csv").write_text("prompt,completion\nq4,5\n")
+    pq.write_table(
+        pa.Table.from_pylist([{"instruction": "q5", "output": "a"}, {"instruction": "q6", "output": "a"}]),
+        tmp_path / "c.parquet",
+    )
+    sources = [text, DataSource(path=str(tmp_path / "b.csv")), DataSource(path=str(tmp_path / "c.parquet"))]
+    pool = open_pool(sources, seed=0)
+    examples, rejects = read(sources)
+    rows = [pool[i] for i in range(len(pool))]
+    assert [row for row in rows if isinstance(row, Example)] == examples
+    assert [row for row in rows if isinstance(row, Reject)] == rejects
+    assert [examples[1].origin, examples[2].answer] == [f"{text.path}:3", "5"]
+    with pytest.raises(IndexError):
+        pool[6]
+
+
+def test_a_changed_file_is_parsed_again_and_limits_are_seeded(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", ("old", "a"))
+    assert open_pool([source], seed=0)[0].question == "old"
+    jsonl(tmp_path / "a.jsonl", ("new", "a"))
+    os.utime(tmp_path / "a.jsonl", (1, 1))
+    assert open_pool([source], seed=0)[0].question == "new"
+    jsonl(tmp_path / "a.jsonl", *[(f"question {i}", "a") for i in range(20)])
+    drawn = open_pool([source.model_copy(update={"limit": 5})], seed=0)
+    assert [row.origin for row in drawn] == [row.origin for row in read([source.model_copy(update={"limit": 5})])[0]]
+    assert len(drawn) == 5
+
+
+def test_rows_with_different_columns_share_one_reading(tmp_path):
+    rows = [{"query": "q1", "response": "a"}, {"query": "q2", "response": "a", "system": "s", "history": [["x", "y"]]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [len(row.messages) for row in open_pool([DataSource(path=str(tmp_path / "a.jsonl"))], seed=0)] == [2, 5]
+
+
+def test_broken_and_empty_files_are_refused_as_when_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a"}\n{"prompt"\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: broken JSON"):
+        open_pool([DataSource(path=str(tmp_path / "a.jsonl"))], seed=0)
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"a\.jsonl: is empty"):
+        open_pool([DataSource(path=str(tmp_path / "a.jsonl"))], seed=0)
+    assert len(open_pool([], seed=0)) == 0
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(DataError, match=r"a\.jsonl: its Arrow cache cannot be written: .*set HF_DATASETS_CACHE"):
+        open_pool([jsonl(tmp_path / "a.jsonl", ("q", "a"))], seed=0)
+
+
+WORDS = [f"{letter}{letter}" for letter in "abcdefghijklmnopqr"]
+
+
+def test_every_planted_fault_is_counted_with_its_reason(tmp_path):
+    thirteen, twelve, eight = " ".join(WORDS[:13]), " ".join(WORDS[1:13]), " ".join(WORDS[:8])
+    pool = open_pool(
+        [
+            jsonl(
+                tmp_path / "a.jsonl",
+                ("fine", "kept"),
+                ("Fine ", "KEPT"),
+                ("no answer", ""),
+                ("Say:", f"so {thirteen.upper()}, yes"),
+                ("half here: " + " ".join(WORDS[:6]), " ".join(WORDS[6:13])),
+                ("near miss", twelve),
+                ("eight:", "one two three four five six seven eight"),
+                ("Capital of Iceland?", "Reykjavik!"),
+                ("capital of Iceland", "Reykjavik, a city"),
+                ("held out", "test words that nobody may ever see in any training row at all"),
+                ("a long one", "x " * 50),
+                ("short overlap", eight),
+            )
+        ],
+        seed=0,
+    )
+    rows = [task(" ".join(WORDS[:9]), " ".join(WORDS[9:])), task("one two three four five six", "seven eight nine")]
+    rows.append(task("capital of iceland", "reykjavik"))
+    held = [task("so these are", "test words that nobody may ever see in any training row at all")]
+    chosen = pick(pool, 99, task_rows=rows, held_out_rows=held, fits=lambda row: "too long" if len(row.answer) > 90 else None)
+    kept = {e.question.strip().casefold() for e in chosen.examples}
+    assert kept == {"fine", "near miss", "capital of iceland", "short overlap"}
+    assert Counter(r.reason for r in chosen.rejects) == {
+        "duplicate": 1,
+        "empty answer": 1,
+        "shares a 13-gram with task data": 3,
+        "shares an 8-gram with task data": 1,
+        "is a task row": 1,
+        "too long": 1,
+    }
+    assert len(chosen.examples) + len(chosen.rejects) == len(pool) == 12
+    assert chosen.exhausted
+
+
+def test_a_selection_is_seeded_and_the_beginning_of_a_larger_one(tmp_path):
+    pool = open_pool([jsonl(tmp_path / "a.jsonl", *[(f"q{i}", "a" if i % 5 else "") for i in range(50)])], seed=0)
+    small, large = pick(pool, 10), pick(pool, 20)
+    assert not small.exhausted
+    assert large.ids[:10].tolist() == small.ids.tolist()
+    assert small.ids.dtype == np.int64
+    assert [pool[int(i)] for i in small.ids] == small.examples
+    assert pick(pool, 10, seed=1).ids.tolist() != small.ids.tolist()
+    everything = pick(pool, 41)
+    assert (len(everything.examples), len(everything.rejects), everything.exhausted) == (40, 10, True)
+    nothing = pick(pool, 0)
+    assert (nothing.examples, nothing.rejects, nothing.exhausted) == ([], [], False)
+
+
+@pytest.mark.parametrize("place", ["prompt", "answer"])
+def test_a_general_row_with_the_anchors_text_is_refused(tmp_path, place):
+    text = "please ANSWER  with\none word now"
+    source = jsonl(tmp_path / "a.jsonl", ("q", "a"), (text, "a") if place == "prompt" else ("r", text))
+    pool = open_pool([source], seed=0)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*anchor's text 'answer with one word'.* remove every such row"):
+        pick(pool, 2, anchors=[Anchor("Answer with one word")])
+    assert len(pick(pool, 2, anchors=[Anchor("Answer with two words"), Anchor(" ")]).examples) == 2

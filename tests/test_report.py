@@ -1,0 +1,356 @@
+"""The report states what results.json holds, and nothing of the user's text can act in the page."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fulcrum import report, store, summary
+from fulcrum.errors import StoreError
+from fulcrum.records import ArmResult, Difference, Prediction, Results, Score, Share, TaskFacts, TrainPoint, TrialResult
+
+ARMS = {"base": 2.31, "base_anchor": 2.05, "sft": 1.42, "sft_anchor": 1.38, "mix": 1.33, "tell": 1.26}
+MATCH = {"base": 0.02, "base_anchor": 0.05, "sft": 0.4, "sft_anchor": 0.45, "mix": 0.483, "tell": 0.55}
+EVIL = "<script>alert(1)</script>"
+
+
+def score(metric: str, value: float, n: int = 60, groups: int = 60, half: float = 0.1) -> Score:
+    return Score(metric, value, value - half, value + half, n, groups, metric != "nll", (value,) * 3)
+
+
+def trial(arm: str, level: float, steps: int = 120) -> TrialResult:
+    mixed = arm in ("mix", "tell")
+    history = tuple(
+        TrainPoint(s, level + 1 / s if not mixed or s % 2 else None, 2.4 - s / 1000 if mixed else None, 5e-4, 900 * s, 0.5 * s)
+        for s in range(1, steps + 1)
+    )
+    dev = tuple((s, level + 0.1 + abs(s - 75) / 100) for s in range(15, steps + 1, 15))
+    share = Share(0.2, 0.08, 0.03, 192, 768, 110_000, 41_000) if mixed else Share(1.0, 1.0, 1.0, 960, 0, 52_000, 9_000)
+    return TrialResult(4, steps, 75, level + 0.1, dev, history, share, share.total_tokens, 61.5)
+
+
+def arm_result(arm: str, seed: int, tasks: tuple[str, ...], shift: float) -> ArmResult:
+    level = ARMS[arm] + (0 if arm.startswith("base") else shift)
+    trained = not arm.startswith("base")
+    scores = {task: (score("nll", level), score("exact_match", MATCH[arm])) for task in tasks}
+    general = {
+        "builtin": score("nll", 2.0 + {"sft": 0.3, "sft_anchor": 0.25, "mix": 0.01, "tell": -0.02}.get(arm, 0.0) + shift)
+    }
+    trials = (trial(arm, level), trial(arm, level + 0.05)) if trained else ()
+    predictions = (Prediction(f"t.jsonl:{seed}", "g", "p", "g", "o", 1.0, 1),)
+    return ArmResult(arm, seed, trials, 0 if trained else None, scores, {tasks[0]: predictions}, general, 130.0)
+
+
+def make(
+    seeds: tuple[int, ...] = (0,), tasks: tuple[str, ...] = ("tickets",), bounds: tuple[float, float] = (-0.2, -0.03), **changes
+) -> dict:
+    middle = round(sum(bounds) / 2, 3)
+    differences = tuple(
+        Difference(
+            task, metric, "tell", reference, sign * middle, *sorted(sign * b for b in bounds), len(seeds), metric != "nll"
+        )
+        for task in tasks
+        for reference in ("sft", "sft_anchor", "mix")
+        for metric, sign in (("nll", 1), ("exact_match", -1))
+    )
+    arms = tuple(arm_result(arm, seed, tasks, 0.02 * i) for i, seed in enumerate(seeds) for arm in ARMS)
+    facts = tuple(
+        TaskFacts(t, "Sort the ticket below; answer with one JSON object.", "user_prefix", 48, 12, 60, 60, 5321) for t in tasks
+    )
+    settings = {
+        "model": "smollm2-135m-instruct",
+        "eval": {"draws": 2000},
+        "train": {"lora_r": 16, "lora_alpha": 32.0, "learning_rate": 5e-4, "batch_size": 8},
+    }
+    notes = ("3 general rows shared a 13-gram with a test row and were dropped.",)
+    values = {
+        **{"kind": "compare", "settings": settings, "environment": {"torch": "2.13.0", "python": "3.11.2"}, "tasks": facts},
+        **{"notes": notes, "rejects": {"empty answer": 2, "duplicate of a test row": 1}, "arms": arms},
+        **{"differences": differences, "step_cap": 120, "seconds": 903.2, "peak_memory_bytes": 1_500 * 2**20},
+    }
+    plain = store.plain(Results(**(values | changes)))
+    for arm in plain["arms"]:
+        arm["predictions"] = {}
+    return json.loads(json.dumps(plain, allow_nan=False))
+
+
+def predictions(task: str = "tickets", text: str = "Printer on floor 3 is out of toner.") -> list[dict]:
+    rows = []
+    for row in range(15):
+        for arm, level in ARMS.items():
+            gap = row if arm == "tell" else 0
+            value = Prediction(
+                f"{task}.jsonl:{row}", f"g{row}", f"{text} #{row}", '{"queue": "it"}', f"{arm} says {row}", 5 * level + gap, 5
+            )
+            rows.append({"arm": arm, "seed": 0, "task": task, **store.plain(value)})
+    return rows
+
+
+def folder_with(tmp_path: Path, results: dict, lines: list[dict]) -> Path:
+    store.write_json(tmp_path / "results.json", results)
+    store.write_jsonl(tmp_path / "predictions.jsonl", lines)
+    return tmp_path
+
+
+def terminal(results: dict, width: int = 240) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(*report.tables(results))
+    return capture.get()
+
+
+class TestHeadline:
+    def test_a_gain_is_stated_against_the_best_arm_without_general_data(self):
+        assert report.headline(make()) == (
+            "tell is better than sft_anchor by 0.115 nats per answer token (95% interval 0.030 to 0.200; n=60 test rows, "
+            "one seed: differences between seeds are not covered)."
+        )
+
+    def test_an_interval_over_0_shows_no_gain_and_advises_sft(self):
+        assert report.headline(make(bounds=(-0.2, 0.04))) == (
+            "No gain shown: tell's advantage over sft_anchor is 0.080 nats per answer token (95% interval −0.040 to 0.200; "
+            "n=60 test rows, one seed: differences between seeds are not covered). Use SFT with the anchor."
+        )
+
+    def test_a_loss_is_said_plainly(self):
+        assert report.headline(make(seeds=(0, 1), bounds=(0.03, 0.2))) == (
+            "tell is worse than sft_anchor by 0.115 nats per answer token (95% interval 0.030 to 0.200; n=60 test rows, "
+            "2 seeds). Use SFT with the anchor."
+        )
+
+    def test_the_direction_of_the_metric_counts(self):
+        results = make()
+        for arm in results["arms"]:
+            arm["scores"]["tickets"].reverse()  # exact_match first
+        assert "tell is better than sft_anchor by 0.115 in exact match (95% interval 0.030 to 0.200;" in report.headline(
+            results
+        )
+
+    def test_an_unknown_interval_is_no_gain(self):
+        results = make()
+        for difference in results["differences"]:
+            difference["low"] = difference["high"] = None
+        assert report.headline(results).startswith("No gain shown: tell's advantage over sft_anchor is 0.115")
+
+    def test_an_untrained_model_that_wins_is_recommended(self):
+        extra = Difference("tickets", "nll", "tell", "base_anchor", 0.4, 0.3, 0.5, 1, False)
+        results = make(differences=(extra,))
+        assert report.headline(results).endswith("Use the base model with the anchor, untrained.")
+
+    def test_every_task_has_its_say(self):
+        text = report.headline(make(tasks=("a", "b")))
+        assert text.startswith("a: tell is better")
+        assert " b: tell is better" in text
+
+    @pytest.mark.parametrize("kind", ["train", "eval"])
+    def test_without_a_comparison_the_scores_are_stated(self, kind: str):
+        text = report.headline(make(kind=kind))
+        assert text.startswith("NLL in nats per answer token [95% interval]: base 2.310 [2.210, 2.410]; base_anchor")
+        assert text.endswith("tell 1.260 [1.160, 1.360] (n=60 test rows, one seed: differences between seeds are not covered).")
+        assert "better" not in text
+
+    def test_groups_are_named_where_they_are_fewer_than_rows(self):
+        results = make()
+        for arm in results["arms"]:
+            arm["scores"]["tickets"][0]["n_groups"] = 20
+        assert "n=60 test rows in 20 groups" in report.headline(results)
+
+
+class TestNumbers:
+    def test_one_seed_keeps_the_bootstrap_interval(self):
+        rows = {row[0]: row for row in summary.score_grid(make(), "tickets").rows}
+        assert rows["tell"] == ("tell", "1.260 [1.160, 1.360]", "0.550 [0.450, 0.650]", "−0.020")
+        assert rows["base"][-1] == "reference"
+        assert rows["sft"][-1] == "0.300"
+
+    def test_two_seeds_give_a_t_interval_for_trained_arms_only(self):
+        rows = {row[0]: row for row in summary.score_grid(make(seeds=(0, 1)), "tickets").rows}
+        # values 1.26 and 1.28: mean 1.27, standard error 0.01, t(1 df) = 12.706
+        assert rows["tell"][1] == "1.270 [1.143, 1.397]"
+        assert rows["base"][1] == "2.310 [2.210, 2.410]"
+        # both the arm's and the base model's general NLL moved by 0.02, so the change is the same for every seed
+        assert rows["tell"][-1] == "−0.020 [−0.020, −0.020]"
+
+    def test_a_missing_value_is_a_dash_and_spoils_no_other(self):
+        results = make()
+        results["arms"][2]["scores"]["tickets"][0].update(value=None, low=None, high=None)
+        grid = summary.score_grid(results, "tickets")
+        assert grid.rows[2][1] == "–"
+        assert grid.marks == ("base", "base", "", "", "", "best")
+
+    def test_shares_steps_and_cost(self):
+        training = {row[0]: row[1:] for row in summary.training_grid(make()).rows}
+        assert training["tell"] == ("20%", "8%", "3%", "192", "768", "4", "75", "120", "110,000")
+        assert "base" not in training
+        assert summary.cost_grid(make(seeds=(0, 1))).rows[5] == ("tell", "2", "4", "440,000", "260")
+
+    def test_seeds_that_differ_are_shown_as_a_range(self):
+        results = make(seeds=(0, 1))
+        results["arms"][-1]["trials"][0]["steps"] = 90
+        assert summary.training_grid(results).rows[-1][-2] == "90–120"
+
+    def test_verdicts(self):
+        assert summary.verdict(0.1, 0.2, higher_is_better=True) == "better"
+        assert summary.verdict(0.1, 0.2, higher_is_better=False) == "worse"
+        assert summary.verdict(-0.2, -0.1, higher_is_better=False) == "better"
+        assert summary.verdict(0.0, 0.2, higher_is_better=True) == "no difference shown"
+        assert summary.verdict(float("nan"), float("nan"), higher_is_better=True) == "no difference shown"
+
+
+class TestTerminal:
+    def test_one_table_a_task_and_one_of_differences(self):
+        results = make(tasks=("a", "b"))
+        assert [str(table.title) for table in report.tables(results)] == ["a", "b", "Paired differences"]
+        text = terminal(results)
+        assert "1.260 [1.160, 1.360]" in text
+        assert "20% / 8% / 3%" in text
+        assert re.search(r"tell − sft_anchor +a +exact match +0.115 \[0.030, 0.200\] +1 +better", text)
+
+    def test_a_narrow_terminal_loses_no_digit(self):
+        text = terminal(make(), width=80)
+        assert "…" not in text
+        assert text.count("1.360]") == 1  # tell's upper bound
+
+    def test_names_are_no_markup(self):
+        assert "[red]a[/red]" in terminal(make(tasks=("[red]a[/red]",)))
+
+    def test_a_run_without_differences_has_no_empty_table(self):
+        assert len(report.tables(make(kind="train", differences=()))) == 1
+
+
+class TestPage:
+    def test_user_text_is_inert_everywhere(self):
+        anchor = TaskFacts(EVIL, EVIL, "user_prefix", 1, 1, 60, 60, 10)
+        results = make(tasks=(EVIL,), notes=(EVIL,), rejects={EVIL: 1}, environment={EVIL: EVIL}, settings={"model": EVIL})
+        results["tasks"] = [store.plain(anchor)]
+        results["arms"][0]["general_nll"] = {EVIL: results["arms"][0]["general_nll"]["builtin"]}
+        rows = predictions(EVIL, EVIL)
+        for row in rows:
+            row.update(output=EVIL, gold=EVIL, origin=f"{EVIL}{row['origin']}")
+        page = report.html(results, rows)
+        assert "<script" not in page.lower()
+        assert page.count("&lt;script&gt;") > 20
+
+    def test_the_page_asks_no_network(self, tmp_path: Path):
+        page = report.html(make(), predictions())
+        assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
+        assert not re.search(r"url\((?!#)|@import|<(link|iframe|img|object|script)\b", page)
+        assert "default-src 'none'" in page
+
+    def test_equal_inputs_give_an_equal_file_below_a_megabyte(self, tmp_path: Path):
+        results = make(seeds=(0, 1), tasks=("tickets", "mails"))
+        folder = folder_with(tmp_path, results, predictions(text="x" * 5000) + predictions("mails", "y" * 5000))
+        path = report.write(folder)
+        first = path.read_bytes()
+        assert path == folder / "report.html"
+        assert len(first) < 1_000_000
+        report.write(folder)
+        assert path.read_bytes() == first
+
+    def test_all_sections_and_figures_have_names(self):
+        page = report.html(make(), predictions())
+        for name in ("scores", "training", "forgetting", "examples", "data", "method", "cost", "settings"):
+            assert page.count(f'id="{name}"') == 1
+        assert len(re.findall(r'role="img" aria-label="[^"]{40,}"', page)) == 3
+        ids = re.findall(r'<h2 id="([^"]+)"', page)
+        assert len(ids) == len(set(ids)) == 9
+        for words in ("tell is better than sft_anchor by 0.115", "duplicate of a test row", "shared a 13-gram", "1,500 MiB"):
+            assert words in page
+        assert "no trial of any arm took more than 120 optimizer steps" in page
+
+    def test_examples_are_the_rows_where_tell_and_sft_differ_most(self):
+        shown = report.examples(make(), predictions())["tickets"]
+        assert len(shown) == 10
+        assert shown[0]["origin"] == "tickets.jsonl:14"
+        assert shown[0]["outputs"][5] == ("tell", "tell says 14", "4.060")
+        assert shown[0]["prompt"] == "Printer on floor 3 is out of toner. #14"
+
+    def test_long_texts_are_cut_and_say_so(self):
+        shown = report.examples(make(), predictions(text="x" * 5000))["tickets"]
+        assert shown[0]["prompt"].endswith("x … (4,304 more characters)")
+
+    def test_an_eval_without_predictions_or_training_still_has_a_page(self, tmp_path: Path):
+        arms = tuple(replace(arm_result(arm, 0, ("tickets",), 0), general_nll={}) for arm in ("base", "base_anchor"))
+        folder = folder_with(tmp_path, make(kind="eval", arms=arms, differences=(), notes=(), rejects={}), [])
+        (folder / "predictions.jsonl").unlink()
+        page = report.write(folder).read_text()
+        assert "No predictions are stored" in page
+        assert "No arm was trained" in page
+        assert "No row was rejected" in page
+
+    def test_a_line_separator_inside_a_row_breaks_no_line(self, tmp_path: Path):
+        folder = folder_with(tmp_path, make(), predictions(text="a\u2028b\x85c"))
+        assert "a\u2028b\x85c #14" in report.write(folder).read_text()
+
+    def test_scored_rows_without_text_say_so(self):
+        rows = [row | {"output": None} for row in predictions()]
+        assert "only scored, no text generated" in report.html(make(), rows)
+
+
+class TestLoad:
+    def test_what_was_written_is_read(self, tmp_path: Path):
+        assert report.load(folder_with(tmp_path, make(), [])) == make()
+
+    def test_a_missing_folder_or_file(self, tmp_path: Path):
+        with pytest.raises(StoreError, match="no such run folder"):
+            report.load(tmp_path / "nowhere")
+        with pytest.raises(StoreError, match=r"results\.json: no such file"):
+            report.load(tmp_path)
+
+    def test_another_version(self, tmp_path: Path):
+        with pytest.raises(StoreError, match="has version 2, this Fulcrum reads 1"):
+            report.load(folder_with(tmp_path, make() | {"version": 2}, []))
+
+    def test_a_damaged_file(self, tmp_path: Path):
+        (tmp_path / "results.json").write_text('{"version": 1')
+        with pytest.raises(StoreError, match="not readable as JSON"):
+            report.load(tmp_path)
+        store.write_json(tmp_path / "results.json", [1])
+        with pytest.raises(StoreError, match="has version None"):
+            report.load(tmp_path)
+        store.write_json(tmp_path / "results.json", {"version": 1, "arms": []})
+        with pytest.raises(StoreError, match="lacks differences, environment, kind"):
+            report.load(tmp_path)
+
+    def test_a_damaged_prediction_names_its_line(self, tmp_path: Path):
+        folder = folder_with(tmp_path, make(), predictions()[:1])
+        with (folder / "predictions.jsonl").open("a") as stream:
+            stream.write('{"arm": "te')
+        with pytest.raises(StoreError, match=r"predictions\.jsonl:2: not readable as JSON"):
+            report.write(folder)
+
+
+class TestCard:
+    def test_it_says_what_how_and_how_well(self):
+        text = report.card(make(), "The tokenizer's chat template adds the anchor.")
+        assert text.startswith("---\nlibrary_name: peft\n")
+        assert "\n# tickets: a LoRA adapter for smollm2-135m-instruct\n" in text
+        assert "```text\nSort the ticket below; answer with one JSON object.\n```" in text
+        assert "placement `user_prefix`" in text
+        assert "| tell | 1.260 [1.160, 1.360] | 0.550 [0.450, 0.650] | −0.020 |" in text
+        assert "| tickets | 48 | 12 | 60 | 60 | 5,321 |" in text
+        assert "apply_chat_template" in text
+        assert "for one training seed" in text
+        assert "LoRA r=16" in text
+        assert "empty answer 2, duplicate of a test row 1." in text
+        assert "\n\n\n\n" not in text
+
+    def test_an_anchor_cannot_leave_its_fence(self):
+        results = make()
+        results["tasks"][0]["anchor"] = "a ```` b\n```\n<b>"
+        assert "`````text\na ```` b\n```\n<b>\n`````" in report.card(results, "")
+
+    def test_without_anchor_there_is_no_anchor_section(self):
+        results = make()
+        results["tasks"][0].update(anchor=None, placement=None)
+        assert "## Anchor" not in report.card(results, "")
+
+
+def test_the_report_needs_no_torch():
+    code = "import sys, fulcrum.report as r; assert not {'torch', 'matplotlib', 'jinja2', 'rich'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
