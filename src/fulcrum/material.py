@@ -60,10 +60,10 @@ def read_task(settings: TaskSettings, seed: int) -> tuple[Task, list[Reject]]:
         if sources:
             parts[name], refused = ingest.read(sources, group=settings.group)
             rejects += refused
-            ingest.check_overlap(train, parts[name], name)
+            ingest.check_overlap(train, parts[name], name, by_group=settings.group is not None)
         else:
             train, parts[name] = ingest.split(train, part_of_train, seed=0)
-    ingest.check_overlap(parts["dev"], parts["test"], "test")
+    ingest.check_overlap(parts["dev"], parts["test"], "test", by_group=settings.group is not None)
     train = ingest.subset(train, settings.train_limit or len(train), seed_for(seed, "data"))
     dev = ingest.subset(parts["dev"], settings.dev_limit or len(parts["dev"]), 0)
     test = ingest.subset(parts["test"], settings.test_limit or len(parts["test"]), 0)

@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fulcrum import config, encode, evaluate, export, generate, material, metrics, mix, model, report, store
-from fulcrum import train as training
+from fulcrum import config, encode, export, generate, material, metrics, mix, model, report, scoring, store, training
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
 from fulcrum.material import Material
@@ -161,12 +160,12 @@ def run_arm(
     scores, predictions = {}, {}
     for task in rows.tasks:
         label = f"{arm.name} seed {seed}: answers to {task.name}"
-        predictions[task.name] = evaluate.predict(
+        predictions[task.name] = scoring.predict(
             loaded, task, task.test, anchored=arm.anchored, batch_tokens=settings.eval.batch_tokens,
             count=lambda done, total, label=label: watcher.count(label, done, total),  # type: ignore[misc]
         )  # fmt: skip
         scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
-    forgotten = evaluate.general_loss(loaded, rows.held_out, draws=settings.eval.draws)
+    forgotten = scoring.general_loss(loaded, rows.held_out, draws=settings.eval.draws)
     seconds = sum(result.seconds for result in results)
     return ArmResult(arm.name, seed, tuple(results), chosen, scores, predictions, forgotten, seconds), best
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fulcrum import compare as comparing
-from fulcrum import config, encode, evaluate, generate, ingest, metrics, model
+from fulcrum import comparison, config, encode, generate, ingest, metrics, model, scoring
 from fulcrum import run as running
 from fulcrum.config import DataSource, Settings
 from fulcrum.errors import ConfigError, StoreError, nearest
@@ -94,7 +93,7 @@ def evaluate_run(
         examples = ingest.subset(examples, wanted.test_limit or len(examples), 0)
     names = tuple(metric_names) or wanted.metrics
     scored = Task(wanted.name, (), (), tuple(examples), adapter.anchor(task), names, wanted.max_new_tokens)
-    predictions = evaluate.predict(
+    predictions = scoring.predict(
         adapter.loaded, scored, examples, anchored=scored.anchor is not None, batch_tokens=adapter.settings.eval.batch_tokens
     )
     return metrics.score(predictions, names, draws=adapter.settings.eval.draws), predictions
@@ -107,4 +106,4 @@ def train(**settings: Any) -> Results:
 
 def compare(**settings: Any) -> Results:
     """Compare arms; the keywords are the keys of the YAML file (`model=`, `task=`, `compare=` ...)."""
-    return comparing.compare(config.from_dict(settings))
+    return comparison.compare(config.from_dict(settings))
