@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from jinja2 import TemplateError
 
 from fulcrum import anchor as anchors
 from fulcrum.errors import DataError, ModelError
@@ -137,8 +138,14 @@ def _prompt_ids(text: str, form: Format) -> list[int]:
 
 
 def prompt_ids(messages: Sequence[Message], form: Format) -> list[int]:
-    """Token ids of a prompt (messages without the final answer), the generation prompt and response prefix included."""
-    return _prompt_ids(_prompt_text(messages, form), form)
+    """Token ids of a prompt (messages without the final answer), the generation prompt and response prefix included.
+
+    Raises DataError where the model's chat template refuses the messages.
+    """
+    try:
+        return _prompt_ids(_prompt_text(messages, form), form)
+    except TemplateError as error:
+        raise DataError(f"the model's chat template refuses these messages: {error}") from error
 
 
 def _answer_ids(answer: str, form: Format) -> list[int]:
@@ -151,25 +158,34 @@ def encode(example: Example, form: Format) -> Tokens:
 
     Earlier answers of a multi-turn row are trained too, where the template renders a conversation so far as the beginning of
     the longer one (some drop reasoning from past turns: there, and for anchors that stand after the last question, only the
-    last answer is). Raises DataError where no answer may be trained.
+    last answer is). An answer that stands before any question is context. Raises DataError where no answer may be trained,
+    and where the model's chat template refuses the row.
     """
-    trained = [i for i, message in enumerate(example.messages) if message.role == "assistant" and message.train]
+    question = next((i for i, message in enumerate(example.messages) if message.role == "user"), len(example.messages))
+    answers = [i for i, message in enumerate(example.messages) if message.role == "assistant" and i > question]
+    trained = [i for i in answers if example.messages[i].train]
     if not trained:
         raise DataError(f"{example.origin}: no answer to train (every assistant message has weight 0); drop the row")
-    if anchors.last_answer_only(form.anchor):
-        trained = trained[-1:]
+    try:
+        return _tokens(example.messages, trained[-1:] if anchors.last_answer_only(form.anchor) else trained, form)
+    except TemplateError as error:
+        raise DataError(f"{example.origin}: the model's chat template refuses this row: {error}") from error
+
+
+def _tokens(messages: Sequence[Message], trained: Sequence[int], form: Format) -> Tokens:
+    """Encode up to the last of the `trained` answers (places in `messages`)."""
     ids: list[int] = []
     mask: list[bool] = []
     done = ""
     for i in trained:
-        text = _prompt_text(example.messages[:i], form)
+        text = _prompt_text(messages[:i], form)
         if not text.startswith(done):
-            return final_answer(example, form)
+            return _tokens(messages, trained[-1:], form)
         part = _prompt_ids(text[len(done) :], form)
-        answer = _answer_ids(example.messages[i].content, form)
+        answer = _answer_ids(messages[i].content, form)
         ids += part + answer
         mask += [False] * len(part) + [True] * len(answer)
-        done = text + _hide(example.messages[i].content, form) + form.end_text
+        done = text + _hide(messages[i].content, form) + form.end_text
     return Tokens(np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=np.bool_))
 
 

@@ -105,7 +105,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return (each * weights).sum(), each
 
     @staticmethod
-    def backward(ctx: Any, total_gradient: Tensor, _each: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, total_gradient: Tensor, _each: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * total_gradient.to(gradient.dtype), None, None, None
 
@@ -118,7 +118,8 @@ def row_loss(loaded: LoadedModel, row: Row, weights: Tensor) -> tuple[Tensor, Te
     _checkpointing(loaded, row)
     with loaded.precision(), _adapter_precision(loaded):
         if loaded.split_head:
-            total, each = _ChunkedLoss.apply(_hidden(loaded, row), loaded.head, row.labels, weights)
+            apply: Any = _ChunkedLoss.apply
+            total, each = apply(_hidden(loaded, row), loaded.head, row.labels, weights)
             return total, each
         losses = functional.cross_entropy(_logits_everywhere(loaded, row).float(), row.labels, reduction="none")
         return (losses * weights).sum(), losses.detach()

@@ -149,7 +149,10 @@ class _Cleaner:
         def fits(example: Example) -> str | None:
             if example.origin in outside:
                 return "held out for measuring forgetting"
-            return f"over {self.limit} tokens" if len(encode.encode(example, self.plain)) > self.limit else None
+            try:
+                return f"over {self.limit} tokens" if len(encode.encode(example, self.plain)) > self.limit else None
+            except DataError:
+                return "refused by the model's chat template"
 
         return pool.select(
             self.pool, count, seed=seed, fits=fits,

@@ -6,14 +6,17 @@ model is never loaded twice and never changed.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as functional
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fulcrum import attention, encode, gguf
 from fulcrum.config import TrainSettings
@@ -21,9 +24,9 @@ from fulcrum.errors import ModelError
 
 State = dict[str, Tensor]
 
-# PEFT refuses these layers in models whose kernels read the weights directly.
-_STATE_SPACE = {"mamba": ["out_proj", "conv1d"], "mamba2": ["out_proj", "conv1d"], "falcon_mamba": ["out_proj", "conv1d"]}
-_STATE_SPACE["falcon_h1"] = ["out_proj", "conv1d"]
+# State-space kernels read these layers' weights directly: PEFT refuses two of them, an adapter on the third would never run.
+_STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_READ_BY_KERNELS = ["out_proj", "conv1d", "dt_proj"]
 
 
 @dataclass
@@ -83,12 +86,48 @@ def load(name: str, settings: TrainSettings, *, trust_remote_code: bool = False,
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     if settings.load_in_4bit:
         options["quantization_config"] = _four_bit(device)
-    try:
+    with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         causal = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"model {name!r}: cannot load: {str(error).strip().splitlines()[0]}") from error
     return adopt(name, path, causal.to(device), tokenizer, dtype)
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
+    """Load a model's tokenizer, completed as `load` does, and its context in tokens (None: no limit); no weights.
+
+    Raises ModelError where the name is unknown or the files cannot be read.
+    """
+    path = gguf.prepare(name)
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    _complete(tokenizer)
+    return tokenizer, _context(config)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what Transformers raises while it reads files into a ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise ModelError(f"model {name!r}: cannot load: {str(error).strip().splitlines()[0]}") from error
+
+
+def _complete(tokenizer: Any) -> list[str]:
+    """Give a tokenizer what every stage needs of it: a chat template and a padding token. Returns what was said about it."""
+    facts = []
+    if tokenizer.chat_template is None:
+        starts = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = encode.plain_template(adds_bos=starts)
+        facts.append("the tokenizer has no chat template: the plain one is used")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return facts
+
+
+def _context(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype) -> LoadedModel:
@@ -96,15 +135,9 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
     causal.requires_grad_(False)
     causal.eval()
     facts = [f"matrix products in {str(dtype).removeprefix('torch.')}"]
-    if tokenizer.chat_template is None:
-        starts = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = encode.plain_template(adds_bos=starts)
-        facts.append("the tokenizer has no chat template: the plain one is used")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    facts += _complete(tokenizer)
     device = next(causal.parameters()).device
-    config = causal.config.get_text_config()
-    loaded = LoadedModel(name, path, causal, tokenizer, device, dtype, getattr(config, "max_position_embeddings", None))
+    loaded = LoadedModel(name, path, causal, tokenizer, device, dtype, _context(causal.config))
     with torch.no_grad():
         why = _probe_packing(loaded)
         loaded.split_head = _probe_head(loaded)
@@ -157,36 +190,57 @@ def _four_bit(device: torch.device) -> Any:
 
 
 def _probe_packing(loaded: LoadedModel) -> str:
-    """Switch packed attention on and compare two examples in one row with the same two alone. Returns why not, or ''.
+    """Switch packed attention on, and off again where a packed row is not what its examples are alone. Returns why, or ''.
 
-    A model that mixes neighbours by other means (convolutions, state spaces) gives other logits at the second example.
+    Two checks on plain text: changing the first example must not move the second one's logits (models that mix neighbours by
+    convolutions or state spaces fail here), and the nats of every token must be those of the stock attention, one by one.
     """
     causal = loaded.causal
-    ids = torch.arange(3, 24, device=loaded.device)[None] % causal.config.get_text_config().vocab_size
-    alone = [causal(input_ids=part).logits.float() for part in (ids[:, :9], ids[:, 9:])]
+    first, other, second = (_probe_ids(loaded, text) for text in _PROBE_TEXTS)
+    alone = [_probe_nats(causal(input_ids=ids).logits, ids) for ids in (first, second)]
     stock = causal.config._attn_implementation
+    ends = (0, first.shape[1], first.shape[1] + second.shape[1])
     try:
         causal.set_attn_implementation("flash_attention_2" if loaded.device.type == "cuda" else attention.NAME)
-        places = torch.tensor([[*range(9), *range(12)]], device=loaded.device)
-        keywords = attention.boundaries((0, 9, 21), loaded.device.type == "cuda", loaded.device)
-        together = causal(input_ids=ids, position_ids=places, use_cache=False, **keywords).logits.float()
+        places = torch.cat([torch.arange(first.shape[1]), torch.arange(second.shape[1])])[None].to(loaded.device)
+        keywords = attention.boundaries(ends, loaded.device.type == "cuda", loaded.device)
+        logits, moved = (
+            causal(input_ids=torch.cat([head, second], 1), position_ids=places, use_cache=False, **keywords).logits
+            for head in (first, other)
+        )
     except (TypeError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, ModelError) as error:
         causal.set_attn_implementation(stock)
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    expected = torch.cat(alone, dim=1)
-    # bf16 keeps 8 bits, and the two ways add in different orders; a leak moves logits by about their own spread.
-    tolerance = (0.1 if loaded.dtype == torch.bfloat16 else 1e-3) * max(float(expected.std()), 1e-6)
-    error_size = float((together - expected).abs().mean())
-    if not error_size <= tolerance:
+    leak = float((logits[:, ends[1] :] - moved[:, ends[1] :]).abs().max())
+    together = [_probe_nats(logits[:, a:b], ids) for a, b, ids in zip(ends, ends[1:], (first, second), strict=False)]
+    distance = float((torch.cat(together) - torch.cat(alone)).abs().mean())
+    allowed = 0.1 if loaded.dtype == torch.bfloat16 else 1e-3  # nats; bf16 keeps 8 bits and the two ways add in other orders
+    if leak > 1e-4 * float(logits.float().std()) or not distance <= allowed:
         causal.set_attn_implementation(stock)
-        return f"packed logits differ from single ones by {error_size:.2g} (allowed {tolerance:.2g}): segments would mix"
+        return f"packed examples differ from single ones (leak {leak:.2g}, {distance:.2g} nats a token, allowed {allowed:g})"
     loaded.packed = True
     return ""
 
 
+_PROBE_TEXTS = (
+    "The river rises in the hills and runs west to the sea.",
+    "A small shop sells bread, milk and newspapers to the people of the village, every day.",
+    "Please send the report before noon, so that we can read it on the train.",
+)
+
+
+def _probe_ids(loaded: LoadedModel, text: str) -> Tensor:
+    ids: Tensor = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    return ids[:, :12].to(loaded.device)
+
+
+def _probe_nats(logits: Tensor, ids: Tensor) -> Tensor:
+    return functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
+
+
 def _probe_head(loaded: LoadedModel) -> bool:
     """Whether `head` on the body's hidden states gives the model's own logits."""
-    ids = torch.arange(3, 12, device=loaded.device)[None] % loaded.causal.config.get_text_config().vocab_size
+    ids = _probe_ids(loaded, _PROBE_TEXTS[0])
     try:
         own = loaded.head(loaded.body(input_ids=ids, use_cache=False)[0])
     except (TypeError, AttributeError, RuntimeError):
@@ -215,6 +269,14 @@ def new_adapter(loaded: LoadedModel, settings: TrainSettings, seed: int) -> None
     torch.manual_seed(seed)
     loaded.peft = get_peft_model(loaded.causal, config, autocast_adapter_dtype=True)
     loaded.causal = loaded.peft.get_base_model()
+    set_dropout(loaded, False)
+
+
+def set_dropout(loaded: LoadedModel, on: bool) -> None:
+    """Adapter dropout is the only dropout there is: the frozen base always runs in evaluation mode."""
+    for name, module in loaded.peft.named_modules():
+        if "lora_dropout" in name:
+            module.train(on)
 
 
 def lora_config(loaded: LoadedModel, settings: TrainSettings) -> LoraConfig:
@@ -226,7 +288,7 @@ def lora_config(loaded: LoadedModel, settings: TrainSettings) -> LoraConfig:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=_STATE_SPACE.get(kind) if targets == "all-linear" else None,
+        exclude_modules=_READ_BY_KERNELS if kind in _STATE_SPACE and targets == "all-linear" else None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         bias="none",

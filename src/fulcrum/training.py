@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ from fulcrum.config import TrainSettings
 from fulcrum.errors import StoreError
 from fulcrum.loss import Row, row_loss, rows
 from fulcrum.mix import Plan, share
-from fulcrum.model import LoadedModel, State, adapter_state, new_adapter, set_adapter_state
+from fulcrum.model import LoadedModel, State, adapter_state, new_adapter, set_adapter_state, set_dropout
 from fulcrum.records import BoolArray, Share, Tokens, TrainPoint, TrialResult
 from fulcrum.store import fingerprint, plain, read_json
 
@@ -170,11 +172,13 @@ def _step(
     weight = np.where(is_task, settings.task_weight, 1.0)
     total = float(sum(w * example.n_loss for w, example in zip(weight, examples, strict=True)))
     mine = list(range(accelerator.process_index, len(examples), accelerator.num_processes))
+    # DDP waits for a gradient of every process, so one without an example sends zeros: any example, weighing nothing.
+    counts, mine = float(bool(mine)), mine or [0]
     packed = rows([examples[i] for i in mine], loaded, settings.pack_tokens)
-    weight_of = torch.as_tensor(weight[mine], dtype=torch.float32, device=loaded.device)
+    weight_of = torch.as_tensor(weight[mine] * counts, dtype=torch.float32, device=loaded.device)
     task_of = torch.as_tensor(is_task[mine], device=loaded.device)
     sums = torch.zeros(4, dtype=torch.float64)  # task nats, task targets, general nats, general targets
-    _set_adapter_dropout(loaded, settings, True)
+    set_dropout(loaded, True)
     for place, row in enumerate(packed):
         # DDP averages over processes and shares gradients at the last row only.
         weights = weight_of[row.owner] * (accelerator.num_processes / total)
@@ -183,9 +187,9 @@ def _step(
             accelerator.backward(loss)
         own = task_of[row.owner]
         for kind, chosen in enumerate((own, ~own)):
-            sums[2 * kind] += float(nats[chosen].sum(dtype=torch.float64))
-            sums[2 * kind + 1] += int(chosen.sum())
-    _set_adapter_dropout(loaded, settings, False)
+            sums[2 * kind] += counts * float(nats[chosen].sum(dtype=torch.float64))
+            sums[2 * kind + 1] += counts * int(chosen.sum())
+    set_dropout(loaded, False)
     accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -199,14 +203,6 @@ def _step(
 
 def _sync(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> Any:
     return torch.enable_grad() if last else accelerator.no_sync(wrapped)
-
-
-def _set_adapter_dropout(loaded: LoadedModel, settings: TrainSettings, on: bool) -> None:
-    """Adapter dropout is the only dropout there is: the frozen base always runs in evaluation mode."""
-    if settings.lora_dropout > 0:
-        for name, module in loaded.peft.named_modules():
-            if "lora_dropout" in name:
-                module.train(on)
 
 
 def _save(folder: Path, identity: str, loaded: LoadedModel, optimizer: Any, best: State, state: _Progress) -> None:
@@ -235,13 +231,17 @@ def _restore(folder: Path, identity: str, loaded: LoadedModel, optimizer: Any) -
         return None
     newest = found[-1]
     data = read_json(newest / "state.json")
-    if data.pop("identity") != identity:
+    if not isinstance(data, dict) or data.pop("identity", None) != identity:
         raise StoreError(f"{newest}: made with other settings, data or model; choose another output_dir")
-    set_adapter_state(loaded, load_file(newest / "adapter.safetensors"))
-    saved = torch.load(newest / "optimizer.pt", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"])
+    try:
+        set_adapter_state(loaded, load_file(newest / "adapter.safetensors"))
+        saved = torch.load(newest / "optimizer.pt", weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        best = load_file(newest / "best.safetensors")
+    except (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
+        raise StoreError(f"{newest}: cannot be read, the files were changed or damaged; delete this folder") from error
     data["best_dev"] = math.inf if data["best_dev"] is None else data["best_dev"]
     data["dev"] = [(step, value) for step, value in data["dev"]]
     data["history"] = [TrainPoint(**point) for point in data["history"]]
-    return _Progress(**data), load_file(newest / "best.safetensors")
+    return _Progress(**data), best

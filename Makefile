@@ -1,0 +1,33 @@
+# Two commands do all set-up on a machine with git, make and Python (with pip): `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: venv demo test lint data clean
+
+venv: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# A real model, a small task, general data and the arms side by side; ends with a table and the path of the report.
+demo: venv
+	$(BIN)/fulcrum models pull smollm2-135m-instruct
+	$(BIN)/fulcrum compare examples/demo.yaml --resume
+
+test: venv lint
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check --quiet src tests scripts
+	$(BIN)/mypy
+
+# Makes the packaged data again: the demo task in seconds, the pool in about 20 minutes.
+data: venv
+	$(BIN)/python scripts/make_demo_task.py
+	$(BIN)/python scripts/make_builtin_pool.py
+
+clean:
+	rm -rf .venv runs build dist

@@ -1,0 +1,292 @@
+"""The command line: parse, call, print. Commands import what they need when they run, so that `--help` answers at once.
+
+What goes on is told on stdout; on stderr by `eval` and `chat`, whose output may be piped into something.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fulcrum import cli_models
+from fulcrum.cli_group import DEBUG, Group
+from fulcrum.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fulcrum.config import Settings
+
+app = typer.Typer(
+    cls=Group, name="fulcrum", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing the help with rich would cost more time than all the rest of it
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+app.add_typer(cli_models.app, name="models")
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Settings file; `fulcrum init` writes one.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The output_dir of a finished run.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as a.b=c; repeatable.")
+]
+Model = Annotated[str | None, typer.Option("--model", help="Override `model`.")]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Override `output_dir`.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Override `seed`.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that output_dir holds.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, shares and steps, and train nothing.")]
+ArmName = Annotated[str | None, typer.Option("--arm", help="Arm of a comparison (default: tell).")]
+TaskName = Annotated[str | None, typer.Option("--task", help="Task (default: the first).")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fulcrum {version('fulcrum-llm')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks and what libraries say.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Leverage learning: adapt a language model with a few task rows and much general data, and prove what it bought."""
+    ctx.obj = debug
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Argument(metavar="DATA_FILE", help="Task rows: .jsonl .json .csv .parquet, folder or hub id.")],
+    out: Annotated[Path, typer.Option("--out", help="The settings file to write.")] = Path("run.yaml"),
+    test: Annotated[str | None, typer.Option("--test", help="Test rows.")] = None,
+    model: Annotated[str, typer.Option("--model", help="The model to adapt.")] = "smollm2-135m-instruct",
+) -> None:
+    """Look at a data file and write a settings file to start from."""
+    from fulcrum import ingest, starter, store, terminal
+    from fulcrum.config import DataSource
+
+    if out.exists():
+        raise ConfigError(f"{out}: exists already and is not overwritten; name another file with --out")
+    examples, rejects = ingest.read([DataSource(path=data)])
+    ingest.require_rows(examples, rejects, minimum=2)
+    screen = terminal.console()
+    terminal.say(screen, f"{data}: {starter.formats(data)}, {len(examples):,} rows kept, {len(rejects):,} rejected")
+    terminal.say_rejects(screen, Counter(reject.reason for reject in rejects))
+    if test is not None:
+        held_out, refused = ingest.read([DataSource(path=test)])
+        ingest.require_rows(held_out, refused, minimum=1)
+        ingest.check_overlap(examples, held_out, "test")
+        terminal.say(screen, f"{test}: {len(held_out):,} rows kept, {len(refused):,} rejected")
+    guessed = starter.guess(examples)
+    text = starter.write_yaml(guessed, out=out, train=data, test=test, model=model)
+    store.write_bytes(out, text.encode())
+    terminal.say(screen, f"answers: {guessed.why}; metrics: {', '.join(guessed.metrics)}")
+    terminal.say(screen, f"wrote {out}; put your own words into its anchor, then look: fulcrum check {out}")
+
+
+@app.command()
+def check(
+    ctx: typer.Context,
+    run_file: RunFile,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="How many rows of each task to show.")] = 3,
+    changes: Changes = None,
+) -> None:
+    """Validate the data and show exactly what the model sees.
+
+    Trained tokens are coloured, or stand between [[trained]] and [[/trained]] where the output is piped.
+    """
+    from fulcrum import config
+
+    settings = config.load(run_file, changes or ())
+    screen = _model_screen(ctx, settings.model)
+    from fulcrum import encode, preview, run, terminal
+
+    with terminal.working(screen, "reading data"):
+        seen = preview.open_preview(settings, settings.seed)
+        lengths, trials = preview.lengths(seen), preview.trials(seen, [run.own_arm(settings)])
+    terminal.say(screen, f"general rows chosen for the longest plan: {len(seen.rows.general):,}; rows not used, by reason:")
+    terminal.say_rejects(screen, seen.rows.rejects)
+    screen.print(terminal.length_table(lengths), terminal.trial_table(trials))
+    terminal.warn(screen, trials)
+    plain = encode.make_format(seen.model.tokenizer, None)
+    shown = [(task.name, encode.make_format(plain.tokenizer, task.anchor), task.train[:rows]) for task in seen.rows.tasks]
+    for name, form, examples in [*shown, ("general", plain, seen.rows.general[: min(rows, 1)])]:
+        for example in examples:
+            terminal.say(screen, f"\n{name}, {example.origin}:", "bold")
+            screen.print(terminal.row_text(preview.spans(example, form), colour=screen.is_terminal), soft_wrap=True)
+
+
+@app.command()
+def train(
+    ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
+    seed: Seed = None, resume: Resume = False, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Train one adapter and score it beside the untouched model."""
+    settings = _settings(run_file, changes, model, output_dir, seed)
+    screen = _model_screen(ctx, settings.model)
+    from fulcrum import run, terminal
+    from fulcrum.watch import Watch
+
+    if dry_run:
+        _dry_run(screen, settings, [run.own_arm(settings)], [settings.seed])
+        return
+    with Watch(screen) as watch:
+        run.run(settings, resume=resume, watcher=watch)
+    terminal.conclude(screen, Path(settings.output_dir))
+
+
+@app.command()
+def compare(
+    ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
+    seed: Seed = None, resume: Resume = False, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Train every arm on the same rows and say what mixing brought."""
+    settings = _settings(run_file, changes, model, output_dir, seed)
+    screen = _model_screen(ctx, settings.model)
+    from fulcrum import comparison, terminal
+    from fulcrum.watch import Watch
+
+    if dry_run:
+        _dry_run(screen, settings, comparison.chosen_arms(settings), settings.compare.seeds)
+        return
+    with Watch(screen) as watch:
+        comparison.compare(settings, resume=resume, watcher=watch)
+    terminal.conclude(screen, Path(settings.output_dir))
+
+
+@app.command("eval")
+def evaluate(
+    ctx: typer.Context,
+    run_folder: RunFolder,
+    data: Annotated[str | None, typer.Option("--data", help="Rows to score (default: the task's test rows).")] = None,
+    arm: ArmName = None,
+    task: TaskName = None,
+    metrics: Annotated[str, typer.Option("--metrics", metavar="A,B", help="Metrics (default: the task's own).")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="Write the predictions there, as JSON lines.")] = None,
+) -> None:
+    """Score a trained adapter on other rows.
+
+    Metrics: nll, exact_match, token_f1, rouge_l, chrf, json_valid, json_fields, accuracy, bleu, balanced_accuracy, mcc.
+    """
+    from fulcrum import metrics as scoring
+    from fulcrum import store, terminal
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    scoring.needs_generation(names)  # a misspelt name is said before the model is loaded
+    notes = _notes(ctx)
+    from fulcrum import use
+
+    with terminal.working(notes, "loading the model and scoring"):
+        scores, predictions = use.evaluate_run(run_folder, data=data, arm=arm, task=task, metric_names=names)
+    terminal.console().print(terminal.score_table(f"{run_folder}: {data or 'test rows'}", scores))
+    if out is not None:
+        store.write_jsonl(out, predictions)
+        terminal.say(notes, f"wrote {len(predictions):,} predictions to {out}")
+
+
+@app.command()
+def chat(ctx: typer.Context, run_folder: RunFolder, arm: ArmName = None, task: TaskName = None) -> None:
+    """Talk to a trained adapter.
+
+    One question a line, typed or piped in; `/reset` begins anew, `/quit` ends.
+    """
+    notes = _notes(ctx)
+    from fulcrum import terminal, use
+
+    with terminal.working(notes, "loading the model"):
+        adapter = use.load_adapter(run_folder, arm=arm)
+        anchor = adapter.anchor(task)
+    terminal.say(notes, "no anchor is applied" if anchor is None else f"anchor ({anchor.placement}): {anchor.text}")
+    terminal.converse(notes, lambda history: adapter.reply([history], task=task)[0])
+
+
+@app.command()
+def mix(
+    ctx: typer.Context,
+    run_file: RunFile,
+    out: Annotated[Path, typer.Option("--out", help="File to write, .jsonl or .parquet.")],
+    changes: Changes = None,
+    model: Model = None,
+    seed: Seed = None,
+) -> None:
+    """Write the exact training stream for use in other trainers."""
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"--out {out}: the name must end in .jsonl or .parquet")
+    settings = _settings(run_file, changes, model, None, seed)
+    screen = _model_screen(ctx, settings.model)
+    from fulcrum import preview, run, terminal
+
+    repeats = max(settings.mix.candidates)
+    with terminal.working(screen, "reading data"):
+        seen = preview.open_preview(settings, settings.seed)
+        trials = preview.trials(seen, [run.own_arm(settings)])
+        rows = list(preview.stream_rows(seen, repeats))
+        preview.write_stream(rows, out)
+    screen.print(terminal.trial_table([trial for trial in trials if trial.repeats == repeats]))
+    if settings.mix.repeats == "auto":
+        terminal.say(screen, f"mix.repeats is auto: written with {repeats}; choose with --set mix.repeats=N")
+    terminal.say(screen, f"wrote {len(rows):,} rows to {out}; keep their order, and do not shuffle them again")
+
+
+@app.command()
+def report(run_folder: RunFolder) -> None:
+    """Write a run's report.html anew and print its tables."""
+    from fulcrum import report as reporting
+    from fulcrum import terminal
+
+    reporting.write(run_folder)
+    terminal.conclude(terminal.console(), run_folder)
+
+
+def _settings(
+    run_file: Path, changes: Sequence[str] | None, model: str | None, output_dir: str | None, seed: int | None
+) -> "Settings":
+    from fulcrum import config
+
+    given = {"model": model, "output_dir": output_dir, "seed": seed}
+    settings = config.load(run_file, changes or ())
+    return settings.model_copy(update={key: value for key, value in given.items() if value is not None})
+
+
+def _notes(ctx: typer.Context) -> "Console":
+    """A console on stderr; unless `--debug` is on, libraries are silenced."""
+    from fulcrum import terminal
+
+    if not ctx.obj:
+        terminal.silence_libraries()
+    return terminal.console(stderr=True)
+
+
+def _model_screen(ctx: typer.Context, model: str) -> "Console":
+    """A console on stdout, once the model is there: fetched with a bar where the cache lacks it."""
+    _notes(ctx)
+    from fulcrum import gguf, terminal
+
+    screen = terminal.console()
+    with terminal.download(screen, model) as progress:
+        gguf.prepare(model, progress)
+    return screen
+
+
+def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds: Sequence[int]) -> None:
+    from fulcrum import config, preview, store, terminal
+
+    with terminal.working(screen, "reading data"):
+        trials = preview.trials(preview.open_preview(settings, seeds[0]), arms)
+    terminal.say(screen, config.dump(settings))
+    screen.print(terminal.trial_table(trials))
+    terminal.warn(screen, trials)
+    if Path(settings.output_dir, store.MANIFEST).exists():
+        terminal.say(screen, f"warning: {settings.output_dir} holds a run already; --resume goes on with it", "yellow")
+    many = f"{len(seeds)} seeds: " if len(seeds) > 1 else ""
+    runs, steps = len(trials) * len(seeds), sum(trial.steps for trial in trials) * len(seeds)
+    terminal.say(screen, f"{many}{runs:,} training runs, {steps:,} steps in all; nothing was trained (--dry-run)")
+
+
+def main() -> None:
+    """The console entry point."""
+    app(prog_name="fulcrum")

@@ -1,0 +1,166 @@
+"""What a run will do, worked out with the tokenizer alone: rows, token lengths, plans with their shares, the stream itself.
+
+No weights are loaded, so this is what `check`, `mix` and `--dry-run` show. The plans are those of `run.stream`, not a second
+account of them.
+"""
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fulcrum import anchor as anchors
+from fulcrum import encode, material, mix, model, run, store
+from fulcrum.config import Settings
+from fulcrum.encode import Format
+from fulcrum.material import Material
+from fulcrum.model import LoadedModel
+from fulcrum.records import Anchor, Example, IntArray, Message, Share
+from fulcrum.run import Arm
+
+SpanKind = Literal["prompt", "anchor", "trained", "end"]
+Span = tuple[SpanKind, str]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The rows of a run at one seed, and the model's tokenizer (`model.causal` is None: there are no weights)."""
+
+    settings: Settings
+    seed: int
+    rows: Material
+    model: LoadedModel
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run to come. `warnings` are advice on its plan."""
+
+    arm: str
+    repeats: int
+    steps: int
+    share: Share
+    warnings: tuple[str, ...]
+
+
+def open_preview(settings: Settings, seed: int) -> Preview:
+    """Read the data as a run with this seed would. Raises ConfigError, DataError or ModelError."""
+    tokenizer, context = model.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
+    bare = LoadedModel(settings.model, "", None, tokenizer, torch.device("cpu"), torch.float32, context)
+    return Preview(settings, seed, material.prepare(settings, tokenizer, context, seed), bare)
+
+
+def trials(preview: Preview, arms: Sequence[Arm]) -> list[Trial]:
+    """Every training run of the arms at the preview's seed, in order; none for arms that are not trained."""
+    settings, found = preview.settings, []
+    for arm in arms:
+        for repeats in run.trials(preview.rows, arm, settings) if arm.trained else ():
+            stream = run.stream(preview.rows, preview.model, arm, settings, repeats, preview.seed)
+            size = settings.train.batch_size
+            advice = tuple(mix.warnings(stream.plan, size))
+            found.append(Trial(arm.name, repeats, stream.steps(size), stream.share(), advice))
+    return found
+
+
+def lengths(preview: Preview) -> Mapping[str, IntArray]:
+    """Tokens of every row by source, anchor and template included; a source without rows is left out."""
+    rows, tokenizer = preview.rows, preview.model.tokenizer
+    plain = encode.make_format(tokenizer, None)
+    sources: list[tuple[str, Sequence[Example], Format]] = []
+    for task in rows.tasks:
+        form = encode.make_format(tokenizer, task.anchor)
+        sources += [(f"{task.name} {part}", getattr(task, part), form) for part in ("train", "dev", "test")]
+    sources.append(("general", rows.general, plain))
+    sources += [(f"held out: {name}", examples, plain) for name, examples in rows.held_out.items()]
+    return {
+        name: np.array([len(encode.encode(example, form)) for example in examples], dtype=np.int64)
+        for name, examples, form in sources
+        if examples
+    }
+
+
+def spans(example: Example, form: Format) -> list[Span]:
+    """Cut what the model sees into the prompt, the anchor in it, trained text and the end tokens that are trained too.
+
+    The texts joined are the decoded row, special tokens included.
+    """
+    tokens = encode.encode(example, form)
+    edges = np.flatnonzero(np.diff(tokens.loss_mask.astype(np.int8))) + 1
+    found: list[Span] = []
+    for start, stop in zip((0, *edges), (*edges, len(tokens)), strict=True):
+        ids = tokens.ids[start:stop].tolist()
+        if not tokens.loss_mask[start]:
+            found.append(("prompt", _decode(ids, form)))
+            continue
+        end = len(form.end_ids) if tuple(ids[-len(form.end_ids) :]) == form.end_ids else 0
+        found.append(("trained", _decode(ids[: len(ids) - end], form)))
+        found += [("end", _decode(ids[-end:], form))] if end else []
+    return _mark_anchor(found, form.anchor)
+
+
+def _decode(ids: Sequence[int], form: Format) -> str:
+    return str(form.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _mark_anchor(found: list[Span], anchor: Anchor | None) -> list[Span]:
+    """Cut the anchor out of the prompt part that holds it: the first for anchors that stand first, else the last."""
+    if anchor is None:
+        return found
+    text = anchor.text.rstrip() if anchor.placement == "response_prefix" else anchor.text
+    places = [i for i, (kind, part) in enumerate(found) if kind == "prompt" and text in part]
+    if not places:  # a tokenizer that does not give back what it was given
+        return found
+    first = anchor.placement in ("system", "user_prefix")
+    place = places[0] if first else places[-1]
+    before, _, after = found[place][1].partition(text) if first else found[place][1].rpartition(text)
+    parts: list[Span] = [("prompt", before), ("anchor", text), ("prompt", after)]
+    return [*found[:place], *(part for part in parts if part[1]), *found[place + 1 :]]
+
+
+def stream_rows(preview: Preview, repeats: int) -> Iterator[dict[str, Any]]:
+    """The stream of the settings' own arm in training order, for other trainers: one plain dict a position.
+
+    `repeat` counts from 0 how often the row was shown before; messages carry the anchor, and ``weight: 0`` where an
+    answer is not trained.
+    """
+    arm, rows = run.own_arm(preview.settings), preview.rows
+    plan = run.stream(rows, preview.model, arm, preview.settings, repeats, preview.seed).plan
+    own = [(task.name, task.anchor if arm.anchored else None, example) for task in rows.tasks for example in task.train]
+    shown: Counter[int] = Counter()
+    for position, (is_task, row) in enumerate(zip(*plan.slice(0, len(plan)), strict=True)):
+        task, anchor, example = own[row] if is_task else (None, None, rows.general[row])
+        yield {
+            "position": position, "source": "task" if is_task else "general", "task": task, "origin": example.origin,
+            "repeat": shown[row] if is_task else 0, "messages": _plain_messages(example, anchor),
+        }  # fmt: skip
+        shown[int(row)] += bool(is_task)
+
+
+def _plain_messages(example: Example, anchor: Anchor | None) -> list[dict[str, Any]]:
+    messages = example.messages
+    if anchors.last_answer_only(anchor):
+        messages = (*(replace(message, train=False) for message in messages[:-1]), messages[-1])
+    return [_plain_message(message) for message in anchors.apply(messages, anchor)]
+
+
+def _plain_message(message: Message) -> dict[str, Any]:
+    silent = message.role == "assistant" and not message.train
+    return {"role": message.role, "content": message.content, **({"weight": 0} if silent else {})}
+
+
+def write_stream(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Write stream rows as .parquet or else as JSON lines, atomically. Raises StoreError."""
+    if file.suffix != ".parquet":
+        store.write_jsonl(file, rows)
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows)), buffer)
+    store.write_bytes(file, buffer.getvalue())

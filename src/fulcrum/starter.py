@@ -1,0 +1,114 @@
+"""A data file -> a commented YAML file to start from. What is guessed from the answers is said to be a guess."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fulcrum.config import DataSource
+from fulcrum.records import Example
+from fulcrum.tables import Held, open_tables, text_rows
+
+LABELS, LABEL_CHARACTERS, LONG_CHARACTERS = 20, 40, 200
+BYTES_PER_TOKEN, LONGEST_ANSWER = 3, 1024
+
+TEMPLATE = """\
+# A run of Fulcrum. Look at it with `fulcrum check {out}`; then `fulcrum train {out}`, or `fulcrum compare {out}` to measure
+# what it brings against plain fine-tuning.
+model: {model}  # a name from `fulcrum models`, hub id, folder or .gguf file
+task:
+  name: {name}
+  train: {train}
+  dev: null  # null: a fifth of the training rows is held out, by content
+  test: {test}  # null: a quarter of the training rows is held out, by content
+  # The anchor stands in every row of the task and in no other. This one is a guess: say in your own words what the task is.
+  anchor: {anchor}
+  metrics: [{metrics}]  # guessed from the answers: {why}
+  max_new_tokens: {max_new_tokens}  # longest answer, in tokens: a generous guess from the characters
+general:
+  - path: builtin  # rows that keep what the model can do; or a file, folder or hub id
+mix:
+  general_per_task: 4  # general rows for each task row shown; 0 is plain fine-tuning
+  repeats: auto  # how often each task row is shown: 1, 2, 4 and 8 are tried, dev rows decide
+output_dir: {output_dir}
+seed: 0
+"""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What the answers look like, and what follows from it."""
+
+    why: str
+    metrics: tuple[str, ...]
+    anchor: str
+    max_new_tokens: int
+
+
+def formats(path: str) -> str:
+    """The row formats that the files at `path` have. Raises DataError for what cannot be read."""
+
+    def hold(file: Path) -> Held:
+        rows = list(text_rows(file))
+        return {name for _, row in rows for name in row}, len(rows), rows.__getitem__
+
+    return " and ".join(dict.fromkeys(table.layout.format for table in open_tables(DataSource(path=path), hold)))
+
+
+def guess(examples: Sequence[Example]) -> Guess:
+    """Guess metrics, anchor and answer length from the answers of at least one row."""
+    answers = [example.answer.strip() for example in examples]
+    longest = max(len(answer.encode()) for answer in answers) / BYTES_PER_TOKEN
+    tokens = min(math.ceil((1.25 * longest + 8) / 16) * 16, LONGEST_ANSWER)
+    if (keys := _json_keys(answers)) is not None:
+        named = f" with the keys {_listed(keys)}" if 0 < len(keys) <= LABELS else ""
+        anchor = f"Read the input and answer with one JSON object{named}."
+        return Guess("all are JSON objects", ("nll", "json_valid", "json_fields", "exact_match"), anchor, tokens)
+    labels = sorted({" ".join(answer.split()) for answer in answers})
+    if len(labels) <= min(LABELS, len(answers) // 3) and max(map(len, labels)) <= LABEL_CHARACTERS:
+        anchor = f"Read the input and answer with exactly one of these labels: {_listed(labels)}."
+        return Guess(f"{len(labels)} labels", ("nll", "accuracy", "balanced_accuracy"), anchor, tokens)
+    if statistics.median(map(len, answers)) > LONG_CHARACTERS:
+        # ROUGE-L reads ASCII words only and refuses data without any.
+        ascii_words = any(re.search("[a-zA-Z0-9]", answer) for answer in answers)
+        return Guess(
+            "long text",
+            ("nll", "rouge_l", "chrf") if ascii_words else ("nll", "chrf"),
+            "Read the input and write the whole answer that it asks for.",
+            tokens,
+        )
+    anchor = "Read the input and give the answer only, without any explanation."
+    return Guess("short text", ("nll", "exact_match", "token_f1"), anchor, tokens)
+
+
+def _json_keys(answers: Sequence[str]) -> list[str] | None:
+    """The keys in order of appearance where every answer is a JSON object, else None."""
+    keys: dict[str, None] = {}
+    for answer in answers:
+        try:
+            value = json.loads(answer)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(value, dict):
+            return None
+        keys.update(dict.fromkeys(value))
+    return list(keys)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join("".join(c for c in name if c.isprintable()) for name in names)
+
+
+def write_yaml(guessed: Guess, *, out: Path, train: str, test: str | None, model: str) -> str:
+    """Return the YAML text that `config.load` reads; `out` is the file it will stand in."""
+    name = re.sub(r"\W+", "_", Path(train).name.split(".")[0]).strip("_") or "task"
+    texts = {"model": model, "name": name, "train": train, "anchor": guessed.anchor, "output_dir": f"runs/{name}"}
+    # A JSON string is a YAML string, whatever it holds.
+    quoted = {key: json.dumps(text, ensure_ascii=False) for key, text in texts.items()}
+    return TEMPLATE.format(
+        **quoted, out=out, test="null" if test is None else json.dumps(test, ensure_ascii=False),
+        metrics=", ".join(guessed.metrics), why=guessed.why, max_new_tokens=guessed.max_new_tokens,
+    )  # fmt: skip

@@ -1,0 +1,213 @@
+"""Everything that is drawn in a terminal: lines, bars, tables, rows with their trained tokens. Plain text where it is piped.
+
+Invariant: text of the user's rows is never read as markup and cannot steer the terminal (`visible`).
+"""
+
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from fulcrum.records import IntArray, Message, Score
+
+if TYPE_CHECKING:  # it imports torch
+    from fulcrum.preview import Span, Trial
+
+PLAIN_WIDTH = 200  # characters of a piped table: nobody wants it folded at 80
+STYLES = {"prompt": "dim", "anchor": "bold magenta", "trained": "green", "end": "bold black on green"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console on stdout or stderr as they are now."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
+
+
+def visible(text: str) -> str:
+    """Write control and format characters as escapes, line breaks and tabs excepted."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )  # fmt: skip
+
+
+def say(out: Console, text: str, style: str = "") -> None:
+    """Print text as it is: no markup, no wrapping."""
+    out.print(Text(visible(text), style=style), soft_wrap=True)
+
+
+def say_rejects(out: Console, counts: Mapping[str, int]) -> None:
+    """Print why rows were left out, the most frequent reason first; a dash where there is none."""
+    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+        say(out, f"  {count:,} × {reason}", "yellow")
+    if not counts:
+        say(out, "  none was left out")
+
+
+@contextmanager
+def working(out: Console, text: str) -> Iterator[None]:
+    """Show that something goes on whose end is not known: a spinner, or a line where output is piped."""
+    if not out.is_terminal:
+        say(out, text)
+        yield
+        return
+    with out.status(Text(text)):
+        yield
+
+
+def converse(notes: Console, reply: Callable[[Sequence[Message]], str]) -> None:
+    """Answer questions, one a line, typed or piped in, until the end of input or `/quit`; `/reset` forgets what was said."""
+    history: tuple[Message, ...] = ()
+    out = console()
+    while True:
+        try:
+            line = input("› " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line == "/reset":
+            history = ()
+            say(notes, "the conversation begins anew")
+        elif line:
+            history = (*history, Message("user", line))
+            answer = reply(history)
+            # Made safe for a terminal, unchanged for a pipe.
+            out.file.write((visible(answer) if out.is_terminal else answer) + "\n")
+            out.file.flush()
+            history = (*history, Message("assistant", answer))
+
+
+def explain(error: OSError) -> str:
+    """What the operating system refused, and where."""
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}; check the path, its permissions and the disk" if error.filename else what
+
+
+def fail(text: str, kind: str = "error") -> None:
+    """Print one line on stderr."""
+    line = Text(f"{kind}: ", style="bold red") + Text(visible(" ".join(text.splitlines())), style="default")
+    console(stderr=True).print(line, soft_wrap=True)
+
+
+def silence_libraries() -> None:
+    """Switch off what Transformers says by itself (warnings, "Loading weights"); downloads from the hub keep their bars."""
+    import warnings
+
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    enable_progress_bars()
+
+
+def grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table whose first column names the row and whose other columns are numbers."""
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, name in enumerate(head):
+        table.add_column(Text(name), justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    return table
+
+
+def length_table(lengths: Mapping[str, IntArray]) -> Table:
+    """Rows and quantiles of tokens a row, by source."""
+    import numpy as np
+
+    rows = []
+    for name, tokens in lengths.items():
+        quantiles = np.quantile(tokens, (0, 0.5, 0.9, 1), method="inverted_cdf")
+        rows.append((name, *(f"{int(value):,}" for value in (len(tokens), *quantiles, tokens.sum()))))
+    return grid("Tokens a row", ("source", "rows", "shortest", "median", "90%", "longest", "all tokens"), rows)
+
+
+def trial_table(trials: Sequence["Trial"]) -> Table:
+    """Training runs to come, with the task's part counted three ways."""
+    rows = [
+        (
+            t.arm, f"{t.repeats}", f"{t.share.task_examples:,}", f"{t.share.general_examples:,}", f"{t.share.examples:.1%}",
+            f"{t.share.tokens:.1%}", f"{t.share.loss_tokens:.1%}", f"{t.share.total_tokens:,}", f"{t.steps:,}",
+        )
+        for t in trials
+    ]  # fmt: skip
+    head = ("arm", "repeats", "task rows shown", "general rows", "task share: examples", "tokens", "loss tokens")
+    return grid("Training runs", (*head, "tokens in all", "steps"), rows)
+
+
+def score_table(title: str, scores: Sequence[Score]) -> Table:
+    """Scores with their intervals and how many rows and groups they rest on."""
+    from fulcrum.summary import decimal, label_of, value_of
+
+    rows = []
+    for score in scores:
+        low, high = (decimal(value_of({"x": bound}, "x")) for bound in (score.low, score.high))
+        name = f"{label_of(score.metric)} {'↑' if score.higher_is_better else '↓'}"
+        rows.append((name, decimal(score.value), f"[{low}, {high}]", f"{score.n:,}", f"{score.n_groups:,}"))
+    return grid(title, ("metric", "value", "95% interval", "test rows", "groups"), rows)
+
+
+def row_text(spans: Sequence["Span"], *, colour: bool) -> Text:
+    """What the model sees of a row: coloured, or with `[[trained]]` … `[[/trained]]` around what is not plain prompt."""
+    text = Text()
+    for kind, part in spans:
+        marked = not colour and kind != "prompt"
+        text.append(f"[[{kind}]]{visible(part)}[[/{kind}]]" if marked else visible(part), style=STYLES[kind] if colour else "")
+    return text
+
+
+@contextmanager
+def download(out: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback (bytes done, bytes in all) that shows how a download goes on; nothing is drawn until it is called."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    started: list[TaskID] = []
+    with Progress(*columns, console=out, refresh_per_second=4, disable=not out.is_terminal) as progress:
+
+        def told(done: int, total: int) -> None:
+            if not started:
+                started.append(progress.add_task(f"fetching {name}", total=total))
+                if not out.is_terminal:
+                    say(out, f"fetching {name} ({total / 1e6:.0f} MB)")
+            text = f"fetching {name}" if done < total else f"fetched {name}; converting it once"
+            progress.update(started[0], completed=done, description=text)
+
+        yield told
+
+
+def warn(out: Console, trials: Sequence["Trial"]) -> None:
+    """Print the advice on each training run's plan."""
+    for trial in trials:
+        for text in trial.warnings:
+            say(out, f"warning: {trial.arm}, {trial.repeats} repeats: {text}", "yellow")
+
+
+def conclude(out: Console, folder: Path) -> None:
+    """Print what a run folder says: tables, one sentence, and where its report and adapters are."""
+    from fulcrum import report
+
+    results = report.load(folder)
+    for table in report.tables(results):
+        out.print(table)
+    say(out, report.headline(results), "bold")
+    for place in ("report.html", "adapter", "adapters"):
+        if (folder / place).exists():
+            say(out, f"{place.partition('.')[0]}: {folder / place}")

@@ -1,0 +1,316 @@
+"""Every architecture loads, says whether it packs, trains and generates; packed rows give what the stock model gives alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as functional
+from peft import get_peft_model, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from fulcrum import attention, encode, generate, loss, mix, model, training
+from fulcrum.errors import ModelError
+from fulcrum.records import Example, Message, Tokens
+from tiny import CONTEXT, WINDOW, load_tiny, save_tiny, tiny_settings
+
+PACKED = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2"]
+ALONE = ["lfm2", "mamba"]  # a convolution beside attention; a state space
+
+
+def tokens(length: int, seed: int, supervised: float = 0.6) -> Tokens:
+    """Random ids; about `supervised` of them are targets, the last one always."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random(length) < supervised
+    mask[-1] = True
+    return Tokens(rng.integers(4, 360, length), mask)
+
+
+def shaken_adapter(loaded: model.LoadedModel, settings) -> None:
+    """A LoRA adapter whose B matrices are not zero, so that every adapter weight has a gradient."""
+    model.new_adapter(loaded, settings, 0)
+    generator = torch.Generator().manual_seed(1)
+    state = model.adapter_state(loaded)
+    model.set_adapter_state(loaded, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
+
+
+def stock_losses_and_gradients(loaded: model.LoadedModel, settings, examples: list[Tokens]):
+    """The same adapter on the model as Transformers loads it, eager attention, one example at a time, no code of ours."""
+    causal = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32, attn_implementation="eager")
+    peft = get_peft_model(causal, model.lora_config(loaded, settings))
+    set_peft_model_state_dict(peft, model.adapter_state(loaded))
+    peft.eval()
+    total = sum(int(e.loss_mask[1:].sum()) for e in examples)
+    nats = []
+    for example in examples:
+        ids = torch.as_tensor(example.ids)[None]
+        labels = torch.where(torch.as_tensor(example.loss_mask), ids[0], -100)
+        losses = functional.cross_entropy(peft(input_ids=ids).logits[0, :-1], labels[1:], reduction="sum")
+        (losses / total).backward()
+        nats.append(float(losses.detach()))
+    return nats, {n: p.grad for n, p in peft.named_parameters() if p.requires_grad}
+
+
+def our_losses_and_gradients(loaded: model.LoadedModel, examples: list[Tokens], budget: int):
+    rows = loss.rows(examples, loaded, budget)
+    total = sum(len(row.labels) for row in rows)
+    nats = np.zeros(len(examples))
+    loaded.peft.zero_grad()
+    for row in rows:
+        value, each = loss.row_loss(loaded, row, torch.full((len(row.labels),), 1 / total))
+        value.backward()
+        np.add.at(nats, row.owner.numpy(), each.numpy())
+    return nats, {n: p.grad.clone() for n, p in loaded.peft.named_parameters() if p.requires_grad}, len(rows)
+
+
+def same_gradients(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-4, atol=1e-5 * max(scale, 1), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_rows_give_the_stock_models_losses_and_lora_gradients(tmp_path: Path, kind: str) -> None:
+    loaded, settings = load_tiny(tmp_path, kind), tiny_settings()
+    assert loaded.packed
+    assert loaded.split_head
+    shaken_adapter(loaded, settings)
+    examples = [tokens(length, seed) for seed, length in enumerate((5, 3 * WINDOW, 2, 5 * WINDOW + 1, WINDOW))]
+    nats, gradients, n_rows = our_losses_and_gradients(loaded, examples, budget=1000)
+    assert n_rows == 1
+    expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
+    same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_how_rows_are_packed_changes_nothing(tmp_path: Path, kind: str) -> None:
+    loaded = load_tiny(tmp_path, kind)
+    shaken_adapter(loaded, tiny_settings())
+    examples = [tokens(length, seed) for seed, length in enumerate((9, 30, 4, 21))]
+    together, gradients, n_rows = our_losses_and_gradients(loaded, examples, budget=1000)
+    alone, expected, n_alone = our_losses_and_gradients(loaded, examples, budget=1)
+    assert (n_rows, n_alone) == (1, 4)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_model_that_mixes_neighbours_gets_one_example_per_row(tmp_path: Path, kind: str) -> None:
+    loaded, settings = load_tiny(tmp_path, kind), tiny_settings()
+    assert not loaded.packed
+    assert any("one example per row: packed examples differ" in fact for fact in loaded.facts)
+    shaken_adapter(loaded, settings)
+    examples = [tokens(length, seed) for seed, length in enumerate((5, 24, 41))]
+    nats, gradients, n_rows = our_losses_and_gradients(loaded, examples, budget=1000)
+    assert n_rows == 3
+    expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
+    same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_long_segments_use_the_fused_kernel_with_the_same_result(tmp_path: Path, kind: str) -> None:
+    loaded, settings = load_tiny(tmp_path, kind), tiny_settings()
+    shaken_adapter(loaded, settings)
+    examples = [tokens(400, 0), tokens(60, 1)]
+    assert len(examples[0]) > attention._SHORT
+    nats, gradients, _ = our_losses_and_gradients(loaded, examples, budget=1000)
+    expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
+    same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("kind", [*PACKED, *ALONE])
+def test_every_architecture_trains_and_generates(tmp_path: Path, kind: str) -> None:
+    loaded = load_tiny(tmp_path, kind)
+    assert loaded.context == (None if kind == "mamba" else CONTEXT)
+    form = encode.make_format(loaded.tokenizer, None)
+    pairs = [("a", "red"), ("b", "blue"), ("c", "green"), ("d", "grey")]
+    examples = [Example((Message("user", q), Message("assistant", a)), q, q) for q, a in pairs]
+    own = [encode.encode(example, form) for example in examples]
+    stream = training.Stream(mix.plan(4, 0, repeats=30, general_per_task=0, order="random", seed=0), own, [])
+    settings = tiny_settings(learning_rate=2e-2, evaluations=1)
+    _, result = training.train(loaded, stream, lambda: generate.mean_nats(loaded, own), settings, seed=0, repeats=30)
+    first, last = result.history[0].task_loss, result.history[-1].task_loss
+    assert result.steps == 30
+    assert last < 0.6 * first
+    prompts = [encode.prompt_ids((Message("user", "x y z " * n),), form) for n in (1, 7, 3)]
+    asked: list[int] = []
+    texts = generate.generate(loaded, prompts, form, max_new_tokens=8, batch_tokens=10_000, progress=asked.append)
+    assert asked == [3]  # one padded batch
+    assert texts == [greedy(loaded, prompt, form, 8) for prompt in prompts]
+    assert texts == generate.generate(loaded, prompts, form, max_new_tokens=8, batch_tokens=1)
+    if loaded.packed:
+        assert loaded.causal.config._attn_implementation == attention.NAME  # switched back for training
+
+
+@torch.no_grad()
+def greedy(loaded: model.LoadedModel, prompt: list[int], form: encode.Format, longest: int) -> str:
+    """The likeliest next token, again and again, without cache, padding or `generate`."""
+    ids = list(prompt)
+    for _ in range(longest):
+        ids.append(int(loaded.causal(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] in form.end_ids:
+            break
+    return loaded.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere", "llama"])
+def test_the_head_alone_gives_the_models_own_logits(tmp_path: Path, kind: str) -> None:
+    loaded = load_tiny(tmp_path, kind)
+    assert loaded.split_head
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        own = loaded.head(loaded.body(input_ids=ids, use_cache=False)[0])
+        torch.testing.assert_close(own, loaded.causal(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    if kind == "gemma2":
+        assert float(own.abs().max()) <= 3  # its final soft-cap
+
+
+def test_a_head_of_unknown_form_is_found_and_the_loss_stays_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = save_tiny(tmp_path / "m", "granite")
+    expected = model.load(str(place), tiny_settings())
+    monkeypatch.setattr(model.LoadedModel, "head", lambda self, hidden: self.causal.get_output_embeddings()(hidden))
+    loaded = model.load(str(place), tiny_settings())
+    assert (expected.split_head, loaded.split_head) == (True, False)
+    assert "the output head runs at every position (its own form is not known)" in loaded.facts
+    monkeypatch.undo()
+    example = tokens(30, 0)
+    np.testing.assert_allclose(generate.nats(loaded, [example])[0], generate.nats(expected, [example])[0], rtol=1e-6)
+
+
+def test_chunks_of_the_head_add_up_to_the_full_cross_entropy() -> None:
+    count = 2 * loss._CHUNK + 17
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, 6, generator=generator, requires_grad=True)
+    weight = torch.randn(40, 6, generator=generator)
+    labels = torch.randint(40, (count,), generator=generator)
+    weights = torch.rand(count, generator=generator)
+    total, each = loss._ChunkedLoss.apply(hidden, lambda part: part @ weight.T, labels, weights)
+    (2 * total).backward()
+    found, hidden.grad = hidden.grad, None
+    losses = functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    (2 * (losses * weights).sum()).backward()
+    torch.testing.assert_close(total, (losses * weights).sum())
+    torch.testing.assert_close(each, losses)
+    torch.testing.assert_close(found, hidden.grad)
+
+
+def test_a_row_with_more_targets_than_one_chunk(tmp_path: Path) -> None:
+    loaded, settings = load_tiny(tmp_path), tiny_settings()
+    shaken_adapter(loaded, settings)
+    examples = [tokens(300, 0, supervised=1), tokens(280, 1, supervised=1)]
+    assert sum(e.n_loss for e in examples) > 2 * loss._CHUNK
+    nats, gradients, n_rows = our_losses_and_gradients(loaded, examples, budget=1000)
+    expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
+    assert n_rows == 1
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
+    same_gradients(gradients, expected)
+
+
+def test_the_first_token_of_an_example_is_no_target(tmp_path: Path) -> None:
+    loaded = load_tiny(tmp_path)
+    (row,) = loss.rows([tokens(4, 0, supervised=1), tokens(3, 1, supervised=1)], loaded, 100)
+    assert row.where.tolist() == [0, 1, 2, 4, 5]
+    assert row.owner.tolist() == [0, 0, 0, 1, 1]
+    assert row.ends == (0, 4, 7)
+    assert row.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+
+
+def test_recomputing_activations_changes_no_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_tiny(tmp_path)
+    shaken_adapter(loaded, tiny_settings())
+    examples = [tokens(20, 0), tokens(30, 1)]
+    nats, gradients, _ = our_losses_and_gradients(loaded, examples, budget=100)
+    monkeypatch.setattr(loss, "_ACTIVATION_BYTES", 0)
+    recomputed, again, _ = our_losses_and_gradients(loaded, examples, budget=100)
+    assert loaded.causal.is_gradient_checkpointing
+    np.testing.assert_array_equal(nats, recomputed)
+    same_gradients(again, gradients)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "position_bias"])
+def test_packed_attention_refuses_what_it_cannot_do(name: str) -> None:
+    part = torch.ones(1, 2, 4, 8)
+    with pytest.raises(ModelError, match=f"cannot apply '{name}'"):
+        attention.segment_attention(torch.nn.Module(), part, part, part, None, **{name: torch.ones(2)})
+
+
+def test_weights_that_need_pickle_are_refused(tmp_path: Path) -> None:
+    place = save_tiny(tmp_path / "m")
+    torch.save({}, place / "pytorch_model.bin")
+    (place / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no \*\.safetensors; convert the weights to safetensors"):
+        model.load(str(place), tiny_settings())
+
+
+def test_a_damaged_weight_file_is_one_line(tmp_path: Path) -> None:
+    place = save_tiny(tmp_path / "m")
+    (place / "model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(ModelError, match="cannot load: Error while deserializing header"):
+        model.load(str(place), tiny_settings())
+
+
+def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match=r"device 'cuda' was asked for and PyTorch sees no GPU; set train\.device"):
+        load_tiny(tmp_path, device="cuda")
+
+
+def test_four_bits_need_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="load_in_4bit needs a GPU"):
+        load_tiny(tmp_path, load_in_4bit=True)
+
+
+def test_bf16_keeps_adapters_in_fp32_and_agrees(tmp_path: Path) -> None:
+    exact = load_tiny(tmp_path)
+    rough = load_tiny(tmp_path, dtype="bfloat16")
+    assert rough.packed
+    model.new_adapter(rough, tiny_settings(), 0)
+    assert {p.dtype for p in rough.peft.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in rough.peft.parameters() if not p.requires_grad} == {torch.bfloat16}
+    examples = [tokens(30, seed) for seed in range(8)]
+    np.testing.assert_allclose(generate.mean_nats(rough, examples), generate.mean_nats(exact, examples), rtol=0.02)
+
+
+def test_dropping_the_adapter_leaves_the_base_model_untouched(tmp_path: Path) -> None:
+    loaded, settings = load_tiny(tmp_path), tiny_settings()
+    before = {n: p.clone() for n, p in loaded.causal.named_parameters()}
+    nats = generate.mean_nats(loaded, [tokens(20, 0)])
+    shaken_adapter(loaded, settings)
+    assert generate.mean_nats(loaded, [tokens(20, 0)]) != nats
+    model.drop_adapter(loaded)
+    assert generate.mean_nats(loaded, [tokens(20, 0)]) == nats
+    for name, parameter in loaded.causal.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    loaded, settings = load_tiny(tmp_path), tiny_settings()
+    model.new_adapter(loaded, settings, 0)
+    state = model.adapter_state(loaded)
+    other = load_tiny(tmp_path, "gpt2")
+    with pytest.raises(ModelError, match="adapter does not fit"):
+        model.use(other, state, settings)
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"use_rslora": True}, {"lora_target_modules": ("q_proj",)}])
+def test_variants_of_lora_agree_with_the_stock_model(tmp_path: Path, change: dict) -> None:
+    loaded, settings = load_tiny(tmp_path), tiny_settings(**change)
+    model.new_adapter(loaded, settings, 0)
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        n: 0.3 * torch.randn(t.shape, generator=generator) if "lora_B" in n else t
+        for n, t in model.adapter_state(loaded).items()
+    }
+    model.set_adapter_state(loaded, state)
+    examples = [tokens(20, 0), tokens(12, 1)]
+    nats, gradients, _ = our_losses_and_gradients(loaded, examples, budget=100)
+    expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
+    same_gradients(gradients, expected)

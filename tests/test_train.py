@@ -1,0 +1,468 @@
+"""What must agree does: packing and accumulation, resumed and uninterrupted, one process and two, TRL and Fulcrum."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fulcrum import encode, export, generate, loss, mix, model, training
+from fulcrum.errors import StoreError
+from fulcrum.records import Anchor, Message, Tokens, TrainPoint
+from tiny import FORGETFUL, TRIMMING, load_tiny, tiny_settings, tiny_tokenizer
+
+
+def tokens(length: int, seed: int) -> Tokens:
+    rng = np.random.default_rng(seed)
+    return Tokens(rng.integers(4, 360, length), np.arange(length) >= length // 2)
+
+
+TASK = [tokens(6 + 3 * i, i) for i in range(4)]
+GENERAL = [tokens(12 + i, 100 + i) for i in range(16)]
+DEV = [tokens(15, 50), tokens(9, 51)]
+
+
+def stream(repeats: int = 2, general: int = 16, seed: int = 0) -> training.Stream:
+    plan = mix.plan(4, general, repeats=repeats, general_per_task=general / (4 * repeats), order="random", seed=seed)
+    return training.Stream(plan, TASK, GENERAL[:general])
+
+
+def train(folder: Path, *, seed: int = 0, rows: training.Stream | None = None, **options: Any) -> tuple[model.State, Any]:
+    """Train on a fresh copy of the tiny model, so that runs share nothing."""
+    run = {name: options.pop(name) for name in ("checkpoint", "progress") if name in options}
+    kind = options.pop("kind", "llama")
+    settings = tiny_settings(**{"learning_rate": 5e-3, "evaluations": 3, "save_every": 1, **options})
+    loaded = load_tiny(folder, kind)
+    dev_loss: Callable[[], float] = lambda: generate.mean_nats(loaded, DEV)  # noqa: E731
+    return training.train(loaded, rows or stream(), dev_loss, settings, seed=seed, repeats=2, **run)
+
+
+def same(a: model.State, b: model.State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def close(a: model.State, b: model.State, **tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], **{"rtol": 1e-4, "atol": 1e-6, **tolerance}, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def curve(result: Any) -> list[tuple[float | None, float | None]]:
+    return [(point.task_loss, point.general_loss) for point in result.history]
+
+
+# One step is one step, however it is cut.
+
+
+def test_batch_8_packed_is_accumulation_8_x_1(tmp_path: Path) -> None:
+    packed, first = train(tmp_path, batch_size=8, pack_tokens=1000)
+    alone, second = train(tmp_path, batch_size=8, pack_tokens=8)  # every example is longer than half of it: its own row
+    close(packed, alone)
+    np.testing.assert_allclose(curve(first), curve(second), rtol=1e-5)
+    np.testing.assert_allclose(first.dev_nll, second.dev_nll, rtol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_the_steps_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the mean of row means: a step of a long and a short example weighs every token alike."""
+    given: list[float] = []
+    whole = training.row_loss
+    monkeypatch.setattr(
+        training, "row_loss", lambda m, row, weights: (given.extend(weights.tolist()), whole(m, row, weights))[1]
+    )
+    train(tmp_path, batch_size=24, pack_tokens=8, rows=stream(), evaluations=1)
+    rows = stream()
+    examples, _ = rows.step(0, 24)
+    assert len(given) == sum(e.n_loss for e in examples)
+    np.testing.assert_allclose(given, 1 / len(given), rtol=1e-6)
+
+
+def test_task_weight_weighs_tokens_and_keeps_the_sum_at_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    whole = training.row_loss
+    monkeypatch.setattr(
+        training, "row_loss", lambda m, row, weights: (given.extend(weights.tolist()), whole(m, row, weights))[1]
+    )
+    train(tmp_path, batch_size=24, task_weight=3.0, evaluations=1)
+    examples, is_task = stream().step(0, 24)
+    own = sum(e.n_loss for e, task in zip(examples, is_task, strict=True) if task)
+    other = sum(e.n_loss for e in examples) - own
+    low, high = 1 / (3 * own + other), 3 / (3 * own + other)
+    np.testing.assert_allclose(sorted(given), [low] * other + [high] * own, rtol=1e-5)
+
+
+def test_losses_are_reported_by_source(tmp_path: Path) -> None:
+    loaded = load_tiny(tmp_path)
+    examples, is_task = stream().step(0, 4)
+    _, result = train(tmp_path, batch_size=4)
+    for kind, found in ((True, result.history[0].task_loss), (False, result.history[0].general_loss)):
+        chosen = [e for e, own in zip(examples, is_task, strict=True) if own == kind]
+        if chosen:
+            np.testing.assert_allclose(found, generate.mean_nats(loaded, chosen), rtol=1e-5)
+        else:
+            assert found is None
+
+
+def test_a_plan_that_no_batch_divides_is_trained_to_its_end(tmp_path: Path) -> None:
+    _, result = train(tmp_path, batch_size=7)
+    assert result.steps == 4  # 24 positions: 7 + 7 + 7 + 3
+    assert result.train_tokens == sum(len(e) for i in range(4) for e in stream().step(i, 7)[0])
+    assert result.train_tokens == 2 * sum(map(len, TASK)) + sum(map(len, GENERAL))
+    assert result.share.total_tokens == result.train_tokens
+    assert (result.share.task_examples, result.share.general_examples) == (8, 16)
+
+
+def test_the_learning_rate_warms_up_and_decays_within_the_run() -> None:
+    settings = tiny_settings(learning_rate=1.0, warmup=0.2, final_lr=0.1)
+    rates = [training.learning_rate(step, 10, settings) for step in range(10)]
+    np.testing.assert_allclose(rates, [0.5, 1.0, *(1 - 0.9 * k / 8 for k in range(1, 9))])
+    assert training.learning_rate(0, 1, settings) == 1.0
+    four = [training.learning_rate(step, 8, tiny_settings(learning_rate=1.0, warmup=4)) for step in range(4)]
+    np.testing.assert_allclose(four, [0.25, 0.5, 0.75, 1.0])
+
+
+def test_what_is_returned_is_the_best_of_the_dev_evaluations(tmp_path: Path) -> None:
+    measured = iter([3.0, 1.0, 2.0])
+    loaded, states = load_tiny(tmp_path), []
+
+    def watch(point: TrainPoint, steps: int, dev: float | None) -> None:
+        states.append(model.adapter_state(loaded))
+
+    settings = tiny_settings(batch_size=4, evaluations=3)
+    state, result = training.train(loaded, stream(), lambda: next(measured), settings, seed=0, repeats=2, progress=watch)
+    assert result.dev_nll == ((2, 3.0), (4, 1.0), (6, 2.0))
+    assert (result.best_step, result.best_dev_nll) == (4, 1.0)
+    assert same(state, states[3])
+    assert same(model.adapter_state(loaded), states[3])  # and it is on the model
+
+
+def test_early_stopping_counts_evaluations_without_a_better_one(tmp_path: Path) -> None:
+    measured = iter([3.0, 1.0, 2.0, 1.5, 0.5, 0.5])
+    settings = tiny_settings(batch_size=4, evaluations=6, early_stopping_patience=2)
+    _, result = training.train(load_tiny(tmp_path), stream(), lambda: next(measured), settings, seed=0, repeats=2)
+    assert (result.steps, result.best_step, len(result.dev_nll)) == (4, 2, 4)
+
+
+# Seeds.
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_one_seed_gives_one_adapter_and_another_seed_another(tmp_path: Path, dropout: float) -> None:
+    first, _ = train(tmp_path, seed=1, lora_dropout=dropout)
+    again, _ = train(tmp_path, seed=1, lora_dropout=dropout)
+    other, _ = train(tmp_path, seed=2, lora_dropout=dropout)
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_dropout_is_on_in_training_and_off_in_scoring(tmp_path: Path) -> None:
+    without, _ = train(tmp_path)
+    with_dropout, _ = train(tmp_path, lora_dropout=0.3)
+    assert not same(without, with_dropout)
+    loaded = load_tiny(tmp_path, lora_dropout=0.3)
+    model.new_adapter(loaded, tiny_settings(lora_dropout=0.3), 0)
+    model.set_adapter_state(loaded, with_dropout)
+    assert generate.mean_nats(loaded, DEV) == generate.mean_nats(loaded, DEV)
+
+
+def test_a_second_run_on_one_model_starts_from_the_untouched_base(tmp_path: Path) -> None:
+    loaded, settings = load_tiny(tmp_path), tiny_settings(learning_rate=5e-3)
+    first, _ = training.train(loaded, stream(), lambda: generate.mean_nats(loaded, DEV), settings, seed=0, repeats=2)
+    again, _ = training.train(loaded, stream(), lambda: generate.mean_nats(loaded, DEV), settings, seed=0, repeats=2)
+    assert same(first, again)
+
+
+# Resumed = uninterrupted.
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(step: int) -> training.Progress:
+    def progress(point: TrainPoint, steps: int, dev: float | None) -> None:
+        if point.step == step:
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize(
+    ("options", "at"),
+    [
+        ({}, 4),
+        ({"save_every": 2}, 6),  # killed after step 6, before its checkpoint: goes on from step 4
+        ({"lora_dropout": 0.3}, 3),
+        ({"kind": "lfm2", "weight_decay": 0.1}, 4),
+        ({"early_stopping_patience": 1, "evaluations": 6}, 3),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, options: dict, at: int) -> None:
+    whole, expected = train(tmp_path, batch_size=3, **options)
+    with pytest.raises(Killed):
+        train(tmp_path, batch_size=3, checkpoint=tmp_path / "c", progress=killed_at(at), **options)
+    assert len(list((tmp_path / "c").glob("checkpoint-*"))) == 1
+    steps: list[int] = []
+    torch.manual_seed(12345)  # whatever else drew random numbers
+    resumed, found = train(
+        tmp_path, batch_size=3, checkpoint=tmp_path / "c", progress=lambda p, *_: steps.append(p.step), **options
+    )
+    assert steps[0] > 1
+    assert same(whole, resumed)
+    timeless = [replace(point, seconds=0) for point in expected.history]
+    assert [replace(point, seconds=0) for point in found.history] == timeless
+    assert replace(found, history=(), seconds=0) == replace(expected, history=(), seconds=0)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    whole, expected = train(tmp_path, checkpoint=tmp_path / "c")
+    steps: list[int] = []
+    again, found = train(tmp_path, checkpoint=tmp_path / "c", progress=lambda p, *_: steps.append(p.step))
+    assert steps == []
+    assert same(whole, again)
+    assert found.dev_nll == expected.dev_nll
+
+
+def test_a_half_written_checkpoint_is_not_read(tmp_path: Path) -> None:
+    whole, _ = train(tmp_path)
+    with pytest.raises(Killed):
+        train(tmp_path, checkpoint=tmp_path / "c", progress=killed_at(4))
+    half = tmp_path / "c" / ".checkpoint-5.partial"
+    half.mkdir()
+    (half / "state.json").write_text('{"identity": ')
+    resumed, _ = train(tmp_path, checkpoint=tmp_path / "c")
+    assert same(whole, resumed)
+
+
+def killed_checkpoint(folder: Path) -> Path:
+    with pytest.raises(Killed):
+        train(folder, checkpoint=folder / "c", progress=killed_at(4))
+    (newest,) = (folder / "c").glob("checkpoint-*")
+    return newest
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"seed": 7}, {"rows": stream(seed=9)}])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict) -> None:
+    killed_checkpoint(tmp_path)
+    with pytest.raises(StoreError, match=r"checkpoint-3: made with other settings, data or model; choose another output_dir"):
+        train(tmp_path, checkpoint=tmp_path / "c", **change)
+
+
+def test_a_checkpoint_whose_identity_was_changed_is_refused(tmp_path: Path) -> None:
+    state = killed_checkpoint(tmp_path) / "state.json"
+    state.write_text(state.read_text().replace('"identity": "', '"identity": "0'))
+    with pytest.raises(StoreError, match="made with other settings"):
+        train(tmp_path, checkpoint=tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "best.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("content", [None, b"{}"], ids=["missing", "other"])
+def test_a_damaged_checkpoint_says_so(tmp_path: Path, name: str, content: bytes | None) -> None:
+    file = killed_checkpoint(tmp_path) / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(StoreError, match=r"checkpoint-3"):
+        train(tmp_path, checkpoint=tmp_path / "c")
+
+
+def test_a_full_disk_says_so_and_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "save_file", full)
+    with pytest.raises(StoreError, match=r"checkpoint-1: cannot save: No space left on device; free space or set another"):
+        train(tmp_path, checkpoint=tmp_path / "c")
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+# The same loss as TRL.
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_the_loss_and_gradients_on_one_batch_are_trls(tmp_path: Path, kind: str) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    loaded, settings = load_tiny(tmp_path, kind), tiny_settings()
+    shake(loaded, settings)
+    batch = [TASK[0], GENERAL[3], TASK[3], GENERAL[9], GENERAL[15]]
+    rows = loss.rows(batch, loaded, 1000)
+    total = sum(len(row.labels) for row in rows)
+    ours = torch.zeros(())
+    for row in rows:
+        value, _ = loss.row_loss(loaded, row, torch.full((len(row.labels),), 1 / total))
+        value.backward()
+        ours += value.detach()
+    gradients = {name: p.grad for name, p in loaded.peft.named_parameters() if p.requires_grad}
+
+    export.save_adapter(loaded, tmp_path / "adapter", {"task": None})
+    causal = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(causal, tmp_path / "adapter", is_trainable=True)
+    records = [{"input_ids": e.ids.tolist(), "completion_mask": e.loss_mask.astype(int).tolist()} for e in batch]
+    trainer = SFTTrainer(
+        peft,
+        SFTConfig(
+            str(tmp_path / "trl"), use_cpu=True, per_device_train_batch_size=5, max_length=None, bf16=False,
+            completion_only_loss=True, gradient_checkpointing=False, report_to=[], disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(records),
+        processing_class=loaded.tokenizer,
+    )  # fmt: skip
+    prepared = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
+    theirs = trainer.compute_loss(trainer.model, prepared)
+    theirs.backward()
+    assert prepared["input_ids"].shape == (5, max(map(len, batch)))
+    np.testing.assert_allclose(float(ours), float(theirs.detach()), rtol=1e-5)
+    found = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert gradients.keys() == found.keys()
+    for name in found:
+        torch.testing.assert_close(gradients[name], found[name], rtol=1e-3, atol=1e-5)
+
+
+def shake(loaded: model.LoadedModel, settings: Any) -> None:
+    """An adapter far from its beginning, where B is zero."""
+    model.new_adapter(loaded, settings, 0)
+    generator = torch.Generator().manual_seed(1)
+    state = model.adapter_state(loaded)
+    model.set_adapter_state(loaded, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
+
+
+# What is saved is what was trained.
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("gemma2", {}),
+        ("lfm2", {}),
+        ("mamba", {}),
+        ("gpt2", {}),
+        ("qwen3", {"use_rslora": True}),
+        ("llama", {"use_dora": True}),
+    ],
+)
+def test_plain_peft_loads_the_adapter_and_gives_the_same_outputs(tmp_path: Path, kind: str, options: dict) -> None:
+    loaded, settings = load_tiny(tmp_path, kind), tiny_settings(**options)
+    ids = torch.as_tensor(tokens(20, 0).ids)[None]
+    with torch.no_grad():
+        base = loaded.causal(input_ids=ids).logits
+        shake(loaded, settings)
+        expected = loaded.causal(input_ids=ids).logits
+    folder = export.save_adapter(loaded, tmp_path / "adapter", {"task": None})
+    assert not (folder / "README.md").exists()
+    causal = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32, attn_implementation="eager")
+    plain = PeftModel.from_pretrained(causal, folder).eval()
+    with torch.no_grad():
+        found = plain(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert float((expected - base).abs().max()) > 0.1
+
+
+QUESTION, ANSWER, AGAIN = Message("user", "  One? "), Message("assistant", "1"), Message("user", "Two?\n")
+SYSTEM = Message("system", "Be brief.")
+
+
+@pytest.mark.parametrize("placement", ["system", "user_prefix", "user_suffix", "response_prefix"])
+@pytest.mark.parametrize("template", [True, TRIMMING, FORGETFUL, False], ids=["chatml", "trimming", "forgetful", "base"])
+def test_the_saved_tokenizer_gives_training_ids(tmp_path: Path, placement: Any, template: str | bool) -> None:
+    loaded = load_tiny(tmp_path, template=template)
+    model.new_adapter(loaded, tiny_settings(), 0)
+    anchor = Anchor('Sort the ticket;\nanswer "so" {{ not }}: ', placement)
+    export.save_adapter(loaded, tmp_path / "adapter", {"task": anchor})
+    saved = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    form = encode.make_format(loaded.tokenizer, anchor)
+    for messages in ((QUESTION,), (SYSTEM, QUESTION), (QUESTION, ANSWER, AGAIN), (SYSTEM, QUESTION, ANSWER, AGAIN)):
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        found = saved.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert found == encode.prompt_ids(messages, form)
+        assert loaded.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) != found
+
+
+def test_several_tasks_get_named_templates_and_the_default_has_no_anchor(tmp_path: Path) -> None:
+    loaded = load_tiny(tmp_path)
+    model.new_adapter(loaded, tiny_settings(), 0)
+    tasks = {"sort": Anchor("SORT."), "label": Anchor("LABEL.", "system"), "plain": None}
+    export.save_adapter(loaded, tmp_path / "adapter", tasks)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    turns = [{"role": "user", "content": "One?"}]
+    for name, anchor in tasks.items():
+        found = saved.apply_chat_template(turns, chat_template=name, add_generation_prompt=True, return_dict=False)
+        assert found == encode.prompt_ids((Message("user", "One?"),), encode.make_format(loaded.tokenizer, anchor))
+    plain = tiny_tokenizer().apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert saved.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) == plain
+    assert isinstance(loaded.tokenizer.chat_template, str)  # the one in memory is as it was
+
+
+def test_an_adapter_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    loaded = load_tiny(tmp_path)
+    model.new_adapter(loaded, tiny_settings(), 0)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "left over").touch()
+    names = {path.name for path in export.save_adapter(loaded, tmp_path / "adapter", {"task": None}).iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "tokenizer.json"} <= names
+    assert "left over" not in names
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+
+
+# Two processes.
+
+TWO = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import test_train
+from safetensors.torch import save_file
+folder, cases = Path(sys.argv[1]), {cases!r}
+import os, torch.distributed as dist
+for number, options in enumerate(cases):
+    state, result = test_train.train(folder, **options)
+    if int(os.environ["RANK"]) == 0:
+        save_file(state, folder / f"two-{{number}}.safetensors")
+        (folder / f"two-{{number}}.json").write_text(repr(test_train.curve(result)))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_adapter_of_one(tmp_path: Path) -> None:
+    """The second case ends with a step of fewer examples than processes."""
+    from safetensors.torch import load_file
+
+    cases = [{"batch_size": 6}, {"batch_size": 23, "weight_decay": 0.1}]
+    expected = [train(tmp_path, **case) for case in cases]
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(paths=[str(Path(__file__).parent), *sys.path], cases=cases))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        str(tmp_path),
+    ]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as both:
+        try:
+            _, said = both.communicate(timeout=100)
+        except subprocess.TimeoutExpired:
+            os.killpg(both.pid, signal.SIGKILL)  # the launcher and the processes that wait for each other
+            raise
+    assert both.returncode == 0, said[-3000:]
+    for number, (state, result) in enumerate(expected):
+        close(load_file(tmp_path / f"two-{number}.safetensors"), state)
+        found = eval((tmp_path / f"two-{number}.json").read_text())
+        np.testing.assert_allclose(np.array(found, dtype=float), np.array(curve(result), dtype=float), rtol=1e-5)
