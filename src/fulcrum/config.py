@@ -4,6 +4,7 @@ Unknown keys are errors that name the nearest known key. The key names of other 
 renamed before validation, so the resolved settings in a run folder always use Fulcrum's own names.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +98,13 @@ class TaskSettings(Section):
     test_limit: int | None = Field(None, ge=1, description="use at most this many test rows")
 
     _sources = field_validator("train", "dev", "test", mode="before")(_as_sources)
+
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, value: str) -> str:
+        if not re.fullmatch(r"\w[\w. -]*", value) or value == "default":
+            raise ValueError("a name is letters, digits, '_', '-', '.' and spaces, and not 'default'; it names a chat template")
+        return value
 
     @field_validator("anchor", mode="before")
     @classmethod
@@ -214,14 +222,15 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _apply_aliases(data: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in data.items():
-        key = key.replace("-", "_")
-        _set(result, ALIASES.get(key, key), dict(value) if isinstance(value, dict) else value)
-    if "task" in result:
-        if "tasks" in result:
-            raise ConfigError("both `task` and `tasks` are given; use `task` for one, `tasks` for several")
-        result["tasks"] = [result.pop("task")]
+    """Move what stands under other trainers' names to ours. Raises ConfigError where a setting is then given twice."""
+    given = {key.replace("-", "_"): dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    result = {key: value for key, value in given.items() if key not in ALIASES}
+    for key in given.keys() & ALIASES.keys():
+        section, _, last = ALIASES[key].rpartition(".")
+        place = result.get(section) if section else result
+        if isinstance(place, dict) and last in place:
+            raise ConfigError(f"{key!r} and {ALIASES[key]!r} (or another name of it) are both given; keep one")
+        _set(result, ALIASES[key], given[key])
     return result
 
 
@@ -265,8 +274,13 @@ def from_dict(data: Mapping[str, Any], where: str = "settings") -> Settings:
     """Validate nested settings. Raises ConfigError naming the key, the value and the nearest known name."""
     if "task" not in data and "tasks" not in data:
         raise ConfigError(f"{where}: no `task:` section; write one, or start from `fulcrum init DATA_FILE`")
+    renamed = _apply_aliases(data)
+    if "task" in renamed:
+        if "tasks" in renamed:
+            raise ConfigError("both `task` and `tasks` are given; use `task` for one, `tasks` for several")
+        renamed["tasks"] = [renamed.pop("task")]
     try:
-        return Settings.model_validate(_apply_aliases(data))
+        return Settings.model_validate(renamed)
     except ValidationError as error:
         raise _explain(error, where) from None
 
@@ -285,6 +299,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
         raise ConfigError(f"{file}: not readable as YAML: {str(error).splitlines()[-1].strip()}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: expected a mapping of settings, found {type(data).__name__}")
+    data = _apply_aliases(data)  # before the flags, which may use our names for what the file calls otherwise
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:

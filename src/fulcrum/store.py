@@ -105,6 +105,17 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path}: not readable as JSON ({error}); the file was changed or damaged") from None
 
 
+def _changes(before: Any, after: Any, name: str = "") -> list[str]:
+    """Dotted names of what differs, with both values where they are single ones."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted({*before, *after})
+        return [found for key in keys for found in _changes(before.get(key), after.get(key), f"{name}.{key}".lstrip("."))]
+    if before == after:
+        return []
+    single = not isinstance(before, dict | list) and not isinstance(after, dict | list)
+    return [f"{name} ({before!r:.40} -> {after!r:.40})" if single else name or MANIFEST]
+
+
 def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path:
     """Make `folder` the place of the run that `identity` (settings, data hashes, versions) describes.
 
@@ -116,7 +127,7 @@ def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path
         raise StoreError(f"{folder}: is a file; set output_dir to a folder")
     if manifest.exists():
         before = read_json(manifest)
-        changed = [key for key in sorted({*before, *identity}) if before.get(key) != plain(identity.get(key))]
+        changed = _changes(before, plain(identity))
         if not resume:
             same = "the same run (go on with --resume)" if not changed else "another run"
             raise StoreError(f"{folder}: already holds {same}; choose another output_dir")

@@ -1,0 +1,221 @@
+"""Settings are read as they are meant, or refused with the key, the value and the nearest remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from fulcrum import config
+from fulcrum.errors import ConfigError
+from fulcrum.records import Anchor
+
+TASK = {"train": "tickets.jsonl"}
+
+
+def settings(**changes: object) -> config.Settings:
+    return config.from_dict({"task": TASK, **changes})
+
+
+def test_the_shortest_file_has_the_documented_defaults() -> None:
+    found = settings()
+    assert found.model == "smollm2-135m-instruct"
+    assert [source.path for source in found.general] == ["builtin"]
+    assert (found.mix.general_per_task, found.mix.unit, found.mix.order) == (4.0, "examples", "random")
+    assert found.mix.candidates == (1, 2, 4, 8)
+    assert (found.train.learning_rate, found.train.lora_r, found.train.lora_alpha, found.train.batch_size) == (5e-4, 16, 32, 8)
+    assert found.tasks[0].metrics == ("nll", "exact_match")
+    assert not found.trust_remote_code
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: folder\n"
+        "task:\n  train: [a.jsonl, {path: b.csv, columns: {prompt: text}, limit: 5}]\n  anchor: Sort.\n"
+        "general:\n  - path: builtin\n  - org/name\n"
+        "mix: {general_per_task: 2, repeats: 3}\ntrain: {learning_rate: 5.0e-4}\noutput_dir: runs/x\n"
+    )
+    found = config.load(file)
+    assert [(s.path, s.limit) for s in found.tasks[0].train] == [("a.jsonl", None), ("b.csv", 5)]
+    assert [s.path for s in found.general] == ["builtin", "org/name"]
+    assert found.tasks[0].anchor_value() == Anchor("Sort.", "user_prefix")
+    assert found.mix.candidates == (3,)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        ("none", None),
+        ("", None),
+        ("Sort.", Anchor("Sort.")),
+        ({"text": "Sort.", "placement": "system"}, Anchor("Sort.", "system")),
+        (Anchor("Sort.", "response_prefix"), Anchor("Sort.", "response_prefix")),
+    ],
+)
+def test_an_anchor_is_text_or_both_or_none(given: object, expected: Anchor | None) -> None:
+    assert settings(task={**TASK, "anchor": given}).tasks[0].anchor_value() == expected
+
+
+def test_names_of_other_trainers_are_understood() -> None:
+    found = settings(
+        model_name_or_path="m", lr=1e-3, num_train_epochs=3, **{"per-device-train-batch-size": 4}, cutoff_len=256, lora_rank=8
+    )
+    assert (found.model, found.train.learning_rate, found.mix.repeats) == ("m", 1e-3, 3)
+    assert (found.train.batch_size, found.train.max_length, found.train.lora_r) == (4, 256, 8)
+
+
+@pytest.mark.parametrize(
+    "names", [("lora_r", "train", "max_new_tokens", "task"), ("task", "max_new_tokens", "train", "lora_r")]
+)
+def test_an_alias_joins_the_section_that_is_given(names: tuple[str, ...]) -> None:
+    given = {"task": TASK, "train": {"batch_size": 2}, "lora_r": 8, "max_new_tokens": 9}
+    found = config.from_dict({name: given[name] for name in names})
+    assert (found.train.batch_size, found.train.lora_r) == (2, 8)
+    assert (found.tasks[0].max_new_tokens, found.tasks[0].train[0].path) == (9, "tickets.jsonl")
+
+
+def test_settings_given_are_not_changed() -> None:
+    given = {"task": dict(TASK), "train": {"batch_size": 2}, "lora_r": 8, "max_new_tokens": 9}
+    config.from_dict(given)
+    assert given == {"task": TASK, "train": {"batch_size": 2}, "lora_r": 8, "max_new_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "settings: no `task:` section; write one, or start from `fulcrum init DATA_FILE`"),
+        ({"task": TASK, "tasks": [TASK]}, "both `task` and `tasks` are given"),
+        ({"task": {}}, r"'task\.train' is missing"),
+        ({"task": TASK, "modle": "x"}, r"unknown setting 'modle'; did you mean .*'model'"),
+        ({"task": {**TASK, "achor": "x"}}, r"unknown setting 'task\.achor'; did you mean 'anchor'"),
+        ({"task": TASK, "train": {"learning_rat": 1}}, r"unknown setting 'train\.learning_rat'; did you mean 'learning_rate'"),
+        (
+            {"task": TASK, "general": [{"pth": "x"}]},
+            r"unknown setting 'general\.0\.pth'; did you mean 'path'|'general\.0\.path' is missing",
+        ),
+        (
+            {"task": {**TASK, "anchor": {"text": "x", "place": "system"}}},
+            r"unknown setting 'task\.anchor\.place'; did you mean 'placement'",
+        ),
+        (
+            {"task": {**TASK, "anchor": {"text": "x", "placement": "middle"}}},
+            r"task\.anchor\.placement: .*'system'.*got 'middle'",
+        ),
+        ({"task": TASK, "mix": {"repeats": 0}}, r"mix\.repeats: repeats is 0; every task row must be shown at least once"),
+        ({"task": TASK, "mix": {"repeats": "some"}}, r"mix\.repeats.*got 'some'"),
+        ({"task": TASK, "mix": {"order": "sorted"}}, r"mix\.order: .*'epoch_stratified'.*got 'sorted'"),
+        ({"task": TASK, "mix": {"general_per_task": -1}}, r"mix\.general_per_task: .*greater than or equal to 0 \(got -1\)"),
+        ({"task": TASK, "train": {"learning_rate": "fast"}}, r"train\.learning_rate: .*number.*got 'fast'"),
+        ({"task": TASK, "train": {"batch_size": 1.5}}, r"train\.batch_size: .*got 1\.5"),
+        ({"task": TASK, "train": 5}, r"train: .*got 5"),
+        ({"task": "tickets.jsonl"}, r"task.*got 'tickets\.jsonl'"),
+        (
+            {"tasks": [{**TASK, "name": "a"}, {**TASK, "name": "a"}]},
+            r"tasks need different names, got \['a', 'a'\]; set tasks\[i\]\.name",
+        ),
+        ({"task": TASK, "compare": {"seeds": []}}, r"compare\.seeds: .*at least 1"),
+        (
+            {"task": TASK, "train": {"lora_r": 8}, "lora_rank": 4},
+            r"'lora_rank' and 'train\.lora_r' .* are both given; keep one",
+        ),
+        ({"task": TASK, "base_model": "a", "model_name_or_path": "b"}, r"and 'model' .* are both given; keep one"),
+    ],
+)
+def test_a_wrong_setting_is_named(data: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.from_dict(data)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".", "a\0b", "default"])
+def test_a_task_name_must_do_for_a_file(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"task\.name"):
+        settings(task={**TASK, "name": name})
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "expected"),
+    [
+        ("train.learning_rate=2e-4", ("train", "learning_rate"), 2e-4),
+        ("lr=2e-4", ("train", "learning_rate"), 2e-4),
+        ("mix.repeats=auto", ("mix", "repeats"), "auto"),
+        ("output_dir=runs/a=b", ("output_dir",), "runs/a=b"),
+        ("compare.seeds=[0, 1]", ("compare", "seeds"), (0, 1)),
+        ("train.early_stopping_patience=null", ("train", "early_stopping_patience"), None),
+        ("lora-r=4", ("train", "lora_r"), 4),
+    ],
+)
+def test_flags_beat_the_file(tmp_path: Path, override: str, path: tuple[str, ...], expected: object) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("task: {train: a.jsonl}\nlearning_rate: 1.0\ncompare: {seeds: [5]}\n")
+    found: object = config.load(file, [override])
+    for name in path:
+        found = getattr(found, name)
+    assert found == expected
+
+
+def test_flags_reach_into_the_task(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("task: {train: a.jsonl}\n")
+    assert config.load(file, ["task.anchor=Sort.", "max_new_tokens=5"]).tasks[0].anchor_value() == Anchor("Sort.")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: [", "not readable as YAML"),
+        ("- a\n", "expected a mapping of settings, found list"),
+        ("", "expected a mapping of settings, found NoneType"),
+        ("task: {train: a}\nmodel: !!python/object/apply:os.system [ls]\n", "not readable as YAML"),
+    ],
+)
+def test_a_broken_file_says_so(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        config.load(tmp_path / "run.yaml")
+
+
+def test_a_missing_file_and_a_broken_flag_say_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such settings file; write one with `fulcrum init DATA_FILE`"):
+        config.load(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        config.load(tmp_path)
+    (tmp_path / "run.yaml").write_text("task: {train: a}\nmodel: m\n")
+    with pytest.raises(ConfigError, match=r"expected key=value, e\.g\. --set train\.learning_rate=2e-4"):
+        config.load(tmp_path / "run.yaml", ["seed"])
+    with pytest.raises(ConfigError, match="the value is not YAML"):
+        config.load(tmp_path / "run.yaml", ["seed=[1"])
+    with pytest.raises(ConfigError, match="'model' already holds 'm' and cannot take 'name'"):
+        config.load(tmp_path / "run.yaml", ["model.name=x"])
+
+
+@pytest.mark.parametrize("anchor", ["none", "é\nline", {"text": "x ", "placement": "response_prefix"}])
+def test_what_is_dumped_is_loaded_again(tmp_path: Path, anchor: object) -> None:
+    tasks = [{**TASK, "name": "a", "anchor": anchor, "dev": "d.csv"}, {**TASK, "name": "b", "metrics": ["nll"]}]
+    before = config.from_dict({"tasks": tasks, "mix": {"repeats": 2}, "train": {"lora_target_modules": ["q_proj", "v_proj"]}})
+    (tmp_path / "config.yaml").write_text(config.dump(before))
+    assert config.load(tmp_path / "config.yaml") == before
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        settings().train.lora_r = 5
+
+
+def test_every_setting_is_described() -> None:
+    sections = [config.Settings, *config._SECTIONS.values()]
+    undescribed = [
+        f"{section.__name__}.{name}"
+        for section in sections
+        for name, field in section.model_fields.items()
+        if not field.description and name not in config._SECTIONS
+    ]
+    assert undescribed == []
+
+
+def test_every_alias_leads_to_a_setting() -> None:
+    for name, target in config.ALIASES.items():
+        section: type[config.Section] = config.Settings
+        *parents, last = target.split(".")
+        for parent in parents:
+            section = config._SECTIONS["tasks" if parent == "task" else parent]
+        assert last in section.model_fields, name
