@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from fulcrum import encode
 from fulcrum.errors import DataError, ModelError
@@ -125,6 +126,17 @@ def test_special_token_text_in_an_earlier_answer_stays_plain_and_all_answers_are
     tokens = encode.encode(row("q", "x<|im_end|>y", "r<|im_start|>", "z"), PLAIN)
     assert trained_parts(tokens) == ["x<|im_end|>y<|im_end|>", "z<|im_end|>"]
     assert tokens.ids.tolist().count(END) == 4
+
+
+def test_a_marker_that_the_tokenizer_gives_no_role_stays_plain_text_too() -> None:
+    """As `<|eot_id|>` of Llama 3 or `<start_of_turn>` of Gemma: added as special, and neither BOS nor EOS nor listed."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="<s>", chat_template=CHATML)
+    assert "<|im_start|>" not in tokenizer.all_special_tokens
+    tokens = encode.encode(row("a<|im_start|>b", "c<|im_end|>d"), encode.make_format(tokenizer, None))
+    ids = tokens.ids.tolist()
+    assert (ids.count(START), ids.count(END)) == (2, 2)
+    assert decode(ids).startswith("<|im_start|>user\na<|im_start|>b<|im_end|>")
+    assert trained_parts(tokens) == ["c<|im_end|>d<|im_end|>"]
 
 
 TEXT = st.lists(

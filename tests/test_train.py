@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulcrum import encode, export, generate, loss, mix, model, training
-from fulcrum.errors import StoreError
+from fulcrum.errors import ConfigError, StoreError
 from fulcrum.records import Anchor, Message, Tokens, TrainPoint
 from tiny import FORGETFUL, TRIMMING, load_tiny, tiny_settings, tiny_tokenizer
 
@@ -151,6 +151,11 @@ def test_early_stopping_counts_evaluations_without_a_better_one(tmp_path: Path) 
     settings = tiny_settings(batch_size=4, evaluations=6, early_stopping_patience=2)
     _, result = training.train(load_tiny(tmp_path), stream(), lambda: next(measured), settings, seed=0, repeats=2)
     assert (result.steps, result.best_step, len(result.dev_nll)) == (4, 2, 4)
+
+
+def test_a_run_that_diverges_is_an_error_and_not_an_untrained_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"diverged: the dev loss is nan after step 2 of 6; lower train\.learning_rate"):
+        train(tmp_path, learning_rate=1e20, max_grad_norm=1e30)
 
 
 # Seeds.

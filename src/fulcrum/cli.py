@@ -82,7 +82,7 @@ def init(
         ingest.check_overlap(examples, held_out, "test")
         terminal.say(screen, f"{test}: {len(held_out):,} rows kept, {len(refused):,} rejected")
     guessed = starter.guess(examples)
-    text = starter.write_yaml(guessed, out=out, train=data, test=test, model=model)
+    text = starter.write_yaml(guessed, train=data, test=test, model=model)
     store.write_bytes(out, text.encode())
     terminal.say(screen, f"answers: {guessed.why}; metrics: {', '.join(guessed.metrics)}")
     terminal.say(screen, f"wrote {out}; put your own words into its anchor, then look: fulcrum check {out}")

@@ -1,7 +1,7 @@
 """Where every error of the command line ends.
 
-One that a user can mend is one line on stderr and exit code 2, with its traceback before it after `--debug`; Ctrl-C is exit code
-130. Any other exception is a bug of ours and keeps its traceback.
+One that a user can mend is one line on stderr and exit code 2; with `--debug` its traceback stands before it. Ctrl-C is exit
+code 130. Any other exception is a bug of ours and keeps its traceback.
 """
 
 import traceback

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from fulcrum import config, export, material, metrics, model, stats, store
 from fulcrum.config import Settings
-from fulcrum.errors import ConfigError, nearest
+from fulcrum.errors import ConfigError, StoreError, nearest
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, Difference, Results
@@ -80,7 +80,12 @@ def _cell(
     """One arm at one seed: read back if it is finished, else run and stored. The first seed's adapters are kept."""
     file = folder / "cells" / f"{arm.name}-seed{seed}.json"
     if file.exists():
-        return TypeAdapter(ArmResult).validate_python(store.read_json(file))
+        try:
+            return TypeAdapter(ArmResult).validate_python(store.read_json(file))
+        except ValidationError as error:
+            raise StoreError(
+                f"{file}: not a finished cell, the file was changed or damaged; delete it to run it anew"
+            ) from error
     result, state = run_arm(rows, loaded, arm, settings, seed, folder, watcher)
     if state is not None and seed == settings.compare.seeds[0]:
         anchors = {task.name: task.anchor if arm.anchored else None for task in rows.tasks}

@@ -180,11 +180,20 @@ class EvalSettings(Section):
 class CompareSettings(Section):
     """Which arms, and how many seeds."""
 
-    arms: tuple[str, ...] = Field(("base", "base_anchor", "sft", "sft_anchor", "mix", "tell"), description="arms to run")
+    arms: tuple[str, ...] = Field(
+        ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell"), min_length=1, description="arms to run"
+    )
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="one whole chain (subset, order, initialisation) each")
     sft_epochs: tuple[int, ...] | None = Field(
         None, description="epochs tried for arms without general data; none: cap/4, cap/2, cap"
     )
+
+    @field_validator("arms", "seeds")
+    @classmethod
+    def _once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if twice := [item for place, item in enumerate(value) if item in value[:place]]:
+            raise ValueError(f"{twice[0]!r} is given twice; one cell counted as two would feign certainty")
+        return value
 
 
 class Settings(Section):
@@ -223,9 +232,9 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _apply_aliases(data: Mapping[str, Any]) -> dict[str, Any]:
     """Move what stands under other trainers' names to ours. Raises ConfigError where a setting is then given twice."""
-    given = {key.replace("-", "_"): dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    given = {str(key).replace("-", "_"): dict(value) if isinstance(value, dict) else value for key, value in data.items()}
     result = {key: value for key, value in given.items() if key not in ALIASES}
-    for key in given.keys() & ALIASES.keys():
+    for key in [key for key in given if key in ALIASES]:
         section, _, last = ALIASES[key].rpartition(".")
         place = result.get(section) if section else result
         if isinstance(place, dict) and last in place:

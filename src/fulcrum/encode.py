@@ -40,6 +40,7 @@ class Tokenizer(Protocol):
     chat_template: Any
     eos_token_id: int | None
     all_special_tokens: Sequence[str]
+    added_tokens_decoder: Mapping[int, Any]
 
     def __call__(self, text: str, **options: Any) -> Mapping[str, Any]: ...  # noqa: D102
 
@@ -73,7 +74,11 @@ def make_format(tokenizer: Tokenizer, anchor: Anchor | None) -> Format:
     if not isinstance(tokenizer.chat_template, str):
         raise ModelError("the tokenizer has no chat template (or several); load the model through `fulcrum.model.load`")
     template = anchors.bake(tokenizer.chat_template, anchor)
-    names = tuple(sorted({str(token) for token in tokenizer.all_special_tokens if str(token)}, key=len, reverse=True))
+    # `all_special_tokens` lists those with a role (BOS, EOS ...) only; most chat markers are merely added as special.
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = tuple(
+        sorted({str(token) for token in (*tokenizer.all_special_tokens, *added) if str(token)}, key=len, reverse=True)
+    )
     special = re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
     end_ids, end_text = _end_of_turn(tokenizer, special)
     return Format(tokenizer, template, anchor, end_ids, end_text, special, names)

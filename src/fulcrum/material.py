@@ -17,6 +17,8 @@ from fulcrum.errors import DataError
 from fulcrum.records import Example, Reject, Task, TaskFacts
 from fulcrum.store import fingerprint, seed_for
 
+_LENGTH_SAMPLE = 256  # general rows whose mean length stands for all, where a mix counts tokens
+
 
 @dataclass(frozen=True)
 class Material:
@@ -95,7 +97,7 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
     if settings.general and (settings.mix.general_per_task > 0 or settings.eval.general_rows > 0):
         cleaner = _Cleaner(settings, tokenizer, context, tasks)
         held_out["pool"] = tuple(cleaner.take(settings.eval.general_rows, seed_for(settings.seed, "held out")).examples)
-        wanted = cleaner.wanted(held_out["pool"])
+        wanted = cleaner.wanted()
         chosen = cleaner.take(wanted, seed_for(seed, "general"), {example.origin for example in held_out["pool"]})
         general = chosen.examples
         rejects += [Reject(r.origin, f"general: {r.reason}", r.detail) for r in chosen.rejects]
@@ -161,14 +163,15 @@ class _Cleaner:
             anchors=[task.anchor for task in self.tasks if task.anchor is not None],
         )  # fmt: skip
 
-    def wanted(self, sample: Sequence[Example]) -> int:
-        """General rows for the longest plan. In `unit: tokens` the mean lengths of task rows and of `sample` decide."""
+    def wanted(self) -> int:
+        """General rows for the longest plan. In `unit: tokens` the mean lengths of task rows and of a sample decide."""
         shown = max(self.settings.mix.candidates) * sum(len(task.train) for task in self.tasks)
         per_task = self.settings.mix.general_per_task
-        if self.settings.mix.unit == "tokens" and sample:
+        if self.settings.mix.unit == "tokens":
+            sample = self.take(_LENGTH_SAMPLE, seed_for(self.settings.seed, "lengths")).examples
             forms = [(task, encode.make_format(self.plain.tokenizer, task.anchor)) for task in self.tasks]
             own = np.mean([len(encode.encode(row, form)) for task, form in forms for row in task.train])
-            per_task *= float(own / np.mean([len(encode.encode(row, self.plain)) for row in sample]))
+            per_task *= float(own / np.mean([len(encode.encode(row, self.plain)) for row in sample])) if sample else 1
         return round(per_task * shown)
 
 

@@ -16,8 +16,8 @@ LABELS, LABEL_CHARACTERS, LONG_CHARACTERS = 20, 40, 200
 BYTES_PER_TOKEN, LONGEST_ANSWER = 3, 1024
 
 TEMPLATE = """\
-# A run of Fulcrum. Look at it with `fulcrum check {out}`; then `fulcrum train {out}`, or `fulcrum compare {out}` to measure
-# what it brings against plain fine-tuning.
+# A run of Fulcrum: `fulcrum check` shows what the model will see, `fulcrum train` makes an adapter,
+# and `fulcrum compare` measures what mixing brings against plain fine-tuning.
 model: {model}  # a name from `fulcrum models`, hub id, folder or .gguf file
 task:
   name: {name}
@@ -102,13 +102,13 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join("".join(c for c in name if c.isprintable()) for name in names)
 
 
-def write_yaml(guessed: Guess, *, out: Path, train: str, test: str | None, model: str) -> str:
-    """Return the YAML text that `config.load` reads; `out` is the file it will stand in."""
+def write_yaml(guessed: Guess, *, train: str, test: str | None, model: str) -> str:
+    """Return the YAML text that `config.load` reads."""
     name = re.sub(r"\W+", "_", Path(train).name.split(".")[0]).strip("_") or "task"
     texts = {"model": model, "name": name, "train": train, "anchor": guessed.anchor, "output_dir": f"runs/{name}"}
     # A JSON string is a YAML string, whatever it holds.
     quoted = {key: json.dumps(text, ensure_ascii=False) for key, text in texts.items()}
     return TEMPLATE.format(
-        **quoted, out=out, test="null" if test is None else json.dumps(test, ensure_ascii=False),
+        **quoted, test="null" if test is None else json.dumps(test, ensure_ascii=False),
         metrics=", ".join(guessed.metrics), why=guessed.why, max_new_tokens=guessed.max_new_tokens,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fulcrum.config import TrainSettings
-from fulcrum.errors import StoreError
+from fulcrum.errors import ConfigError, StoreError
 from fulcrum.loss import Row, row_loss, rows
 from fulcrum.mix import Plan, share
 from fulcrum.model import LoadedModel, State, adapter_state, new_adapter, set_adapter_state, set_dropout
@@ -109,7 +109,8 @@ def train(
 
     `dev_loss` gives nats per token on the dev rows with the present adapter. With a `checkpoint` folder the run saves itself
     every `save_every` steps, and goes on from the newest whole checkpoint found there: the result is the same, bit for bit.
-    Raises StoreError where a checkpoint belongs to other settings or another stream.
+    Raises StoreError where a checkpoint belongs to other settings or another stream or is damaged, ConfigError where the loss
+    is no longer a number.
     """
     identity = fingerprint([plain(settings.model_dump(mode="json")), stream.plan.fingerprint, seed, loaded.name])
     new_adapter(loaded, settings, seed)
@@ -142,6 +143,11 @@ def train(
         newest = None
         if step + 1 in measured:
             newest = dev_loss()
+            if not math.isfinite(newest):
+                raise ConfigError(
+                    f"training diverged: the dev loss is {newest} after step {step + 1} of {steps}; "
+                    f"lower train.learning_rate ({settings.learning_rate:g})"
+                )
             state.dev.append((step + 1, newest))
             state.stale += 1
             if newest < state.best_dev:

@@ -5,6 +5,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from fulcrum.records import TrainPoint
 from fulcrum.terminal import say, visible
@@ -27,7 +28,8 @@ class Watch:
 
     def __init__(self, out: Console) -> None:
         self.out = out
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[status]}"))
+        wrapped = TextColumn("{task.fields[status]}", table_column=Column())  # a narrow terminal shows all losses too
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(10), wrapped)
         self.progress = Progress(*columns, console=out, refresh_per_second=2, disable=not out.is_terminal)
         self.bar: TaskID | None = None
         self.label = self.line = ""
@@ -81,8 +83,8 @@ class Watch:
         self.line, self.said = "", time.monotonic()
 
     def _end(self) -> None:
-        if self.line:
-            self._say()
         if self.bar is not None:
             self.progress.remove_task(self.bar)
+        if self.line:
+            self._say()
         self.bar, self.label, self.since = None, "", time.monotonic()

@@ -1,0 +1,572 @@
+"""Whole runs and comparisons on a tiny model: what they write, that killed ones go on to the same results, what they refuse."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fulcrum import comparison, config, encode, material, mix, report, run, store, use
+from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
+from fulcrum.records import Anchor, Message, TrainPoint
+from tiny import CONTEXT, save_tiny, tiny_tokenizer, write_rows
+
+ARMS = ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell")
+COLOURS = ("red", "blue", "green", "grey")
+WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx", "mole", "newt", "owl", "pig")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, two small tasks and a pool."""
+    folder = tmp_path_factory.mktemp("run")
+    save_tiny(folder / "model")
+    rows = [(f"colour {word}", COLOURS[i % 4]) for i, word in enumerate(WORDS)]
+    write_rows(folder / "train.jsonl", rows[:6])
+    write_rows(folder / "dev.jsonl", rows[6:9])
+    write_rows(folder / "test.jsonl", rows[9:])
+    write_rows(folder / "sizes.jsonl", [(f"size {word}", str(len(word))) for word in WORDS])
+    write_rows(folder / "pool.jsonl", [(f"say {word} and {other}", f"{other} {word}") for word in WORDS for other in WORDS])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_arrow_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place / "arrow")
+
+
+def settings(place: Path, output: Path, **changes: Any) -> config.Settings:
+    """One small run; keys with dots reach into sections."""
+    data: dict[str, Any] = {
+        "model": str(place / "model"),
+        "task": {
+            "train": str(place / "train.jsonl"), "dev": str(place / "dev.jsonl"), "test": str(place / "test.jsonl"),
+            "anchor": "Name it.", "max_new_tokens": 4,
+        },
+        "general": str(place / "pool.jsonl"),
+        "mix": {"general_per_task": 2, "repeats": 2},
+        "train": {"batch_size": 4, "lora_r": 4, "learning_rate": 1e-2, "dtype": "float32", "device": "cpu",
+                  "evaluations": 2, "save_every": 1},
+        "eval": {"general_rows": 2, "draws": 100},
+        "output_dir": str(output),
+    }  # fmt: skip
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        section = data
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    return config.from_dict(data)
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it, as nothing can catch a kill."""
+
+
+class KillAfter(run.Silent):
+    """Dies at the n-th optimizer step."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+def timeless(value: Any) -> Any:
+    """Results without what differs between two equal runs: timings, memory, the folder's name."""
+    if isinstance(value, dict):
+        left_out = ("seconds", "peak_memory_bytes", "output_dir")
+        return {key: timeless(item) for key, item in value.items() if key not in left_out}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# One run.
+
+
+@pytest.fixture(scope="session")
+def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    run.run(settings(place, folder, mix__repeats="auto"))
+    return folder
+
+
+def test_a_run_fills_its_folder(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "config.yaml", "manifest.json", "checkpoints", "adapter", "predictions.jsonl", "results.json", "report.html",
+        "README.md",
+    }  # fmt: skip
+    assert "Name it." in (finished / "README.md").read_text()
+    assert "<html" in (finished / "report.html").read_text()
+
+
+def test_a_runs_results(finished: Path, place: Path) -> None:
+    results = report.load(finished)
+    assert results["kind"] == "train"
+    assert [arm["arm"] for arm in results["arms"]] == ["base_anchor", "tell"]
+    base, tell = results["arms"]
+    assert (base["trials"], base["chosen"]) == ([], None)
+    assert [trial["repeats"] for trial in tell["trials"]] == [1, 2, 4, 8]
+    best = min(trial["best_dev_nll"] for trial in tell["trials"])
+    assert tell["trials"][tell["chosen"]]["best_dev_nll"] == best
+    for trial in tell["trials"]:
+        assert trial["share"]["task_examples"] == 6 * trial["repeats"]
+        assert trial["share"]["general_examples"] == 12 * trial["repeats"]
+        assert trial["steps"] == -(-18 * trial["repeats"] // 4)
+        assert trial["history"][-1]["tokens"] == trial["train_tokens"] == trial["share"]["total_tokens"]
+    assert results["step_cap"] == 36
+    (facts,) = results["tasks"]
+    assert (facts["train"], facts["dev"], facts["test"], facts["test_groups"]) == (6, 3, 7, 7)
+    assert (facts["anchor"], facts["placement"]) == ("Name it.", "user_prefix")
+    assert set(tell["general_nll"]) == {"builtin", "pool"}
+    scores = {arm["arm"]: {score["metric"]: score for score in arm["scores"]["task"]} for arm in results["arms"]}
+    assert scores["tell"]["nll"]["value"] < scores["base_anchor"]["nll"]["value"] - 1
+    assert scores["tell"]["nll"]["n"] == 7
+
+
+def test_a_runs_predictions_are_the_scores(finished: Path) -> None:
+    results = report.load(finished)
+    rows = [row for row in lines(finished / "predictions.jsonl") if row["arm"] == "tell"]
+    assert {(row["prompt"], row["gold"]) for row in rows} == {(f"colour {WORDS[i]}", COLOURS[i % 4]) for i in range(9, 16)}
+    nll, match = results["arms"][1]["scores"]["task"]
+    np.testing.assert_allclose(sum(row["nll_sum"] for row in rows) / sum(row["n_tokens"] for row in rows), nll["value"])
+    np.testing.assert_allclose(np.mean([row["output"].strip() == row["gold"] for row in rows]), match["value"])
+
+
+def test_the_adapter_folder_works_without_fulcrum(finished: Path, place: Path) -> None:
+    """Plain Transformers and PEFT, the saved chat template, and the loss that predictions.jsonl states."""
+    causal = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    peft = PeftModel.from_pretrained(causal, finished / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished / "adapter")
+    for row in [row for row in lines(finished / "predictions.jsonl") if row["arm"] == "tell"]:
+        turns = [{"role": "user", "content": row["prompt"]}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        assert text == f"<|im_start|>user\nName it.\n\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = tokenizer(text)["input_ids"]
+        answer = [*tokenizer(row["gold"])["input_ids"], tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            nats = torch.nn.functional.cross_entropy(
+                peft(input_ids=ids).logits[0, len(prompt) - 1 : -1], ids[0, len(prompt) :], reduction="sum"
+            )
+        np.testing.assert_allclose(float(nats), row["nll_sum"], rtol=1e-4)
+        out = peft.generate(input_ids=torch.tensor([prompt]), max_new_tokens=4, do_sample=False)
+        assert tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip() == row["output"]
+
+
+def test_a_finished_run_is_loaded_and_used(finished: Path) -> None:
+    adapter = use.load_adapter(finished)
+    rows = [row for row in lines(finished / "predictions.jsonl") if row["arm"] == "tell"]
+    assert adapter.answer([row["prompt"] for row in rows]) == [row["output"] for row in rows]
+    conversation = [Message("user", rows[0]["prompt"]), Message("assistant", "red"), Message("user", "again")]
+    assert len(adapter.reply([conversation])) == 1
+    with pytest.raises(ConfigError, match="no task 'tickets' in this run; known: task"):
+        adapter.answer(["x"], task="tickets")
+
+
+def test_a_finished_run_is_evaluated_again(finished: Path, place: Path) -> None:
+    scores, predictions = use.evaluate_run(finished)
+    expected = report.load(finished)["arms"][1]["scores"]["task"]
+    assert [(score.metric, score.value) for score in scores] == [(score["metric"], score["value"]) for score in expected]
+    (score,), predictions = use.evaluate_run(finished, data=str(place / "dev.jsonl"), metric_names=["nll"])
+    assert (score.n, len(predictions), predictions[0].output) == (3, 3, None)
+
+
+def test_a_folder_that_holds_no_run(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"not a run folder \(no config\.yaml\)"):
+        use.load_adapter(tmp_path)
+    with pytest.raises(StoreError, match="holds the arm 'tell' only, not 'sft'"):
+        use.load_adapter(finished, arm="sft")
+    shutil.copy(finished / "config.yaml", tmp_path)
+    with pytest.raises(StoreError, match="no trained adapter in it; finish the run with --resume"):
+        use.load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arm", "shown"),
+    [
+        ({"mix__general_per_task": 0}, "sft_anchor", 12),
+        ({"mix__general_per_task": 0, "task__anchor": None}, "sft", 12),
+        ({"task__anchor": None}, "mix", 36),
+    ],
+)
+def test_settings_without_anchor_or_general_data_are_the_other_arms(
+    place: Path, tmp_path: Path, changes: dict, arm: str, shown: int
+) -> None:
+    results = run.run(settings(place, tmp_path / "r", **changes))
+    assert [a.arm for a in results.arms] == ["base_anchor" if "anchor" in arm else "base", arm]
+    (trial,) = results.arms[1].trials
+    assert trial.share.task_examples + trial.share.general_examples == shown
+
+
+@pytest.mark.parametrize("steps", [5, 9])
+def test_a_killed_run_goes_on_to_the_same_bits(place: Path, tmp_path: Path, steps: int) -> None:
+    """Killed in the middle of training, and right before the last checkpoint."""
+    dropout = {"train__lora_dropout": 0.2}
+    run.run(settings(place, tmp_path / "whole", **dropout))
+    with pytest.raises(Killed):
+        run.run(settings(place, tmp_path / "killed", **dropout), watcher=KillAfter(steps))
+    assert not (tmp_path / "killed" / "results.json").exists()
+    with pytest.raises(StoreError, match=r"already holds the same run \(go on with --resume\)"):
+        run.run(settings(place, tmp_path / "killed", **dropout))
+    run.run(settings(place, tmp_path / "killed", **dropout), resume=True)
+    whole, resumed = tmp_path / "whole", tmp_path / "killed"
+    for name in ("adapter/adapter_model.safetensors", "predictions.jsonl"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    assert timeless(report.load(whole)) == timeless(report.load(resumed))
+
+
+def test_equal_seeds_give_equal_adapters_and_others_do_not(place: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run.run(settings(place, tmp_path / name, seed=seed))
+    first, again, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "abc")
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not any(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_the_notebook_face(place: Path, tmp_path: Path) -> None:
+    import fulcrum
+
+    given = settings(place, tmp_path / "r", mix__repeats=1).model_dump()
+    results = fulcrum.train(**given)
+    assert results.kind == "train"
+    assert fulcrum.load_adapter(tmp_path / "r").anchor() == Anchor("Name it.")
+
+
+# What a run refuses, before it trains.
+
+
+@pytest.fixture
+def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained in spite of bad input")
+
+    monkeypatch.setattr(run.training, "train", trained)
+
+
+BAD: list[tuple[dict[str, Any], type[FulcrumError], str]] = [
+    ({"model": "no/where/model"}, ModelError, "model"),
+    ({"task__train": "missing.jsonl"}, DataError, r"missing\.jsonl"),
+    ({"task__test": "{place}/train.jsonl"}, DataError, r"6 of 6 test rows have content of the training rows .*remove them"),
+    ({"task__dev": "{place}/test.jsonl"}, DataError, r"7 of 7 test rows have content of"),
+    ({"task__anchor": "say ant"}, DataError, r"pool\.jsonl:\d+: this general row holds the anchor's text 'say ant'"),
+    (
+        {"mix__general_per_task": 40}, DataError,
+        r"the mix needs 480 general rows, the pool has 254 usable \(of 256\); "
+        r"set mix\.general_per_task to 21\.16 or less, lower mix\.repeats, or add rows",
+    ),
+    ({"task__metrics": ["nll", "acuracy"]}, ConfigError, "acuracy.*did you mean 'accuracy'"),
+    (
+        {"train__max_length": 16, "train__too_long": "error"}, DataError,
+        r"jsonl:\d+: train row of \d+ tokens is over the limit of 16 \(6 of 6 rows are\); set train\.max_length to \d+ or more",
+    ),
+    ({"train__max_length": 16}, DataError, r"over the limit of 16"),
+    ({"task__group": "customer"}, DataError, "no column 'customer'"),
+    ({"general": "nothing/*.jsonl"}, DataError, "nothing"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("_no_training")
+@pytest.mark.parametrize(("changes", "kind", "message"), BAD, ids=[next(iter(changes)) for changes, _, _ in BAD])
+def test_bad_input_is_refused_before_training(
+    place: Path, tmp_path: Path, changes: dict, kind: type[FulcrumError], message: str
+) -> None:
+    changes = {key: value.format(place=place) if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(kind, match=message):
+        run.run(settings(place, tmp_path / "r", **changes))
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.usefixtures("_no_training")
+def test_a_full_disk_is_refused_before_training(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 2**20))
+    with pytest.raises(StoreError, match=r"needs \d+ MiB, the disk has 1 MiB free; free some space or set output_dir"):
+        run.run(settings(place, tmp_path / "r"))
+
+
+@pytest.mark.usefixtures("_no_training")
+def test_a_folder_of_another_run_is_refused(place: Path, finished: Path) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(StoreError, match="already holds another run; choose another output_dir"):
+        run.run(settings(place, finished))
+    with pytest.raises(StoreError, match=r"cannot resume, .*settings\.train\.lora_r \(4 -> 8\).* changed since it started"):
+        run.run(settings(place, finished, mix__repeats="auto", train__lora_r=8), resume=True)
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("_no_training")
+def test_changed_data_are_refused_on_resume(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    shutil.copy(place / "train.jsonl", data)
+    given = settings(place, tmp_path / "r", task__train=str(data))
+    with pytest.raises(AssertionError, match="trained in spite"):
+        run.run(given)
+    data.write_text(data.read_text().replace("red", "Red", 1))
+    with pytest.raises(StoreError, match="cannot resume, data changed since it started"):
+        run.run(given, resume=True)
+
+
+# The rows of a run.
+
+
+def prepared(place: Path, tmp_path: Path, **changes: Any) -> material.Material:
+    given = settings(place, tmp_path / "r", **changes)
+    return material.prepare(given, tiny_tokenizer(), CONTEXT, given.seed)
+
+
+def test_long_rows_are_dropped_and_counted(place: Path, tmp_path: Path) -> None:
+    long = "x" * 600
+    train = write_rows(tmp_path / "train.jsonl", [("a b", "c"), ("d", "e"), (long, "f")])
+    test = write_rows(tmp_path / "test.jsonl", [("g", "h"), ("i " + long, "j")])
+    pool = write_rows(tmp_path / "pool.jsonl", [(f"say {i}", "so") for i in range(12)] + [("k", long)])
+    rows = prepared(
+        place, tmp_path, task__train=train, task__test=test, general=pool,
+        eval__general_rows=0, mix__repeats=1, mix__general_per_task=6,
+    )  # fmt: skip
+    assert (rows.n_task, len(rows.tasks[0].test), len(rows.general)) == (2, 1, 12)
+    assert rows.rejects["train: over 512 tokens (train.too_long: drop)"] == 1
+    assert rows.rejects["test: over 512 tokens (train.too_long: drop)"] == 1
+    assert rows.rejects.get("general: over 512 tokens", 0) <= 1  # where it was looked at
+
+
+def test_dev_and_test_are_held_out_where_none_are_given(place: Path, tmp_path: Path) -> None:
+    sizes = str(place / "sizes.jsonl")
+    parts = [prepared(place, tmp_path, task__train=sizes, task__dev=None, task__test=None, seed=seed) for seed in (0, 1)]
+    for rows in parts:
+        task = rows.tasks[0]
+        assert (len(task.train), len(task.dev), len(task.test)) == (10, 2, 4)  # 16 rows: a quarter, then a fifth of 12
+        assert len({row.question for part in (task.train, task.dev, task.test) for row in part}) == 16
+    assert parts[0].tasks[0].test == parts[1].tasks[0].test  # whatever the seed
+
+
+def test_general_rows_are_neither_task_rows_nor_held_out_ones(place: Path, tmp_path: Path) -> None:
+    pool = write_rows(
+        tmp_path / "pool.jsonl", [("colour ant", "red"), ("colour jay", "blue")] + [(f"say {i}", "so") for i in range(30)]
+    )
+    rows = prepared(place, tmp_path, general=pool, eval__general_rows=4, mix__repeats=1, mix__general_per_task=4)
+    assert len(rows.general) == 24
+    held_out = {row.question for row in rows.held_out["pool"]}
+    assert len(held_out) == 4
+    assert not held_out & {row.question for row in rows.general}
+    assert not {"colour ant", "colour jay"} & {row.question for row in (*rows.general, *rows.held_out["pool"])}
+
+
+def test_rows_that_the_chat_template_refuses_are_counted(place: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tiny_tokenizer().chat_template
+    )
+    pool = tmp_path / "pool.jsonl"
+    with_system = [{"system": "Be brief.", "prompt": f"hey {i}", "completion": "so"} for i in range(5)]
+    pool.write_text("".join(json.dumps({"system": "", "prompt": f"say {i}", "completion": "so"}) + "\n" for i in range(24)))
+    pool.write_text(pool.read_text() + "".join(json.dumps(row) + "\n" for row in with_system))
+    given = settings(place, tmp_path / "r", general=str(pool), eval__general_rows=0)
+    rows = material.prepare(given, tokenizer, CONTEXT, 0)
+    assert len(rows.general) == 24
+    assert not any(row.messages[0].role == "system" for row in rows.general)
+    assert rows.rejects.get("general: refused by the model's chat template", 0) <= 5
+
+
+@pytest.mark.parametrize("general_rows", [0, 16])
+def test_a_mix_in_tokens_is_counted_in_tokens(place: Path, tmp_path: Path, general_rows: int) -> None:
+    rows = prepared(place, tmp_path, mix__unit="tokens", mix__general_per_task=2, eval__general_rows=general_rows)
+    tokenizer = tiny_tokenizer()
+    own = [len(encode.encode(row, encode.make_format(tokenizer, Anchor("Name it.")))) for row in rows.tasks[0].train]
+    other = [len(encode.encode(row, encode.make_format(tokenizer, None))) for row in rows.general]
+    assert sum(other) == pytest.approx(2 * 2 * sum(own), rel=0.15)
+    assert len(rows.general) != 24  # which two rows a row would have been
+
+
+def test_every_arm_sees_the_same_task_rows_and_smaller_trials_are_nested(place: Path, tmp_path: Path) -> None:
+    from fulcrum import model
+
+    given = settings(place, tmp_path / "r", mix__repeats="auto")
+    loaded = model.load(given.model, given.train)
+    rows = material.prepare(given, loaded.tokenizer, loaded.context, 0)
+    for repeats in (1, 2, 4, 8):
+        found = run.stream(rows, loaded, run.ARMS["tell"], given, repeats, 0)
+        assert len(found.general) == 12 * repeats
+        is_task, ids = found.plan.slice(0, len(found.plan))
+        assert np.bincount(ids[is_task]).tolist() == [repeats] * 6
+        assert sorted(ids[~is_task]) == list(range(12 * repeats))
+    plain, anchored = (run.stream(rows, loaded, run.ARMS[name], given, 1, 0).task for name in ("mix", "tell"))
+    prefix = loaded.tokenizer("Name it.\n\n")["input_ids"]
+    assert all(len(a) == len(p) + len(prefix) for p, a in zip(plain, anchored, strict=True))
+    assert all("Name it." not in loaded.tokenizer.decode(row.ids) for row in found.general)
+
+
+# Comparisons.
+
+
+def two_tasks(place: Path, output: Path, **changes: Any) -> config.Settings:
+    shared = {"max_new_tokens": 3, "train_limit": 4, "dev_limit": 2, "test_limit": 4}
+    tasks = [
+        {"name": "colour", "train": str(place / "train.jsonl"), "dev": str(place / "dev.jsonl"),
+         "test": str(place / "test.jsonl"), "anchor": "Name it.", **shared},
+        {"name": "size", "train": str(place / "sizes.jsonl"), "anchor": {"text": "COUNT: ", "placement": "response_prefix"},
+         **shared},
+    ]  # fmt: skip
+    data = settings(place, output).model_dump(mode="json")
+    data |= {"tasks": tasks, "compare": {"arms": list(ARMS), "seeds": [0, 1]}, **changes}
+    return config.from_dict(data)
+
+
+@pytest.fixture(scope="session")
+def compared(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "six"
+    comparison.compare(two_tasks(place, folder))
+    return folder
+
+
+def test_a_comparison_has_every_arm_at_every_seed(compared: Path) -> None:
+    results = report.load(compared)
+    assert results["kind"] == "compare"
+    found = [(arm["arm"], arm["seed"]) for arm in results["arms"]]
+    assert sorted(found) == sorted([*((arm, 0) for arm in ARMS), *((arm, 1) for arm in ARMS[2:])])  # untrained: one cell
+    for arm in results["arms"]:
+        assert set(arm["scores"]) == {"colour", "size"}
+        assert [score["n"] for scores in arm["scores"].values() for score in scores] == [4] * 4
+        assert set(arm["general_nll"]) == {"builtin", "pool"}
+    assert [task["name"] for task in results["tasks"]] == ["colour", "size"]
+    assert len(lines(compared / "predictions.jsonl")) == (2 + 4 * 2) * 2 * 4
+    assert (compared / "report.html").exists()
+
+
+def test_no_arm_uses_more_steps_than_tell(compared: Path) -> None:
+    results = report.load(compared)
+    assert results["step_cap"] == 12  # 2 x 8 task rows + 32 general ones, 4 a step
+    most = {arm["arm"]: max((t["steps"] for t in arm["trials"]), default=0) for arm in results["arms"]}
+    assert most == {"base": 0, "base_anchor": 0, "sft": 12, "sft_anchor": 12, "mix": 12, "tell": 12}
+    assert [t["repeats"] for arm in results["arms"] if arm["arm"] == "sft" for t in arm["trials"]] == [1, 3, 6] * 2
+    for arm in results["arms"]:
+        for trial in arm["trials"]:
+            assert trial["history"][-1]["learning_rate"] == pytest.approx(1e-3)  # each decays fully within its own steps
+
+
+def test_arms_differ_in_their_tokens_only_as_they_say(compared: Path) -> None:
+    trials = {arm["arm"]: arm["trials"][-1] for arm in report.load(compared)["arms"] if arm["trials"]}
+    assert trials["sft"]["share"]["general_examples"] == trials["sft_anchor"]["share"]["general_examples"] == 0
+    assert trials["mix"]["share"]["general_examples"] == trials["tell"]["share"]["general_examples"] == 32
+    assert trials["tell"]["share"]["task_examples"] == trials["mix"]["share"]["task_examples"] == 16
+    assert trials["tell"]["train_tokens"] > trials["mix"]["train_tokens"]
+
+
+def test_paired_differences_are_those_of_the_predictions(compared: Path) -> None:
+    results = report.load(compared)
+    pairs = {(d["task"], d["metric"], d["arm"], d["reference"]): d for d in results["differences"]}
+    assert len(pairs) == len(results["differences"]) == 8 * 2 * 2
+    rows = lines(compared / "predictions.jsonl")
+
+    def mean(arm: str, task: str) -> float:
+        chosen = [row for row in rows if (row["arm"], row["task"]) == (arm, task)]
+        return sum(row["nll_sum"] for row in chosen) / sum(row["n_tokens"] for row in chosen)
+
+    for task in ("colour", "size"):
+        for arm, reference in (("tell", "sft_anchor"), ("mix", "sft")):
+            found = pairs[task, "nll", arm, reference]
+            np.testing.assert_allclose(found["estimate"], mean(arm, task) - mean(reference, task), rtol=1e-6)
+            assert found["low"] < found["estimate"] < found["high"]
+            assert (found["n_seeds"], found["higher_is_better"]) == (2, False)
+        assert pairs[task, "exact_match", "tell", "sft"]["higher_is_better"]
+
+
+def test_each_tasks_anchor_has_its_own_template_in_the_shared_adapter(compared: Path) -> None:
+    assert {path.name for path in (compared / "adapters").iterdir()} == {"sft", "sft_anchor", "mix", "tell"}
+    turns = [{"role": "user", "content": "size ant"}]
+    tokenizer = AutoTokenizer.from_pretrained(compared / "adapters" / "tell")
+    shown = {
+        name: tokenizer.apply_chat_template(turns, chat_template=name, tokenize=False, add_generation_prompt=True)
+        for name in ("colour", "size", "default")
+    }
+    assert shown["colour"] == "<|im_start|>user\nName it.\n\nsize ant<|im_end|>\n<|im_start|>assistant\n"
+    assert shown["size"] == "<|im_start|>user\nsize ant<|im_end|>\n<|im_start|>assistant\nCOUNT:"
+    assert shown["default"] == "<|im_start|>user\nsize ant<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_compared_adapter_answers_as_predicted(compared: Path) -> None:
+    rows = [r for r in lines(compared / "predictions.jsonl") if (r["arm"], r["task"], r["seed"]) == ("tell", "size", 0)]
+    adapter = use.load_adapter(compared)
+    assert adapter.answer([row["prompt"] for row in rows], task="size", max_new_tokens=3) == [row["output"] for row in rows]
+    with pytest.raises(StoreError, match="no adapter of arm 'tel'; did you mean 'tell'"):
+        use.load_adapter(compared, arm="tel")
+
+
+@pytest.mark.parametrize("steps", [60, 125])
+def test_a_killed_comparison_goes_on_to_the_same_results(place: Path, compared: Path, tmp_path: Path, steps: int) -> None:
+    """Killed in the middle of an arm's second trial, and at the second seed."""
+    folder = tmp_path / "six"
+    with pytest.raises(Killed):
+        comparison.compare(two_tasks(place, folder), watcher=KillAfter(steps))
+    finished_cells = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
+    assert finished_cells
+    comparison.compare(two_tasks(place, folder), resume=True)
+    assert finished_cells.items() <= {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}.items()
+    assert timeless(report.load(folder)) == timeless(report.load(compared))
+    assert (folder / "predictions.jsonl").read_bytes() == (compared / "predictions.jsonl").read_bytes()
+    for arm in ARMS[2:]:
+        name = Path("adapters") / arm / "adapter_model.safetensors"
+        assert (folder / name).read_bytes() == (compared / name).read_bytes()
+
+
+@pytest.mark.usefixtures("_no_training")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compare": {"arms": ["sft", "telll"]}}, r"compare\.arms: no arm 'telll'; did you mean 'tell'"),
+        ({"compare": {"arms": []}}, r"compare\.arms: .*at least 1"),
+        ({"compare": {"arms": ["tell", "sft", "tell"]}}, r"compare\.arms: 'tell' is given twice"),
+        ({"compare": {"seeds": [0, 1, 0]}}, r"compare\.seeds: 0 is given twice"),
+        (
+            {"compare": {"arms": list(ARMS), "sft_epochs": [1, 7]}},
+            r"7 epochs of 8 rows are over TELL's 12 steps; use at most 6",
+        ),
+        ({"mix": {"general_per_task": 0, "repeats": 2}}, r"mix\.general_per_task is 0, so mix and tell would be SFT"),
+    ],
+)
+def test_a_comparison_that_cannot_be_fair_is_refused(place: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        comparison.compare(two_tasks(place, tmp_path / "r", **changes))
+
+
+@pytest.mark.usefixtures("_no_training")
+def test_anchored_arms_need_an_anchor(place: Path, tmp_path: Path) -> None:
+    given = settings(place, tmp_path / "r", task__anchor=None)
+    with pytest.raises(ConfigError, match="base_anchor, sft_anchor, tell need an anchor and no task has one"):
+        comparison.compare(given)
+
+
+def test_a_damaged_cell_says_so(place: Path, compared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "six"
+    shutil.copytree(compared, folder)
+    cell = folder / "cells" / "tell-seed0.json"
+    for content in ('{"arm": "tell"', '{"arm": "tell"}'):
+        cell.write_text(content)
+        with pytest.raises(StoreError, match=r"tell-seed0\.json"):
+            comparison.compare(two_tasks(place, folder), resume=True)
+
+
+def test_a_model_that_cannot_pack_is_compared_too(place: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "lfm2", "lfm2")
+    given = two_tasks(place, tmp_path / "r", model=str(tmp_path / "lfm2"), compare={"arms": ["sft", "tell"], "seeds": [0]})
+    results = comparison.compare(given)
+    assert "one example per row" in results.environment["probes"]
+    assert [arm.arm for arm in results.arms] == ["sft", "tell"]
+
+
+def test_the_seeds_of_a_run_differ_by_purpose(place: Path, tmp_path: Path) -> None:
+    plans = {mix.plan(6, 24, repeats=2, general_per_task=2, order="random", seed=store.seed_for(s, "mix")) for s in range(4)}
+    assert len(plans) == 4
