@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import hypothesis
 import pytest
 
 
@@ -9,3 +10,7 @@ def default_model_path() -> str:
     from fulcrum import gguf
 
     return gguf.prepare("smollm2-135m-instruct")
+
+# A busy machine is no fault of the code: examples are bounded by number, never by time.
+hypothesis.settings.register_profile("fulcrum", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("fulcrum")

@@ -301,7 +301,7 @@ def test_mix_writes_the_stream_that_training_sees(place: Path, tmp_path: Path) -
     assert not any("Sort the ticket" in message["content"] for row in general for message in row["messages"])
 
     seen = preview.open_preview(config.load(place / "run.yaml", [change[1], change[3]]), 0)
-    plan = run.stream(seen.rows, seen.model, run.ARMS["tell"], seen.settings, 2, 0).plan
+    plan = run.stream(seen.rows, seen.tokenizer, run.ARMS["tell"], seen.settings, 2, 0).plan
     assert [row["source"] for row in stream] == [plan[i][0] for i in range(48)]
 
     done("mix", place / "run.yaml", "--out", tmp_path / "s.parquet", *change)
@@ -325,8 +325,8 @@ def test_train_prints_progress_scores_and_places(finished: tuple[Path, str]) -> 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(place: Path, finished: tuple[Path, str]) -> None:
     before = (finished[0] / "results.json").read_bytes()
-    assert "already holds the same run (go on with --resume)" in refused("train", place / "run.yaml")
-    assert "already holds another run" in refused("train", place / "run.yaml", "--seed", 1)
+    assert "already holds a run; go on with it" in refused("train", place / "run.yaml")
+    assert "already holds a run; go on with it" in refused("train", place / "run.yaml", "--seed", 1)
     assert "cannot resume" in refused("train", place / "run.yaml", "--seed", 1, "--resume")
     assert (finished[0] / "results.json").read_bytes() == before
 

@@ -14,7 +14,7 @@ FLOORS = (
     ("errors",),
     ("records", "config", "store", "stats"),
     ("rows", "tables", "starter", "ingest", "pool", "anchor", "mix", "pack", "encode", "metrics", "material", "sources"),
-    ("gguf", "attention", "model", "loss", "training", "generate", "scoring", "export"),
+    ("gguf", "attention", "model", "adapter", "loss", "training", "generate", "scoring", "export"),
     ("summary", "plots", "report", "run"),
     ("preview", "comparison"),
     ("use", "terminal", "watch", "cli_group", "cli_models", "cli", "__main__", "__init__"),

@@ -9,7 +9,7 @@ import torch.nn.functional as functional
 from peft import get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from fulcrum import attention, encode, generate, loss, mix, model, training
+from fulcrum import adapter, attention, encode, generate, loss, mix, model, training
 from fulcrum.errors import ModelError
 from fulcrum.records import Example, Message, Tokens
 from tiny import CONTEXT, WINDOW, load_tiny, save_tiny, tiny_settings
@@ -28,17 +28,17 @@ def tokens(length: int, seed: int, supervised: float = 0.6) -> Tokens:
 
 def shaken_adapter(loaded: model.LoadedModel, settings) -> None:
     """A LoRA adapter whose B matrices are not zero, so that every adapter weight has a gradient."""
-    model.new_adapter(loaded, settings, 0)
+    adapter.new_adapter(loaded, settings, 0)
     generator = torch.Generator().manual_seed(1)
-    state = model.adapter_state(loaded)
-    model.set_adapter_state(loaded, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
+    state = adapter.adapter_state(loaded)
+    adapter.set_adapter_state(loaded, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
 
 
 def stock_losses_and_gradients(loaded: model.LoadedModel, settings, examples: list[Tokens]):
     """The same adapter on the model as Transformers loads it, eager attention, one example at a time, no code of ours."""
     causal = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32, attn_implementation="eager")
-    peft = get_peft_model(causal, model.lora_config(loaded, settings))
-    set_peft_model_state_dict(peft, model.adapter_state(loaded))
+    peft = get_peft_model(causal, adapter.lora_config(loaded, settings))
+    set_peft_model_state_dict(peft, adapter.adapter_state(loaded))
     peft.eval()
     total = sum(int(e.loss_mask[1:].sum()) for e in examples)
     nats = []
@@ -271,7 +271,7 @@ def test_bf16_keeps_adapters_in_fp32_and_agrees(tmp_path: Path) -> None:
     exact = load_tiny(tmp_path)
     rough = load_tiny(tmp_path, dtype="bfloat16")
     assert rough.packed
-    model.new_adapter(rough, tiny_settings(), 0)
+    adapter.new_adapter(rough, tiny_settings(), 0)
     assert {p.dtype for p in rough.peft.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in rough.peft.parameters() if not p.requires_grad} == {torch.bfloat16}
     examples = [tokens(30, seed) for seed in range(8)]
@@ -284,7 +284,7 @@ def test_dropping_the_adapter_leaves_the_base_model_untouched(tmp_path: Path) ->
     nats = generate.mean_nats(loaded, [tokens(20, 0)])
     shaken_adapter(loaded, settings)
     assert generate.mean_nats(loaded, [tokens(20, 0)]) != nats
-    model.drop_adapter(loaded)
+    adapter.drop_adapter(loaded)
     assert generate.mean_nats(loaded, [tokens(20, 0)]) == nats
     for name, parameter in loaded.causal.named_parameters():
         assert torch.equal(parameter, before[name]), name
@@ -292,23 +292,23 @@ def test_dropping_the_adapter_leaves_the_base_model_untouched(tmp_path: Path) ->
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     loaded, settings = load_tiny(tmp_path), tiny_settings()
-    model.new_adapter(loaded, settings, 0)
-    state = model.adapter_state(loaded)
+    adapter.new_adapter(loaded, settings, 0)
+    state = adapter.adapter_state(loaded)
     other = load_tiny(tmp_path, "gpt2")
     with pytest.raises(ModelError, match="adapter does not fit"):
-        model.use(other, state, settings)
+        adapter.use(other, state, settings)
 
 
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"use_rslora": True}, {"lora_target_modules": ("q_proj",)}])
 def test_variants_of_lora_agree_with_the_stock_model(tmp_path: Path, change: dict) -> None:
     loaded, settings = load_tiny(tmp_path), tiny_settings(**change)
-    model.new_adapter(loaded, settings, 0)
+    adapter.new_adapter(loaded, settings, 0)
     generator = torch.Generator().manual_seed(1)
     state = {
         n: 0.3 * torch.randn(t.shape, generator=generator) if "lora_B" in n else t
-        for n, t in model.adapter_state(loaded).items()
+        for n, t in adapter.adapter_state(loaded).items()
     }
-    model.set_adapter_state(loaded, state)
+    adapter.set_adapter_state(loaded, state)
     examples = [tokens(20, 0), tokens(12, 1)]
     nats, gradients, _ = our_losses_and_gradients(loaded, examples, budget=100)
     expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)

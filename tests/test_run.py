@@ -221,7 +221,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(place: Path, tmp_path: Path, step
     with pytest.raises(Killed):
         run.run(settings(place, tmp_path / "killed", **dropout), watcher=KillAfter(steps))
     assert not (tmp_path / "killed" / "results.json").exists()
-    with pytest.raises(StoreError, match=r"already holds the same run \(go on with --resume\)"):
+    with pytest.raises(StoreError, match="already holds a run; go on with it"):
         run.run(settings(place, tmp_path / "killed", **dropout))
     run.run(settings(place, tmp_path / "killed", **dropout), resume=True)
     whole, resumed = tmp_path / "whole", tmp_path / "killed"
@@ -302,7 +302,7 @@ def test_a_full_disk_is_refused_before_training(place: Path, tmp_path: Path, mon
 @pytest.mark.usefixtures("_no_training")
 def test_a_folder_of_another_run_is_refused(place: Path, finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    with pytest.raises(StoreError, match="already holds another run; choose another output_dir"):
+    with pytest.raises(StoreError, match="already holds a run; go on with it"):
         run.run(settings(place, finished))
     with pytest.raises(StoreError, match=r"cannot resume, .*settings\.train\.lora_r \(4 -> 8\).* changed since it started"):
         run.run(settings(place, finished, mix__repeats="auto", train__lora_r=8), resume=True)
@@ -398,12 +398,12 @@ def test_every_arm_sees_the_same_task_rows_and_smaller_trials_are_nested(place: 
     loaded = model.load(given.model, given.train)
     rows = material.prepare(given, loaded.tokenizer, loaded.context, 0)
     for repeats in (1, 2, 4, 8):
-        found = run.stream(rows, loaded, run.ARMS["tell"], given, repeats, 0)
+        found = run.stream(rows, loaded.tokenizer, run.ARMS["tell"], given, repeats, 0)
         assert len(found.general) == 12 * repeats
         is_task, ids = found.plan.slice(0, len(found.plan))
         assert np.bincount(ids[is_task]).tolist() == [repeats] * 6
         assert sorted(ids[~is_task]) == list(range(12 * repeats))
-    plain, anchored = (run.stream(rows, loaded, run.ARMS[name], given, 1, 0).task for name in ("mix", "tell"))
+    plain, anchored = (run.stream(rows, loaded.tokenizer, run.ARMS[name], given, 1, 0).task for name in ("mix", "tell"))
     prefix = loaded.tokenizer("Name it.\n\n")["input_ids"]
     assert all(len(a) == len(p) + len(prefix) for p, a in zip(plain, anchored, strict=True))
     assert all("Name it." not in loaded.tokenizer.decode(row.ids) for row in found.general)

@@ -144,7 +144,7 @@ def test_a_new_folder_is_taken_and_goes_on_only_when_asked(tmp_path: Path) -> No
     folder = store.open_run(tmp_path / "a" / "run", IDENTITY, resume=False)
     assert store.read_json(folder / "manifest.json") == store.plain(IDENTITY)
     assert store.open_run(folder, IDENTITY, resume=True) == folder
-    with pytest.raises(StoreError, match=r"already holds the same run \(go on with --resume\); choose another output_dir"):
+    with pytest.raises(StoreError, match="already holds a run; go on with it"):
         store.open_run(folder, IDENTITY, resume=False)
 
 
@@ -156,7 +156,7 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
     store.open_run(tmp_path, IDENTITY, resume=False)
     other = {**IDENTITY, "data": ["abd"]}
-    with pytest.raises(StoreError, match="already holds another run; choose another output_dir"):
+    with pytest.raises(StoreError, match="already holds a run; go on with it"):
         store.open_run(tmp_path, other, resume=False)
     with pytest.raises(StoreError, match="cannot resume, data changed since it started; choose another output_dir"):
         store.open_run(tmp_path, other, resume=True)

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulcrum import encode, export, generate, loss, mix, model, training
+from fulcrum import adapter, encode, export, generate, loss, mix, model, training
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.records import Anchor, Message, Tokens, TrainPoint
 from tiny import FORGETFUL, TRIMMING, load_tiny, tiny_settings, tiny_tokenizer
@@ -36,7 +36,7 @@ def stream(repeats: int = 2, general: int = 16, seed: int = 0) -> training.Strea
     return training.Stream(plan, TASK, GENERAL[:general])
 
 
-def train(folder: Path, *, seed: int = 0, rows: training.Stream | None = None, **options: Any) -> tuple[model.State, Any]:
+def train(folder: Path, *, seed: int = 0, rows: training.Stream | None = None, **options: Any) -> tuple[adapter.State, Any]:
     """Train on a fresh copy of the tiny model, so that runs share nothing."""
     run = {name: options.pop(name) for name in ("checkpoint", "progress") if name in options}
     kind = options.pop("kind", "llama")
@@ -46,11 +46,11 @@ def train(folder: Path, *, seed: int = 0, rows: training.Stream | None = None, *
     return training.train(loaded, rows or stream(), dev_loss, settings, seed=seed, repeats=2, **run)
 
 
-def same(a: model.State, b: model.State) -> bool:
+def same(a: adapter.State, b: adapter.State) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def close(a: model.State, b: model.State, **tolerance: float) -> None:
+def close(a: adapter.State, b: adapter.State, **tolerance: float) -> None:
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(
@@ -136,14 +136,14 @@ def test_what_is_returned_is_the_best_of_the_dev_evaluations(tmp_path: Path) -> 
     loaded, states = load_tiny(tmp_path), []
 
     def watch(point: TrainPoint, steps: int, dev: float | None) -> None:
-        states.append(model.adapter_state(loaded))
+        states.append(adapter.adapter_state(loaded))
 
     settings = tiny_settings(batch_size=4, evaluations=3)
     state, result = training.train(loaded, stream(), lambda: next(measured), settings, seed=0, repeats=2, progress=watch)
     assert result.dev_nll == ((2, 3.0), (4, 1.0), (6, 2.0))
     assert (result.best_step, result.best_dev_nll) == (4, 1.0)
     assert same(state, states[3])
-    assert same(model.adapter_state(loaded), states[3])  # and it is on the model
+    assert same(adapter.adapter_state(loaded), states[3])  # and it is on the model
 
 
 def test_early_stopping_counts_evaluations_without_a_better_one(tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_dropout_is_on_in_training_and_off_in_scoring(tmp_path: Path) -> None:
     with_dropout, _ = train(tmp_path, lora_dropout=0.3)
     assert not same(without, with_dropout)
     loaded = load_tiny(tmp_path, lora_dropout=0.3)
-    model.new_adapter(loaded, tiny_settings(lora_dropout=0.3), 0)
-    model.set_adapter_state(loaded, with_dropout)
+    adapter.new_adapter(loaded, tiny_settings(lora_dropout=0.3), 0)
+    adapter.set_adapter_state(loaded, with_dropout)
     assert generate.mean_nats(loaded, DEV) == generate.mean_nats(loaded, DEV)
 
 
@@ -337,10 +337,10 @@ def test_the_loss_and_gradients_on_one_batch_are_trls(tmp_path: Path, kind: str)
 
 def shake(loaded: model.LoadedModel, settings: Any) -> None:
     """An adapter far from its beginning, where B is zero."""
-    model.new_adapter(loaded, settings, 0)
+    adapter.new_adapter(loaded, settings, 0)
     generator = torch.Generator().manual_seed(1)
-    state = model.adapter_state(loaded)
-    model.set_adapter_state(loaded, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
+    state = adapter.adapter_state(loaded)
+    adapter.set_adapter_state(loaded, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
 
 
 # What is saved is what was trained.
@@ -383,7 +383,7 @@ SYSTEM = Message("system", "Be brief.")
 @pytest.mark.parametrize("template", [True, TRIMMING, FORGETFUL, False], ids=["chatml", "trimming", "forgetful", "base"])
 def test_the_saved_tokenizer_gives_training_ids(tmp_path: Path, placement: Any, template: str | bool) -> None:
     loaded = load_tiny(tmp_path, template=template)
-    model.new_adapter(loaded, tiny_settings(), 0)
+    adapter.new_adapter(loaded, tiny_settings(), 0)
     anchor = Anchor('Sort the ticket;\nanswer "so" {{ not }}: ', placement)
     export.save_adapter(loaded, tmp_path / "adapter", {"task": anchor})
     saved = AutoTokenizer.from_pretrained(tmp_path / "adapter")
@@ -397,7 +397,7 @@ def test_the_saved_tokenizer_gives_training_ids(tmp_path: Path, placement: Any, 
 
 def test_several_tasks_get_named_templates_and_the_default_has_no_anchor(tmp_path: Path) -> None:
     loaded = load_tiny(tmp_path)
-    model.new_adapter(loaded, tiny_settings(), 0)
+    adapter.new_adapter(loaded, tiny_settings(), 0)
     tasks = {"sort": Anchor("SORT."), "label": Anchor("LABEL.", "system"), "plain": None}
     export.save_adapter(loaded, tmp_path / "adapter", tasks)
     saved = AutoTokenizer.from_pretrained(tmp_path / "adapter")
@@ -412,7 +412,7 @@ def test_several_tasks_get_named_templates_and_the_default_has_no_anchor(tmp_pat
 
 def test_an_adapter_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     loaded = load_tiny(tmp_path)
-    model.new_adapter(loaded, tiny_settings(), 0)
+    adapter.new_adapter(loaded, tiny_settings(), 0)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "left over").touch()
     names = {path.name for path in export.save_adapter(loaded, tmp_path / "adapter", {"task": None}).iterdir()}

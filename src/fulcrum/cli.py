@@ -112,7 +112,7 @@ def check(
     terminal.say_rejects(screen, seen.rows.rejects)
     screen.print(terminal.length_table(lengths), terminal.trial_table(trials))
     terminal.warn(screen, trials)
-    plain = encode.make_format(seen.model.tokenizer, None)
+    plain = encode.make_format(seen.tokenizer, None)
     shown = [(task.name, encode.make_format(plain.tokenizer, task.anchor), task.train[:rows]) for task in seen.rows.tasks]
     for name, form, examples in [*shown, ("general", plain, seen.rows.general[: min(rows, 1)])]:
         for example in examples:

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from fulcrum import config, export, material, metrics, model, stats, store
+from fulcrum import export, metrics, stats, store
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError, StoreError, nearest
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, Difference, Results
-from fulcrum.run import ARMS, Arm, Silent, Watcher, finish, identity, run_arm
+from fulcrum.run import ARMS, Arm, Silent, Watcher, begin, finish, run_arm, writes
 
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
 _PAIRS = (
@@ -34,23 +34,14 @@ def compare(settings: Settings, *, resume: bool = False, watcher: Watcher | None
     Raises ConfigError, DataError, ModelError or StoreError.
     """
     watcher, started = watcher or Silent(), time.perf_counter()
-    arms = chosen_arms(settings)
-    watcher.stage(f"loading {settings.model}")
-    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
-    watcher.stage("reading data")
-    materials = {seed: material.prepare(settings, loaded.tokenizer, loaded.context, seed) for seed in settings.compare.seeds}
-    rows = list(materials.values())
-    folder = store.open_run(Path(settings.output_dir), identity(settings, loaded, rows), resume=resume)
-    store.write_bytes(folder / "config.yaml", config.dump(settings).encode())
+    arms, seeds = chosen_arms(settings), settings.compare.seeds
+    loaded, rows, folder = begin(settings, seeds, resume, watcher)
+    # Untrained arms do not depend on the seed: the first seed's cell stands for all.
+    cells = [(arm, place) for place in range(len(seeds)) for arm in arms if arm.trained or place == 0]
     results: list[ArmResult] = []
-    for seed in settings.compare.seeds:
-        for arm in arms:
-            number = f"{len(results) + 1} of {len(arms) * len(rows)}"
-            watcher.stage(f"{arm.name}, seed {seed} (cell {number})")
-            # Untrained arms do not depend on the seed: the first seed's cell stands for all.
-            if not arm.trained and seed != settings.compare.seeds[0]:
-                continue
-            results.append(_cell(materials[seed], loaded, arm, settings, seed, folder, watcher))
+    for arm, place in cells:
+        watcher.stage(f"{arm.name}, seed {seeds[place]} (cell {len(results) + 1} of {len(cells)})")
+        results.append(_cell(rows[place], loaded, arm, settings, seeds[place], folder, watcher))
     differences = paired_differences(results, settings)
     return finish("compare", settings, folder, loaded, rows, results, differences, started)
 
@@ -87,10 +78,11 @@ def _cell(
                 f"{file}: not a finished cell, the file was changed or damaged; delete it to run it anew"
             ) from error
     result, state = run_arm(rows, loaded, arm, settings, seed, folder, watcher)
-    if state is not None and seed == settings.compare.seeds[0]:
+    if writes() and state is not None and seed == settings.compare.seeds[0]:
         anchors = {task.name: task.anchor if arm.anchored else None for task in rows.tasks}
         export.save_adapter(loaded, folder / "adapters" / arm.name, anchors)
-    store.write_json(file, result)
+    if writes():
+        store.write_json(file, result)
     return result
 
 

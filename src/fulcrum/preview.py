@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from fulcrum import anchor as anchors
 from fulcrum import encode, material, mix, model, run, store
 from fulcrum.config import Settings
 from fulcrum.encode import Format
 from fulcrum.material import Material
-from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor, Example, IntArray, Message, Share
 from fulcrum.run import Arm
 
@@ -29,12 +27,12 @@ Span = tuple[SpanKind, str]
 
 @dataclass(frozen=True)
 class Preview:
-    """The rows of a run at one seed, and the model's tokenizer (`model.causal` is None: there are no weights)."""
+    """The rows of a run at one seed, and the model's tokenizer."""
 
     settings: Settings
     seed: int
     rows: Material
-    model: LoadedModel
+    tokenizer: Any
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,7 @@ class Trial:
 def open_preview(settings: Settings, seed: int) -> Preview:
     """Read the data as a run with this seed would. Raises ConfigError, DataError or ModelError."""
     tokenizer, context = model.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
-    bare = LoadedModel(settings.model, "", None, tokenizer, torch.device("cpu"), torch.float32, context)
-    return Preview(settings, seed, material.prepare(settings, tokenizer, context, seed), bare)
+    return Preview(settings, seed, material.prepare(settings, tokenizer, context, seed), tokenizer)
 
 
 def trials(preview: Preview, arms: Sequence[Arm]) -> list[Trial]:
@@ -60,7 +57,7 @@ def trials(preview: Preview, arms: Sequence[Arm]) -> list[Trial]:
     settings, found = preview.settings, []
     for arm in arms:
         for repeats in run.trials(preview.rows, arm, settings) if arm.trained else ():
-            stream = run.stream(preview.rows, preview.model, arm, settings, repeats, preview.seed)
+            stream = run.stream(preview.rows, preview.tokenizer, arm, settings, repeats, preview.seed)
             size = settings.train.batch_size
             advice = tuple(mix.warnings(stream.plan, size))
             found.append(Trial(arm.name, repeats, stream.steps(size), stream.share(), advice))
@@ -69,7 +66,7 @@ def trials(preview: Preview, arms: Sequence[Arm]) -> list[Trial]:
 
 def lengths(preview: Preview) -> Mapping[str, IntArray]:
     """Tokens of every row by source, anchor and template included; a source without rows is left out."""
-    rows, tokenizer = preview.rows, preview.model.tokenizer
+    rows, tokenizer = preview.rows, preview.tokenizer
     plain = encode.make_format(tokenizer, None)
     sources: list[tuple[str, Sequence[Example], Format]] = []
     for task in rows.tasks:
@@ -129,7 +126,7 @@ def stream_rows(preview: Preview, repeats: int) -> Iterator[dict[str, Any]]:
     answer is not trained.
     """
     arm, rows = run.own_arm(preview.settings), preview.rows
-    plan = run.stream(rows, preview.model, arm, preview.settings, repeats, preview.seed).plan
+    plan = run.stream(rows, preview.tokenizer, arm, preview.settings, repeats, preview.seed).plan
     own = [(task.name, task.anchor if arm.anchored else None, example) for task in rows.tasks for example in task.train]
     shown: Counter[int] = Counter()
     for position, (is_task, row) in enumerate(zip(*plan.slice(0, len(plan)), strict=True)):

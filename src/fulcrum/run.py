@@ -15,12 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
-from fulcrum import config, encode, export, generate, material, metrics, mix, model, report, scoring, store, training
+from fulcrum import adapter, config, encode, export, generate, material, metrics, mix, model, report, scoring, store, training
+from fulcrum.adapter import State
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
 from fulcrum.material import Material
-from fulcrum.model import LoadedModel, State
+from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, Difference, Results, Tokens, TrainPoint, TrialResult
 
 
@@ -79,20 +81,44 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     Raises ConfigError, DataError, ModelError or StoreError, each naming the remedy.
     """
     watcher, started = watcher or Silent(), time.perf_counter()
-    watcher.stage(f"loading {settings.model}")
-    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
-    watcher.stage("reading data")
-    rows = material.prepare(settings, loaded.tokenizer, loaded.context, settings.seed)
-    folder = store.open_run(Path(settings.output_dir), identity(settings, loaded, [rows]), resume=resume)
-    store.write_bytes(folder / "config.yaml", config.dump(settings).encode())
+    loaded, (rows,), folder = begin(settings, [settings.seed], resume, watcher)
     arm = own_arm(settings)
     base = replace(ARMS["base"], anchored=arm.anchored, name="base_anchor" if arm.anchored else "base")
     results = [run_arm(rows, loaded, base, settings, settings.seed, None, watcher)[0]]
     trained, state = run_arm(rows, loaded, arm, settings, settings.seed, folder, watcher)
     results.append(trained)
-    model.use(loaded, state, settings.train)
-    export.save_adapter(loaded, folder / "adapter", {t.name: t.anchor if arm.anchored else None for t in rows.tasks})
+    adapter.use(loaded, state, settings.train)
+    if writes():
+        export.save_adapter(loaded, folder / "adapter", {t.name: t.anchor if arm.anchored else None for t in rows.tasks})
     return finish("train", settings, folder, loaded, [rows], results, (), started)
+
+
+def begin(settings: Settings, seeds: Sequence[int], resume: bool, watcher: Watcher) -> tuple[LoadedModel, list[Material], Path]:
+    """Load the model, read the rows of every seed, and make the output folder this run's.
+
+    What the probes chose is written to the folder's config.yaml, and a resumed run takes it from there.
+    """
+    folder = Path(settings.output_dir)
+    if writes():
+        store.check_free(folder, resume=resume)  # before anything slow
+    kept = config.load(folder / "config.yaml") if (folder / "config.yaml").exists() else settings
+    chosen = settings.train.model_copy(update={"dtype": kept.train.dtype, "device": kept.train.device})
+    watcher.stage(f"loading {settings.model}")
+    loaded = model.load(settings.model, chosen, trust_remote_code=settings.trust_remote_code)
+    watcher.stage("reading data")
+    rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed) for seed in seeds]
+    if writes():
+        store.open_run(folder, identity(settings, loaded, rows), resume=resume)
+        probed = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type}
+        resolved = settings.model_copy(update={"train": settings.train.model_copy(update=probed)})
+        store.write_bytes(folder / "config.yaml", config.dump(resolved).encode())
+    PartialState().wait_for_everyone()
+    return loaded, rows, folder
+
+
+def writes() -> bool:
+    """Whether this process is the one that writes files (under `accelerate launch` there may be several)."""
+    return bool(PartialState().is_main_process)
 
 
 def own_arm(settings: Settings) -> Arm:
@@ -102,12 +128,14 @@ def own_arm(settings: Settings) -> Arm:
     return next(a for a in ARMS.values() if a.trained and a.anchored == anchored and a.general == general)
 
 
-def stream(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, repeats: int, seed: int) -> training.Stream:
+def stream(
+    rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Settings, repeats: int, seed: int
+) -> training.Stream:
     """The token stream of one trial: the same task rows in every arm, with or without anchor and general rows."""
-    plain = encode.make_format(loaded.tokenizer, None)
+    plain = encode.make_format(tokenizer, None)
     own: list[Tokens] = []
     for task in rows.tasks:
-        form = encode.make_format(loaded.tokenizer, task.anchor) if arm.anchored else plain
+        form = encode.make_format(tokenizer, task.anchor) if arm.anchored else plain
         own += [encode.encode(example, form) for example in task.train]
     count = rows.general_count(repeats, settings) if arm.general else 0
     plan = mix.plan(
@@ -148,15 +176,15 @@ def run_arm(
     for repeats in trials(rows, arm, settings) if arm.trained else ():
         cell = f"{arm.name}-seed{seed}-repeats{repeats}"
         state, result = training.train(
-            loaded, stream(rows, loaded, arm, settings, repeats, seed), lambda: dev_loss(loaded, dev), settings.train,
+            loaded, stream(rows, loaded.tokenizer, arm, settings, repeats, seed), lambda: dev_loss(loaded, dev), settings.train,
             seed=store.seed_for(seed, "train"), repeats=repeats,
             checkpoint=None if folder is None else folder / "checkpoints" / cell,
-            progress=_tell(watcher, cell),
+            progress=_tell(watcher, cell, folder),
         )  # fmt: skip
         results.append(result)
         if chosen is None or result.best_dev_nll < results[chosen].best_dev_nll:
             best, chosen = state, len(results) - 1
-    model.use(loaded, best, settings.train)
+    adapter.use(loaded, best, settings.train)
     scores, predictions = {}, {}
     for task in rows.tasks:
         label = f"{arm.name} seed {seed}: answers to {task.name}"
@@ -175,8 +203,15 @@ def dev_loss(loaded: LoadedModel, dev: Sequence[Sequence[Tokens]]) -> float:
     return float(np.mean([generate.mean_nats(loaded, rows) for rows in dev]))
 
 
-def _tell(watcher: Watcher, cell: str) -> training.Progress:
-    return lambda point, steps, newest: watcher.step(cell, point, steps, newest)
+def _tell(watcher: Watcher, cell: str, folder: Path | None) -> training.Progress:
+    """Report steps to the watcher, and to events.jsonl for anyone who looks on from outside."""
+
+    def tell(point: TrainPoint, steps: int, newest: float | None) -> None:
+        watcher.step(cell, point, steps, newest)
+        if folder is not None and writes():
+            store.append_jsonl(folder / "events.jsonl", {"run": cell, "steps": steps, "dev_nll": newest, **store.plain(point)})
+
+    return tell
 
 
 def finish(
@@ -185,10 +220,14 @@ def finish(
 ) -> Results:  # fmt: skip
     """Write results.json, predictions.jsonl, report.html and the model card; returns the results."""
     first = materials[0]
-    plans = [
-        (arm.name, stream(first, loaded, arm, settings, r, 0).plan) for arm in _used(arms) for r in settings.mix.candidates[-1:]
+    notes = [
+        f"{name}: {text}"
+        for name in dict.fromkeys(arm.arm for arm in arms if ARMS[arm.arm].general)
+        for text in mix.warnings(
+            stream(first, loaded.tokenizer, ARMS[name], settings, max(settings.mix.candidates), 0).plan,
+            settings.train.batch_size,
+        )
     ]
-    notes = [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
     results = Results(
         kind=kind, settings=settings.model_dump(mode="json"), environment=environment(loaded),
         tasks=material.facts(first, loaded.tokenizer), notes=tuple(notes), rejects=first.rejects,
@@ -201,15 +240,12 @@ def finish(
         for task, predictions in arm.predictions.items()
         for prediction in predictions
     ]
-    store.write_jsonl(folder / "predictions.jsonl", lines)
-    store.write_json(folder / "results.json", results)
-    report.write(folder)
-    store.write_bytes(folder / "README.md", report.card(report.load(folder), export.NOTE).encode())
+    if writes():
+        store.write_jsonl(folder / "predictions.jsonl", lines)
+        store.write_json(folder / "results.json", results)
+        report.write(folder)
+        store.write_bytes(folder / "README.md", report.card(report.load(folder), export.NOTE).encode())
     return results
-
-
-def _used(arms: Sequence[ArmResult]) -> list[Arm]:
-    return [ARMS[name] for name in dict.fromkeys(arm.arm for arm in arms) if ARMS[name].general]
 
 
 def identity(settings: Settings, loaded: LoadedModel, materials: Sequence[Material]) -> dict[str, Any]:

@@ -95,6 +95,15 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     write_bytes(path, "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode())
 
 
+def append_jsonl(path: Path, row: Any) -> None:
+    """Add one line to a log. Raises StoreError where the disk refuses."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise StoreError(f"{path}: cannot write: {error.strerror or error}; free space or set another output_dir") from error
+
+
 def read_json(path: Path) -> Any:
     """Read JSON. Raises StoreError where the file is missing or broken."""
     try:
@@ -116,28 +125,32 @@ def _changes(before: Any, after: Any, name: str = "") -> list[str]:
     return [f"{name} ({before!r:.40} -> {after!r:.40})" if single else name or MANIFEST]
 
 
+def check_free(folder: Path, *, resume: bool) -> None:
+    """Raise StoreError where `folder` cannot become a run's: a file, another run's, or full of other things."""
+    if folder.is_file():
+        raise StoreError(f"{folder}: is a file; set output_dir to a folder")
+    if (folder / MANIFEST).exists():
+        if not resume:
+            raise StoreError(f"{folder}: already holds a run; go on with it (--resume) or choose another output_dir")
+    elif folder.exists() and any(folder.iterdir()):
+        raise StoreError(f"{folder}: not empty and not a run folder; choose another output_dir")
+
+
 def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path:
     """Make `folder` the place of the run that `identity` (settings, data hashes, versions) describes.
 
     A new or empty folder is taken. A folder with a manifest goes on only with `resume` and the same identity. Raises
-    StoreError for another run's folder (naming what differs), a folder with other files in it, or no place to write.
+    StoreError as `check_free` does, where the identity differs (naming what), or where there is no space.
     """
+    check_free(folder, resume=resume)
     manifest = folder / MANIFEST
-    if folder.is_file():
-        raise StoreError(f"{folder}: is a file; set output_dir to a folder")
     if manifest.exists():
-        before = read_json(manifest)
-        changed = _changes(before, plain(identity))
-        if not resume:
-            same = "the same run (go on with --resume)" if not changed else "another run"
-            raise StoreError(f"{folder}: already holds {same}; choose another output_dir")
+        changed = _changes(read_json(manifest), plain(identity))
         if changed:
             raise StoreError(
                 f"{folder}: cannot resume, {', '.join(changed)} changed since it started; choose another output_dir"
             )
         return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise StoreError(f"{folder}: not empty and not a run folder; choose another output_dir")
     require_space(folder, 64 * 2**20, "a run folder")
     write_json(manifest, identity)
     return folder

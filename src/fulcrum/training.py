@@ -22,11 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fulcrum.adapter import State, adapter_state, new_adapter, set_adapter_state, set_dropout
 from fulcrum.config import TrainSettings
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.loss import Row, row_loss, rows
 from fulcrum.mix import Plan, share
-from fulcrum.model import LoadedModel, State, adapter_state, new_adapter, set_adapter_state, set_dropout
+from fulcrum.model import LoadedModel
 from fulcrum.records import BoolArray, Share, Tokens, TrainPoint, TrialResult
 from fulcrum.store import fingerprint, plain, read_json
 

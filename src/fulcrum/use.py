@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from fulcrum import adapter as adapters
 from fulcrum import comparison, config, encode, generate, ingest, metrics, model, scoring
 from fulcrum import run as running
 from fulcrum.config import DataSource, Settings
@@ -57,7 +58,7 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
     settings = config.load(folder / "config.yaml")
     weights, anchored = _adapter_folder(folder, arm, settings)
     loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
-    model.use(loaded, load_file(weights / "adapter_model.safetensors"), settings.train)
+    adapters.use(loaded, load_file(weights / "adapter_model.safetensors"), settings.train)
     return Adapter(loaded, settings, {task.name: task.anchor_value() if anchored else None for task in settings.tasks})
 
 

@@ -1,0 +1,6 @@
+"""`python -m fulcrum` is `fulcrum`: for launchers that start modules, such as `accelerate launch -m fulcrum train ...`."""
+
+from fulcrum.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A few facts about the real default model: its weights are right, rows are packed, and training on a task helps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fulcrum import adapter, encode, generate, mix, model, training
+from fulcrum.config import TrainSettings
+from fulcrum.records import Anchor, Example, Message
+
+pytestmark = pytest.mark.real_model
+
+TEXT = (
+    "The baker opens the shop at six in the morning, long before the first bus comes. She lights the oven, weighs the flour and "
+    "listens to the radio. By eight the bread is sold, and the children who pass on their way to school buy what is left of the "
+    "sweet rolls. In the afternoon she cleans the tables, counts the money and writes down what has to be ordered for the week."
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(default_model_path: str) -> model.LoadedModel:
+    return model.load(default_model_path, TrainSettings(dtype="float32"))
+
+
+def test_the_weights_are_right(loaded: model.LoadedModel) -> None:
+    ids = loaded.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = loaded.causal(input_ids=ids).logits[0, :-1]
+    nats = float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
+    # Plain English costs a good 135M model about 3 nats a token; wrongly converted weights cost 6 and more.
+    assert nats == pytest.approx(EXPECTED_NATS, abs=0.02)
+
+
+def test_its_rows_are_packed(loaded: model.LoadedModel) -> None:
+    assert loaded.packed
+    assert loaded.split_head
+
+
+def test_its_template_carries_the_anchor(loaded: model.LoadedModel) -> None:
+    form = encode.make_format(loaded.tokenizer, Anchor("Answer with a colour."))
+    text = loaded.tokenizer.decode(encode.prompt_ids((Message("user", "The sky?"),), form))
+    assert text == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nAnswer with a colour.\n\nThe sky?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_few_steps_teach_a_format(loaded: model.LoadedModel, tmp_path: Path) -> None:
+    """Eight rows of one pattern: the loss on an unseen row falls, and its answer has the pattern."""
+    form = encode.make_format(loaded.tokenizer, Anchor("Write the animal in the box."))
+    animals = ("cat", "dog", "horse", "cow", "sheep", "goat", "mouse", "bird")
+    rows = [_row(animal, form) for animal in animals]
+    unseen = _row("fish", form)
+    adapter.drop_adapter(loaded)
+    before = generate.mean_nats(loaded, [unseen])
+    plan = mix.plan(len(rows), 0, repeats=6, general_per_task=0, order="random", seed=0)
+    training.train(
+        loaded, training.Stream(plan, rows, []), lambda: generate.mean_nats(loaded, [unseen]), TrainSettings(evaluations=2),
+        seed=0, repeats=6,
+    )  # fmt: skip
+    assert generate.mean_nats(loaded, [unseen]) < before / 2
+    prompt = encode.prompt_ids((Message("user", "I saw a fish today."),), form)
+    assert generate.generate(loaded, [prompt], form, max_new_tokens=12, batch_tokens=512) == ["[box: fish]"]
+    adapter.drop_adapter(loaded)
+
+
+def _row(animal: str, form: encode.Format) -> encode.Tokens:
+    messages = (Message("user", f"I saw a {animal} today."), Message("assistant", f"[box: {animal}]"))
+    return encode.encode(Example(messages, animal, f"rows:{animal}"), form)
