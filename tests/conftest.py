@@ -11,6 +11,7 @@ def default_model_path() -> str:
 
     return gguf.prepare("smollm2-135m-instruct")
 
+
 # A busy machine is no fault of the code: examples are bounded by number, never by time.
 hypothesis.settings.register_profile("fulcrum", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("fulcrum")

@@ -70,8 +70,11 @@ def adapter_state(loaded: LoadedModel) -> State:
 def set_adapter_state(loaded: LoadedModel, state: Mapping[str, Tensor]) -> None:
     """Put weights into the present adapter. Raises ModelError where they do not fit."""
     result = set_peft_model_state_dict(loaded.peft, dict(state))
-    if result.unexpected_keys:
-        raise ModelError(f"adapter does not fit {loaded.name!r}: unknown weights {result.unexpected_keys[:3]}")
+    missing = [name for name in adapter_state(loaded) if name not in state]
+    if result.unexpected_keys or missing:
+        raise ModelError(
+            f"adapter does not fit {loaded.name!r}: unknown weights {result.unexpected_keys[:3]}, missing {missing[:3]}"
+        )
 
 
 def use(loaded: LoadedModel, state: State | None, settings: TrainSettings) -> None:

@@ -151,7 +151,7 @@ def compare(
     from fulcrum.watch import Watch
 
     if dry_run:
-        _dry_run(screen, settings, comparison.chosen_arms(settings), settings.compare.seeds)
+        _dry_run(screen, settings, comparison.chosen_arms(settings), settings.seeds)
         return
     with Watch(screen) as watch:
         comparison.compare(settings, resume=resume, watcher=watch)

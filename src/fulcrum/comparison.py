@@ -8,10 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from fulcrum import export, metrics, stats, store
+from fulcrum import export, scoring, store
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError, StoreError, nearest
 from fulcrum.material import Material
@@ -21,8 +20,8 @@ from fulcrum.run import ARMS, Arm, Silent, Watcher, begin, finish, run_arm, writ
 
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
 _PAIRS = (
-    ("tell", "sft_anchor"), ("tell", "sft"), ("tell", "base_anchor"), ("tell", "mix"), ("mix", "sft"),
-    ("sft_anchor", "sft"), ("sft", "base"), ("base_anchor", "base"),
+    ("tell", "sft_anchor"), ("tell", "sft"), ("tell", "base_anchor"), ("tell", "base"), ("tell", "mix"), ("mix", "sft"),
+    ("mix", "base"), ("sft_anchor", "sft"), ("sft", "base"), ("base_anchor", "base"),
 )  # fmt: skip
 
 
@@ -34,8 +33,8 @@ def compare(settings: Settings, *, resume: bool = False, watcher: Watcher | None
     Raises ConfigError, DataError, ModelError or StoreError.
     """
     watcher, started = watcher or Silent(), time.perf_counter()
-    arms, seeds = chosen_arms(settings), settings.compare.seeds
-    loaded, rows, folder = begin(settings, seeds, resume, watcher)
+    arms, seeds = chosen_arms(settings), settings.seeds
+    loaded, rows, folder = begin("compare", settings, seeds, resume, watcher)
     # Untrained arms do not depend on the seed: the first seed's cell stands for all.
     cells = [(arm, place) for place in range(len(seeds)) for arm in arms if arm.trained or place == 0]
     results: list[ArmResult] = []
@@ -78,7 +77,7 @@ def _cell(
                 f"{file}: not a finished cell, the file was changed or damaged; delete it to run it anew"
             ) from error
     result, state = run_arm(rows, loaded, arm, settings, seed, folder, watcher)
-    if writes() and state is not None and seed == settings.compare.seeds[0]:
+    if writes() and state is not None and seed == settings.seeds[0]:
         anchors = {task.name: task.anchor if arm.anchored else None for task in rows.tasks}
         export.save_adapter(loaded, folder / "adapters" / arm.name, anchors)
     if writes():
@@ -87,48 +86,18 @@ def _cell(
 
 
 def paired_differences(results: Sequence[ArmResult], settings: Settings) -> list[Difference]:
-    """Paired test differences of the telling pairs, for every task and every metric that is a mean over rows.
-
-    Rows are paired by place (all arms and seeds are scored on the same test rows); groups and seeds are resampled as
-    `stats.paired_over_seeds` says. With one seed the interval is given this seed.
-    """
+    """Paired test differences of the telling pairs, for every task and every metric that is a mean over rows."""
     by_arm: dict[str, list[ArmResult]] = {}
     for result in results:
         by_arm.setdefault(result.arm, []).append(result)
     found = []
     for arm, reference in _PAIRS:
-        if arm not in by_arm or reference not in by_arm:
-            continue
-        for task in settings.tasks:
+        for task in settings.tasks if arm in by_arm and reference in by_arm else ():
             for metric in task.metrics:
-                difference = _difference(by_arm[arm], by_arm[reference], task.name, metric)
-                found += [] if difference is None else [difference]
-    return found
-
-
-def _difference(arm: list[ArmResult], reference: list[ArmResult], task: str, metric: str) -> Difference | None:
-    n_seeds = max(len(arm), len(reference))
-    first = arm[0].predictions[task]
-    groups = [prediction.group for prediction in first]
-    denominators = None
-
-    def values(results: list[ArmResult]) -> np.ndarray | None:
-        rows = []
-        for index in range(n_seeds):
-            result = results[index % len(results)]  # an untrained arm has one cell for all seeds
-            if metric == "nll":
-                rows.append([prediction.nll_sum for prediction in result.predictions[task]])
-            else:
-                rows.append(list(next(s for s in result.scores[task] if s.metric == metric).outcomes))
-        return np.asarray(rows, dtype=float) if all(rows) else None
-
-    own, other = values(arm), values(reference)
-    if own is None or other is None:
-        return None  # a corpus metric: no outcome a row to pair
-    if metric == "nll":
-        denominators = np.asarray([prediction.n_tokens for prediction in first], dtype=float)
-    interval = stats.paired_over_seeds(own - other, groups, denominators=denominators)
-    return Difference(
-        task, metric, arm[0].arm, reference[0].arm, interval.estimate, interval.low, interval.high, n_seeds,
-        metrics.HIGHER_IS_BETTER[metric],
-    )  # fmt: skip
+                own, other = (
+                    [scoring.outcomes(cell.predictions[task.name], cell.scores[task.name], metric) for cell in by_arm[name]]
+                    for name in (arm, reference)
+                )
+                rows = by_arm[arm][0].predictions[task.name]
+                found.append(scoring.paired(task.name, metric, arm, reference, own, other, rows))
+    return [difference for difference in found if difference is not None]

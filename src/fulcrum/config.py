@@ -61,7 +61,7 @@ class DataSource(Section):
     split: str = Field("train", description="split of a hub data set, slices as in `train[:1%]`")
     revision: str | None = Field(None, description="commit or tag of a hub data set")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the file's, e.g. {prompt: text}")
-    limit: int | None = Field(None, ge=1, description="use at most this many rows, drawn by the run's seed")
+    limit: int | None = Field(None, ge=1, description="use at most this many rows, drawn by `seed`")
 
 
 Sources = tuple[DataSource, ...]
@@ -173,7 +173,9 @@ class EvalSettings(Section):
     """How adapters are scored."""
 
     batch_tokens: int = Field(4096, ge=64, description="tokens in one generation batch, answers included")
-    general_rows: int = Field(64, ge=0, description="held-out rows of the user's own pool for measuring forgetting")
+    general_rows: int = Field(
+        64, ge=0, description="held-out rows of the pool, and as many of a packaged set, to measure forgetting"
+    )
     draws: int = Field(2000, ge=100, description="bootstrap draws")
 
 
@@ -183,15 +185,15 @@ class CompareSettings(Section):
     arms: tuple[str, ...] = Field(
         ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell"), min_length=1, description="arms to run"
     )
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="one whole chain (subset, order, initialisation) each")
+    seeds: tuple[int, ...] | None = Field(None, min_length=1, description="whole chains (subset, order, ...); none: `seed`")
     sft_epochs: tuple[int, ...] | None = Field(
-        None, description="epochs tried for arms without general data; none: cap/4, cap/2, cap"
+        None, description="epochs tried for arms without general data; none: as many as TELL tries, halving from its steps"
     )
 
     @field_validator("arms", "seeds")
     @classmethod
-    def _once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        if twice := [item for place, item in enumerate(value) if item in value[:place]]:
+    def _once(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if value and (twice := [item for place, item in enumerate(value) if item in value[:place]]):
             raise ValueError(f"{twice[0]!r} is given twice; one cell counted as two would feign certainty")
         return value
 
@@ -208,7 +210,9 @@ class Settings(Section):
     eval: EvalSettings = EvalSettings()
     compare: CompareSettings = CompareSettings()
     output_dir: str = Field("runs/run", description="run folder")
-    seed: int = Field(0, ge=0, description="root of all seeds: data, mix, initialisation, training")
+    seed: int = Field(
+        0, ge=0, description="root of all seeds: data, mix, initialisation, training; a comparison may have several"
+    )
 
     _sources = field_validator("general", mode="before")(_as_sources)
 
@@ -217,7 +221,16 @@ class Settings(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks need different names, got {names}; set tasks[i].name")
+        if self.mix.general_per_task > 0 and not self.general:
+            raise ValueError(
+                f"mix.general_per_task is {self.mix.general_per_task:g} and `general:` names no data; name some, or set it to 0"
+            )
         return self
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of a comparison's chains: those given, else the run's own."""
+        return self.compare.seeds or (self.seed,)
 
 
 def _set(data: dict[str, Any], dotted: str, value: Any) -> None:

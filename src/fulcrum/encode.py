@@ -158,6 +158,15 @@ def _answer_ids(answer: str, form: Format) -> list[int]:
     return _ids(text, form, plain=form.special.search(text) is not None) + list(form.end_ids)
 
 
+def answer_length(example: Example, form: Format) -> int:
+    """Tokens of the final answer and its end token, without the white space that a response prefix left to it.
+
+    This is what a summed loss is divided by: the same number in arms with and without an anchor.
+    """
+    answer = example.answer
+    return len(_ids(answer, form, plain=form.special.search(answer) is not None)) + len(form.end_ids)
+
+
 def encode(example: Example, form: Format) -> Tokens:
     """Return ids and loss mask of one conversation; every trained answer and its end token is a target.
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from fulcrum.encode import Format
-from fulcrum.loss import row_nats, rows
+from fulcrum.loss import row_nats, rows, set_checkpointing
 from fulcrum.model import LoadedModel, generation_attention
 from fulcrum.records import FloatArray, IntArray, Tokens
 
@@ -48,25 +49,30 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
+    set_checkpointing(loaded, False)  # a layer that recomputes would drop the key/value cache
     training = generation_attention(loaded)
+    stop = sorted({*form.end_ids, *_end_ids(loaded)})
+    # Transformers takes what a call leaves open from the model's own configuration, whose penalties are no part of greedy.
+    shipped, loaded.causal.generation_config = loaded.causal.generation_config, GenerationConfig()
     try:
         start = 0
         while start < len(order):
             longest = len(prompts[order[start]])
             size = max(1, batch_tokens // (longest + max_new_tokens))
             batch = order[start : start + size]
-            for index, text in zip(batch, _batch(loaded, [prompts[i] for i in batch], form, max_new_tokens), strict=True):
+            for index, text in zip(batch, _batch(loaded, [prompts[i] for i in batch], stop, max_new_tokens), strict=True):
                 texts[index] = text
             start += len(batch)
             if progress is not None:
                 progress(start)
     finally:
+        loaded.causal.generation_config = shipped
         if loaded.packed:
             loaded.causal.set_attn_implementation(training)
     return texts
 
 
-def _batch(loaded: LoadedModel, prompts: Sequence[Sequence[int]], form: Format, max_new_tokens: int) -> list[str]:
+def _batch(loaded: LoadedModel, prompts: Sequence[Sequence[int]], stop: Sequence[int], max_new_tokens: int) -> list[str]:
     longest = max(len(prompt) for prompt in prompts)
     pad = loaded.tokenizer.pad_token_id
     ids = torch.full((len(prompts), longest), pad, dtype=torch.int64, device=loaded.device)
@@ -74,11 +80,10 @@ def _batch(loaded: LoadedModel, prompts: Sequence[Sequence[int]], form: Format, 
     for i, prompt in enumerate(prompts):
         ids[i, longest - len(prompt) :] = torch.as_tensor(prompt, device=loaded.device)
         mask[i, longest - len(prompt) :] = 1
-    stop = sorted({*form.end_ids, *_end_ids(loaded)})
     with loaded.precision():
         output = loaded.causal.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            temperature=None, top_p=None, top_k=None, eos_token_id=stop, pad_token_id=pad,
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=stop, pad_token_id=pad,
         )  # fmt: skip
     return [_until_end(loaded, row, stop) for row in output[:, longest:].tolist()]
 

@@ -10,7 +10,7 @@ Invariant: rows in = kept + rejected.
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -101,16 +101,19 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
 
 
 def subset(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
-    """Return `limit` rows (all, where there are fewer): the first ones of a single seeded order, group after group.
+    """Return `limit` rows (all, where there are fewer): the first ones of a single seeded order.
 
-    Subsets are nested: a smaller one is the beginning of a larger one. The last group may be cut, so that the number of rows
-    is exact; a group is cut in the same order of its rows every time.
+    The order takes one row of every group, then a second one of those that have it, and so on: few rows still cover as many
+    groups as they can. Subsets are nested: a smaller one is the beginning of a larger one.
     """
-    return [example for rows in _seeded_groups(examples, "subset", seed).values() for example in rows][:limit]
+    rounds = zip_longest(*_seeded_groups(examples, "subset", seed).values())
+    return [example for row in rounds for example in row if example is not None][:limit]
 
 
-def check_overlap(train: Sequence[Example], held_out: Sequence[Example], name: str, *, by_group: bool = True) -> None:
-    """Refuse held-out rows (`name`: dev or test) whose content is in `train`. Raises DataError with the count and places.
+def check_overlap(
+    train: Sequence[Example], held_out: Sequence[Example], name: str, *, of: str = "training", by_group: bool = True
+) -> None:
+    """Refuse held-out rows (`name`: dev or test) whose content is in `train` (`of`: its name). Raises DataError with places.
 
     Content is the same where the normalised prompt is the same (its turns in one text, the system's included), or prompt and
     answer together, or, with `by_group`, the group. Switch `by_group` off where group values were not meant to be compared
@@ -129,7 +132,7 @@ def check_overlap(train: Sequence[Example], held_out: Sequence[Example], name: s
         kinds = Counter(key.split()[0] for _, key in shared)
         pairs = ", ".join(f"{row.origin} = {known[key]}" for row, key in shared[:3])
         raise DataError(
-            f"{len(shared)} of {len(held_out)} {name} rows have content of the training rows "
+            f"{len(shared)} of {len(held_out)} {name} rows have content of the {of} rows "
             f"({', '.join(f'{count} the same {kind}' for kind, count in kinds.items())}): {pairs}"
             f"{' ...' if len(shared) > 3 else ''}; remove them from one side, "
             f"or leave `{name}:` out, and rows are held out by content"

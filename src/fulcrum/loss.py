@@ -115,7 +115,7 @@ def row_loss(loaded: LoadedModel, row: Row, weights: Tensor) -> tuple[Tensor, Te
 
     `weights` (targets,) already hold the division by the step's total, so that rows of a step just add up.
     """
-    _checkpointing(loaded, row)
+    set_checkpointing(loaded, _needs_checkpointing(loaded, row))
     with loaded.precision(), _adapter_precision(loaded):
         if loaded.split_head:
             apply: Any = _ChunkedLoss.apply
@@ -147,21 +147,25 @@ def _adapter_precision(loaded: LoadedModel) -> AbstractContextManager[None]:
     return disable_input_dtype_casting(loaded.peft)  # type: ignore[no-any-return]
 
 
-def _checkpointing(loaded: LoadedModel, row: Row) -> None:
-    """Recompute activations in the backward pass of rows too long to keep them: a third slower, a fraction of the memory."""
+def _needs_checkpointing(loaded: LoadedModel, row: Row) -> bool:
     config = loaded.causal.config.get_text_config()
     width = getattr(config, "hidden_size", 0)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     inner = max(inner) if isinstance(inner, list | tuple) else inner
     numbers = row.ids.shape[1] * getattr(config, "num_hidden_layers", 0) * (16 * width + 6 * inner)
-    needed = numbers * (2 if loaded.dtype == torch.bfloat16 else 4)
-    wanted = needed > _ACTIVATION_BYTES and getattr(loaded.causal, "supports_gradient_checkpointing", False)
-    if wanted != getattr(loaded.causal, "is_gradient_checkpointing", False):
-        if wanted:
-            loaded.causal.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            loaded.causal.gradient_checkpointing_disable()
-        for module in loaded.causal.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                # The flag of this layer alone: its parts stay in evaluation mode, so the frozen base's own dropout stays off.
-                module.training = wanted
+    return numbers * (2 if loaded.dtype == torch.bfloat16 else 4) > _ACTIVATION_BYTES
+
+
+def set_checkpointing(loaded: LoadedModel, on: bool) -> None:
+    """Recompute activations in the backward pass, for rows too long to keep them: a third slower, a fraction of the memory."""
+    on = on and bool(getattr(loaded.causal, "supports_gradient_checkpointing", False))
+    if on == getattr(loaded.causal, "is_gradient_checkpointing", False):
+        return
+    if on:
+        loaded.causal.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        loaded.causal.gradient_checkpointing_disable()
+    for module in loaded.causal.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            # The flag of this layer alone: its parts stay in evaluation mode, so the frozen base's own dropout stays off.
+            module.training = on

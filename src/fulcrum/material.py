@@ -15,6 +15,7 @@ from fulcrum import encode, ingest, metrics, pool
 from fulcrum.config import DataSource, Settings, TaskSettings
 from fulcrum.errors import DataError
 from fulcrum.records import Example, Reject, Task, TaskFacts
+from fulcrum.rows import content_key
 from fulcrum.store import fingerprint, seed_for
 
 _LENGTH_SAMPLE = 256  # general rows whose mean length stands for all, where a mix counts tokens
@@ -51,30 +52,29 @@ class Material:
 
 
 def read_task(settings: TaskSettings, seed: int) -> tuple[Task, list[Reject]]:
-    """Read and split one task: files, hold-outs where dev or test are not given, nested subsets, overlap checks.
+    """Read one task whole and split it by content: files, and hold-outs where dev or test are not given (the same for every
+    seed; `seed` draws the rows that a source's own `limit` leaves).
 
-    Splits depend on the files alone (seed 0); which training rows a `train_limit` leaves depends on `seed`.
+    Raises DataError where rows are missing, unusable, or stand on two sides.
     """
-    train, rejects = ingest.read(settings.train, group=settings.group)
+    metrics.needs_generation(settings.metrics)  # unknown names are refused before anything is read
+    by_group = settings.group is not None  # files that number their groups from 0 each do not mean the same groups
+    train, rejects = ingest.read(settings.train, group=settings.group, seed=seed)
     ingest.require_rows(train, rejects, minimum=2)
-    parts = {}
+    parts: dict[str, list[Example]] = {}
     for name, sources, part_of_train in (("test", settings.test, 0.25), ("dev", settings.dev, 0.2)):
         if sources:
-            parts[name], refused = ingest.read(sources, group=settings.group)
+            parts[name], refused = ingest.read(sources, group=settings.group, seed=seed)
+            ingest.require_rows(parts[name], refused, minimum=1)
             rejects += refused
-            ingest.check_overlap(train, parts[name], name, by_group=settings.group is not None)
+            ingest.check_overlap(train, parts[name], name, by_group=by_group)
         else:
             train, parts[name] = ingest.split(train, part_of_train, seed=0)
-    ingest.check_overlap(parts["dev"], parts["test"], "test", by_group=settings.group is not None)
-    train = ingest.subset(train, settings.train_limit or len(train), seed_for(seed, "data"))
-    dev = ingest.subset(parts["dev"], settings.dev_limit or len(parts["dev"]), 0)
-    test = ingest.subset(parts["test"], settings.test_limit or len(parts["test"]), 0)
-    task = Task(
-        settings.name, tuple(train), tuple(dev), tuple(test),
+    ingest.check_overlap(parts["dev"], parts["test"], "test", of="dev", by_group=by_group)
+    return Task(
+        settings.name, tuple(train), tuple(parts["dev"]), tuple(parts["test"]),
         settings.anchor_value(), settings.metrics, settings.max_new_tokens,
-    )  # fmt: skip
-    metrics.needs_generation(task.metrics)  # unknown names are refused before anything is trained
-    return task, rejects
+    ), rejects  # fmt: skip
 
 
 def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int) -> Material:
@@ -84,10 +84,11 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
     """
     tasks: list[Task] = []
     rejects: list[Reject] = []
-    for task_settings in settings.tasks:
-        task, refused = read_task(task_settings, seed)
-        task, too_long = _fit_task(task, settings, tokenizer, context)
-        tasks.append(task)
+    whole = [read_task(task, settings.seed) for task in settings.tasks]
+    _check_between_tasks([task for task, _ in whole])
+    for task_settings, (task, refused) in zip(settings.tasks, whole, strict=True):
+        chosen, too_long = _choose(task, task_settings, settings, tokenizer, context, seed)
+        tasks.append(chosen)
         rejects += refused + too_long
     held_out: dict[str, tuple[Example, ...]] = {}
     general: list[Example] = []
@@ -95,12 +96,16 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
         own, _ = ingest.read([DataSource(path="builtin_eval")])
         held_out["builtin"] = tuple(own[: settings.eval.general_rows])
     if settings.general and (settings.mix.general_per_task > 0 or settings.eval.general_rows > 0):
-        cleaner = _Cleaner(settings, tokenizer, context, tasks)
-        held_out["pool"] = tuple(cleaner.take(settings.eval.general_rows, seed_for(settings.seed, "held out")).examples)
-        wanted = cleaner.wanted()
-        chosen = cleaner.take(wanted, seed_for(seed, "general"), {example.origin for example in held_out["pool"]})
-        general = chosen.examples
-        rejects += [Reject(r.origin, f"general: {r.reason}", r.detail) for r in chosen.rejects]
+        cleaner = _Cleaner(settings, tokenizer, context, [task for task, _ in whole])
+        outside = {content_key(example) for example in held_out.get("builtin", ())}
+        held_out["pool"] = tuple(
+            cleaner.take(settings.eval.general_rows, seed_for(settings.seed, "held out"), outside).examples
+        )
+        outside |= {content_key(example) for example in held_out["pool"]}
+        wanted = cleaner.wanted(tasks)
+        selection = cleaner.take(wanted, seed_for(seed, "general"), outside)
+        general = selection.examples
+        rejects += [Reject(r.origin, f"general: {r.reason}", r.detail) for r in selection.rejects]
         if len(general) < wanted:
             fewer = settings.mix.general_per_task * len(general) / wanted
             raise DataError(
@@ -112,44 +117,86 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
     return Material(tuple(tasks), tuple(general), held_out, dict(Counter(reject.reason for reject in rejects)), cap)
 
 
+def _check_between_tasks(tasks: Sequence[Task]) -> None:
+    """Tasks share one adapter: what one trains on must not be what another is scored on."""
+    for task in tasks:
+        for other in tasks:
+            if other is not task:
+                for name, rows in (("dev", other.dev), ("test", other.test)):
+                    ingest.check_overlap(task.train, rows, f"{other.name} {name}", of=f"{task.name} training", by_group=False)
+
+
 def _limit(settings: Settings, context: int | None) -> int:
     return min(settings.train.max_length, context or settings.train.max_length)
 
 
-def _fit_task(task: Task, settings: Settings, tokenizer: encode.Tokenizer, context: int | None) -> tuple[Task, list[Reject]]:
-    """Apply `too_long` to training and dev rows; test rows are bounded by the model's context only."""
+def _choose(
+    task: Task, limits: TaskSettings, settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int
+) -> tuple[Task, list[Reject]]:
+    """The rows of a task that a run uses: short enough, then as many as its limits say, in seeded nested order.
+
+    Training and dev rows follow `too_long`; test rows are bounded by the model's context only.
+    """
     form = encode.make_format(tokenizer, task.anchor)
     rejects: list[Reject] = []
     parts: dict[str, tuple[Example, ...]] = {}
-    for name, examples in (("train", task.train), ("dev", task.dev), ("test", task.test)):
+    for name, rows, wanted, order in (
+        ("train", task.train, limits.train_limit, seed_for(seed, "data")),
+        ("dev", task.dev, limits.dev_limit, 0),
+        ("test", task.test, limits.test_limit, 0),
+    ):
         limit = _limit(settings, context) if name != "test" else context or sys.maxsize
-        lengths = [len(encode.encode(example, form)) for example in examples]
-        over = [(e, n) for e, n in zip(examples, lengths, strict=True) if n > limit]
-        parts[name] = tuple(e for e, n in zip(examples, lengths, strict=True) if n <= limit)
-        if over and (settings.train.too_long == "error" or not parts[name]):
+        answer_room = task.max_new_tokens if name == "test" and metrics.needs_generation(task.metrics) else 0
+        kept, over = fitting(ingest.subset(rows, len(rows), order), form, limit, wanted or len(rows), answer_room)
+        minimum = 2 if name == "train" else 1
+        if over and (settings.train.too_long == "error" or len(kept) < minimum):
             example, length = max(over, key=lambda pair: pair[1])
             raise DataError(
-                f"{example.origin}: {name} row of {length} tokens is over the limit of {limit} ({len(over)} of {len(examples)} "
-                f"rows are); set train.max_length to {length} or more (the model's context is {context}), or shorten them"
+                f"{example.origin}: {name} row of {length} tokens is over the limit of {limit} ({len(over)} of "
+                f"{len(over) + len(kept)} rows are); set train.max_length to {length} or more (the model's context is "
+                f"{context}), or shorten them"
             )
+        parts[name] = tuple(kept)
         rejects += [Reject(e.origin, f"{name}: over {limit} tokens (train.too_long: drop)", f"{n} tokens") for e, n in over]
     return replace(task, train=parts["train"], dev=parts["dev"], test=parts["test"]), rejects
+
+
+def fitting(
+    examples: Sequence[Example], form: encode.Format, limit: int, wanted: int, answer_room: int
+) -> tuple[list[Example], list[tuple[Example, int]]]:
+    """The first `wanted` examples of at most `limit` tokens, and the longer ones met on the way with their lengths.
+
+    `answer_room`: tokens that a generated answer may need beside the prompt.
+    """
+    kept: list[Example] = []
+    over: list[tuple[Example, int]] = []
+    for example in examples:
+        if len(kept) == wanted:
+            break
+        tokens = encode.final_answer(example, form) if answer_room else encode.encode(example, form)
+        length = max(len(tokens), len(tokens) - tokens.n_loss + answer_room)
+        if length > limit:
+            over.append((example, length))
+        else:
+            kept.append(example)
+    return kept, over
 
 
 class _Cleaner:
     """Draws general rows that are not too long, overlap no task's rows and hold no anchor's text."""
 
     def __init__(self, settings: Settings, tokenizer: encode.Tokenizer, context: int | None, tasks: Sequence[Task]) -> None:
+        # All rows of the tasks, also those that a limit leaves out: an arm must not meet them in the pool.
         self.settings, self.tasks = settings, tasks
         self.limit = _limit(settings, context)
         self.plain = encode.make_format(tokenizer, None)
         self.pool = pool.open_pool(settings.general, seed=settings.seed)
 
     def take(self, count: int, seed: int, outside: Collection[str] = ()) -> pool.Selection:
-        """Up to `count` rows in seeded order, none whose origin is in `outside`."""
+        """Up to `count` rows in seeded order, none whose content is in `outside`."""
 
         def fits(example: Example) -> str | None:
-            if example.origin in outside:
+            if content_key(example) in outside:
                 return "held out for measuring forgetting"
             try:
                 return f"over {self.limit} tokens" if len(encode.encode(example, self.plain)) > self.limit else None
@@ -163,13 +210,13 @@ class _Cleaner:
             anchors=[task.anchor for task in self.tasks if task.anchor is not None],
         )  # fmt: skip
 
-    def wanted(self) -> int:
+    def wanted(self, tasks: Sequence[Task]) -> int:
         """General rows for the longest plan. In `unit: tokens` the mean lengths of task rows and of a sample decide."""
-        shown = max(self.settings.mix.candidates) * sum(len(task.train) for task in self.tasks)
+        shown = max(self.settings.mix.candidates) * sum(len(task.train) for task in tasks)
         per_task = self.settings.mix.general_per_task
         if self.settings.mix.unit == "tokens":
             sample = self.take(_LENGTH_SAMPLE, seed_for(self.settings.seed, "lengths")).examples
-            forms = [(task, encode.make_format(self.plain.tokenizer, task.anchor)) for task in self.tasks]
+            forms = [(task, encode.make_format(self.plain.tokenizer, task.anchor)) for task in tasks]
             own = np.mean([len(encode.encode(row, form)) for task, form in forms for row in task.train])
             per_task *= float(own / np.mean([len(encode.encode(row, self.plain)) for row in sample])) if sample else 1
         return round(per_task * shown)

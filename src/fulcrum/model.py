@@ -129,6 +129,11 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
     """Take a model and tokenizer that are in memory already: freeze, complete the tokenizer, probe."""
     causal.requires_grad_(False)
     causal.eval()
+    head = causal.get_output_embeddings()
+    if head is not None:
+        # For a slice of the hidden states (the last position of each prompt) PyTorch copies the head's weights once a row:
+        # 3.2 GiB for 60 prompts of SmolLM2, 19 GiB for Gemma.
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     facts = [f"matrix products in {str(dtype).removeprefix('torch.')}"]
     facts += _complete(tokenizer)
     device = next(causal.parameters()).device

@@ -115,35 +115,44 @@ class Selection:
 
 
 class _TaskText:
-    """The n-grams of task rows: 13 words; 8 words of rows under 13; whole rows under 8."""
+    """The n-grams of task messages: 13 words; 8 words of messages under 13; rows whose every message is under 8, whole.
+
+    Message by message: a short question and its answer must not hide in the n-grams of the two together.
+    """
 
     def __init__(self, rows: Iterable[Example]) -> None:
         self._known: dict[int, set[str]] = {NGRAM: set(), SHORT_NGRAM: set()}
         self._whole: set[str] = set()
         for row in rows:
-            words = _words(row)
-            if len(words) < SHORT_NGRAM:
-                self._whole.add(" ".join(words))
-            else:
-                n = NGRAM if len(words) >= NGRAM else SHORT_NGRAM
-                self._known[n].update(_ngrams(words, n))
+            messages = _words(row)
+            for words in messages:
+                if len(words) >= SHORT_NGRAM:
+                    n = NGRAM if len(words) >= NGRAM else SHORT_NGRAM
+                    self._known[n].update(_ngrams(words, n))
+            if all(len(words) < SHORT_NGRAM for words in messages):
+                self._whole.add(_whole(messages))
 
     def shared(self, row: Example) -> Reject | None:
         """Return why a general row is too near to task data, or None."""
-        words = _words(row)
+        messages = _words(row)
         for n, known in self._known.items():
-            grams = _ngrams(words, n) if known else []
+            grams = [gram for words in messages for gram in _ngrams(words, n)] if known else []
             if not known.isdisjoint(grams):
                 article = "an" if n == SHORT_NGRAM else "a"
                 hit = next(gram for gram in grams if gram in known)
                 return Reject(row.origin, f"shares {article} {n}-gram with task data", hit)
-        if (text := " ".join(words)) in self._whole:
+        if (text := _whole(messages)) in self._whole:
             return Reject(row.origin, "is a task row", text)
         return None
 
 
-def _words(row: Example) -> list[str]:
-    return WORD.findall(" ".join(message.content for message in row.messages).casefold())
+def _words(row: Example) -> list[list[str]]:
+    """The words of each message."""
+    return [WORD.findall(message.content.casefold()) for message in row.messages]
+
+
+def _whole(messages: Sequence[Sequence[str]]) -> str:
+    return " ".join(word for words in messages for word in words)
 
 
 def _ngrams(words: Sequence[str], n: int) -> list[str]:

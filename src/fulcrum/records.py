@@ -188,7 +188,10 @@ class TrialResult:
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One arm at one seed: the trials, the chosen one, test scores per task and held-out general loss."""
+    """One arm at one seed: the trials, the chosen one, test scores per task, and the loss on held-out general rows.
+
+    `predictions` are by task, `general` by source of the held-out rows; `general_nll` are the scores of the latter.
+    """
 
     arm: str
     seed: int
@@ -196,6 +199,7 @@ class ArmResult:
     chosen: int | None
     scores: Mapping[str, tuple[Score, ...]]
     predictions: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
+    general: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
     general_nll: Mapping[str, Score]
     seconds: float
 
@@ -231,7 +235,10 @@ class TaskFacts:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Everything that results.json holds and the report needs. Predictions are apart, in predictions.jsonl."""
+    """Everything that results.json holds and the report needs. Predictions are apart, in predictions.jsonl.
+
+    `forgetting` are paired differences to the untrained arm on held-out general rows; their `task` is the rows' source.
+    """
 
     kind: Literal["train", "compare", "eval"]
     settings: Mapping[str, object]
@@ -241,6 +248,7 @@ class Results:
     rejects: Mapping[str, int]
     arms: tuple[ArmResult, ...]
     differences: tuple[Difference, ...]
+    forgetting: tuple[Difference, ...]
     step_cap: int
     seconds: float
     peak_memory_bytes: int

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from accelerate import PartialState
 
 from fulcrum import adapter, config, encode, export, generate, material, metrics, mix, model, report, scoring, store, training
 from fulcrum.adapter import State
+from fulcrum.anchor import last_answer_only
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
 from fulcrum.material import Material
@@ -81,7 +82,7 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     Raises ConfigError, DataError, ModelError or StoreError, each naming the remedy.
     """
     watcher, started = watcher or Silent(), time.perf_counter()
-    loaded, (rows,), folder = begin(settings, [settings.seed], resume, watcher)
+    loaded, (rows,), folder = begin("train", settings, [settings.seed], resume, watcher)
     arm = own_arm(settings)
     base = replace(ARMS["base"], anchored=arm.anchored, name="base_anchor" if arm.anchored else "base")
     results = [run_arm(rows, loaded, base, settings, settings.seed, None, watcher)[0]]
@@ -93,7 +94,9 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     return finish("train", settings, folder, loaded, [rows], results, (), started)
 
 
-def begin(settings: Settings, seeds: Sequence[int], resume: bool, watcher: Watcher) -> tuple[LoadedModel, list[Material], Path]:
+def begin(
+    kind: str, settings: Settings, seeds: Sequence[int], resume: bool, watcher: Watcher
+) -> tuple[LoadedModel, list[Material], Path]:
     """Load the model, read the rows of every seed, and make the output folder this run's.
 
     What the probes chose is written to the folder's config.yaml, and a resumed run takes it from there.
@@ -108,7 +111,7 @@ def begin(settings: Settings, seeds: Sequence[int], resume: bool, watcher: Watch
     watcher.stage("reading data")
     rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed) for seed in seeds]
     if writes():
-        store.open_run(folder, identity(settings, loaded, rows), resume=resume)
+        store.open_run(folder, identity(kind, settings, loaded, rows), resume=resume)
         probed = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type}
         resolved = settings.model_copy(update={"train": settings.train.model_copy(update=probed)})
         store.write_bytes(folder / "config.yaml", config.dump(resolved).encode())
@@ -133,10 +136,12 @@ def stream(
 ) -> training.Stream:
     """The token stream of one trial: the same task rows in every arm, with or without anchor and general rows."""
     plain = encode.make_format(tokenizer, None)
+    # Where some arm's anchor lets only last answers be trained, no arm trains on others.
+    tokens = encode.final_answer if any(last_answer_only(task.anchor) for task in rows.tasks) else encode.encode
     own: list[Tokens] = []
     for task in rows.tasks:
         form = encode.make_format(tokenizer, task.anchor) if arm.anchored else plain
-        own += [encode.encode(example, form) for example in task.train]
+        own += [tokens(example, form) for example in task.train]
     count = rows.general_count(repeats, settings) if arm.general else 0
     plan = mix.plan(
         len(own), count, repeats=repeats, general_per_task=count / (repeats * len(own)),
@@ -150,13 +155,15 @@ def trials(rows: Material, arm: Arm, settings: Settings) -> tuple[int, ...]:
 
     Each trial's learning rate decays fully within its own steps. Raises ConfigError for epochs beyond the cap.
     """
-    if arm.general or settings.mix.general_per_task == 0:
+    wanted = settings.compare.sft_epochs
+    if arm.general or (settings.mix.general_per_task == 0 and wanted is None):
         return settings.mix.candidates
     cap = max(1, rows.step_cap * settings.train.batch_size // rows.n_task)
-    wanted = settings.compare.sft_epochs
     if wanted is None:
-        return tuple(sorted({max(1, cap // 4), max(1, cap // 2), cap}))
-    if max(wanted) > cap:
+        # At least as many trials as TELL has, halving from the cap down: few epochs often suit SFT best.
+        number = max(3, len(settings.mix.candidates))
+        return tuple(sorted({max(1, cap >> k) for k in range(number)}))
+    if settings.mix.general_per_task > 0 and max(wanted) > cap:
         raise ConfigError(
             f"compare.sft_epochs: {max(wanted)} epochs of {rows.n_task} rows are over TELL's {rows.step_cap} steps; "
             f"use at most {cap}"
@@ -172,7 +179,7 @@ def run_arm(
     best: State | None = None
     chosen: int | None = None
     forms = {t.name: encode.make_format(loaded.tokenizer, t.anchor if arm.anchored else None) for t in rows.tasks}
-    dev = [[encode.encode(example, forms[task.name]) for example in task.dev] for task in rows.tasks]
+    dev = [[encode.final_answer(example, forms[task.name]) for example in task.dev] for task in rows.tasks]
     for repeats in trials(rows, arm, settings) if arm.trained else ():
         cell = f"{arm.name}-seed{seed}-repeats{repeats}"
         state, result = training.train(
@@ -193,9 +200,10 @@ def run_arm(
             count=lambda done, total, label=label: watcher.count(label, done, total),  # type: ignore[misc]
         )  # fmt: skip
         scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
-    forgotten = scoring.general_loss(loaded, rows.held_out, draws=settings.eval.draws)
+    general = scoring.general_predictions(loaded, rows.held_out)
+    general_nll = {name: metrics.score(found, ["nll"], draws=settings.eval.draws)[0] for name, found in general.items()}
     seconds = sum(result.seconds for result in results)
-    return ArmResult(arm.name, seed, tuple(results), chosen, scores, predictions, forgotten, seconds), best
+    return ArmResult(arm.name, seed, tuple(results), chosen, scores, predictions, general, general_nll, seconds), best
 
 
 def dev_loss(loaded: LoadedModel, dev: Sequence[Sequence[Tokens]]) -> float:
@@ -220,24 +228,20 @@ def finish(
 ) -> Results:  # fmt: skip
     """Write results.json, predictions.jsonl, report.html and the model card; returns the results."""
     first = materials[0]
-    notes = [
-        f"{name}: {text}"
-        for name in dict.fromkeys(arm.arm for arm in arms if ARMS[arm.arm].general)
-        for text in mix.warnings(
-            stream(first, loaded.tokenizer, ARMS[name], settings, max(settings.mix.candidates), 0).plan,
-            settings.train.batch_size,
-        )
-    ]
+    chosen = dict.fromkeys((arm.arm, arm.trials[arm.chosen].repeats) for arm in arms if arm.chosen is not None)
+    plans = [(name, stream(first, loaded.tokenizer, ARMS[name], settings, repeats, 0).plan) for name, repeats in chosen]
+    notes = [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
     results = Results(
         kind=kind, settings=settings.model_dump(mode="json"), environment=environment(loaded),
         tasks=material.facts(first, loaded.tokenizer), notes=tuple(notes), rejects=first.rejects,
-        arms=tuple(replace(arm, predictions={}) for arm in arms), differences=tuple(differences),
+        arms=tuple(replace(arm, predictions={}, general={}) for arm in arms),
+        differences=tuple(differences), forgetting=tuple(forgetting(arms)),
         step_cap=first.step_cap, seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes(),
     )  # fmt: skip
     lines = [
         {"arm": arm.arm, "seed": arm.seed, "task": task, **store.plain(prediction)}
         for arm in arms
-        for task, predictions in arm.predictions.items()
+        for task, predictions in (*arm.predictions.items(), *((f"general: {name}", p) for name, p in arm.general.items()))
         for prediction in predictions
     ]
     if writes():
@@ -248,11 +252,29 @@ def finish(
     return results
 
 
-def identity(settings: Settings, loaded: LoadedModel, materials: Sequence[Material]) -> dict[str, Any]:
+def forgetting(arms: Sequence[ArmResult]) -> Iterator[Difference]:
+    """How far each arm's loss on held-out general rows lies above the untouched model's, paired by row."""
+    base = next((arm for arm in arms if arm.chosen is None), None)
+    if base is None:
+        return
+    for name in dict.fromkeys(arm.arm for arm in arms if arm.arm != base.arm):
+        for source, rows in base.general.items():
+            own = [[row.nll_sum for row in arm.general[source]] for arm in arms if arm.arm == name]
+            found = scoring.paired(source, "nll", name, base.arm, own, [[row.nll_sum for row in rows]], rows)
+            if found is not None:
+                yield found
+
+
+def identity(kind: str, settings: Settings, loaded: LoadedModel, materials: Sequence[Material]) -> dict[str, Any]:
     """What makes a run this run: settings, every data row, model and versions. Kept as the folder's manifest."""
     described = settings.model_dump(mode="json")
     described.pop("output_dir")
-    return {"settings": described, "data": [rows.fingerprint for rows in materials], "environment": environment(loaded)}
+    return {
+        "kind": kind,
+        "settings": described,
+        "data": [rows.fingerprint for rows in materials],
+        "environment": environment(loaded),
+    }
 
 
 def environment(loaded: LoadedModel) -> dict[str, str]:

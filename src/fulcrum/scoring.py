@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from fulcrum import encode, generate, metrics
+import numpy as np
+
+from fulcrum import encode, generate, metrics, stats
 from fulcrum.model import LoadedModel
-from fulcrum.records import Example, Prediction, Score, Task
+from fulcrum.records import Difference, Example, Prediction, Score, Task
 
 Count = Callable[[int, int], None]  # done, total
 
@@ -21,7 +23,7 @@ def predict(
 ) -> tuple[Prediction, ...]:
     """The final answer's loss on every row, and the generated answer where a metric of the task needs one."""
     form = encode.make_format(loaded.tokenizer, task.anchor if anchored else None)
-    nats, counts = generate.nats(loaded, [encode.final_answer(example, form) for example in examples])
+    nats, _ = generate.nats(loaded, [encode.final_answer(example, form) for example in examples])
     outputs: Sequence[str | None] = [None] * len(examples)
     if metrics.needs_generation(task.metrics):
         prompts = [encode.prompt_ids(example.prompt, form) for example in examples]
@@ -30,24 +32,52 @@ def predict(
             progress=None if count is None else lambda done: count(done, len(prompts)),
         )  # fmt: skip
     return tuple(
-        Prediction(e.origin, e.group, e.question, e.answer, output, float(nat), int(tokens))
-        for e, output, nat, tokens in zip(examples, outputs, nats, counts, strict=True)
+        Prediction(e.origin, e.group, e.question, e.answer, output, float(nat), encode.answer_length(e, form))
+        for e, output, nat in zip(examples, outputs, nats, strict=True)
     )
 
 
-def general_loss(loaded: LoadedModel, held_out: Mapping[str, Sequence[Example]], *, draws: int) -> dict[str, Score]:
-    """Loss on general rows that no arm was trained on, without any anchor: what an adapter forgot is its rise over base."""
+def general_predictions(loaded: LoadedModel, held_out: Mapping[str, Sequence[Example]]) -> dict[str, tuple[Prediction, ...]]:
+    """Loss on general rows that no arm was trained on, without any anchor: what an adapter forgot is its rise over base.
+
+    Rows over the model's context are left out.
+    """
     plain = encode.make_format(loaded.tokenizer, None)
     limit = loaded.context or sys.maxsize
-    scores = {}
+    found: dict[str, tuple[Prediction, ...]] = {}
     for name, examples in held_out.items():
         tokens = [(e, t) for e in examples if len(t := encode.final_answer(e, plain)) <= limit]
-        if not tokens:
-            continue
         nats, counts = generate.nats(loaded, [t for _, t in tokens])
-        rows = [
-            Prediction(e.origin, e.group, "", "", None, float(nat), int(count))
-            for (e, _), nat, count in zip(tokens, nats, counts, strict=True)
-        ]
-        (scores[name],) = metrics.score(rows, ["nll"], draws=draws)
-    return scores
+        if tokens:
+            found[name] = tuple(
+                Prediction(e.origin, e.group, e.question, e.answer, None, float(nat), int(number))
+                for (e, _), nat, number in zip(tokens, nats, counts, strict=True)
+            )
+    return found
+
+
+def outcomes(predictions: Sequence[Prediction], scores: Sequence[Score], metric: str) -> tuple[float, ...]:
+    """One number a row whose mean (for `nll`: sum over tokens) is the metric; empty for metrics of a whole corpus."""
+    if metric == "nll":
+        return tuple(prediction.nll_sum for prediction in predictions)
+    return next(score.outcomes for score in scores if score.metric == metric)
+
+
+def paired(
+    task: str, metric: str, arm: str, reference: str,
+    own: Sequence[Sequence[float]], other: Sequence[Sequence[float]], rows: Sequence[Prediction],
+) -> Difference | None:  # fmt: skip
+    """Difference of two arms (arm minus reference) on the same `rows`, from their `outcomes` at each seed.
+
+    An untrained arm has one cell, which stands for all seeds. Groups and seeds are resampled as `stats.paired_over_seeds`
+    says; with one seed the interval is given this seed. None for metrics without an outcome a row.
+    """
+    n_seeds = max(len(own), len(other))
+    if not all(map(len, own)) or not all(map(len, other)):
+        return None
+    mine, theirs = (np.asarray([values[i % len(values)] for i in range(n_seeds)], dtype=float) for values in (own, other))
+    tokens = np.asarray([row.n_tokens for row in rows], dtype=float) if metric == "nll" else None
+    interval = stats.paired_over_seeds(mine - theirs, [row.group for row in rows], denominators=tokens)
+    return Difference(
+        task, metric, arm, reference, interval.estimate, interval.low, interval.high, n_seeds, metrics.HIGHER_IS_BETTER[metric]
+    )

@@ -93,16 +93,12 @@ def interval_of(scores: Sequence[Record]) -> Interval:
     return _over_seeds([value_of(score) for score in scores])
 
 
-def _forgetting(arms: Arms, arm: str, source: str) -> Interval:
-    """Return how far the arm's NLL on held-out general rows lies above the base model's, in nats per answer token."""
-    base = {result["seed"]: result["general_nll"].get(source) for result in arms.get("base", ())}
-    first = next(iter(base.values()), None)
-    return _over_seeds(
-        [
-            value_of(result["general_nll"].get(source)) - value_of(base.get(result["seed"], first))
-            for result in seed_sample(arms[arm])
-        ]
-    )
+def _forgetting(results: Record, arm: str, source: str) -> str:
+    """Show how far the arm's NLL on held-out general rows lies above the untouched model's, in nats per answer token."""
+    for d in results["forgetting"]:
+        if (d["arm"], d["task"]) == (arm, source):
+            return _show(Interval(value_of(d, "estimate"), value_of(d, "low"), value_of(d, "high")))
+    return "reference"
 
 
 def _best(arms: Arms, task: str) -> str | None:
@@ -216,21 +212,16 @@ def score_grid(results: Record, task: str) -> Grid:
     """Return a row an arm: every metric with its interval, and the change of NLL on each held-out general source."""
     arms = by_arm(results)
     metrics = metrics_of(arms, task)
-    sources = _sources(arms)
+    sources = dict.fromkeys(d["task"] for d in results["forgetting"])
     best = _best(arms, task)
     rows = []
     for name, arm in arms.items():
         scores = [_show(interval_of(scores_of(arm, task, metric["metric"]))) for metric in metrics]
-        changes = ["reference" if name == "base" else _show(_forgetting(arms, name, source)) for source in sources]
+        changes = [_forgetting(results, name, source) for source in sources]
         rows.append((name, *scores, *changes))
     head = ("arm", *(f"{label_of(m['metric'])} {'↑' if m['higher_is_better'] else '↓'}" for m in metrics))
     marks = tuple("best" if name == best else "" if chosen_trials(arm) else "base" for name, arm in arms.items())
     return Grid(task, (*head, *(f"forgetting: {source} (nats)" for source in sources)), tuple(rows), marks)
-
-
-def _sources(arms: Arms) -> list[str]:
-    """Return the held-out general sources on which a change can be stated, that is those that the base model was scored on."""
-    return list(arms["base"][0]["general_nll"]) if "base" in arms else []
 
 
 def training_grid(results: Record) -> Grid:

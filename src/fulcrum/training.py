@@ -156,7 +156,8 @@ def train(
                 best = adapter_state(loaded)
         if progress is not None:
             progress(point, steps, newest)
-        if checkpoint is not None and accelerator.is_main_process and (step + 1) % settings.save_every == 0:
+        ends = step + 1 == steps or _stop_early(state, settings)
+        if checkpoint is not None and accelerator.is_main_process and (ends or (step + 1) % settings.save_every == 0):
             _save(checkpoint, identity, loaded, optimizer, best, state)
     set_adapter_state(loaded, best)
     return best, TrialResult(

@@ -1,17 +1,19 @@
 """A finished run folder in use: answers, a conversation, scores on other rows. Also the face for notebooks."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fulcrum import adapter as adapters
-from fulcrum import comparison, config, encode, generate, ingest, metrics, model, scoring
+from fulcrum import comparison, config, encode, generate, ingest, material, metrics, model, scoring
 from fulcrum import run as running
 from fulcrum.config import DataSource, Settings
-from fulcrum.errors import ConfigError, StoreError, nearest
+from fulcrum.errors import ConfigError, DataError, StoreError, nearest
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor, Message, Prediction, Results, Score, Task
 
@@ -58,7 +60,12 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
     settings = config.load(folder / "config.yaml")
     weights, anchored = _adapter_folder(folder, arm, settings)
     loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
-    adapters.use(loaded, load_file(weights / "adapter_model.safetensors"), settings.train)
+    file = weights / "adapter_model.safetensors"
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{file}: not a whole adapter ({error}); run the training again with --resume") from error
+    adapters.use(loaded, state, settings.train)
     return Adapter(loaded, settings, {task.name: task.anchor_value() if anchored else None for task in settings.tasks})
 
 
@@ -85,14 +92,23 @@ def evaluate_run(
     adapter = load_adapter(folder, arm=arm)
     adapter.anchor(task)
     wanted = next(item for item in adapter.settings.tasks if item.name == (task or adapter.settings.tasks[0].name))
-    sources = (DataSource(path=data),) if data else wanted.test
-    if not sources:
-        raise ConfigError(f"task {wanted.name!r} has no test file; name the rows to score with --data FILE")
-    examples, rejects = ingest.read(sources, group=wanted.group)
-    ingest.require_rows(examples, rejects, minimum=1)
-    if not data:
-        examples = ingest.subset(examples, wanted.test_limit or len(examples), 0)
     names = tuple(metric_names) or wanted.metrics
+    form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
+    room = wanted.max_new_tokens if metrics.needs_generation(names) else 0
+    if data:
+        examples, rejects = ingest.read((DataSource(path=data),), group=wanted.group)
+        ingest.require_rows(examples, rejects, minimum=1)
+        limit = len(examples)
+    else:
+        examples = list(material.read_task(wanted, adapter.settings.seed)[0].test)
+        examples = ingest.subset(examples, len(examples), 0)
+        limit = wanted.test_limit or len(examples)
+    examples, over = material.fitting(examples, form, adapter.loaded.context or sys.maxsize, limit, room)
+    if data and over:
+        raise DataError(
+            f"{over[0][0].origin}: needs {over[0][1]} tokens with its answer, the model's context is {adapter.loaded.context} "
+            f"({len(over)} such rows); shorten or remove them, or lower task.max_new_tokens ({wanted.max_new_tokens})"
+        )
     scored = Task(wanted.name, (), (), tuple(examples), adapter.anchor(task), names, wanted.max_new_tokens)
     predictions = scoring.predict(
         adapter.loaded, scored, examples, anchored=scored.anchor is not None, batch_tokens=adapter.settings.eval.batch_tokens
