@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import scipy.stats
+from scipy.stats import binomtest
 
 from fulcrum import stats
 from fulcrum.errors import DataError
@@ -129,8 +130,7 @@ def test_over_seeds_covers_where_seeds_and_groups_both_vary():
     assert 0.92 <= covered / 400 <= 0.99
 
 
-def test_no_spread_at_all_is_a_point_and_one_group_is_nan():
-    assert stats.paired_over_seeds(np.full((3, 4), 0.5), names(4)) == (0.5, 0.5, 0.5)
+def test_one_group_is_nan():
     assert np.isnan(stats.paired_over_seeds(np.ones((3, 2)), ["a", "a"]).low)
 
 
@@ -147,3 +147,18 @@ def test_what_cannot_be_resampled_is_refused():
         stats.paired_difference(np.ones(3), np.ones(2), names(3))
     with pytest.raises(ValueError, match="for 2 group names"):
         stats.bootstrap_interval(np.ones(3), names(2))
+
+
+def test_a_share_that_never_varied_is_not_certain():
+    assert stats.certain_only(0.0, 20) == (0.0, 0.0, pytest.approx(1 - 0.025**0.05))  # 0.168, as binomtest gives
+    assert stats.certain_only(1.0, 20) == (1.0, pytest.approx(0.025**0.05), 1.0)
+    exact = binomtest(0, 20).proportion_ci(method="exact")
+    assert stats.certain_only(0.0, 20).high == pytest.approx(exact.high)
+    with pytest.raises(ValueError, match=r"0 or 1, got 0\.5"):
+        stats.certain_only(0.5, 20)
+
+
+def test_differences_that_never_varied_have_no_interval():
+    found = stats.paired_over_seeds(np.zeros((1, 5)), list("abcde"))
+    assert found.estimate == 0
+    assert np.isnan([found.low, found.high]).all()

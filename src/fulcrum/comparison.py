@@ -4,6 +4,7 @@ A cell is one arm at one seed (all its trials). Each finished cell is stored at 
 redoing it. All cells share the base model; only adapters change.
 """
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,8 @@ def _cell(
         export.save_adapter(loaded, folder / "adapters" / arm.name, anchors)
     if writes():
         store.write_json(file, result)
+        for trial in (folder / "checkpoints").glob(f"{arm.name}-seed{seed}-*"):
+            shutil.rmtree(trial)  # a finished cell is never trained again
     return result
 
 

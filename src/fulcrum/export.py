@@ -13,9 +13,9 @@ from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor
 
 NOTE = (
-    "The chat template saved in `adapter/` adds the anchor by itself: call `apply_chat_template` and do not write the anchor "
-    "into your messages. With several tasks on one adapter, choose by name: `apply_chat_template(..., chat_template=NAME)`; "
-    "the default template then adds no anchor."
+    "The chat template saved beside the adapter adds the anchor by itself: call `apply_chat_template` and do not write the "
+    "anchor into your messages. With several tasks on one adapter, choose by name: "
+    "`apply_chat_template(..., chat_template=NAME)`; the default template then adds no anchor."
 )
 
 

@@ -74,6 +74,9 @@ class _Row(NamedTuple):
     origin: str
 
 
+_SHARES = ("exact_match", "token_f1", "rouge_l", "json_valid", "json_fields", "accuracy")  # row values in [0, 1]
+
+
 class _Sums(NamedTuple):
     """A metric before it is resampled: per-row statistics (rows, k), how to read a value off them, and outcomes a row."""
 
@@ -90,6 +93,8 @@ def _score(name: str, predictions: Sequence[Prediction], groups: Sequence[str], 
         parts = _CORPUS[name](rows) if name in _CORPUS else _mean(_ROW[name](rows))
     interval = stats.bootstrap(parts.sums, groups, parts.statistic, draws=draws, seed=seed)
     n_groups = len(set(groups))
+    if name in _SHARES and interval.estimate in (0.0, 1.0):
+        interval = stats.certain_only(interval.estimate, n_groups)
     return Score(name, *interval, len(predictions), n_groups, HIGHER_IS_BETTER[name], parts.outcomes)
 
 

@@ -232,7 +232,11 @@ def card(results: Record, adapter_note: str) -> str:
     anchors = [facts for facts in results["tasks"] if facts["anchor"] is not None]
     grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
     longest = max((task["max_new_tokens"] for task in results["settings"].get("tasks", ())), default=64)
-    return _render("card.md.j2", results, adapter_note=adapter_note, anchors=anchors, grids=grids, max_new_tokens=longest)
+    trained = [arm["arm"] for arm in results["arms"] if arm["chosen"] is not None]
+    folder = "adapter" if results["kind"] == "train" else f"adapters/{'tell' if 'tell' in trained else (trained or ['sft'])[0]}"
+    return _render(
+        "card.md.j2", results, adapter_note=adapter_note, anchors=anchors, grids=grids, max_new_tokens=longest, folder=folder
+    )
 
 
 def _fence(text: str) -> str:

@@ -142,7 +142,8 @@ def paired_over_seeds(
     groups; 3,000 simulations with 30 groups) it covers 0.89 at 2 seeds, 0.93 at 3 and 0.95 from 5 up.
 
     With one seed only the group variance counts: the interval is then *given this seed* and says nothing of another training
-    run. With one group it is nan. Raises `DataError` if there are no rows or a value is not finite.
+    run. With one group, or where nothing varies at all, it is nan. Raises `DataError` if there are no rows or a value is not
+    finite.
     """
     n_seeds, n_rows = differences.shape
     sizes = _denominators(denominators, n_rows)
@@ -160,8 +161,19 @@ def paired_over_seeds(
         parts.append((float(seed_means.var(ddof=1)) / n_seeds, n_seeds - 1))
     variance = sum(part for part, _ in parts)
     if variance == 0:
-        return Interval(estimate, estimate, estimate)
+        return Interval(estimate, np.nan, np.nan)
     return _t_interval(estimate, variance, variance**2 / sum(part**2 / df for part, df in parts), level)
+
+
+def certain_only(share: float, n_groups: int, level: float = 0.95) -> Interval:
+    """Interval of a share in [0, 1] that was 0 in every group, or 1 in every group (Clopper and Pearson 1934, at the ends).
+
+    A bootstrap sees no spread there and would feign certainty: 0 of 20 allows up to 0.17. Raises ValueError for other shares.
+    """
+    if share not in (0.0, 1.0):
+        raise ValueError(f"a share that is the same in every group is 0 or 1, got {share}")
+    reach = 1 - ((1 - level) / 2) ** (1 / n_groups)
+    return Interval(share, max(share - reach, 0.0), min(share + reach, 1.0))
 
 
 def _t_interval(mean: float, variance: float, df: float, level: float) -> Interval:

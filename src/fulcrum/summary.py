@@ -152,7 +152,7 @@ def _sample(score: Record, seeds: int) -> str:
 
 
 def claims(results: Record) -> list[Claim]:
-    """Return one claim a task: TELL against the best arm without general data on the task's first metric, or the scores."""
+    """Return one claim a task: TELL (else mix) against the best arm without general data on the first metric, or the scores."""
     arms = by_arm(results)
     found = []
     for facts in results["tasks"]:
@@ -165,12 +165,13 @@ def claims(results: Record) -> list[Claim]:
 
 def _comparison(results: Record, arms: Arms, task: str, metric: Record) -> Claim | None:
     sign = 1 if metric["higher_is_better"] else -1
+    mixed = "tell" if "tell" in arms else "mix"
     against = {
         d["reference"]: d
         for d in results["differences"]
-        if (d["task"], d["metric"], d["arm"]) == (task, metric["metric"], "tell") and d["reference"] in WITHOUT_GENERAL
+        if (d["task"], d["metric"], d["arm"]) == (task, metric["metric"], mixed) and d["reference"] in WITHOUT_GENERAL
     }
-    # The reference is picked by its test score: that can only make TELL's task harder.
+    # The reference is picked by its test score: that can only make the mixed arm's task harder.
     means = {
         name: sign * interval_of(scores_of(arms[name], task, metric["metric"])).estimate for name in against if name in arms
     }
@@ -183,9 +184,9 @@ def _comparison(results: Record, arms: Arms, task: str, metric: Record) -> Claim
     interval = f"{decimal(bounds[0])} to {decimal(bounds[1])}"
     unit, sample, advice = _unit(metric["metric"]), _sample(metric, difference["n_seeds"]), WITHOUT_GENERAL[reference]
     if word == "no difference shown":
-        about = f"tell's advantage over {reference} is {decimal(gain)} {unit}"
+        about = f"{mixed}'s advantage over {reference} is {decimal(gain)} {unit}"
         return Claim(task, word, f"No gain shown: {about} (95% interval {interval}; {sample}). {advice}.")
-    text = f"tell is {word} than {reference} by {decimal(abs(gain))} {unit}"
+    text = f"{mixed} is {word} than {reference} by {decimal(abs(gain))} {unit}"
     if word == "better":
         return Claim(task, word, f"{text} (95% interval {interval}; {sample}).")
     interval = f"{decimal(-bounds[1])} to {decimal(-bounds[0])}"

@@ -144,15 +144,7 @@ def train(
         newest = None
         if step + 1 in measured:
             newest = dev_loss()
-            if not math.isfinite(newest):
-                raise ConfigError(
-                    f"training diverged: the dev loss is {newest} after step {step + 1} of {steps}; "
-                    f"lower train.learning_rate ({settings.learning_rate:g})"
-                )
-            state.dev.append((step + 1, newest))
-            state.stale += 1
-            if newest < state.best_dev:
-                state.best_step, state.best_dev, state.stale = step + 1, newest, 0
+            if _note_dev(state, newest, steps, settings):
                 best = adapter_state(loaded)
         if progress is not None:
             progress(point, steps, newest)
@@ -165,6 +157,21 @@ def train(
         dev_nll=tuple(state.dev), history=tuple(state.history), share=stream.share(),
         train_tokens=state.tokens, seconds=state.seconds,
     )  # fmt: skip
+
+
+def _note_dev(state: _Progress, newest: float, steps: int, settings: TrainSettings) -> bool:
+    """Write a dev loss down; returns whether it is the best so far. Raises ConfigError where it is no number."""
+    if not math.isfinite(newest):
+        raise ConfigError(
+            f"training diverged: the dev loss is {newest} after step {state.done} of {steps}; "
+            f"lower train.learning_rate ({settings.learning_rate:g})"
+        )
+    state.dev.append((state.done, newest))
+    state.stale += 1
+    if newest >= state.best_dev:
+        return False
+    state.best_step, state.best_dev, state.stale = state.done, newest, 0
+    return True
 
 
 def _stop_early(state: _Progress, settings: TrainSettings) -> bool:
