@@ -115,13 +115,31 @@ def test_misspelt_verb_and_option_are_suggested(place: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("train.learnig_rate=1e-4", "unknown setting 'train.learnig_rate'; did you mean 'learning_rate'"),
-        ("train.learning_rate=fast", "train.learning_rate: Input should be a valid number"),
+        ("train.learnig_rate=1e-4", "unknown setting 'train.learnig_rate'; did you mean 'train.learning_rate'"),
+        ("train.learning_rate=fast", "--set 'train.learning_rate=fast': train.learning_rate: expected a number (got 'fast')"),
         ("mix.repeats", "expected key=value"),
         ("model=tiny", "model 'tiny': unknown"),
         ("task.train=nowhere.jsonl", "nowhere.jsonl"),
         ("task.metrics=[exact_macth]", "unknown metric 'exact_macth'; did you mean 'exact_match'"),
-        ("mix.general_per_task=50", "the mix needs 600 general rows, the pool has 66 usable"),
+        (
+            "mix.general_per_task=50",
+            "the mix needs 600 general rows, the pool has 66 usable (of 66); set mix.general_per_task to 5.5 or less, "
+            "use `general: builtin`, or add rows",
+        ),
+        (
+            "eval.general_rows=64",
+            "the mix needs 24 general rows, the pool has 66 usable (of 66), and 64 of these are held out for measuring "
+            "forgetting; set mix.general_per_task to 0.16 or less, lower eval.general_rows (64), use `general: builtin`, or",
+        ),
+        (
+            "eval.general_rows=66",
+            "66 of these are held out for measuring forgetting; lower eval.general_rows (66), use `general: builtin`, or add",
+        ),
+        (
+            "general=buildin",
+            "buildin: no such file (and a hub id is written org/name); did you mean 'builtin' or 'builtin_eval'?",
+        ),
+        ("output_dir=", "--set 'output_dir=': output_dir: expected a text (got nothing)"),
     ],
 )
 def test_wrong_settings_are_one_line(place: Path, change: str, said: str) -> None:
@@ -194,8 +212,11 @@ def test_answer_length_has_a_margin() -> None:
 
 
 def test_init_writes_what_config_reads(place: Path, tmp_path: Path) -> None:
-    out = tmp_path / "new.yaml"
-    output = done("init", place / "train.jsonl", "--test", place / "test.jsonl", "--out", out, "--model", 'a "b": #c')
+    out, model = tmp_path / "new.yaml", tmp_path / 'a "b": #c'
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).touch()
+    output = done("init", place / "train.jsonl", "--test", place / "test.jsonl", "--out", out, "--model", model)
     assert f"{place / 'train.jsonl'}: prompt+completion, 12 rows kept, 0 rejected" in output
     settings = config.load(out)
     (task,) = settings.tasks
@@ -203,11 +224,64 @@ def test_init_writes_what_config_reads(place: Path, tmp_path: Path) -> None:
     assert task.anchor is not None
     assert task.anchor.text.endswith("labels: delivery, login, refund.")
     assert [source.path for source in (*task.train, *task.test)] == [str(place / "train.jsonl"), str(place / "test.jsonl")]
-    assert (settings.model, settings.output_dir) == ('a "b": #c', "runs/train")
+    assert (settings.model, settings.output_dir) == (str(model), "runs/train")
 
     before = out.read_bytes()
     assert "exists already" in refused("init", place / "train.jsonl", "--out", out)
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("data", "stem"),
+    [
+        ("a/my-tickets.jsonl", "my-tickets"), ("tickets.jsonl.gz", "tickets"), ("org/name", "name"), ("a/*.csv", "task"),
+        ("default.csv", "task"), ("my rows.csv", "my_rows"),
+    ],
+)  # fmt: skip
+def test_a_run_is_named_after_its_data(data: str, stem: str) -> None:
+    assert starter.stem(data) == stem
+
+
+def test_init_names_what_it_writes_after_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "my-tickets.jsonl", [("a", "1"), ("b", "2")])
+    output = done("init", "my-tickets.jsonl")
+    assert "2 rows kept, 0 rejected\nanswers:" in output
+    assert "wrote my-tickets.yaml" in output
+    settings = config.load("my-tickets.yaml")
+    assert (settings.tasks[0].name, settings.output_dir) == ("my-tickets", "runs/my-tickets")
+
+
+def test_init_takes_names_of_columns(tmp_path: Path) -> None:
+    data, out = tmp_path / "rows.csv", tmp_path / "rows.yaml"
+    data.write_text("text,label\nq1,0\nq2,1\n")
+    assert "(`fulcrum init` takes --columns prompt=YOUR_COLUMN,completion=YOUR_COLUMN)" in refused("init", data, "--out", out)
+    done("init", data, "--out", out, "--columns", "prompt=text, completion=label", "--test", write_test(tmp_path))
+    (task,) = config.load(out).tasks
+    assert [source.columns for source in (*task.train, *task.test)] == [{"prompt": "text", "completion": "label"}] * 2
+    assert "--columns 'text': expected ours=theirs" in refused("init", data, "--out", tmp_path / "x", "--columns", "text")
+
+
+def write_test(folder: Path) -> Path:
+    (folder / "test.csv").write_text("text,label\nq3,0\n")
+    return folder / "test.csv"
+
+
+def test_init_knows_models(place: Path, tmp_path: Path) -> None:
+    words = ("init", place / "train.jsonl", "--out", tmp_path / "x.yaml", "--model", "smollm2")
+    assert "model 'smollm2': unknown" in refused(*words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_libraries_say_nothing_about_a_broken_file(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("not parquet")
+    code = "import sys\nfrom fulcrum.cli import main\nsys.argv = ['fulcrum', *sys.argv[1:]]\nmain()"
+    words = ("init", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "x.yaml"))
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert "a.parquet: not readable as parquet" in line
 
 
 def test_init_counts_rejects_by_reason(tmp_path: Path) -> None:
@@ -273,6 +347,13 @@ def test_dry_run_prints_settings_and_plan_and_trains_nothing(place: Path) -> Non
     assert not (place / "dry").exists()
 
 
+def test_a_piped_dry_run_prints_settings_that_can_be_loaded(place: Path, tmp_path: Path) -> None:
+    result = fulcrum("train", place / "run.yaml", "--dry-run", "--output-dir", place / "dry")
+    (tmp_path / "again.yaml").write_text(result.stdout)
+    assert config.load(tmp_path / "again.yaml").output_dir == str(place / "dry")
+    assert "1 training run, 6 steps in all" in result.stderr
+
+
 def test_dry_run_of_a_comparison_counts_all_arms(place: Path) -> None:
     # TELL has 36 rows = 6 steps; SFT may use as many: 3 epochs of 12 rows, tried as 1 (cap/4 is below 1) and 3.
     output = done(
@@ -321,6 +402,27 @@ def test_train_prints_progress_scores_and_places(finished: tuple[Path, str]) -> 
     assert f"adapter: {folder / 'adapter'}" in output
     assert "\x1b" not in output
     assert "Loading weights" not in output
+
+
+def test_a_saved_adapter_does_not_depend_on_the_order_of_sets(finished: tuple[Path, str]) -> None:
+    text = (finished[0] / "adapter" / "adapter_config.json").read_text()
+    saved = json.loads(text)
+    assert len(saved["target_modules"]) == 14  # seven in each of two layers
+    assert saved["target_modules"] == sorted(saved["target_modules"])
+    assert text == json.dumps(saved, indent=2, sort_keys=True) + "\n"
+
+
+def test_a_refusal_to_resume_says_which_data_changed(place: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    rows = (place / "dev.jsonl").read_text()
+    (place / "dev.jsonl").write_text(rows.replace("lost", "sold"))
+    said = refused("train", place / "run.yaml", "--resume")
+    (place / "dev.jsonl").write_text(rows)
+    assert "cannot resume, data.tickets dev changed since it started" in said
+
+
+def test_a_comparison_needs_two_arms(place: Path) -> None:
+    said = refused("compare", place / "run.yaml", "--set", "compare.arms=tell", "--dry-run")
+    assert "compare.arms: tell alone has nothing to be compared with" in said
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(place: Path, finished: tuple[Path, str]) -> None:
@@ -384,7 +486,7 @@ def test_compare_two_arms_and_resume(place: Path) -> None:
     assert "tell, seed 0 (cell 2 of 2)" in output
     assert f"adapters: {place / 'compared' / 'adapters'}" in output
     headline = next(line for line in output.splitlines() if "n=4 test rows" in line)
-    assert "go on with --resume" in refused(*words)
+    assert "go on with it (--resume)" in refused(*words)
     again = done(*words, "--resume")
     assert headline in again
     assert "step" not in again.partition("tell, seed 0")[2].partition("tickets")[0]  # finished cells are read back

@@ -1,10 +1,12 @@
 """Settings are read as they are meant, or refused with the key, the value and the nearest remedy."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from fulcrum import config
+from fulcrum import config, settings_file
 from fulcrum.errors import ConfigError
 from fulcrum.records import Anchor
 
@@ -87,28 +89,58 @@ def test_settings_given_are_not_changed() -> None:
         ({"task": TASK, "tasks": [TASK]}, "both `task` and `tasks` are given"),
         ({"task": {}}, r"'task\.train' is missing"),
         ({"task": TASK, "modle": "x"}, r"unknown setting 'modle'; did you mean .*'model'"),
-        ({"task": {**TASK, "achor": "x"}}, r"unknown setting 'task\.achor'; did you mean 'anchor'"),
-        ({"task": TASK, "train": {"learning_rat": 1}}, r"unknown setting 'train\.learning_rat'; did you mean 'learning_rate'"),
+        ({"task": {**TASK, "achor": "x"}}, r"unknown setting 'task\.achor'; did you mean 'task\.anchor'"),
+        (
+            {"task": TASK, "train": {"learning_rat": 1}},
+            r"unknown setting 'train\.learning_rat'; did you mean 'train\.learning_rate'",
+        ),
         (
             {"task": TASK, "general": [{"pth": "x"}]},
-            r"unknown setting 'general\.0\.pth'; did you mean 'path'|'general\.0\.path' is missing",
+            r"unknown setting 'general\[0\]\.pth'; did you mean 'general\[0\]\.path'",
         ),
         (
             {"task": {**TASK, "anchor": {"text": "x", "place": "system"}}},
-            r"unknown setting 'task\.anchor\.place'; did you mean 'placement'",
+            r"unknown setting 'task\.anchor\.place'; did you mean 'task\.anchor\.placement'",
         ),
         (
             {"task": {**TASK, "anchor": {"text": "x", "placement": "middle"}}},
             r"task\.anchor\.placement: .*'system'.*got 'middle'",
         ),
         ({"task": TASK, "mix": {"repeats": 0}}, r"mix\.repeats: repeats is 0; every task row must be shown at least once"),
-        ({"task": TASK, "mix": {"repeats": "some"}}, r"mix\.repeats.*got 'some'"),
+        (
+            {"task": TASK, "mix": {"repeats": "some"}},
+            r"^settings: mix\.repeats: expected a whole number or 'auto' \(got 'some'\)$",
+        ),
+        ({"task": TASK, "mix": {"repeats": True}}, r"mix\.repeats: takes no truth value .*yes, no, on and off.*got True"),
+        ({"task": TASK, "compare": {"seeds": [1, True]}}, r"compare\.seeds: takes no truth value"),
+        ({"task": TASK, "train": {"use_dora": "x"}}, r"train\.use_dora: expected true or false \(got 'x'\)"),
+        (
+            {"task": TASK, "train": {"learning_rate": float("inf")}},
+            r"train\.learning_rate: expected a finite number \(got inf\)",
+        ),
+        (
+            {"task": TASK, "train": {"lora_target_modules": 5}},
+            r"train\.lora_target_modules: expected a text or a list \(got 5\)",
+        ),
+        ({"task": TASK, "compare": {"seeds": [0, "x"]}}, r"compare\.seeds\[1\]: expected a whole number \(got 'x'\)"),
+        ({"task": TASK, "output_dir": None}, r"output_dir: expected a text \(got nothing\)"),
+        ({"task": TASK, "output_dir": ""}, r"output_dir: must not be empty \(got nothing\)"),
+        ({"task": {"train": []}}, r"task\.train: needs at least 1 entry \(got nothing\)"),
+        ({"task": {"train": None}}, r"task\.train: needs at least 1 entry"),
+        ({"task": {"trian": "a.jsonl"}}, r"unknown setting 'task\.trian'; did you mean 'task\.train'"),
+        ({"task": TASK, "train": {"lr": 1}}, r"unknown setting 'train\.lr'; did you mean 'train\.learning_rate'\?"),
+        ({"task": TASK, "train": {"repeats": 1}}, r"unknown setting 'train\.repeats'; did you mean 'mix\.repeats'\?"),
+        ({"task": TASK, "metrics": "nll"}, r"unknown setting 'metrics'; did you mean 'task\.metrics'\?"),
+        ({"task": TASK, "learnin_rate": 1}, r"unknown setting 'learnin_rate'; did you mean 'train\.learning_rate'"),
+        ({"task": TASK, "eval": {"zzz": 1}}, r"unknown setting 'eval\.zzz'; known: batch_tokens, draws, general_rows$"),
+        ({"tasks": [TASK, {**TASK, "name": "b", "dev_limit": 0}]}, r"tasks\[1\]\.dev_limit: must be at least 1 \(got 0\)"),
+        ({"task": {"train": {"path": "a", "columns": {"prompt": 5}}}}, r"task\.train\[0\]\.columns: expected a text \(got 5\)"),
         ({"task": TASK, "mix": {"order": "sorted"}}, r"mix\.order: .*'epoch_stratified'.*got 'sorted'"),
-        ({"task": TASK, "mix": {"general_per_task": -1}}, r"mix\.general_per_task: .*greater than or equal to 0 \(got -1\)"),
+        ({"task": TASK, "mix": {"general_per_task": -1}}, r"mix\.general_per_task: must be at least 0 \(got -1\)"),
         ({"task": TASK, "train": {"learning_rate": "fast"}}, r"train\.learning_rate: .*number.*got 'fast'"),
         ({"task": TASK, "train": {"batch_size": 1.5}}, r"train\.batch_size: .*got 1\.5"),
-        ({"task": TASK, "train": 5}, r"train: .*got 5"),
-        ({"task": "tickets.jsonl"}, r"task.*got 'tickets\.jsonl'"),
+        ({"task": TASK, "train": 5}, r"train: expected a mapping with learning_rate, batch_size, max_length \.\.\. \(got 5\)"),
+        ({"task": "a.jsonl"}, r"task is a mapping: write `task: \{train: a\.jsonl\}` \(got 'a\.jsonl'\)"),
         (
             {"tasks": [{**TASK, "name": "a"}, {**TASK, "name": "a"}]},
             r"tasks need different names, got \['a', 'a'\]; set tasks\[i\]\.name",
@@ -162,10 +194,26 @@ def test_flags_reach_into_the_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("task: [", "not readable as YAML"),
-        ("- a\n", "expected a mapping of settings, found list"),
-        ("", "expected a mapping of settings, found NoneType"),
-        ("task: {train: a}\nmodel: !!python/object/apply:os.system [ls]\n", "not readable as YAML"),
+        ("task: [", r"run\.yaml:1:8: .*; a bracket is not closed"),
+        ("task: 'a", r"run\.yaml:1:9: .*; a quote is not closed"),
+        (
+            "task:\n  train: a\n  anchor: Sort: this\n",
+            r"run\.yaml:3:15: mapping values are not allowed here; put quotes around",
+        ),
+        ("task:\n\ttrain: a\n", r"run\.yaml:2:1: found character '\\t' .*; indent with spaces"),
+        ("task: {train: a}\nmodel: @x\n", r"run\.yaml:2:8: .*; put quotes around a text that begins so"),
+        ("task: {train: a}\nmodel: *x\n", r"run\.yaml:2:8: .*; put quotes around a text that begins with \*"),
+        ("model: a\ntask: {train: a}\nmodel: b\n", r"run\.yaml:3:1: 'model' is given twice, first in line 1; keep one"),
+        ("task:\n  train: a\n  dev: b\n  train: c\n", r"run\.yaml:4:3: 'train' is given twice, first in line 2"),
+        ("- a\n", "expected a mapping of settings, found a list"),
+        ("words", "expected a mapping of settings, found 'words'"),
+        ("", "run.yaml: is empty; write settings with `fulcrum init DATA_FILE`"),
+        ("# nothing\n", "run.yaml: is empty"),
+        ("task: {train: a}\nmodel: a\x00b\n", "run.yaml: not readable as YAML: "),
+        (
+            "task: {train: a}\nmodel: !!python/object/apply:os.system [ls]\n",
+            r"run\.yaml:2:8: could not determine a constructor",
+        ),
     ],
 )
 def test_a_broken_file_says_so(tmp_path: Path, text: str, message: str) -> None:
@@ -177,12 +225,13 @@ def test_a_broken_file_says_so(tmp_path: Path, text: str, message: str) -> None:
 def test_a_missing_file_and_a_broken_flag_say_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such settings file; write one with `fulcrum init DATA_FILE`"):
         config.load(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="not readable as YAML"):
+    with pytest.raises(ConfigError, match="is a folder; give a settings file"):
         config.load(tmp_path)
     (tmp_path / "run.yaml").write_text("task: {train: a}\nmodel: m\n")
-    with pytest.raises(ConfigError, match=r"expected key=value, e\.g\. --set train\.learning_rate=2e-4"):
-        config.load(tmp_path / "run.yaml", ["seed"])
-    with pytest.raises(ConfigError, match="the value is not YAML"):
+    for flag in ("seed", "=3", " = 3"):
+        with pytest.raises(ConfigError, match=r"expected key=value, e\.g\. --set train\.learning_rate=2e-4"):
+            config.load(tmp_path / "run.yaml", [flag])
+    with pytest.raises(ConfigError, match=r"^--set 'seed=\[1': value:1:3: .*a bracket is not closed"):
         config.load(tmp_path / "run.yaml", ["seed=[1"])
     with pytest.raises(ConfigError, match="'model' already holds 'm' and cannot take 'name'"):
         config.load(tmp_path / "run.yaml", ["model.name=x"])
@@ -201,21 +250,42 @@ def test_settings_cannot_be_changed() -> None:
         settings().train.lora_r = 5
 
 
+def test_a_wrong_flag_is_blamed_and_not_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("task: {train: a}\nmix: {order: random}\n")
+    for flags, message in [
+        (["lr=fast"], r"^--set 'lr=fast': train\.learning_rate: expected a number \(got 'fast'\)$"),
+        (["train.lr=1"], r"^--set 'train\.lr=1': unknown setting 'train\.lr'; did you mean 'train\.learning_rate'\?$"),
+        (["task.train=[]"], r"^--set 'task\.train=\[\]': task\.train: needs at least 1 entry"),
+        (["output_dir="], r"^--set 'output_dir=': output_dir: expected a text \(got nothing\)$"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            config.load(file, flags)
+    with pytest.raises(ConfigError, match=r"^--output-dir: output_dir: must not be empty"):
+        config.load(file, ["seed=1"], {"output_dir": ""})
+    assert config.load(file, ["seed=1"], {"seed": 3}).seed == 3
+    file.write_text("task: {train: a}\nmix: {order: sorted}\n")
+    with pytest.raises(ConfigError, match=r"^.*run\.yaml: mix\.order: expected 'random', .* \(got 'sorted'\)$"):
+        config.load(file, ["mix.repeats=1"])
+
+
+def test_one_name_does_where_a_list_is_asked() -> None:
+    found = settings(task={**TASK, "metrics": "json_fields"}, compare={"arms": "sft, tell", "seeds": 3})
+    assert (found.tasks[0].metrics, found.compare.arms, found.compare.seeds) == (("json_fields",), ("sft", "tell"), (3,))
+    assert settings(train={"lora_target_modules": "q_proj"}).train.lora_target_modules == "q_proj"
+
+
 def test_every_setting_is_described() -> None:
-    sections = [config.Settings, *config._SECTIONS.values()]
-    undescribed = [
-        f"{section.__name__}.{name}"
-        for section in sections
-        for name, field in section.model_fields.items()
-        if not field.description and name not in config._SECTIONS
-    ]
-    assert undescribed == []
+    def undescribed(section: type[BaseModel]) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            inner = settings_file._section(field.annotation)
+            if inner is not None:
+                yield from undescribed(inner)
+            elif not field.description:
+                yield f"{section.__name__}.{name}"
+
+    assert list(undescribed(config.Settings)) == []
 
 
 def test_every_alias_leads_to_a_setting() -> None:
-    for name, target in config.ALIASES.items():
-        section: type[config.Section] = config.Settings
-        *parents, last = target.split(".")
-        for parent in parents:
-            section = config._SECTIONS["tasks" if parent == "task" else parent]
-        assert last in section.model_fields, name
+    assert set(settings_file.ALIASES.values()) <= set(settings_file._names(config.Settings, ""))

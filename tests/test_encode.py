@@ -195,6 +195,15 @@ def test_a_response_prefixs_trailing_space_belongs_to_the_answer() -> None:
     assert tokens.ids[-len(answer) - 1 : -1].tolist() == answer  # the space joins the word
 
 
+def test_an_answers_length_is_the_same_in_all_arms() -> None:
+    """The space that a response prefix leaves to the answer may cost a token: a summed loss is not divided by it."""
+    example = row("One?", "1", "Two?", "refund")
+    anchors = [None, *(Anchor(text, p) for p in get_args(Placement) for text in ("SORT.", "Label: ", "Label:\n\n \t"))]
+    forms = [encode.make_format(TOKENIZER, anchor) for anchor in anchors]
+    assert {encode.answer_length(example, form) for form in forms} == {len(TOKENIZER("refund")["input_ids"]) + 1}
+    assert len({encode.final_answer(example, form).n_loss for form in forms}) > 1
+
+
 def test_a_special_token_in_an_anchor_is_the_templates_own_text() -> None:
     """An anchor comes from the settings, not from data: a marker in it is meant."""
     tokens = encode.encode(row("One?", "1"), encode.make_format(TOKENIZER, Anchor("<s>SORT.")))

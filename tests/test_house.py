@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fulcrum"
 # From the ground up: a file imports only files listed before it.
 FLOORS = (
     ("errors",),
-    ("records", "config", "store", "stats"),
+    ("records", "settings_file", "config", "store", "stats"),
     ("rows", "tables", "starter", "ingest", "pool", "anchor", "mix", "pack", "encode", "metrics", "material", "sources"),
     ("gguf", "attention", "model", "adapter", "loss", "training", "generate", "scoring", "export"),
     ("summary", "plots", "report", "run"),

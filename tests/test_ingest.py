@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -418,8 +419,15 @@ def test_subsets_are_nested_and_exact():
     chain = [subset(rows, limit, seed=3) for limit in (1, 4, 16, 30, 99)]
     assert [len(s) for s in chain] == [1, 4, 16, 30, 30]
     assert all(large[: len(small)] == small for small, large in pairwise(chain))
-    assert len({e.group for e in chain[1]}) == 2
+    assert [len({e.group for e in s}) for s in chain] == [1, 4, 10, 10, 10]  # a row of every group, before a second of any
+    assert sorted(Counter(e.group for e in chain[2]).values()) == [1] * 4 + [2] * 6
     assert subset(rows, 4, seed=3) != subset(rows, 4, seed=4)
+
+
+def test_a_large_group_leaves_room_for_the_small_ones():
+    rows = [example(f"q{i}", group="large") for i in range(8)] + [example("a", group="b"), example("c", group="d")]
+    assert {e.group for e in subset(rows, 3, seed=0)} == {"large", "b", "d"}
+    assert Counter(e.group for e in subset(rows, 5, seed=0)) == {"large": 3, "b": 1, "d": 1}
 
 
 @pytest.mark.parametrize(

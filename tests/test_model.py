@@ -234,6 +234,45 @@ def test_recomputing_activations_changes_no_gradient(tmp_path: Path, monkeypatch
     same_gradients(again, gradients)
 
 
+def test_answers_are_the_same_after_a_row_that_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that recomputes drops the key/value cache, and `generate` then sees only the newest token."""
+    loaded = load_tiny(tmp_path)
+    shaken_adapter(loaded, tiny_settings())
+    form = encode.make_format(loaded.tokenizer, None)
+    prompts = [encode.prompt_ids((Message("user", "x y z " * n),), form) for n in (1, 7)]
+    before = generate.generate(loaded, prompts, form, max_new_tokens=8, batch_tokens=1000)
+    monkeypatch.setattr(loss, "_ACTIVATION_BYTES", 0)
+    our_losses_and_gradients(loaded, [tokens(20, 0)], budget=100)
+    assert loaded.causal.is_gradient_checkpointing
+    assert generate.generate(loaded, prompts, form, max_new_tokens=8, batch_tokens=1000) == before
+    assert before == [greedy(loaded, prompt, form, 8) for prompt in prompts]
+    assert not any(module.training for module in loaded.causal.modules())
+
+
+def test_the_models_own_generation_settings_change_no_greedy_answer(tmp_path: Path) -> None:
+    loaded = load_tiny(tmp_path)
+    form = encode.make_format(loaded.tokenizer, None)
+    prompts = [encode.prompt_ids((Message("user", "x y z " * n),), form) for n in (1, 7, 3)]
+    shipped = loaded.causal.generation_config
+    shipped.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=12, do_sample=True, temperature=9.0)
+    answers = generate.generate(loaded, prompts, form, max_new_tokens=8, batch_tokens=1000)
+    assert answers == [greedy(loaded, prompt, form, 8) for prompt in prompts]
+    assert loaded.causal.generation_config is shipped
+
+
+def test_the_heads_input_is_contiguous(tmp_path: Path) -> None:
+    """For a slice PyTorch would copy the head's weights once a row: gigabytes for a batch of prompts."""
+    loaded = load_tiny(tmp_path)
+    seen: list[bool] = []
+    loaded.causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    ids = torch.arange(4, 28).reshape(3, 8)
+    with torch.no_grad():
+        assert not loaded.body(input_ids=ids, use_cache=False)[0][:, -1:].is_contiguous()
+        last = loaded.causal(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        torch.testing.assert_close(last, loaded.causal(input_ids=ids, use_cache=False).logits[:, -1:])
+    assert seen == [True, True]
+
+
 @pytest.mark.parametrize("name", ["s_aux", "position_bias"])
 def test_packed_attention_refuses_what_it_cannot_do(name: str) -> None:
     part = torch.ones(1, 2, 4, 8)
@@ -297,6 +336,9 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     other = load_tiny(tmp_path, "gpt2")
     with pytest.raises(ModelError, match="adapter does not fit"):
         adapter.use(other, state, settings)
+    lost = state.popitem()[0]
+    with pytest.raises(ModelError, match=rf"unknown weights \[\], missing \['{lost}'\]"):
+        adapter.use(loaded, state, settings)
 
 
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"use_rslora": True}, {"lora_target_modules": ("q_proj",)}])

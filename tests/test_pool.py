@@ -90,8 +90,12 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
 WORDS = [f"{letter}{letter}" for letter in "abcdefghijklmnopqr"]
 
 
+NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
+
+
 def test_every_planted_fault_is_counted_with_its_reason(tmp_path):
-    thirteen, twelve, eight = " ".join(WORDS[:13]), " ".join(WORDS[1:13]), " ".join(WORDS[:8])
+    """N-grams are those of one message: 13 words, 8 in messages under 13; rows with less everywhere are compared whole."""
+    thirteen, twelve = " ".join(WORDS[:13]), " ".join(WORDS[1:13])
     pool = open_pool(
         [
             jsonl(
@@ -102,32 +106,41 @@ def test_every_planted_fault_is_counted_with_its_reason(tmp_path):
                 ("Say:", f"so {thirteen.upper()}, yes"),
                 ("half here: " + " ".join(WORDS[:6]), " ".join(WORDS[6:13])),
                 ("near miss", twelve),
-                ("eight:", "one two three four five six seven eight"),
+                (NUMBERS.replace(" ", ", ") + "?", "another answer"),
+                ("eight:", "five six seven eight nine ten eleven twelve"),
+                ("seven:", "six seven eight nine ten eleven twelve"),
                 ("Capital of Iceland?", "Reykjavik!"),
                 ("capital of Iceland", "Reykjavik, a city"),
                 ("held out", "test words that nobody may ever see in any training row at all"),
                 ("a long one", "x " * 50),
-                ("short overlap", eight),
             )
         ],
         seed=0,
     )
-    rows = [task(" ".join(WORDS[:9]), " ".join(WORDS[9:])), task("one two three four five six", "seven eight nine")]
-    rows.append(task("capital of iceland", "reykjavik"))
+    rows = [task(f"please do {thirteen}", "yes"), task(NUMBERS, "thirteen"), task("capital of iceland", "reykjavik")]
     held = [task("so these are", "test words that nobody may ever see in any training row at all")]
     chosen = pick(pool, 99, task_rows=rows, held_out_rows=held, fits=lambda row: "too long" if len(row.answer) > 90 else None)
-    kept = {e.question.strip().casefold() for e in chosen.examples}
-    assert kept == {"fine", "near miss", "capital of iceland", "short overlap"}
+    kept = {e.question.strip().casefold().partition(":")[0] for e in chosen.examples}
+    assert kept == {"fine", "half here", "near miss", "seven", "capital of iceland"}
     assert Counter(r.reason for r in chosen.rejects) == {
         "duplicate": 1,
         "empty answer": 1,
-        "shares a 13-gram with task data": 3,
-        "shares an 8-gram with task data": 1,
+        "shares a 13-gram with task data": 2,
+        "shares an 8-gram with task data": 2,
         "is a task row": 1,
         "too long": 1,
     }
-    assert len(chosen.examples) + len(chosen.rejects) == len(pool) == 12
+    assert len(chosen.examples) + len(chosen.rejects) == len(pool) == 13
     assert chosen.exhausted
+
+
+@pytest.mark.parametrize("words", range(8, 16))
+def test_a_task_rows_prompt_is_found_whatever_the_answers_are(tmp_path, words):
+    """A short prompt and its answer together are 13 words and more: that must not hide the prompt."""
+    question = " ".join(WORDS[:words])
+    pool = open_pool([jsonl(tmp_path / "a.jsonl", (question.title(), "quite another answer"))], seed=0)
+    chosen = pick(pool, 1, task_rows=[task(question, "the answer has five words")])
+    assert [r.reason.partition(" with ")[2] for r in chosen.rejects] == ["task data"]
 
 
 def test_a_selection_is_seeded_and_the_beginning_of_a_larger_one(tmp_path):

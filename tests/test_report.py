@@ -16,6 +16,7 @@ from fulcrum.records import ArmResult, Difference, Prediction, Results, Score, S
 
 ARMS = {"base": 2.31, "base_anchor": 2.05, "sft": 1.42, "sft_anchor": 1.38, "mix": 1.33, "tell": 1.26}
 MATCH = {"base": 0.02, "base_anchor": 0.05, "sft": 0.4, "sft_anchor": 0.45, "mix": 0.483, "tell": 0.55}
+FORGOTTEN = {"base_anchor": 0.0, "sft": 0.3, "sft_anchor": 0.25, "mix": 0.01, "tell": -0.02}
 EVIL = "<script>alert(1)</script>"
 
 
@@ -38,12 +39,12 @@ def arm_result(arm: str, seed: int, tasks: tuple[str, ...], shift: float) -> Arm
     level = ARMS[arm] + (0 if arm.startswith("base") else shift)
     trained = not arm.startswith("base")
     scores = {task: (score("nll", level), score("exact_match", MATCH[arm])) for task in tasks}
-    general = {
-        "builtin": score("nll", 2.0 + {"sft": 0.3, "sft_anchor": 0.25, "mix": 0.01, "tell": -0.02}.get(arm, 0.0) + shift)
-    }
+    general = {"builtin": score("nll", 2.0 + FORGOTTEN.get(arm, 0.0) + shift)}
     trials = (trial(arm, level), trial(arm, level + 0.05)) if trained else ()
     predictions = (Prediction(f"t.jsonl:{seed}", "g", "p", "g", "o", 1.0, 1),)
-    return ArmResult(arm, seed, trials, 0 if trained else None, scores, {tasks[0]: predictions}, general, 130.0)
+    held_out = {"builtin": (Prediction(f"b.jsonl:{seed}", "g", "p", "g", None, 1.0, 1),)}
+    chosen = 0 if trained else None
+    return ArmResult(arm, seed, trials, chosen, scores, {tasks[0]: predictions}, held_out, general, 130.0)
 
 
 def make(
@@ -58,6 +59,10 @@ def make(
         for reference in ("sft", "sft_anchor", "mix")
         for metric, sign in (("nll", 1), ("exact_match", -1))
     )
+    forgetting = tuple(
+        Difference("builtin", "nll", arm, "base", rise, rise - 0.03, rise + 0.04, len(seeds), False)
+        for arm, rise in FORGOTTEN.items()
+    )
     arms = tuple(arm_result(arm, seed, tasks, 0.02 * i) for i, seed in enumerate(seeds) for arm in ARMS)
     facts = tuple(
         TaskFacts(t, "Sort the ticket below; answer with one JSON object.", "user_prefix", 48, 12, 60, 60, 5321) for t in tasks
@@ -71,11 +76,12 @@ def make(
     values = {
         **{"kind": "compare", "settings": settings, "environment": {"torch": "2.13.0", "python": "3.11.2"}, "tasks": facts},
         **{"notes": notes, "rejects": {"empty answer": 2, "duplicate of a test row": 1}, "arms": arms},
-        **{"differences": differences, "step_cap": 120, "seconds": 903.2, "peak_memory_bytes": 1_500 * 2**20},
+        **{"differences": differences, "forgetting": forgetting, "step_cap": 120},
+        **{"seconds": 903.2, "peak_memory_bytes": 1_500 * 2**20},
     }
     plain = store.plain(Results(**(values | changes)))
     for arm in plain["arms"]:
-        arm["predictions"] = {}
+        arm["predictions"] = arm["general"] = {}
     return json.loads(json.dumps(plain, allow_nan=False))
 
 
@@ -164,17 +170,17 @@ class TestHeadline:
 class TestNumbers:
     def test_one_seed_keeps_the_bootstrap_interval(self):
         rows = {row[0]: row for row in summary.score_grid(make(), "tickets").rows}
-        assert rows["tell"] == ("tell", "1.260 [1.160, 1.360]", "0.550 [0.450, 0.650]", "−0.020")
+        assert rows["tell"] == ("tell", "1.260 [1.160, 1.360]", "0.550 [0.450, 0.650]", "−0.020 [−0.050, 0.020]")
         assert rows["base"][-1] == "reference"
-        assert rows["sft"][-1] == "0.300"
+        assert rows["sft"][-1] == "0.300 [0.270, 0.340]"
+        assert rows["base_anchor"][-1] == "0.000 [−0.030, 0.040]"
 
     def test_two_seeds_give_a_t_interval_for_trained_arms_only(self):
         rows = {row[0]: row for row in summary.score_grid(make(seeds=(0, 1)), "tickets").rows}
         # values 1.26 and 1.28: mean 1.27, standard error 0.01, t(1 df) = 12.706
         assert rows["tell"][1] == "1.270 [1.143, 1.397]"
         assert rows["base"][1] == "2.310 [2.210, 2.410]"
-        # both the arm's and the base model's general NLL moved by 0.02, so the change is the same for every seed
-        assert rows["tell"][-1] == "−0.020 [−0.020, −0.020]"
+        assert rows["tell"][-1] == "−0.020 [−0.050, 0.020]"  # as stored: paired over rows and seeds
 
     def test_a_missing_value_is_a_dash_and_spoils_no_other(self):
         results = make()
@@ -314,7 +320,7 @@ class TestLoad:
         with pytest.raises(StoreError, match="has version None"):
             report.load(tmp_path)
         store.write_json(tmp_path / "results.json", {"version": 1, "arms": []})
-        with pytest.raises(StoreError, match="lacks differences, environment, kind"):
+        with pytest.raises(StoreError, match="lacks differences, environment, forgetting, kind"):
             report.load(tmp_path)
 
     def test_a_damaged_prediction_names_its_line(self, tmp_path: Path):
@@ -332,7 +338,7 @@ class TestCard:
         assert "\n# tickets: a LoRA adapter for smollm2-135m-instruct\n" in text
         assert "```text\nSort the ticket below; answer with one JSON object.\n```" in text
         assert "placement `user_prefix`" in text
-        assert "| tell | 1.260 [1.160, 1.360] | 0.550 [0.450, 0.650] | −0.020 |" in text
+        assert "| tell | 1.260 [1.160, 1.360] | 0.550 [0.450, 0.650] | −0.020 [−0.050, 0.020] |" in text
         assert "| tickets | 48 | 12 | 60 | 60 | 5,321 |" in text
         assert "apply_chat_template" in text
         assert "for one training seed" in text

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulcrum import comparison, config, encode, material, mix, report, run, store, use
+from fulcrum import comparison, config, encode, ingest, material, mix, report, run, store, use
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Message, TrainPoint
 from tiny import CONTEXT, save_tiny, tiny_tokenizer, write_rows
@@ -104,6 +104,11 @@ def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def answers(folder: Path) -> list[dict[str, Any]]:
+    """The trained arm's predictions on test rows."""
+    return [row for row in lines(folder / "predictions.jsonl") if (row["arm"], row["task"]) == ("tell", "task")]
+
+
 def test_a_run_fills_its_folder(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names >= {
@@ -133,6 +138,11 @@ def test_a_runs_results(finished: Path, place: Path) -> None:
     assert (facts["train"], facts["dev"], facts["test"], facts["test_groups"]) == (6, 3, 7, 7)
     assert (facts["anchor"], facts["placement"]) == ("Name it.", "user_prefix")
     assert set(tell["general_nll"]) == {"builtin", "pool"}
+    rises = {(d["arm"], d["reference"], d["task"]): d for d in results["forgetting"]}
+    assert set(rises) == {("tell", "base_anchor", "builtin"), ("tell", "base_anchor", "pool")}
+    for (*_, source), rise in rises.items():
+        assert rise["estimate"] == pytest.approx(tell["general_nll"][source]["value"] - base["general_nll"][source]["value"])
+        assert rise["low"] <= rise["estimate"] <= rise["high"]
     scores = {arm["arm"]: {score["metric"]: score for score in arm["scores"]["task"]} for arm in results["arms"]}
     assert scores["tell"]["nll"]["value"] < scores["base_anchor"]["nll"]["value"] - 1
     assert scores["tell"]["nll"]["n"] == 7
@@ -140,7 +150,7 @@ def test_a_runs_results(finished: Path, place: Path) -> None:
 
 def test_a_runs_predictions_are_the_scores(finished: Path) -> None:
     results = report.load(finished)
-    rows = [row for row in lines(finished / "predictions.jsonl") if row["arm"] == "tell"]
+    rows = answers(finished)
     assert {(row["prompt"], row["gold"]) for row in rows} == {(f"colour {WORDS[i]}", COLOURS[i % 4]) for i in range(9, 16)}
     nll, match = results["arms"][1]["scores"]["task"]
     np.testing.assert_allclose(sum(row["nll_sum"] for row in rows) / sum(row["n_tokens"] for row in rows), nll["value"])
@@ -152,7 +162,7 @@ def test_the_adapter_folder_works_without_fulcrum(finished: Path, place: Path) -
     causal = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     peft = PeftModel.from_pretrained(causal, finished / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(finished / "adapter")
-    for row in [row for row in lines(finished / "predictions.jsonl") if row["arm"] == "tell"]:
+    for row in answers(finished):
         turns = [{"role": "user", "content": row["prompt"]}]
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         assert text == f"<|im_start|>user\nName it.\n\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
@@ -170,7 +180,7 @@ def test_the_adapter_folder_works_without_fulcrum(finished: Path, place: Path) -
 
 def test_a_finished_run_is_loaded_and_used(finished: Path) -> None:
     adapter = use.load_adapter(finished)
-    rows = [row for row in lines(finished / "predictions.jsonl") if row["arm"] == "tell"]
+    rows = answers(finished)
     assert adapter.answer([row["prompt"] for row in rows]) == [row["output"] for row in rows]
     conversation = [Message("user", rows[0]["prompt"]), Message("assistant", "red"), Message("user", "again")]
     assert len(adapter.reply([conversation])) == 1
@@ -184,6 +194,23 @@ def test_a_finished_run_is_evaluated_again(finished: Path, place: Path) -> None:
     assert [(score.metric, score.value) for score in scores] == [(score["metric"], score["value"]) for score in expected]
     (score,), predictions = use.evaluate_run(finished, data=str(place / "dev.jsonl"), metric_names=["nll"])
     assert (score.n, len(predictions), predictions[0].output) == (3, 3, None)
+
+
+def test_a_run_without_test_rows_of_its_own_is_evaluated_on_those_it_held_out(place: Path, tmp_path: Path) -> None:
+    changes = {"task__train": str(place / "sizes.jsonl"), "task__dev": None, "task__test": None, "mix__repeats": 1}
+    results = run.run(settings(place, tmp_path / "r", **changes, task__test_limit=3))
+    scores, predictions = use.evaluate_run(tmp_path / "r")
+    expected = results.arms[1].scores["task"]
+    assert [(score.metric, score.value, score.n) for score in scores] == [(s.metric, s.value, 3) for s in expected]
+    assert [row.origin for row in predictions] == [row["origin"] for row in answers(tmp_path / "r")]
+
+
+def test_a_truncated_adapter_says_so(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "r")
+    file = tmp_path / "r" / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(StoreError, match=r"adapter_model\.safetensors: not a whole adapter .*run the training again"):
+        use.load_adapter(tmp_path / "r")
 
 
 def test_a_folder_that_holds_no_run(finished: Path, tmp_path: Path) -> None:
@@ -277,6 +304,7 @@ BAD: list[tuple[dict[str, Any], type[FulcrumError], str]] = [
     ({"train__max_length": 16}, DataError, r"over the limit of 16"),
     ({"task__group": "customer"}, DataError, "no column 'customer'"),
     ({"general": "nothing/*.jsonl"}, DataError, "nothing"),
+    ({"general": []}, ConfigError, r"mix\.general_per_task is 2 and `general:` names no data; name some, or set it to 0"),
 ]  # fmt: skip
 
 
@@ -306,6 +334,8 @@ def test_a_folder_of_another_run_is_refused(place: Path, finished: Path) -> None
         run.run(settings(place, finished))
     with pytest.raises(StoreError, match=r"cannot resume, .*settings\.train\.lora_r \(4 -> 8\).* changed since it started"):
         run.run(settings(place, finished, mix__repeats="auto", train__lora_r=8), resume=True)
+    with pytest.raises(StoreError, match=r"cannot resume, kind \('train' -> 'compare'\) changed since it started"):
+        comparison.compare(settings(place, finished, mix__repeats="auto"), resume=True)
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
@@ -329,11 +359,17 @@ def prepared(place: Path, tmp_path: Path, **changes: Any) -> material.Material:
     return material.prepare(given, tiny_tokenizer(), CONTEXT, given.seed)
 
 
+def met_on_the_way(size: int, usable: int) -> int:
+    """How many unusable pool rows (numbers from `usable` on) the seeded walk meets before it has every usable one."""
+    order = np.random.default_rng(store.seed_for(0, "general")).permutation(size)
+    return int((order[: np.flatnonzero(order < usable).max()] >= usable).sum())
+
+
 def test_long_rows_are_dropped_and_counted(place: Path, tmp_path: Path) -> None:
     long = "x" * 600
     train = write_rows(tmp_path / "train.jsonl", [("a b", "c"), ("d", "e"), (long, "f")])
     test = write_rows(tmp_path / "test.jsonl", [("g", "h"), ("i " + long, "j")])
-    pool = write_rows(tmp_path / "pool.jsonl", [(f"say {i}", "so") for i in range(12)] + [("k", long)])
+    pool = write_rows(tmp_path / "pool.jsonl", [(f"say {i}", "so") for i in range(12)] + [(f"k {i}", long) for i in range(4)])
     rows = prepared(
         place, tmp_path, task__train=train, task__test=test, general=pool,
         eval__general_rows=0, mix__repeats=1, mix__general_per_task=6,
@@ -341,7 +377,59 @@ def test_long_rows_are_dropped_and_counted(place: Path, tmp_path: Path) -> None:
     assert (rows.n_task, len(rows.tasks[0].test), len(rows.general)) == (2, 1, 12)
     assert rows.rejects["train: over 512 tokens (train.too_long: drop)"] == 1
     assert rows.rejects["test: over 512 tokens (train.too_long: drop)"] == 1
-    assert rows.rejects.get("general: over 512 tokens", 0) <= 1  # where it was looked at
+    assert rows.rejects.get("general: over 512 tokens", 0) == met_on_the_way(16, 12) > 0
+
+
+def test_a_limit_is_filled_with_rows_that_fit(place: Path, tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", [(f"{i} " + "x" * (600 if i % 2 else 1), "c") for i in range(12)])
+    rows = prepared(place, tmp_path, task__train=train, task__train_limit=6, task__test_limit=5, mix__repeats=1)
+    assert (rows.n_task, len(rows.tasks[0].test)) == (6, 5)
+    assert all(len(row.question) < 600 for row in rows.tasks[0].train)
+
+
+@pytest.mark.parametrize(("metric", "kept"), [(["nll"], 2), (["nll", "exact_match"], 1)])
+def test_a_test_row_without_room_for_an_answer_is_counted(place: Path, tmp_path: Path, metric: list[str], kept: int) -> None:
+    test = write_rows(tmp_path / "test.jsonl", [("g", "h"), ("x" * 440, "j")])
+    rows = prepared(place, tmp_path, task__test=test, task__max_new_tokens=100, task__metrics=metric)
+    assert len(rows.tasks[0].test) == kept
+    assert rows.rejects.get("test: over 512 tokens (train.too_long: drop)", 0) == 2 - kept
+
+
+@pytest.mark.parametrize("part", ["dev", "test"])
+def test_a_file_without_a_usable_row_names_its_faults(place: Path, tmp_path: Path, part: str) -> None:
+    file = write_rows(tmp_path / "bad.jsonl", [("a", ""), ("b", "")])
+    with pytest.raises(DataError, match=r"bad\.jsonl: 0 usable of 2 rows read, at least 1 .* rejected: 2 empty answer"):
+        prepared(place, tmp_path, **{f"task__{part}": file})
+
+
+def test_one_tasks_test_rows_are_not_anothers_training_rows(place: Path, tmp_path: Path) -> None:
+    data = two_tasks(place, tmp_path / "r").model_dump(mode="json")
+    data["tasks"][1]["test"] = write_rows(tmp_path / "both.jsonl", [("colour bee", "3"), ("size of it", "2")])
+    message = r"1 of 2 size test rows have content of the colour training rows \(1 the same prompt\): .*both\.jsonl:1 = "
+    with pytest.raises(DataError, match=message):
+        material.prepare(config.from_dict(data), tiny_tokenizer(), CONTEXT, 0)
+
+
+def test_an_anchor_after_the_last_question_changes_no_target(place: Path, tmp_path: Path) -> None:
+    """Only last answers see it: then no arm trains on others."""
+    turns = [[("user", f"colour {word}"), ("assistant", "what?"), ("user", "it"), ("assistant", "red")] for word in WORDS[:4]]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for placement, answers in (("user_suffix", ["red"]), ("user_prefix", ["what?", "red"])):
+        anchor = {"text": "Name it.", "placement": placement}
+        given = settings(place, tmp_path / "r", task__train=str(tmp_path / "train.jsonl"), task__anchor=anchor)
+        found = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
+        for arm in ("sft", "sft_anchor", "mix", "tell"):
+            for row in run.stream(found, tiny_tokenizer(), run.ARMS[arm], given, 2, 0).task:
+                assert tiny_tokenizer().decode(row.ids[row.loss_mask]) == "".join(f"{text}<|im_end|>" for text in answers)
+
+
+def test_sft_tries_as_much_as_tell_and_few_epochs_too(place: Path, tmp_path: Path) -> None:
+    given = settings(place, tmp_path / "r", mix__repeats="auto", mix__general_per_task=4)
+    rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
+    assert rows.step_cap == 60  # 6 rows x 8 x (1 + 4), 4 a step
+    assert run.trials(rows, run.ARMS["tell"], given) == (1, 2, 4, 8)
+    assert run.trials(rows, run.ARMS["sft"], given) == (5, 10, 20, 40)
 
 
 def test_dev_and_test_are_held_out_where_none_are_given(place: Path, tmp_path: Path) -> None:
@@ -366,6 +454,23 @@ def test_general_rows_are_neither_task_rows_nor_held_out_ones(place: Path, tmp_p
     assert not {"colour ant", "colour jay"} & {row.question for row in (*rows.general, *rows.held_out["pool"])}
 
 
+def test_twins_of_held_out_rows_are_not_trained_on(place: Path, tmp_path: Path) -> None:
+    """The same texts in another file, and rows of the packaged held-out set in the user's own pool."""
+    pairs = [(f"say {i}", "so") for i in range(28)]
+    packaged, _ = ingest.read([config.DataSource(path="builtin_eval")])
+    own = [{"messages": [{"role": m.role, "content": m.content} for m in row.messages]} for row in packaged[:4]]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    pools = [*(write_rows(tmp_path / name, pairs) for name in ("a.jsonl", "b.jsonl")), str(tmp_path / "c.jsonl")]
+    rows = prepared(place, tmp_path, general=pools, eval__general_rows=4, mix__repeats=1, mix__general_per_task=4)
+    held_out = {source: {row.question for row in part} for source, part in rows.held_out.items()}
+    assert [len(held_out[source]) for source in ("builtin", "pool")] == [4, 4]
+    general = {row.question for row in rows.general}
+    assert len(general) == len(rows.general) == 24  # all that is left
+    assert not general & (held_out["builtin"] | held_out["pool"])
+    assert not held_out["builtin"] & held_out["pool"]
+    assert rows.rejects["general: held out for measuring forgetting"] > 0
+
+
 def test_rows_that_the_chat_template_refuses_are_counted(place: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tiny_tokenizer().chat_template
@@ -378,7 +483,7 @@ def test_rows_that_the_chat_template_refuses_are_counted(place: Path, tmp_path: 
     rows = material.prepare(given, tokenizer, CONTEXT, 0)
     assert len(rows.general) == 24
     assert not any(row.messages[0].role == "system" for row in rows.general)
-    assert rows.rejects.get("general: refused by the model's chat template", 0) <= 5
+    assert rows.rejects.get("general: refused by the model's chat template", 0) == met_on_the_way(29, 24) > 0
 
 
 @pytest.mark.parametrize("general_rows", [0, 16])
@@ -442,7 +547,12 @@ def test_a_comparison_has_every_arm_at_every_seed(compared: Path) -> None:
         assert [score["n"] for scores in arm["scores"].values() for score in scores] == [4] * 4
         assert set(arm["general_nll"]) == {"builtin", "pool"}
     assert [task["name"] for task in results["tasks"]] == ["colour", "size"]
-    assert len(lines(compared / "predictions.jsonl")) == (2 + 4 * 2) * 2 * 4
+    rows = lines(compared / "predictions.jsonl")
+    assert len(rows) == (2 + 4 * 2) * (2 * 4 + 2 * 2)  # cells x (rows of two tasks, and of two held-out sources)
+    for origin in {row["origin"] for row in rows}:
+        assert len({row["n_tokens"] for row in rows if row["origin"] == origin}) == 1  # also after "COUNT: "
+    rises = {(d["arm"], d["task"]): d["n_seeds"] for d in results["forgetting"]}
+    assert rises == {(arm, source): 1 + (arm in ARMS[2:]) for arm in ARMS[1:] for source in ("builtin", "pool")}
     assert (compared / "report.html").exists()
 
 

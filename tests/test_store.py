@@ -162,6 +162,12 @@ def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
         store.open_run(tmp_path, other, resume=True)
 
 
+def test_changed_data_is_named(tmp_path: Path) -> None:
+    store.open_run(tmp_path, {"data": {"general": ["a"], "tickets train": ["b", "c"]}}, resume=False)
+    with pytest.raises(StoreError, match=r"cannot resume, data\.tickets train changed since"):
+        store.open_run(tmp_path, {"data": {"general": ["a"], "tickets train": ["b", "d"]}}, resume=True)
+
+
 def test_a_changed_setting_is_named(tmp_path: Path) -> None:
     store.open_run(tmp_path, {"settings": {"seed": 0, "train": {"lora_r": 16, "beta2": 0.99}}}, resume=False)
     with pytest.raises(StoreError, match=r"settings\.train\.lora_r \(16 -> 8\)"):

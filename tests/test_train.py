@@ -229,10 +229,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, options: dict, at
     assert replace(found, history=(), seconds=0) == replace(expected, history=(), seconds=0)
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
-    whole, expected = train(tmp_path, checkpoint=tmp_path / "c")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"save_every": 50}, {"save_every": 50, "evaluations": 6, "early_stopping_patience": 1, "learning_rate": 1.0}],
+)
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, options: dict) -> None:
+    """Also where no step of it is a multiple of `save_every`, and where it stopped early."""
+    whole, expected = train(tmp_path, checkpoint=tmp_path / "c", **options)
+    assert (expected.steps < 6) == ("early_stopping_patience" in options)
     steps: list[int] = []
-    again, found = train(tmp_path, checkpoint=tmp_path / "c", progress=lambda p, *_: steps.append(p.step))
+    again, found = train(tmp_path, checkpoint=tmp_path / "c", progress=lambda p, *_: steps.append(p.step), **options)
     assert steps == []
     assert same(whole, again)
     assert found.dev_nll == expected.dev_nll

@@ -60,29 +60,40 @@ def root(
 
 @app.command()
 def init(
+    ctx: typer.Context,
     data: Annotated[str, typer.Argument(metavar="DATA_FILE", help="Task rows: .jsonl .json .csv .parquet, folder or hub id.")],
-    out: Annotated[Path, typer.Option("--out", help="The settings file to write.")] = Path("run.yaml"),
+    out: Annotated[Path | None, typer.Option("--out", help="The settings file (default: named after the data).")] = None,
     test: Annotated[str | None, typer.Option("--test", help="Test rows.")] = None,
     model: Annotated[str, typer.Option("--model", help="The model to adapt.")] = "smollm2-135m-instruct",
+    columns: Annotated[
+        str, typer.Option("--columns", metavar="OURS=THEIRS,...", help="Name columns, e.g. prompt=text,completion=label.")
+    ] = "",
 ) -> None:
     """Look at a data file and write a settings file to start from."""
-    from fulcrum import ingest, starter, store, terminal
+    from fulcrum import ingest, sources, starter, store, terminal
     from fulcrum.config import DataSource
 
+    out = out or Path(f"{starter.stem(data)}.yaml")
     if out.exists():
         raise ConfigError(f"{out}: exists already and is not overwritten; name another file with --out")
-    examples, rejects = ingest.read([DataSource(path=data)])
+    sources.locate(model)  # a misspelt name is said before anything is read
+    if not ctx.obj:
+        terminal.silence_data_libraries()
+    source = DataSource(path=data, columns=starter.read_columns(columns))
+    examples, rejects = ingest.read([source])
     ingest.require_rows(examples, rejects, minimum=2)
     screen = terminal.console()
-    terminal.say(screen, f"{data}: {starter.formats(data)}, {len(examples):,} rows kept, {len(rejects):,} rejected")
-    terminal.say_rejects(screen, Counter(reject.reason for reject in rejects))
-    if test is not None:
-        held_out, refused = ingest.read([DataSource(path=test)])
+    terminal.say(screen, f"{data}: {starter.formats(source)}, {len(examples):,} rows kept, {len(rejects):,} rejected")
+    if rejects:
+        terminal.say_rejects(screen, Counter(reject.reason for reject in rejects))
+    test_source = None if test is None else source.model_copy(update={"path": test})
+    if test_source is not None:
+        held_out, refused = ingest.read([test_source])
         ingest.require_rows(held_out, refused, minimum=1)
         ingest.check_overlap(examples, held_out, "test")
         terminal.say(screen, f"{test}: {len(held_out):,} rows kept, {len(refused):,} rejected")
     guessed = starter.guess(examples)
-    text = starter.write_yaml(guessed, train=data, test=test, model=model)
+    text = starter.write_yaml(guessed, train=source, test=test_source, model=model)
     store.write_bytes(out, text.encode())
     terminal.say(screen, f"answers: {guessed.why}; metrics: {', '.join(guessed.metrics)}")
     terminal.say(screen, f"wrote {out}; put your own words into its anchor, then look: fulcrum check {out}")
@@ -127,7 +138,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train one adapter and score it beside the untouched model."""
     settings = _settings(run_file, changes, model, output_dir, seed)
-    screen = _model_screen(ctx, settings.model)
+    screen = _model_screen(ctx, settings.model, dry_run=dry_run)
     from fulcrum import run, terminal
     from fulcrum.watch import Watch
 
@@ -146,7 +157,7 @@ def compare(
 ) -> None:  # fmt: skip
     """Train every arm on the same rows and say what mixing brought."""
     settings = _settings(run_file, changes, model, output_dir, seed)
-    screen = _model_screen(ctx, settings.model)
+    screen = _model_screen(ctx, settings.model, dry_run=dry_run)
     from fulcrum import comparison, terminal
     from fulcrum.watch import Watch
 
@@ -248,8 +259,7 @@ def _settings(
     from fulcrum import config
 
     given = {"model": model, "output_dir": output_dir, "seed": seed}
-    settings = config.load(run_file, changes or ())
-    return settings.model_copy(update={key: value for key, value in given.items() if value is not None})
+    return config.load(run_file, changes or (), {key: value for key, value in given.items() if value is not None})
 
 
 def _notes(ctx: typer.Context) -> "Console":
@@ -261,12 +271,16 @@ def _notes(ctx: typer.Context) -> "Console":
     return terminal.console(stderr=True)
 
 
-def _model_screen(ctx: typer.Context, model: str) -> "Console":
-    """A console on stdout, once the model is there: fetched with a bar where the cache lacks it."""
-    _notes(ctx)
+def _model_screen(ctx: typer.Context, model: str, *, dry_run: bool = False) -> "Console":
+    """A console on stdout, once the model is there: fetched with a bar where the cache lacks it.
+
+    Of a dry run only the settings go to stdout where that is piped: the console is then one on stderr.
+    """
+    notes = _notes(ctx)
     from fulcrum import gguf, terminal
 
     screen = terminal.console()
+    screen = notes if dry_run and not screen.is_terminal else screen
     with terminal.download(screen, model) as progress:
         gguf.prepare(model, progress)
     return screen
@@ -277,14 +291,15 @@ def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds
 
     with terminal.working(screen, "reading data"):
         trials = preview.trials(preview.open_preview(settings, seeds[0]), arms)
-    terminal.say(screen, config.dump(settings))
+    terminal.say(terminal.console(), config.dump(settings).rstrip())
     screen.print(terminal.trial_table(trials))
     terminal.warn(screen, trials)
     if Path(settings.output_dir, store.MANIFEST).exists():
         terminal.say(screen, f"warning: {settings.output_dir} holds a run already; --resume goes on with it", "yellow")
     many = f"{len(seeds)} seeds: " if len(seeds) > 1 else ""
     runs, steps = len(trials) * len(seeds), sum(trial.steps for trial in trials) * len(seeds)
-    terminal.say(screen, f"{many}{runs:,} training runs, {steps:,} steps in all; nothing was trained (--dry-run)")
+    counted = f"{runs:,} training run{'s' if runs != 1 else ''}, {steps:,} step{'s' if steps != 1 else ''} in all"
+    terminal.say(screen, f"{many}{counted}; nothing was trained (--dry-run)")
 
 
 def main() -> None:

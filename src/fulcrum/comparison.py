@@ -52,6 +52,8 @@ def chosen_arms(settings: Settings) -> list[Arm]:
     if unknown:
         raise ConfigError(f"compare.arms: no arm {unknown[0]!r}{nearest(unknown[0], ARMS)}")
     arms = [ARMS[name] for name in settings.compare.arms]
+    if len(arms) < 2:
+        raise ConfigError(f"compare.arms: {arms[0].name} alone has nothing to be compared with; name a second arm")
     if not any(task.anchor for task in settings.tasks):
         named = [arm.name for arm in arms if arm.anchored]
         if named:

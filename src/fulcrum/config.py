@@ -1,7 +1,7 @@
 """Settings: one YAML file describes a run, flags (`a.b=value`) beat it. Every field is documented here and nowhere else.
 
-Unknown keys are errors that name the nearest known key. The key names of other trainers are accepted (`ALIASES`); they are
-renamed before validation, so the resolved settings in a run folder always use Fulcrum's own names.
+Unknown keys are errors that name the nearest known key. The key names of other trainers are accepted (`settings_file.ALIASES`);
+they are renamed before validation, so the resolved settings in a run folder always use Fulcrum's own names.
 """
 
 import re
@@ -10,53 +10,38 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from fulcrum.errors import ConfigError, nearest
+from fulcrum import settings_file
+from fulcrum.errors import ConfigError
 from fulcrum.records import Anchor, Placement
 
 Order = Literal["random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general"]
 
-# Names that people bring from TRL, LLaMA-Factory, Axolotl, ms-swift and Hugging Face -> ours (dotted).
-ALIASES: Mapping[str, str] = {
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "lr": "train.learning_rate",
-    "learning_rate": "train.learning_rate",
-    "num_train_epochs": "mix.repeats",
-    "per_device_train_batch_size": "train.batch_size",
-    "batch_size": "train.batch_size",
-    "warmup_ratio": "train.warmup",
-    "warmup_steps": "train.warmup",
-    "weight_decay": "train.weight_decay",
-    "max_grad_norm": "train.max_grad_norm",
-    "max_length": "train.max_length",
-    "cutoff_len": "train.max_length",
-    "sequence_len": "train.max_length",
-    "max_seq_length": "train.max_length",
-    "lora_r": "train.lora_r",
-    "lora_rank": "train.lora_r",
-    "lora_alpha": "train.lora_alpha",
-    "lora_dropout": "train.lora_dropout",
-    "lora_target_modules": "train.lora_target_modules",
-    "use_rslora": "train.use_rslora",
-    "use_dora": "train.use_dora",
-    "max_new_tokens": "task.max_new_tokens",
-    "early_stopping_patience": "train.early_stopping_patience",
-    "data_seed": "seed",
-}
+_LISTS = (tuple[str, ...], tuple[int, ...], tuple[int, ...] | None)
 
 
 class Section(BaseModel):
-    """Base of all settings: frozen, and unknown keys are refused."""
+    """Base of all settings: frozen, and unknown keys are refused. One value does where a list of names or numbers is asked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if kind in _LISTS and isinstance(value, str | int) and not isinstance(value, bool):
+            value = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
+        # Python takes True for 1: `repeats: yes` would be one repeat.
+        if kind is not bool and any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value])):
+            raise ValueError("takes no truth value (YAML reads yes, no, on and off as such; quote them where they are text)")
+        return value
 
 
 class DataSource(Section):
     """Where rows come from: a file, folder, glob, hub id or `builtin`, and how its columns are named."""
 
-    path: str = Field(description="file (.jsonl .json .csv .parquet .arrow), folder, glob, hub id, or `builtin`")
+    path: str = Field(min_length=1, description="file (.jsonl .json .csv .parquet .arrow), folder, glob, hub id, or `builtin`")
     name: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set, slices as in `train[:1%]`")
     revision: str | None = Field(None, description="commit or tag of a hub data set")
@@ -86,7 +71,7 @@ class TaskSettings(Section):
     """The user's few rows and how they are scored."""
 
     name: str = Field("task", description="a short name, used in tables and file names")
-    train: Sources = Field(description="training rows")
+    train: Sources = Field(min_length=1, description="training rows")
     dev: Sources = Field((), description="rows for choosing settings; none: a fifth of the training groups is held out")
     test: Sources = Field((), description="rows scored once at the end; none: a quarter of the training groups is held out")
     group: str | None = Field(None, description="column whose equal values belong together (document, customer ...)")
@@ -201,7 +186,9 @@ class CompareSettings(Section):
 class Settings(Section):
     """A whole run."""
 
-    model: str = Field("smollm2-135m-instruct", description="hub id, folder, .gguf file or a name from `fulcrum models`")
+    model: str = Field(
+        "smollm2-135m-instruct", min_length=1, description="hub id, folder, .gguf file or a name from `fulcrum models`"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with a hub model; off unless you read that code")
     tasks: tuple[TaskSettings, ...] = Field(min_length=1, description="one task (`task:`) or several that share one adapter")
     general: Sources = Field((DataSource(path="builtin"),), description="general data")
@@ -209,7 +196,7 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
     compare: CompareSettings = CompareSettings()
-    output_dir: str = Field("runs/run", description="run folder")
+    output_dir: str = Field("runs/run", min_length=1, description="run folder")
     seed: int = Field(
         0, ge=0, description="root of all seeds: data, mix, initialisation, training; a comparison may have several"
     )
@@ -233,116 +220,57 @@ class Settings(Section):
         return self.compare.seeds or (self.seed,)
 
 
-def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for key in parents:
-        child = data.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{dotted}: {key!r} already holds {child!r} and cannot take {last!r}; give {key} as a mapping")
-        data = child
-    data[last] = value
+def from_dict(data: Mapping[str, Any], where: str = "settings", flags: Mapping[str, str] | None = None) -> Settings:
+    """Validate nested settings; `flags` says by which flag a dotted name was set.
 
-
-def _apply_aliases(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Move what stands under other trainers' names to ours. Raises ConfigError where a setting is then given twice."""
-    given = {str(key).replace("-", "_"): dict(value) if isinstance(value, dict) else value for key, value in data.items()}
-    result = {key: value for key, value in given.items() if key not in ALIASES}
-    for key in [key for key in given if key in ALIASES]:
-        section, _, last = ALIASES[key].rpartition(".")
-        place = result.get(section) if section else result
-        if isinstance(place, dict) and last in place:
-            raise ConfigError(f"{key!r} and {ALIASES[key]!r} (or another name of it) are both given; keep one")
-        _set(result, ALIASES[key], given[key])
-    return result
-
-
-def _known_keys(location: Sequence[int | str]) -> list[str]:
-    """Field names of the section that an error's location points into."""
-    section: Any = Settings
-    for part in location:
-        if isinstance(part, int) or section is None:
-            continue
-        field = section.model_fields.get(part)
-        section = _SECTIONS.get(part) if field is not None else None
-    return [] if section is None else [*section.model_fields, *(ALIASES if section is Settings else ())]
-
-
-_SECTIONS: Mapping[str, type[Section]] = {
-    "tasks": TaskSettings,
-    "general": DataSource,
-    "mix": MixSettings,
-    "train": TrainSettings,
-    "eval": EvalSettings,
-    "compare": CompareSettings,
-    "anchor": AnchorSettings,
-}
-
-
-def _explain(error: ValidationError, where: str) -> ConfigError:
-    first = error.errors()[0]
-    dotted = ".".join(str(part) for part in first["loc"])
-    dotted = dotted.replace("tasks.0.", "task.") if dotted.startswith("tasks.0.") else dotted
-    if first["type"] == "extra_forbidden":
-        return ConfigError(
-            f"{where}: unknown setting {dotted!r}{nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
-        )
-    if first["type"] == "missing":
-        return ConfigError(f"{where}: {dotted!r} is missing; write it, or start from `fulcrum init DATA_FILE`")
-    message = first["msg"].removeprefix("Value error, ")
-    return ConfigError(f"{where}: {dotted or 'settings'}: {message} (got {first['input']!r:.200})")
-
-
-def from_dict(data: Mapping[str, Any], where: str = "settings") -> Settings:
-    """Validate nested settings. Raises ConfigError naming the key, the value and the nearest known name."""
+    Raises ConfigError naming the flag or `where`, the key, the value and the nearest known name.
+    """
     if "task" not in data and "tasks" not in data:
         raise ConfigError(f"{where}: no `task:` section; write one, or start from `fulcrum init DATA_FILE`")
-    renamed = _apply_aliases(data)
+    renamed = settings_file.rename(data)
     if "task" in renamed:
         if "tasks" in renamed:
             raise ConfigError("both `task` and `tasks` are given; use `task` for one, `tasks` for several")
-        renamed["tasks"] = [renamed.pop("task")]
+        task = renamed.pop("task")
+        if isinstance(task, str | list):
+            raise ConfigError(f"{where}: task is a mapping: write `task: {{train: {task}}}` (got {task!r:.200})")
+        renamed["tasks"] = [task]
     try:
         return Settings.model_validate(renamed)
     except ValidationError as error:
-        raise _explain(error, where) from None
+        raise settings_file.explain(error, Settings, where, flags or {}) from None
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
-    """Read a YAML file and apply `a.b=value` overrides (values are YAML: numbers, lists, null).
+def load(path: Path | str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Settings:
+    """Read a YAML file, then apply `a.b=value` overrides (values are YAML) and `options` (of our own names, as they are).
 
-    Raises ConfigError where the file is missing or broken, a key is unknown or a value does not fit.
+    Raises ConfigError where the file is missing or broken, a key is unknown or given twice, or a value does not fit.
     """
     file = Path(path)
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such settings file; write one with `fulcrum init DATA_FILE`") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"{file}: not readable as YAML: {str(error).splitlines()[-1].strip()}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file}: expected a mapping of settings, found {type(data).__name__}")
-    data = _apply_aliases(data)  # before the flags, which may use our names for what the file calls otherwise
+    except IsADirectoryError:
+        raise ConfigError(f"{file}: is a folder; give a settings file, such as `fulcrum init DATA_FILE` writes") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not readable as UTF-8 ({error.reason} at byte {error.start + 1})") from None
+    given = settings_file.parse(text, str(file))
+    if given is None:
+        raise ConfigError(f"{file}: is empty; write settings with `fulcrum init DATA_FILE`")
+    if not isinstance(given, dict):
+        kind = "a list" if isinstance(given, list) else f"{given!r:.60}"
+        raise ConfigError(f"{file}: expected a mapping of settings, found {kind}; `fulcrum init DATA_FILE` writes one")
+    data = settings_file.rename(given)  # before the flags, which may use our names for what the file calls otherwise
+    flags: dict[str, str] = {}
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {override!r}: expected key=value, e.g. --set train.learning_rate=2e-4")
-        key = ALIASES.get(key.strip().replace("-", "_"), key.strip())
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r}: the value is not YAML: {str(error).splitlines()[-1].strip()}") from None
-        _set(data, key, _number(value))
-    return from_dict(data, str(file))
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `5e-4` as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        key, value = settings_file.override(override)
+        settings_file.put(data, key, value)
+        flags[key] = f"--set {override!r}"
+    for key, value in (options or {}).items():
+        settings_file.put(data, key, value)
+        flags[key] = f"--{key.replace('_', '-')}"
+    return from_dict(data, str(file), flags)
 
 
 def dump(settings: Settings) -> str:

@@ -3,6 +3,7 @@
 Whoever loads the two with plain Transformers and PEFT and calls `apply_chat_template` gets the anchor's tokens.
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ def save_adapter(loaded: LoadedModel, folder: Path, task_anchors: Mapping[str, A
     try:
         shutil.rmtree(partial, ignore_errors=True)
         loaded.peft.save_pretrained(str(partial), save_embedding_layers=False)
+        _sort_lists(partial / "adapter_config.json")
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run folder has a full one
         loaded.causal.generation_config.save_pretrained(str(partial))
         baked = {name: anchors.bake(template, anchor) for name, anchor in task_anchors.items()}
@@ -44,3 +46,12 @@ def save_adapter(loaded: LoadedModel, folder: Path, task_anchors: Mapping[str, A
     finally:
         loaded.tokenizer.chat_template = template
     return folder
+
+
+def _sort_lists(file: Path) -> None:
+    """PEFT writes its sets of module names in the order of this process's hash seed; equal runs shall write equal bytes."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    plain = {
+        key: sorted(value) if key == "target_modules" and isinstance(value, list) else value for key, value in config.items()
+    }
+    file.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")

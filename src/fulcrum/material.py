@@ -42,9 +42,12 @@ class Material:
         return sum(len(task.train) for task in self.tasks)
 
     @property
-    def fingerprint(self) -> str:
-        """Hash over every row."""
-        return fingerprint([self.tasks, self.general, self.held_out])
+    def fingerprints(self) -> Mapping[str, str]:
+        """A hash over every row of each part, by the part's name, so that a refusal can say which data changed."""
+        parts: dict[str, object] = {"general": self.general}
+        parts |= {f"held out: {name}": rows for name, rows in self.held_out.items()}
+        parts |= {f"{task.name} {part}": getattr(task, part) for task in self.tasks for part in ("train", "dev", "test")}
+        return {name: fingerprint(rows) for name, rows in parts.items()}
 
     def general_count(self, repeats: int, settings: Settings) -> int:
         """General rows that a plan with `repeats` uses: in proportion to the longest candidate's."""
@@ -107,14 +110,24 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
         general = selection.examples
         rejects += [Reject(r.origin, f"general: {r.reason}", r.detail) for r in selection.rejects]
         if len(general) < wanted:
-            fewer = settings.mix.general_per_task * len(general) / wanted
-            raise DataError(
-                f"general: the mix needs {wanted} general rows, the pool has {len(general)} usable (of {len(cleaner.pool)}); "
-                f"set mix.general_per_task to {np.floor(fewer * 100) / 100:g} or less, lower mix.repeats, or add rows"
-            )
+            raise DataError(_too_small(settings, wanted, len(general), len(held_out["pool"]), len(cleaner.pool)))
     rows = max(settings.mix.candidates) * sum(len(task.train) for task in tasks) + len(general)
     cap = -(-rows // settings.train.batch_size)
     return Material(tuple(tasks), tuple(general), held_out, dict(Counter(reject.reason for reject in rejects)), cap)
+
+
+def _too_small(settings: Settings, wanted: int, left: int, held_out: int, size: int) -> str:
+    """Say that the pool has too few rows, and what can be done about it with these settings."""
+    fewer = np.floor(settings.mix.general_per_task * left / wanted * 100) / 100
+    remedies = [f"set mix.general_per_task to {fewer:g} or less"] if fewer > 0 else []
+    remedies += ["lower mix.repeats"] if max(settings.mix.candidates) > 1 else []
+    remedies += [f"lower eval.general_rows ({settings.eval.general_rows})"] if held_out else []
+    remedies += [] if any(source.path == "builtin" for source in settings.general) else ["use `general: builtin`"]
+    kept = f", and {held_out} of these are held out for measuring forgetting" if held_out else ""
+    return (
+        f"general: the mix needs {wanted} general rows, the pool has {left + held_out} usable (of {size}){kept}; "
+        f"{', '.join([*remedies, 'or add rows'])}"
+    )
 
 
 def _check_between_tasks(tasks: Sequence[Task]) -> None:

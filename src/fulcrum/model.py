@@ -5,6 +5,7 @@ twice and never changed: adapters are put on it and taken off (`adapter`).
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fulcrum import attention, encode, gguf
 from fulcrum.config import TrainSettings
 from fulcrum.errors import ModelError
+
+# oneDNN keeps the kernels of the last 1,024 shapes; rows and answers of ever new lengths made that 3 GiB and more. It reads
+# this at its first product. 64 cost no speed (LOG.md, 2026-11-22).
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 @dataclass

@@ -4,11 +4,16 @@ Formats are recognised by their column names (`FORMATS`); a `Layout` says which 
 no reading, or more than one, the user is asked (DataError with the YAML to write), never guessed for. A row that is well formed
 but unusable becomes a `Reject` whose reason is short and can be counted.
 
+Numbers and truth values stand for their JSON text (0 -> "0", true -> "true"), since labels are often written so; lists and
+objects are no text.
+
 Invariant: an Example's last message is the assistant's, no user or assistant message is blank, a system message stands first,
 at least one answer is trained, and every text is valid Unicode.
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -109,19 +114,24 @@ def _readings(free: set[str], mapping: Mapping[str, str]) -> list[tuple[str, dic
 
 def _ask(fitting: Sequence[tuple[str, dict[str, str]]]) -> str:
     choices = ["columns: {" + ", ".join(f"{slot}: {column}" for slot, column in slots.items()) + "}" for _, slots in fitting]
-    return f"the columns can be read in {len(fitting)} ways; say which, under the source's `path:`: " + "  or  ".join(choices)
+    option = ",".join(f"{slot}={column}" for slot, column in fitting[0][1].items())
+    return (
+        f"the columns can be read in {len(fitting)} ways; say which, under the source's `path:`: {'  or  '.join(choices)} "
+        f"(`fulcrum init` takes --columns {option})"
+    )
 
 
 def _none_fits(present: str, free: set[str]) -> str:
     accepted = "; ".join(f"{name} ({', '.join(slots)})" for name, slots in FORMATS.items())
-    if "text" in free:
+    if free == {"text"}:
         return (
             "a `text` column is running text, not a conversation, so there is no answer to train on; "
             f"the columns are: {present}. Split it into columns of one of these formats: {accepted}"
         )
     return (
         f"no row format fits the columns: {present}. Accepted: {accepted}. "
-        "For other names, write under the source's `path:`: columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}"
+        "For other names, write under the source's `path:`: columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN} "
+        "(`fulcrum init` takes --columns prompt=YOUR_COLUMN,completion=YOUR_COLUMN)"
     )
 
 
@@ -146,6 +156,8 @@ def convert(row: Mapping[str, Any], shape: Layout, origin: str) -> Example | Rej
 def _string(value: Any, what: str) -> str:
     if value is None:
         return ""
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
     if not isinstance(value, str):
         raise _RowError("not text", f"{what} is {type(value).__name__}: {value!r:.60}")
     try:

@@ -115,13 +115,17 @@ def begin(
         probed = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type}
         resolved = settings.model_copy(update={"train": settings.train.model_copy(update=probed)})
         store.write_bytes(folder / "config.yaml", config.dump(resolved).encode())
-    PartialState().wait_for_everyone()
+    _processes().wait_for_everyone()
     return loaded, rows, folder
 
 
 def writes() -> bool:
-    """Whether this process is the one that writes files (under `accelerate launch` there may be several)."""
-    return bool(PartialState().is_main_process)
+    """Whether this process is the one that writes files (a launcher may have started several)."""
+    return bool(_processes().is_main_process)
+
+
+def _processes() -> Any:
+    return PartialState(cpu=not torch.cuda.is_available())  # the first call decides, and must not wait for a GPU
 
 
 def own_arm(settings: Settings) -> Arm:
@@ -249,6 +253,7 @@ def finish(
         store.write_json(folder / "results.json", results)
         report.write(folder)
         store.write_bytes(folder / "README.md", report.card(report.load(folder), export.NOTE).encode())
+    _processes().wait_for_everyone()
     return results
 
 
@@ -272,7 +277,7 @@ def identity(kind: str, settings: Settings, loaded: LoadedModel, materials: Sequ
     return {
         "kind": kind,
         "settings": described,
-        "data": [rows.fingerprint for rows in materials],
+        "data": {part: [rows.fingerprints[part] for rows in materials] for part in materials[0].fingerprints},
         "environment": environment(loaded),
     }
 

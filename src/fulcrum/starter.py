@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulcrum.config import DataSource
+from fulcrum.errors import ConfigError
 from fulcrum.records import Example
 from fulcrum.tables import Held, open_tables, text_rows
 
@@ -48,14 +49,28 @@ class Guess:
     max_new_tokens: int
 
 
-def formats(path: str) -> str:
-    """The row formats that the files at `path` have. Raises DataError for what cannot be read."""
+def stem(data: str) -> str:
+    """A name after a data file, folder, pattern or hub id: for the task, its settings file and its run folder."""
+    name = re.sub(r"[^\w-]+", "_", Path(data).name.split(".")[0]).strip("_-")
+    return "task" if name in ("", "default") else name
+
+
+def read_columns(text: str) -> dict[str, str]:
+    """Read ``ours=theirs,ours=theirs``. Raises ConfigError."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if wrong := [f"{ours}{sign}{theirs}" for ours, sign, theirs in pairs if not (ours.strip() and theirs.strip())]:
+        raise ConfigError(f"--columns {wrong[0]!r}: expected ours=theirs, e.g. --columns prompt=text,completion=label")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def formats(source: DataSource) -> str:
+    """The row formats that the files of a source have. Raises DataError for what cannot be read."""
 
     def hold(file: Path) -> Held:
         rows = list(text_rows(file))
         return {name for _, row in rows for name in row}, len(rows), rows.__getitem__
 
-    return " and ".join(dict.fromkeys(table.layout.format for table in open_tables(DataSource(path=path), hold)))
+    return " and ".join(dict.fromkeys(table.layout.format for table in open_tables(source, hold)))
 
 
 def guess(examples: Sequence[Example]) -> Guess:
@@ -102,13 +117,14 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join("".join(c for c in name if c.isprintable()) for name in names)
 
 
-def write_yaml(guessed: Guess, *, train: str, test: str | None, model: str) -> str:
+def write_yaml(guessed: Guess, *, train: DataSource, test: DataSource | None, model: str) -> str:
     """Return the YAML text that `config.load` reads."""
-    name = re.sub(r"\W+", "_", Path(train).name.split(".")[0]).strip("_") or "task"
-    texts = {"model": model, "name": name, "train": train, "anchor": guessed.anchor, "output_dir": f"runs/{name}"}
-    # A JSON string is a YAML string, whatever it holds.
-    quoted = {key: json.dumps(text, ensure_ascii=False) for key, text in texts.items()}
+    name = stem(train.path)
+    values: dict[str, object] = {"model": model, "name": name, "anchor": guessed.anchor, "output_dir": f"runs/{name}"}
+    for part, source in (("train", train), ("test", test)):
+        values[part] = source and ({"path": source.path, "columns": source.columns} if source.columns else source.path)
+    # JSON is YAML, whatever its strings hold.
+    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
     return TEMPLATE.format(
-        **quoted, test="null" if test is None else json.dumps(test, ensure_ascii=False),
-        metrics=", ".join(guessed.metrics), why=guessed.why, max_new_tokens=guessed.max_new_tokens,
+        **quoted, metrics=", ".join(guessed.metrics), why=guessed.why, max_new_tokens=guessed.max_new_tokens,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import resources
@@ -63,7 +63,12 @@ def open_tables(source: DataSource, hold: Callable[[Path], Held], *, group: str 
         if _suffix(path) in TEXT_SUFFIXES:
             columns, size, fetch = hold(path)
             _require_some(name, size)
-            tables.append(Table(name, size, fetch, layout(columns, source.columns, group, name)))
+            try:
+                shape = layout(columns, source.columns, group, name)
+            except DataError:
+                _refuse_mixture(name, size, fetch, source)
+                raise
+            tables.append(Table(name, size, fetch, shape))
         else:
             tables.append(_arrow_table(name, _arrow(path), source, group))
     return tables
@@ -72,6 +77,20 @@ def open_tables(source: DataSource, hold: Callable[[Path], Held], *, group: str 
 def _require_some(name: str, size: int) -> None:
     if not size:
         raise DataError(f"{name}: is empty, it holds no rows; write at least one, or leave it out")
+
+
+def _refuse_mixture(name: str, size: int, fetch: Callable[[int], Row], source: DataSource) -> None:
+    """Raise DataError where all columns together fit no one format because rows of several formats stand in one file."""
+    first: dict[tuple[str, ...], str] = {}
+    for names, line in {frozenset(row): line for line, row in map(fetch, range(size - 1, -1, -1))}.items():
+        try:
+            found = layout(names, source.columns, None, name)
+        except DataError:
+            continue
+        first[tuple(sorted(found.columns.values()))] = f"{found.format} ({', '.join(sorted(names))}; {name}:{line})"
+    if len(first) > 1:
+        formats = " and ".join(reversed(first.values()))
+        raise DataError(f"{name}: rows of {len(first)} formats stand in this file: {formats}; make a file of each")
 
 
 def _suffix(path: Path) -> str | None:
@@ -99,26 +118,24 @@ def _files(text: str) -> list[tuple[str, Path]] | None:
         found = sorted(p for p in matches if p.is_file() and not p.name.startswith("."))
         if not found:
             raise DataError(f"{text}: no file matches this pattern; relative patterns start at {Path.cwd()}")
-    elif (
-        _suffix(path) is None
-        and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text)
-        and not (path.parent.name and path.parent.is_dir())
-    ):
+    elif _suffix(path) is None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) and not (path.parent.name and path.parent.is_dir()):
         return None
     else:
-        raise DataError(f"{text}: {_missing(path)}")
+        raise DataError(f"{text}: {_missing(path, BUILTIN if path.name == text and _suffix(path) is None else ())}")
     for file in found:
         if _suffix(file) is None:
             raise DataError(f"{file}: unknown kind of file {file.suffix!r}; give one of {', '.join(SUFFIXES)}")
     return [(str(file), file) for file in found]
 
 
-def _missing(path: Path) -> str:
+def _missing(path: Path, others: Collection[str] = ()) -> str:
+    """Say that nothing is at `path`, with the nearest of its folder's files and of the `others` that it could mean."""
     if not path.parent.is_dir():
         return f"no such file: there is no folder {path.parent}"
-    names = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))
+    names = [*others, *sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))]
     near = get_close_matches(path.name, names, cutoff=0.5) or names[:8]
-    return "no such file" + (nearest(path.name, near) if near else f"; the folder {path.parent} is empty")
+    hub = " (and a hub id is written org/name)" if others else ""
+    return f"no such file{hub}" + (nearest(path.name, near) if near else f"; the folder {path.parent} is empty")
 
 
 def text_rows(path: Path) -> Iterator[Row]:
@@ -185,6 +202,11 @@ def _csv(path: Path) -> Iterator[Row]:
         for fields in reader:
             if header is None:
                 header = fields
+                if len(header) == 1 and (separator := next((c for c in ";\t|" if c in header[0]), None)):
+                    raise DataError(
+                        f"{path}:1: one column named {json.dumps(header[0], ensure_ascii=False)}: are the columns separated "
+                        f"by {json.dumps(separator)}? Save the file with commas"
+                    )
                 if len(set(header)) < len(header):
                     raise DataError(f"{path}:1: the header names a column twice: {', '.join(header)}")
             elif fields:
@@ -229,8 +251,8 @@ def hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
         remedy = "check the id, `name:`, `split:` and `revision:`; without a network, download it elsewhere and give its files"
         if "gated" in cause.lower() or "authenticated" in cause.lower():
             remedy = "accept its terms on its hub page, then run `hf auth login`"
-        here = "" if Path(name).exists() else f"{_missing(Path(name))}. And it "
-        raise DataError(f"{name}: {here}cannot be loaded as a hub data set: {cause}; {remedy}") from error
+        path = "" if Path(name).exists() else f"; as a path: {_missing(Path(name))}"
+        raise DataError(f"{name}: cannot be loaded as a hub data set: {cause}; {remedy}{path}") from error
 
 
 def _cause(error: BaseException) -> str:

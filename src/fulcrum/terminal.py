@@ -107,9 +107,21 @@ def fail(text: str, kind: str = "error") -> None:
     console(stderr=True).print(line, soft_wrap=True)
 
 
+def silence_data_libraries() -> None:
+    """Switch off what `datasets` and the hub's client say by themselves (retries, broken files): our errors say it."""
+    import logging
+    import os
+
+    for name, variable in (("datasets", "DATASETS_VERBOSITY"), ("huggingface_hub", "HF_HUB_VERBOSITY")):
+        os.environ[variable] = "critical"  # read when the library is first imported, which may be later
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def silence_libraries() -> None:
     """Switch off what Transformers says by itself (warnings, "Loading weights"); downloads from the hub keep their bars."""
     import warnings
+
+    silence_data_libraries()
 
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
