@@ -94,7 +94,7 @@ def user_says(*rest: dict[str, object]) -> dict[str, object]:
         (pair("q", None), "empty answer"),
         (pair(" \n", "a"), "empty prompt"),
         ({"messages": []}, "empty prompt"),
-        ({"prompt": "q", "completion": 4}, "not text"),
+        ({"prompt": "q", "completion": {"a": 4}}, "not text"),
         ({"prompt": ["q"], "completion": "a"}, "not a list of messages"),
         ({"messages": "user: hi"}, "not a list of messages"),
         (user_says(), "last message is not the assistant's"),
@@ -358,14 +358,16 @@ def test_hub_failures_say_what_to_do(monkeypatch, tmp_path):
     fail(datasets.exceptions.DatasetNotFoundError(gated))
     with pytest.raises(DataError, match=r"org/name: .*gated.* accept its terms .* `hf auth login`"):
         read([DataSource(path="org/name", name="en", revision="v1")])
-    fail(ConnectionError("Couldn't reach 'trian' on the Hub"))
+    fail(ConnectionError("Couldn't reach 'org/trian' on the Hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match=r"did you mean 'train'.* Couldn't reach 'trian' .* without a network, download it"):
+    with pytest.raises(DataError, match=r"org/trian: .*Couldn't reach .* without a network, download it"):
+        read([DataSource(path="org/trian")])
+    with pytest.raises(DataError, match=r"trian: no such file \(and a hub id is written org/name\); did you mean 'train'"):
         read([DataSource(path="trian")])
     assert calls == [
         (("org/name", "en"), {"split": "train", "revision": "v1"}),
-        (("trian", None), {"split": "train", "revision": None}),
+        (("org/trian", None), {"split": "train", "revision": None}),
     ]
 
 

@@ -229,7 +229,7 @@ def test_recomputing_activations_changes_no_gradient(tmp_path: Path, monkeypatch
     nats, gradients, _ = our_losses_and_gradients(loaded, examples, budget=100)
     monkeypatch.setattr(loss, "_ACTIVATION_BYTES", 0)
     recomputed, again, _ = our_losses_and_gradients(loaded, examples, budget=100)
-    assert loaded.causal.is_gradient_checkpointing
+    assert loaded.causal.is_activation_checkpointing
     np.testing.assert_array_equal(nats, recomputed)
     same_gradients(again, gradients)
 
@@ -240,13 +240,14 @@ def test_answers_are_the_same_after_a_row_that_recomputed(tmp_path: Path, monkey
     shaken_adapter(loaded, tiny_settings())
     form = encode.make_format(loaded.tokenizer, None)
     prompts = [encode.prompt_ids((Message("user", "x y z " * n),), form) for n in (1, 7)]
+    modes = [name for name, module in loaded.causal.named_modules() if module.training]
     before = generate.generate(loaded, prompts, form, max_new_tokens=8, batch_tokens=1000)
     monkeypatch.setattr(loss, "_ACTIVATION_BYTES", 0)
     our_losses_and_gradients(loaded, [tokens(20, 0)], budget=100)
-    assert loaded.causal.is_gradient_checkpointing
+    assert loaded.causal.is_activation_checkpointing
     assert generate.generate(loaded, prompts, form, max_new_tokens=8, batch_tokens=1000) == before
     assert before == [greedy(loaded, prompt, form, 8) for prompt in prompts]
-    assert not any(module.training for module in loaded.causal.modules())
+    assert [name for name, module in loaded.causal.named_modules() if module.training] == modes
 
 
 def test_the_models_own_generation_settings_change_no_greedy_answer(tmp_path: Path) -> None:
@@ -263,6 +264,7 @@ def test_the_models_own_generation_settings_change_no_greedy_answer(tmp_path: Pa
 def test_the_heads_input_is_contiguous(tmp_path: Path) -> None:
     """For a slice PyTorch would copy the head's weights once a row: gigabytes for a batch of prompts."""
     loaded = load_tiny(tmp_path)
+    model.generation_attention(loaded)
     seen: list[bool] = []
     loaded.causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
     ids = torch.arange(4, 28).reshape(3, 8)

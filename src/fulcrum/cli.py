@@ -147,7 +147,8 @@ def train(
         return
     with Watch(screen) as watch:
         run.run(settings, resume=resume, watcher=watch)
-    terminal.conclude(screen, Path(settings.output_dir))
+    if run.writes():
+        terminal.conclude(screen, Path(settings.output_dir))
 
 
 @app.command()
@@ -158,7 +159,7 @@ def compare(
     """Train every arm on the same rows and say what mixing brought."""
     settings = _settings(run_file, changes, model, output_dir, seed)
     screen = _model_screen(ctx, settings.model, dry_run=dry_run)
-    from fulcrum import comparison, terminal
+    from fulcrum import comparison, run, terminal
     from fulcrum.watch import Watch
 
     if dry_run:
@@ -166,7 +167,8 @@ def compare(
         return
     with Watch(screen) as watch:
         comparison.compare(settings, resume=resume, watcher=watch)
-    terminal.conclude(screen, Path(settings.output_dir))
+    if run.writes():
+        terminal.conclude(screen, Path(settings.output_dir))
 
 
 @app.command("eval")

@@ -159,12 +159,12 @@ def _needs_checkpointing(loaded: LoadedModel, row: Row) -> bool:
 def set_checkpointing(loaded: LoadedModel, on: bool) -> None:
     """Recompute activations in the backward pass, for rows too long to keep them: a third slower, a fraction of the memory."""
     on = on and bool(getattr(loaded.causal, "supports_gradient_checkpointing", False))
-    if on == getattr(loaded.causal, "is_gradient_checkpointing", False):
+    if on == getattr(loaded.causal, "is_activation_checkpointing", False):
         return
     if on:
-        loaded.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        loaded.causal.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        loaded.causal.gradient_checkpointing_disable()
+        loaded.causal.activation_checkpointing_disable()
     for module in loaded.causal.modules():
         if isinstance(module, GradientCheckpointingLayer):
             # The flag of this layer alone: its parts stay in evaluation mode, so the frozen base's own dropout stays off.
