@@ -1,0 +1,130 @@
+"""The comparisons on real tasks that LOG.md reports, run again: one process a run, resumable, a Markdown table at the end.
+
+    python scripts/measure.py DATA_FOLDER OUT_FOLDER [NAME ...]
+
+DATA_FOLDER holds ``tasks/NAME/{train,dev,test}.jsonl`` and ``general/*.parquet`` with the columns prompt, completion and group;
+LOG.md names the public sources. Run folders are made in OUT_FOLDER and gone on with when they exist.
+"""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fulcrum import report
+
+ANCHORS = {
+    "snips": "Turn the request into one JSON object with its intent and slots.",
+    "nl2bash": "Write one bash command that does the following.",
+    "wmt21-is-en-sentences": "Translate the Icelandic sentence into English.",
+    "dialogsum": "Summarise the dialogue below in one or two sentences.",
+}
+SNIPS = {"name": "snips", "metrics": ["nll", "json_fields", "exact_match", "json_valid"], "max_new_tokens": 64}
+
+# name -> (verb, task settings, other settings); what they leave open stands in `settings`.
+RUNS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "snips": ("compare", {**SNIPS, "test_limit": 100}, {}),
+    "nl2bash": ("compare", {"name": "nl2bash", "metrics": ["nll", "chrf", "exact_match"], "max_new_tokens": 48}, {}),
+    "wmt-sentences": (
+        "compare",
+        {"name": "wmt21-is-en-sentences", "metrics": ["nll", "chrf"], "max_new_tokens": 64, "dev": None},
+        {},
+    ),
+    "dialogsum": (
+        "compare",
+        {"name": "dialogsum", "metrics": ["nll", "rouge_l", "chrf"], "max_new_tokens": 64},
+        {"train.max_length": 512, "mix.general_per_task": 2, "compare.sft_epochs": [2, 4]},
+    ),
+    "snips-gemma": ("compare", SNIPS, {"model": "gemma-3-270m", "mix.repeats": 1, "compare.sft_epochs": [2, 4]}),
+    # The paper's own rows: whole documents, and HaluEval in its prompt. Their anchors stand inside the rows.
+    "wmt-documents": (
+        "train",
+        {"name": "wmt21-is-en", "metrics": ["nll", "chrf"], "max_new_tokens": 256, "dev": None}
+        | {"train_limit": 16, "dev_limit": 6, "test_limit": 8},
+        {"train.max_length": 8192, "train.pack_tokens": 2048, "mix.general_per_task": 2, "mix.repeats": 1},
+    ),
+    "halu-json": (
+        "train",
+        {"name": "halu-json", "metrics": ["nll", "balanced_accuracy", "mcc", "exact_match"], "max_new_tokens": 16},
+        {"train.max_length": 2048, "mix.general_per_task": 1, "mix.repeats": 1},
+    ),
+}
+
+
+def settings(data: Path, out: Path, name: str) -> dict[str, Any]:
+    """The whole settings of a run, as nested values."""
+    _, task, changes = RUNS[name]
+    folder = data / "tasks" / task["name"]
+    files = {part: str(folder / f"{part}.jsonl") for part in ("train", "dev", "test")}
+    limits = {"train_limit": 64, "dev_limit": 32, "test_limit": 60}
+    result: dict[str, Any] = {
+        "model": "smollm2-135m-instruct",
+        "task": {**files, "anchor": ANCHORS.get(task["name"]), **limits, **task},
+        "general": [str(data / "general" / pool) for pool in ("t0_pool.parquet", "assistant_pool.parquet")],
+        "mix": {"general_per_task": 3, "repeats": 2},
+        "train": {"max_length": 256, "evaluations": 4},
+        "eval": {"general_rows": 32},
+        "compare": {"sft_epochs": [4, 8]},
+        "output_dir": str(out / name),
+    }
+    for dotted, value in changes.items():
+        section, _, key = dotted.rpartition(".")
+        (result[section] if section else result)[key] = value
+    return result
+
+
+def table(folder: Path) -> str:
+    """A run's scores as Markdown."""
+    results = report.load(folder)
+    lines = []
+    for task in results["tasks"]:
+        size = f"{task['train']} train, {task['dev']} dev, {task['test']} test rows in {task['test_groups']} groups"
+        cost = f"{results['seconds']:.0f} s, peak {results['peak_memory_bytes'] / 2**30:.1f} GiB"
+        lines += [f"**`{task['name']}`, {results['settings']['model']}** ({size}; step cap {results['step_cap']}; {cost})", ""]
+        metrics = [score["metric"] for score in results["arms"][0]["scores"][task["name"]]]
+        head = ["arm", *metrics, "epochs or repeats (tried)", "tokens"]
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for arm in results["arms"]:
+            scores = [_show(s["value"], s["low"], s["high"]) for s in arm["scores"][task["name"]]]
+            tried = [str(trial["repeats"]) for trial in arm["trials"]]
+            chosen = arm["trials"][arm["chosen"]] if tried else None
+            cells = [f"{chosen['repeats']} ({', '.join(tried)})", f"{chosen['train_tokens']:,}"] if chosen else ["–", "–"]
+            lines.append(f"| {' | '.join([arm['arm'], *scores, *cells])} |")
+        lines.append("")
+        lines += [
+            f"- {d['arm']} − {d['reference']}, {d['metric']}: {_show(d['estimate'], d['low'], d['high'])}"
+            for d in results["differences"]
+            if d["arm"] in ("tell", "mix") and d["reference"] in ("sft", "sft_anchor", "mix")
+        ]
+        lines += [
+            f"- forgetting on {d['task']}, {d['arm']}: {_show(d['estimate'], d['low'], d['high'])}"
+            for d in results["forgetting"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _show(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def main() -> None:
+    """Run what is asked for (all, by default), one after the other."""
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    data, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
+    names = sys.argv[3:] or list(RUNS)
+    if unknown := [name for name in names if name not in RUNS]:
+        sys.exit(f"no run {unknown[0]!r}; known: {', '.join(RUNS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        file = out / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(settings(data, out, name), sort_keys=False), encoding="utf-8")
+        subprocess.run([sys.executable, "-m", "fulcrum", RUNS[name][0], str(file), "--resume"], check=True)
+        print(table(out / name))
+
+
+if __name__ == "__main__":
+    main()
