@@ -73,11 +73,13 @@ def _inputs(loaded: LoadedModel, row: Row) -> dict[str, Any]:
 
 def _hidden(loaded: LoadedModel, row: Row) -> Tensor:
     """Hidden states at the positions that predict targets: (targets, d)."""
-    return loaded.body(**_inputs(loaded, row))[0][0, row.where]  # type: ignore[no-any-return]
+    hidden: Tensor = loaded.body(**_inputs(loaded, row))[0]
+    return hidden[0, row.where]
 
 
 def _logits_everywhere(loaded: LoadedModel, row: Row) -> Tensor:
-    return loaded.causal(**_inputs(loaded, row)).logits[0, row.where]  # type: ignore[no-any-return]
+    logits: Tensor = loaded.causal(**_inputs(loaded, row)).logits
+    return logits[0, row.where]
 
 
 def _chunks(count: int) -> list[slice]:

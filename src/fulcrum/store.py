@@ -78,7 +78,7 @@ def write_bytes(path: Path, data: bytes) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
             Path(name).replace(path)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no half-written file stays beside the whole one
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
