@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from fulcrum import report
+from fulcrum import report, summary
 
 ANCHORS = {
     "snips": "Turn the request into one JSON object with its intent and slots.",
@@ -76,38 +76,27 @@ def settings(data: Path, out: Path, name: str) -> dict[str, Any]:
     return result
 
 
-def table(folder: Path) -> str:
-    """A run's scores as Markdown."""
+def tables(folder: Path) -> str:
+    """What a run says, as Markdown."""
     results = report.load(folder)
     lines = []
     for task in results["tasks"]:
         size = f"{task['train']} train, {task['dev']} dev, {task['test']} test rows in {task['test_groups']} groups"
         cost = f"{results['seconds']:.0f} s, peak {results['peak_memory_bytes'] / 2**30:.1f} GiB"
         lines += [f"**`{task['name']}`, {results['settings']['model']}** ({size}; step cap {results['step_cap']}; {cost})", ""]
-        metrics = [score["metric"] for score in results["arms"][0]["scores"][task["name"]]]
-        head = ["arm", *metrics, "epochs or repeats (tried)", "tokens"]
-        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for arm in results["arms"]:
-            scores = [_show(s["value"], s["low"], s["high"]) for s in arm["scores"][task["name"]]]
-            tried = [str(trial["repeats"]) for trial in arm["trials"]]
-            chosen = arm["trials"][arm["chosen"]] if tried else None
-            cells = [f"{chosen['repeats']} ({', '.join(tried)})", f"{chosen['train_tokens']:,}"] if chosen else ["–", "–"]
-            lines.append(f"| {' | '.join([arm['arm'], *scores, *cells])} |")
-        lines.append("")
-        lines += [
-            f"- {d['arm']} − {d['reference']}, {d['metric']}: {_show(d['estimate'], d['low'], d['high'])}"
-            for d in results["differences"]
-            if d["arm"] in ("tell", "mix") and d["reference"] in ("sft", "sft_anchor", "mix")
-        ]
-        lines += [
-            f"- forgetting on {d['task']}, {d['arm']}: {_show(d['estimate'], d['low'], d['high'])}"
-            for d in results["forgetting"]
-        ]
-    return "\n".join(lines) + "\n"
+        lines += _markdown(summary.score_grid(results, task["name"]))
+    return "\n".join(
+        lines
+        + _markdown(summary.difference_grid(results))
+        + _markdown(summary.forgetting_grid(results))
+        + _markdown(summary.training_grid(results))
+        + [report.headline(results)]
+    )
 
 
-def _show(value: float, low: float | None, high: float | None) -> str:
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+def _markdown(grid: summary.Grid) -> list[str]:
+    lines = [grid.head, ("---",) * len(grid.head), *grid.rows] if grid.rows else []
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
 
 
 def main() -> None:
@@ -123,7 +112,7 @@ def main() -> None:
         file = out / f"{name}.yaml"
         file.write_text(yaml.safe_dump(settings(data, out, name), sort_keys=False), encoding="utf-8")
         subprocess.run([sys.executable, "-m", "fulcrum", RUNS[name][0], str(file), "--resume"], check=True)
-        print(table(out / name))
+        print(tables(out / name))
 
 
 if __name__ == "__main__":

@@ -270,5 +270,15 @@ def test_what_cannot_be_scored_is_named():
 
 
 def test_a_draw_without_a_rare_class_averages_over_the_classes_it_has():
-    perfect = score(rows(*[("a", "a")] * 9, ("rare", "rare")), ["balanced_accuracy"], draws=200)[0]
-    assert (perfect.value, perfect.low, perfect.high) == (1, 1, 1)
+    # Recalls 8/9 and 1: a draw without the rare class has the recall of the nine a's alone.
+    found = score(rows(*[("a", "a")] * 8, ("b", "a"), ("rare", "rare")), ["balanced_accuracy"], draws=2000)[0]
+    assert found.value == pytest.approx((8 / 9 + 1) / 2)
+    assert found.high == 1
+    assert found.low > 0.5  # a missing class that counted as recall 0 would bring a third of the draws below
+
+
+def test_where_nothing_varies_there_is_no_interval():
+    for metric, value in (("balanced_accuracy", 0.5), ("mcc", 0.0)):  # a model that always says one of two labels
+        found = score(rows(*[("a", "a"), ("a", "b")] * 10), [metric], draws=200)[0]
+        assert found.value == value
+        assert np.isnan([found.low, found.high]).all()

@@ -170,17 +170,22 @@ class TestHeadline:
 class TestNumbers:
     def test_one_seed_keeps_the_bootstrap_interval(self):
         rows = {row[0]: row for row in summary.score_grid(make(), "tickets").rows}
-        assert rows["tell"] == ("tell", "1.260 [1.160, 1.360]", "0.550 [0.450, 0.650]", "−0.020 [−0.050, 0.020]")
-        assert rows["base"][-1] == "reference"
-        assert rows["sft"][-1] == "0.300 [0.270, 0.340]"
-        assert rows["base_anchor"][-1] == "0.000 [−0.030, 0.040]"
+        assert rows["tell"] == ("tell", "1.260 [1.160, 1.360]", "0.550 [0.450, 0.650]")
+
+    @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+    def test_forgetting_stands_as_stored_once_for_all_tasks(self, seeds):
+        grid = summary.forgetting_grid(make(seeds=seeds))  # paired over rows and seeds when it was stored
+        rows = {row[0]: row[1:] for row in grid.rows}
+        assert rows["tell"] == ("−0.020 [−0.050, 0.020]",)
+        assert rows["sft"] == ("0.300 [0.270, 0.340]",)
+        assert rows["base_anchor"] == ("0.000 [−0.030, 0.040]",)
+        assert "base" not in rows
 
     def test_two_seeds_give_a_t_interval_for_trained_arms_only(self):
         rows = {row[0]: row for row in summary.score_grid(make(seeds=(0, 1)), "tickets").rows}
         # values 1.26 and 1.28: mean 1.27, standard error 0.01, t(1 df) = 12.706
         assert rows["tell"][1] == "1.270 [1.143, 1.397]"
         assert rows["base"][1] == "2.310 [2.210, 2.410]"
-        assert rows["tell"][-1] == "−0.020 [−0.050, 0.020]"  # as stored: paired over rows and seeds
 
     def test_a_missing_value_is_a_dash_and_spoils_no_other(self):
         results = make()
@@ -211,7 +216,12 @@ class TestNumbers:
 class TestTerminal:
     def test_one_table_a_task_and_one_of_differences(self):
         results = make(tasks=("a", "b"))
-        assert [str(table.title) for table in report.tables(results)] == ["a", "b", "Paired differences"]
+        assert [str(table.title) for table in report.tables(results)] == [
+            "a",
+            "b",
+            "Paired differences",
+            "Forgetting: general rows held out, nats per answer token above the base model",
+        ]
         text = terminal(results)
         assert "1.260 [1.160, 1.360]" in text
         assert "20% / 8% / 3%" in text
@@ -226,7 +236,7 @@ class TestTerminal:
         assert "[red]a[/red]" in terminal(make(tasks=("[red]a[/red]",)))
 
     def test_a_run_without_differences_has_no_empty_table(self):
-        assert len(report.tables(make(kind="train", differences=()))) == 1
+        assert len(report.tables(make(kind="train", differences=(), forgetting=()))) == 1
 
 
 class TestPage:
@@ -338,7 +348,8 @@ class TestCard:
         assert "\n# tickets: a LoRA adapter for smollm2-135m-instruct\n" in text
         assert "```text\nSort the ticket below; answer with one JSON object.\n```" in text
         assert "placement `user_prefix`" in text
-        assert "| tell | 1.260 [1.160, 1.360] | 0.550 [0.450, 0.650] | −0.020 [−0.050, 0.020] |" in text
+        assert "| tell | 1.260 [1.160, 1.360] | 0.550 [0.450, 0.650] |" in text
+        assert "| tell | −0.020 [−0.050, 0.020] |" in text
         assert "| tickets | 48 | 12 | 60 | 60 | 5,321 |" in text
         assert "apply_chat_template" in text
         assert "for one training seed" in text

@@ -196,6 +196,16 @@ def test_a_finished_run_is_evaluated_again(finished: Path, place: Path) -> None:
     assert (score.n, len(predictions), predictions[0].output) == (3, 3, None)
 
 
+def test_test_rows_that_changed_since_the_run_are_refused(place: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test.jsonl"
+    shutil.copy(place / "test.jsonl", test)
+    run.run(settings(place, tmp_path / "r", task__test=str(test), mix__repeats=1))
+    use.evaluate_run(tmp_path / "r")
+    test.write_text(test.read_text().replace("red", "blue", 1))
+    with pytest.raises(DataError, match=r"the test rows of 'task' changed since the run.*with --data FILE"):
+        use.evaluate_run(tmp_path / "r")
+
+
 def test_a_run_without_test_rows_of_its_own_is_evaluated_on_those_it_held_out(place: Path, tmp_path: Path) -> None:
     changes = {"task__train": str(place / "sizes.jsonl"), "task__dev": None, "task__test": None, "mix__repeats": 1}
     results = run.run(settings(place, tmp_path / "r", **changes, task__test_limit=3))

@@ -11,9 +11,14 @@ def names(n: int, per_group: int = 1) -> list[str]:
     return [f"g{i // per_group}" for i in range(n)]
 
 
+def mean_interval(values, groups, denominators=None, **options) -> stats.Interval:
+    sizes = np.ones(len(values)) if denominators is None else denominators
+    return stats.bootstrap(np.column_stack([values, sizes]), groups, stats.ratio, **options)
+
+
 def test_mean_agrees_with_scipy_when_every_row_is_its_own_group():
     values = np.random.default_rng(0).exponential(size=200)
-    ours = stats.bootstrap_interval(values, names(200), draws=20_000)
+    ours = mean_interval(values, names(200), draws=20_000)
     theirs = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
     ).confidence_interval
@@ -23,7 +28,7 @@ def test_mean_agrees_with_scipy_when_every_row_is_its_own_group():
 
 
 def test_ratio_is_sum_over_sum_and_weighs_rows_by_their_denominator():
-    interval = stats.bootstrap_interval(np.array([2.0, 30.0]), ["a", "b"], denominators=np.array([1.0, 9.0]))
+    interval = mean_interval(np.array([2.0, 30.0]), ["a", "b"], denominators=np.array([1.0, 9.0]))
     assert interval == (3.2, 2.0, 30 / 9)  # two groups: the interval is all there is
 
 
@@ -32,17 +37,17 @@ def test_few_groups_still_cover_the_truth():
     covered = 0
     for experiment in range(300):
         group_effect = np.repeat(rng.normal(size=12), 3)
-        low, high = stats.bootstrap_interval(group_effect + rng.normal(size=36), names(36, 3), draws=400, seed=experiment)[1:]
+        low, high = mean_interval(group_effect + rng.normal(size=36), names(36, 3), draws=400, seed=experiment)[1:]
         covered += low <= 0 <= high
     assert 0.90 <= covered / 300 <= 0.99
 
 
 def test_clusters_duplicated_rows_add_no_certainty():
     values = np.random.default_rng(1).normal(size=40)
-    once = stats.bootstrap_interval(values, names(40))
-    twice = stats.bootstrap_interval(np.repeat(values, 2), names(80, 2))
+    once = mean_interval(values, names(40))
+    twice = mean_interval(np.repeat(values, 2), names(80, 2))
     assert twice == pytest.approx(once)
-    as_if_independent = stats.bootstrap_interval(np.repeat(values, 2), names(80))
+    as_if_independent = mean_interval(np.repeat(values, 2), names(80))
     assert as_if_independent.high - as_if_independent.low < 0.8 * (once.high - once.low)
 
 
@@ -50,21 +55,21 @@ def test_row_order_does_not_matter_and_the_seed_alone_decides():
     rng = np.random.default_rng(2)
     values, groups = rng.normal(size=50), np.array(names(50, 5))
     order = rng.permutation(50)
-    first = stats.bootstrap_interval(values, list(groups), seed=7)
-    assert stats.bootstrap_interval(values[order], list(groups[order]), seed=7) == pytest.approx(first)
-    assert stats.bootstrap_interval(values, list(groups), seed=7) == first
-    assert stats.bootstrap_interval(values, list(groups), seed=8).low != first.low
+    first = mean_interval(values, list(groups), seed=7)
+    assert mean_interval(values[order], list(groups[order]), seed=7) == pytest.approx(first)
+    assert mean_interval(values, list(groups), seed=7) == first
+    assert mean_interval(values, list(groups), seed=8).low != first.low
 
 
 def test_chunks_do_not_change_the_draws(monkeypatch):
     values = np.random.default_rng(2).normal(size=30)
-    whole = stats.bootstrap_interval(values, names(30))
+    whole = mean_interval(values, names(30))
     monkeypatch.setattr(stats, "MAX_CELLS", 100)
-    assert stats.bootstrap_interval(values, names(30)) == pytest.approx(whole)
+    assert mean_interval(values, names(30)) == pytest.approx(whole)
 
 
 def test_one_group_gives_an_estimate_and_no_interval():
-    interval = stats.bootstrap_interval(np.array([1.0, 3.0]), ["same", "same"])
+    interval = mean_interval(np.array([1.0, 3.0]), ["same", "same"])
     assert interval.estimate == 2.0
     assert np.isnan(interval.low)
     assert np.isnan(interval.high)
@@ -75,18 +80,17 @@ def test_paired_difference_finds_a_small_planted_one_under_large_row_effects():
     hardness = rng.normal(scale=5, size=300)
     a = hardness + 0.3 + rng.normal(scale=0.5, size=300)
     b = hardness + rng.normal(scale=0.5, size=300)
-    difference = stats.paired_difference(a, b, names(300))
+    difference = stats.paired_over_seeds((a - b)[None, :], names(300))
     assert 0.1 < difference.low < 0.3 < difference.high < 0.5
-    unpaired_width = np.diff(stats.bootstrap_interval(a, names(300))[1:])[0]
+    unpaired_width = np.diff(mean_interval(a, names(300))[1:])[0]
     assert difference.high - difference.low < unpaired_width / 5
 
 
 def test_paired_difference_covers_zero_where_there_is_none():
     rng = np.random.default_rng(6)
     nats, tokens = rng.gamma(3, size=(2, 200)), rng.integers(1, 30, size=200).astype(float)
-    low, high = stats.paired_difference(nats[0], nats[1], names(200, 2), denominators=tokens)[1:]
+    low, high = stats.paired_over_seeds(nats[:1] - nats[1:], names(200, 2), denominators=tokens)[1:]
     assert low < 0 < high
-    assert stats.paired_difference(nats[0], nats[0], names(200, 2)) == (0, 0, 0)
 
 
 def test_seed_interval_literal_values():
@@ -116,7 +120,7 @@ def test_over_seeds_group_part_is_what_the_group_bootstrap_estimates():
     rng = np.random.default_rng(8)
     nats, tokens = rng.normal(1, 1, size=240), rng.integers(5, 10, size=240).astype(float)
     linear = stats.paired_over_seeds(nats[None, :], names(240, 3), denominators=tokens)
-    drawn = stats.bootstrap_interval(nats, names(240, 3), denominators=tokens, draws=20_000)
+    drawn = mean_interval(nats, names(240, 3), denominators=tokens, draws=20_000)
     assert linear == pytest.approx(drawn, abs=0.003)
 
 
@@ -138,15 +142,15 @@ def test_what_cannot_be_resampled_is_refused():
     with pytest.raises(DataError, match="1 of 3 values are not finite, the first at index 1"):
         stats.seed_interval([1.0, np.nan, 2.0])
     with pytest.raises(DataError, match="not finite"):
-        stats.paired_difference(np.array([1.0, np.inf]), np.zeros(2), names(2))
+        stats.paired_over_seeds(np.array([[1.0, np.inf]]), names(2))
     with pytest.raises(DataError, match="no rows"):
-        stats.bootstrap_interval(np.empty(0), [])
+        mean_interval(np.empty(0), [])
     with pytest.raises(DataError, match="row 1: a denominator must be above 0, got 0"):
-        stats.bootstrap_interval(np.ones(2), names(2), denominators=np.array([3.0, 0.0]))
-    with pytest.raises(ValueError, match=r"paired rows: a has shape \(3,\), b has \(2,\)"):
-        stats.paired_difference(np.ones(3), np.ones(2), names(3))
+        stats.paired_over_seeds(np.ones((1, 2)), names(2), denominators=np.array([3.0, 0.0]))
+    with pytest.raises(ValueError, match=r"denominators: shape \(3,\) for 2 rows"):
+        stats.paired_over_seeds(np.ones((1, 2)), names(2), denominators=np.ones(3))
     with pytest.raises(ValueError, match="for 2 group names"):
-        stats.bootstrap_interval(np.ones(3), names(2))
+        mean_interval(np.ones(3), names(2))
 
 
 def test_a_share_that_never_varied_is_not_certain():

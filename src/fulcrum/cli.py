@@ -137,18 +137,7 @@ def train(
     seed: Seed = None, resume: Resume = False, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Train one adapter and score it beside the untouched model."""
-    settings = _settings(run_file, changes, model, output_dir, seed)
-    screen = _model_screen(ctx, settings.model, dry_run=dry_run)
-    from fulcrum import run, terminal
-    from fulcrum.watch import Watch
-
-    if dry_run:
-        _dry_run(screen, settings, [run.own_arm(settings)], [settings.seed])
-        return
-    with Watch(screen) as watch:
-        run.run(settings, resume=resume, watcher=watch)
-    if run.writes():
-        terminal.conclude(screen, Path(settings.output_dir))
+    _launch(ctx, "train", _settings(run_file, changes, model, output_dir, seed), resume=resume, dry_run=dry_run)
 
 
 @app.command()
@@ -157,25 +146,16 @@ def compare(
     seed: Seed = None, resume: Resume = False, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Train every arm on the same rows and say what mixing brought."""
-    settings = _settings(run_file, changes, model, output_dir, seed)
-    screen = _model_screen(ctx, settings.model, dry_run=dry_run)
-    from fulcrum import comparison, run, terminal
-    from fulcrum.watch import Watch
-
-    if dry_run:
-        _dry_run(screen, settings, comparison.chosen_arms(settings), settings.seeds)
-        return
-    with Watch(screen) as watch:
-        comparison.compare(settings, resume=resume, watcher=watch)
-    if run.writes():
-        terminal.conclude(screen, Path(settings.output_dir))
+    _launch(ctx, "compare", _settings(run_file, changes, model, output_dir, seed), resume=resume, dry_run=dry_run)
 
 
 @app.command("eval")
 def evaluate(
     ctx: typer.Context,
     run_folder: RunFolder,
-    data: Annotated[str | None, typer.Option("--data", help="Rows to score (default: the task's test rows).")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows to score, their columns named as the task's (default: its test rows).")
+    ] = None,
     arm: ArmName = None,
     task: TaskName = None,
     metrics: Annotated[str, typer.Option("--metrics", metavar="A,B", help="Metrics (default: the task's own).")] = "",
@@ -286,6 +266,22 @@ def _model_screen(ctx: typer.Context, model: str, *, dry_run: bool = False) -> "
     with terminal.download(screen, model) as progress:
         gguf.prepare(model, progress)
     return screen
+
+
+def _launch(ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool, dry_run: bool) -> None:
+    """Do what `train` and `compare` do, or print what they would."""
+    screen = _model_screen(ctx, settings.model, dry_run=dry_run)
+    from fulcrum import comparison, run, terminal
+    from fulcrum.watch import Watch
+
+    if dry_run:
+        one = [run.own_arm(settings)], [settings.seed]
+        _dry_run(screen, settings, *(one if verb == "train" else (comparison.chosen_arms(settings), settings.seeds)))
+        return
+    with Watch(screen) as watch:
+        (run.run if verb == "train" else comparison.compare)(settings, resume=resume, watcher=watch)
+    if run.writes():
+        terminal.conclude(screen, Path(settings.output_dir))
 
 
 def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds: Sequence[int]) -> None:

@@ -7,6 +7,7 @@
 - The anchor is part of the template (`anchor.bake`), for training and inference alike.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: str, **options: Any) -> Mapping[str, Any]: ...  # noqa: D102
 
+    def __hash__(self) -> int: ...
+
     def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any: ...  # noqa: D102
 
     def convert_tokens_to_ids(self, tokens: str) -> Any: ...  # noqa: D102
@@ -73,15 +76,20 @@ def make_format(tokenizer: Tokenizer, anchor: Anchor | None) -> Format:
     """Prepare encoding. Raises ModelError where the chat template cannot render one question and answer."""
     if not isinstance(tokenizer.chat_template, str):
         raise ModelError("the tokenizer has no chat template (or several); load the model through `fulcrum.model.load`")
-    template = anchors.bake(tokenizer.chat_template, anchor)
+    template = tokenizer.chat_template
+    return Format(tokenizer, anchors.bake(template, anchor), anchor, *_markers(tokenizer, template))
+
+
+@functools.lru_cache(maxsize=4)  # Gemma has 6,249 special tokens; the template is part of the key as a tokenizer can be changed
+def _markers(tokenizer: Tokenizer, template: str) -> tuple[tuple[int, ...], str, re.Pattern[str], tuple[str, ...]]:
+    """The end of a turn (ids, text) and the special tokens (pattern, names) that the tokenizer has with this template."""
     # `all_special_tokens` lists those with a role (BOS, EOS ...) only; most chat markers are merely added as special.
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = tuple(
         sorted({str(token) for token in (*tokenizer.all_special_tokens, *added) if str(token)}, key=len, reverse=True)
     )
     special = re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
-    end_ids, end_text = _end_of_turn(tokenizer, special)
-    return Format(tokenizer, template, anchor, end_ids, end_text, special, names)
+    return *_end_of_turn(tokenizer, special), special, names
 
 
 def _end_of_turn(tokenizer: Tokenizer, special: re.Pattern[str]) -> tuple[tuple[int, ...], str]:

@@ -90,7 +90,7 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
     whole = [read_task(task, settings.seed) for task in settings.tasks]
     _check_between_tasks([task for task, _ in whole])
     for task_settings, (task, refused) in zip(settings.tasks, whole, strict=True):
-        chosen, too_long = _choose(task, task_settings, settings, tokenizer, context, seed)
+        chosen, too_long = choose(task, task_settings, settings, tokenizer, context, seed)
         tasks.append(chosen)
         rejects += refused + too_long
     held_out: dict[str, tuple[Example, ...]] = {}
@@ -143,7 +143,7 @@ def _limit(settings: Settings, context: int | None) -> int:
     return min(settings.train.max_length, context or settings.train.max_length)
 
 
-def _choose(
+def choose(
     task: Task, limits: TaskSettings, settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int
 ) -> tuple[Task, list[Reject]]:
     """The rows of a task that a run uses: short enough, then as many as its limits say, in seeded nested order.

@@ -57,7 +57,7 @@ def _read_predictions(path: Path) -> list[Record]:
 
 
 def tables(results: Record) -> list["Table"]:
-    """Return the terminal's tables: one a task with a row an arm, then the paired differences. See `Grid` for the numbers."""
+    """Return the terminal's tables: one a task with a row an arm, then paired differences and forgetting. See `Grid`."""
     training = {row[0]: row for row in summary.training_grid(results).rows}
     seconds = {row[0]: row[-1] for row in summary.cost_grid(results).rows}
     grids = []
@@ -70,8 +70,8 @@ def tables(results: Record) -> list["Table"]:
             rows.append((*row, share, *(trained[-2:] if trained else ("–", "–")), seconds[row[0]]))
         head = (*grid.head, "task share: examples / tokens / loss tokens", "steps", "train tokens", "seconds")
         grids.append(Grid(grid.title, head, tuple(rows), grid.marks))
-    differences = summary.difference_grid(results)
-    return [_rich(grid) for grid in (*grids, differences) if grid.rows]
+    grids += [summary.difference_grid(results), summary.forgetting_grid(results)]
+    return [_rich(grid) for grid in grids if grid.rows]
 
 
 def _rich(grid: Grid) -> "Table":
@@ -264,6 +264,7 @@ def _render(template: str, results: Record, **more: Any) -> str:
         training=summary.training_grid(results),
         cost=summary.cost_grid(results),
         differences=summary.difference_grid(results),
+        forgetting=summary.forgetting_grid(results),
         draws=results["settings"].get("eval", {}).get("draws"),
         peak_mebibytes=round(results["peak_memory_bytes"] / 2**20),
         **more,

@@ -46,7 +46,7 @@ def bootstrap(
     The plain percentile interval is too short for few groups: it has the spread of the n-divisor variance and normal tails.
     The percentiles are therefore moved outwards until they match a t interval (Hesterberg 2015, "What Teachers Should Know
     About the Bootstrap", The American Statistician 69(4), expanded percentile interval); from some 50 groups up the two agree.
-    One group says nothing about another: `low` and `high` are then nan.
+    One group says nothing about another, and groups that are all alike nothing about others: `low` and `high` are then nan.
 
     Raises `DataError` if there are no rows or a value is not finite.
     """
@@ -62,6 +62,8 @@ def bootstrap(
         stop = min(start + chunk, draws)
         counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=stop - start)
         values[start:stop] = statistic(counts @ per_group)
+    if np.ptp(values) <= 1e-12 * max(1.0, abs(estimate)):  # sums of equal values differ by rounding only
+        return Interval(estimate, np.nan, np.nan)
     tail = float(ndtr(np.sqrt(n_groups / (n_groups - 1)) * stdtrit(n_groups - 1, (1 - level) / 2)))
     low, high = np.quantile(values, [tail, 1 - tail])
     return Interval(estimate, float(low), float(high))
@@ -71,43 +73,6 @@ def ratio(sums: FloatArray) -> FloatArray:
     """Numerator over denominator for summed statistics (draws, 2): the `statistic` of means and of nats per token."""
     quotient: FloatArray = sums[:, 0] / sums[:, 1]
     return quotient
-
-
-def bootstrap_interval(
-    values: FloatArray,
-    groups: Sequence[str],
-    *,
-    denominators: FloatArray | None = None,
-    draws: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Mean of `values` (rows,), or sum(values) / sum(denominators), with its bootstrap interval over content groups.
-
-    For nats per token, `values` are each row's summed nats and `denominators` its tokens (> 0). See `bootstrap`.
-    """
-    sums = np.column_stack([values, _denominators(denominators, len(values))])
-    return bootstrap(sums, groups, ratio, draws=draws, seed=seed, level=level)
-
-
-def paired_difference(
-    a: FloatArray,
-    b: FloatArray,
-    groups: Sequence[str],
-    *,
-    denominators: FloatArray | None = None,
-    draws: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Mean of a - b, or sum(a - b) / sum(denominators), where row i of `a` and of `b` (rows,) is the same test row.
-
-    Every draw takes the same groups on both sides, so what makes a row hard for both cancels out. See `bootstrap`.
-    """
-    if np.shape(a) != np.shape(b):
-        raise ValueError(f"paired rows: a has shape {np.shape(a)}, b has {np.shape(b)}")
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return bootstrap_interval(difference, groups, denominators=denominators, draws=draws, seed=seed, level=level)
 
 
 def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -133,7 +98,8 @@ def paired_over_seeds(
 ) -> Interval:
     """Mean paired difference over training seeds and test rows, for seeds and rows that both could have been others.
 
-    `differences` is (seeds, rows), every seed on the same test rows; `denominators` (rows,) as in `paired_difference`.
+    `differences` is (seeds, rows), a - b on the same test rows, so that what makes a row hard for both cancels out. With
+    `denominators` (rows,) the mean is sum over sum, as for nats per token: summed nats over tokens (> 0).
     The variance is the sum of two parts: that of the seeds' means, var / S with S - 1 degrees of freedom, and that of the
     rows averaged over seeds, between content groups with G - 1. The latter is the linearised variance of a ratio (Cochran
     1977, "Sampling Techniques", 6.4), which is what the group bootstrap estimates, without its noise. The interval is t with
@@ -146,7 +112,11 @@ def paired_over_seeds(
     finite.
     """
     n_seeds, n_rows = differences.shape
-    sizes = _denominators(denominators, n_rows)
+    sizes = np.ones(n_rows) if denominators is None else np.asarray(denominators, dtype=np.float64)
+    if sizes.shape != (n_rows,):
+        raise ValueError(f"denominators: shape {sizes.shape} for {n_rows} rows")
+    if not (sizes > 0).all():
+        raise DataError(f"row {int(np.argmin(sizes > 0))}: a denominator must be above 0, got {sizes.min():g}")
     total = float(sizes.sum())
     _require_finite(differences)
     seed_means = differences.sum(axis=1) / total
@@ -168,7 +138,7 @@ def paired_over_seeds(
 def certain_only(share: float, n_groups: int, level: float = 0.95) -> Interval:
     """Interval of a share in [0, 1] that was 0 in every group, or 1 in every group (Clopper and Pearson 1934, at the ends).
 
-    A bootstrap sees no spread there and would feign certainty: 0 of 20 allows up to 0.17. Raises ValueError for other shares.
+    A bootstrap sees no spread there and can say nothing: 0 of 20 allows up to 0.17. Raises ValueError for other shares.
     """
     if share not in (0.0, 1.0):
         raise ValueError(f"a share that is the same in every group is 0 or 1, got {share}")
@@ -179,17 +149,6 @@ def certain_only(share: float, n_groups: int, level: float = 0.95) -> Interval:
 def _t_interval(mean: float, variance: float, df: float, level: float) -> Interval:
     half = float(stdtrit(df, (1 + level) / 2)) * variance**0.5
     return Interval(mean, mean - half, mean + half)
-
-
-def _denominators(denominators: FloatArray | None, n_rows: int) -> FloatArray:
-    if denominators is None:
-        return np.ones(n_rows)
-    sizes = np.asarray(denominators, dtype=np.float64)
-    if sizes.shape != (n_rows,):
-        raise ValueError(f"denominators: shape {sizes.shape} for {n_rows} rows")
-    if not (sizes > 0).all():
-        raise DataError(f"row {int(np.argmin(sizes > 0))}: a denominator must be above 0, got {sizes.min():g}")
-    return sizes
 
 
 def _sum_by_group(sums: FloatArray, groups: Sequence[str]) -> FloatArray:

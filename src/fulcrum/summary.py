@@ -93,12 +93,8 @@ def interval_of(scores: Sequence[Record]) -> Interval:
     return _over_seeds([value_of(score) for score in scores])
 
 
-def _forgetting(results: Record, arm: str, source: str) -> str:
-    """Show how far the arm's NLL on held-out general rows lies above the untouched model's, in nats per answer token."""
-    for d in results["forgetting"]:
-        if (d["arm"], d["task"]) == (arm, source):
-            return _show(Interval(value_of(d, "estimate"), value_of(d, "low"), value_of(d, "high")))
-    return "reference"
+def _interval(difference: Record) -> Interval:
+    return Interval(*(value_of(difference, key) for key in Interval._fields))
 
 
 def _best(arms: Arms, task: str) -> str | None:
@@ -210,19 +206,28 @@ def headline(results: Record) -> str:
 
 
 def score_grid(results: Record, task: str) -> Grid:
-    """Return a row an arm: every metric with its interval, and the change of NLL on each held-out general source."""
+    """Return a row an arm: every metric of the task with its interval."""
     arms = by_arm(results)
     metrics = metrics_of(arms, task)
-    sources = dict.fromkeys(d["task"] for d in results["forgetting"])
     best = _best(arms, task)
-    rows = []
-    for name, arm in arms.items():
-        scores = [_show(interval_of(scores_of(arm, task, metric["metric"]))) for metric in metrics]
-        changes = [_forgetting(results, name, source) for source in sources]
-        rows.append((name, *scores, *changes))
+    rows = [
+        (name, *(_show(interval_of(scores_of(arm, task, metric["metric"]))) for metric in metrics))
+        for name, arm in arms.items()
+    ]
     head = ("arm", *(f"{label_of(m['metric'])} {'↑' if m['higher_is_better'] else '↓'}" for m in metrics))
     marks = tuple("best" if name == best else "" if chosen_trials(arm) else "base" for name, arm in arms.items())
-    return Grid(task, (*head, *(f"forgetting: {source} (nats)" for source in sources)), tuple(rows), marks)
+    return Grid(task, head, tuple(rows), marks)
+
+
+def forgetting_grid(results: Record) -> Grid:
+    """Return a row an arm: how far its NLL on each held-out general source lies above the untouched model's."""
+    found = {(d["arm"], d["task"]): _show(_interval(d)) for d in results["forgetting"]}
+    sources = list(dict.fromkeys(source for _, source in found))
+    rows = tuple(
+        (arm, *(found.get((arm, source), "–") for source in sources)) for arm in dict.fromkeys(arm for arm, _ in found)
+    )
+    head = ("arm", *(f"{source}: change of NLL ↓" for source in sources))
+    return Grid("Forgetting: general rows held out, nats per answer token above the base model", head, rows)
 
 
 def training_grid(results: Record) -> Grid:
@@ -256,7 +261,7 @@ def difference_grid(results: Record) -> Grid:
     """Return a row a paired difference (arm minus reference, on the same test rows) with its verdict."""
     rows = []
     for d in results["differences"]:
-        interval = Interval(value_of(d, "estimate"), value_of(d, "low"), value_of(d, "high"))
+        interval = _interval(d)
         word = verdict(interval.low, interval.high, higher_is_better=d["higher_is_better"])
         pair = f"{d['arm']} − {d['reference']}"
         rows.append((pair, d["task"], label_of(d["metric"]), _show(interval), f"{d['n_seeds']}", word))

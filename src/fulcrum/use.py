@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fulcrum import adapter as adapters
-from fulcrum import comparison, config, encode, generate, ingest, material, metrics, model, scoring
+from fulcrum import comparison, config, encode, generate, ingest, material, metrics, model, scoring, store
 from fulcrum import run as running
-from fulcrum.config import DataSource, Settings
+from fulcrum.config import DataSource, Settings, TaskSettings
 from fulcrum.errors import ConfigError, DataError, StoreError, nearest
 from fulcrum.model import LoadedModel
-from fulcrum.records import Anchor, Message, Prediction, Results, Score, Task
+from fulcrum.records import Anchor, Example, Message, Prediction, Results, Score, Task
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,15 @@ def evaluate_run(
     wanted = next(item for item in adapter.settings.tasks if item.name == (task or adapter.settings.tasks[0].name))
     names = tuple(metric_names) or wanted.metrics
     form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
-    room = wanted.max_new_tokens if metrics.needs_generation(names) else 0
     if data:
-        examples, rejects = ingest.read((DataSource(path=data),), group=wanted.group)
+        source = DataSource(path=data, columns=(wanted.test or wanted.train)[0].columns)
+        examples, rejects = ingest.read((source,), group=wanted.group)
         ingest.require_rows(examples, rejects, minimum=1)
-        limit = len(examples)
     else:
-        examples = list(material.read_task(wanted, adapter.settings.seed)[0].test)
-        examples = ingest.subset(examples, len(examples), 0)
-        limit = wanted.test_limit or len(examples)
-    examples, over = material.fitting(examples, form, adapter.loaded.context or sys.maxsize, limit, room)
-    if data and over:
+        examples = _test_rows(Path(folder), adapter, wanted)
+    room = wanted.max_new_tokens if metrics.needs_generation(names) else 0
+    over = material.fitting(examples, form, adapter.loaded.context or sys.maxsize, len(examples), room)[1]
+    if over:
         raise DataError(
             f"{over[0][0].origin}: needs {over[0][1]} tokens with its answer, the model's context is {adapter.loaded.context} "
             f"({len(over)} such rows); shorten or remove them, or lower task.max_new_tokens ({wanted.max_new_tokens})"
@@ -114,6 +112,19 @@ def evaluate_run(
         adapter.loaded, scored, examples, anchored=scored.anchor is not None, batch_tokens=adapter.settings.eval.batch_tokens
     )
     return metrics.score(predictions, names, draws=adapter.settings.eval.draws), predictions
+
+
+def _test_rows(folder: Path, adapter: Adapter, task: TaskSettings) -> list[Example]:
+    """The test rows that the run scored. Raises DataError where their files hold others today."""
+    settings, loaded = adapter.settings, adapter.loaded
+    whole, _ = material.read_task(task, settings.seed)
+    rows = material.choose(whole, task, settings, loaded.tokenizer, loaded.context, settings.seed)[0].test
+    if store.fingerprint(rows) not in store.read_json(folder / store.MANIFEST)["data"][f"{task.name} test"]:
+        raise DataError(
+            f"{folder}: the test rows of {task.name!r} changed since the run, so their scores would not stand beside its own; "
+            "restore the files, or score other rows with --data FILE"
+        )
+    return list(rows)
 
 
 def train(**settings: Any) -> Results:
