@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from fulcrum import adapter, attention, encode, generate, loss, mix, model, training
 from fulcrum.errors import ModelError
+from fulcrum.prefix import BLOCK, Segment
 from fulcrum.records import Example, Message, Tokens
 from tiny import CONTEXT, WINDOW, load_tiny, save_tiny, tiny_settings
 
@@ -97,6 +98,57 @@ def test_how_rows_are_packed_changes_nothing(tmp_path: Path, kind: str) -> None:
     assert (n_rows, n_alone) == (1, 4)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     same_gradients(gradients, expected)
+
+
+def sharing_examples(longest: int = 5 * WINDOW) -> list[Tokens]:
+    """A header that all but one share, an anchor that three share, one example twice; targets in shared tokens too."""
+    header, anchor = tokens(BLOCK + 1, 90), tokens(2 * BLOCK + 4, 91)
+    own = [tokens(length, seed) for seed, length in enumerate((5, longest, 2, 3 * WINDOW))]
+    parts = [[header, own[0]], [header, anchor, own[1]], [header, anchor, own[2]], [own[3]], [header, anchor, own[3]], [own[3]]]
+    return [Tokens(np.concatenate([p.ids for p in row]), np.concatenate([p.loss_mask for p in row])) for row in parts]
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_shared_prefixes_give_the_stock_models_losses_and_lora_gradients(tmp_path: Path, kind: str) -> None:
+    loaded, settings = load_tiny(tmp_path, kind), tiny_settings()
+    assert loaded.shares
+    shaken_adapter(loaded, settings)
+    examples = sharing_examples()
+    (row,) = loss.rows(examples, loaded, 1000)
+    computed, whole = row.ids.shape[1], sum(len(example) for example in examples)
+    assert whole - computed == 3 * BLOCK + 2 * 2 * BLOCK + 3 * BLOCK  # header, anchor, the example that stands there twice
+    nats, gradients, _ = our_losses_and_gradients(loaded, examples, budget=1000)
+    expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
+    same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3"])
+def test_long_continuations_of_a_shared_prefix(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_QUERIES", 48)  # queries in many pieces, the last one short
+    monkeypatch.setattr(attention, "_SHORT", 20)
+    loaded, settings = load_tiny(tmp_path, kind), tiny_settings()
+    shaken_adapter(loaded, settings)
+    examples = sharing_examples(longest=201)
+    nats, gradients, _ = our_losses_and_gradients(loaded, examples, budget=1000)
+    expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
+    same_gradients(gradients, expected)
+
+
+def test_prefixes_are_not_shared_where_asked_or_where_dropout_is_drawn_for_each_token(tmp_path: Path) -> None:
+    loaded = load_tiny(tmp_path)
+    (row,) = loss.rows(sharing_examples(), loaded, 1000, share=False)
+    assert row.ids.shape[1] == sum(len(example) for example in sharing_examples())
+    assert all(part.context == () for part in row.segments)
+
+
+def test_a_model_that_cannot_share_still_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = save_tiny(tmp_path / "m")
+    monkeypatch.setattr(attention, "_seen", lambda states, part: states[:, part.start : part.end])  # context is not looked at
+    loaded = model.load(str(place), tiny_settings())
+    assert (loaded.packed, loaded.shares) == (True, False)
+    assert "common prefixes are computed once" not in loaded.facts
 
 
 @pytest.mark.parametrize("kind", ALONE)
@@ -218,7 +270,7 @@ def test_the_first_token_of_an_example_is_no_target(tmp_path: Path) -> None:
     (row,) = loss.rows([tokens(4, 0, supervised=1), tokens(3, 1, supervised=1)], loaded, 100)
     assert row.where.tolist() == [0, 1, 2, 4, 5]
     assert row.owner.tolist() == [0, 0, 0, 1, 1]
-    assert row.ends == (0, 4, 7)
+    assert row.segments == (Segment(0, 4), Segment(4, 7))
     assert row.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
 
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fulcrum.errors import ConfigError, DataError
-from fulcrum.pack import layout, pack
+from fulcrum.pack import pack
 from fulcrum.records import PackedRow
 
 lengths_and_budget = given(st.lists(st.integers(1, 60), max_size=80), st.integers(1, 50))
@@ -53,22 +53,3 @@ def test_refusals():
         pack([1], 0)
     with pytest.raises(DataError, match="example 2 has 0 tokens"):
         pack([4, 1, 0], 8)
-
-
-def test_layout_restarts_positions_in_every_segment():
-    position_ids, cu_seqlens = layout([3, 1, 2])
-    assert position_ids.tolist() == [0, 1, 2, 0, 0, 1]
-    assert cu_seqlens.tolist() == [0, 3, 4, 6]
-    assert position_ids.dtype == cu_seqlens.dtype == np.int64
-
-
-def test_layout_of_no_segment():
-    position_ids, cu_seqlens = layout([])
-    assert (position_ids.tolist(), cu_seqlens.tolist()) == ([], [0])
-
-
-@given(st.lists(st.integers(1, 30), max_size=20))
-def test_layout_is_segments_end_to_end(lengths):
-    position_ids, cu_seqlens = layout(lengths)
-    assert position_ids.tolist() == [i for n in lengths for i in range(n)]
-    assert np.diff(cu_seqlens).tolist() == lengths

@@ -149,6 +149,7 @@ class TrainSettings(Section):
     evaluations: int = Field(8, ge=1, description="dev evaluations in a run; the best one's weights are kept")
     early_stopping_patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    share_prefixes: bool = Field(True, description="compute what examples of a packed row begin with in common once")
     pack_tokens: int = Field(1024, ge=8, description="tokens in a packed row; examples are isolated from each other")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="matrix products; auto: bf16 where it is faster")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: a GPU where there is one")

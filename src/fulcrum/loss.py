@@ -18,8 +18,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fulcrum import attention
 from fulcrum.model import LoadedModel
-from fulcrum.pack import layout, pack
-from fulcrum.records import Tokens
+from fulcrum.pack import pack
+from fulcrum.prefix import Segment, Tree, layout, single, trees
+from fulcrum.records import IntArray, Tokens
 
 _CHUNK = 256  # supervised positions whose logits exist at a time
 _ACTIVATION_BYTES = 1_200 * 2**20  # a row whose activations would need more is recomputed in the backward pass
@@ -27,48 +28,55 @@ _ACTIVATION_BYTES = 1_200 * 2**20  # a row whose activations would need more is 
 
 @dataclass(frozen=True)
 class Row:
-    """One packed row: `ids` and `positions` (1, n), `ends` of the segments, and its targets.
+    """One packed row: `ids` and `positions` (1, n), the `segments` it is made of, and its targets.
 
     Target k is token `labels[k]`, predicted at position `where[k]`, belonging to the caller's example `owner[k]`.
     """
 
     ids: Tensor
     positions: Tensor
-    ends: tuple[int, ...]
+    segments: tuple[Segment, ...]
     where: Tensor
     labels: Tensor
     owner: Tensor
 
 
-def rows(examples: Sequence[Tokens], loaded: LoadedModel, budget: int) -> list[Row]:
-    """Lay examples into rows of at most `budget` tokens (a longer example has its own row); nothing is cut or dropped."""
-    lengths = [len(example) for example in examples]
-    groups = [row.members for row in pack(lengths, budget)] if loaded.packed else [(index,) for index in range(len(examples))]
-    return [_row(examples, members, loaded.device) for members in groups]
+def rows(examples: Sequence[Tokens], loaded: LoadedModel, budget: int, *, share: bool = True) -> list[Row]:
+    """Lay examples into rows of at most `budget` tokens (a longer example has its own row); nothing is cut or dropped.
+
+    With `share`, common prefixes stand in a row once. The loss and its gradient stay what they are, as long as nothing is
+    drawn at random for each token (adapter dropout).
+    """
+    alone = [single(index, len(example)) for index, example in enumerate(examples)]
+    if not loaded.packed:
+        return [_row(examples, [tree], loaded.device) for tree in alone]
+    forest = trees([example.ids for example in examples], budget) if share and loaded.shares else alone
+    packed = pack([tree.length for tree in forest], budget)
+    return [_row(examples, [forest[k] for k in row.members], loaded.device) for row in packed]
 
 
-def _row(examples: Sequence[Tokens], members: Sequence[int], device: torch.device) -> Row:
-    positions, ends = layout([len(examples[i]) for i in members])
-    ids = np.concatenate([examples[i].ids for i in members])
-    mask = np.concatenate([examples[i].loss_mask for i in members])
-    mask[ends[:-1]] = False  # nothing predicts an example's first token
-    targets = np.flatnonzero(mask)
-    owner = np.repeat(np.asarray(members), [len(examples[i]) for i in members])[targets]
+def _row(examples: Sequence[Tokens], forest: Sequence[Tree], device: torch.device) -> Row:
+    laid = layout([example.ids for example in examples], forest)
+    where, labels, owner = [], [], []
+    for member, places in laid.places.items():
+        targets = np.flatnonzero(examples[member].loss_mask[1:])  # nothing predicts an example's first token
+        where.append(places[targets])
+        labels.append(examples[member].ids[targets + 1])
+        owner.append(np.full(len(targets), member))
 
-    def tensor(array: Any) -> Tensor:
-        return torch.as_tensor(np.asarray(array, dtype=np.int64), device=device)
+    def tensor(*arrays: IntArray) -> Tensor:
+        return torch.as_tensor(np.concatenate(arrays), dtype=torch.int64, device=device)
 
     return Row(
-        tensor(ids)[None], tensor(positions)[None], tuple(int(end) for end in ends),
-        tensor(targets - 1), tensor(ids[targets]), tensor(owner),
-    )  # fmt: skip
+        tensor(laid.ids)[None], tensor(laid.positions)[None], laid.segments, tensor(*where), tensor(*labels), tensor(*owner)
+    )
 
 
 def _inputs(loaded: LoadedModel, row: Row) -> dict[str, Any]:
     alone = {"input_ids": row.ids, "use_cache": False}
     if not loaded.packed:
         return alone  # one example: its positions are the default ones, and some architectures take none
-    return {**alone, "position_ids": row.positions, **attention.boundaries(row.ends, loaded.flash, loaded.device)}
+    return {**alone, "position_ids": row.positions, **attention.keywords(row.segments, loaded.flash, loaded.device)}
 
 
 def _hidden(loaded: LoadedModel, row: Row) -> Tensor:

@@ -6,6 +6,7 @@ twice and never changed: adapters are put on it and taken off (`adapter`).
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fulcrum import attention, encode, gguf
+from fulcrum import attention, encode, gguf, prefix
 from fulcrum.config import TrainSettings
 from fulcrum.errors import ModelError
 
@@ -31,7 +32,8 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 class LoadedModel:
     """A causal language model, ready to train adapters on.
 
-    `packed`: several examples may share a row (else one example per row). `split_head`: the output head can be applied to
+    `packed`: several examples may stand in a row (else one example per row); `shares`: their common prefixes may stand there
+    once. `split_head`: the output head can be applied to
     chosen positions only. `context`: the longest row in tokens, None where the architecture has no limit.
     """
 
@@ -43,6 +45,7 @@ class LoadedModel:
     dtype: torch.dtype
     context: int | None
     packed: bool = False
+    shares: bool = False
     split_head: bool = False
     peft: Any = None
     facts: tuple[str, ...] = ()
@@ -146,7 +149,9 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
     with torch.no_grad():
         why = _probe_packing(loaded)
         loaded.split_head = _probe_head(loaded)
-    facts.append("examples share packed rows" if loaded.packed else f"one example per row: {why}")
+    facts.append("examples are packed into rows" if loaded.packed else f"one example per row: {why}")
+    if loaded.shares:
+        facts.append("common prefixes are computed once")
     if not loaded.split_head:
         facts.append("the output head runs at every position (its own form is not known)")
     loaded.facts = tuple(facts)
@@ -197,40 +202,51 @@ def _four_bit(device: torch.device) -> Any:
 def _probe_packing(loaded: LoadedModel) -> str:
     """Switch packed attention on, and off again where a packed row is not what its examples are alone. Returns why, or ''.
 
-    Two checks on plain text: changing the first example must not move the second one's logits (models that mix neighbours by
+    Two checks on plain text: changing the first example must not move the others' logits (models that mix neighbours by
     convolutions or state spaces fail here), and the nats of every token must be those of the stock attention, one by one.
+    Done with the others' common prefix standing in the row once; on a GPU, whose kernel cannot, and where that fails, twice.
     """
-    causal = loaded.causal
-    first, other, second = (_probe_ids(loaded, text) for text in _PROBE_TEXTS)
-    alone = [_probe_nats(causal(input_ids=ids).logits, ids) for ids in (first, second)]
-    stock = causal.config._attn_implementation
-    ends = (0, first.shape[1], first.shape[1] + second.shape[1])
-    try:
-        causal.set_attn_implementation("flash_attention_2" if loaded.device.type == "cuda" else attention.NAME)
-        places = torch.cat([torch.arange(first.shape[1]), torch.arange(second.shape[1])])[None].to(loaded.device)
-        keywords = attention.boundaries(ends, loaded.device.type == "cuda", loaded.device)
-        logits, moved = (
-            causal(input_ids=torch.cat([head, second], 1), position_ids=places, use_cache=False, **keywords).logits
-            for head in (first, other)
-        )
-    except (TypeError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, ModelError) as error:
-        causal.set_attn_implementation(stock)
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    leak = float((logits[:, ends[1] :] - moved[:, ends[1] :]).abs().max())
-    together = [_probe_nats(logits[:, a:b], ids) for a, b, ids in zip(ends, ends[1:], (first, second), strict=False)]
-    distance = float((torch.cat(together) - torch.cat(alone)).abs().mean())
-    allowed = 0.1 if loaded.dtype == torch.bfloat16 else 1e-3  # nats; bf16 keeps 8 bits and the two ways add in other orders
-    if leak > 1e-4 * float(logits.float().std()) or not distance <= allowed:
-        causal.set_attn_implementation(stock)
-        return f"packed examples differ from single ones (leak {leak:.2g}, {distance:.2g} nats a token, allowed {allowed:g})"
-    loaded.packed = True
-    return ""
+    causal, stock = loaded.causal, loaded.causal.config._attn_implementation
+    gpu = loaded.device.type == "cuda"
+    first, other, head, tail = (_probe_ids(loaded, text) for text in _PROBE_TEXTS)
+    pair = [torch.cat([head, end], dim=1) for end in (tail, other)]
+    alone = [_probe_nats(causal(input_ids=ids).logits, ids) for ids in (first, *pair)]
+    why = ""
+    for shares in (False,) if gpu else (True, False):
+        try:
+            causal.set_attn_implementation("flash_attention_2" if gpu else attention.NAME)
+            logits, moved = (_probe_logits(loaded, [start, *pair], shares) for start in (first, other))
+        except (TypeError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, ModelError) as error:
+            why = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            continue
+        leak = max(float((a - b).abs().max()) for a, b in zip(logits[1:], moved[1:], strict=True))
+        together = [_probe_nats(part, ids) for part, ids in zip(logits, (first, *pair), strict=True)]
+        distance = float((torch.cat(together) - torch.cat(alone)).abs().mean())
+        allowed = 0.1 if loaded.dtype == torch.bfloat16 else 1e-3  # nats; bf16 keeps 8 bits, and sums run in other orders
+        if leak <= 1e-4 * float(logits[1].float().std()) and distance <= allowed:
+            loaded.packed, loaded.shares = True, shares
+            return ""
+        why = f"packed examples differ from single ones (leak {leak:.2g}, {distance:.2g} nats a token, allowed {allowed:g})"
+    causal.set_attn_implementation(stock)
+    return why
+
+
+def _probe_logits(loaded: LoadedModel, examples: list[Tensor], shares: bool) -> list[Tensor]:
+    """The logits (1, tokens, vocabulary) of each example, computed in one row."""
+    ids = [example[0].cpu().numpy() for example in examples]
+    forest = prefix.trees(ids, sys.maxsize) if shares else [prefix.single(k, len(each)) for k, each in enumerate(ids)]
+    laid = prefix.layout(ids, forest)
+    inputs = (torch.as_tensor(array, dtype=torch.int64, device=loaded.device)[None] for array in (laid.ids, laid.positions))
+    options = attention.keywords(laid.segments, loaded.device.type == "cuda", loaded.device)
+    logits = loaded.causal(**dict(zip(("input_ids", "position_ids"), inputs, strict=True)), use_cache=False, **options).logits
+    return [logits[:, laid.places[k]] for k in range(len(examples))]
 
 
 _PROBE_TEXTS = (
     "The river rises in the hills and runs west to the sea.",
-    "A small shop sells bread, milk and newspapers to the people of the village, every day.",
     "Please send the report before noon, so that we can read it on the train.",
+    "A small shop sells bread, milk and newspapers to the people of the village, every day.",
+    "They come before work, and the talk is of the weather.",
 )
 
 

@@ -1,7 +1,6 @@
 """Packing: examples laid end to end in rows of a token budget, so that no padding is ever computed.
 
-In: one token count an example. Out: `PackedRow`s whose members index the caller's list, and the arrays that keep the
-members apart.
+In: one token count an example, or a tree of examples. Out: `PackedRow`s whose members index the caller's list.
 Callers pack the examples of one optimizer step only, so packing changes speed and nothing else.
 
 Invariant: every example is in exactly one row, whole; a row exceeds the budget only if it holds a single example.
@@ -10,10 +9,8 @@ Invariant: every example is in exactly one row, whole; a row exceeds the budget 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-import numpy as np
-
 from fulcrum.errors import ConfigError, DataError
-from fulcrum.records import IntArray, PackedRow
+from fulcrum.records import PackedRow
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[PackedRow]:
@@ -45,16 +42,3 @@ def pack(lengths: Sequence[int], budget: int) -> list[PackedRow]:
             insort(room, (free - lengths[index], row))
     packed = [PackedRow(tuple(sorted(members)), int(sum(lengths[i] for i in members))) for members in rows]
     return sorted(packed, key=lambda row: row.members)
-
-
-def layout(row_members_lengths: Sequence[int]) -> tuple[IntArray, IntArray]:
-    """Return `(position_ids, cu_seqlens)` of one packed row whose segments have these lengths in tokens.
-
-    `position_ids`, shape (tokens,), counts from 0 inside each segment; `cu_seqlens`, shape (segments + 1,), holds the
-    boundaries: segment j is the tokens cu_seqlens[j] to cu_seqlens[j + 1].
-
-        layout([3, 2]) -> [0, 1, 2, 0, 1], [0, 3, 5]
-    """
-    lengths = np.asarray(row_members_lengths, dtype=np.int64)
-    cu_seqlens = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-    return np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths), cu_seqlens

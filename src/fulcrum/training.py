@@ -189,7 +189,8 @@ def _step(
     mine = list(range(accelerator.process_index, len(examples), accelerator.num_processes))
     # DDP waits for a gradient of every process, so one without an example sends zeros: any example, weighing nothing.
     counts, mine = float(bool(mine)), mine or [0]
-    packed = rows([examples[i] for i in mine], loaded, settings.pack_tokens)
+    share = settings.share_prefixes and settings.lora_dropout == 0
+    packed = rows([examples[i] for i in mine], loaded, settings.pack_tokens, share=share)
     weight_of = torch.as_tensor(weight[mine] * counts, dtype=torch.float32, device=loaded.device)
     task_of = torch.as_tensor(is_task[mine], device=loaded.device)
     sums = torch.zeros(4, dtype=torch.float64)  # task nats, task targets, general nats, general targets
