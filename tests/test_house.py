@@ -28,7 +28,7 @@ FLOORS = (
         "material",
         "sources",
     ),
-    ("gguf", "attention", "model", "adapter", "loss", "training", "generate", "scoring", "export"),
+    ("gguf", "attention", "model", "lora", "adapter", "loss", "training", "generate", "scoring", "export"),
     ("summary", "plots", "report", "run"),
     ("preview", "comparison"),
     ("use", "terminal", "watch", "cli_group", "cli_models", "cli", "__main__", "__init__"),

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulcrum.config import TrainSettings
 from fulcrum.errors import ModelError
+from fulcrum.lora import LoraLinear
 from fulcrum.model import LoadedModel
 
 State = dict[str, Tensor]
@@ -23,6 +24,8 @@ def new_adapter(loaded: LoadedModel, settings: TrainSettings, seed: int) -> None
     Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: arXiv 2312.03732; DoRA: arXiv 2402.09353; through PEFT.
     """
     config = lora_config(loaded, settings)
+    if not settings.load_in_4bit:
+        config._register_custom_module({nn.Linear: LoraLinear})  # PEFT's documented way, in spite of the underscore
     if loaded.peft is not None:
         loaded.causal = loaded.peft.unload()
     torch.manual_seed(seed)

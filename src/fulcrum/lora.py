@@ -1,0 +1,57 @@
+"""A linear layer with a LoRA adapter as one operation: what PEFT computes, in fewer passes over the activations.
+
+PEFT multiplies, scales and adds the adapter's output in separate steps, each a pass over (tokens, width) forward and another
+one backward. Here products accumulate into the layer's own output, and into the input's gradient, where they belong.
+PEFT's class remains the parent: names, saving, merging and every special case (DoRA, dropout, several adapters) are its own.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+
+class LoraLinear(Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer over an `nn.Linear`, computed by `_Product` where one plain adapter is active."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's."""
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        special = args or kwargs or self.disable_adapters or self.merged or name not in self.lora_A or name in self.lora_variant
+        if special or not isinstance(self.lora_dropout[name], nn.Identity) or self.lora_B[name].bias is not None:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        base = self.base_layer
+        product: Tensor = _Product.apply(
+            x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        )
+        return product
+
+
+class _Product(torch.autograd.Function):
+    """x W' + b + s (x A') B' in the dtype of W; the gradients of A and B are in theirs. W and b are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        low = flat @ a.to(weight.dtype).t()
+        result = functional.linear(flat, weight, bias)
+        result.addmm_(low, b.to(weight.dtype).t(), alpha=scale)
+        ctx.save_for_backward(flat, low, weight, a, b)
+        ctx.scale, ctx.input_dtype = scale, x.dtype
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        flat, low, weight, a, b = ctx.saved_tensors
+        down = gradient.reshape(-1, gradient.shape[-1])
+        low_gradient = down @ b.to(weight.dtype)
+        for_b = (down.t() @ low).to(b.dtype).mul_(ctx.scale)
+        for_a = (low_gradient.t() @ flat).to(a.dtype).mul_(ctx.scale)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, for_a, for_b, None
+        for_x = down @ weight
+        for_x.addmm_(low_gradient, a.to(weight.dtype), alpha=ctx.scale)
+        return for_x.to(ctx.input_dtype).view(*gradient.shape[:-1], -1), None, None, for_a, for_b, None
