@@ -1,5 +1,7 @@
 # Two commands do all set-up on a machine with git, make and Python (with pip): `make demo` and `make test`.
 PYTHON ?= python3
+# A package index to take torch from, where the usual one has no build that suits (README.md, "See it work").
+TORCH_INDEX ?=
 BIN := .venv/bin
 
 .PHONY: venv demo test lint data clean
@@ -8,6 +10,7 @@ venv: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

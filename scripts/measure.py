@@ -2,8 +2,9 @@
 
     python scripts/measure.py DATA_FOLDER OUT_FOLDER [NAME ...]
 
-DATA_FOLDER holds ``tasks/NAME/{train,dev,test}.jsonl`` and ``general/*.parquet`` with the columns prompt, completion and group;
-LOG.md names the public sources. Run folders are made in OUT_FOLDER and gone on with when they exist.
+DATA_FOLDER holds ``tasks/NAME/{train,dev,test}.jsonl`` with the columns prompt, completion and group, and
+``general/{t0_pool,assistant_pool}.parquet`` with the columns prompt and completion; LOG.md names the data sets. Run folders are
+made in OUT_FOLDER and gone on with when they exist.
 """
 
 import subprocess
@@ -36,9 +37,9 @@ RUNS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dialogsum": (
         "compare",
         {"name": "dialogsum", "metrics": ["nll", "rouge_l", "chrf"], "max_new_tokens": 64},
-        {"train.max_length": 512, "mix.general_per_task": 2, "compare.sft_epochs": [2, 4]},
+        {"train.max_length": 512, "mix.general_per_task": 2},
     ),
-    "snips-gemma": ("compare", SNIPS, {"model": "gemma-3-270m", "mix.repeats": 1, "compare.sft_epochs": [2, 4]}),
+    "snips-gemma": ("compare", SNIPS, {"model": "gemma-3-270m"}),
     # The paper's own rows: whole documents, and HaluEval in its prompt. Their anchors stand inside the rows.
     "wmt-documents": (
         "train",
@@ -67,7 +68,6 @@ def settings(data: Path, out: Path, name: str) -> dict[str, Any]:
         "mix": {"general_per_task": 3, "repeats": 2},
         "train": {"max_length": 256, "evaluations": 4},
         "eval": {"general_rows": 32},
-        "compare": {"sft_epochs": [4, 8]},
         "output_dir": str(out / name),
     }
     for dotted, value in changes.items():

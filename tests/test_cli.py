@@ -355,14 +355,14 @@ def test_a_piped_dry_run_prints_settings_that_can_be_loaded(place: Path, tmp_pat
 
 
 def test_dry_run_of_a_comparison_counts_all_arms(place: Path) -> None:
-    # TELL has 36 rows = 6 steps; SFT may use as many: 3 epochs of 12 rows, tried as 1 (cap/4 is below 1) and 3.
+    # TELL has 36 rows = 6 steps; SFT may use as many: 3 epochs of 12 rows, tried as 1, 2 and 3.
     output = done(
         "compare", place / "run.yaml", "--dry-run", "--set", "compare.arms=[base, sft, tell]", "--set", "compare.seeds=[0, 1]"
     )
     words = " ".join(output.split())
     assert "sft 1 12 0 100.0% 100.0% 100.0%" in words
     assert "sft 3 36 0 100.0%" in words
-    assert "2 seeds: 6 training runs, 28 steps in all" in output  # (2 + 6 + 6) x 2
+    assert "2 seeds: 8 training runs, 36 steps in all" in output  # (2 + 4 + 6 + 6) x 2
 
 
 def test_mix_writes_the_stream_that_training_sees(place: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_the_shortest_file_has_the_documented_defaults() -> None:
     found = settings()
     assert found.model == "smollm2-135m-instruct"
     assert [source.path for source in found.general] == ["builtin"]
-    assert (found.mix.general_per_task, found.mix.unit, found.mix.order) == (4.0, "examples", "random")
+    assert (found.mix.general_per_task, found.mix.unit, found.mix.order) == (4.0, "examples", "auto")
     assert found.mix.candidates == (1, 2, 4, 8)
     assert (found.train.learning_rate, found.train.lora_r, found.train.lora_alpha, found.train.batch_size) == (5e-4, 16, 32, 8)
     assert found.tasks[0].metrics == ("nll", "exact_match")
@@ -265,7 +265,7 @@ def test_a_wrong_flag_is_blamed_and_not_the_file(tmp_path: Path) -> None:
         config.load(file, ["seed=1"], {"output_dir": ""})
     assert config.load(file, ["seed=1"], {"seed": 3}).seed == 3
     file.write_text("task: {train: a}\nmix: {order: sorted}\n")
-    with pytest.raises(ConfigError, match=r"^.*run\.yaml: mix\.order: expected 'random', .* \(got 'sorted'\)$"):
+    with pytest.raises(ConfigError, match=r"^.*run\.yaml: mix\.order: expected 'auto', 'random', .* \(got 'sorted'\)$"):
         config.load(file, ["mix.repeats=1"])
 
 

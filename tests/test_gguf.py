@@ -8,7 +8,14 @@ import gguf as gguf_format
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from fulcrum import gguf, sources
 from fulcrum.errors import ModelError, StoreError
@@ -79,10 +86,89 @@ def write_gguf(path: Path, *, split: str = "smollm", leave_out: str = "") -> Pat
             heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(names[part])
             tensor = interleave(tensor, heads) if heads else tensor
         writer.add_tensor(name, np.ascontiguousarray(tensor.numpy()))
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf_format.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+GEMMA_VOCAB = ["<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>", "  ", "▁a", *(chr(b) for b in range(33, 127)), "▁", "\n"]
+GEMMA_NORMS = (
+    "model.norm", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    "q_norm", "k_norm",
+)  # fmt: skip
+
+
+def tiny_gemma() -> Gemma3ForCausalLM:
+    """Six layers, because a GGUF file does not say which of them see everything: every sixth one does."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=len(GEMMA_VOCAB),
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=16,
+        sliding_window=8,
+        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 500.0}},
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    state = model.state_dict()
+    for key in state:
+        if key.endswith("norm.weight"):  # they begin as zeros, and no fault in them would show
+            state[key] = 0.3 * torch.randn(state[key].shape)
+    model.load_state_dict({key: value.bfloat16() for key, value in state.items()})  # what is stored is exact
+    return model
+
+
+def write_gemma(path: Path, *, forget: str = "nothing") -> Path:
+    """A Gemma 3 in float32 as llama.cpp's converter writes it: the embedding unscaled, every norm weight plus one.
+
+    `forget`: the norm that is written without its one, or "scale": the embedding is written scaled.
+    """
+    model = tiny_gemma()
+    config = model.config
+    writer = gguf_format.GGUFWriter(path, "gemma3")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(GEMMA_VOCAB)
+    writer.add_token_scores([0.0] * len(GEMMA_VOCAB))
+    writer.add_token_types([3, 3, 3, 2, 3] + [1] * (len(GEMMA_VOCAB) - 5))
+    writer.add_pad_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(2)
+    writer.add_unk_token_id(3)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    names = gguf_format.get_tensor_name_map(gguf_format.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
+    for key, tensor in model.state_dict().items():
+        if key == "lm_head.weight":
+            continue
+        if key.endswith("norm.weight") and not key.endswith(f"{forget}.weight"):
+            tensor = tensor + 1
+        if key == "model.embed_tokens.weight" and forget == "scale":
+            tensor = tensor * WIDTH**0.5
+        writer.add_tensor(names.get_name(key, (".weight",)), tensor.numpy())
+    finish(writer)
     return path
 
 
@@ -106,6 +192,32 @@ def test_a_converted_llama_gives_the_logits_of_the_model_that_was_written(conver
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, tiny_llama()(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def gemma_logits(model: Gemma3ForCausalLM) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits  # longer than the sliding window
+
+
+def test_a_converted_gemma_gives_the_logits_of_the_model_that_was_written(tmp_path: Path) -> None:
+    folder = convert(write_gemma(tmp_path / "gemma.gguf"), tmp_path / "folder")
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert loaded.config.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    torch.testing.assert_close(gemma_logits(loaded), gemma_logits(tiny_gemma()), atol=1e-4, rtol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("b a  b<end_of_turn>\n")["input_ids"]) == [
+        "<bos>", "b", "▁a", "▁▁", "b", "<end_of_turn>", "\n",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [*GEMMA_NORMS, "scale"])
+def test_one_wrong_norm_or_scale_of_a_gemma_would_show(fault: str, tmp_path: Path) -> None:
+    """The test above could fail: a file in which one kind of norm lacks its one gives quite other logits."""
+    folder = convert(write_gemma(tmp_path / "gemma.gguf", forget=fault), tmp_path / "folder")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert (gemma_logits(loaded) - gemma_logits(tiny_gemma())).abs().max() > 1
 
 
 def test_a_converted_folder_holds_plain_bfloat16_safetensors_and_its_origin(converted: Path) -> None:
@@ -155,10 +267,7 @@ def test_a_broken_file_is_named(content: bytes, tmp_path: Path) -> None:
 def test_an_architecture_that_transformers_lacks_is_said(tmp_path: Path) -> None:
     writer = gguf_format.GGUFWriter(tmp_path / "m.gguf", "nosuch")
     writer.add_tensor("x", np.zeros(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(ModelError, match=r"Transformers 5\S* cannot read it: .*nosuch"):
         convert(tmp_path / "m.gguf", tmp_path / "folder")
 

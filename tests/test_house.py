@@ -29,7 +29,7 @@ FLOORS = (
         "sources",
     ),
     ("gguf", "attention", "model", "lora", "adapter", "loss", "training", "generate", "scoring", "export"),
-    ("summary", "plots", "report", "run"),
+    ("summary", "plots", "report", "identity", "run"),
     ("preview", "comparison"),
     ("use", "terminal", "watch", "cli_group", "cli_models", "cli", "__main__", "__init__"),
 )

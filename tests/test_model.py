@@ -64,14 +64,13 @@ def our_losses_and_gradients(loaded: model.LoadedModel, examples: list[Tokens], 
     return nats, {n: p.grad.clone() for n, p in loaded.peft.named_parameters() if p.requires_grad}, len(rows)
 
 
-def same_gradients(found, expected) -> None:
+def same_gradients(found, expected, tolerance: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         scale = float(gradient.abs().max())
         assert scale > 0, name
-        torch.testing.assert_close(
-            found[name], gradient, rtol=1e-4, atol=1e-5 * max(scale, 1), msg=lambda m, n=name: f"{n}: {m}"
-        )
+        # Of the tensor's largest entry: its smallest ones are sums in which larger ones cancel.
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -133,7 +132,7 @@ def test_long_continuations_of_a_shared_prefix(tmp_path: Path, kind: str, monkey
     nats, gradients, _ = our_losses_and_gradients(loaded, examples, budget=1000)
     expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
     np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
-    same_gradients(gradients, expected)
+    same_gradients(gradients, expected, 5e-5)  # hundreds of tokens, added in another order
 
 
 def test_prefixes_are_not_shared_where_asked_or_where_dropout_is_drawn_for_each_token(tmp_path: Path) -> None:
@@ -174,7 +173,7 @@ def test_long_segments_use_the_fused_kernel_with_the_same_result(tmp_path: Path,
     nats, gradients, _ = our_losses_and_gradients(loaded, examples, budget=1000)
     expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
     np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
-    same_gradients(gradients, expected)
+    same_gradients(gradients, expected, 5e-5)  # hundreds of tokens, added in another order
 
 
 @pytest.mark.parametrize("kind", [*PACKED, *ALONE])
@@ -262,7 +261,7 @@ def test_a_row_with_more_targets_than_one_chunk(tmp_path: Path) -> None:
     expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
     assert n_rows == 1
     np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
-    same_gradients(gradients, expected)
+    same_gradients(gradients, expected, 5e-5)  # hundreds of tokens, added in another order
 
 
 def test_the_first_token_of_an_example_is_no_target(tmp_path: Path) -> None:

@@ -125,9 +125,9 @@ def test_every_planted_fault_is_counted_with_its_reason(tmp_path):
     assert Counter(r.reason for r in chosen.rejects) == {
         "duplicate": 1,
         "empty answer": 1,
-        "shares a 13-gram with task data": 2,
-        "shares an 8-gram with task data": 2,
-        "is a task row": 1,
+        "shares a 13-gram with task or held-out data": 2,
+        "shares an 8-gram with task or held-out data": 2,
+        "is a task or held-out row": 1,
         "too long": 1,
     }
     assert len(chosen.examples) + len(chosen.rejects) == len(pool) == 13
@@ -140,7 +140,7 @@ def test_a_task_rows_prompt_is_found_whatever_the_answers_are(tmp_path, words):
     question = " ".join(WORDS[:words])
     pool = open_pool([jsonl(tmp_path / "a.jsonl", (question.title(), "quite another answer"))], seed=0)
     chosen = pick(pool, 1, task_rows=[task(question, "the answer has five words")])
-    assert [r.reason.partition(" with ")[2] for r in chosen.rejects] == ["task data"]
+    assert [r.reason.partition(" with ")[2] for r in chosen.rejects] == ["task or held-out data"]
 
 
 def test_a_selection_is_seeded_and_the_beginning_of_a_larger_one(tmp_path):

@@ -44,7 +44,7 @@ def arm_result(arm: str, seed: int, tasks: tuple[str, ...], shift: float) -> Arm
     predictions = (Prediction(f"t.jsonl:{seed}", "g", "p", "g", "o", 1.0, 1),)
     held_out = {"builtin": (Prediction(f"b.jsonl:{seed}", "g", "p", "g", None, 1.0, 1),)}
     chosen = 0 if trained else None
-    return ArmResult(arm, seed, trials, chosen, scores, {tasks[0]: predictions}, held_out, general, 130.0)
+    return ArmResult(arm, seed, trials, chosen, level + 0.1, scores, {tasks[0]: predictions}, held_out, general, 130.0)
 
 
 def make(
@@ -143,6 +143,11 @@ class TestHeadline:
             difference["low"] = difference["high"] = None
         assert report.headline(results).startswith("No gain shown: tell's advantage over sft_anchor is 0.115")
 
+    def test_the_arm_to_beat_is_the_one_best_on_dev_not_on_test(self):
+        results = make()
+        next(arm for arm in results["arms"] if arm["arm"] == "sft")["dev_nll"] = 1.47  # sft_anchor has 1.48, and less on test
+        assert report.headline(results).startswith("tell is better than sft by 0.115")
+
     def test_an_untrained_model_that_wins_is_recommended(self):
         extra = Difference("tickets", "nll", "tell", "base_anchor", 0.4, 0.3, 0.5, 1, False)
         results = make(differences=(extra,))
@@ -214,17 +219,19 @@ class TestNumbers:
 
 
 class TestTerminal:
-    def test_one_table_a_task_and_one_of_differences(self):
+    def test_one_table_a_task_and_three_of_the_run(self):
         results = make(tasks=("a", "b"))
         assert [str(table.title) for table in report.tables(results)] == [
             "a",
             "b",
             "Paired differences",
+            "Training and cost",
             "Forgetting: general rows held out, nats per answer token above the base model",
         ]
         text = terminal(results)
         assert "1.260 [1.160, 1.360]" in text
-        assert "20% / 8% / 3%" in text
+        assert re.search(r"tell +20% +8% +3% +120 +110,000 +130\n", re.sub(" +\n", "\n", text))
+        assert re.search(r"base +– +– +– +– +– +130\n", re.sub(" +\n", "\n", text))
         assert re.search(r"tell − sft_anchor +a +exact match +0.115 \[0.030, 0.200\] +1 +better", text)
 
     def test_a_narrow_terminal_loses_no_digit(self):
@@ -232,11 +239,24 @@ class TestTerminal:
         assert "…" not in text
         assert text.count("1.360]") == 1  # tell's upper bound
 
+    def test_six_arms_and_four_metrics_stand_in_100_columns_one_line_an_arm(self):
+        results = make()
+        for arm in results["arms"]:
+            nll, match = arm["scores"]["tickets"]
+            match.update(value=0.5, low=0.4, high=0.6)
+            arm["scores"]["tickets"] = [nll, match, match | {"metric": "rouge_l"}, match | {"metric": "json_valid"}]
+        lines = [line.rstrip() for line in terminal(results, width=100).splitlines()]
+        half = "0.500 [0.400, 0.600]"
+        assert f"tell         1.260 [1.160, 1.360]  {half}  {half}  {half}" in lines
+        assert "arm          task share: examples  tokens  loss tokens  steps  train tokens  seconds" in lines
+        assert "tell                          20%      8%           3%    120       110,000      130" in lines
+
     def test_names_are_no_markup(self):
         assert "[red]a[/red]" in terminal(make(tasks=("[red]a[/red]",)))
 
     def test_a_run_without_differences_has_no_empty_table(self):
-        assert len(report.tables(make(kind="train", differences=(), forgetting=()))) == 1
+        found = report.tables(make(kind="train", differences=(), forgetting=()))
+        assert [str(table.title) for table in found] == ["tickets", "Training and cost"]
 
 
 class TestPage:
@@ -279,6 +299,37 @@ class TestPage:
             assert words in page
         assert "no trial of any arm took more than 120 optimizer steps" in page
 
+    def test_forgetting_is_measured_against_the_first_untrained_arm_and_names_it(self):
+        arms = tuple(arm_result(arm, 0, ("tickets",), 0) for arm in ("base_anchor", "tell"))
+        fallen = Difference("builtin", "nll", "tell", "base_anchor", -0.02, -0.05, 0.02, 1, False)
+        results = make(kind="train", arms=arms, differences=(), forgetting=(fallen,))
+        page = report.html(results, [])
+        assert "The dashed line is base_anchor, the untrained model: to its right" in page
+        assert "Nats per answer token above base_anchor, the untrained model, on general rows" in page
+        assert "minus that of base_anchor, the untrained model, on the same held-out general rows.</li>" in page
+        assert "the changes against base_anchor stand in the table above" in page
+        assert report.forgetting_plot(results).count("stroke-dasharray") == 1
+        assert "against base_anchor, the untrained model" in report.card(results, "")
+
+    def test_without_an_untrained_arm_there_is_no_dashed_line_and_no_word_of_it(self):
+        arms = tuple(arm_result(arm, 0, ("tickets",), 0) for arm in ("sft", "tell"))
+        results = make(arms=arms, differences=(), forgetting=())
+        page = report.html(results, [])
+        assert "NLL on held-out general rows, with 95% intervals.\n" in page
+        assert not re.search("dashed|untrained|stand in the table above|Forgetting is", page)
+        assert "stroke-dasharray" not in report.forgetting_plot(results)
+
+    @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+    def test_forgetting_has_its_intervals_and_no_word_against_them(self, seeds: tuple[int, ...]):
+        page = report.html(make(seeds=seeds), [])
+        assert "−0.020 [−0.050, 0.020]" in page
+        assert "without an interval" not in page
+
+    def test_the_step_cap_is_claimed_only_where_it_held(self):
+        # A run without general data takes the epochs that it was told, over any cap.
+        for cap, said in ((120, True), (119, False)):
+            assert ("Step cap: no trial of any arm" in report.html(make(step_cap=cap), [])) is said
+
     def test_examples_are_the_rows_where_tell_and_sft_differ_most(self):
         shown = report.examples(make(), predictions())["tickets"]
         assert len(shown) == 10
@@ -319,17 +370,17 @@ class TestLoad:
             report.load(tmp_path)
 
     def test_another_version(self, tmp_path: Path):
-        with pytest.raises(StoreError, match="has version 2, this Fulcrum reads 1"):
-            report.load(folder_with(tmp_path, make() | {"version": 2}, []))
+        with pytest.raises(StoreError, match="has version 1, this Fulcrum reads 2"):
+            report.load(folder_with(tmp_path, make() | {"version": 1}, []))
 
     def test_a_damaged_file(self, tmp_path: Path):
-        (tmp_path / "results.json").write_text('{"version": 1')
+        (tmp_path / "results.json").write_text('{"version": 2')
         with pytest.raises(StoreError, match="not readable as JSON"):
             report.load(tmp_path)
         store.write_json(tmp_path / "results.json", [1])
         with pytest.raises(StoreError, match="has version None"):
             report.load(tmp_path)
-        store.write_json(tmp_path / "results.json", {"version": 1, "arms": []})
+        store.write_json(tmp_path / "results.json", {"version": 2, "arms": []})
         with pytest.raises(StoreError, match="lacks differences, environment, forgetting, kind"):
             report.load(tmp_path)
 
@@ -361,6 +412,36 @@ class TestCard:
         results = make()
         results["tasks"][0]["anchor"] = "a ```` b\n```\n<b>"
         assert "`````text\na ```` b\n```\n<b>\n`````" in report.card(results, "")
+
+    @pytest.mark.parametrize(
+        ("model", "says", "loads"),
+        [
+            ("org/name", "from the Hugging Face hub. ", '"org/name"'),
+            (
+                "smollm2-135m-instruct",
+                "one of Fulcrum's built-in models: `prepare` fetches it, so",
+                'prepare("smollm2-135m-instruct")',
+            ),
+            ("/gone/folder", "a local folder. It is no part of this adapter: have the same model at hand", '"/gone/folder"'),
+            (
+                "/gone/a.gguf",
+                "a local file. It is no part of this adapter: have the same file at hand",
+                'prepare("/gone/a.gguf")',
+            ),
+        ],
+    )
+    def test_it_says_how_to_come_by_the_base_model(self, model: str, says: str, loads: str):
+        text = report.card(make(settings={"model": model}), "NOTE")
+        assert f"\nThe base model is `{model}`, {says}" in text
+        assert f"\nbase = AutoModelForCausalLM.from_pretrained({loads})\n" in text
+        assert ("\nfrom fulcrum.gguf import prepare\n" in text) == loads.startswith("prepare")
+        assert '\nmodel = PeftModel.from_pretrained(base, "adapters/tell")\n' in text
+
+    def test_of_several_tasks_one_is_chosen_by_name(self):
+        text = report.card(make(tasks=("Größe", "b", "c")), "")
+        assert '\ntask = "Größe"  # or "b", "c"\n' in text
+        assert "\n    messages, chat_template=task, add_generation_prompt=True, " in text
+        assert "chat_template=" not in report.card(make(), "")
 
     def test_without_anchor_there_is_no_anchor_section(self):
         results = make()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulcrum import comparison, config, encode, ingest, material, mix, report, run, store, use
+from fulcrum import comparison, config, encode, ingest, material, report, run, store, use
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Message, TrainPoint
 from tiny import CONTEXT, save_tiny, tiny_tokenizer, write_rows
@@ -439,7 +439,7 @@ def test_sft_tries_as_much_as_tell_and_few_epochs_too(place: Path, tmp_path: Pat
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
     assert rows.step_cap == 60  # 6 rows x 8 x (1 + 4), 4 a step
     assert run.trials(rows, run.ARMS["tell"], given) == (1, 2, 4, 8)
-    assert run.trials(rows, run.ARMS["sft"], given) == (5, 10, 20, 40)
+    assert run.trials(rows, run.ARMS["sft"], given) == (1, 3, 12, 40)  # 60 steps of 4 hold 40 epochs of 6
 
 
 def test_dev_and_test_are_held_out_where_none_are_given(place: Path, tmp_path: Path) -> None:
@@ -571,7 +571,7 @@ def test_no_arm_uses_more_steps_than_tell(compared: Path) -> None:
     assert results["step_cap"] == 12  # 2 x 8 task rows + 32 general ones, 4 a step
     most = {arm["arm"]: max((t["steps"] for t in arm["trials"]), default=0) for arm in results["arms"]}
     assert most == {"base": 0, "base_anchor": 0, "sft": 12, "sft_anchor": 12, "mix": 12, "tell": 12}
-    assert [t["repeats"] for arm in results["arms"] if arm["arm"] == "sft" for t in arm["trials"]] == [1, 3, 6] * 2
+    assert [t["repeats"] for arm in results["arms"] if arm["arm"] == "sft" for t in arm["trials"]] == [1, 2, 6] * 2
     for arm in results["arms"]:
         for trial in arm["trials"]:
             assert trial["history"][-1]["learning_rate"] == pytest.approx(1e-3)  # each decays fully within its own steps
@@ -588,7 +588,7 @@ def test_arms_differ_in_their_tokens_only_as_they_say(compared: Path) -> None:
 def test_paired_differences_are_those_of_the_predictions(compared: Path) -> None:
     results = report.load(compared)
     pairs = {(d["task"], d["metric"], d["arm"], d["reference"]): d for d in results["differences"]}
-    assert len(pairs) == len(results["differences"]) == 10 * 2 * 2
+    assert len(pairs) == len(results["differences"]) == 12 * 2 * 2
     rows = lines(compared / "predictions.jsonl")
 
     def mean(arm: str, task: str) -> float:
@@ -625,7 +625,7 @@ def test_a_compared_adapter_answers_as_predicted(compared: Path) -> None:
         use.load_adapter(compared, arm="tel")
 
 
-@pytest.mark.parametrize("steps", [60, 125])
+@pytest.mark.parametrize("steps", [50, 110])
 def test_a_killed_comparison_goes_on_to_the_same_results(place: Path, compared: Path, tmp_path: Path, steps: int) -> None:
     """Killed in the middle of an arm's second trial, and at the second seed."""
     folder = tmp_path / "six"
@@ -687,6 +687,80 @@ def test_a_model_that_cannot_pack_is_compared_too(place: Path, tmp_path: Path) -
     assert [arm.arm for arm in results.arms] == ["sft", "tell"]
 
 
-def test_the_seeds_of_a_run_differ_by_purpose(place: Path, tmp_path: Path) -> None:
-    plans = {mix.plan(6, 24, repeats=2, general_per_task=2, order="random", seed=store.seed_for(s, "mix")) for s in range(4)}
-    assert len(plans) == 4
+def test_a_seed_draws_rows_and_order_anew_and_leaves_what_is_measured_on(place: Path, tmp_path: Path) -> None:
+    given = settings(place, tmp_path / "r", task__train_limit=4)
+    first, other = (material.prepare(given, tiny_tokenizer(), CONTEXT, seed) for seed in (0, 1))
+    assert first.tasks[0].train != other.tasks[0].train
+    assert first.general != other.general
+    assert (first.tasks[0].dev, first.tasks[0].test) == (other.tasks[0].dev, other.tasks[0].test)
+    assert first.held_out == other.held_out
+    streams = [run.stream(first, tiny_tokenizer(), run.ARMS["tell"], given, 2, seed) for seed in (0, 1)]
+    assert streams[0].plan.fingerprint != streams[1].plan.fingerprint
+    again = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
+    assert (again.tasks[0].train, again.general) == (first.tasks[0].train, first.general)
+
+
+def test_rows_without_general_data_are_shuffled_anew_in_each_epoch(place: Path, tmp_path: Path) -> None:
+    given = settings(place, tmp_path / "r", mix__order="random")
+    rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
+    _, ids = run.stream(rows, tiny_tokenizer(), run.ARMS["sft"], given, 5, 0).plan.slice(0, 30)
+    epochs = ids.reshape(5, 6)
+    assert [sorted(epoch) for epoch in epochs.tolist()] == [[0, 1, 2, 3, 4, 5]] * 5
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
+
+
+@pytest.mark.parametrize(
+    ("order", "batch", "expected"),
+    [("auto", 4, "epoch_stratified"), ("auto", 1, "random"), ("random", 4, "random"), ("ramp", 4, "ramp")],
+)
+def test_short_mixtures_are_stratified_unless_another_order_is_asked_for(
+    place: Path, tmp_path: Path, order: str, batch: int, expected: str
+) -> None:
+    changes = {"mix__repeats": 12, "mix__general_per_task": 2, "train__batch_size": batch, "mix__order": order}
+    given = settings(place, tmp_path / "r", **changes)
+    rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
+    plan = run.stream(rows, tiny_tokenizer(), run.ARMS["tell"], given, 12, 0).plan
+    assert (len(plan), plan.order) == (216, expected)  # 12 x 6 x (1 + 2) rows: 54 steps of 4, 216 of 1
+
+
+def test_auto_leaves_out_repeats_that_the_pool_cannot_feed_and_says_so(place: Path, tmp_path: Path) -> None:
+    changes = {"mix__repeats": "auto", "mix__general_per_task": 12, "eval__general_rows": 2}
+    given = settings(place, tmp_path / "r", **changes)
+    rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)  # 6 rows x 12 = 72 general ones a repeat; 256 in the pool
+    assert rows.repeats == (1, 2)
+    assert len(rows.general) == 144
+    assert run.trials(rows, run.ARMS["tell"], given) == (1, 2)
+    assert rows.notes == ("mix.repeats: auto tries 1, 2 instead of 1, 2, 4, 8: the general data have 254 usable rows",)
+    assert rows.general_count(1) == 72
+    given = settings(place, tmp_path / "r", **{**changes, "mix__general_per_task": 50})
+    with pytest.raises(DataError, match=r"the mix needs 300 general rows, .*set mix\.general_per_task to 42\.33 or less"):
+        material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
+
+
+def test_where_one_anchor_allows_last_answers_only_no_task_trains_on_others(place: Path, tmp_path: Path) -> None:
+    turns = [("user", "colour ant"), ("assistant", "red"), ("user", "again"), ("assistant", "blue")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    file = tmp_path / "turns.jsonl"
+    lines = [{"messages": [{**messages[0], "content": f"colour x{i}"}, *messages[1:]]} for i in range(4)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = two_tasks(place, tmp_path / "r").model_dump()
+    given["tasks"][0].update(train=str(file), anchor={"text": "Name it.", "placement": "user_prefix"})
+    for placement, trained in (("user_prefix", [True, True]), ("user_suffix", [False, True])):
+        given["tasks"][1]["anchor"] = {"text": "Size it.", "placement": placement}
+        rows = material.prepare(config.from_dict(given), tiny_tokenizer(), CONTEXT, 0)
+        assert [m.train for m in rows.tasks[0].train[0].messages if m.role == "assistant"] == trained
+
+
+def test_other_weights_or_code_are_no_resume(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    given = settings(place, tmp_path / "r", model=str(tmp_path / "model"), mix__repeats=1)
+    run.run(given)
+    weights = tmp_path / "model" / "model.safetensors"
+    save_file({name: tensor * 1.3 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(StoreError, match=r"cannot resume, environment\.weights \(.*changed since it started"):
+        run.run(given, resume=True)
+    shutil.copy(place / "model" / "model.safetensors", weights)
+    run.run(given, resume=True)
+    monkeypatch.setattr("fulcrum.identity._code", lambda: "edited")
+    with pytest.raises(StoreError, match=r"cannot resume, environment\.code \("):
+        run.run(given, resume=True)

@@ -1,13 +1,15 @@
 """LoRA adapters on a loaded base model, through PEFT: made fresh from a seed, read, put on, taken off."""
 
+import re
 from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fulcrum.config import TrainSettings
-from fulcrum.errors import ModelError
+from fulcrum.errors import ConfigError, ModelError, nearest
 from fulcrum.lora import LoraLinear
 from fulcrum.model import LoadedModel
 
@@ -22,6 +24,7 @@ def new_adapter(loaded: LoadedModel, settings: TrainSettings, seed: int) -> None
     """Put a fresh LoRA adapter on the base model (dropping the one before); its initial weights depend on `seed` only.
 
     Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: arXiv 2312.03732; DoRA: arXiv 2402.09353; through PEFT.
+    Raises ConfigError for target modules that the model lacks or that cannot be adapted.
     """
     config = lora_config(loaded, settings)
     if not settings.load_in_4bit:
@@ -29,7 +32,11 @@ def new_adapter(loaded: LoadedModel, settings: TrainSettings, seed: int) -> None
     if loaded.peft is not None:
         loaded.causal = loaded.peft.unload()
     torch.manual_seed(seed)
-    loaded.peft = get_peft_model(loaded.causal, config, autocast_adapter_dtype=True)
+    try:
+        loaded.peft = get_peft_model(loaded.causal, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        named = settings.lora_target_modules
+        raise ConfigError(f"train.lora_target_modules: PEFT refuses {named!r}: {error}; all-linear is the default") from error
     loaded.causal = loaded.peft.get_base_model()
     set_dropout(loaded, False)
 
@@ -42,9 +49,10 @@ def set_dropout(loaded: LoadedModel, on: bool) -> None:
 
 
 def lora_config(loaded: LoadedModel, settings: TrainSettings) -> LoraConfig:
-    """The PEFT configuration that the settings describe."""
+    """The PEFT configuration that the settings describe. Raises ConfigError for target modules that the model lacks."""
     kind = loaded.causal.config.model_type
     targets = settings.lora_target_modules
+    _check_targets(loaded, targets)
     return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -56,6 +64,26 @@ def lora_config(loaded: LoadedModel, settings: TrainSettings) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def _check_targets(loaded: LoadedModel, targets: str | tuple[str, ...]) -> None:
+    """Refuse at once what PEFT refuses when training begins, and names of a list that it would pass over."""
+    if targets == "all-linear":
+        return
+    # As PEFT reads them: a list holds whole names or their ends, a single text is a pattern for whole names.
+    pattern_of = {targets: targets} if isinstance(targets, str) else {end: rf"(.*\.)?{re.escape(end)}" for end in targets}
+    modules = dict(loaded.causal.named_modules())
+    ends = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    for written, pattern in pattern_of.items():
+        try:
+            found = [module for name, module in modules.items() if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise ConfigError(f"train.lora_target_modules: {written!r} is no pattern ({error}); use a list of names") from error
+        if not found or any(getattr(module, "weight", torch.empty(0)).ndim < 2 for module in found):
+            what = "names what is no layer with a weight matrix" if found else "names no module"
+            hint = f" (a single text is a pattern for whole names; for their ends write [{written}])" * isinstance(targets, str)
+            known = nearest(written, {*ends, "all-linear"})
+            raise ConfigError(f"train.lora_target_modules: {written!r} {what} of {loaded.name!r}{hint}{known}")
 
 
 def drop_adapter(loaded: LoadedModel) -> None:

@@ -1,8 +1,9 @@
 """The anchor prompt: text that every row of one task carries, and no general row.
 
-There is one mechanism. `bake` writes the anchor into a chat template, and everything that renders a conversation (training,
-scoring, generation, the saved tokenizer, other people's `apply_chat_template`) uses that one template, so the tokens cannot
-differ between training and use. `apply` does the same to the messages themselves, for trainers that bring their own template.
+`bake` writes the anchor into a chat template, and everything that renders a conversation here (training, scoring, generation,
+the saved tokenizer, other people's `apply_chat_template` with it) uses that one template, so the tokens cannot differ between
+training and use. `apply` writes the same text into the messages themselves. It serves `fulcrum mix` only, whose rows go to
+trainers with templates of their own.
 """
 
 import json

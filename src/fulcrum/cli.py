@@ -33,10 +33,10 @@ Changes = Annotated[
 ]
 Model = Annotated[str | None, typer.Option("--model", help="Override `model`.")]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Override `output_dir`.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Override `seed`.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Override `seed`; `compare` takes compare.seeds where set.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that output_dir holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, shares and steps, and train nothing.")]
-ArmName = Annotated[str | None, typer.Option("--arm", help="Arm of a comparison (default: tell).")]
+ArmName = Annotated[str | None, typer.Option("--arm", help="Arm (default: the first there of tell, mix, sft_anchor, sft).")]
 TaskName = Annotated[str | None, typer.Option("--task", help="Task (default: the first).")]
 
 
@@ -93,7 +93,7 @@ def init(
         ingest.check_overlap(examples, held_out, "test")
         terminal.say(screen, f"{test}: {len(held_out):,} rows kept, {len(refused):,} rejected")
     guessed = starter.guess(examples)
-    text = starter.write_yaml(guessed, train=source, test=test_source, model=model)
+    text = starter.write_yaml(guessed, train=source, test=test_source, model=model, n_rows=len(examples))
     store.write_bytes(out, text.encode())
     terminal.say(screen, f"answers: {guessed.why}; metrics: {', '.join(guessed.metrics)}")
     terminal.say(screen, f"wrote {out}; put your own words into its anchor, then look: fulcrum check {out}")
@@ -122,7 +122,7 @@ def check(
     terminal.say(screen, f"general rows chosen for the longest plan: {len(seen.rows.general):,}; rows not used, by reason:")
     terminal.say_rejects(screen, seen.rows.rejects)
     screen.print(terminal.length_table(lengths), terminal.trial_table(trials))
-    terminal.warn(screen, trials)
+    terminal.warn(screen, trials, seen.rows.notes)
     plain = encode.make_format(seen.tokenizer, None)
     shown = [(task.name, encode.make_format(plain.tokenizer, task.anchor), task.train[:rows]) for task in seen.rows.tasks]
     for name, form, examples in [*shown, ("general", plain, seen.rows.general[: min(rows, 1)])]:
@@ -159,14 +159,14 @@ def evaluate(
     arm: ArmName = None,
     task: TaskName = None,
     metrics: Annotated[str, typer.Option("--metrics", metavar="A,B", help="Metrics (default: the task's own).")] = "",
-    out: Annotated[Path | None, typer.Option("--out", help="Write the predictions there, as JSON lines.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write predictions there (default: RUN_FOLDER/eval).")] = None,
 ) -> None:
-    """Score a trained adapter on other rows.
+    """Score a trained adapter on other rows, none of which it was trained on.
 
     Metrics: nll, exact_match, token_f1, rouge_l, chrf, json_valid, json_fields, accuracy, bleu, balanced_accuracy, mcc.
     """
     from fulcrum import metrics as scoring
-    from fulcrum import store, terminal
+    from fulcrum import terminal
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     scoring.needs_generation(names)  # a misspelt name is said before the model is loaded
@@ -174,11 +174,14 @@ def evaluate(
     from fulcrum import use
 
     with terminal.working(notes, "loading the model and scoring"):
-        scores, predictions = use.evaluate_run(run_folder, data=data, arm=arm, task=task, metric_names=names)
-    terminal.console().print(terminal.score_table(f"{run_folder}: {data or 'test rows'}", scores))
-    if out is not None:
-        store.write_jsonl(out, predictions)
-        terminal.say(notes, f"wrote {len(predictions):,} predictions to {out}")
+        found = use.evaluation(run_folder, data=data, arm=arm, task=task, metric_names=names, out=out)
+    if found.rejects:
+        terminal.say(notes, f"rows of {data} left out, by reason:")
+        terminal.say_rejects(notes, found.rejects)
+    for text in found.notes:
+        terminal.say(notes, f"warning: {text}", "yellow")
+    terminal.console().print(terminal.score_table(f"{run_folder}: {data or 'test rows'}", found.scores))
+    terminal.say(notes, f"wrote {len(found.predictions):,} predictions to {found.file}")
 
 
 @app.command()
@@ -213,10 +216,9 @@ def mix(
     screen = _model_screen(ctx, settings.model)
     from fulcrum import preview, run, terminal
 
-    repeats = max(settings.mix.candidates)
     with terminal.working(screen, "reading data"):
         seen = preview.open_preview(settings, settings.seed)
-        trials = preview.trials(seen, [run.own_arm(settings)])
+        trials, repeats = preview.trials(seen, [run.own_arm(settings)]), max(seen.rows.repeats)
         rows = list(preview.stream_rows(seen, repeats))
         preview.write_stream(rows, out)
     screen.print(terminal.trial_table([trial for trial in trials if trial.repeats == repeats]))
@@ -288,10 +290,11 @@ def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds
     from fulcrum import config, preview, store, terminal
 
     with terminal.working(screen, "reading data"):
-        trials = preview.trials(preview.open_preview(settings, seeds[0]), arms)
+        seen = preview.open_preview(settings, seeds[0])
+        trials = preview.trials(seen, arms)
     terminal.say(terminal.console(), config.dump(settings).rstrip())
     screen.print(terminal.trial_table(trials))
-    terminal.warn(screen, trials)
+    terminal.warn(screen, trials, seen.rows.notes)
     if Path(settings.output_dir, store.MANIFEST).exists():
         terminal.say(screen, f"warning: {settings.output_dir} holds a run already; --resume goes on with it", "yellow")
     many = f"{len(seeds)} seeds: " if len(seeds) > 1 else ""

@@ -1,7 +1,7 @@
 """Where every error of the command line ends.
 
-One that a user can mend is one line on stderr and exit code 2; with `--debug` its traceback stands before it. Ctrl-C is exit
-code 130. Any other exception is a bug of ours and keeps its traceback.
+One that a user can mend is one line on stderr and exit code 2; any other is a bug of ours: a line that says so and exit code 1.
+With `--debug` the traceback stands before the line. Ctrl-C is exit code 130.
 """
 
 import traceback
@@ -41,3 +41,13 @@ class Group(TyperGroup):
             kept = ctx.invoked_subcommand in ("train", "compare")
             terminal.fail("what was finished is kept; go on with --resume" if kept else "nothing was changed", "stopped")
             raise typer.Exit(130) from None
+        except Exception as error:
+            if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):  # Typer's own, which it prints
+                raise
+            from fulcrum import terminal
+
+            where = "" if ctx.params["debug"] else "; --debug shows where"
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            terminal.fail(f"a fault of Fulcrum itself: {type(error).__name__}: {error}{where}")
+            raise typer.Exit(1) from None

@@ -20,9 +20,10 @@ from fulcrum.records import ArmResult, Difference, Results
 from fulcrum.run import ARMS, Arm, Silent, Watcher, begin, finish, run_arm, writes
 
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
+_REFERENCES = ("sft_anchor", "sft", "base_anchor", "base")  # without general data
 _PAIRS = (
-    ("tell", "sft_anchor"), ("tell", "sft"), ("tell", "base_anchor"), ("tell", "base"), ("tell", "mix"), ("mix", "sft"),
-    ("mix", "base"), ("sft_anchor", "sft"), ("sft", "base"), ("base_anchor", "base"),
+    *(("tell", name) for name in _REFERENCES), ("tell", "mix"), *(("mix", name) for name in _REFERENCES),
+    ("sft_anchor", "sft"), ("sft", "base"), ("base_anchor", "base"),
 )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def compare(settings: Settings, *, resume: bool = False, watcher: Watcher | None
     """
     watcher, started = watcher or Silent(), time.perf_counter()
     arms, seeds = chosen_arms(settings), settings.seeds
-    loaded, rows, folder = begin("compare", settings, seeds, resume, watcher)
+    loaded, rows, folder = begin("compare", settings, arms, seeds, resume, watcher)
     # Untrained arms do not depend on the seed: the first seed's cell stands for all.
     cells = [(arm, place) for place in range(len(seeds)) for arm in arms if arm.trained or place == 0]
     results: list[ArmResult] = []

@@ -16,7 +16,7 @@ from fulcrum import settings_file
 from fulcrum.errors import ConfigError
 from fulcrum.records import Anchor, Placement
 
-Order = Literal["random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general"]
+Order = Literal["auto", "random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general"]
 
 _LISTS = (tuple[str, ...], tuple[int, ...], tuple[int, ...] | None)
 
@@ -110,8 +110,10 @@ class MixSettings(Section):
 
     general_per_task: float = Field(4.0, ge=0, description="general per shown task row, in `unit`; 0 is plain SFT")
     unit: Literal["examples", "tokens"] = Field("examples", description="what `general_per_task` counts")
-    repeats: int | Literal["auto"] = Field("auto", description="how often each task row is shown; auto: tuned over 1, 2, 4, 8")
-    order: Order = Field("random", description="how the stream is ordered")
+    repeats: int | Literal["auto"] = Field("auto", description="times each task row is shown; auto: tuned over 1, 2, 4, 8")
+    order: Order = Field(
+        "auto", description="of mixed arms; auto: epoch_stratified below 200 steps, random from there on"
+    )
 
     @field_validator("repeats")
     @classmethod
@@ -173,7 +175,9 @@ class CompareSettings(Section):
     )
     seeds: tuple[int, ...] | None = Field(None, min_length=1, description="whole chains (subset, order, ...); none: `seed`")
     sft_epochs: tuple[int, ...] | None = Field(
-        None, description="epochs tried for arms without general data; none: as many as TELL tries, halving from its steps"
+        None,
+        description="epochs tried for arms without general data; none: from 1 to what TELL's steps allow, evenly in the log, "
+        "as many as TELL's repeats tried and at least 3",
     )
 
     @field_validator("arms", "seeds")

@@ -12,6 +12,7 @@ from fulcrum import anchor as anchors
 from fulcrum.errors import StoreError
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor
+from fulcrum.sources import BUILTIN
 
 NOTE = (
     "The chat template saved beside the adapter adds the anchor by itself: call `apply_chat_template` and do not write the "
@@ -30,7 +31,7 @@ def save_adapter(loaded: LoadedModel, folder: Path, task_anchors: Mapping[str, A
     try:
         shutil.rmtree(partial, ignore_errors=True)
         loaded.peft.save_pretrained(str(partial), save_embedding_layers=False)
-        _sort_lists(partial / "adapter_config.json")
+        _finish_config(partial / "adapter_config.json", _base_of(loaded))
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run folder has a full one
         loaded.causal.generation_config.save_pretrained(str(partial))
         baked = {name: anchors.bake(template, anchor) for name, anchor in task_anchors.items()}
@@ -48,10 +49,18 @@ def save_adapter(loaded: LoadedModel, folder: Path, task_anchors: Mapping[str, A
     return folder
 
 
-def _sort_lists(file: Path) -> None:
-    """PEFT writes its sets of module names in the order of this process's hash seed; equal runs shall write equal bytes."""
+def _base_of(loaded: LoadedModel) -> str:
+    """What names the base model on other machines too: the name as written; of a folder its path, for it has no other."""
+    is_folder = loaded.name not in BUILTIN and Path(loaded.name).expanduser().is_dir()
+    return loaded.path if is_folder else loaded.name
+
+
+def _finish_config(file: Path, base: str) -> None:
+    """Name the base model (PEFT names a folder of this machine's cache) and sort what PEFT writes in the order of a hash seed:
+    equal runs shall write equal bytes.
+    """
     config = json.loads(file.read_text(encoding="utf-8"))
-    plain = {
-        key: sorted(value) if key == "target_modules" and isinstance(value, list) else value for key, value in config.items()
-    }
-    file.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config["base_model_name_or_path"] = base
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -24,7 +24,8 @@ class LoraLinear(Linear):  # type: ignore[misc]
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         base = self.base_layer
-        product: Tensor = _Product.apply(
+        apply: Any = _Product.apply
+        product: Tensor = apply(
             x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         )
         return product

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fulcrum import encode, ingest, metrics, pool
+from fulcrum.anchor import last_answer_only
 from fulcrum.config import DataSource, Settings, TaskSettings
 from fulcrum.errors import DataError
 from fulcrum.records import Example, Reject, Task, TaskFacts
@@ -26,15 +27,17 @@ class Material:
     """All rows of one run at one seed.
 
     `general` are the rows that the longest plan needs; `held_out` are general rows that no arm trains on, by source name
-    (forgetting is measured on them); `step_cap` is the number of optimizer steps of the longest plan, the most that any arm
-    may use; `rejects` counts the rows not used, by reason.
+    (forgetting is measured on them); `repeats` are the numbers of repeats that mixed arms try; `step_cap` is the number of
+    optimizer steps of the longest plan, the most that any arm may use; `rejects` counts the rows not used, by reason.
     """
 
     tasks: tuple[Task, ...]
     general: tuple[Example, ...]
     held_out: Mapping[str, tuple[Example, ...]]
     rejects: Mapping[str, int]
+    repeats: tuple[int, ...]
     step_cap: int
+    notes: tuple[str, ...] = ()
 
     @property
     def n_task(self) -> int:
@@ -49,9 +52,9 @@ class Material:
         parts |= {f"{task.name} {part}": getattr(task, part) for task in self.tasks for part in ("train", "dev", "test")}
         return {name: fingerprint(rows) for name, rows in parts.items()}
 
-    def general_count(self, repeats: int, settings: Settings) -> int:
+    def general_count(self, repeats: int) -> int:
         """General rows that a plan with `repeats` uses: in proportion to the longest candidate's."""
-        return round(len(self.general) * repeats / max(settings.mix.candidates))
+        return round(len(self.general) * repeats / max(self.repeats))
 
 
 def read_task(settings: TaskSettings, seed: int) -> tuple[Task, list[Reject]]:
@@ -91,8 +94,13 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
     _check_between_tasks([task for task, _ in whole])
     for task_settings, (task, refused) in zip(settings.tasks, whole, strict=True):
         chosen, too_long = choose(task, task_settings, settings, tokenizer, context, seed)
+        metrics.check_gold(task.metrics, chosen.test)
         tasks.append(chosen)
         rejects += refused + too_long
+    if any(last_answer_only(task.anchor) for task in tasks):
+        # Where some anchor lets only last answers be trained, no arm and no task trains on others.
+        tasks = [replace(task, train=tuple(map(_last_answer_only, task.train))) for task in tasks]
+    repeats, notes = settings.mix.candidates, list[str]()
     held_out: dict[str, tuple[Example, ...]] = {}
     general: list[Example] = []
     if settings.eval.general_rows > 0:
@@ -106,21 +114,34 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
         )
         outside |= {content_key(example) for example in held_out["pool"]}
         wanted = cleaner.wanted(tasks)
-        selection = cleaner.take(wanted, seed_for(seed, "general"), outside)
-        general = selection.examples
+        selection = cleaner.take(max(wanted.values()), seed_for(seed, "general"), outside, held_out["pool"])
         rejects += [Reject(r.origin, f"general: {r.reason}", r.detail) for r in selection.rejects]
-        if len(general) < wanted:
-            raise DataError(_too_small(settings, wanted, len(general), len(held_out["pool"]), len(cleaner.pool)))
-    rows = max(settings.mix.candidates) * sum(len(task.train) for task in tasks) + len(general)
+        left = len(selection.examples)
+        repeats = tuple(number for number in wanted if wanted[number] <= left)
+        if not repeats:
+            raise DataError(_too_small(settings, min(wanted.values()), left, len(held_out["pool"]), len(cleaner.pool)))
+        if len(repeats) < len(wanted):
+            tried, all_of = (", ".join(map(str, numbers)) for numbers in (repeats, wanted))
+            notes.append(f"mix.repeats: auto tries {tried} instead of {all_of}: the general data have {left:,} usable rows")
+        general = selection.examples[: wanted[max(repeats)]]
+    rows = max(repeats) * sum(len(task.train) for task in tasks) + len(general)
     cap = -(-rows // settings.train.batch_size)
-    return Material(tuple(tasks), tuple(general), held_out, dict(Counter(reject.reason for reject in rejects)), cap)
+    counts = dict(Counter(reject.reason for reject in rejects))
+    return Material(tuple(tasks), tuple(general), held_out, counts, repeats, cap, tuple(notes))
+
+
+def _last_answer_only(example: Example) -> Example:
+    """The row with the last of its trained answers as the only one."""
+    trained = [place for place, message in enumerate(example.messages) if message.role == "assistant" and message.train]
+    messages = (replace(m, train=m.train and place in trained[-1:]) for place, m in enumerate(example.messages))
+    return replace(example, messages=tuple(messages))
 
 
 def _too_small(settings: Settings, wanted: int, left: int, held_out: int, size: int) -> str:
     """Say that the pool has too few rows, and what can be done about it with these settings."""
     fewer = np.floor(settings.mix.general_per_task * left / wanted * 100) / 100
     remedies = [f"set mix.general_per_task to {fewer:g} or less"] if fewer > 0 else []
-    remedies += ["lower mix.repeats"] if max(settings.mix.candidates) > 1 else []
+    remedies += ["lower mix.repeats"] if min(settings.mix.candidates) > 1 else []
     remedies += [f"lower eval.general_rows ({settings.eval.general_rows})"] if held_out else []
     remedies += [] if any(source.path == "builtin" for source in settings.general) else ["use `general: builtin`"]
     kept = f", and {held_out} of these are held out for measuring forgetting" if held_out else ""
@@ -205,8 +226,8 @@ class _Cleaner:
         self.plain = encode.make_format(tokenizer, None)
         self.pool = pool.open_pool(settings.general, seed=settings.seed)
 
-    def take(self, count: int, seed: int, outside: Collection[str] = ()) -> pool.Selection:
-        """Up to `count` rows in seeded order, none whose content is in `outside`."""
+    def take(self, count: int, seed: int, outside: Collection[str] = (), apart: Sequence[Example] = ()) -> pool.Selection:
+        """Up to `count` rows in seeded order, none whose content is in `outside`, or that shares text with rows of `apart`."""
 
         def fits(example: Example) -> str | None:
             if content_key(example) in outside:
@@ -219,20 +240,20 @@ class _Cleaner:
         return pool.select(
             self.pool, count, seed=seed, fits=fits,
             task_rows=[row for task in self.tasks for row in task.train],
-            held_out_rows=[row for task in self.tasks for row in (*task.dev, *task.test)],
+            held_out_rows=[*(row for task in self.tasks for row in (*task.dev, *task.test)), *apart],
             anchors=[task.anchor for task in self.tasks if task.anchor is not None],
         )  # fmt: skip
 
-    def wanted(self, tasks: Sequence[Task]) -> int:
-        """General rows for the longest plan. In `unit: tokens` the mean lengths of task rows and of a sample decide."""
-        shown = max(self.settings.mix.candidates) * sum(len(task.train) for task in tasks)
+    def wanted(self, tasks: Sequence[Task]) -> dict[int, int]:
+        """General rows by the number of repeats. In `unit: tokens` the mean lengths of task rows and of a sample decide."""
         per_task = self.settings.mix.general_per_task
         if self.settings.mix.unit == "tokens":
             sample = self.take(_LENGTH_SAMPLE, seed_for(self.settings.seed, "lengths")).examples
             forms = [(task, encode.make_format(self.plain.tokenizer, task.anchor)) for task in tasks]
             own = np.mean([len(encode.encode(row, form)) for task, form in forms for row in task.train])
             per_task *= float(own / np.mean([len(encode.encode(row, self.plain)) for row in sample])) if sample else 1
-        return round(per_task * shown)
+        once = sum(len(task.train) for task in tasks)
+        return {repeats: round(per_task * repeats * once) for repeats in self.settings.mix.candidates}
 
 
 def facts(material: Material, tokenizer: encode.Tokenizer) -> tuple[TaskFacts, ...]:

@@ -33,7 +33,7 @@ import numpy as np
 
 from fulcrum import stats
 from fulcrum.errors import ConfigError, DataError, nearest
-from fulcrum.records import FloatArray, Prediction, Score
+from fulcrum.records import Example, FloatArray, Prediction, Score
 
 
 def score(predictions: Sequence[Prediction], metrics: Sequence[str], *, draws: int = 2000, seed: int = 0) -> tuple[Score, ...]:
@@ -66,6 +66,14 @@ def needs_generation(metrics: Sequence[str]) -> bool:
             listing = "" if "known:" in hint else f" Known: {', '.join(METRICS)}"
             raise ConfigError(f"unknown metric {name!r}{hint}{listing}")
     return any(name != "nll" for name in metrics)
+
+
+def check_gold(metrics: Sequence[str], examples: Sequence[Example]) -> None:
+    """Raise DataError where a metric cannot read the gold answers: said before anything is trained."""
+    rows = [_Row("", example.answer, example.origin) for example in examples]
+    for name in metrics:
+        if name in ("json_fields", "rouge_l"):
+            list(_ROW[name](rows))
 
 
 class _Row(NamedTuple):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fulcrum import attention, encode, gguf, prefix
 from fulcrum.config import TrainSettings
 from fulcrum.errors import ModelError
+from fulcrum.store import file_sha256, fingerprint
 
 # oneDNN keeps the kernels of the last 1,024 shapes; rows and answers of ever new lengths made that 3 GiB and more. It reads
 # this at its first product. 64 cost no speed (LOG.md, 2026-11-22).
@@ -59,6 +61,18 @@ class LoadedModel:
     def body(self) -> nn.Module:
         """The model below its output head: ids -> hidden states."""
         return cast(nn.Module, getattr(self.causal, self.causal.base_model_prefix))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the model's files (weights, configuration, tokenizer; of a hub model its commit) and a rendered prompt.
+
+        The latter because some templates write the date.
+        """
+        folder = Path(self.path)
+        files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+        probe = [{"role": "user", "content": "x"}]
+        text = self.tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+        revision = getattr(self.causal.config, "_commit_hash", None)  # what the hub calls these files
+        return fingerprint([text, revision, [(file.name, file_sha256(file)) for file in files]])
 
     def precision(self) -> torch.autocast:
         """Context in which matrix products run in the resolved dtype while adapters and optimizer stay in fp32."""
@@ -162,6 +176,8 @@ def _device(wanted: str) -> torch.device:
     if wanted != "auto":
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ModelError("device 'cuda' was asked for and PyTorch sees no GPU; set train.device to auto or cpu")
+        if wanted == "mps" and not torch.backends.mps.is_available():
+            raise ModelError("device 'mps' was asked for and PyTorch sees no Apple GPU; set train.device to auto or cpu")
         return torch.device(wanted)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,8 +1,9 @@
 """General data: a pool that stays on disk, and the selection of rows from it that may stand beside a task.
 
-A `Pool` holds memory-mapped tables and converts a row when asked for it, so a large pool costs no memory. Text files are parsed
-once into an Arrow cache of (line number, row as JSON), which keeps the file's own types. `select` walks a seeded permutation of
-the pool, so a smaller selection is the beginning of a larger one.
+A `Pool` holds memory-mapped tables and converts a row when asked for it: texts stay on disk. Row numbers do not, at 8 bytes a
+row of the pool while it is open and 8 more while `select` draws. Text files are parsed once into an Arrow cache of (line number,
+row as JSON), which keeps the file's own types. `select` walks a seeded permutation of the pool, so a smaller selection is the
+beginning of a larger one.
 
 Invariants: rows looked at = kept + rejected. No kept row repeats another, shares an n-gram with task data, or holds an anchor.
 """
@@ -50,7 +51,7 @@ class Pool:
 
 
 def open_pool(sources: Sequence[DataSource], seed: int) -> Pool:
-    """Open general data without reading it into memory; a source's `limit` draws rows by `seed`.
+    """Open general data without reading their texts into memory; a source's `limit` draws rows by `seed`.
 
     The first opening of a text file writes its Arrow cache (where `datasets` keeps its own). Raises DataError for missing,
     empty or broken files, and for columns that fit no format.
@@ -140,9 +141,9 @@ class _TaskText:
             if not known.isdisjoint(grams):
                 article = "an" if n == SHORT_NGRAM else "a"
                 hit = next(gram for gram in grams if gram in known)
-                return Reject(row.origin, f"shares {article} {n}-gram with task data", hit)
+                return Reject(row.origin, f"shares {article} {n}-gram with task or held-out data", hit)
         if (text := _whole(messages)) in self._whole:
-            return Reject(row.origin, "is a task row", text)
+            return Reject(row.origin, "is a task or held-out row", text)
         return None
 
 

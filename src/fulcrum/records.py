@@ -190,13 +190,15 @@ class TrialResult:
 class ArmResult:
     """One arm at one seed: the trials, the chosen one, test scores per task, and the loss on held-out general rows.
 
-    `predictions` are by task, `general` by source of the held-out rows; `general_nll` are the scores of the latter.
+    `dev_nll` is the chosen adapter's (or the untrained model's) loss on the dev rows. `predictions` are by task, `general` by
+    source of the held-out rows; `general_nll` are the scores of the latter. `seconds` count trials, dev and test.
     """
 
     arm: str
     seed: int
     trials: tuple[TrialResult, ...]
     chosen: int | None
+    dev_nll: float
     scores: Mapping[str, tuple[Score, ...]]
     predictions: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
     general: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
@@ -252,4 +254,4 @@ class Results:
     step_cap: int
     seconds: float
     peak_memory_bytes: int
-    version: int = 1
+    version: int = 2

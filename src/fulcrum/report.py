@@ -14,8 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import plots, store, summary
-from fulcrum.errors import StoreError
+from fulcrum import plots, sources, store, summary
+from fulcrum.errors import ModelError, StoreError
 from fulcrum.records import Results
 from fulcrum.summary import Grid, Record, headline
 
@@ -57,21 +57,18 @@ def _read_predictions(path: Path) -> list[Record]:
 
 
 def tables(results: Record) -> list["Table"]:
-    """Return the terminal's tables: one a task with a row an arm, then paired differences and forgetting. See `Grid`."""
-    training = {row[0]: row for row in summary.training_grid(results).rows}
-    seconds = {row[0]: row[-1] for row in summary.cost_grid(results).rows}
-    grids = []
-    for facts in results["tasks"]:
-        grid = summary.score_grid(results, facts["name"])
-        rows = []
-        for row in grid.rows:
-            trained = training.get(row[0])
-            share = " / ".join(trained[1:4]) if trained else "–"
-            rows.append((*row, share, *(trained[-2:] if trained else ("–", "–")), seconds[row[0]]))
-        head = (*grid.head, "task share: examples / tokens / loss tokens", "steps", "train tokens", "seconds")
-        grids.append(Grid(grid.title, head, tuple(rows), grid.marks))
-    grids += [summary.difference_grid(results), summary.forgetting_grid(results)]
+    """Return the terminal's tables: scores of each task, paired differences, training and cost, forgetting. See `Grid`."""
+    grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
+    grids += [summary.difference_grid(results), _training_and_cost(results), summary.forgetting_grid(results)]
     return [_rich(grid) for grid in grids if grid.rows]
+
+
+def _training_and_cost(results: Record) -> Grid:
+    """A row an arm: the least that tells whether the arms were treated alike. Apart from the scores, to fit 100 columns."""
+    trained = {row[0]: (*row[1:4], *row[-2:]) for row in summary.training_grid(results).rows}
+    rows = [(row[0], *trained.get(row[0], ("–",) * 5), row[-1]) for row in summary.cost_grid(results).rows]
+    head = ("arm", "task share: examples", "tokens", "loss tokens", "steps", "train tokens", "seconds")
+    return Grid("Training and cost", head, tuple(rows))
 
 
 def _rich(grid: Grid) -> "Table":
@@ -80,7 +77,9 @@ def _rich(grid: Grid) -> "Table":
     from rich.text import Text  # plain text: a task called `[red]` must stay what it is
 
     styles = {"best": "bold", "base": "dim", "better": "bold green", "worse": "bold red"}
-    table = Table(title=Text(grid.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    # Without edges six arms with four metrics fit 100 columns; the caption is the blank line that the lower edge was.
+    table = Table(title=Text(grid.title), caption=" ", show_edge=False, pad_edge=False, **look)
     for place, name in enumerate(grid.head):
         # Folded, for an ellipsis would hide digits in a narrow terminal.
         table.add_column(Text(name), justify="right" if place else "left", no_wrap=place == 0, overflow="fold")
@@ -105,8 +104,9 @@ def score_plot(results: Record, task: str) -> str:
 
 
 def forgetting_plot(results: Record) -> str:
-    """Return the SVG of NLL on held-out general rows, a panel for each source, with the base model as a dashed line."""
+    """Return the SVG of NLL on held-out general rows, a panel for each source; a dashed line is the `_untrained` arm's."""
     arms = summary.by_arm(results)
+    untrained = _untrained(results)
     panels = []
     for source in dict.fromkeys(source for arm in arms.values() for source in arm[0]["general_nll"]):
         found = {
@@ -118,10 +118,15 @@ def forgetting_plot(results: Record) -> str:
             for name, scores in found.items()
             if scores
         ]
-        base = found.get("base")
+        base = found[untrained] if untrained else []
         reference = summary.value_of(base[0]) if base else None
         panels.append(plots.Dots(source, "NLL, nats per answer token, lower is better", rows, reference))
     return plots.dots(panels) if panels else ""
+
+
+def _untrained(results: Record) -> str | None:
+    """The arm that forgetting is measured against: the first untrained one."""
+    return next((name for name, arm in summary.by_arm(results).items() if not summary.chosen_trials(arm)), None)
 
 
 def training_plot(results: Record) -> str:
@@ -235,8 +240,22 @@ def card(results: Record, adapter_note: str) -> str:
     trained = [arm["arm"] for arm in results["arms"] if arm["chosen"] is not None]
     folder = "adapter" if results["kind"] == "train" else f"adapters/{'tell' if 'tell' in trained else (trained or ['sft'])[0]}"
     return _render(
-        "card.md.j2", results, adapter_note=adapter_note, anchors=anchors, grids=grids, max_new_tokens=longest, folder=folder
-    )
+        "card.md.j2", results, adapter_note=adapter_note, anchors=anchors, grids=grids, max_new_tokens=longest, folder=folder,
+        base=_kind_of_base(results["settings"]["model"]),
+    )  # fmt: skip
+
+
+def _kind_of_base(name: str) -> str:
+    """How others come by the base model: ``wheel``, ``folder``, ``gguf`` or ``hub``."""
+    try:
+        return sources.locate(name).kind
+    except ModelError:  # files that were taken away since the run
+        return "gguf" if name.lower().endswith(".gguf") else "folder"
+
+
+def _literal(text: str) -> str:
+    """Write a Python string; JSON's escapes are Python's, as long as characters beyond ASCII stay as they are."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _fence(text: str) -> str:
@@ -254,8 +273,9 @@ def _render(template: str, results: Record, **more: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["fence"] = _fence
+    environment.filters |= {"fence": _fence, "literal": _literal}
     arms = summary.by_arm(results)
+    steps = [trial["steps"] for result in results["arms"] for trial in result["trials"]]
     return environment.get_template(template).render(
         results=results,
         claims=summary.claims(results),
@@ -265,6 +285,8 @@ def _render(template: str, results: Record, **more: Any) -> str:
         cost=summary.cost_grid(results),
         differences=summary.difference_grid(results),
         forgetting=summary.forgetting_grid(results),
+        untrained=_untrained(results),
+        is_capped=max(steps, default=0) <= results["step_cap"],
         draws=results["settings"].get("eval", {}).get("draws"),
         peak_mebibytes=round(results["peak_memory_bytes"] / 2**20),
         **more,

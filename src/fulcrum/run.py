@@ -3,13 +3,9 @@
 files -> material (rows split and cleaned) -> tokens -> plan -> adapter, once per trial -> the trial best on dev -> test scores
 """
 
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +15,14 @@ from accelerate import PartialState
 
 from fulcrum import adapter, config, encode, export, generate, material, metrics, mix, model, report, scoring, store, training
 from fulcrum.adapter import State
-from fulcrum.anchor import last_answer_only
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
+from fulcrum.identity import environment, manifest, peak_memory_bytes
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, Difference, Results, Tokens, TrainPoint, TrialResult
+
+_STRATIFIED = 200  # steps; shorter mixed streams are stratified by epoch
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     Raises ConfigError, DataError, ModelError or StoreError, each naming the remedy.
     """
     watcher, started = watcher or Silent(), time.perf_counter()
-    loaded, (rows,), folder = begin("train", settings, [settings.seed], resume, watcher)
     arm = own_arm(settings)
+    loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
     base = replace(ARMS["base"], anchored=arm.anchored, name="base_anchor" if arm.anchored else "base")
     results = [run_arm(rows, loaded, base, settings, settings.seed, None, watcher)[0]]
     trained, state = run_arm(rows, loaded, arm, settings, settings.seed, folder, watcher)
@@ -95,9 +93,9 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
 
 
 def begin(
-    kind: str, settings: Settings, seeds: Sequence[int], resume: bool, watcher: Watcher
+    kind: str, settings: Settings, arms: Sequence[Arm], seeds: Sequence[int], resume: bool, watcher: Watcher
 ) -> tuple[LoadedModel, list[Material], Path]:
-    """Load the model, read the rows of every seed, and make the output folder this run's.
+    """Load the model, read the rows of every seed, and make the output folder this run's, once nothing speaks against it.
 
     What the probes chose is written to the folder's config.yaml, and a resumed run takes it from there.
     """
@@ -110,8 +108,14 @@ def begin(
     loaded = model.load(settings.model, chosen, trust_remote_code=settings.trust_remote_code)
     watcher.stage("reading data")
     rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed) for seed in seeds]
+    for each in rows:
+        for arm in arms:
+            trials(each, arm, settings)  # wrong epochs are refused now, not hours later
+    if any(arm.trained for arm in arms):
+        adapter.new_adapter(loaded, settings.train, 0)  # as are modules that the model does not have
+        adapter.drop_adapter(loaded)
     if writes():
-        store.open_run(folder, identity(kind, settings, loaded, rows), resume=resume)
+        store.open_run(folder, manifest(kind, settings, loaded, rows), resume=resume)
         probed = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type}
         resolved = settings.model_copy(update={"train": settings.train.model_copy(update=probed)})
         store.write_bytes(folder / "config.yaml", config.dump(resolved).encode())
@@ -140,18 +144,25 @@ def stream(
 ) -> training.Stream:
     """The token stream of one trial: the same task rows in every arm, with or without anchor and general rows."""
     plain = encode.make_format(tokenizer, None)
-    # Where some arm's anchor lets only last answers be trained, no arm trains on others.
-    tokens = encode.final_answer if any(last_answer_only(task.anchor) for task in rows.tasks) else encode.encode
     own: list[Tokens] = []
     for task in rows.tasks:
         form = encode.make_format(tokenizer, task.anchor) if arm.anchored else plain
-        own += [tokens(example, form) for example in task.train]
-    count = rows.general_count(repeats, settings) if arm.general else 0
+        own += [encode.encode(example, form) for example in task.train]
+    count = rows.general_count(repeats) if arm.general else 0
     plan = mix.plan(
         len(own), count, repeats=repeats, general_per_task=count / (repeats * len(own)),
-        order=settings.mix.order, seed=store.seed_for(seed, "mix"),
+        order=_order(settings, repeats * len(own), count), seed=store.seed_for(seed, "mix"),
     )  # fmt: skip
     return training.Stream(plan, own, [encode.encode(example, plain) for example in rows.general[:count]])
+
+
+def _order(settings: Settings, shown: int, general: int) -> str:
+    """Task rows alone are shuffled anew in each epoch, as everyone does; in a short mixture stratification avoids clumps."""
+    if general == 0:
+        return "epoch_stratified"
+    if settings.mix.order != "auto":
+        return settings.mix.order
+    return "epoch_stratified" if shown + general < _STRATIFIED * settings.train.batch_size else "random"
 
 
 def trials(rows: Material, arm: Arm, settings: Settings) -> tuple[int, ...]:
@@ -161,12 +172,11 @@ def trials(rows: Material, arm: Arm, settings: Settings) -> tuple[int, ...]:
     """
     wanted = settings.compare.sft_epochs
     if arm.general or (settings.mix.general_per_task == 0 and wanted is None):
-        return settings.mix.candidates
+        return rows.repeats
     cap = max(1, rows.step_cap * settings.train.batch_size // rows.n_task)
     if wanted is None:
-        # At least as many trials as TELL has, halving from the cap down: few epochs often suit SFT best.
-        number = max(3, len(settings.mix.candidates))
-        return tuple(sorted({max(1, cap >> k) for k in range(number)}))
+        # At least as many trials as TELL has; a single pass and the cap are always among them.
+        return tuple(sorted({int(n) for n in np.geomspace(1, cap, max(3, len(rows.repeats))).round()}))
     if settings.mix.general_per_task > 0 and max(wanted) > cap:
         raise ConfigError(
             f"compare.sft_epochs: {max(wanted)} epochs of {rows.n_task} rows are over TELL's {rows.step_cap} steps; "
@@ -179,6 +189,7 @@ def run_arm(
     rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed: int, folder: Path | None, watcher: Watcher
 ) -> tuple[ArmResult, State | None]:
     """Train every trial of an arm, keep the one that is best on dev, and score it once on test."""
+    started = time.perf_counter()
     results: list[TrialResult] = []
     best: State | None = None
     chosen: int | None = None
@@ -196,6 +207,7 @@ def run_arm(
         if chosen is None or result.best_dev_nll < results[chosen].best_dev_nll:
             best, chosen = state, len(results) - 1
     adapter.use(loaded, best, settings.train)
+    dev_nll = dev_loss(loaded, dev) if chosen is None else results[chosen].best_dev_nll
     scores, predictions = {}, {}
     for task in rows.tasks:
         label = f"{arm.name} seed {seed}: answers to {task.name}"
@@ -206,8 +218,9 @@ def run_arm(
         scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
     general = scoring.general_predictions(loaded, rows.held_out)
     general_nll = {name: metrics.score(found, ["nll"], draws=settings.eval.draws)[0] for name, found in general.items()}
-    seconds = sum(result.seconds for result in results)
-    return ArmResult(arm.name, seed, tuple(results), chosen, scores, predictions, general, general_nll, seconds), best
+    # Of a resumed training the trials know the seconds of earlier processes.
+    seconds = max(time.perf_counter() - started, sum(result.seconds for result in results))
+    return ArmResult(arm.name, seed, tuple(results), chosen, dev_nll, scores, predictions, general, general_nll, seconds), best
 
 
 def dev_loss(loaded: LoadedModel, dev: Sequence[Sequence[Tokens]]) -> float:
@@ -234,13 +247,15 @@ def finish(
     first = materials[0]
     chosen = dict.fromkeys((arm.arm, arm.trials[arm.chosen].repeats) for arm in arms if arm.chosen is not None)
     plans = [(name, stream(first, loaded.tokenizer, ARMS[name], settings, repeats, 0).plan) for name, repeats in chosen]
-    notes = [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
+    notes = [*first.notes]
+    notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
     results = Results(
         kind=kind, settings=settings.model_dump(mode="json"), environment=environment(loaded),
         tasks=material.facts(first, loaded.tokenizer), notes=tuple(notes), rejects=first.rejects,
         arms=tuple(replace(arm, predictions={}, general={}) for arm in arms),
         differences=tuple(differences), forgetting=tuple(forgetting(arms)),
-        step_cap=first.step_cap, seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes(),
+        step_cap=max(rows.step_cap for rows in materials),
+        seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes(),
     )  # fmt: skip
     lines = [
         {"arm": arm.arm, "seed": arm.seed, "task": task, **store.plain(prediction)}
@@ -268,30 +283,3 @@ def forgetting(arms: Sequence[ArmResult]) -> Iterator[Difference]:
             found = scoring.paired(source, "nll", name, base.arm, own, [[row.nll_sum for row in rows]], rows)
             if found is not None:
                 yield found
-
-
-def identity(kind: str, settings: Settings, loaded: LoadedModel, materials: Sequence[Material]) -> dict[str, Any]:
-    """What makes a run this run: settings, every data row, model and versions. Kept as the folder's manifest."""
-    described = settings.model_dump(mode="json")
-    described.pop("output_dir")
-    return {
-        "kind": kind,
-        "settings": described,
-        "data": {part: [rows.fingerprints[part] for rows in materials] for part in materials[0].fingerprints},
-        "environment": environment(loaded),
-    }
-
-
-def environment(loaded: LoadedModel) -> dict[str, str]:
-    """Versions and choices that a number depends on."""
-    libraries = ("fulcrum-llm", "torch", "transformers", "peft", "accelerate", "numpy")
-    return {
-        "python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads()),
-        **{name: version(name) for name in libraries}, "model": loaded.name, "device": str(loaded.device),
-        "probes": "; ".join(loaded.facts),
-    }  # fmt: skip
-
-
-def peak_memory_bytes() -> int:
-    """Highest resident memory of this process so far (Linux counts in KiB, macOS in bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -37,16 +37,23 @@ def predict(
     )
 
 
-def general_predictions(loaded: LoadedModel, held_out: Mapping[str, Sequence[Example]]) -> dict[str, tuple[Prediction, ...]]:
+def general_predictions(
+    loaded: LoadedModel, held_out: Mapping[str, Sequence[Example]], left_out: Callable[[str], None] | None = None
+) -> dict[str, tuple[Prediction, ...]]:
     """Loss on general rows that no arm was trained on, without any anchor: what an adapter forgot is its rise over base.
 
-    Rows over the model's context are left out.
+    Rows over the model's context cannot be scored, and `left_out` is told how many there are (the same in every arm).
     """
     plain = encode.make_format(loaded.tokenizer, None)
     limit = loaded.context or sys.maxsize
     found: dict[str, tuple[Prediction, ...]] = {}
     for name, examples in held_out.items():
         tokens = [(e, t) for e in examples if len(t := encode.final_answer(e, plain)) <= limit]
+        if left_out is not None and len(tokens) < len(examples):
+            over = len(examples) - len(tokens)
+            left_out(
+                f"general: {over} of {len(examples)} held-out rows ({name}) are over the model's context of {limit} tokens"
+            )
         nats, counts = generate.nats(loaded, [t for _, t in tokens])
         if tokens:
             found[name] = tuple(

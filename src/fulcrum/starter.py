@@ -15,6 +15,7 @@ from fulcrum.tables import Held, open_tables, text_rows
 
 LABELS, LABEL_CHARACTERS, LONG_CHARACTERS = 20, 40, 200
 BYTES_PER_TOKEN, LONGEST_ANSWER = 3, 1024
+_PACKAGED = 2_200  # rows of the packaged pool, less what is held out or too near to a task
 
 TEMPLATE = """\
 # A run of Fulcrum: `fulcrum check` shows what the model will see, `fulcrum train` makes an adapter,
@@ -23,8 +24,8 @@ model: {model}  # a name from `fulcrum models`, hub id, folder or .gguf file
 task:
   name: {name}
   train: {train}
-  dev: null  # null: a fifth of the training rows is held out, by content
-  test: {test}  # null: a quarter of the training rows is held out, by content
+  dev: null  # null: a fifth of the rows left for training is held out, in whole content groups
+  test: {test}  # null: a quarter of the training rows is held out, in whole content groups
   # The anchor stands in every row of the task and in no other. This one is a guess: say in your own words what the task is.
   anchor: {anchor}
   metrics: [{metrics}]  # guessed from the answers: {why}
@@ -32,8 +33,8 @@ task:
 general:
   - path: builtin  # rows that keep what the model can do; or a file, folder or hub id
 mix:
-  general_per_task: 4  # general rows for each task row shown; 0 is plain fine-tuning
-  repeats: auto  # how often each task row is shown: 1, 2, 4 and 8 are tried, dev rows decide
+  general_per_task: {general_per_task}  # general rows for each task row shown; {why_so_many}
+  repeats: auto  # how often each task row is shown: 1, 2, 4 and 8 are tried where the general data suffice, dev rows decide
 output_dir: {output_dir}
 seed: 0
 """
@@ -117,9 +118,16 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join("".join(c for c in name if c.isprintable()) for name in names)
 
 
-def write_yaml(guessed: Guess, *, train: DataSource, test: DataSource | None, model: str) -> str:
-    """Return the YAML text that `config.load` reads."""
+def write_yaml(guessed: Guess, *, train: DataSource, test: DataSource | None, model: str, n_rows: int) -> str:
+    """Return the YAML text that `config.load` reads; `n_rows` stand in the training file."""
     name = stem(train.path)
+    n_train = n_rows * 0.8 * (0.75 if test is None else 1)
+    per_task = 4.0 if 4 * n_train <= _PACKAGED else max(math.floor(10 * _PACKAGED / n_train) / 10, 0.1)
+    why = (
+        "0 is plain fine-tuning"
+        if per_task == 4
+        else f"`builtin` has about {_PACKAGED:,}: name larger data and raise this to 4"
+    )
     values: dict[str, object] = {"model": model, "name": name, "anchor": guessed.anchor, "output_dir": f"runs/{name}"}
     for part, source in (("train", train), ("test", test)):
         values[part] = source and ({"path": source.path, "columns": source.columns} if source.columns else source.path)
@@ -127,4 +135,5 @@ def write_yaml(guessed: Guess, *, train: DataSource, test: DataSource | None, mo
     quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
     return TEMPLATE.format(
         **quoted, metrics=", ".join(guessed.metrics), why=guessed.why, max_new_tokens=guessed.max_new_tokens,
+        general_per_task=f"{per_task:g}", why_so_many=why,
     )  # fmt: skip

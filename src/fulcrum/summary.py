@@ -148,7 +148,7 @@ def _sample(score: Record, seeds: int) -> str:
 
 
 def claims(results: Record) -> list[Claim]:
-    """Return one claim a task: TELL (else mix) against the best arm without general data on the first metric, or the scores."""
+    """Return one claim a task: TELL (else mix) against what was best on dev without general data, on the first metric."""
     arms = by_arm(results)
     found = []
     for facts in results["tasks"]:
@@ -167,13 +167,11 @@ def _comparison(results: Record, arms: Arms, task: str, metric: Record) -> Claim
         for d in results["differences"]
         if (d["task"], d["metric"], d["arm"]) == (task, metric["metric"], mixed) and d["reference"] in WITHOUT_GENERAL
     }
-    # The reference is picked by its test score: that can only make the mixed arm's task harder.
-    means = {
-        name: sign * interval_of(scores_of(arms[name], task, metric["metric"])).estimate for name in against if name in arms
-    }
-    if not means:
+    # Picked by dev loss, as a user would: picked by test score it would look better than it is.
+    losses = {name: sum(value_of(result, "dev_nll") for result in arms[name]) / len(arms[name]) for name in against if name in arms}
+    if not losses:
         return None
-    reference = max(means, key=means.__getitem__)
+    reference = min(losses, key=losses.__getitem__)
     difference = against[reference]
     gain, bounds = sign * value_of(difference, "estimate"), sorted(sign * value_of(difference, key) for key in ("low", "high"))
     word = verdict(*bounds, higher_is_better=True)

@@ -205,8 +205,10 @@ def download(out: Console, name: str) -> Iterator[Callable[[int, int], None]]:
         yield told
 
 
-def warn(out: Console, trials: Sequence["Trial"]) -> None:
-    """Print the advice on each training run's plan."""
+def warn(out: Console, trials: Sequence["Trial"], notes: Sequence[str]) -> None:
+    """Print notes on the data and the advice on each training run's plan."""
+    for text in notes:
+        say(out, f"note: {text}", "yellow")
     for trial in trials:
         for text in trial.warnings:
             say(out, f"warning: {trial.arm}, {trial.repeats} repeats: {text}", "yellow")

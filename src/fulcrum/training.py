@@ -52,9 +52,9 @@ class Stream:
         """Number of optimizer steps; the last may be smaller."""
         return math.ceil(len(self.plan) / batch_size)
 
-    def share(self) -> Share:
-        """Realised task shares in examples, tokens and loss tokens, counted over the whole stream."""
-        is_task, ids = self.plan.slice(0, len(self.plan))
+    def share(self, positions: int | None = None) -> Share:
+        """Realised task shares in examples, tokens and loss tokens, counted over the first `positions` (none: all)."""
+        is_task, ids = self.plan.slice(0, len(self.plan) if positions is None else min(positions, len(self.plan)))
         examples = [(self.task if own else self.general)[row] for own, row in zip(is_task, ids, strict=True)]
         return share(is_task, np.array([len(e) for e in examples]), np.array([e.n_loss for e in examples]))
 
@@ -154,7 +154,7 @@ def train(
     set_adapter_state(loaded, best)
     return best, TrialResult(
         repeats=repeats, steps=state.done, best_step=state.best_step, best_dev_nll=state.best_dev,
-        dev_nll=tuple(state.dev), history=tuple(state.history), share=stream.share(),
+        dev_nll=tuple(state.dev), history=tuple(state.history), share=stream.share(state.done * settings.batch_size),
         train_tokens=state.tokens, seconds=state.seconds,
     )  # fmt: skip
 

@@ -1,8 +1,11 @@
 """A finished run folder in use: answers, a conversation, scores on other rows. Also the face for notebooks."""
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +13,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fulcrum import adapter as adapters
-from fulcrum import comparison, config, encode, generate, ingest, material, metrics, model, scoring, store
+from fulcrum import comparison, config, encode, generate, ingest, material, metrics, model, scoring, starter, store
 from fulcrum import run as running
 from fulcrum.config import DataSource, Settings, TaskSettings
-from fulcrum.errors import ConfigError, DataError, StoreError, nearest
+from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
 from fulcrum.model import LoadedModel
-from fulcrum.records import Anchor, Example, Message, Prediction, Results, Score, Task
+from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Results, Score, Task
+
+_USED_FIRST = ("tell", "mix", "sft_anchor", "sft")  # of a comparison, where no arm is named
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A base model with one trained adapter on it, and the settings of its run."""
+    """A base model with one trained adapter on it, the settings of its run and the arm that it was trained as."""
 
     loaded: LoadedModel
     settings: Settings
+    arm: str
     anchors: dict[str, Anchor | None]
 
     def anchor(self, task: str | None = None) -> Anchor | None:
@@ -50,7 +56,8 @@ class Adapter:
 
 
 def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
-    """Load the base model and the adapter of a run folder; of a comparison, the adapter of `arm` (default: tell).
+    """Load the base model and the adapter of a run folder; of a comparison, the adapter of `arm` (default: the first of tell,
+    mix, sft_anchor, sft in it). The device is this machine's own: a GPU where there is one.
 
     Raises StoreError where the folder holds no finished run or no such arm.
     """
@@ -58,48 +65,81 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
     if not (folder / "config.yaml").exists():
         raise StoreError(f"{folder}: not a run folder (no config.yaml); give the output_dir of `fulcrum train` or `compare`")
     settings = config.load(folder / "config.yaml")
-    weights, anchored = _adapter_folder(folder, arm, settings)
-    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    weights, own = _adapter_folder(folder, arm, settings)
+    here = settings.train.model_copy(update={"device": "auto"})  # the run's device may have been another machine's GPU
+    loaded = model.load(settings.model, here, trust_remote_code=settings.trust_remote_code)
     file = weights / "adapter_model.safetensors"
     try:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{file}: not a whole adapter ({error}); run the training again with --resume") from error
     adapters.use(loaded, state, settings.train)
-    return Adapter(loaded, settings, {task.name: task.anchor_value() if anchored else None for task in settings.tasks})
+    anchors = {task.name: task.anchor_value() if own.anchored else None for task in settings.tasks}
+    return Adapter(loaded, settings, own.name, anchors)
 
 
-def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[Path, bool]:
+def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[Path, running.Arm]:
     if (folder / "adapter").is_dir():
         own = running.own_arm(settings)
         if arm not in (None, own.name):
             raise StoreError(f"{folder}: holds the arm {own.name!r} only, not {arm!r}")
-        return folder / "adapter", own.anchored
-    found = sorted(path.name for path in (folder / "adapters").glob("*") if (path / "adapter_model.safetensors").exists())
+        return folder / "adapter", own
+    found = [name for name in _USED_FIRST if (folder / "adapters" / name / "adapter_model.safetensors").exists()]
     if not found:
         raise StoreError(f"{folder}: no trained adapter in it; finish the run with --resume")
-    name = arm or ("tell" if "tell" in found else found[0])
+    name = arm or found[0]
     if name not in found:
         raise StoreError(f"{folder}: no adapter of arm {name!r}{nearest(name, found)}")
-    return folder / "adapters" / name, running.ARMS[name].anchored
+    return folder / "adapters" / name, running.ARMS[name]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An adapter on some rows: scores, predictions and their file, the rows rejected by reason, and what to know about it."""
+
+    scores: tuple[Score, ...]
+    predictions: tuple[Prediction, ...]
+    file: Path
+    rejects: Mapping[str, int]
+    notes: tuple[str, ...]
 
 
 def evaluate_run(
     folder: Path | str, *, data: str | None = None, arm: str | None = None, task: str | None = None,
-    metric_names: Sequence[str] = (),
+    metric_names: Sequence[str] = (), out: Path | str | None = None,
 ) -> tuple[tuple[Score, ...], tuple[Prediction, ...]]:  # fmt: skip
-    """Score an adapter on `data` (default: the task's own test rows). Raises DataError, ConfigError or StoreError."""
+    """Score an adapter as `evaluation` does; rejected rows and rows that the run knows are Python warnings."""
+    found = evaluation(folder, data=data, arm=arm, task=task, metric_names=metric_names, out=out)
+    rejected = [f"{data}: {number} rows left out: {reason}" for reason, number in found.rejects.items()]
+    for text in (*rejected, *found.notes):
+        warnings.warn(text, stacklevel=2)
+    return found.scores, found.predictions
+
+
+def evaluation(
+    folder: Path | str, *, data: str | None = None, arm: str | None = None, task: str | None = None,
+    metric_names: Sequence[str] = (), out: Path | str | None = None,
+) -> Evaluation:  # fmt: skip
+    """Score an adapter on `data` (default: the task's own test rows), and write the predictions to `out`, as JSON lines.
+
+    `out` is a new file in the run folder's eval/ by default. Raises DataError (also for rows that the adapter was trained on),
+    ConfigError or StoreError.
+    """
+    folder = Path(folder)
     adapter = load_adapter(folder, arm=arm)
-    adapter.anchor(task)
+    anchor = adapter.anchor(task)
     wanted = next(item for item in adapter.settings.tasks if item.name == (task or adapter.settings.tasks[0].name))
     names = tuple(metric_names) or wanted.metrics
-    form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
+    form = encode.make_format(adapter.loaded.tokenizer, anchor)
+    rejects: list[Reject] = []
+    notes: list[str] = []
     if data:
         source = DataSource(path=data, columns=(wanted.test or wanted.train)[0].columns)
         examples, rejects = ingest.read((source,), group=wanted.group)
         ingest.require_rows(examples, rejects, minimum=1)
+        notes = _known_rows(folder, adapter, wanted, examples, data)
     else:
-        examples = _test_rows(Path(folder), adapter, wanted)
+        examples = _test_rows(folder, adapter, wanted)
     room = wanted.max_new_tokens if metrics.needs_generation(names) else 0
     over = material.fitting(examples, form, adapter.loaded.context or sys.maxsize, len(examples), room)[1]
     if over:
@@ -107,31 +147,86 @@ def evaluate_run(
             f"{over[0][0].origin}: needs {over[0][1]} tokens with its answer, the model's context is {adapter.loaded.context} "
             f"({len(over)} such rows); shorten or remove them, or lower task.max_new_tokens ({wanted.max_new_tokens})"
         )
-    scored = Task(wanted.name, (), (), tuple(examples), adapter.anchor(task), names, wanted.max_new_tokens)
+    scored = Task(wanted.name, (), (), tuple(examples), anchor, names, wanted.max_new_tokens)
     predictions = scoring.predict(
-        adapter.loaded, scored, examples, anchored=scored.anchor is not None, batch_tokens=adapter.settings.eval.batch_tokens
+        adapter.loaded, scored, examples, anchored=anchor is not None, batch_tokens=adapter.settings.eval.batch_tokens
     )
-    return metrics.score(predictions, names, draws=adapter.settings.eval.draws), predictions
+    file = Path(out) if out is not None else _new_file(folder / "eval", data, adapter.arm, wanted.name)
+    store.write_jsonl(file, predictions)  # before they are scored: a metric that fails loses no answers
+    scores = metrics.score(predictions, names, draws=adapter.settings.eval.draws)
+    return Evaluation(scores, predictions, file, Counter(reject.reason for reject in rejects), tuple(notes))
+
+
+def _new_file(folder: Path, data: str | None, arm: str, task: str) -> Path:
+    """A file that is not there yet, named after what is scored."""
+    stem = f"{starter.stem(data) if data else 'test'}-{arm}-{task}"
+    names = (f"{stem}.jsonl" if number == 1 else f"{stem}-{number}.jsonl" for number in count(1))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def _own_rows(folder: Path, adapter: Adapter, tasks: tuple[TaskSettings, ...]) -> tuple[tuple[Task, ...], list[str]]:
+    """The rows of the run's `tasks` as their files hold them today, and which parts (`colour train`) changed since the run."""
+    settings, loaded = adapter.settings, adapter.loaded
+    no_pool = {"mix": settings.mix.model_copy(update={"general_per_task": 0.0}), "general": ()}
+    no_pool |= {"eval": settings.eval.model_copy(update={"general_rows": 0})}
+    # A comparison keeps the adapters of its first seed.
+    seed = settings.seed if (folder / "adapter").is_dir() else settings.seeds[0]
+    rows = material.prepare(settings.model_copy(update={"tasks": tasks, **no_pool}), loaded.tokenizer, loaded.context, seed)
+    recorded = store.read_json(folder / store.MANIFEST)["data"]
+    parts = [f"{task.name} {part}" for task in tasks for part in ("train", "dev", "test")]
+    return rows.tasks, [part for part in parts if rows.fingerprints[part] not in recorded[part]]
+
+
+def _known_rows(folder: Path, adapter: Adapter, task: TaskSettings, rows: Sequence[Example], data: str) -> list[str]:
+    """Warnings about `rows` that the run used to choose its checkpoint. Raises DataError for rows that it trained on."""
+    try:
+        tasks, changed = _own_rows(folder, adapter, adapter.settings.tasks)
+    except FulcrumError as error:  # the run may have come from another machine, without its data
+        return [f"{data}: not checked against the run's training rows: {error}"]
+    lost = ", ".join(part for part in changed if not part.endswith(" test"))
+    notes = [f"{data}: checked against rows ({lost}) that changed since the run; it may hold rows trained on"] if lost else []
+    for own in tasks:
+        by_group = own.name == task.name and task.group is not None
+        if shared := _shared(own.train, rows, f"{own.name} training", by_group):
+            raise DataError(f"{data}: {shared}; the adapter was trained on them: remove them, and score rows that it never saw")
+        if shared := _shared(own.dev, rows, f"{own.name} dev", by_group):
+            notes.append(f"{data}: {shared}; these chose the checkpoint, so their scores flatter the adapter")
+    return notes
+
+
+def _shared(own: Sequence[Example], rows: Sequence[Example], of: str, by_group: bool) -> str:
+    """What `rows` have in common with the run's `own` ones, or ''."""
+    try:
+        ingest.check_overlap(own, rows, "given", of=of, by_group=by_group)
+    except DataError as error:
+        return str(error).partition("; ")[0]  # the remedy is one for settings files
+    return ""
 
 
 def _test_rows(folder: Path, adapter: Adapter, task: TaskSettings) -> list[Example]:
     """The test rows that the run scored. Raises DataError where their files hold others today."""
-    settings, loaded = adapter.settings, adapter.loaded
-    whole, _ = material.read_task(task, settings.seed)
-    rows = material.choose(whole, task, settings, loaded.tokenizer, loaded.context, settings.seed)[0].test
-    if store.fingerprint(rows) not in store.read_json(folder / store.MANIFEST)["data"][f"{task.name} test"]:
+    (own,), changed = _own_rows(folder, adapter, (task,))
+    if f"{task.name} test" in changed:
         raise DataError(
             f"{folder}: the test rows of {task.name!r} changed since the run, so their scores would not stand beside its own; "
             "restore the files, or score other rows with --data FILE"
         )
-    return list(rows)
+    return list(own.test)
 
 
-def train(**settings: Any) -> Results:
-    """Train one adapter; the keywords are the keys of the YAML file (`model=`, `task=`, `general=`, `mix=` ...)."""
-    return running.run(config.from_dict(settings))
+def train(*, resume: bool = False, **settings: Any) -> Results:
+    """Train one adapter; the keywords are the keys of the YAML file (`model=`, `task=`, `general=`, `mix=` ...).
+
+    `resume` goes on with the run that `output_dir` holds. Raises ConfigError, DataError, ModelError or StoreError, each naming
+    the remedy; all are FulcrumErrors.
+    """
+    return running.run(config.from_dict(settings), resume=resume)
 
 
-def compare(**settings: Any) -> Results:
-    """Compare arms; the keywords are the keys of the YAML file (`model=`, `task=`, `compare=` ...)."""
-    return comparison.compare(config.from_dict(settings))
+def compare(*, resume: bool = False, **settings: Any) -> Results:
+    """Compare arms; the keywords are the keys of the YAML file (`model=`, `task=`, `compare=` ...).
+
+    `resume` goes on with the comparison that `output_dir` holds: finished cells are read back. Raises ConfigError, DataError,
+    ModelError or StoreError, each naming the remedy; all are FulcrumErrors.
+    """
+    return comparison.compare(config.from_dict(settings), resume=resume)

@@ -1,0 +1,39 @@
+"""One timed training run of Fulcrum, in a process of its own. In: a job as JSON. Out: one JSON line (see `speed.py`)."""
+
+import json
+import sys
+
+from fulcrum import encode, generate, mix, model, training
+from fulcrum.config import TrainSettings
+from fulcrum.identity import peak_memory_bytes
+from fulcrum.records import Example, Message
+
+
+def main() -> None:
+    """Train one pass over the job's rows in their order, as `fulcrum train` would, without dev evaluation."""
+    job = json.loads(sys.argv[1])
+    settings = TrainSettings(batch_size=job["batch"], lora_r=job["lora_r"], lora_alpha=job["lora_alpha"], evaluations=1)
+    settings = settings.model_copy(update=job["options"])
+    loaded = model.load(job["model"], settings)
+    form = encode.make_format(loaded.tokenizer, None)
+    with open(job["rows"], encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    messages = [tuple(Message(**message) for message in (*row["prompt"], *row["completion"])) for row in rows]
+    tokens = [encode.encode(Example(each, str(k), str(k)), form) for k, each in enumerate(messages)]
+    if job["kind"] == "score":
+        import time
+
+        started = time.perf_counter()
+        generate.nats(loaded, tokens)
+        seconds = time.perf_counter() - started
+    else:
+        plan = mix.plan(len(tokens), 0, repeats=1, general_per_task=0, order="random", seed=0)
+        stream = training.Stream(plan, tokens, [])
+        _, result = training.train(loaded, stream, lambda: 0.0, settings, seed=0, repeats=1)
+        seconds = result.seconds
+    counted = sum(len(each) for each in tokens)
+    print(json.dumps({"seconds": seconds, "tokens": counted, "peak_bytes": peak_memory_bytes(), "what": "; ".join(loaded.facts)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""One timed training run of a peer (TRL, or Hugging Face Trainer with PEFT), in a process and an environment of its own.
+
+In: a job as JSON. Out: one JSON line (see `speed.py`). Time runs from the first step's beginning to the last one's end; loading and
+tokenising are not counted, for anyone.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Seconds between the first step's beginning and the last one's end."""
+
+    started = ended = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start at the first step."""
+        self.started = self.started or time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop at the last step."""
+        self.ended = time.perf_counter()
+
+
+def main() -> None:
+    """Train one pass over the job's rows."""
+    job = json.loads(sys.argv[1])
+    clock = Clock()
+    with open(job["rows"], encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = job["template"]
+    lora = LoraConfig(r=job["lora_r"], lora_alpha=job["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
+    make = trl_trainer if job["kind"] == "trl" else hf_trainer
+    trainer = make(job, rows, tokenizer, lora)
+    trainer.add_callback(clock)
+    trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": clock.ended - clock.started, "tokens": None, "peak_bytes": peak, "what": job["kind"]}))
+
+
+def trl_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, lora: LoraConfig) -> Any:
+    """SFTTrainer at its defaults but for what the job's options say; on a CPU it must be told so."""
+    options = dict(job["options"])
+    dtype = options.pop("dtype", None)
+    model = job["model"]
+    if dtype is not None:
+        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, dtype))
+    arguments = SFTConfig(
+        output_dir=job["scratch"], use_cpu=True, num_train_epochs=1, per_device_train_batch_size=options.pop("batch", job["batch"]),
+        save_strategy="no", report_to=[], disable_tqdm=True, max_length=job["max_length"], **options,
+    )  # fmt: skip
+    return SFTTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora)
+
+
+def hf_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, lora: LoraConfig) -> Any:
+    """Trainer with PEFT at their defaults: padded batches, labels on the answer only."""
+    from peft import get_peft_model
+    from transformers import DataCollatorForSeq2Seq
+
+    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+        whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=True, return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return {"input_ids": whole, "attention_mask": [1] * len(whole), "labels": [-100] * len(prompt) + whole[len(prompt) :]}
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(job["model"]), lora)
+    arguments = TrainingArguments(
+        output_dir=job["scratch"], use_cpu=True, num_train_epochs=1, per_device_train_batch_size=job["batch"], save_strategy="no",
+        report_to=[], disable_tqdm=True, **job["options"],
+    )  # fmt: skip
+    data = Dataset.from_list([encode(row) for row in rows])
+    return Trainer(model, args=arguments, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What makes a run this run, and what its numbers depend on: settings, data, weights, code, versions, probes."""
+
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fulcrum import store
+from fulcrum.config import Settings
+from fulcrum.material import Material
+from fulcrum.model import LoadedModel
+
+
+def manifest(kind: str, settings: Settings, loaded: LoadedModel, materials: Sequence[Material]) -> dict[str, Any]:
+    """What makes a run this run: settings, every data row, model and versions. Kept in the folder, compared at resume."""
+    described = settings.model_dump(mode="json")
+    described.pop("output_dir")
+    return {
+        "kind": kind,
+        "settings": described,
+        "data": {part: [rows.fingerprints[part] for rows in materials] for part in materials[0].fingerprints},
+        "environment": environment(loaded),
+    }
+
+
+def environment(loaded: LoadedModel) -> dict[str, str]:
+    """Versions, code, weights and choices that a number depends on."""
+    libraries = ("fulcrum-llm", "torch", "transformers", "peft", "accelerate", "numpy")
+    return {
+        "python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads()),
+        **{name: version(name) for name in libraries}, "code": _code(), "model": loaded.name, "weights": loaded.fingerprint(),
+        "device": str(loaded.device), "probes": "; ".join(loaded.facts),
+    }  # fmt: skip
+
+
+@lru_cache
+def _code() -> str:
+    """A hash over this package's source: a development version changes without a new number."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return store.fingerprint([(file.name, store.file_sha256(file)) for file in files])
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far (Linux counts in KiB, macOS in bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
