@@ -3,15 +3,16 @@ PYTHON ?= python3
 # A package index to take torch from, where the usual one has no build that suits (README.md, "See it work").
 TORCH_INDEX ?=
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: venv demo test lint data clean
+.PHONY: venv demo test lint bench data clean
 
 venv: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 # A real model, a small task, general data and the arms side by side; ends with a table and the path of the report.
@@ -23,9 +24,19 @@ test: venv lint
 	$(BIN)/python -m pytest
 
 lint: venv
-	$(BIN)/ruff check src tests scripts
-	$(BIN)/ruff format --check --quiet src tests scripts
+	$(BIN)/ruff check src tests scripts bench
+	$(BIN)/ruff format --check --quiet src tests scripts bench
 	$(BIN)/mypy
+
+# Fulcrum against its peers on the same rows, in one run: `make bench BENCH="--mixes general --rounds 2"`. Hours, as it stands.
+BENCH ?=
+bench: venv bench/.venv-hf/.installed bench/.venv-swift/.installed
+	$(BIN)/python bench/speed.py $(BENCH)
+
+bench/.venv-%/.installed: bench/requirements-%.txt
+	$(PYTHON) -m venv bench/.venv-$*
+	bench/.venv-$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
 
 # Makes the packaged data again: the demo task in seconds, the pool in about 20 minutes.
 data: venv
@@ -33,4 +44,4 @@ data: venv
 	$(BIN)/python scripts/make_builtin_pool.py
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv bench/.venv-* runs build dist

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from pathlib import Path
 
 from fulcrum import encode, generate, mix, model, training
 from fulcrum.config import TrainSettings
@@ -16,13 +18,10 @@ def main() -> None:
     settings = settings.model_copy(update=job["options"])
     loaded = model.load(job["model"], settings)
     form = encode.make_format(loaded.tokenizer, None)
-    with open(job["rows"], encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()]
     messages = [tuple(Message(**message) for message in (*row["prompt"], *row["completion"])) for row in rows]
     tokens = [encode.encode(Example(each, str(k), str(k)), form) for k, each in enumerate(messages)]
     if job["kind"] == "score":
-        import time
-
         started = time.perf_counter()
         generate.nats(loaded, tokens)
         seconds = time.perf_counter() - started
@@ -32,7 +31,9 @@ def main() -> None:
         _, result = training.train(loaded, stream, lambda: 0.0, settings, seed=0, repeats=1)
         seconds = result.seconds
     counted = sum(len(each) for each in tokens)
-    print(json.dumps({"seconds": seconds, "tokens": counted, "peak_bytes": peak_memory_bytes(), "what": "; ".join(loaded.facts)}))
+    print(
+        json.dumps({"seconds": seconds, "tokens": counted, "peak_bytes": peak_memory_bytes(), "what": "; ".join(loaded.facts)})
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One timed training run of a peer (TRL, or Hugging Face Trainer with PEFT), in a process and an environment of its own.
 
-In: a job as JSON. Out: one JSON line (see `speed.py`). Time runs from the first step's beginning to the last one's end; loading and
-tokenising are not counted, for anyone.
+In: a job as JSON. Out: one JSON line (see `speed.py`). Time runs from the first step's beginning to the last one's end; loading
+and tokenising are not counted, for anyone.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -38,8 +39,7 @@ def main() -> None:
     """Train one pass over the job's rows."""
     job = json.loads(sys.argv[1])
     clock = Clock()
-    with open(job["rows"], encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     if tokenizer.chat_template is None:
         tokenizer.chat_template = job["template"]
@@ -60,10 +60,13 @@ def trl_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any,
     if dtype is not None:
         model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, dtype))
     arguments = SFTConfig(
-        output_dir=job["scratch"], use_cpu=True, num_train_epochs=1, per_device_train_batch_size=options.pop("batch", job["batch"]),
-        save_strategy="no", report_to=[], disable_tqdm=True, max_length=job["max_length"], **options,
+        output_dir=job["scratch"], use_cpu=True, num_train_epochs=1, save_strategy="no",
+        per_device_train_batch_size=options.pop("batch", job["batch"]), report_to=[], disable_tqdm=True,
+        max_length=job["max_length"], **options,
     )  # fmt: skip
-    return SFTTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora)
+    return SFTTrainer(
+        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora
+    )
 
 
 def hf_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, lora: LoraConfig) -> Any:
@@ -72,14 +75,18 @@ def hf_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, 
     from transformers import DataCollatorForSeq2Seq
 
     def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-        whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=True, return_dict=True)["input_ids"]
-        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+        whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         return {"input_ids": whole, "attention_mask": [1] * len(whole), "labels": [-100] * len(prompt) + whole[len(prompt) :]}
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(job["model"]), lora)
     arguments = TrainingArguments(
-        output_dir=job["scratch"], use_cpu=True, num_train_epochs=1, per_device_train_batch_size=job["batch"], save_strategy="no",
-        report_to=[], disable_tqdm=True, **job["options"],
+        output_dir=job["scratch"], use_cpu=True, num_train_epochs=1, save_strategy="no",
+        per_device_train_batch_size=job["batch"], report_to=[], disable_tqdm=True, **job["options"],
     )  # fmt: skip
     data = Dataset.from_list([encode(row) for row in rows])
     return Trainer(model, args=arguments, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer))

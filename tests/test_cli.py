@@ -101,6 +101,13 @@ def test_help_lists_every_verb() -> None:
     }  # fmt: skip
 
 
+def test_help_says_what_is_taken_where_nothing_is_given() -> None:
+    words = {verb: " ".join(done(verb, "--help").split()) for verb in ("compare", "eval")}
+    assert "Override `seed`; `compare` takes compare.seeds where set." in words["compare"]
+    assert "Arm (default: the first there of tell, mix, sft_anchor, sft)." in words["eval"]
+    assert "(default: RUN_FOLDER/eval)" in words["eval"]
+
+
 def test_version() -> None:
     assert done("--version").startswith("fulcrum 0.")
 
@@ -170,6 +177,28 @@ def test_an_error_of_the_system_is_one_line(place: Path, monkeypatch: pytest.Mon
     assert refused("train", place / "run.yaml") == (
         "error: rows.jsonl: Permission denied; check the path, its permissions and the disk"
     )
+
+
+def test_a_fault_of_ours_is_one_line_that_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("no such\nthing")
+
+    monkeypatch.setattr(run, "run", broken)
+    result = fulcrum("train", place / "run.yaml")
+    assert result.exit_code == 1
+    assert result.stderr == "error: a fault of Fulcrum itself: KeyError: 'no such\\nthing'; --debug shows where\n"
+    result = fulcrum("train", place / "run.yaml", "--debug")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1] == "error: a fault of Fulcrum itself: KeyError: 'no such\\nthing'"
+
+
+def test_modules_that_the_model_lacks_are_one_line(place: Path) -> None:
+    words = ("train", place / "run.yaml", "--output-dir", place / "refused")
+    said = refused(*words, "--set", "train.lora_target_modules=[foo]")
+    assert "train.lora_target_modules: 'foo' names no module of" in said
+    assert said.endswith("; known: all-linear, down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj")
+    assert not (place / "refused").exists()
 
 
 def test_interrupting_says_that_work_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,6 +490,23 @@ def test_eval_scores_other_rows_with_intervals(place: Path, finished: tuple[Path
     assert line.split()[-2:] == ["3", "3"]  # rows and groups
     assert "holds the arm 'tell' only, not 'sft'" in refused("eval", finished[0], "--arm", "sft")
     assert "no task 'tickts'" in refused("eval", finished[0], "--task", "tickts")
+
+
+def test_eval_says_which_rows_it_left_out_and_where_predictions_are(
+    place: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "new.jsonl", [("My ape left.", "login"), ("My ape left.", "login"), ("My asp left.", "")])
+    result = fulcrum("eval", finished[0], "--data", data)
+    assert result.exit_code == 0, result.output
+    assert f"rows of {data} left out, by reason:\n  1 × duplicate\n  1 × empty answer\n" in result.stderr
+    file = finished[0] / "eval" / "new-tell-tickets.jsonl"
+    assert f"wrote 1 predictions to {file}" in result.stderr
+    assert [json.loads(line)["gold"] for line in file.read_text().splitlines()] == ["login"]
+
+    words = ("eval", finished[0], "--metrics", "nll", "--data")
+    said = "3 of 3 given rows have content of the tickets dev rows (3 the same prompt)"
+    assert f"warning: {place / 'dev.jsonl'}: {said}" in fulcrum(*words, place / "dev.jsonl").stderr
+    assert "12 of 12 given rows have content of the tickets training rows" in refused(*words, place / "train.jsonl")
 
 
 def test_chat_answers_a_line_each_and_names_the_anchor(finished: tuple[Path, str]) -> None:

@@ -129,10 +129,11 @@ def tiny_gemma() -> Gemma3ForCausalLM:
     return model
 
 
-def write_gemma(path: Path, *, forget: str = "nothing") -> Path:
+def write_gemma(path: Path, *, forget: str = "nothing", rope_factor: float | None = None) -> Path:
     """A Gemma 3 in float32 as llama.cpp's converter writes it: the embedding unscaled, every norm weight plus one.
 
-    `forget`: the norm that is written without its one, or "scale": the embedding is written scaled.
+    `forget`: the norm that is written without its one, or "scale": the embedding is written scaled. `rope_factor`: the file
+    says that rotary positions are scaled.
     """
     model = tiny_gemma()
     config = model.config
@@ -147,6 +148,8 @@ def write_gemma(path: Path, *, forget: str = "nothing") -> Path:
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    if rope_factor is not None:
+        writer.add_rope_scaling_factor(rope_factor)
     writer.add_sliding_window(config.sliding_window)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -262,6 +265,12 @@ def test_a_broken_file_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(content)
     with pytest.raises(ModelError, match=r"broken\.gguf: not a sound GGUF file"):
         convert(tmp_path / "broken.gguf", tmp_path / "folder")
+
+
+def test_scaled_positions_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"gemma3\.rope\.scaling\.factor is 8, which Transformers 5\S* does not read"):
+        convert(write_gemma(tmp_path / "m.gguf", rope_factor=8.0), tmp_path / "folder")
+    convert(write_gemma(tmp_path / "n.gguf", rope_factor=1.0), tmp_path / "folder")
 
 
 def test_an_architecture_that_transformers_lacks_is_said(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from fulcrum import adapter, attention, encode, generate, loss, mix, model, training
 from fulcrum.errors import ModelError
 from fulcrum.prefix import BLOCK, Segment
-from fulcrum.records import Example, Message, Tokens
+from fulcrum.records import Anchor, Example, Message, Tokens
 from tiny import CONTEXT, WINDOW, load_tiny, save_tiny, tiny_settings
 
 PACKED = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2"]
@@ -198,6 +198,28 @@ def test_every_architecture_trains_and_generates(tmp_path: Path, kind: str) -> N
     assert texts == generate.generate(loaded, prompts, form, max_new_tokens=8, batch_tokens=1)
     if loaded.packed:
         assert loaded.causal.config._attn_implementation == attention.NAME  # switched back for training
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_common_beginning_is_computed_once_and_changes_no_answer(tmp_path: Path, kind: str) -> None:
+    loaded = load_tiny(tmp_path, kind)
+    form = encode.make_format(loaded.tokenizer, Anchor("Name the colour of the thing below; one word, no more. " * 2))
+    prompts = [encode.prompt_ids((Message("user", "x y z " * n),), form) for n in (1, 7, 3, 5)]
+    calls: list[int] = []
+    hook = loaded.body.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args[0] if args else kwargs["input_ids"]).shape[1]), with_kwargs=True
+    )
+    texts = generate.generate(loaded, prompts, form, max_new_tokens=8, batch_tokens=2 * (len(prompts[1]) + 8))
+    hook.remove()
+    # A sliding window of 8 tokens counts the padding between the beginning and the rest: those models go the plain way.
+    windowed = getattr(loaded.causal.config.get_text_config(), "sliding_window", None) is not None
+    shared = len(prompts[0]) - len(
+        prompts[0][next(k for k, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1) :]
+    )
+    assert shared > 20
+    assert (calls[0] == shared) == (not windowed)
+    assert max(calls if windowed else calls[1:]) == len(prompts[1]) - (0 if windowed else shared)
+    assert texts == [greedy(loaded, prompt, form, 8) for prompt in prompts]
 
 
 @torch.no_grad()

@@ -89,9 +89,9 @@ def test_rows_that_chose_the_checkpoint_are_scored_and_named(run: Path, place: P
 def test_rejected_rows_are_counted(run: Path, place: Path) -> None:
     found = use.evaluation(run, data=str(place / "new.jsonl"), metric_names=["nll"])
     assert (len(found.predictions), found.rejects, found.notes) == (3, {"duplicate": 1, "empty answer": 1}, ())
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="rows left out") as told:
         fulcrum.evaluate(run, data=str(place / "new.jsonl"), metric_names=["nll"])
-    assert [str(warning.message) for warning in told] == [
+    assert [str(warning.message) for warning in told if warning.category is UserWarning] == [
         f"{place / 'new.jsonl'}: 1 rows left out: duplicate", f"{place / 'new.jsonl'}: 1 rows left out: empty answer",
     ]  # fmt: skip
 
@@ -100,14 +100,10 @@ def test_only_rows_that_were_trained_on_are_refused(place: Path, tmp_path: Path)
     """Not those beyond `train_limit`, which differ by seed: a comparison keeps its first seed's adapters."""
     given = settings(place, tmp_path / "r", task={"train_limit": 4}, compare={"arms": ["base", "sft"], "seeds": [3, 0]})
     fulcrum.compare(**given)
-    trained = {
-        seed: {
-            row.question for row in material.prepare(config.from_dict(given), tiny_tokenizer(), CONTEXT, seed).tasks[0].train
-        }
-        for seed in (3, 0)
-    }
-    assert trained[3] != trained[0]
-    rest = write_rows(tmp_path / "rest.jsonl", [row for row in ROWS[:8] if row[0] not in trained[3]])
+    prepared = [material.prepare(config.from_dict(given), tiny_tokenizer(), CONTEXT, seed).tasks[0] for seed in (3, 0)]
+    trained, other = ({row.question for row in task.train} for task in prepared)
+    assert trained != other
+    rest = write_rows(tmp_path / "rest.jsonl", [row for row in ROWS[:8] if row[0] not in trained])
     found = use.evaluation(tmp_path / "r", data=rest, metric_names=["nll"])
     assert (len(found.predictions), found.notes) == (4, ())
     with pytest.raises(DataError, match="4 of 8 given rows have content of the colour training rows"):
@@ -147,17 +143,14 @@ def test_predictions_are_saved_and_never_overwritten(run: Path, place: Path, tmp
     first = use.evaluation(run)
     assert first.file == run / "eval" / "test-sft_anchor-colour.jsonl"
     before = first.file.read_bytes()
-    assert [json.loads(line)["prompt"] for line in before.decode().splitlines()] == [
-        "colour kiwi",
-        "colour lynx",
-        "colour mole",
-    ]
+    prompts = [json.loads(line)["prompt"] for line in before.decode().splitlines()]
+    assert sorted(prompts) == ["colour kiwi", "colour lynx", "colour mole"]
     again = [use.evaluation(run, metric_names=["nll"]).file.name for _ in range(2)]
     assert again == ["test-sft_anchor-colour-2.jsonl", "test-sft_anchor-colour-3.jsonl"]
     assert first.file.read_bytes() == before
     named = use.evaluation(run, data=str(place / "new.jsonl"), metric_names=["nll"])
     assert named.file == run / "eval" / "new-sft_anchor-colour.jsonl"
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings(action="error", category=UserWarning):
         _, predictions = fulcrum.evaluate(run, out=tmp_path / "mine.jsonl")
     assert len((tmp_path / "mine.jsonl").read_text().splitlines()) == len(predictions) == 3
     assert len(list((run / "eval").iterdir())) == 4
@@ -190,9 +183,7 @@ def test_the_default_arm_is_the_nearest_to_tell(finished: Path, tmp_path: Path) 
 
 def test_devices_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(
-        ModelError, match=r"device 'mps' was asked for and PyTorch sees no Apple GPU; set train\.device to auto"
-    ):
+    with pytest.raises(ModelError, match=r"device 'mps' was asked for and PyTorch sees no Apple GPU; set train\.device to"):
         load_tiny(tmp_path, device="mps")
 
 
@@ -252,4 +243,4 @@ def test_held_out_rows_over_the_context_are_said(tmp_path: Path) -> None:
     told: list[str] = []
     found = scoring.general_predictions(loaded, {"pool": rows, "own": rows[:1]}, told.append)
     assert {name: [row.origin for row in part] for name, part in found.items()} == {"pool": ["f:2", "f:3"], "own": ["f:2"]}
-    assert told == ["general: 1 of 3 held-out rows (pool) are over the model's context of 512 tokens"]
+    assert told == ["general: 1 of 3 held-out rows (pool) are over the model's context (512 tokens)"]

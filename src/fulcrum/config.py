@@ -111,9 +111,7 @@ class MixSettings(Section):
     general_per_task: float = Field(4.0, ge=0, description="general per shown task row, in `unit`; 0 is plain SFT")
     unit: Literal["examples", "tokens"] = Field("examples", description="what `general_per_task` counts")
     repeats: int | Literal["auto"] = Field("auto", description="times each task row is shown; auto: tuned over 1, 2, 4, 8")
-    order: Order = Field(
-        "auto", description="of mixed arms; auto: epoch_stratified below 200 steps, random from there on"
-    )
+    order: Order = Field("auto", description="of mixed arms; auto: epoch_stratified below 200 steps, random from there on")
 
     @field_validator("repeats")
     @classmethod

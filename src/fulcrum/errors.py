@@ -1,6 +1,7 @@
 """Every error a user can cause: one base, few kinds. A message says what is wrong, the values, where, and the nearest remedy.
 
-`FulcrumError` reaches the terminal as one line with exit code 2; anything else is a bug of ours and keeps its traceback.
+`FulcrumError` reaches the terminal as one line with exit code 2; anything else is a fault of ours: one line that says
+so with exit code 1, and its traceback with `--debug`.
 """
 
 from collections.abc import Iterable

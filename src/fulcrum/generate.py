@@ -1,18 +1,22 @@
 """Scoring and generating: examples -> nats of their gold answers; prompts -> texts (greedy).
 
-Scoring uses the training path (packed rows), generation Transformers' own `generate` with left padding, longest prompts first,
-so that a batch holds prompts of like length and an out-of-memory shows at once.
+Scoring uses the training path (packed rows), generation Transformers' own `generate` with padding, longest prompts first, so
+that a batch holds prompts of like length and an out-of-memory shows at once. What all prompts begin with is computed once.
 """
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from fulcrum.encode import Format
 from fulcrum.loss import row_nats, rows, set_checkpointing
 from fulcrum.model import LoadedModel, generation_attention
+from fulcrum.prefix import BLOCK
 from fulcrum.records import FloatArray, IntArray, Tokens
 
 
@@ -55,12 +59,14 @@ def generate(
     # Transformers takes what a call leaves open from the model's own configuration, whose penalties are no part of greedy.
     shipped, loaded.causal.generation_config = loaded.causal.generation_config, GenerationConfig()
     try:
+        beginning = _beginning(loaded, prompts, max_new_tokens)
         start = 0
         while start < len(order):
             longest = len(prompts[order[start]])
             size = max(1, batch_tokens // (longest + max_new_tokens))
             batch = order[start : start + size]
-            for index, text in zip(batch, _batch(loaded, [prompts[i] for i in batch], stop, max_new_tokens), strict=True):
+            answers = _batch(loaded, [prompts[i] for i in batch], beginning, stop, max_new_tokens)
+            for index, text in zip(batch, answers, strict=True):
                 texts[index] = text
             start += len(batch)
             if progress is not None:
@@ -72,18 +78,54 @@ def generate(
     return texts
 
 
-def _batch(loaded: LoadedModel, prompts: Sequence[Sequence[int]], stop: Sequence[int], max_new_tokens: int) -> list[str]:
-    longest = max(len(prompt) for prompt in prompts)
+@dataclass(frozen=True)
+class _Beginning:
+    """What all prompts begin with: `length` tokens, and their keys and values (one sequence)."""
+
+    length: int = 0
+    cache: Any = None
+
+
+def _beginning(loaded: LoadedModel, prompts: Sequence[Sequence[int]], longest_answer: int) -> _Beginning:
+    """Compute the prompts' common beginning (template header, anchor) once for all batches, where that pays and is exact.
+
+    Padding will stand between it and the rest of a prompt. Positions do not count it, but a sliding window does.
+    """
+    if not loaded.shares or len(prompts) < 2:
+        return _Beginning()
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # in the order of ids: what these share, all share
+    length = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    length = min(length, *(len(prompt) - 1 for prompt in prompts))  # each prompt has a token left to go on from
+    config = loaded.causal.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if length < BLOCK or (window is not None and max(map(len, prompts)) + longest_answer > window):
+        return _Beginning()
+    cache = DynamicCache(config=config)
+    with loaded.precision():
+        loaded.body(input_ids=torch.tensor([first[:length]], device=loaded.device), past_key_values=cache, use_cache=True)
+    return _Beginning(length, cache)
+
+
+def _batch(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], beginning: _Beginning, stop: Sequence[int], max_new_tokens: int
+) -> list[str]:
+    longest, done = max(len(prompt) for prompt in prompts), beginning.length
     pad = loaded.tokenizer.pad_token_id
     ids = torch.full((len(prompts), longest), pad, dtype=torch.int64, device=loaded.device)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.as_tensor(prompt, device=loaded.device)
-        mask[i, longest - len(prompt) :] = 1
+        rest = longest - len(prompt) + done
+        for target, part in ((slice(done), prompt[:done]), (slice(rest, None), prompt[done:])):
+            ids[i, target] = torch.as_tensor(part, dtype=torch.int64, device=loaded.device)
+            mask[i, target] = 1
+    past = {}
+    if beginning.cache is not None:
+        past["past_key_values"] = copy.deepcopy(beginning.cache)
+        past["past_key_values"].batch_repeat_interleave(len(prompts))
     with loaded.precision():
         output = loaded.causal.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-            eos_token_id=stop, pad_token_id=pad,
+            eos_token_id=stop, pad_token_id=pad, **past,
         )  # fmt: skip
     return [_until_end(loaded, row, stop) for row in output[:, longest:].tolist()]
 

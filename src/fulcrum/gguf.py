@@ -63,6 +63,7 @@ def convert(gguf_file: Path, folder: Path) -> Path:
     What `folder` held is replaced. Raises ModelError where Transformers cannot read the file or tensors are missing.
     """
     metadata, parameters = _read_metadata(gguf_file)
+    _refuse_unread(gguf_file, metadata)
     require_space(folder.parent, 2 * parameters + 2**26, f"converting {gguf_file.name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     identity = _identity(file_sha256(gguf_file))
@@ -103,6 +104,16 @@ def _read_metadata(gguf_file: Path) -> tuple[dict[str, Any], int]:
         return scalars, sum(int(tensor.n_elements) for tensor in reader.tensors)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise ModelError(f"{gguf_file}: not a sound GGUF file ({error}); download or convert it again") from error
+
+
+def _refuse_unread(gguf_file: Path, metadata: dict[str, Any]) -> None:
+    """Raise ModelError for what Transformers would drop without a word: scaled rotary positions (Gemma 3 from 4B up)."""
+    scaled = [key for key, value in metadata.items() if key.endswith(".rope.scaling.factor") and float(value) != 1]
+    if scaled:
+        raise ModelError(
+            f"{gguf_file}: {scaled[0]} is {metadata[scaled[0]]:g}, which Transformers {transformers.__version__} does not read "
+            "from GGUF files: the model would be another one; use its safetensors folder or hub id"
+        )
 
 
 def _read_model(gguf_file: Path) -> tuple[PreTrainedTokenizerBase, Any]:

@@ -105,10 +105,13 @@ class _ChunkedLoss(torch.autograd.Function):
         for part in _chunks(len(labels)):
             chunk = hidden[part].detach().requires_grad_(True)
             with torch.enable_grad():
-                losses = functional.cross_entropy(head(chunk).float(), labels[part], reduction="none")
-                (gradient,) = torch.autograd.grad((losses * weights[part]).sum(), chunk)
-            nats.append(losses.detach())
-            gradients.append(gradient)
+                logits = head(chunk)
+            # d loss / d logits = weight * (softmax - one-hot), written over the fp32 logits: a large vocabulary costs passes.
+            scores, target, weight = logits.detach().to(torch.float32, copy=True), labels[part, None], weights[part, None]
+            total = scores.logsumexp(dim=-1, keepdim=True)
+            nats.append((total - scores.gather(1, target))[:, 0])
+            scores.sub_(total).exp_().mul_(weight).scatter_add_(1, target, -weight)
+            gradients.append(torch.autograd.grad(logits, chunk, scores.to(logits.dtype))[0])
         ctx.save_for_backward(torch.cat(gradients))
         each = torch.cat(nats)
         ctx.mark_non_differentiable(each)

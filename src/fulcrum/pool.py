@@ -1,9 +1,9 @@
 """General data: a pool that stays on disk, and the selection of rows from it that may stand beside a task.
 
 A `Pool` holds memory-mapped tables and converts a row when asked for it: texts stay on disk. Row numbers do not, at 8 bytes a
-row of the pool while it is open and 8 more while `select` draws. Text files are parsed once into an Arrow cache of (line number,
-row as JSON), which keeps the file's own types. `select` walks a seeded permutation of the pool, so a smaller selection is the
-beginning of a larger one.
+row of the pool while it is open and 8 more while `select` draws. Text files are parsed once into an Arrow cache of (line
+number, row as JSON), which keeps the file's own types. `select` walks a seeded permutation of the pool, so a smaller selection
+is the beginning of a larger one.
 
 Invariants: rows looked at = kept + rejected. No kept row repeats another, shares an n-gram with task data, or holds an anchor.
 """

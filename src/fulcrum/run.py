@@ -216,7 +216,7 @@ def run_arm(
             count=lambda done, total, label=label: watcher.count(label, done, total),  # type: ignore[misc]
         )  # fmt: skip
         scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
-    general = scoring.general_predictions(loaded, rows.held_out)
+    general = scoring.general_predictions(loaded, rows.held_out, watcher.stage)
     general_nll = {name: metrics.score(found, ["nll"], draws=settings.eval.draws)[0] for name, found in general.items()}
     # Of a resumed training the trials know the seconds of earlier processes.
     seconds = max(time.perf_counter() - started, sum(result.seconds for result in results))

@@ -49,11 +49,9 @@ def general_predictions(
     found: dict[str, tuple[Prediction, ...]] = {}
     for name, examples in held_out.items():
         tokens = [(e, t) for e in examples if len(t := encode.final_answer(e, plain)) <= limit]
-        if left_out is not None and len(tokens) < len(examples):
-            over = len(examples) - len(tokens)
-            left_out(
-                f"general: {over} of {len(examples)} held-out rows ({name}) are over the model's context of {limit} tokens"
-            )
+        over = len(examples) - len(tokens)
+        if over and left_out is not None:
+            left_out(f"general: {over} of {len(examples)} held-out rows ({name}) are over the model's context ({limit} tokens)")
         nats, counts = generate.nats(loaded, [t for _, t in tokens])
         if tokens:
             found[name] = tuple(

@@ -168,7 +168,8 @@ def _comparison(results: Record, arms: Arms, task: str, metric: Record) -> Claim
         if (d["task"], d["metric"], d["arm"]) == (task, metric["metric"], mixed) and d["reference"] in WITHOUT_GENERAL
     }
     # Picked by dev loss, as a user would: picked by test score it would look better than it is.
-    losses = {name: sum(value_of(result, "dev_nll") for result in arms[name]) / len(arms[name]) for name in against if name in arms}
+    present = [name for name in against if name in arms]
+    losses = {name: sum(value_of(result, "dev_nll") for result in arms[name]) / len(arms[name]) for name in present}
     if not losses:
         return None
     reference = min(losses, key=losses.__getitem__)

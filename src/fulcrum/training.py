@@ -9,7 +9,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -131,11 +132,12 @@ def train(
         state, best = restored if restored is not None else (state, best)
     measured = {max(1, round(steps * k / settings.evaluations)) for k in range(1, settings.evaluations + 1)}
     before, started = state.seconds, time.perf_counter()
-    for step in range(state.done, steps):
+    batches = _batches(accelerator, loaded, stream, settings, state.done, steps)
+    for step, batch in zip(range(state.done, steps), batches, strict=True):
         if _stop_early(state, settings):
             break
         rate = learning_rate(step, steps, settings)
-        point = _step(accelerator, wrapped, optimizer, parameters, loaded, stream, settings, step, rate)
+        point = _step(accelerator, wrapped, optimizer, parameters, loaded, batch, settings, step, rate)
         state.tokens += point.tokens
         state.seconds = before + time.perf_counter() - started
         point = TrainPoint(step + 1, point.task_loss, point.general_loss, rate, state.tokens, state.seconds)
@@ -178,33 +180,67 @@ def _stop_early(state: _Progress, settings: TrainSettings) -> bool:
     return settings.early_stopping_patience is not None and state.stale >= settings.early_stopping_patience
 
 
-def _step(
-    accelerator: Accelerator, wrapped: nn.Module, optimizer: Any, parameters: list[nn.Parameter],
-    loaded: LoadedModel, stream: Stream, settings: TrainSettings, step: int, rate: float,
-) -> TrainPoint:  # fmt: skip
-    """One optimizer step. Every process knows the whole step, so the divisor needs no communication."""
+@dataclass(frozen=True)
+class _Batch:
+    """One optimizer step as one process trains it: its rows, the weight of each of its examples, and which are task rows.
+
+    `counts` is 0 where a process has no example of its own and sends zeros for another's, which DDP waits for.
+    """
+
+    packed: list[Row]
+    weight_of: Tensor
+    task_of: Tensor
+    divisor: float
+    tokens: int
+    counts: float
+
+
+def _batch(accelerator: Accelerator, loaded: LoadedModel, stream: Stream, settings: TrainSettings, step: int) -> _Batch:
+    """Every process knows the whole step, so the divisor needs no communication."""
     examples, is_task = stream.step(step, settings.batch_size)
     weight = np.where(is_task, settings.task_weight, 1.0)
     total = float(sum(w * example.n_loss for w, example in zip(weight, examples, strict=True)))
     mine = list(range(accelerator.process_index, len(examples), accelerator.num_processes))
-    # DDP waits for a gradient of every process, so one without an example sends zeros: any example, weighing nothing.
     counts, mine = float(bool(mine)), mine or [0]
     share = settings.share_prefixes and settings.lora_dropout == 0
-    packed = rows([examples[i] for i in mine], loaded, settings.pack_tokens, share=share)
-    weight_of = torch.as_tensor(weight[mine] * counts, dtype=torch.float32, device=loaded.device)
-    task_of = torch.as_tensor(is_task[mine], device=loaded.device)
+    return _Batch(
+        rows([examples[i] for i in mine], loaded, settings.pack_tokens, share=share),
+        torch.as_tensor(weight[mine] * counts, dtype=torch.float32, device=loaded.device),
+        torch.as_tensor(is_task[mine], device=loaded.device),
+        total / accelerator.num_processes,  # DDP averages over processes
+        sum(len(example) for example in examples),
+        counts,
+    )
+
+
+def _batches(
+    accelerator: Accelerator, loaded: LoadedModel, stream: Stream, settings: TrainSettings, first: int, steps: int
+) -> Iterator[_Batch]:
+    """The batches of steps `first` to `steps`; the next one is laid out while this one trains."""
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        upcoming = ahead.submit(_batch, accelerator, loaded, stream, settings, min(first, steps - 1))
+        for step in range(first, steps):
+            batch = upcoming.result()
+            upcoming = ahead.submit(_batch, accelerator, loaded, stream, settings, min(step + 1, steps - 1))
+            yield batch
+
+
+def _step(
+    accelerator: Accelerator, wrapped: nn.Module, optimizer: Any, parameters: list[nn.Parameter],
+    loaded: LoadedModel, batch: _Batch, settings: TrainSettings, step: int, rate: float,
+) -> TrainPoint:  # fmt: skip
+    """One optimizer step."""
     sums = torch.zeros(4, dtype=torch.float64)  # task nats, task targets, general nats, general targets
     set_dropout(loaded, True)
-    for place, row in enumerate(packed):
-        # DDP averages over processes and shares gradients at the last row only.
-        weights = weight_of[row.owner] * (accelerator.num_processes / total)
-        with torch.enable_grad(), _sync(accelerator, wrapped, place == len(packed) - 1):
+    for place, row in enumerate(batch.packed):
+        weights = batch.weight_of[row.owner] / batch.divisor
+        with torch.enable_grad(), _sync(accelerator, wrapped, place == len(batch.packed) - 1):
             loss, nats = wrapped(row, weights)
             accelerator.backward(loss)
-        own = task_of[row.owner]
+        own = batch.task_of[row.owner]
         for kind, chosen in enumerate((own, ~own)):
-            sums[2 * kind] += counts * float(nats[chosen].sum(dtype=torch.float64))
-            sums[2 * kind + 1] += counts * int(chosen.sum())
+            sums[2 * kind] += batch.counts * float(nats[chosen].sum(dtype=torch.float64))
+            sums[2 * kind + 1] += batch.counts * int(chosen.sum())
     set_dropout(loaded, False)
     accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
     for group in optimizer.param_groups:
@@ -214,7 +250,7 @@ def _step(
     sums = accelerator.reduce(sums, reduction="sum")
     task = float(sums[0] / sums[1]) if sums[1] else None
     general = float(sums[2] / sums[3]) if sums[3] else None
-    return TrainPoint(step, task, general, rate, sum(len(e) for e in examples), 0.0)
+    return TrainPoint(step, task, general, rate, batch.tokens, 0.0)
 
 
 def _sync(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> Any:
