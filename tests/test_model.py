@@ -1,5 +1,6 @@
 """Every architecture loads, says whether it packs, trains and generates; packed rows give what the stock model gives alone."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -122,10 +123,23 @@ def test_shared_prefixes_give_the_stock_models_losses_and_lora_gradients(tmp_pat
     same_gradients(gradients, expected)
 
 
+def test_segments_of_like_size_are_computed_together_and_unlike_ones_apart() -> None:
+    ends = np.cumsum([0, 80, 76, 70, 370, 8, 8, 428]).tolist()
+    parts = [Segment(a, b) for a, b in itertools.pairwise(ends)]
+    groups = attention._alike(attention._pieces(parts, None))
+    sizes = [[(piece.end - piece.start, len(piece.context)) for piece in group] for group in groups]
+    assert sizes == [[(384, 0), (370, 0)], [(80, 0), (76, 0), (70, 0)], [(44, 1)], [(8, 0), (8, 0)]]
+
+
+def test_a_sliding_window_cuts_what_a_piece_cannot_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_QUERIES", 4)
+    pieces = attention._pieces([Segment(20, 30, ((0, 5), (10, 13)))], window=4)
+    assert pieces == [Segment(20, 24, ((10, 13),)), Segment(24, 28, ((21, 24),)), Segment(28, 30, ((25, 28),))]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3"])
 def test_long_continuations_of_a_shared_prefix(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_QUERIES", 48)  # queries in many pieces, the last one short
-    monkeypatch.setattr(attention, "_SHORT", 20)
     loaded, settings = load_tiny(tmp_path, kind), tiny_settings()
     shaken_adapter(loaded, settings)
     examples = sharing_examples(longest=201)
@@ -144,7 +158,9 @@ def test_prefixes_are_not_shared_where_asked_or_where_dropout_is_drawn_for_each_
 
 def test_a_model_that_cannot_share_still_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = save_tiny(tmp_path / "m")
-    monkeypatch.setattr(attention, "_seen", lambda states, part: states[:, part.start : part.end])  # context is not looked at
+    whole = attention._pieces
+    blind = lambda parts, window: whole([part._replace(context=()) for part in parts], window)  # noqa: E731
+    monkeypatch.setattr(attention, "_pieces", blind)
     loaded = model.load(str(place), tiny_settings())
     assert (loaded.packed, loaded.shares) == (True, False)
     assert "common prefixes are computed once" not in loaded.facts
@@ -165,11 +181,11 @@ def test_a_model_that_mixes_neighbours_gets_one_example_per_row(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_long_segments_use_the_fused_kernel_with_the_same_result(tmp_path: Path, kind: str) -> None:
+def test_long_segments_are_cut_with_the_same_result(tmp_path: Path, kind: str) -> None:
     loaded, settings = load_tiny(tmp_path, kind), tiny_settings()
     shaken_adapter(loaded, settings)
     examples = [tokens(400, 0), tokens(60, 1)]
-    assert len(examples[0]) > attention._SHORT
+    assert len(examples[0]) > attention._QUERIES
     nats, gradients, _ = our_losses_and_gradients(loaded, examples, budget=1000)
     expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
     np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)

@@ -165,7 +165,10 @@ def _needs_checkpointing(loaded: LoadedModel, row: Row) -> bool:
     width = getattr(config, "hidden_size", 0)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     inner = max(inner) if isinstance(inner, list | tuple) else inner
-    numbers = row.ids.shape[1] * getattr(config, "num_hidden_layers", 0) * (16 * width + 6 * inner)
+    heads = getattr(config, "num_attention_heads", 0) or 1
+    key_heads, head_width = getattr(config, "num_key_value_heads", heads) or heads, getattr(config, "head_dim", width // heads)
+    inside = attention.kept_numbers(row.segments, heads, key_heads, head_width or width // heads)
+    numbers = (row.ids.shape[1] * (13 * width + 6 * inner) + inside) * getattr(config, "num_hidden_layers", 0)
     return numbers * (2 if loaded.dtype == torch.bfloat16 else 4) > _ACTIVATION_BYTES
 
 
