@@ -36,9 +36,9 @@ def shaken_adapter(loaded: model.LoadedModel, settings) -> None:
     adapter.set_adapter_state(loaded, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
 
 
-def stock_losses_and_gradients(loaded: model.LoadedModel, settings, examples: list[Tokens]):
+def stock_losses_and_gradients(loaded: model.LoadedModel, settings, examples: list[Tokens], dtype: str = "float32"):
     """The same adapter on the model as Transformers loads it, eager attention, one example at a time, no code of ours."""
-    causal = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32, attn_implementation="eager")
+    causal = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=getattr(torch, dtype), attn_implementation="eager")
     peft = get_peft_model(causal, adapter.lora_config(loaded, settings))
     set_peft_model_state_dict(peft, adapter.adapter_state(loaded))
     peft.eval()
@@ -47,7 +47,9 @@ def stock_losses_and_gradients(loaded: model.LoadedModel, settings, examples: li
     for example in examples:
         ids = torch.as_tensor(example.ids)[None]
         labels = torch.where(torch.as_tensor(example.loss_mask), ids[0], -100)
-        losses = functional.cross_entropy(peft(input_ids=ids).logits[0, :-1], labels[1:], reduction="sum")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = peft(input_ids=ids).logits[0, :-1].float()
+        losses = functional.cross_entropy(logits, labels[1:], reduction="sum")
         (losses / total).backward()
         nats.append(float(losses.detach()))
     return nats, {n: p.grad for n, p in peft.named_parameters() if p.requires_grad}
@@ -406,6 +408,29 @@ def test_bf16_keeps_adapters_in_fp32_and_agrees(tmp_path: Path) -> None:
     assert {p.dtype for p in rough.peft.parameters() if not p.requires_grad} == {torch.bfloat16}
     examples = [tokens(30, seed) for seed in range(8)]
     np.testing.assert_allclose(generate.mean_nats(rough, examples), generate.mean_nats(exact, examples), rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_in_bf16_the_fast_path_is_as_near_to_fp32_as_the_stock_model(tmp_path: Path, kind: str) -> None:
+    """Shared prefixes, padded batches, fused adapters and the chunked head together, against one example at a time."""
+    rough, settings = load_tiny(tmp_path, kind, dtype="bfloat16"), tiny_settings()
+    assert rough.shares
+    adapter.new_adapter(rough, settings, 0)
+    generator = torch.Generator().manual_seed(1)
+    state = adapter.adapter_state(rough)
+    adapter.set_adapter_state(rough, {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in state.items()})
+    examples = sharing_examples() + [tokens(length, 50 + length) for length in range(20, 60, 3)]
+    exact_nats, exact = stock_losses_and_gradients(rough, settings, examples)
+    stock_nats, stock = stock_losses_and_gradients(rough, settings, examples, dtype="bfloat16")
+    nats, gradients, _ = our_losses_and_gradients(rough, examples, budget=1000)
+
+    def distance(found, expected) -> float:
+        return float(
+            sum(((found[n] - expected[n]) ** 2).sum() for n in expected) / sum((g**2).sum() for g in expected.values())
+        )
+
+    assert np.std(np.subtract(nats, exact_nats)) < 1.5 * np.std(np.subtract(stock_nats, exact_nats))
+    assert distance(gradients, exact) < 1.5 * distance(stock, exact)
 
 
 def test_dropping_the_adapter_leaves_the_base_model_untouched(tmp_path: Path) -> None:

@@ -201,9 +201,9 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             for batch in plan.batches:
                 (parts, longest, seen), groups = batch.shape, key.shape[1]
-                q = rows[0].index_select(0, batch.queries).view(parts * groups, -1, width).mul_(scale)
+                q = rows[0].index_select(0, batch.queries).view(parts * groups, -1, width)
                 k, v = (states.index_select(0, batch.keys).view(parts * groups, seen, -1) for states in rows[1:])
-                scores = torch.bmm(q, k.transpose(1, 2))
+                scores = _scaled(q, k.transpose(1, 2), scale)
                 bent = None
                 if softcap is not None:
                     bent = torch.tanh(scores / softcap)
@@ -231,11 +231,16 @@ class _Attention(torch.autograd.Function):
             for_values.append(torch.bmm(weights.transpose(1, 2), down))
             slope = torch._softmax_backward_data(torch.bmm(down, v.transpose(1, 2)), weights, -1, weights.dtype)
             slope = slope if bent is None else slope * (1 - bent * bent)
-            for_queries.append(torch.bmm(slope, k).mul_(ctx.scale).view(-1, k.shape[-1]))
-            for_keys.append(torch.bmm(slope.transpose(1, 2), q))
+            for_queries.append(_scaled(slope, k, ctx.scale).view(-1, k.shape[-1]))
+            for_keys.append(_scaled(slope.transpose(1, 2), q, ctx.scale))
         for_query = _joined(for_queries).index_select(0, plan.back_queries).view(1, ctx.tokens, heads, -1)
         for_key, for_value = (_own_and_context(parts, plan, groups) for parts in (for_keys, for_values))
         return for_query.transpose(1, 2), for_key, for_value, None, None, None
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * (a @ b), scaled inside the product: no pass and no rounding of its own."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
 def _own_and_context(gradients: Sequence[Tensor], plan: _Plan, groups: int) -> Tensor:

@@ -32,14 +32,14 @@ class LoraLinear(Linear):  # type: ignore[misc]
 
 
 class _Product(torch.autograd.Function):
-    """x W' + b + s (x A') B' in the dtype of W; the gradients of A and B are in theirs. W and b are frozen."""
+    """x W' + bias + scale (x A') B', all products in the dtype of W. W and its bias are frozen; A and B are in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        low = flat @ a.to(weight.dtype).t()
+        flat, a, b = (tensor.to(weight.dtype) for tensor in (x.reshape(-1, x.shape[-1]), a, b))
+        low = flat @ a.t()
         result = functional.linear(flat, weight, bias)
-        result.addmm_(low, b.to(weight.dtype).t(), alpha=scale)
+        result.addmm_(low, b.t(), alpha=scale)
         ctx.save_for_backward(flat, low, weight, a, b)
         ctx.scale, ctx.input_dtype = scale, x.dtype
         return result.view(*x.shape[:-1], -1)
@@ -48,11 +48,11 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         flat, low, weight, a, b = ctx.saved_tensors
         down = gradient.reshape(-1, gradient.shape[-1])
-        low_gradient = down @ b.to(weight.dtype)
-        for_b = (down.t() @ low).to(b.dtype).mul_(ctx.scale)
-        for_a = (low_gradient.t() @ flat).to(a.dtype).mul_(ctx.scale)
+        low_gradient = down @ b
+        for_b = (down.t() @ low).float().mul_(ctx.scale)
+        for_a = (low_gradient.t() @ flat).float().mul_(ctx.scale)
         if not ctx.needs_input_grad[0]:
             return None, None, None, for_a, for_b, None
         for_x = down @ weight
-        for_x.addmm_(low_gradient, a.to(weight.dtype), alpha=ctx.scale)
+        for_x.addmm_(low_gradient, a, alpha=ctx.scale)
         return for_x.to(ctx.input_dtype).view(*gradient.shape[:-1], -1), None, None, for_a, for_b, None
