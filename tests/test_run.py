@@ -13,9 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulcrum import comparison, config, encode, ingest, material, report, run, store, use
+from fulcrum import comparison, config, encode, ingest, material, report, run, scoring, store, use
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
-from fulcrum.records import Anchor, Message, TrainPoint
+from fulcrum.records import Anchor, Message, Prediction, TrainPoint
 from tiny import CONTEXT, save_tiny, tiny_tokenizer, write_rows
 
 ARMS = ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell")
@@ -602,6 +602,20 @@ def test_paired_differences_are_those_of_the_predictions(compared: Path) -> None
             assert found["low"] < found["estimate"] < found["high"]
             assert (found["n_seeds"], found["higher_is_better"]) == (2, False)
         assert pairs[task, "exact_match", "tell", "sft"]["higher_is_better"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "own", "other", "expected"),
+    [
+        ("json_valid", [[1.0] * 4], [[0.0] * 4], (1.0, 0.025**0.25, 1.0)),  # all four differ: that is no lack of a difference
+        ("exact_match", [[0.0] * 4], [[0.0] * 4], (0.0, 0.025**0.25 - 1, 1 - 0.025**0.25)),
+        ("chrf", [[3.0] * 4], [[3.0] * 4], (0.0, None, None)),  # no share: nothing bounds it
+    ],
+)
+def test_differences_of_shares_that_never_varied_are_bounded(metric: str, own: list, other: list, expected: tuple) -> None:
+    rows = [Prediction(str(k), str(k), "", "", "", 0.0, 1) for k in range(4)]
+    found = scoring.paired("task", metric, "tell", "base", own, other, rows)
+    assert (found.estimate, store.plain(found.low), store.plain(found.high)) == pytest.approx(expected)
 
 
 def test_each_tasks_anchor_has_its_own_template_in_the_shared_adapter(compared: Path) -> None:

@@ -158,6 +158,11 @@ def test_a_share_that_never_varied_is_not_certain():
     assert stats.certain_only(1.0, 20) == (1.0, pytest.approx(0.025**0.05), 1.0)
     exact = binomtest(0, 20).proportion_ci(method="exact")
     assert stats.certain_only(0.0, 20).high == pytest.approx(exact.high)
+    reach = pytest.approx(1 - 0.025**0.05)
+    low, high = stats.certain_only(-1.0, 20, lowest=-1.0)[1:]
+    assert (low, high + 1) == (-1.0, reach)
+    low, high = stats.certain_only(0.0, 20, lowest=-1.0)[1:]
+    assert (-low, high) == (reach, reach)
     with pytest.raises(ValueError, match=r"0 or 1, got 0\.5"):
         stats.certain_only(0.5, 20)
 

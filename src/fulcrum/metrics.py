@@ -82,7 +82,7 @@ class _Row(NamedTuple):
     origin: str
 
 
-_SHARES = ("exact_match", "token_f1", "rouge_l", "json_valid", "json_fields", "accuracy")  # row values in [0, 1]
+SHARES = ("exact_match", "token_f1", "rouge_l", "json_valid", "json_fields", "accuracy")  # row values in [0, 1]
 
 
 class _Sums(NamedTuple):
@@ -101,7 +101,7 @@ def _score(name: str, predictions: Sequence[Prediction], groups: Sequence[str], 
         parts = _CORPUS[name](rows) if name in _CORPUS else _mean(_ROW[name](rows))
     interval = stats.bootstrap(parts.sums, groups, parts.statistic, draws=draws, seed=seed)
     n_groups = len(set(groups))
-    if name in _SHARES and interval.estimate in (0.0, 1.0):
+    if name in SHARES and interval.estimate in (0.0, 1.0):
         interval = stats.certain_only(interval.estimate, n_groups)
     return Score(name, *interval, len(predictions), n_groups, HIGHER_IS_BETTER[name], parts.outcomes)
 

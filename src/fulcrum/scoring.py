@@ -82,7 +82,10 @@ def paired(
         return None
     mine, theirs = (np.asarray([values[i % len(values)] for i in range(n_seeds)], dtype=float) for values in (own, other))
     tokens = np.asarray([row.n_tokens for row in rows], dtype=float) if metric == "nll" else None
-    interval = stats.paired_over_seeds(mine - theirs, [row.group for row in rows], denominators=tokens)
+    differences, groups = mine - theirs, [row.group for row in rows]
+    interval = stats.paired_over_seeds(differences, groups, denominators=tokens)
+    if metric in metrics.SHARES and np.ptp(differences) == 0 and interval.estimate in (-1.0, 0.0, 1.0):
+        interval = stats.certain_only(interval.estimate, len(set(groups)), lowest=-1.0)
     return Difference(
         task, metric, arm, reference, interval.estimate, interval.low, interval.high, n_seeds, metrics.HIGHER_IS_BETTER[metric]
     )

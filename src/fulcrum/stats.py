@@ -135,15 +135,17 @@ def paired_over_seeds(
     return _t_interval(estimate, variance, variance**2 / sum(part**2 / df for part, df in parts), level)
 
 
-def certain_only(share: float, n_groups: int, level: float = 0.95) -> Interval:
+def certain_only(value: float, n_groups: int, *, lowest: float = 0.0, level: float = 0.95) -> Interval:
     """Interval of a share in [0, 1] that was 0 in every group, or 1 in every group (Clopper and Pearson 1934, at the ends).
 
-    A bootstrap sees no spread there and can say nothing: 0 of 20 allows up to 0.17. Raises ValueError for other shares.
+    With `lowest` -1 of a difference of shares that was -1, 0 or 1 in every group: as many groups as may have been missed
+    could have differed from that. A bootstrap sees no spread there and can say nothing: 0 of 20 allows up to 0.17. Raises
+    ValueError for other values.
     """
-    if share not in (0.0, 1.0):
-        raise ValueError(f"a share that is the same in every group is 0 or 1, got {share}")
+    if value not in (lowest, 0.0, 1.0):
+        raise ValueError(f"a share that is the same in every group is {lowest:g}, 0 or 1, got {value}")
     reach = 1 - ((1 - level) / 2) ** (1 / n_groups)
-    return Interval(share, max(share - reach, 0.0), min(share + reach, 1.0))
+    return Interval(value, max(value - reach, lowest), min(value + reach, 1.0))
 
 
 def _t_interval(mean: float, variance: float, df: float, level: float) -> Interval:
