@@ -54,9 +54,9 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], **options: Any) -> Any: ...  # noqa: D102
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Format:
-    """How one tokenizer writes conversations with one anchor (or none)."""
+    """How one tokenizer writes conversations with one anchor (or none). `make_format` gives the same one for the same."""
 
     tokenizer: Tokenizer
     template: str
@@ -76,7 +76,11 @@ def make_format(tokenizer: Tokenizer, anchor: Anchor | None) -> Format:
     """Prepare encoding. Raises ModelError where the chat template cannot render one question and answer."""
     if not isinstance(tokenizer.chat_template, str):
         raise ModelError("the tokenizer has no chat template (or several); load the model through `fulcrum.model.load`")
-    template = tokenizer.chat_template
+    return _format(tokenizer, tokenizer.chat_template, anchor)
+
+
+@functools.lru_cache(maxsize=64)  # one for each anchor: `encode` keeps rows by it
+def _format(tokenizer: Tokenizer, template: str, anchor: Anchor | None) -> Format:
     return Format(tokenizer, anchors.bake(template, anchor), anchor, *_markers(tokenizer, template))
 
 
@@ -175,6 +179,7 @@ def answer_length(example: Example, form: Format) -> int:
     return len(_ids(answer, form, plain=form.special.search(answer) is not None)) + len(form.end_ids)
 
 
+@functools.lru_cache(maxsize=2**15)  # arms, trials and previews ask for the same rows again
 def encode(example: Example, form: Format) -> Tokens:
     """Return ids and loss mask of one conversation; every trained answer and its end token is a target.
 

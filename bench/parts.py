@@ -1,0 +1,232 @@
+"""Fulcrum's own parts, timed against the plain way: generation, shared prefixes, start-up, plan, pool, comparison.
+
+python bench/parts.py                       # all of them
+python bench/parts.py generation prefixes   # some
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fulcrum import adapter, encode, generate, ingest, loss, mix, model, training
+from fulcrum.config import DataSource, TrainSettings
+from fulcrum.records import Anchor, Example, Message
+
+MODEL = "smollm2-135m-instruct"
+DEMO = Path(__file__).parent.parent / "src/fulcrum/data/demo"
+ROUNDS = 3
+
+
+def in_turn(ways: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each way, taken in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def tell(what: str, seconds: Mapping[str, Sequence[float]]) -> None:
+    """Print medians, ranges and the ratio of the second way to the first, round by round."""
+    first, second = seconds
+    ratios = [b / a for a, b in zip(seconds[first], seconds[second], strict=True)]
+    shown = "; ".join(f"{n} {statistics.median(s):.2f} s ({min(s):.2f} to {max(s):.2f})" for n, s in seconds.items())
+    print(f"{what}: {shown}; ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
+def rows_of(name: str, anchor_tokens: int, body_tokens: int, number: int, tokenizer: Any) -> tuple[list[Example], Anchor]:
+    """Rows of about `body_tokens` with an anchor of about `anchor_tokens`, cut out of the packaged pool's text."""
+    packaged, _ = ingest.read([DataSource(path="builtin")])
+    ids = tokenizer(" ".join(row.answer for row in packaged), add_special_tokens=False)["input_ids"]
+
+    def text(start: int, length: int) -> str:
+        return str(tokenizer.decode(ids[start : start + length]))
+
+    question, answer = body_tokens * 3 // 5, body_tokens * 2 // 5
+    rows = []
+    for k in range(number):
+        start = anchor_tokens + k * body_tokens
+        turns = (Message("user", text(start, question)), Message("assistant", text(start + question, answer)))
+        rows.append(Example(turns, f"{name}{k}", f"{name}:{k}"))
+    return rows, Anchor(text(0, anchor_tokens))
+
+
+def generation() -> None:
+    """Answers to prompts with a common anchor: batched and with the anchor's keys computed once, against one by one."""
+    loaded = model.load(MODEL, TrainSettings())
+    task, _ = ingest.read([DataSource(path=str(DEMO / "test.jsonl"))])
+    form = encode.make_format(loaded.tokenizer, rows_of("g", 100, 10, 0, loaded.tokenizer)[1])
+    prompts = [encode.prompt_ids(row.prompt, form) for row in task[:40]]
+
+    def batched() -> list[str]:
+        return generate.generate(loaded, prompts, form, max_new_tokens=32, batch_tokens=4096)
+
+    def singly() -> list[str]:
+        texts = []
+        training_attention = model.generation_attention(loaded)
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            with torch.no_grad(), loaded.precision():
+                out = loaded.causal.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False,
+                    eos_token_id=list(form.end_ids), pad_token_id=loaded.tokenizer.pad_token_id,
+                )  # fmt: skip
+            texts.append(str(loaded.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)).strip())
+        loaded.causal.set_attn_implementation(training_attention)
+        return texts
+
+    equal = np.mean([a == b for a, b in zip(batched(), singly(), strict=True)])
+    tell(f"40 answers of 32 tokens, {equal:.0%} equal", in_turn({"Fulcrum": batched, "model.generate one by one": singly}))
+
+
+def prefixes() -> None:
+    """Common prefixes computed once, against every time: scoring, sft_anchor, and a real stream of task and general rows."""
+    settings = TrainSettings(pack_tokens=4096)
+    loaded = model.load(MODEL, settings)
+    rows, anchor = rows_of("p", 290, 200, 32, loaded.tokenizer)
+    form, plain = (encode.make_format(loaded.tokenizer, each) for each in (anchor, None))
+    long = [encode.encode(row, form) for row in rows]
+    general, _ = ingest.read([DataSource(path="builtin", limit=64)])
+    task, _ = ingest.read([DataSource(path=str(DEMO / "train.jsonl"))])
+    demo = encode.make_format(
+        loaded.tokenizer, Anchor("Read the mail to the shop and answer with one JSON object that sorts it.")
+    )
+    mixed = mix.plan(8, 24, repeats=1, general_per_task=3, order="random", seed=0)
+    alone = mix.plan(32, 0, repeats=1, general_per_task=0, order="random", seed=0)
+    streams = {
+        "sft_anchor, anchor of 290": training.Stream(alone, long, []),
+        "tell, demo": training.Stream(
+            mixed, [encode.encode(row, demo) for row in task[:8]], [encode.encode(row, plain) for row in general[:24]]
+        ),
+    }  # fmt: skip
+
+    def score(share: bool) -> None:
+        for row in loss.rows(long, loaded, 4096, share=share):
+            loss.row_nats(loaded, row)
+
+    tell(
+        "scoring, anchor of 290, bodies of 200, rows of 4,096",
+        in_turn({"shared": lambda: score(True), "apart": lambda: score(False)}),
+    )
+    for name, stream in streams.items():
+
+        def train(share: bool, stream: training.Stream = stream) -> None:
+            chosen = settings.model_copy(update={"share_prefixes": share, "evaluations": 1})
+            training.train(loaded, stream, lambda: 0.0, chosen, seed=0, repeats=1)
+
+        tell(name, in_turn({"shared": lambda train=train: train(True), "apart": lambda train=train: train(False)}))  # type: ignore[misc]
+    adapter.drop_adapter(loaded)
+
+
+def start() -> None:
+    """`fulcrum --help`, and `fulcrum check` on 10,000 rows."""
+    command = [sys.executable, "-m", "fulcrum"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rows.jsonl")
+        file.write_text(
+            "".join(json.dumps({"prompt": f"sort item {i}", "completion": f"box {i % 7}"}) + "\n" for i in range(10_000))
+        )
+        run = Path(folder, "run.yaml")
+        run.write_text(
+            f"model: {MODEL}\ntask: {{train: {file}, anchor: Sort it.}}\nmix: {{general_per_task: 0.2, repeats: 1}}\n"
+        )
+        for name, arguments in {"--help": ["--help"], "check, 10,000 rows": ["check", str(run)]}.items():
+            seconds = []
+            for _ in range(ROUNDS):
+                started = time.perf_counter()
+                subprocess.run([*command, *arguments], check=True, capture_output=True)
+                seconds.append(time.perf_counter() - started)
+            print(f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})", flush=True)
+
+
+def plan() -> None:
+    """Positions a second, and one position, of plans of many sizes."""
+    for rows, pool in ((100, 10**3), (10**5, 10**6), (10**7, 10**9)):
+        made = mix.plan(rows, pool, repeats=2, general_per_task=4, order="random", seed=0)
+        number = min(len(made), 4_000_000)
+        made.slice(0, 1)
+        started = time.perf_counter()
+        made.slice(0, number)
+        rate = number / (time.perf_counter() - started)
+        started = time.perf_counter()
+        for position in range(0, len(made), max(1, len(made) // 500)):
+            made[position]
+        single = (time.perf_counter() - started) / 500
+        print(f"plan of {len(made):,}: {rate / 1e6:.1f} million positions/s, one position {single * 1e6:.0f} us", flush=True)
+
+
+def pool() -> None:
+    """Open a pool of ten million rows that was opened before."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    code = (
+        "import sys, time, resource; from fulcrum import pool; from fulcrum.config import DataSource\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before, started = peak(), time.perf_counter()\n"
+        "found = pool.open_pool([DataSource(path=sys.argv[1])], seed=0); found[len(found) - 1]\n"
+        "print(len(found), time.perf_counter() - started, peak() - before)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "pool.parquet")
+        block = pa.table({"prompt": [f"say {i}" for i in range(100_000)], "completion": [f"so {i}" for i in range(100_000)]})
+        with pq.ParquetWriter(file, block.schema) as writer:
+            for _ in range(100):
+                writer.write_table(block)
+        for when in ("first", "again", "again"):
+            out = subprocess.run([sys.executable, "-c", code, str(file)], check=True, capture_output=True, text=True).stdout
+            rows, seconds, mebibytes = out.split()[-3:]
+            print(
+                f"pool of {int(rows):,} rows, {when}: {float(seconds):.2f} s, {float(mebibytes):.0f} MiB more memory",
+                flush=True,
+            )
+
+
+def comparison() -> None:
+    """Six cells of one comparison, against six separate `train` and `eval` commands on the same rows."""
+    command = [sys.executable, "-m", "fulcrum"]
+    seconds: dict[str, list[float]] = {"compare": [], "six train and eval": []}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run.yaml")
+        run.write_text(
+            f"model: {MODEL}\ntask: {{train: {DEMO}/train.jsonl, dev: {DEMO}/dev.jsonl, test: {DEMO}/test.jsonl,\n"
+            "  anchor: Sort the mail., "
+            "metrics: [nll, exact_match], train_limit: 16, dev_limit: 8, test_limit: 12, max_new_tokens: 32}}\n"
+            "mix: {general_per_task: 2, repeats: 1}\neval: {general_rows: 16}\ntrain: {evaluations: 2}\n"
+            "compare: {arms: [tell, mix], seeds: [0, 1, 2], sft_epochs: [1]}\n"
+        )
+        for number in range(ROUNDS):
+            started = time.perf_counter()
+            subprocess.run(
+                [*command, "compare", str(run), "--output-dir", f"{folder}/c{number}"], check=True, capture_output=True
+            )
+            seconds["compare"].append(time.perf_counter() - started)
+            started = time.perf_counter()
+            for seed in range(3):
+                for anchor in ("Sort the mail.", "none"):
+                    out = f"{folder}/t{number}-{seed}-{anchor[:4]}"
+                    changes = ["--set", f"task.anchor={anchor}", "--seed", str(seed), "--output-dir", out]
+                    subprocess.run([*command, "train", str(run), *changes], check=True, capture_output=True)
+                    subprocess.run([*command, "eval", out], check=True, capture_output=True)
+            seconds["six train and eval"].append(time.perf_counter() - started)
+    tell("six cells", seconds)
+
+
+PARTS = {part.__name__: part for part in (start, plan, pool, generation, prefixes, comparison)}
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or PARTS:
+        PARTS[wanted]()
+    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
