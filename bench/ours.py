@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from fulcrum import encode, generate, mix, model, training
+from fulcrum import arms, encode, generate, mix, model, training
 from fulcrum.config import TrainSettings
 from fulcrum.identity import peak_memory_bytes
 from fulcrum.records import Example, Message
@@ -27,7 +27,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
     else:
         plan = mix.plan(len(tokens), 0, repeats=1, general_per_task=0, order="random", seed=0)
-        stream = training.Stream(plan, tokens, [])
+        stream = arms.Stream(plan, tokens, [])
         _, result = training.train(loaded, stream, lambda: 0.0, settings, seed=0, repeats=1)
         seconds = result.seconds
     counted = sum(len(each) for each in tokens)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fulcrum import adapter, encode, generate, ingest, loss, mix, model, training
+from fulcrum import adapter, arms, encode, generate, ingest, loss, mix, model, training
 from fulcrum.config import DataSource, TrainSettings
 from fulcrum.records import Anchor, Example, Message
 
@@ -106,8 +106,8 @@ def prefixes() -> None:
     mixed = mix.plan(8, 24, repeats=1, general_per_task=3, order="random", seed=0)
     alone = mix.plan(32, 0, repeats=1, general_per_task=0, order="random", seed=0)
     streams = {
-        "sft_anchor, anchor of 290": training.Stream(alone, long, []),
-        "tell, demo": training.Stream(
+        "sft_anchor, anchor of 290": arms.Stream(alone, long, []),
+        "tell, demo": arms.Stream(
             mixed, [encode.encode(row, demo) for row in task[:8]], [encode.encode(row, plain) for row in general[:24]]
         ),
     }  # fmt: skip
@@ -122,7 +122,7 @@ def prefixes() -> None:
     )
     for name, stream in streams.items():
 
-        def train(share: bool, stream: training.Stream = stream) -> None:
+        def train(share: bool, stream: arms.Stream = stream) -> None:
             chosen = settings.model_copy(update={"share_prefixes": share, "evaluations": 1})
             training.train(loaded, stream, lambda: 0.0, chosen, seed=0, repeats=1)
 

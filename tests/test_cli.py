@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from fulcrum import config, encode, preview, run, sources, starter, terminal
+from fulcrum import arms, config, encode, preview, run, sources, starter, terminal
 from fulcrum.cli import app
 from fulcrum.records import Anchor, Example, Message, TrainPoint
 from fulcrum.watch import Watch
@@ -411,7 +411,7 @@ def test_mix_writes_the_stream_that_training_sees(place: Path, tmp_path: Path) -
     assert not any("Sort the ticket" in message["content"] for row in general for message in row["messages"])
 
     seen = preview.open_preview(config.load(place / "run.yaml", [change[1], change[3]]), 0)
-    plan = run.stream(seen.rows, seen.tokenizer, run.ARMS["tell"], seen.settings, 2, 0).plan
+    plan = arms.stream(seen.rows, seen.tokenizer, arms.ARMS["tell"], seen.settings, 2, 0).plan
     assert [row["source"] for row in stream] == [plan[i][0] for i in range(48)]
 
     done("mix", place / "run.yaml", "--out", tmp_path / "s.parquet", *change)

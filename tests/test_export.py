@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulcrum import adapter, encode, export, gguf, report
+from fulcrum import adapter, encode, export, fetch, report
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor, Message
 from test_report import make
@@ -47,7 +47,7 @@ def test_the_lines_of_the_model_card_give_fulcrums_tokens_and_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tasks: tuple[str, ...]
 ) -> None:
     loaded = load_tiny(tmp_path)
-    monkeypatch.setattr(gguf, "prepare", {"smollm2-135m-instruct": loaded.path}.__getitem__)
+    monkeypatch.setattr(fetch, "prepare", {"smollm2-135m-instruct": loaded.path}.__getitem__)
     anchors = {task: Anchor(f"ABOUT {task}.") for task in tasks}
     saved(loaded, tmp_path / "run" / "adapters" / "tell", dict(anchors))
     model = loaded.path if kind == "folder" else "smollm2-135m-instruct"

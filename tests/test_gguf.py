@@ -19,7 +19,8 @@ from transformers import (
 
 from fulcrum import gguf, sources
 from fulcrum.errors import ModelError, StoreError
-from fulcrum.gguf import convert, prepare
+from fulcrum.fetch import prepare
+from fulcrum.gguf import convert
 
 NEWLINE, SPACE = "Ċ", "Ġ"
 VOCAB = ["<end>", "<turn>", *(chr(b) for b in range(33, 127)), NEWLINE, SPACE, NEWLINE + NEWLINE, SPACE + "a"]
@@ -229,7 +230,7 @@ def test_a_converted_folder_holds_plain_bfloat16_safetensors_and_its_origin(conv
     assert "quantization_config" not in config
     mark = json.loads((converted / "fulcrum_source.json").read_text())
     sha256 = hashlib.sha256((converted.parent / "tiny.gguf").read_bytes()).hexdigest()
-    assert (mark["sha256"], mark["file"], mark["converter"]) == (sha256, "tiny.gguf", gguf.CONVERTER_VERSION)
+    assert (mark["sha256"], mark["file"], mark["converter"]) == (sha256, "tiny.gguf", sources.CONVERTER_VERSION)
     assert (converted / "model.safetensors").stat().st_size < 2 * tiny_llama().num_parameters() + 4096
     assert sorted(path.name for path in converted.parent.iterdir()) == ["folder", "tiny.gguf"]
 
@@ -296,7 +297,7 @@ def test_prepare_converts_a_file_once_and_again_when_it_changes(
     def fake_convert(file: Path, folder: Path) -> Path:
         calls.append(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        mark = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "converter": gguf.CONVERTER_VERSION}
+        mark = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "converter": sources.CONVERTER_VERSION}
         (folder / "fulcrum_source.json").write_text(json.dumps(mark))
         return folder
 
@@ -309,7 +310,7 @@ def test_prepare_converts_a_file_once_and_again_when_it_changes(
     assert len(calls) == 1
     file.write_bytes(b"two")
     assert prepare(str(file)) != first
-    monkeypatch.setattr(gguf, "CONVERTER_VERSION", gguf.CONVERTER_VERSION + 1)
+    monkeypatch.setattr(sources, "CONVERTER_VERSION", sources.CONVERTER_VERSION + 1)
     prepare(str(file))
     assert len(calls) == 3
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulcrum import adapter, encode, generate, mix, model, training
+from fulcrum import adapter, arms, encode, generate, mix, model, training
 from fulcrum.config import TrainSettings
 from fulcrum.records import Anchor, Example, Message
 
@@ -71,7 +71,7 @@ def test_a_few_steps_teach_a_format(loaded: model.LoadedModel, tmp_path: Path) -
     before = generate.mean_nats(loaded, [unseen])
     plan = mix.plan(len(rows), 0, repeats=6, general_per_task=0, order="random", seed=0)
     training.train(
-        loaded, training.Stream(plan, rows, []), lambda: generate.mean_nats(loaded, [unseen]), TrainSettings(evaluations=2),
+        loaded, arms.Stream(plan, rows, []), lambda: generate.mean_nats(loaded, [unseen]), TrainSettings(evaluations=2),
         seed=0, repeats=6,
     )  # fmt: skip
     assert generate.mean_nats(loaded, [unseen]) < before / 2

@@ -434,7 +434,7 @@ class TestCard:
         text = report.card(make(settings={"model": model}), "NOTE")
         assert f"\nThe base model is `{model}`, {says}" in text
         assert f"\nbase = AutoModelForCausalLM.from_pretrained({loads})\n" in text
-        assert ("\nfrom fulcrum.gguf import prepare\n" in text) == loads.startswith("prepare")
+        assert ("\nfrom fulcrum.fetch import prepare\n" in text) == loads.startswith("prepare")
         assert '\nmodel = PeftModel.from_pretrained(base, "adapters/tell")\n' in text
 
     def test_of_several_tasks_one_is_chosen_by_name(self):

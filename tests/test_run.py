@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulcrum import comparison, config, encode, ingest, material, report, run, scoring, store, use
+from fulcrum import arms, comparison, config, encode, ingest, material, report, run, scoring, store, use
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Message, Prediction, TrainPoint
 from tiny import CONTEXT, save_tiny, tiny_tokenizer, write_rows
@@ -430,7 +430,7 @@ def test_an_anchor_after_the_last_question_changes_no_target(place: Path, tmp_pa
         given = settings(place, tmp_path / "r", task__train=str(tmp_path / "train.jsonl"), task__anchor=anchor)
         found = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
         for arm in ("sft", "sft_anchor", "mix", "tell"):
-            for row in run.stream(found, tiny_tokenizer(), run.ARMS[arm], given, 2, 0).task:
+            for row in arms.stream(found, tiny_tokenizer(), arms.ARMS[arm], given, 2, 0).task:
                 assert tiny_tokenizer().decode(row.ids[row.loss_mask]) == "".join(f"{text}<|im_end|>" for text in answers)
 
 
@@ -438,8 +438,8 @@ def test_sft_tries_as_much_as_tell_and_few_epochs_too(place: Path, tmp_path: Pat
     given = settings(place, tmp_path / "r", mix__repeats="auto", mix__general_per_task=4)
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
     assert rows.step_cap == 60  # 6 rows x 8 x (1 + 4), 4 a step
-    assert run.trials(rows, run.ARMS["tell"], given) == (1, 2, 4, 8)
-    assert run.trials(rows, run.ARMS["sft"], given) == (1, 3, 12, 40)  # 60 steps of 4 hold 40 epochs of 6
+    assert arms.trials(rows, arms.ARMS["tell"], given) == (1, 2, 4, 8)
+    assert arms.trials(rows, arms.ARMS["sft"], given) == (1, 3, 12, 40)  # 60 steps of 4 hold 40 epochs of 6
 
 
 def test_dev_and_test_are_held_out_where_none_are_given(place: Path, tmp_path: Path) -> None:
@@ -513,12 +513,12 @@ def test_every_arm_sees_the_same_task_rows_and_smaller_trials_are_nested(place: 
     loaded = model.load(given.model, given.train)
     rows = material.prepare(given, loaded.tokenizer, loaded.context, 0)
     for repeats in (1, 2, 4, 8):
-        found = run.stream(rows, loaded.tokenizer, run.ARMS["tell"], given, repeats, 0)
+        found = arms.stream(rows, loaded.tokenizer, arms.ARMS["tell"], given, repeats, 0)
         assert len(found.general) == 12 * repeats
         is_task, ids = found.plan.slice(0, len(found.plan))
         assert np.bincount(ids[is_task]).tolist() == [repeats] * 6
         assert sorted(ids[~is_task]) == list(range(12 * repeats))
-    plain, anchored = (run.stream(rows, loaded.tokenizer, run.ARMS[name], given, 1, 0).task for name in ("mix", "tell"))
+    plain, anchored = (arms.stream(rows, loaded.tokenizer, arms.ARMS[name], given, 1, 0).task for name in ("mix", "tell"))
     prefix = loaded.tokenizer("Name it.\n\n")["input_ids"]
     assert all(len(a) == len(p) + len(prefix) for p, a in zip(plain, anchored, strict=True))
     assert all("Name it." not in loaded.tokenizer.decode(row.ids) for row in found.general)
@@ -708,7 +708,7 @@ def test_a_seed_draws_rows_and_order_anew_and_leaves_what_is_measured_on(place: 
     assert first.general != other.general
     assert (first.tasks[0].dev, first.tasks[0].test) == (other.tasks[0].dev, other.tasks[0].test)
     assert first.held_out == other.held_out
-    streams = [run.stream(first, tiny_tokenizer(), run.ARMS["tell"], given, 2, seed) for seed in (0, 1)]
+    streams = [arms.stream(first, tiny_tokenizer(), arms.ARMS["tell"], given, 2, seed) for seed in (0, 1)]
     assert streams[0].plan.fingerprint != streams[1].plan.fingerprint
     again = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
     assert (again.tasks[0].train, again.general) == (first.tasks[0].train, first.general)
@@ -717,7 +717,7 @@ def test_a_seed_draws_rows_and_order_anew_and_leaves_what_is_measured_on(place: 
 def test_rows_without_general_data_are_shuffled_anew_in_each_epoch(place: Path, tmp_path: Path) -> None:
     given = settings(place, tmp_path / "r", mix__order="random")
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
-    _, ids = run.stream(rows, tiny_tokenizer(), run.ARMS["sft"], given, 5, 0).plan.slice(0, 30)
+    _, ids = arms.stream(rows, tiny_tokenizer(), arms.ARMS["sft"], given, 5, 0).plan.slice(0, 30)
     epochs = ids.reshape(5, 6)
     assert [sorted(epoch) for epoch in epochs.tolist()] == [[0, 1, 2, 3, 4, 5]] * 5
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
@@ -733,7 +733,7 @@ def test_short_mixtures_are_stratified_unless_another_order_is_asked_for(
     changes = {"mix__repeats": 12, "mix__general_per_task": 2, "train__batch_size": batch, "mix__order": order}
     given = settings(place, tmp_path / "r", **changes)
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
-    plan = run.stream(rows, tiny_tokenizer(), run.ARMS["tell"], given, 12, 0).plan
+    plan = arms.stream(rows, tiny_tokenizer(), arms.ARMS["tell"], given, 12, 0).plan
     assert (len(plan), plan.order) == (216, expected)  # 12 x 6 x (1 + 2) rows: 54 steps of 4, 216 of 1
 
 
@@ -743,7 +743,7 @@ def test_auto_leaves_out_repeats_that_the_pool_cannot_feed_and_says_so(place: Pa
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)  # 6 rows x 12 = 72 general ones a repeat; 256 in the pool
     assert rows.repeats == (1, 2)
     assert len(rows.general) == 144
-    assert run.trials(rows, run.ARMS["tell"], given) == (1, 2)
+    assert arms.trials(rows, arms.ARMS["tell"], given) == (1, 2)
     assert rows.notes == ("mix.repeats: auto tries 1, 2 instead of 1, 2, 4, 8: the general data have 254 usable rows",)
     assert rows.general_count(1) == 72
     given = settings(place, tmp_path / "r", **{**changes, "mix__general_per_task": 50})

@@ -114,11 +114,11 @@ def check(
 
     settings = config.load(run_file, changes or ())
     screen = _model_screen(ctx, settings.model)
-    from fulcrum import encode, preview, run, terminal
+    from fulcrum import arms, encode, preview, terminal
 
     with terminal.working(screen, "reading data"):
         seen = preview.open_preview(settings, settings.seed)
-        lengths, trials = preview.lengths(seen), preview.trials(seen, [run.own_arm(settings)])
+        lengths, trials = preview.lengths(seen), preview.trials(seen, [arms.own_arm(settings)])
     terminal.say(screen, f"general rows chosen for the longest plan: {len(seen.rows.general):,}; rows not used, by reason:")
     terminal.say_rejects(screen, seen.rows.rejects)
     screen.print(terminal.length_table(lengths), terminal.trial_table(trials))
@@ -214,11 +214,11 @@ def mix(
         raise ConfigError(f"--out {out}: the name must end in .jsonl or .parquet")
     settings = _settings(run_file, changes, model, None, seed)
     screen = _model_screen(ctx, settings.model)
-    from fulcrum import preview, run, terminal
+    from fulcrum import arms, preview, terminal
 
     with terminal.working(screen, "reading data"):
         seen = preview.open_preview(settings, settings.seed)
-        trials, repeats = preview.trials(seen, [run.own_arm(settings)]), max(seen.rows.repeats)
+        trials, repeats = preview.trials(seen, [arms.own_arm(settings)]), max(seen.rows.repeats)
         rows = list(preview.stream_rows(seen, repeats))
         preview.write_stream(rows, out)
     screen.print(terminal.trial_table([trial for trial in trials if trial.repeats == repeats]))
@@ -261,25 +261,27 @@ def _model_screen(ctx: typer.Context, model: str, *, dry_run: bool = False) -> "
     Of a dry run only the settings go to stdout where that is piped: the console is then one on stderr.
     """
     notes = _notes(ctx)
-    from fulcrum import gguf, terminal
+    from fulcrum import fetch, terminal
 
     screen = terminal.console()
     screen = notes if dry_run and not screen.is_terminal else screen
     with terminal.download(screen, model) as progress:
-        gguf.prepare(model, progress)
+        fetch.prepare(model, progress)
     return screen
 
 
 def _launch(ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool, dry_run: bool) -> None:
     """Do what `train` and `compare` do, or print what they would."""
     screen = _model_screen(ctx, settings.model, dry_run=dry_run)
+    if dry_run:
+        from fulcrum import arms
+
+        one = [arms.own_arm(settings)], [settings.seed]
+        _dry_run(screen, settings, *(one if verb == "train" else (arms.chosen_arms(settings), settings.seeds)))
+        return
     from fulcrum import comparison, run, terminal
     from fulcrum.watch import Watch
 
-    if dry_run:
-        one = [run.own_arm(settings)], [settings.seed]
-        _dry_run(screen, settings, *(one if verb == "train" else (comparison.chosen_arms(settings), settings.seeds)))
-        return
     with Watch(screen) as watch:
         (run.run if verb == "train" else comparison.compare)(settings, resume=resume, watcher=watch)
     if run.writes():

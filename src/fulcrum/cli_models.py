@@ -52,8 +52,8 @@ def pull(
 
     if not ctx.obj:
         terminal.silence_libraries()
-    from fulcrum import gguf
+    from fulcrum import fetch
 
     with terminal.download(screen, name) as progress:
-        folder = gguf.prepare(name, progress, agree)
+        folder = fetch.prepare(name, progress, agree)
     terminal.say(screen, f"{name} is ready in {folder}")

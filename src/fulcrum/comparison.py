@@ -12,12 +12,13 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from fulcrum import export, scoring, store
+from fulcrum.arms import Arm, chosen_arms
 from fulcrum.config import Settings
-from fulcrum.errors import ConfigError, StoreError, nearest
+from fulcrum.errors import StoreError
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, Difference, Results
-from fulcrum.run import ARMS, Arm, Silent, Watcher, begin, finish, run_arm, writes
+from fulcrum.run import Silent, Watcher, begin, finish, run_arm, writes
 
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
 _REFERENCES = ("sft_anchor", "sft", "base_anchor", "base")  # without general data
@@ -45,27 +46,6 @@ def compare(settings: Settings, *, resume: bool = False, watcher: Watcher | None
         results.append(_cell(rows[place], loaded, arm, settings, seeds[place], folder, watcher))
     differences = paired_differences(results, settings)
     return finish("compare", settings, folder, loaded, rows, results, differences, started)
-
-
-def chosen_arms(settings: Settings) -> list[Arm]:
-    """The arms asked for. Raises ConfigError for unknown names and for arms that these settings cannot make different."""
-    unknown = [name for name in settings.compare.arms if name not in ARMS]
-    if unknown:
-        raise ConfigError(f"compare.arms: no arm {unknown[0]!r}{nearest(unknown[0], ARMS)}")
-    arms = [ARMS[name] for name in settings.compare.arms]
-    if len(arms) < 2:
-        raise ConfigError(f"compare.arms: {arms[0].name} alone has nothing to be compared with; name a second arm")
-    if not any(task.anchor for task in settings.tasks):
-        named = [arm.name for arm in arms if arm.anchored]
-        if named:
-            raise ConfigError(
-                f"compare.arms: {', '.join(named)} need an anchor and no task has one; set task.anchor or leave them out"
-            )
-    if settings.mix.general_per_task == 0 and any(arm.general for arm in arms):
-        raise ConfigError(
-            "compare: mix.general_per_task is 0, so mix and tell would be SFT; set it above 0 or leave these arms out"
-        )
-    return arms
 
 
 def _cell(

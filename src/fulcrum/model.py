@@ -8,19 +8,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as functional
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulcrum import attention, encode, gguf, prefix
+from fulcrum import attention, fetch, prefix
 from fulcrum.config import TrainSettings
 from fulcrum.errors import ModelError
 from fulcrum.store import file_sha256, fingerprint
@@ -95,56 +92,18 @@ def load(name: str, settings: TrainSettings, *, trust_remote_code: bool = False)
 
     Raises ModelError where the name is unknown, the weights are not safe to load, or the model cannot be run.
     """
-    path = gguf.prepare(name)
+    path = fetch.prepare(name)
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     if settings.load_in_4bit:
         options["quantization_config"] = _four_bit(device)
-    with _explained(name):
+    with fetch.explained(name):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         causal = AutoModelForCausalLM.from_pretrained(path, **options)
     if not settings.load_in_4bit:  # bitsandbytes has put its weights where they belong
         causal = causal.to(device)
     return adopt(name, path, causal, tokenizer, dtype)
-
-
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
-    """Load a model's tokenizer, completed as `load` does, and its context in tokens (None: no limit); no weights.
-
-    Raises ModelError where the name is unknown or the files cannot be read.
-    """
-    path = gguf.prepare(name)
-    with _explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    _complete(tokenizer)
-    return tokenizer, _context(config)
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn what Transformers raises while it reads files into a ModelError."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(f"model {name!r}: cannot load: {str(error).strip().splitlines()[0]}") from error
-
-
-def _complete(tokenizer: Any) -> list[str]:
-    """Give a tokenizer what every stage needs of it: a chat template and a padding token. Returns what was said about it."""
-    facts = []
-    if tokenizer.chat_template is None:
-        starts = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = encode.plain_template(adds_bos=starts)
-        facts.append("the tokenizer has no chat template: the plain one is used")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return facts
-
-
-def _context(config: Any) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype) -> LoadedModel:
@@ -157,9 +116,9 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
         # 3.2 GiB for 60 prompts of SmolLM2, 19 GiB for Gemma.
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     facts = [f"matrix products in {str(dtype).removeprefix('torch.')}"]
-    facts += _complete(tokenizer)
+    facts += fetch.complete(tokenizer)
     device = next(causal.parameters()).device
-    loaded = LoadedModel(name, path, causal, tokenizer, device, dtype, _context(causal.config))
+    loaded = LoadedModel(name, path, causal, tokenizer, device, dtype, fetch.context(causal.config))
     with torch.no_grad():
         why = _probe_packing(loaded)
         loaded.split_head = _probe_head(loaded)

@@ -1,6 +1,6 @@
 """What a run will do, worked out with the tokenizer alone: rows, token lengths, plans with their shares, the stream itself.
 
-No weights are loaded, so this is what `check`, `mix` and `--dry-run` show. The plans are those of `run.stream`, not a second
+No weights are loaded, so this is what `check`, `mix` and `--dry-run` show. The plans are those of `arms.stream`, not a second
 account of them.
 """
 
@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from fulcrum import anchor as anchors
-from fulcrum import encode, material, mix, model, run, store
+from fulcrum import arms, encode, fetch, material, mix, store
+from fulcrum.arms import Arm
 from fulcrum.config import Settings
 from fulcrum.encode import Format
 from fulcrum.material import Material
 from fulcrum.records import Anchor, Example, IntArray, Message, Share
-from fulcrum.run import Arm
 
 SpanKind = Literal["prompt", "anchor", "trained", "end"]
 Span = tuple[SpanKind, str]
@@ -48,16 +48,16 @@ class Trial:
 
 def open_preview(settings: Settings, seed: int) -> Preview:
     """Read the data as a run with this seed would. Raises ConfigError, DataError or ModelError."""
-    tokenizer, context = model.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
+    tokenizer, context = fetch.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
     return Preview(settings, seed, material.prepare(settings, tokenizer, context, seed), tokenizer)
 
 
-def trials(preview: Preview, arms: Sequence[Arm]) -> list[Trial]:
+def trials(preview: Preview, chosen: Sequence[Arm]) -> list[Trial]:
     """Every training run of the arms at the preview's seed, in order; none for arms that are not trained."""
     settings, found = preview.settings, []
-    for arm in arms:
-        for repeats in run.trials(preview.rows, arm, settings) if arm.trained else ():
-            stream = run.stream(preview.rows, preview.tokenizer, arm, settings, repeats, preview.seed)
+    for arm in chosen:
+        for repeats in arms.trials(preview.rows, arm, settings) if arm.trained else ():
+            stream = arms.stream(preview.rows, preview.tokenizer, arm, settings, repeats, preview.seed)
             size = settings.train.batch_size
             advice = tuple(mix.warnings(stream.plan, size))
             found.append(Trial(arm.name, repeats, stream.steps(size), stream.share(), advice))
@@ -125,8 +125,8 @@ def stream_rows(preview: Preview, repeats: int) -> Iterator[dict[str, Any]]:
     `repeat` counts from 0 how often the row was shown before; messages carry the anchor, and ``weight: 0`` where an
     answer is not trained.
     """
-    arm, rows = run.own_arm(preview.settings), preview.rows
-    plan = run.stream(rows, preview.tokenizer, arm, preview.settings, repeats, preview.seed).plan
+    arm, rows = arms.own_arm(preview.settings), preview.rows
+    plan = arms.stream(rows, preview.tokenizer, arm, preview.settings, repeats, preview.seed).plan
     own = [(task.name, task.anchor if arm.anchored else None, example) for task in rows.tasks for example in task.train]
     shown: Counter[int] = Counter()
     for position, (is_task, row) in enumerate(zip(*plan.slice(0, len(plan)), strict=True)):

@@ -4,8 +4,8 @@ files -> material (rows split and cleaned) -> tokens -> plan -> adapter, once pe
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,37 +15,12 @@ from accelerate import PartialState
 
 from fulcrum import adapter, config, encode, export, generate, material, metrics, mix, model, report, scoring, store, training
 from fulcrum.adapter import State
+from fulcrum.arms import ARMS, Arm, own_arm, stream, trials
 from fulcrum.config import Settings
-from fulcrum.errors import ConfigError
 from fulcrum.identity import environment, manifest, peak_memory_bytes
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, Difference, Results, Tokens, TrainPoint, TrialResult
-
-_STRATIFIED = 200  # steps; shorter mixed streams are stratified by epoch
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of training that is compared. Arms differ in these things and in nothing else."""
-
-    name: str
-    trained: bool
-    anchored: bool
-    general: bool
-
-
-ARMS: Mapping[str, Arm] = {
-    arm.name: arm
-    for arm in (
-        Arm("base", trained=False, anchored=False, general=False),
-        Arm("base_anchor", trained=False, anchored=True, general=False),
-        Arm("sft", trained=True, anchored=False, general=False),
-        Arm("sft_anchor", trained=True, anchored=True, general=False),
-        Arm("mix", trained=True, anchored=False, general=True),
-        Arm("tell", trained=True, anchored=True, general=True),
-    )
-}
 
 
 class Watcher(Protocol):
@@ -130,59 +105,6 @@ def writes() -> bool:
 
 def _processes() -> Any:
     return PartialState(cpu=not torch.cuda.is_available())  # the first call decides, and must not wait for a GPU
-
-
-def own_arm(settings: Settings) -> Arm:
-    """The arm that the settings describe: TELL where there is an anchor and general data, else what is left of it."""
-    anchored = any(task.anchor is not None for task in settings.tasks)
-    general = settings.mix.general_per_task > 0
-    return next(a for a in ARMS.values() if a.trained and a.anchored == anchored and a.general == general)
-
-
-def stream(
-    rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Settings, repeats: int, seed: int
-) -> training.Stream:
-    """The token stream of one trial: the same task rows in every arm, with or without anchor and general rows."""
-    plain = encode.make_format(tokenizer, None)
-    own: list[Tokens] = []
-    for task in rows.tasks:
-        form = encode.make_format(tokenizer, task.anchor) if arm.anchored else plain
-        own += [encode.encode(example, form) for example in task.train]
-    count = rows.general_count(repeats) if arm.general else 0
-    plan = mix.plan(
-        len(own), count, repeats=repeats, general_per_task=count / (repeats * len(own)),
-        order=_order(settings, repeats * len(own), count), seed=store.seed_for(seed, "mix"),
-    )  # fmt: skip
-    return training.Stream(plan, own, [encode.encode(example, plain) for example in rows.general[:count]])
-
-
-def _order(settings: Settings, shown: int, general: int) -> str:
-    """Task rows alone are shuffled anew in each epoch, as everyone does; in a short mixture stratification avoids clumps."""
-    if general == 0:
-        return "epoch_stratified"
-    if settings.mix.order != "auto":
-        return settings.mix.order
-    return "epoch_stratified" if shown + general < _STRATIFIED * settings.train.batch_size else "random"
-
-
-def trials(rows: Material, arm: Arm, settings: Settings) -> tuple[int, ...]:
-    """The repeats (epochs) that an arm tries. Without general data: up to the most epochs that TELL's steps allow.
-
-    Each trial's learning rate decays fully within its own steps. Raises ConfigError for epochs beyond the cap.
-    """
-    wanted = settings.compare.sft_epochs
-    if arm.general or (settings.mix.general_per_task == 0 and wanted is None):
-        return rows.repeats
-    cap = max(1, rows.step_cap * settings.train.batch_size // rows.n_task)
-    if wanted is None:
-        # At least as many trials as TELL has; a single pass and the cap are always among them.
-        return tuple(sorted({int(n) for n in np.geomspace(1, cap, max(3, len(rows.repeats))).round()}))
-    if settings.mix.general_per_task > 0 and max(wanted) > cap:
-        raise ConfigError(
-            f"compare.sft_epochs: {max(wanted)} epochs of {rows.n_task} rows are over TELL's {rows.step_cap} steps; "
-            f"use at most {cap}"
-        )
-    return wanted
 
 
 def run_arm(

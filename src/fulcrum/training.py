@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,40 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fulcrum.adapter import State, adapter_state, new_adapter, set_adapter_state, set_dropout
+from fulcrum.arms import Stream
 from fulcrum.config import TrainSettings
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.loss import Row, row_loss, rows
-from fulcrum.mix import Plan, share
 from fulcrum.model import LoadedModel
-from fulcrum.records import BoolArray, Share, Tokens, TrainPoint, TrialResult
+from fulcrum.records import TrainPoint, TrialResult
 from fulcrum.store import fingerprint, plain, read_json
 
 Progress = Callable[[TrainPoint, int, float | None], None]  # log line, total steps, newest dev loss
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A plan with the tokens of the rows that it orders. `task` and `general` are indexed by the plan's row ids."""
-
-    plan: Plan
-    task: Sequence[Tokens]
-    general: Sequence[Tokens]
-
-    def step(self, index: int, batch_size: int) -> tuple[list[Tokens], BoolArray]:
-        """The examples of one optimizer step in order, and which of them are task rows."""
-        start = index * batch_size
-        is_task, ids = self.plan.slice(start, min(start + batch_size, len(self.plan)))
-        return [(self.task if own else self.general)[row] for own, row in zip(is_task, ids, strict=True)], is_task
-
-    def steps(self, batch_size: int) -> int:
-        """Number of optimizer steps; the last may be smaller."""
-        return math.ceil(len(self.plan) / batch_size)
-
-    def share(self, positions: int | None = None) -> Share:
-        """Realised task shares in examples, tokens and loss tokens, counted over the first `positions` (none: all)."""
-        is_task, ids = self.plan.slice(0, len(self.plan) if positions is None else min(positions, len(self.plan)))
-        examples = [(self.task if own else self.general)[row] for own, row in zip(is_task, ids, strict=True)]
-        return share(is_task, np.array([len(e) for e in examples]), np.array([e.n_loss for e in examples]))
 
 
 def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fulcrum import adapter as adapters
-from fulcrum import comparison, config, encode, generate, ingest, material, metrics, model, scoring, starter, store
+from fulcrum import arms, comparison, config, encode, generate, ingest, material, metrics, model, scoring, starter, store
 from fulcrum import run as running
 from fulcrum.config import DataSource, Settings, TaskSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
@@ -78,9 +78,9 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
     return Adapter(loaded, settings, own.name, anchors)
 
 
-def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[Path, running.Arm]:
+def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[Path, arms.Arm]:
     if (folder / "adapter").is_dir():
-        own = running.own_arm(settings)
+        own = arms.own_arm(settings)
         if arm not in (None, own.name):
             raise StoreError(f"{folder}: holds the arm {own.name!r} only, not {arm!r}")
         return folder / "adapter", own
@@ -90,7 +90,7 @@ def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[
     name = arm or found[0]
     if name not in found:
         raise StoreError(f"{folder}: no adapter of arm {name!r}{nearest(name, found)}")
-    return folder / "adapters" / name, running.ARMS[name]
+    return folder / "adapters" / name, arms.ARMS[name]
 
 
 @dataclass(frozen=True)
