@@ -10,6 +10,7 @@ made in OUT_FOLDER and gone on with when they exist.
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,17 @@ def tables(folder: Path) -> str:
         lines += _markdown(summary.score_grid(results, task["name"]))
     return "\n".join(
         lines
-        + _markdown(summary.difference_grid(results))
+        + _markdown(_telling(summary.difference_grid(results)))
         + _markdown(summary.forgetting_grid(results))
         + _markdown(summary.training_grid(results))
         + [report.headline(results)]
     )
+
+
+def _telling(grid: summary.Grid) -> summary.Grid:
+    """What mixing and the anchor brought over tuned SFT; the other pairs stand in results.json."""
+    pairs = {f"tell − {name}" for name in ("sft_anchor", "sft", "mix")} | {"mix − sft"}
+    return replace(grid, rows=tuple(row for row in grid.rows if row[0] in pairs))
 
 
 def _markdown(grid: summary.Grid) -> list[str]:

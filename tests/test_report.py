@@ -224,7 +224,7 @@ class TestTerminal:
         assert [str(table.title) for table in report.tables(results)] == [
             "a",
             "b",
-            "Paired differences",
+            "Paired differences (first metric; the others stand in the report)",
             "Training and cost",
             "Forgetting: general rows held out, nats per answer token above the base model",
         ]
@@ -232,7 +232,9 @@ class TestTerminal:
         assert "1.260 [1.160, 1.360]" in text
         assert re.search(r"tell +20% +8% +3% +120 +110,000 +130\n", re.sub(" +\n", "\n", text))
         assert re.search(r"base +– +– +– +– +– +130\n", re.sub(" +\n", "\n", text))
-        assert re.search(r"tell − sft_anchor +a +exact match +0.115 \[0.030, 0.200\] +1 +better", text)
+        assert re.search(r"tell − sft_anchor +a +NLL +−0.115 \[−0.200, −0.030\] +1 +better", text)
+        assert not re.search(r"tell − sft_anchor +a +exact match", text)
+        assert ("tell − sft_anchor", "a", "exact match") in [row[:3] for row in summary.difference_grid(results).rows]
 
     def test_a_narrow_terminal_loses_no_digit(self):
         text = terminal(make(), width=80)

@@ -59,7 +59,11 @@ def _read_predictions(path: Path) -> list[Record]:
 def tables(results: Record) -> list["Table"]:
     """Return the terminal's tables: scores of each task, paired differences, training and cost, forgetting. See `Grid`."""
     grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
-    grids += [summary.difference_grid(results), _training_and_cost(results), summary.forgetting_grid(results)]
+    grids += [
+        summary.difference_grid(results, first_metric_only=True),
+        _training_and_cost(results),
+        summary.forgetting_grid(results),
+    ]
     return [_rich(grid) for grid in grids if grid.rows]
 
 

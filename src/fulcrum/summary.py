@@ -256,13 +256,18 @@ def cost_grid(results: Record) -> Grid:
     return Grid("Cost", ("arm", "seeds", "trials", "train tokens, all trials", "seconds, all trials and tests"), tuple(rows))
 
 
-def difference_grid(results: Record) -> Grid:
+def difference_grid(results: Record, *, first_metric_only: bool = False) -> Grid:
     """Return a row a paired difference (arm minus reference, on the same test rows) with its verdict."""
     rows = []
+    arms = by_arm(results)
+    first = {facts["name"]: metrics_of(arms, facts["name"])[:1] for facts in results["tasks"]}
     for d in results["differences"]:
+        if first_metric_only and d["metric"] not in [score["metric"] for score in first.get(d["task"], ())]:
+            continue
         interval = _interval(d)
         word = verdict(interval.low, interval.high, higher_is_better=d["higher_is_better"])
         pair = f"{d['arm']} − {d['reference']}"
         rows.append((pair, d["task"], label_of(d["metric"]), _show(interval), f"{d['n_seeds']}", word))
     head = ("arm − reference", "task", "metric", "difference [95% interval]", "seeds", "verdict")
-    return Grid("Paired differences", head, tuple(rows), tuple(row[-1] for row in rows))
+    title = "Paired differences" + (" (first metric; the others stand in the report)" if first_metric_only else "")
+    return Grid(title, head, tuple(rows), tuple(row[-1] for row in rows))
