@@ -94,8 +94,9 @@ def train(
     module = _Loss(loaded)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
-    )
+        parameters, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
+        fused=loaded.device.type in ("cpu", "cuda"),
+    )  # fmt: skip
     accelerator = Accelerator(cpu=loaded.device.type == "cpu")
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     torch.manual_seed(seed)  # adapter dropout
