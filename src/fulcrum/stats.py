@@ -46,7 +46,7 @@ def bootstrap(
     The plain percentile interval is too short for few groups: it has the spread of the n-divisor variance and normal tails.
     The percentiles are therefore moved outwards until they match a t interval (Hesterberg 2015, "What Teachers Should Know
     About the Bootstrap", The American Statistician 69(4), expanded percentile interval); from some 50 groups up the two agree.
-    One group says nothing about another, and groups that are all alike nothing about others: `low` and `high` are then nan.
+    One group says nothing about another, and groups that are (nearly) all alike nothing about others: `low` and `high` are then nan.
 
     Raises `DataError` if there are no rows or a value is not finite.
     """
@@ -62,10 +62,10 @@ def bootstrap(
         stop = min(start + chunk, draws)
         counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=stop - start)
         values[start:stop] = statistic(counts @ per_group)
-    if np.ptp(values) <= 1e-12 * max(1.0, abs(estimate)):  # sums of equal values differ by rounding only
-        return Interval(estimate, np.nan, np.nan)
     tail = float(ndtr(np.sqrt(n_groups / (n_groups - 1)) * stdtrit(n_groups - 1, (1 - level) / 2)))
     low, high = np.quantile(values, [tail, 1 - tail])
+    if high - low <= 1e-12 * max(1.0, abs(estimate)):  # sums of equal values differ by rounding only
+        return Interval(estimate, np.nan, np.nan)
     return Interval(estimate, float(low), float(high))
 
 
