@@ -46,7 +46,8 @@ def bootstrap(
     The plain percentile interval is too short for few groups: it has the spread of the n-divisor variance and normal tails.
     The percentiles are therefore moved outwards until they match a t interval (Hesterberg 2015, "What Teachers Should Know
     About the Bootstrap", The American Statistician 69(4), expanded percentile interval); from some 50 groups up the two agree.
-    One group says nothing about another, and groups that are (nearly) all alike nothing about others: `low` and `high` are then nan.
+    One group says nothing about another, and groups that are (nearly) all alike nothing about others: `low` and `high` are
+    then nan.
 
     Raises `DataError` if there are no rows or a value is not finite.
     """
