@@ -78,3 +78,29 @@ def test_an_adapter_that_is_off_or_merged_is_not_added(monkeypatch: pytest.Monke
     ours.merge_adapter()
     monkeypatch.setattr(lora._Product, "apply", lambda *_: pytest.fail("the adapter would be added twice"))
     torch.testing.assert_close(ours(x), adapted, rtol=1e-5, atol=1e-5)
+
+
+class Halved(nn.Linear):
+    """A layer whose output is not the plain product of its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
+def test_layers_that_are_more_than_a_product_keep_their_own_forward() -> None:
+    config = LoraConfig(r=4, target_modules=["0", "1"])
+    config._register_custom_module({nn.Linear: LoraLinear})
+    base = nn.Sequential(Halved(8, 8), nn.Linear(8, 8))
+    calls: list[int] = []
+    base[1].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(3, 8)
+    expected = base(x)
+    torch.testing.assert_close(get_peft_model(base, config)(x), expected)  # a fresh adapter adds nothing
+    assert calls == [1, 1]
+
+
+def test_a_layer_kept_in_float32_works_under_autocast() -> None:
+    peft, ours = pair(torch.float32)
+    x = torch.randn(5, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(ours(x), peft(x))

@@ -697,7 +697,8 @@ def test_a_model_that_cannot_pack_is_compared_too(place: Path, tmp_path: Path) -
     save_tiny(tmp_path / "lfm2", "lfm2")
     given = two_tasks(place, tmp_path / "r", model=str(tmp_path / "lfm2"), compare={"arms": ["sft", "tell"], "seeds": [0]})
     results = comparison.compare(given)
-    assert "one example per row" in results.environment["probes"]
+    assert "packed False" in results.environment["probes"]
+    assert any("one example per row: packed examples differ" in note for note in results.notes)
     assert [arm.arm for arm in results.arms] == ["sft", "tell"]
 
 

@@ -101,6 +101,9 @@ def test_seed_interval_literal_values():
     alone = stats.seed_interval([4.0])
     assert alone.estimate == 4.0
     assert np.isnan([alone.low, alone.high]).all()
+    agreed = stats.seed_interval([1.0, 1.0, 1.0])  # three equal scores are no certainty
+    assert agreed.estimate == 1.0
+    assert np.isnan([agreed.low, agreed.high]).all()
 
 
 def test_over_seeds_with_one_seed_is_the_t_interval_over_groups():

@@ -477,3 +477,16 @@ def test_two_processes_give_the_adapter_of_one(tmp_path: Path) -> None:
         close(load_file(tmp_path / f"two-{number}.safetensors"), state)
         found = eval((tmp_path / f"two-{number}.json").read_text())
         np.testing.assert_allclose(np.array(found, dtype=float), np.array(curve(result), dtype=float), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "shared"), [({}, True), ({"share_prefixes": False}, False), ({"lora_dropout": 0.1}, False)]
+)
+def test_prefixes_are_shared_unless_switched_off_or_dropout_is_drawn_for_each_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], shared: bool
+) -> None:
+    asked: list[bool] = []
+    known = training.rows
+    monkeypatch.setattr(training, "rows", lambda *a, share, **k: (asked.append(share), known(*a, share=share, **k))[1])
+    train(tmp_path, **options)
+    assert set(asked) == {shared}

@@ -47,11 +47,17 @@ def segment_attention(
             raise ModelError(f"packed attention cannot apply {name!r} (attention sinks, position biases)")
     if dropout:
         raise ModelError(f"packed attention has no dropout, the model asks for {dropout:g}; the frozen base runs without")
+    if segments is None and (query.shape[0] != 1 or query.shape[2] != key.shape[2]):
+        raise ModelError(
+            f"packed attention takes one row without a key/value cache, got queries of shape {tuple(query.shape)} and keys of "
+            f"{tuple(key.shape)}; generate with `fulcrum.generate`, or call model.set_attn_implementation('sdpa') first"
+        )
     known = segments or Segments((Segment(0, query.shape[2]),))
     plan = known.plan(query.shape[1], key.shape[1], sliding_window, value.dtype, value.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     apply: Any = _Attention.apply
-    return apply(query.to(value.dtype), key.to(value.dtype), value, plan, scale, softcap), None
+    keep = torch.is_grad_enabled()
+    return apply(query.to(value.dtype), key.to(value.dtype), value, plan, scale, softcap, keep), None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,11 @@ class Segments:
         self.parts = tuple(parts)
         self._plans: dict[tuple[Any, ...], _Plan] = {}
 
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that layers have asked for so far."""
+        return {kind[2] for kind in self._plans}
+
     def plan(self, heads: int, key_heads: int, window: int | None, dtype: torch.dtype, device: torch.device) -> _Plan:
         """The plan of a layer with these heads and this sliding window."""
         kind = (heads, key_heads, window, dtype, device)
@@ -97,13 +108,13 @@ class Segments:
         return self._plans[kind]
 
 
-def kept_numbers(parts: Sequence[Segment], heads: int, key_heads: int, width: int) -> int:
+def kept_numbers(parts: Sequence[Segment], heads: int, key_heads: int, width: int, *, capped: bool) -> int:
     """Numbers that one layer keeps for the backward pass: weights, and gathered queries, keys and values."""
     total = 0
     for piece in _pieces(parts, None):
         queries = piece.end - piece.start
         keys = queries + sum(b - a for a, b in piece.context)
-        total += heads * queries * (keys + width) + 2 * key_heads * keys * width
+        total += heads * queries * (keys * (2 if capped else 1) + width) + 2 * key_heads * keys * width
     return total
 
 
@@ -193,7 +204,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scale: float, softcap: float | None
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scale: float, softcap: float | None, keep: bool
     ) -> Tensor:
         _, heads, tokens, width = query.shape
         rows = [states.transpose(1, 2).reshape(-1, states.shape[-1]) for states in (query, key, value)]
@@ -211,7 +222,7 @@ class _Attention(torch.autograd.Function):
                 scores = scores.view(parts, groups, -1, longest, seen).add_(batch.bias)
                 weights = scores.softmax(dim=-1).view(parts * groups, -1, seen)
                 outputs.append(torch.bmm(weights, v).view(-1, value.shape[-1]))
-                saved += [q, k, v, weights, bent]
+                saved += [q, k, v, weights, bent] if keep else []
         ctx.save_for_backward(*saved)
         ctx.plan, ctx.scale, ctx.heads, ctx.tokens = plan, scale, (heads, key.shape[1]), tokens
         return _joined(outputs).index_select(0, plan.back_queries).view(1, tokens, heads, -1)
@@ -235,7 +246,7 @@ class _Attention(torch.autograd.Function):
             for_keys.append(_scaled(slope.transpose(1, 2), q, ctx.scale))
         for_query = _joined(for_queries).index_select(0, plan.back_queries).view(1, ctx.tokens, heads, -1)
         for_key, for_value = (_own_and_context(parts, plan, groups) for parts in (for_keys, for_values))
-        return for_query.transpose(1, 2), for_key, for_value, None, None, None
+        return for_query.transpose(1, 2), for_key, for_value, None, None, None, None
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:

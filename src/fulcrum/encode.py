@@ -47,6 +47,8 @@ class Tokenizer(Protocol):
 
     def __hash__(self) -> int: ...
 
+    def __len__(self) -> int: ...
+
     def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any: ...  # noqa: D102
 
     def convert_tokens_to_ids(self, tokens: str) -> Any: ...  # noqa: D102
@@ -76,16 +78,16 @@ def make_format(tokenizer: Tokenizer, anchor: Anchor | None) -> Format:
     """Prepare encoding. Raises ModelError where the chat template cannot render one question and answer."""
     if not isinstance(tokenizer.chat_template, str):
         raise ModelError("the tokenizer has no chat template (or several); load the model through `fulcrum.model.load`")
-    return _format(tokenizer, tokenizer.chat_template, anchor)
+    return _format(tokenizer, len(tokenizer), tokenizer.chat_template, anchor)
 
 
 @functools.lru_cache(maxsize=64)  # one for each anchor: `encode` keeps rows by it
-def _format(tokenizer: Tokenizer, template: str, anchor: Anchor | None) -> Format:
-    return Format(tokenizer, anchors.bake(template, anchor), anchor, *_markers(tokenizer, template))
+def _format(tokenizer: Tokenizer, size: int, template: str, anchor: Anchor | None) -> Format:
+    return Format(tokenizer, anchors.bake(template, anchor), anchor, *_markers(tokenizer, size, template))
 
 
-@functools.lru_cache(maxsize=4)  # Gemma has 6,249 special tokens; the template is part of the key as a tokenizer can be changed
-def _markers(tokenizer: Tokenizer, template: str) -> tuple[tuple[int, ...], str, re.Pattern[str], tuple[str, ...]]:
+@functools.lru_cache(maxsize=4)  # Gemma has 6,249 special tokens; size and template are part of the key: both can be changed
+def _markers(tokenizer: Tokenizer, size: int, template: str) -> tuple[tuple[int, ...], str, re.Pattern[str], tuple[str, ...]]:
     """The end of a turn (ids, text) and the special tokens (pattern, names) that the tokenizer has with this template."""
     # `all_special_tokens` lists those with a role (BOS, EOS ...) only; most chat markers are merely added as special.
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -26,7 +26,7 @@ def nats(loaded: LoadedModel, examples: Sequence[Tokens], *, budget: int = 2048)
     count = np.zeros(len(examples), dtype=np.int64)
     for row in rows(examples, loaded, budget):
         owner = row.owner.cpu().numpy()
-        np.add.at(total, owner, row_nats(loaded, row).double().cpu().numpy())
+        np.add.at(total, owner, row_nats(loaded, row).cpu().double().numpy())
         np.add.at(count, owner, 1)
     return total, count
 
@@ -98,7 +98,7 @@ def _beginning(loaded: LoadedModel, prompts: Sequence[Sequence[int]], longest_an
     length = min(length, *(len(prompt) - 1 for prompt in prompts))  # each prompt has a token left to go on from
     config = loaded.causal.config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    if length < BLOCK or (window is not None and max(map(len, prompts)) + longest_answer > window):
+    if length < BLOCK or (window and max(map(len, prompts)) + longest_answer > window):
         return _Beginning()
     cache = DynamicCache(config=config)
     with loaded.precision():

@@ -35,8 +35,15 @@ def environment(loaded: LoadedModel) -> dict[str, str]:
     return {
         "python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads()),
         **{name: version(name) for name in libraries}, "code": _code(), "model": loaded.name, "weights": loaded.fingerprint(),
-        "device": str(loaded.device), "probes": "; ".join(loaded.facts),
+        "prompt": _prompt(loaded), "device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch."),
+        "probes": f"packed {loaded.packed}, prefixes shared {loaded.shares}, head apart {loaded.split_head}",
     }  # fmt: skip
+
+
+def _prompt(loaded: LoadedModel) -> str:
+    """A hash of a rendered prompt: some templates write the date, and then tomorrow's tokens are others."""
+    turns = [{"role": "user", "content": "x"}]
+    return store.fingerprint(loaded.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 @lru_cache

@@ -24,11 +24,19 @@ class LoraLinear(Linear):  # type: ignore[misc]
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         base = self.base_layer
+        if type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks or _is_cast(base.weight):
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         apply: Any = _Product.apply
         product: Tensor = apply(
             x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         )
         return product
+
+
+def _is_cast(weight: Tensor) -> bool:
+    """Whether autocast would give products with this weight another dtype than it has."""
+    kind = weight.device.type
+    return torch.is_autocast_enabled(kind) and weight.dtype != torch.get_autocast_dtype(kind)
 
 
 class _Product(torch.autograd.Function):

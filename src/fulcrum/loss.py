@@ -82,12 +82,18 @@ def _inputs(loaded: LoadedModel, row: Row) -> dict[str, Any]:
 def _hidden(loaded: LoadedModel, row: Row) -> Tensor:
     """Hidden states at the positions that predict targets: (targets, d)."""
     hidden: Tensor = loaded.body(**_inputs(loaded, row))[0]
-    return hidden[0, row.where]
+    return hidden[0].index_select(0, row.where)  # whose gradient adds in a fixed order where several targets share a place
+
+
+def _split(loaded: LoadedModel) -> bool:
+    """Whether the head runs apart, on chunks: not where an adapter stands on it, whose gradient would be lost."""
+    head = loaded.causal.get_output_embeddings()
+    return loaded.split_head and not any(parameter.requires_grad for parameter in head.parameters())
 
 
 def _logits_everywhere(loaded: LoadedModel, row: Row) -> Tensor:
     logits: Tensor = loaded.causal(**_inputs(loaded, row)).logits
-    return logits[0, row.where]
+    return logits[0].index_select(0, row.where)
 
 
 def _chunks(count: int) -> list[slice]:
@@ -130,7 +136,7 @@ def row_loss(loaded: LoadedModel, row: Row, weights: Tensor) -> tuple[Tensor, Te
     """
     set_checkpointing(loaded, _needs_checkpointing(loaded, row))
     with loaded.precision(), _adapter_precision(loaded):
-        if loaded.split_head:
+        if _split(loaded):
             apply: Any = _ChunkedLoss.apply
             total, each = apply(_hidden(loaded, row), loaded.head, row.labels, weights)
             return total, each
@@ -167,7 +173,8 @@ def _needs_checkpointing(loaded: LoadedModel, row: Row) -> bool:
     inner = max(inner) if isinstance(inner, list | tuple) else inner
     heads = getattr(config, "num_attention_heads", 0) or 1
     key_heads, head_width = getattr(config, "num_key_value_heads", heads) or heads, getattr(config, "head_dim", width // heads)
-    inside = attention.kept_numbers(row.segments, heads, key_heads, head_width or width // heads)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    inside = attention.kept_numbers(row.segments, heads, key_heads, head_width or width // heads, capped=capped)
     numbers = (row.ids.shape[1] * (13 * width + 6 * inner) + inside) * getattr(config, "num_hidden_layers", 0)
     return numbers * (2 if loaded.dtype == torch.bfloat16 else 4) > _ACTIVATION_BYTES
 

@@ -60,16 +60,11 @@ class LoadedModel:
         return cast(nn.Module, getattr(self.causal, self.causal.base_model_prefix))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the model's files (weights, configuration, tokenizer; of a hub model its commit) and a rendered prompt.
-
-        The latter because some templates write the date.
-        """
+        """SHA-256 over the model's files (weights, configuration, tokenizer); of a hub model its commit."""
         folder = Path(self.path)
         files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
-        probe = [{"role": "user", "content": "x"}]
-        text = self.tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
         revision = getattr(self.causal.config, "_commit_hash", None)  # what the hub calls these files
-        return fingerprint([text, revision, [(file.name, file_sha256(file)) for file in files]])
+        return fingerprint([revision, [(file.name, file_sha256(file)) for file in files]])
 
     def precision(self) -> torch.autocast:
         """Context in which matrix products run in the resolved dtype while adapters and optimizer stay in fp32."""
@@ -110,6 +105,7 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
     """Take a model and tokenizer that are in memory already: freeze, complete the tokenizer, probe."""
     causal.requires_grad_(False)
     causal.eval()
+    _drop_dropout(causal)
     head = causal.get_output_embeddings()
     if head is not None:
         # For a slice of the hidden states (the last position of each prompt) PyTorch copies the head's weights once a row:
@@ -129,6 +125,14 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
         facts.append("the output head runs at every position (its own form is not known)")
     loaded.facts = tuple(facts)
     return loaded
+
+
+def _drop_dropout(causal: nn.Module) -> None:
+    """The frozen base runs without dropout, also where a layer is told that it trains, so as to recompute its activations."""
+    for module in causal.modules():
+        for name, value in list(vars(module).items()):
+            if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _device(wanted: str) -> torch.device:
@@ -190,9 +194,12 @@ def _probe_packing(loaded: LoadedModel) -> str:
     for shares in (False,) if gpu else (True, False):
         try:
             causal.set_attn_implementation("flash_attention_2" if gpu else attention.NAME)
-            logits, moved = (_probe_logits(loaded, [start, *pair], shares) for start in (first, other))
-        except (TypeError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, ModelError) as error:
-            why = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            (logits, windows), (moved, _) = (_probe_logits(loaded, [start, *pair], shares) for start in (first, other))
+        except Exception as error:  # whatever a model's own code raises, it can still be run one example at a time
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            continue
+        if not gpu and _declares_window(causal.config.get_text_config()) and windows == {None}:
+            why = "its sliding window or chunked attention does not reach the packed attention"
             continue
         leak = max(float((a - b).abs().max()) for a, b in zip(logits[1:], moved[1:], strict=True))
         together = [_probe_nats(part, ids) for part, ids in zip(logits, (first, *pair), strict=True)]
@@ -206,15 +213,24 @@ def _probe_packing(loaded: LoadedModel) -> str:
     return why
 
 
-def _probe_logits(loaded: LoadedModel, examples: list[Tensor], shares: bool) -> list[Tensor]:
-    """The logits (1, tokens, vocabulary) of each example, computed in one row."""
+def _declares_window(config: Any) -> bool:
+    """Whether some layer sees a window or chunk only. A probe's few words cannot tell: windows are longer."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds:
+        return bool(kinds & {"sliding_attention", "chunked_attention"})
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+
+
+def _probe_logits(loaded: LoadedModel, examples: list[Tensor], shares: bool) -> tuple[list[Tensor], set[int | None]]:
+    """The logits (1, tokens, vocabulary) of each example, computed in one row, and the windows that layers asked for."""
     ids = [example[0].cpu().numpy() for example in examples]
     forest = prefix.trees(ids, sys.maxsize) if shares else [prefix.single(k, len(each)) for k, each in enumerate(ids)]
     laid = prefix.layout(ids, forest)
     inputs = (torch.as_tensor(array, dtype=torch.int64, device=loaded.device)[None] for array in (laid.ids, laid.positions))
     options = attention.keywords(laid.segments, loaded.device.type == "cuda", loaded.device)
     logits = loaded.causal(**dict(zip(("input_ids", "position_ids"), inputs, strict=True)), use_cache=False, **options).logits
-    return [logits[:, laid.places[k]] for k in range(len(examples))]
+    seen = options["segments"].windows if "segments" in options else set()
+    return [logits[:, laid.places[k]] for k in range(len(examples))], seen
 
 
 _PROBE_TEXTS = (

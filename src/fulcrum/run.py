@@ -169,7 +169,7 @@ def finish(
     first = materials[0]
     chosen = dict.fromkeys((arm.arm, arm.trials[arm.chosen].repeats) for arm in arms if arm.chosen is not None)
     plans = [(name, stream(first, loaded.tokenizer, ARMS[name], settings, repeats, 0).plan) for name, repeats in chosen]
-    notes = [*first.notes]
+    notes = [*first.notes, *(fact for fact in loaded.facts if not loaded.packed and "one example per row" in fact)]
     notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
     results = Results(
         kind=kind, settings=settings.model_dump(mode="json"), environment=environment(loaded),

@@ -77,7 +77,8 @@ def ratio(sums: FloatArray) -> FloatArray:
 
 
 def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean over training seeds with its Student-t interval (n - 1 degrees of freedom); nan interval for one seed.
+    """Mean over training seeds with its Student-t interval (n - 1 degrees of freedom); nan where it has no width: for one
+    seed, and where all seeds agree.
 
     Not a percentile bootstrap: over 3 to 5 seeds that cannot leave [min, max] and covers far too seldom.
     Raises `DataError` if there are no values or one is not finite.
@@ -85,7 +86,7 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     seeds = np.asarray(values, dtype=np.float64)
     _require_finite(seeds)
     mean, n = float(seeds.mean()), len(seeds)
-    if n < 2:
+    if n < 2 or np.ptp(seeds) == 0:
         return Interval(mean, np.nan, np.nan)
     return _t_interval(mean, float(seeds.var(ddof=1)) / n, n - 1, level)
 

@@ -97,7 +97,8 @@ def train(
         parameters, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
         fused=loaded.device.type in ("cpu", "cuda"),
     )  # fmt: skip
-    accelerator = Accelerator(cpu=loaded.device.type == "cpu")
+    # The model stands where it belongs; Accelerate's own choice of a device may be another (a GPU beside `device: cpu`).
+    accelerator = Accelerator(cpu=loaded.device.type == "cpu", device_placement=False)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     torch.manual_seed(seed)  # adapter dropout
     steps = stream.steps(settings.batch_size)
@@ -213,7 +214,7 @@ def _step(
         with torch.enable_grad(), _sync(accelerator, wrapped, place == len(batch.packed) - 1):
             loss, nats = wrapped(row, weights)
             accelerator.backward(loss)
-        own = batch.task_of[row.owner]
+        own, nats = batch.task_of[row.owner].cpu(), nats.cpu()  # not every device has float64
         for kind, chosen in enumerate((own, ~own)):
             sums[2 * kind] += batch.counts * float(nats[chosen].sum(dtype=torch.float64))
             sums[2 * kind + 1] += batch.counts * int(chosen.sum())
