@@ -50,6 +50,7 @@ TRL_TRIED = (
     Contender("trl, bf16, packed bfd", "peers.py", "trl", {**_FAST, "packing": True, "packing_strategy": "bfd", "batch": 1}),
     Contender("trl, bf16, packed bfd x2", "peers.py", "trl", {**_FAST, "packing": True, "packing_strategy": "bfd", "batch": 2}),
     Contender("trl, bf16, batch 2", "peers.py", "trl", {**_FAST, "batch": 2, "gradient_accumulation_steps": 4}),
+    Contender("trl, bf16, batch 1", "peers.py", "trl", {**_FAST, "batch": 1, "gradient_accumulation_steps": 8}),
 )
 
 
