@@ -230,10 +230,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         plan, (heads, groups) = ctx.plan, ctx.heads
+        saved = ctx.saved_tensors  # read once: each reading would recompute them where activations are not kept
         rows = gradient.reshape(-1, gradient.shape[-1])
         for_queries, for_keys, for_values = [], [], []
         for number, batch in enumerate(plan.batches):
-            q, k, v, weights, bent = ctx.saved_tensors[5 * number : 5 * number + 5]
+            q, k, v, weights, bent = saved[5 * number : 5 * number + 5]
             parts, longest, _ = batch.shape
             down = rows.index_select(0, batch.queries)
             if batch.filled is not None:  # what stands for padding is some token's gradient
