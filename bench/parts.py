@@ -126,7 +126,7 @@ def prefixes() -> None:
             chosen = settings.model_copy(update={"share_prefixes": share, "evaluations": 1})
             training.train(loaded, stream, lambda: 0.0, chosen, seed=0, repeats=1)
 
-        tell(name, in_turn({"shared": lambda train=train: train(True), "apart": lambda train=train: train(False)}))  # type: ignore[misc]
+        tell(name, in_turn({"shared": lambda train=train: train(True), "apart": lambda train=train: train(False)}))
     adapter.drop_adapter(loaded)
 
 

@@ -8,31 +8,17 @@ import json
 import os
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from clock import Clock
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
-
-
-class Clock(TrainerCallback):  # type: ignore[misc]
-    """Seconds between the first step's beginning and the last one's end."""
-
-    started = ended = 0.0
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start at the first step."""
-        self.started = self.started or time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop at the last step."""
-        self.ended = time.perf_counter()
 
 
 def main() -> None:
@@ -49,7 +35,7 @@ def main() -> None:
     trainer.add_callback(clock)
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": clock.ended - clock.started, "tokens": None, "peak_bytes": peak, "what": job["kind"]}))
+    print(json.dumps({"seconds": clock.seconds, "tokens": None, "peak_bytes": peak, "what": job["kind"]}))
 
 
 def trl_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, lora: LoraConfig) -> Any:

@@ -7,30 +7,15 @@ import contextlib
 import json
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from clock import Clock
 from swift import SftArguments
 from swift.pipelines import SwiftSft
-from transformers import TrainerCallback
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
-    """Seconds between the first step's beginning and the last one's end."""
-
-    started = ended = 0.0
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start at the first step."""
-        self.started = self.started or time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop at the last step."""
-        self.ended = time.perf_counter()
-
-
-class Timed(SwiftSft):  # type: ignore[misc]
+class Timed(SwiftSft):
     """Swift's own pipeline with a clock in it."""
 
     clock = Clock()
@@ -57,7 +42,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         Timed(arguments).main()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": Timed.clock.ended - Timed.clock.started, "tokens": None, "peak_bytes": peak, "what": "swift"}))
+    print(json.dumps({"seconds": Timed.clock.seconds, "tokens": None, "peak_bytes": peak, "what": "swift"}))
 
 
 if __name__ == "__main__":

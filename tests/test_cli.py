@@ -351,9 +351,9 @@ def test_rows_cannot_steer_the_terminal() -> None:
 
 @pytest.mark.parametrize("placement", ["system", "user_prefix", "user_suffix", "response_prefix"])
 def test_the_anchor_is_marked_once_where_it_stands(placement: str) -> None:
-    form = encode.make_format(tiny_tokenizer(), Anchor("Go on. ", placement))  # type: ignore[arg-type]
+    form = encode.make_format(tiny_tokenizer(), Anchor("Go on. ", placement))
     turns = [("user", "Go on. one"), ("assistant", "two"), ("user", "three Go on."), ("assistant", "four")]
-    example = Example(tuple(Message(role, text) for role, text in turns), "g", "f:1")  # type: ignore[arg-type]
+    example = Example(tuple(Message(role, text) for role, text in turns), "g", "f:1")
     spans = preview.spans(example, form)
     before, _, after = "".join(f"\0{kind}:{text}" for kind, text in spans).partition("\0anchor:Go on.")
     assert "Go on." not in (after if placement in ("user_suffix", "response_prefix") else before)
@@ -522,7 +522,7 @@ def test_chat_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     lines = iter(["one", "two", "/reset", "three", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    terminal.converse(Console(quiet=True), lambda history: asked.append([m.content for m in history]) or "so")  # type: ignore[func-returns-value]
+    terminal.converse(Console(quiet=True), lambda history: asked.append([m.content for m in history]) or "so")
     assert asked == [["one"], ["one", "so", "two"], ["three"]]
 
 

@@ -161,7 +161,10 @@ def test_prefixes_are_not_shared_where_asked_or_where_dropout_is_drawn_for_each_
 def test_a_model_that_cannot_share_still_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = save_tiny(tmp_path / "m")
     whole = attention._pieces
-    blind = lambda parts, window: whole([part._replace(context=()) for part in parts], window)  # noqa: E731
+
+    def blind(parts, window):
+        return whole([part._replace(context=()) for part in parts], window)
+
     monkeypatch.setattr(attention, "_pieces", blind)
     loaded = model.load(str(place), tiny_settings())
     assert (loaded.packed, loaded.shares) == (True, False)

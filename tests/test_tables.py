@@ -14,7 +14,7 @@ from fulcrum.rows import Layout, convert
 
 def read(path: Path, text: str, **more: object) -> list[Example]:
     path.write_text(text)
-    return ingest.read([DataSource(path=str(path), **more)])[0]  # type: ignore[arg-type]
+    return ingest.read([DataSource(path=str(path), **more)])[0]
 
 
 @pytest.mark.parametrize(("separator", "written"), [(";", '";"'), ("\t", r'"\\t"'), ("|", r'"\|"')])

@@ -43,17 +43,21 @@ class Tokenizer(Protocol):
     all_special_tokens: Sequence[str]
     added_tokens_decoder: Mapping[int, Any]
 
-    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]: ...  # noqa: D102
+    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]:
+        """Tokenise a text."""
 
     def __hash__(self) -> int: ...
 
     def __len__(self) -> int: ...
 
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any: ...  # noqa: D102
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        """Render a conversation by the chat template."""
 
-    def convert_tokens_to_ids(self, tokens: str) -> Any: ...  # noqa: D102
+    def convert_tokens_to_ids(self, tokens: str) -> Any:
+        """Look a token up."""
 
-    def decode(self, token_ids: Sequence[int], **options: Any) -> Any: ...  # noqa: D102
+    def decode(self, token_ids: Sequence[int], **options: Any) -> Any:
+        """Turn ids into text."""
 
 
 @dataclass(frozen=True, eq=False)

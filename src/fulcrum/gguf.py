@@ -86,7 +86,7 @@ def _read_model(gguf_file: Path) -> tuple[PreTrainedTokenizerBase, Any]:
         # Where a GGUF kernel is installed, Transformers would else leave the weights in their packed form.
         plain: dict[str, Any] = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
         loaded, report = AutoModelForCausalLM.from_pretrained(**place, **plain, output_loading_info=True)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # the last: a quantisation it cannot undo
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{gguf_file}: Transformers {transformers.__version__} cannot read it: {reason}") from error
     if report["missing_keys"]:  # Transformers would fill them with random numbers and go on

@@ -13,19 +13,20 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 
-class LoraLinear(Linear):  # type: ignore[misc]
+class LoraLinear(Linear):  # type: ignore[misc]  # PEFT's classes have no types
     """PEFT's LoRA layer over an `nn.Linear`, computed by `_Product` where one plain adapter is active."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
+        base = self.base_layer
         name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
         special = args or kwargs or self.disable_adapters or self.merged or name not in self.lora_A or name in self.lora_variant
-        if special or not isinstance(self.lora_dropout[name], nn.Identity) or self.lora_B[name].bias is not None:
+        special = special or not isinstance(self.lora_dropout[name], nn.Identity) or self.lora_B[name].bias is not None
+        # A subclass or a hook makes more of the layer than its weight's product.
+        special = special or type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks
+        if special or _is_cast(base.weight):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
-        base = self.base_layer
-        if type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks or _is_cast(base.weight):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         apply: Any = _Product.apply
         product: Tensor = apply(
             x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]

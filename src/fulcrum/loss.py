@@ -163,7 +163,8 @@ def _adapter_precision(loaded: LoadedModel) -> AbstractContextManager[None]:
     """Let autocast choose the dtype inside adapters: PEFT would lift their inputs to fp32, only to have them cast back."""
     if loaded.peft is None or loaded.dtype == torch.float32:
         return nullcontext()
-    return disable_input_dtype_casting(loaded.peft)  # type: ignore[no-any-return]
+    casting: AbstractContextManager[None] = disable_input_dtype_casting(loaded.peft)
+    return casting
 
 
 def _needs_checkpointing(loaded: LoadedModel, row: Row) -> bool:

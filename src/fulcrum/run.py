@@ -6,6 +6,7 @@ files -> material (rows split and cleaned) -> tokens -> plan -> adapter, once pe
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,7 +136,7 @@ def run_arm(
         label = f"{arm.name} seed {seed}: answers to {task.name}"
         predictions[task.name] = scoring.predict(
             loaded, task, task.test, anchored=arm.anchored, batch_tokens=settings.eval.batch_tokens,
-            count=lambda done, total, label=label: watcher.count(label, done, total),  # type: ignore[misc]
+            count=partial(watcher.count, label),
         )  # fmt: skip
         scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
     general = scoring.general_predictions(loaded, rows.held_out, watcher.stage)
