@@ -286,3 +286,46 @@ def test_ids_and_mask_are_plain_arrays() -> None:
     assert tokens.ids.dtype == np.int64
     assert tokens.loss_mask.dtype == np.bool_
     assert len(tokens) == len(tokens.ids) == len(tokens.loss_mask)
+
+
+@pytest.mark.parametrize("template", [True, FORGETFUL, TRIMMING])
+def test_rows_encoded_ahead_are_those_encoded_one_by_one(template: bool | str) -> None:
+    special = "a <|im_end|> b"
+    rows = [
+        Example((Message("user", f"sort {k}"), Message("assistant", f"box {k}")), str(k), f"r:{k}") for k in range(5)
+    ] + [
+        Example((Message("user", special), Message("assistant", "x")), "s", "r:s"),
+        Example((Message("user", "x"), Message("assistant", special)), "t", "r:t"),
+        Example(
+            (Message("system", "be brief"), Message("user", "one"), Message("assistant", "1"), Message("user", "two"),
+             Message("assistant", "2", train=False), Message("user", "three"), Message("assistant", "3")), "m", "r:m",
+        ),
+        Example((Message("user", "x"), Message("assistant", "y", train=False)), "n", "r:n"),
+    ]  # fmt: skip
+    for anchor in (None, Anchor("Sort it."), Anchor("Answer: ", placement="response_prefix")):
+        alone, ahead = form(template, anchor), form(template, anchor)
+        assert alone is not ahead
+        encode.encode_ahead([*rows, rows[0]], ahead)
+        assert [row.origin for row in ahead.known] == ["r:0", "r:1", "r:2", "r:3", "r:4", "r:m"]
+        for row in rows[:-1]:
+            found, expected = encode.encode(row, ahead), encode.encode(row, alone)
+            assert found.ids.tolist() == expected.ids.tolist()
+            assert found.loss_mask.tolist() == expected.loss_mask.tolist()
+        with pytest.raises(DataError, match="r:n: no answer to train"):
+            encode.encode(rows[-1], ahead)
+
+
+def test_a_template_that_refuses_a_row_refuses_it_by_name_after_encoding_ahead() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    refusing = encode.make_format(tokenizer, None)
+    good, bad = (
+        Example((Message("user", text), Message("assistant", "y")), text, f"r:{text}") for text in ("good", "bad")
+    )  # fmt: skip
+    encode.encode_ahead([good, bad], refusing)
+    assert len(encode.encode(good, refusing)) > 0
+    with pytest.raises(DataError, match="r:bad: the model's chat template refuses this row: no bad words"):
+        encode.encode(bad, refusing)

@@ -29,7 +29,7 @@ FLOORS = (
         "arms",
         "sources",
     ),
-    ("gguf", "fetch", "attention", "model", "lora", "adapter", "loss", "training", "generate", "scoring", "export"),
+    ("gguf", "fetch", "attention", "model", "lora", "adapter", "loss", "compiled", "training", "generate", "scoring", "export"),
     ("summary", "plots", "report", "identity", "run"),
     ("preview", "comparison"),
     ("use", "terminal", "watch", "cli_group", "cli_models", "cli", "__main__", "__init__"),

@@ -101,6 +101,7 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
     own: list[Tokens] = []
     for task in rows.tasks:
         form = encode.make_format(tokenizer, task.anchor) if arm.anchored else plain
+        encode.encode_ahead(task.train, form)
         own += [encode.encode(example, form) for example in task.train]
     count = rows.general_count(repeats) if arm.general else 0
     plan = mix.plan(
@@ -108,6 +109,19 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
         order=_order(settings, repeats * len(own), count), seed=store.seed_for(seed, "mix"),
     )  # fmt: skip
     return Stream(plan, own, [encode.encode(example, plain) for example in rows.general[:count]])
+
+
+def planned_tokens(rows: Material, tokenizer: encode.Tokenizer, arms: Sequence[Arm], settings: Settings) -> int:
+    """About how many tokens all trials of the arms train on at one seed, from the lengths of a few rows (anchors left out)."""
+    plain = encode.make_format(tokenizer, None)
+    total = 0.0
+    task = [row for each in rows.tasks for row in each.train]
+    for part, own in ((task, True), (rows.general, False)):
+        length = float(np.mean([len(encode.encode(row, plain)) for row in part[:: max(1, len(part) // 64)]])) if part else 0.0
+        for arm in arms:
+            for repeats in trials(rows, arm, settings) if arm.trained else ():
+                total += length * (repeats * len(part) if own else rows.general_count(repeats) * arm.general)
+    return round(total)
 
 
 def _order(settings: Settings, shown: int, general: int) -> str:

@@ -150,7 +150,8 @@ class TrainSettings(Section):
     early_stopping_patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
     share_prefixes: bool = Field(True, description="compute what examples of a packed row begin with in common once")
-    pack_tokens: int = Field(1024, ge=8, description="tokens in a packed row; examples are isolated from each other")
+    pack_tokens: int = Field(1536, ge=8, description="tokens in a packed row; examples are isolated from each other")
+    compile: Literal["auto", "always", "never"] = Field("auto", description="torch.compile; auto: if training is long enough")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="matrix products; auto: bf16 where it is faster")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: a GPU where there is one")
 

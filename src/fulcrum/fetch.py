@@ -1,12 +1,12 @@
 """A model's name -> its local folder or hub id, and its tokenizer. Neither needs torch, so previews answer at once."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
 
 from fulcrum import encode, sources
 from fulcrum.errors import ModelError
@@ -47,10 +47,46 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, 
     """
     path = prepare(name)
     with explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    complete(tokenizer)
-    return tokenizer, context(config)
+        found = tokenizer(path, trust_remote_code=trust_remote_code)
+        limit = _written_context(path)
+        if limit is None:
+            from transformers import AutoConfig  # and torch with it
+
+            limit = context(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    complete(found)
+    return found, limit
+
+
+def tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer as Transformers does.
+
+    To know its class, Transformers first loads the model's configuration, and torch with it. Of models that were converted here
+    and need no class of their own this is known: previews start a second sooner.
+    """
+    converted = Path(path).parent == sources.cache_dir() / "models"
+    if converted and _read(path, "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend":
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _written_context(path: str) -> int | None:
+    """The context that a local folder's config.json names; None where it leaves it to the architecture's default."""
+    config = _read(path, "config.json")
+    written = config.get("text_config", config).get("max_position_embeddings")
+    return written if isinstance(written, int) else None
+
+
+def _read(path: str, name: str) -> dict[str, Any]:
+    file = Path(path, name)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        return {}  # Transformers will say what is wrong with it
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

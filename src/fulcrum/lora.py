@@ -40,6 +40,19 @@ def _is_cast(weight: Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and weight.dtype != torch.get_autocast_dtype(kind)
 
 
+@torch.library.custom_op("fulcrum::add_product", mutates_args=("into",))
+def _opaque(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    into.addmm_(left, right, alpha=scale)
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """into += scale * left @ right, in place. A compiler that sees `addmm_` makes it a product beside, and a copy."""
+    if torch.compiler.is_compiling():
+        _opaque(into, left, right, scale)
+    else:
+        into.addmm_(left, right, alpha=scale)
+
+
 class _Product(torch.autograd.Function):
     """x W' + bias + scale (x A') B', all products in the dtype of W. W and its bias are frozen; A and B are in float32."""
 
@@ -48,7 +61,7 @@ class _Product(torch.autograd.Function):
         flat, a, b = (tensor.to(weight.dtype) for tensor in (x.reshape(-1, x.shape[-1]), a, b))
         low = flat @ a.t()
         result = functional.linear(flat, weight, bias)
-        result.addmm_(low, b.t(), alpha=scale)
+        _add_product(result, low, b.t(), scale)
         ctx.save_for_backward(flat, low, weight, a, b)
         ctx.scale, ctx.input_dtype = scale, x.dtype
         return result.view(*x.shape[:-1], -1)
@@ -63,5 +76,5 @@ class _Product(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, for_a, for_b, None
         for_x = down @ weight
-        for_x.addmm_(low_gradient, a, alpha=ctx.scale)
+        _add_product(for_x, low_gradient, a, ctx.scale)
         return for_x.to(ctx.input_dtype).view(*gradient.shape[:-1], -1), None, None, for_a, for_b, None

@@ -4,8 +4,8 @@ The head runs at supervised positions only, in chunks, and in training each chun
 whole row (262,144 numbers a token for Gemma) never exist.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from fulcrum.pack import pack
 from fulcrum.prefix import Segment, Tree, layout, single, trees
 from fulcrum.records import IntArray, Tokens
 
-_CHUNK = 256  # supervised positions whose logits exist at a time
-_ACTIVATION_BYTES = 1_200 * 2**20  # a row whose activations would need more is recomputed in the backward pass
+_CHUNK = 128  # supervised positions whose logits exist at a time
+_CACHED = 2**20  # of these, how many numbers are worked on at a time: a vocabulary's many passes stay in the processor's cache
+_ACTIVATION_BYTES = 1_800 * 2**20  # a row whose activations would need more is recomputed in the backward pass
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,21 @@ def _logits_everywhere(loaded: LoadedModel, row: Row) -> Tensor:
     return logits[0].index_select(0, row.where)
 
 
-def _chunks(count: int) -> list[slice]:
-    return [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
+def _chunks(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _nats(logits: Tensor, labels: Tensor, *, into_gradient: bool = False) -> Tensor:
+    """Nats of each target, in float32; with `into_gradient`, `logits` (n, vocabulary) become softmax minus one-hot."""
+    nats = []
+    for part in _chunks(len(labels), max(1, _CACHED // logits.shape[1])):
+        scores, target = logits[part].float(), labels[part, None]
+        total = scores.logsumexp(dim=-1, keepdim=True)
+        nats.append((total - scores.gather(1, target))[:, 0])
+        if into_gradient:
+            scores = (scores - total).exp_()
+            logits[part] = scores.scatter_add_(1, target, scores.new_full(target.shape, -1.0))
+    return torch.cat(nats)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -108,16 +122,14 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         nats, gradients = [], []
-        for part in _chunks(len(labels)):
+        for part in _chunks(len(labels), _CHUNK):
             chunk = hidden[part].detach().requires_grad_(True)
             with torch.enable_grad():
                 logits = head(chunk)
-            # d loss / d logits = weight * (softmax - one-hot), written over the fp32 logits: a large vocabulary costs passes.
-            scores, target, weight = logits.detach().to(torch.float32, copy=True), labels[part, None], weights[part, None]
-            total = scores.logsumexp(dim=-1, keepdim=True)
-            nats.append((total - scores.gather(1, target))[:, 0])
-            scores.sub_(total).exp_().mul_(weight).scatter_add_(1, target, -weight)
-            gradients.append(torch.autograd.grad(logits, chunk, scores.to(logits.dtype))[0])
+            gradient = logits.detach()
+            nats.append(_nats(gradient, labels[part], into_gradient=True))
+            down = torch.autograd.grad(logits, chunk, gradient)[0]
+            gradients.append((down.float() * weights[part, None]).to(down.dtype))
         ctx.save_for_backward(torch.cat(gradients))
         each = torch.cat(nats)
         ctx.mark_non_differentiable(each)
@@ -134,8 +146,9 @@ def row_loss(loaded: LoadedModel, row: Row, weights: Tensor) -> tuple[Tensor, Te
 
     `weights` (targets,) already hold the division by the step's total, so that rows of a step just add up.
     """
-    set_checkpointing(loaded, _needs_checkpointing(loaded, row))
-    with loaded.precision(), _adapter_precision(loaded):
+    recompute = _needs_checkpointing(loaded, row)
+    set_checkpointing(loaded, recompute)
+    with loaded.precision(), _adapter_precision(loaded), _layers_compiled(loaded, not recompute):
         if _split(loaded):
             apply: Any = _ChunkedLoss.apply
             total, each = apply(_hidden(loaded, row), loaded.head, row.labels, weights)
@@ -151,12 +164,7 @@ def row_nats(loaded: LoadedModel, row: Row) -> Tensor:
         if not loaded.split_head:
             return functional.cross_entropy(_logits_everywhere(loaded, row).float(), row.labels, reduction="none")
         hidden = _hidden(loaded, row)
-        return torch.cat(
-            [
-                functional.cross_entropy(loaded.head(hidden[p]).float(), row.labels[p], reduction="none")
-                for p in _chunks(len(row.labels))
-            ]
-        )
+        return torch.cat([_nats(loaded.head(hidden[p]), row.labels[p]) for p in _chunks(len(row.labels), _CHUNK)])
 
 
 def _adapter_precision(loaded: LoadedModel) -> AbstractContextManager[None]:
@@ -165,6 +173,18 @@ def _adapter_precision(loaded: LoadedModel) -> AbstractContextManager[None]:
         return nullcontext()
     casting: AbstractContextManager[None] = disable_input_dtype_casting(loaded.peft)
     return casting
+
+
+@contextmanager
+def _layers_compiled(loaded: LoadedModel, on: bool) -> Iterator[None]:
+    """Inside, those layers run compiled that `compiled` has compiled: in training only, and not where they are recomputed."""
+    for layer, call in loaded.compiled if on else ():
+        layer._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        for layer, _ in loaded.compiled:
+            layer._compiled_call_impl = None
 
 
 def _needs_checkpointing(loaded: LoadedModel, row: Row) -> bool:

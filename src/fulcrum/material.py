@@ -19,6 +19,7 @@ from fulcrum.records import Example, Reject, Task, TaskFacts
 from fulcrum.rows import content_key
 from fulcrum.store import fingerprint, seed_for
 
+_BLOCK = 4096  # rows that are encoded together
 _LENGTH_SAMPLE = 256  # general rows whose mean length stands for all, where a mix counts tokens
 
 
@@ -204,9 +205,12 @@ def fitting(
     """
     kept: list[Example] = []
     over: list[tuple[Example, int]] = []
-    for example in examples:
+    for place, example in enumerate(examples):
         if len(kept) == wanted:
             break
+        if place % _BLOCK == 0:
+            block = examples[place : place + min(_BLOCK, wanted - len(kept))]
+            encode.encode_ahead([encode.scored(row) for row in block] if answer_room else block, form)
         tokens = encode.final_answer(example, form) if answer_room else encode.encode(example, form)
         length = max(len(tokens), len(tokens) - tokens.n_loss + answer_room)
         if length > limit:
@@ -233,7 +237,7 @@ class _Cleaner:
             if content_key(example) in outside:
                 return "held out for measuring forgetting"
             try:
-                tokens = encode.encode.__wrapped__(example, self.plain)  # not kept: most of a large pool is never used
+                tokens = encode.encode(example, self.plain)
                 return f"over {self.limit} tokens" if len(tokens) > self.limit else None
             except DataError:
                 return "refused by the model's chat template"

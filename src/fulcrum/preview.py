@@ -74,6 +74,8 @@ def lengths(preview: Preview) -> Mapping[str, IntArray]:
         sources += [(f"{task.name} {part}", getattr(task, part), form) for part in ("train", "dev", "test")]
     sources.append(("general", rows.general, plain))
     sources += [(f"held out: {name}", examples, plain) for name, examples in rows.held_out.items()]
+    for _, examples, form in sources:
+        encode.encode_ahead(examples, form)
     return {
         name: np.array([len(encode.encode(example, form)) for example in examples], dtype=np.int64)
         for name, examples, form in sources

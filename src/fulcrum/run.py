@@ -14,9 +14,24 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from fulcrum import adapter, config, encode, export, generate, material, metrics, mix, model, report, scoring, store, training
+from fulcrum import (
+    adapter,
+    compiled,
+    config,
+    encode,
+    export,
+    generate,
+    material,
+    metrics,
+    mix,
+    model,
+    report,
+    scoring,
+    store,
+    training,
+)
 from fulcrum.adapter import State
-from fulcrum.arms import ARMS, Arm, own_arm, stream, trials
+from fulcrum.arms import ARMS, Arm, own_arm, planned_tokens, stream, trials
 from fulcrum.config import Settings
 from fulcrum.identity import environment, manifest, peak_memory_bytes
 from fulcrum.material import Material
@@ -79,7 +94,7 @@ def begin(
     if writes():
         store.check_free(folder, resume=resume)  # before anything slow
     kept = config.load(folder / "config.yaml") if (folder / "config.yaml").exists() else settings
-    chosen = settings.train.model_copy(update={"dtype": kept.train.dtype, "device": kept.train.device})
+    chosen = settings.train.model_copy(update={name: getattr(kept.train, name) for name in ("dtype", "device", "compile")})
     watcher.stage(f"loading {settings.model}")
     loaded = model.load(settings.model, chosen, trust_remote_code=settings.trust_remote_code)
     watcher.stage("reading data")
@@ -90,9 +105,16 @@ def begin(
     if any(arm.trained for arm in arms):
         adapter.new_adapter(loaded, settings.train, 0)  # as are modules that the model does not have
         adapter.drop_adapter(loaded)
+    tokens = sum(planned_tokens(each, loaded.tokenizer, arms, settings) for each in rows)
+    if compiled.wanted(loaded, chosen, tokens):
+        watcher.stage("compiling the model's layers")
+        compiled.switch_on(loaded, chosen, rows[0].tasks[0].train[0])
     if writes():
         store.open_run(folder, manifest(kind, settings, loaded, rows), resume=resume)
-        probed = {"dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type}
+        probed = {
+            "dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type,
+            "compile": "always" if loaded.compiled else "never",
+        }  # fmt: skip
         resolved = settings.model_copy(update={"train": settings.train.model_copy(update=probed)})
         store.write_bytes(folder / "config.yaml", config.dump(resolved).encode())
     _processes().wait_for_everyone()
