@@ -48,7 +48,7 @@ def trl_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any,
     arguments = SFTConfig(
         output_dir=job["scratch"], use_cpu=True, num_train_epochs=1, save_strategy="no",
         per_device_train_batch_size=options.pop("batch", job["batch"]), report_to=[], disable_tqdm=True,
-        max_length=job["max_length"], **options,
+        max_length=options.pop("max_length", job["max_length"]), **options,
     )  # fmt: skip
     return SFTTrainer(
         model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora

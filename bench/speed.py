@@ -40,6 +40,7 @@ class Contender:
 
 
 OURS = Contender("fulcrum", "ours.py", "train", python="own")
+COMPILED = Contender("fulcrum, compiled", "ours.py", "train", {"compile": "always"}, python="own")
 TRL = Contender("trl, defaults", "peers.py", "trl")
 HF = Contender("trainer + peft, padded", "peers.py", "hf")
 SWIFT = Contender("ms-swift, defaults", "swift_peer.py", "swift", python="swift")
@@ -79,7 +80,8 @@ def run(contender: Contender, name: str, folder: str, rows: Path, tokens: int) -
         return None
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     found["rate"] = tokens / found["seconds"]
-    print(f"  {contender.name}: {found['rate']:.0f} tokens/s, peak {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)
+    said = f" ({found['what']})" if contender.python == "own" else ""
+    print(f"  {contender.name}: {found['rate']:.0f} tokens/s, peak {found['peak_bytes'] / 2**30:.2f} GiB{said}", flush=True)
     return found
 
 
@@ -146,8 +148,37 @@ def rounds(contenders: Sequence[Contender], number: int, name: str, folder: str,
                 f"| {who} | {_spread(rates, '.0f')} | {_spread(ratios, '.2f')} | "
                 f"{max(result['peak_bytes'] for result in results) / 2**30:.2f} |"
             )
-    shares = [100 * a / b for a, b in zip(own, allowed, strict=False)]
-    print(f"\nceiling {_spread(allowed, '.0f')} tokens/s; Fulcrum's share of it {_spread(shares, '.0f')} %", flush=True)
+    print(f"\nceiling {_spread(allowed, '.0f')} tokens/s")
+    for who in (OURS.name, COMPILED.name):
+        shares = [100 * result["rate"] / b for result, b in zip(found.get(who, []), allowed, strict=False)]
+        if shares:
+            print(f"share of it, {who}: {_spread(shares, '.0f')} %", flush=True)
+
+
+def memory(name: str, folder: str) -> None:
+    """Peak memory of rows of 2,048 tokens, half of them supervised, one a step: with and without recomputed activations."""
+    tokenizer, _ = fetch.load_tokenizer(name)
+    form = encode.make_format(tokenizer, None)
+    packaged, _ = ingest.read([DataSource(path="builtin")])
+    ids = tokenizer(" ".join(row.answer for row in packaged), add_special_tokens=False)["input_ids"]
+    rows = []
+    for start in range(0, 6 * 2048, 2048):
+        question, answer = (str(tokenizer.decode(ids[start + at : start + at + 1010])) for at in (0, 1010))
+        rows.append([Message("user", question), Message("assistant", answer)])
+    lengths = [len(encode.encode(Example(tuple(row), "", ""), form)) for row in rows]
+    print(f"\n## {name}, memory: {len(rows)} rows of {min(lengths)} to {max(lengths)} tokens, micro-batches of 1", flush=True)
+    one = {"batch": 1, "max_length": max(lengths)}
+    pairs = (
+        Contender("fulcrum, recomputing", "ours.py", "train", {"batch_size": 1}, python="own"),
+        Contender("trl, checkpointing", "peers.py", "trl", {"dtype": "bfloat16", "bf16": True, **one}),
+        Contender("fulcrum, keeping", "ours.py", "train", {"batch_size": 1, "keep_activations": True}, python="own"),
+        Contender("trl, no checkpointing", "peers.py", "trl", {**_FAST, **one}),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, "rows.jsonl")
+        write(rows, file)
+        for contender in pairs:
+            run(contender, name, folder, file, sum(lengths))
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -158,7 +189,7 @@ def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m-instruct", "gemma-3-270m"])
-    parser.add_argument("--mixes", nargs="+", default=["general", "short task rows", "long anchor"])
+    parser.add_argument("--mixes", nargs="+", default=["general", "short task rows", "long anchor", "memory"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=32, help="rows of a mix (half as many with the long anchor)")
     parser.add_argument("--pool", default="builtin", help="where general rows come from")
@@ -166,6 +197,8 @@ def main() -> None:
     wanted = parser.parse_args()
     for name in wanted.models:
         folder = fetch.prepare(name)
+        if "memory" in wanted.mixes:
+            memory(name, folder)
         tried: Contender | None = None
         for mix, rows in mixes(name, wanted.pool, wanted.rows).items():
             if mix not in wanted.mixes:
@@ -175,14 +208,16 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 file = Path(scratch, "rows.jsonl")
                 write(rows, file)
-                contenders = [c for c in (OURS, TRL, HF, SWIFT) if not c.name.startswith(tuple(wanted.without) or ("\0",))]
+                contenders = [
+                    c for c in (OURS, COMPILED, TRL, HF, SWIFT) if not c.name.startswith(tuple(wanted.without) or ("\0",))
+                ]
                 if "trl, best" not in wanted.without:
                     if tried is None:
                         print("searching for TRL's best:", flush=True)
                         results = [(each, run(each, name, folder, file, tokens)) for each in TRL_TRIED]
                         tried = max((r for r in results if r[1]), key=lambda pair: pair[1]["rate"] if pair[1] else 0)[0]
                         print(f"best: {tried.name}", flush=True)
-                    contenders.insert(2, tried)
+                    contenders.insert(3, tried)
                 rounds(contenders, wanted.rounds, name, folder, file, tokens)
 
 

@@ -26,14 +26,38 @@ class Timed(SwiftSft):
         return super().train(trainer)
 
 
+# Swift asks for its own name of a model in a local folder.
+KINDS = {"llama": "llama", "gemma3_text": "gemma3_text"}
+
+
+def give_template(folder: Path, copy: Path, job: dict[str, Any]) -> None:
+    """Where the tokenizer has no chat template, point the job at a copy of the folder with the one that all peers are given."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template is not None:
+        return
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).symlink_to(file)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        (copy / name).unlink(missing_ok=True)
+    tokenizer.chat_template = job["template"]
+    tokenizer.save_pretrained(copy)
+    job["model"] = str(copy)
+
+
 def main() -> None:
     """Train one pass over the job's rows."""
     job = json.loads(sys.argv[1])
     rows = [json.loads(line) for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()]
     file = Path(job["scratch"], "messages.jsonl")
     file.write_text("".join(json.dumps({"messages": [*row["prompt"], *row["completion"]]}) + "\n" for row in rows))
+    config = json.loads(Path(job["model"], "config.json").read_text(encoding="utf-8"))
+    give_template(Path(job["model"]), Path(job["scratch"], "model"), job)
     arguments = SftArguments(
-        model=job["model"], model_type="llama", template="chatml", template_backend="jinja", dataset=[str(file)],
+        model=job["model"], model_type=KINDS[config["model_type"]], template="chatml", template_backend="jinja",
+        dataset=[str(file)],
         output_dir=job["scratch"], num_train_epochs=1, per_device_train_batch_size=job["batch"], gradient_accumulation_steps=1,
         lora_rank=job["lora_r"], lora_alpha=int(job["lora_alpha"]), target_modules=["all-linear"], max_length=job["max_length"],
         save_strategy="no", eval_strategy="no", split_dataset_ratio=0.0, report_to=[], use_hf=True,
