@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fulcrum import encode, mix, store
+from fulcrum import encode, mix, store, tokens
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError, nearest
 from fulcrum.material import Material
@@ -108,7 +108,7 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
         len(own), count, repeats=repeats, general_per_task=count / (repeats * len(own)),
         order=_order(settings, repeats * len(own), count), seed=store.seed_for(seed, "mix"),
     )  # fmt: skip
-    return Stream(plan, own, [encode.encode(example, plain) for example in rows.general[:count]])
+    return Stream(plan, own, tokens.tokenised(rows.general, plain)[:count])
 
 
 def planned_tokens(rows: Material, tokenizer: encode.Tokenizer, arms: Sequence[Arm], settings: Settings) -> int:

@@ -1,0 +1,116 @@
+"""Tokenised general rows on disk: written once, memory-mapped, shared by the cells of a comparison and by later runs.
+
+A file is named by all that its tokens depend on (tokenizer, template, rows), so it is never out of date. Arrow does the rest.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from fulcrum import encode, sources
+from fulcrum.encode import Format, Tokenizer
+from fulcrum.records import Example, Tokens
+from fulcrum.store import fingerprint
+
+SMALLEST = 512  # rows; fewer are encoded again sooner than a file is opened
+KEPT_BYTES = 4 * 2**30  # of all files; beyond that the ones unused for longest go
+_BLOCK = 4096  # rows encoded and written at a time
+_SCHEMA = pa.schema({"ids": pa.list_(pa.int32()), "loss": pa.list_(pa.bool_())})
+
+
+class Stored(Sequence[Tokens]):
+    """The tokens of many rows, read from a memory-mapped file as they are asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    @classmethod
+    def open(cls, file: Path) -> "Stored":
+        """Map a file. Raises OSError or ArrowInvalid where it is missing or damaged."""
+        return cls(pa.ipc.open_file(pa.memory_map(str(file))).read_all())
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Stored": ...
+    def __getitem__(self, index: int | slice) -> "Tokens | Stored":
+        """Row `index` as `encode.encode` gives it, or a range of rows, still mapped."""
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise ValueError(f"rows are sliced in their order, got step {step}")
+            return Stored(self._table.slice(start, max(stop - start, 0)))
+        ids, loss = (self._table.column(name)[int(index)].values for name in ("ids", "loss"))
+        return Tokens(ids.to_numpy().astype(np.int64), loss.to_numpy(zero_copy_only=False))
+
+
+@lru_cache(maxsize=4)  # trials and arms ask for the same rows again
+def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
+    """The tokens of `examples` (`encode.encode`): few rows from memory, many from the cache's file, made where it lacks one.
+
+    Where the cache cannot be written (a full disk, a read-only folder), the rows are encoded in memory. Raises DataError as
+    `encode.encode` does.
+    """
+    tokenizer = _tokenizer_hash(form.tokenizer, len(form.tokenizer)) if len(examples) >= SMALLEST else None
+    if tokenizer is None:
+        encode.encode_ahead(examples, form)
+        return [encode.encode(example, form) for example in examples]
+    named = [tokenizer, form.template, form.anchor, form.end_ids, [example.messages for example in examples]]
+    file = sources.cache_dir() / "tokens" / f"{fingerprint(named)[:32]}.arrow"
+    try:
+        if not _whole(file, len(examples)):
+            _write(file, examples, form)
+            _prune(file.parent)
+        os.utime(file)
+        return Stored.open(file)
+    except OSError:
+        return encode.encode_many(examples, form)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer_hash(tokenizer: Tokenizer, size: int) -> str | None:
+    """A hash over the vocabulary, merges and added tokens; None for a tokenizer that does not write itself down."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else fingerprint([backend.to_str(), size])
+
+
+def _whole(file: Path, rows: int) -> bool:
+    """Whether the file is there and can be read: a damaged one is made anew."""
+    try:
+        return len(Stored.open(file)) == rows
+    except (OSError, pa.ArrowInvalid):
+        return False
+
+
+def _write(file: Path, examples: Sequence[Example], form: Format) -> None:
+    """Write beside the file's place and rename, so that processes that race for it each find it whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+            for start in range(0, len(examples), _BLOCK):
+                rows = encode.encode_many(examples[start : start + _BLOCK], form)
+                columns = [[row.ids for row in rows], [row.loss_mask for row in rows]]
+                writer.write_batch(
+                    pa.record_batch([pa.array(c, t.type) for c, t in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
+                )
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _prune(folder: Path) -> None:
+    """Drop the files that were not used for longest, until the rest is within `KEPT_BYTES`."""
+    total = 0
+    for file in sorted(folder.glob("*.arrow"), key=lambda path: path.stat().st_mtime, reverse=True):
+        total += file.stat().st_size
+        if total > KEPT_BYTES:
+            file.unlink(missing_ok=True)
