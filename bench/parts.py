@@ -203,7 +203,7 @@ def comparison() -> None:
         run.write_text(
             f"model: {MODEL}\ntask: {{train: {DEMO}/train.jsonl, dev: {DEMO}/dev.jsonl, test: {DEMO}/test.jsonl,\n"
             "  anchor: Sort the mail., "
-            "metrics: [nll, exact_match], train_limit: 16, dev_limit: 8, test_limit: 12, max_new_tokens: 32}}\n"
+            "metrics: [nll, exact_match], train_limit: 16, dev_limit: 8, test_limit: 12, max_new_tokens: 32}\n"
             "mix: {general_per_task: 2, repeats: 1}\neval: {general_rows: 16}\ntrain: {evaluations: 2}\n"
             "compare: {arms: [tell, mix], seeds: [0, 1, 2], sft_epochs: [1]}\n"
         )
