@@ -5,6 +5,7 @@ python bench/parts.py generation prefixes   # some
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -131,7 +132,7 @@ def prefixes() -> None:
 
 
 def start() -> None:
-    """`fulcrum --help`, and `fulcrum check` on 10,000 rows."""
+    """`fulcrum --help`, shell completion, and `fulcrum check` on 10,000 rows."""
     command = [sys.executable, "-m", "fulcrum"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows.jsonl")
@@ -142,11 +143,14 @@ def start() -> None:
         run.write_text(
             f"model: {MODEL}\ntask: {{train: {file}, anchor: Sort it.}}\nmix: {{general_per_task: 0.2, repeats: 1}}\n"
         )
-        for name, arguments in {"--help": ["--help"], "check, 10,000 rows": ["check", str(run)]}.items():
+        completing = {"_FULCRUM_COMPLETE": "complete_bash", "COMP_WORDS": "fulcrum co", "COMP_CWORD": "1"}
+        for name, arguments, variables in (
+            ("--help", ["--help"], {}), ("completion", [], completing), ("check, 10,000 rows", ["check", str(run)], {}),
+        ):  # fmt: skip
             seconds = []
             for _ in range(ROUNDS):
                 started = time.perf_counter()
-                subprocess.run([*command, *arguments], check=True, capture_output=True)
+                subprocess.run([*command, *arguments], check=True, capture_output=True, env={**os.environ, **variables})
                 seconds.append(time.perf_counter() - started)
             print(f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})", flush=True)
 

@@ -1,6 +1,7 @@
 """The command line from outside: what is printed, which files appear, and how errors end."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -572,3 +573,9 @@ def test_a_live_bar_shows_both_losses_and_leaves_a_line() -> None:
     assert "reading [data]" in text
     assert "tell: step 2/4, 150 tokens/s, 0:04 left, task loss 2.000, general loss 3.000, dev loss 1.500" in text
     assert "answers: 1/2" in text
+
+
+def test_the_shell_completes_verbs() -> None:
+    variables = {**os.environ, "_FULCRUM_COMPLETE": "complete_bash", "COMP_WORDS": "fulcrum co", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-m", "fulcrum"], env=variables, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["compare"]

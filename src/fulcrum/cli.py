@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fulcrum.config import Settings
 
 app = typer.Typer(
-    cls=Group, name="fulcrum", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    cls=Group, name="fulcrum", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
     rich_markup_mode=None,  # drawing the help with rich would cost more time than all the rest of it
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
