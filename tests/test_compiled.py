@@ -61,6 +61,9 @@ def test_layers_that_do_not_compile_run_as_they_are(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(loss, "row_loss", fails)
         compiled.switch_on(loaded, chosen, EXAMPLE)
+        with pytest.raises(ConfigError, match=r"train\.compile is always, but RuntimeError: no header files"):
+            compiled.switch_on(loaded, tiny_settings(compile="always"), EXAMPLE)
+        compiled.switch_on(loaded, chosen, EXAMPLE)
     assert (loaded.compiled, loaded.peft) == ([], None)
     assert loaded.facts[-1] == "layers could not be compiled: RuntimeError: no header files"
     shaken_adapter(loaded, chosen)
@@ -76,6 +79,7 @@ def test_only_long_training_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert compiled.wanted(loaded, tiny_settings(), int(compiled.PAYS_FROM / size) + 1)
     assert compiled.wanted(loaded, tiny_settings(compile="always"), 1)
     assert not compiled.wanted(loaded, tiny_settings(compile="never"), 10**12)
+    assert not compiled.wanted(loaded, tiny_settings(compile="always"), 0)  # nothing is trained
     monkeypatch.setattr(compiled, "_compiler", lambda: None)
     assert not compiled.wanted(loaded, tiny_settings(), 10**12)
     with pytest.raises(ConfigError, match=r"train.compile is always, but no C\+\+ compiler is installed"):

@@ -57,9 +57,20 @@ def test_other_rows_templates_and_anchors_have_files_of_their_own(cache: Path) -
     other = tiny_tokenizer()
     other.add_tokens(["box"])
     grown = encode.make_format(other, None)
-    for examples, form in ((rows(), plain), (rows(word="put"), plain), (rows(), anchored), (rows(), grown)):
+    renamed = tiny_tokenizer()
+    renamed.bos_token = "<pad>"  # not in the vocabulary's own file, and templates may write it
+    roles = encode.make_format(renamed, None)
+    for examples, form in ((rows(), plain), (rows(word="put"), plain), (rows(), anchored), (rows(), grown), (rows(), roles)):
         same(tokens.tokenised(examples, form), examples, form)
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_a_template_that_writes_the_date_is_not_stored(cache: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% endif %}" + tokenizer.chat_template
+    form = encode.make_format(tokenizer, None)
+    same(tokens.tokenised(rows(), form), rows(), form)
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"ARROW1 and then nothing"])

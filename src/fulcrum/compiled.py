@@ -28,6 +28,8 @@ def wanted(loaded: LoadedModel, settings: TrainSettings, tokens: int) -> bool:
 
     Raises ConfigError where `train.compile` is always and this machine or model cannot.
     """
+    if tokens == 0:
+        return False
     lacks = "" if loaded.packed else "this model trains one example per row"
     lacks = lacks or ("" if _compiler() else "no C++ compiler is installed (g++ or clang++, or set CXX)")
     if settings.compile == "always" and lacks:
@@ -45,7 +47,10 @@ def _compiler() -> str | None:
 
 
 def switch_on(loaded: LoadedModel, settings: TrainSettings, example: Example) -> None:
-    """Compile the layers, and train a row of `example` to see that they run; where they do not, `loaded.facts` says why."""
+    """Compile the layers, and train rows of a short `example` to see that they run.
+
+    Where they do not, `loaded.facts` says why. Raises ConfigError for that where `train.compile` is always.
+    """
     outside: Any = torch.compiler.disable
     AttentionInterface.register(attention.NAME, outside(attention.segment_attention))
     # The first layer's input has no gradient: a second compilation for one layer would not pay.
@@ -64,6 +69,8 @@ def switch_on(loaded: LoadedModel, settings: TrainSettings, example: Example) ->
     except Exception as error:  # whatever a compiler or a model's own code raises, the layers still run as they are
         loaded.compiled.clear()
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        if settings.compile == "always":
+            raise ConfigError(f"train.compile is always, but {why}; set it to auto or never") from error
         loaded.facts = (*loaded.facts, f"layers could not be compiled: {why}")
     else:
         loaded.facts = (*loaded.facts, "layers are compiled for training")

@@ -42,6 +42,7 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     all_special_tokens: Sequence[str]
     added_tokens_decoder: Mapping[int, Any]
+    special_tokens_map: Mapping[str, Any]
 
     def __call__(self, text: str | list[str], **options: Any) -> Mapping[str, Any]:
         """Tokenise a text, or several."""
@@ -244,7 +245,8 @@ def _together(examples: Sequence[Example], form: Format) -> dict[Example, Tokens
         if not any(_OPEN in prompt or form.special.search(_answer(answer, form)) for prompt, answer in parts)
     }
     wanted = list({text for parts in plain.values() for part in parts for text in part})
-    ids = dict(zip(wanted, form.tokenizer(wanted, add_special_tokens=False)["input_ids"], strict=True)) if wanted else {}
+    options = {"add_special_tokens": False, "split_special_tokens": False}  # as in `_ids`
+    ids = dict(zip(wanted, form.tokenizer(wanted, **options)["input_ids"], strict=True)) if wanted else {}
     end = list(form.end_ids)
     return {row: _joined([(ids[prompt], ids[answer] + end) for prompt, answer in parts]) for row, parts in plain.items()}
 

@@ -76,7 +76,8 @@ def tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
 def _written_context(path: str) -> int | None:
     """The context that a local folder's config.json names; None where it leaves it to the architecture's default."""
     config = _read(path, "config.json")
-    written = config.get("text_config", config).get("max_position_embeddings")
+    inner = config.get("text_config")
+    written = (inner if isinstance(inner, dict) else config).get("max_position_embeddings")
     return written if isinstance(written, int) else None
 
 

@@ -108,7 +108,8 @@ def begin(
     tokens = sum(planned_tokens(each, loaded.tokenizer, arms, settings) for each in rows)
     if compiled.wanted(loaded, chosen, tokens):
         watcher.stage("compiling the model's layers")
-        compiled.switch_on(loaded, chosen, rows[0].tasks[0].train[0])
+        shortest = min(rows[0].tasks[0].train, key=lambda row: sum(len(message.content) for message in row.messages))
+        compiled.switch_on(loaded, chosen, shortest)
     if writes():
         store.open_run(folder, manifest(kind, settings, loaded, rows), resume=resume)
         probed = {
@@ -192,7 +193,7 @@ def finish(
     first = materials[0]
     chosen = dict.fromkeys((arm.arm, arm.trials[arm.chosen].repeats) for arm in arms if arm.chosen is not None)
     plans = [(name, stream(first, loaded.tokenizer, ARMS[name], settings, repeats, 0).plan) for name, repeats in chosen]
-    notes = [*first.notes, *(fact for fact in loaded.facts if not loaded.packed and "one example per row" in fact)]
+    notes = [*first.notes, *(fact for fact in loaded.facts if "one example per row" in fact or "could not be compiled" in fact)]
     notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
     results = Results(
         kind=kind, settings=settings.model_dump(mode="json"), environment=environment(loaded),

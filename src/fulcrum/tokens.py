@@ -5,6 +5,7 @@ A file is named by all that its tokens depend on (tokenizer, template, rows), so
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -59,20 +60,25 @@ def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
     Where the cache cannot be written (a full disk, a read-only folder), the rows are encoded in memory. Raises DataError as
     `encode.encode` does.
     """
-    tokenizer = _tokenizer_hash(form.tokenizer, len(form.tokenizer)) if len(examples) >= SMALLEST else None
+    # A template that writes the date gives other tokens tomorrow.
+    many = len(examples) >= SMALLEST and "strftime_now" not in form.template
+    tokenizer = _tokenizer_hash(form.tokenizer, len(form.tokenizer)) if many else None
     if tokenizer is None:
         encode.encode_ahead(examples, form)
         return [encode.encode(example, form) for example in examples]
-    named = [tokenizer, form.template, form.anchor, form.end_ids, [example.messages for example in examples]]
+    roles = sorted((name, str(token)) for name, token in form.tokenizer.special_tokens_map.items())  # templates write them
+    named = [tokenizer, roles, form.template, form.anchor, form.end_ids, [example.messages for example in examples]]
     file = sources.cache_dir() / "tokens" / f"{fingerprint(named)[:32]}.arrow"
     try:
         if not _whole(file, len(examples)):
             _write(file, examples, form)
-            _prune(file.parent)
-        os.utime(file)
-        return Stored.open(file)
+        found = Stored.open(file)
     except OSError:
         return encode.encode_many(examples, form)
+    with suppress(OSError):  # a folder that can only be read, or another process that prunes too
+        os.utime(file)
+        _prune(file.parent)
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -83,7 +89,7 @@ def _tokenizer_hash(tokenizer: Tokenizer, size: int) -> str | None:
 
 
 def _whole(file: Path, rows: int) -> bool:
-    """Whether the file is there and can be read: a damaged one is made anew."""
+    """Whether the file is there and Arrow can open it: one that is cut off is made anew."""
     try:
         return len(Stored.open(file)) == rows
     except (OSError, pa.ArrowInvalid):
@@ -102,6 +108,8 @@ def _write(file: Path, examples: Sequence[Example], form: Format) -> None:
                 writer.write_batch(
                     pa.record_batch([pa.array(c, t.type) for c, t in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
                 )
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
         partial.rename(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -109,8 +117,9 @@ def _write(file: Path, examples: Sequence[Example], form: Format) -> None:
 
 def _prune(folder: Path) -> None:
     """Drop the files that were not used for longest, until the rest is within `KEPT_BYTES`."""
-    total = 0
-    for file in sorted(folder.glob("*.arrow"), key=lambda path: path.stat().st_mtime, reverse=True):
+    newest, *older = sorted(folder.glob("*.arrow"), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = newest.stat().st_size
+    for file in older:
         total += file.stat().st_size
         if total > KEPT_BYTES:
             file.unlink(missing_ok=True)
