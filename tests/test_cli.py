@@ -1,5 +1,6 @@
 """The command line from outside: what is printed, which files appear, and how errors end."""
 
+import io
 import json
 import os
 import subprocess
@@ -563,7 +564,7 @@ def test_pull_asks_for_terms_and_knows_names(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_live_bar_shows_both_losses_and_leaves_a_line() -> None:
-    out = Console(force_terminal=True, width=80, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    out = Console(force_terminal=True, width=80, record=True, file=io.StringIO())
     with Watch(out) as watch:
         watch.stage("reading [data]")
         watch.step("tell", TrainPoint(1, 2.0, None, 1e-3, 300, 2.0), 4, None)

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fulcrum import arms, compiled, config, loss, run, store
+from fulcrum import compiled, loss
 from fulcrum.errors import ConfigError
 from fulcrum.records import Example, Message
 from test_model import our_losses_and_gradients, same_gradients, shaken_adapter, sharing_examples, stock_losses_and_gradients
-from test_run import place, settings  # noqa: F401
 from tiny import load_tiny, tiny_settings
 
 EXAMPLE = Example((Message("user", "colour ant"), Message("assistant", "red")), "e", "e:1")
@@ -88,35 +87,3 @@ def test_only_long_training_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     loaded.packed = False
     with pytest.raises(ConfigError, match="trains one example per row"):
         compiled.wanted(loaded, tiny_settings(compile="always"), 1)
-
-
-def test_planned_tokens_count_every_trial_of_every_arm(place: Path, tmp_path: Path) -> None:  # noqa: F811
-    chosen = settings(place, tmp_path / "out", compare={"sft_epochs": [1, 3]})
-    loaded, (rows,), _ = run.begin("compare", chosen, [arms.ARMS["sft"], arms.ARMS["tell"]], [0], False, run.Silent())
-    found = arms.planned_tokens(rows, loaded.tokenizer, [arms.ARMS["sft"], arms.ARMS["tell"]], chosen)
-    streams = [arms.stream(rows, loaded.tokenizer, arms.ARMS["sft"], chosen, repeats, 0) for repeats in (1, 3)]
-    streams.append(arms.stream(rows, loaded.tokenizer, arms.ARMS["mix"], chosen, 2, 0))  # an anchor is not counted
-    assert found == pytest.approx(sum(stream.share().total_tokens for stream in streams), rel=0.02)
-
-
-@needs_compiler
-def test_a_run_writes_down_that_it_compiled_and_scores_without(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
-) -> None:  # fmt: skip
-    seen = []
-    real = loss.row_loss
-
-    def watched(loaded, row, weights):
-        seen.append(len(loaded.compiled))
-        return real(loaded, row, weights)
-
-    monkeypatch.setattr("fulcrum.training.row_loss", watched)
-    out = tmp_path / "out"
-    result = run.run(settings(place, out, train={"compile": "always"}))
-    assert set(seen) == {1}
-    assert config.load(out / "config.yaml").train.compile == "always"
-    assert "layers compiled True" in result.environment["probes"]
-    state = store.read_json(out / "results.json")
-    assert state["settings"]["train"]["compile"] == "always"
-    assert run.run(settings(place, tmp_path / "plain", train={"compile": "auto"})).environment["probes"].endswith("False")
-    assert config.load(tmp_path / "plain" / "config.yaml").train.compile == "never"

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulcrum import arms, comparison, config, encode, ingest, material, report, run, scoring, store, use
+from fulcrum import arms, comparison, compiled, config, encode, ingest, material, report, run, scoring, store, training, use
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Message, Prediction, TrainPoint
 from tiny import CONTEXT, save_tiny, tiny_tokenizer, write_rows
@@ -779,3 +779,35 @@ def test_other_weights_or_code_are_no_resume(place: Path, tmp_path: Path, monkey
     monkeypatch.setattr("fulcrum.identity._code", lambda: "edited")
     with pytest.raises(StoreError, match=r"cannot resume, environment\.code \("):
         run.run(given, resume=True)
+
+
+def test_planned_tokens_count_every_trial_of_every_arm(place: Path, tmp_path: Path) -> None:
+    chosen = settings(place, tmp_path / "out", compare={"sft_epochs": [1, 3]})
+    loaded, (rows,), _ = run.begin("compare", chosen, [arms.ARMS["sft"], arms.ARMS["tell"]], [0], False, run.Silent())
+    found = arms.planned_tokens(rows, loaded.tokenizer, [arms.ARMS["sft"], arms.ARMS["tell"]], chosen)
+    streams = [arms.stream(rows, loaded.tokenizer, arms.ARMS["sft"], chosen, repeats, 0) for repeats in (1, 3)]
+    streams.append(arms.stream(rows, loaded.tokenizer, arms.ARMS["mix"], chosen, 2, 0))  # an anchor is not counted
+    assert found == pytest.approx(sum(stream.share().total_tokens for stream in streams), rel=0.02)
+
+
+@pytest.mark.skipif(compiled._compiler() is None, reason="no C++ compiler")
+def test_a_run_writes_down_that_it_compiled_and_scores_without(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    seen = []
+    real = training.row_loss
+
+    def watched(loaded, row, weights):
+        seen.append(len(loaded.compiled))
+        return real(loaded, row, weights)
+
+    monkeypatch.setattr("fulcrum.training.row_loss", watched)
+    out = tmp_path / "out"
+    result = run.run(settings(place, out, train={"compile": "always"}))
+    assert set(seen) == {1}
+    assert config.load(out / "config.yaml").train.compile == "always"
+    assert "layers compiled True" in result.environment["probes"]
+    state = store.read_json(out / "results.json")
+    assert state["settings"]["train"]["compile"] == "always"
+    assert run.run(settings(place, tmp_path / "plain", train={"compile": "auto"})).environment["probes"].endswith("False")
+    assert config.load(tmp_path / "plain" / "config.yaml").train.compile == "never"
