@@ -16,6 +16,7 @@ Invariant: over the whole stream every task row appears exactly R times and no g
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 
@@ -31,6 +32,7 @@ ORDERS = ("random", "epoch_stratified", "systematic", "ramp", "general_then_task
 
 _TABLE_LIMIT = 65_536  # items; up to here a permutation is a stored table of uint16, beyond it is computed
 _ROUNDS = 8  # Feistel rounds
+_WORD = 2**64 - 1
 _BLOCK = 16_384  # items a Feistel pass works on: 128 KiB of uint64 stay in the cache
 _RAMP_CELLS = 64  # steps that approximate the ramp's density; inside a step rows are shuffled freely
 
@@ -269,8 +271,14 @@ def _feistel(index: IntArray, n: int, seed: int, stream: str, epoch: int) -> Int
     An image outside [0, n) is permuted again until it falls inside (Black and Rogaway 2002); expected passes: below 2.
     """
     bits = max(2, (n - 1).bit_length())
-    keys = [np.uint64(_key(seed, f"{stream}/round {r}", epoch) % 2**64) for r in range(_ROUNDS)]
+    keys = _round_keys(seed, stream, epoch)
     images = np.empty(len(index), dtype=np.int64)
+    if len(index) == 1:  # the setting up of arrays would cost ten times the arithmetic
+        image = _feistel_one(int(index[0]), bits, keys)
+        while image >= n:
+            image = _feistel_one(image, bits, keys)
+        images[0] = image
+        return images
     for start in range(0, len(index), _BLOCK):
         block = _feistel_pass(index[start : start + _BLOCK].astype(np.uint64), bits, keys)
         outside = np.flatnonzero(block >= n)
@@ -281,14 +289,34 @@ def _feistel(index: IntArray, n: int, seed: int, stream: str, epoch: int) -> Int
     return images
 
 
-def _feistel_pass(x: Words, bits: int, keys: list[np.uint64]) -> Words:
+@lru_cache(maxsize=256)
+def _round_keys(seed: int, stream: str, epoch: int) -> tuple[int, ...]:
+    """One 64-bit key a Feistel round."""
+    return tuple(_key(seed, f"{stream}/round {r}", epoch) & _WORD for r in range(_ROUNDS))
+
+
+def _feistel_pass(x: Words, bits: int, keys: Sequence[int]) -> Words:
     """Permute [0, 2**bits). Each round XORs a function of one half onto the other: undone by itself, so a bijection."""
     widths = (bits - bits // 2, bits // 2)
     masks = [np.uint64((1 << width) - 1) for width in widths]
     halves = [x >> np.uint64(widths[1]), x & masks[1]]
     for r, key in enumerate(keys):
-        halves[r % 2] ^= _splitmix64(halves[(r + 1) % 2] ^ key) & masks[r % 2]
+        halves[r % 2] ^= _splitmix64(halves[(r + 1) % 2] ^ np.uint64(key)) & masks[r % 2]
     return (halves[0] << np.uint64(widths[1])) | halves[1]
+
+
+def _feistel_one(x: int, bits: int, keys: Sequence[int]) -> int:
+    """`_feistel_pass` of one number, in Python's integers."""
+    low = bits // 2
+    own, other = x >> low, x & ((1 << low) - 1)
+    own_mask, other_mask = (1 << (bits - low)) - 1, (1 << low) - 1
+    for key in keys:  # the halves change places each round; after an even number of rounds they are back
+        z = ((other ^ key) + 0x9E3779B97F4A7C15) & _WORD
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+        own, other = other, own ^ ((z ^ (z >> 31)) & own_mask)
+        own_mask, other_mask = other_mask, own_mask
+    return own << low | other
 
 
 def _splitmix64(state: Words) -> Words:
