@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fulcrum"
 # From the ground up: a file imports only files listed before it.
 FLOORS = (
     ("errors",),
-    ("records", "settings_file", "config", "store", "stats"),
+    ("records", "settings_file", "config", "store", "stats", "leverage", "outcomes"),
     (
         "rows",
         "tables",
@@ -31,15 +31,15 @@ FLOORS = (
         "arms",
     ),
     ("gguf", "fetch", "attention", "model", "lora", "adapter", "loss", "compiled", "training", "generate", "scoring", "export"),
-    ("summary", "plots", "report", "identity", "run"),
+    ("summary", "plots", "report", "certificate", "identity", "run"),
     ("preview", "comparison"),
-    ("use", "terminal", "watch", "cli_group", "cli_models", "cli", "__main__", "__init__"),
+    ("use", "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli", "__main__", "__init__"),
 )
 ORDER = [name for floor in FLOORS for name in floor]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 FIRST_HEAVY = ORDER.index("gguf")
-READERS = {"summary", "plots", "report"}  # they stand high and need results.json only
-LIGHT = {*READERS, "terminal", "watch", "cli_group", "cli_models", "cli", "__main__", "__init__"}
+READERS = {"summary", "plots", "report", "certificate"}  # they stand high and need results.json only
+LIGHT = {*READERS, "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli", "__main__", "__init__"}
 
 
 def is_type_checking(node: ast.AST) -> bool:

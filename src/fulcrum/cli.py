@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fulcrum import cli_models
+from fulcrum import cli_certificate, cli_models
 from fulcrum.cli_group import DEBUG, Group
 from fulcrum.errors import ConfigError
 
@@ -303,6 +303,10 @@ def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds
     runs, steps = len(trials) * len(seeds), sum(trial.steps for trial in trials) * len(seeds)
     counted = f"{runs:,} training run{'s' if runs != 1 else ''}, {steps:,} step{'s' if steps != 1 else ''} in all"
     terminal.say(screen, f"{many}{counted}; nothing was trained (--dry-run)")
+
+
+for verb in (cli_certificate.certify, cli_certificate.verify):
+    app.command()(verb)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fulcrum.config import DataSource
 from fulcrum.errors import DataError
-from fulcrum.records import Example, IntArray, Reject
+from fulcrum.records import Example, Reject
 from fulcrum.rows import content_key, digest
 from fulcrum.tables import Held, open_tables, text_rows
 
@@ -46,15 +46,15 @@ def read(sources: Sequence[DataSource], *, group: str | None = None, seed: int =
     return examples, rejects
 
 
-def draw(sizes: Sequence[int], limit: int | None, key: tuple[int, ...]) -> list[IntArray]:
+def draw(sizes: Sequence[int], limit: int | None, key: tuple[int, ...]) -> list[Sequence[int]]:
     """Draw `limit` rows of tables with these sizes, seeded by `key`: ascending row ids for each table, nested in `limit`."""
     total = sum(sizes)
-    chosen = np.arange(total, dtype=np.int64)
-    if limit is not None and limit < total:
-        chosen = np.sort(np.random.default_rng(key).permutation(total)[:limit]).astype(np.int64)
+    if limit is None or limit >= total:
+        return [range(size) for size in sizes]
+    chosen = np.sort(np.random.default_rng(key).permutation(total)[:limit]).astype(np.int64)
     ends = list(accumulate(sizes))
     parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
-    return [part - (end - size) for part, end, size in zip(parts, ends, sizes, strict=True)]
+    return [(part - (end - size)).tolist() for part, end, size in zip(parts, ends, sizes, strict=True)]
 
 
 def _in_memory(path: Path) -> Held:

@@ -1,9 +1,9 @@
 """General data: a pool that stays on disk, and the selection of rows from it that may stand beside a task.
 
-A `Pool` holds memory-mapped tables and converts a row when asked for it: texts stay on disk. Row numbers do not, at 8 bytes a
-row of the pool while it is open and 8 more while `select` draws. Text files are parsed once into an Arrow cache of (line
-number, row as JSON), which keeps the file's own types. `select` walks a seeded permutation of the pool, so a smaller selection
-is the beginning of a larger one.
+A `Pool` holds memory-mapped tables and converts a row when asked for it: texts stay on disk. Row numbers do not where a
+`limit` draws some of them, and while `select` draws (8 bytes a row of the pool). Text files are parsed once into an Arrow cache
+of (line number, row as JSON), which keeps the file's own types. `select` walks a seeded permutation of the pool, so a smaller
+selection is the beginning of a larger one.
 
 Invariants: rows looked at = kept + rejected. No kept row repeats another, shares an n-gram with task data, or holds an anchor.
 """
@@ -33,7 +33,7 @@ WORD = re.compile(r"\w+")
 class Pool:
     """Rows of several tables end to end. `len(pool)` counts them; `pool[i]` converts one to an Example or a Reject."""
 
-    def __init__(self, tables: Sequence[Table], ids: Sequence[IntArray]) -> None:
+    def __init__(self, tables: Sequence[Table], ids: Sequence[Sequence[int]]) -> None:
         """Join `tables`, of each of which only the rows in `ids` (ascending) are used."""
         self._tables, self._ids = tables, ids
         self._ends = list(accumulate(len(chosen) for chosen in ids))
@@ -57,7 +57,7 @@ def open_pool(sources: Sequence[DataSource], seed: int) -> Pool:
     empty or broken files, and for columns that fit no format.
     """
     tables: list[Table] = []
-    ids: list[IntArray] = []
+    ids: list[Sequence[int]] = []
     for place, source in enumerate(sources):
         opened = open_tables(source, _on_disk)
         tables += opened

@@ -1,0 +1,160 @@
+"""Whether the intervals of `fulcrum.leverage` cover what they claim to cover: experiments with planted curves.
+
+    python scripts/simulate.py                 # 1,000 experiments a case, some minutes
+    python scripts/simulate.py --experiments 200
+
+An experiment has SFT at 16 to 256 rows, SFT with the anchor and TELL at some of these, S seeds and 200 test rows in 50 groups.
+The seeds' chains dominate: they move all arms together, each arm, and each arm at each size. Truth is what the same measured
+sizes show without noise.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fulcrum import leverage
+from fulcrum.leverage import Factor, Point
+from fulcrum.records import FloatArray
+from fulcrum.stats import Interval
+
+SIZES, MIXED = (16, 32, 64, 128, 256), (16, 64, 256)
+REFERENCES = ("sft", "sft_anchor")
+ROWS, GROUPS, DRAWS = 200, 50, 1000
+CHAIN, ARM, CELL, GROUP, ROW = 0.05, 0.04, 0.03, 0.1, 0.3  # standard deviations, in the score's own unit
+
+Curve = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Planted curves: SFT's, SFT with the anchor's, and TELL's, by number of rows; `mixed`: where the latter are measured."""
+
+    name: str
+    sft: Curve
+    sft_anchor: Curve
+    tell: Curve
+    mixed: tuple[int, ...] = MIXED
+
+
+def _log(level: float, per_doubling: float) -> Curve:
+    return lambda size: level + per_doubling * np.log2(size / 16)
+
+
+def _law(size: float) -> float:
+    return float(1 - 3 * size**-0.5)
+
+
+CASES = (
+    Case("saving of 3", _log(0.0, 0.2), _log(-0.05, 0.2), lambda d: _log(0.0, 0.2)(3 * d)),
+    Case("saving of 3, power law", _law, lambda d: _law(d) - 0.05, lambda d: _law(3 * d), SIZES),
+    Case("no gain", _log(0.0, 0.2), _log(-0.1, 0.2), _log(0.0, 0.2)),
+    Case("no gain, references alike", _log(0.0, 0.2), _log(0.0, 0.2), _log(0.0, 0.2)),
+    Case("worse", _log(0.0, 0.2), _log(-0.1, 0.2), _log(-0.15, 0.2)),
+    Case("beyond what sizes show", _log(0.0, 0.2), _log(-0.1, 0.2), _log(2.0, 0.2)),
+    Case("flat reference", _log(0.0, 0.0), _log(-0.1, 0.0), _log(0.05, 0.0)),
+)  # fmt: skip
+
+
+def outcomes(
+    case: Case, seeds: int, rng: np.random.Generator
+) -> tuple[dict[Point, FloatArray], dict[Point, FloatArray], list[str]]:
+    """Outcomes (seeds, rows) of one experiment by point, dev scores (seeds,) by point, and the rows' groups."""
+    curves: Mapping[str, Curve] = {"sft": case.sft, "sft_anchor": case.sft_anchor, "tell": case.tell}
+    place = np.repeat(np.arange(GROUPS), ROWS // GROUPS)
+    difficulty = rng.normal(0, GROUP, GROUPS)[place]
+    chain = rng.normal(0, CHAIN, (seeds, 1))
+    test: dict[Point, FloatArray] = {}
+    dev: dict[Point, FloatArray] = {}
+    for arm, curve in curves.items():
+        own, liking = rng.normal(0, ARM, (seeds, 1)), rng.normal(0, GROUP, GROUPS)[place]
+        for size in SIZES if arm == "sft" else case.mixed:
+            moved = curve(size) + chain + own + rng.normal(0, CELL, (seeds, 1))
+            test[arm, size] = moved + difficulty + 0.2 * liking + rng.normal(0, ROW, (seeds, ROWS))
+            dev[arm, size] = moved[:, 0] + rng.normal(0, 0.05, seeds)
+    return test, dev, [f"g{k}" for k in place]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one experiment says."""
+
+    difference: Interval
+    p: float
+    saving: Factor
+    gain: Factor
+    slope: Interval
+
+
+def answer(case: Case, seeds: int, number: int, draws: int = DRAWS) -> Answer:
+    """Run one experiment and evaluate it as a comparison would."""
+    test, dev, groups = outcomes(case, seeds, np.random.default_rng([number, seeds]))
+    return _evaluate(leverage.draw(leverage.measure(test, groups, dev=dev), draws=draws, seed=number))
+
+
+def _evaluate(drawn: leverage.Draws) -> Answer:
+    ref = leverage.reference(drawn, REFERENCES, SIZES[-1])
+    gained = drawn.of("tell", SIZES[-1]) - ref.last
+    return Answer(
+        leverage.interval(gained), leverage.p_value(gained), leverage.row_saving(drawn, "tell", ref),
+        leverage.row_gain(drawn, "tell", 64, ref), leverage.slope(ref),
+    )  # fmt: skip
+
+
+def truth(case: Case) -> Answer:
+    """The same without noise: seeds and groups that do not differ."""
+    curves: Mapping[str, Curve] = {"sft": case.sft, "sft_anchor": case.sft_anchor, "tell": case.tell}
+    exact = {
+        (arm, d): np.full((1, 1), curve(d)) for arm, curve in curves.items() for d in (SIZES if arm == "sft" else case.mixed)
+    }
+    return _evaluate(leverage.draw(leverage.measure(exact, ["g"]), draws=2))
+
+
+def covers(found: Interval | Factor, true: float) -> bool:
+    """Whether the interval holds the truth; a censored end holds all beyond it."""
+    low, high = (true if np.isnan(end) else end for end in (found.low, found.high))
+    if isinstance(found, Factor):  # what is beyond the measured sizes is one value
+        true, low, high = (_censored(value, found) for value in (true, low, high))
+    return low - 1e-9 <= true <= high + 1e-9
+
+
+def _censored(value: float, factor: Factor) -> float:
+    return 0.0 if value < factor.least else np.inf if value > factor.most * (1 - 1e-9) else value
+
+
+def report(case: Case, seeds: int, experiments: int) -> None:
+    """Print shares over all experiments of a case."""
+    true = truth(case)
+    found = [answer(case, seeds, number) for number in range(experiments)]
+    shares = {
+        "difference covered": [covers(a.difference, true.difference.estimate) for a in found],
+        "saving covered": [covers(a.saving, true.saving.estimate) for a in found],
+        "gain at 64 covered": [covers(a.gain, true.gain.estimate) for a in found],
+        "called a gain": [a.difference.low > 0 for a in found],
+        "called a loss": [a.difference.high < 0 for a in found],
+        "p at most 0.05": [a.p <= 0.05 for a in found],
+        "identifiable": [a.slope.low > 0 for a in found],
+        "saving beyond sizes": [a.saving.estimate == np.inf for a in found],
+        "saving invented": [np.isfinite(a.saving.low) and a.saving.low > a.saving.most for a in found],
+    }
+    saving = np.median([a.saving.estimate for a in found])
+    print(f"\n## {case.name}, {seeds} seeds, {experiments} experiments; true difference {true.difference.estimate:.3f}, "
+          f"saving {true.saving.estimate:.2f}, gain {true.gain.estimate:.2f}; median saving found {saving:.2f}")  # fmt: skip
+    for what, hits in shares.items():
+        print(f"  {what:22} {np.mean(hits):6.1%}", flush=True)
+
+
+def main() -> None:
+    """Simulate all cases at 5 and 8 seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiments", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 8])
+    wanted = parser.parse_args()
+    for case in CASES:
+        for seeds in wanted.seeds:
+            report(case, seeds, wanted.experiments)
+
+
+if __name__ == "__main__":
+    main()

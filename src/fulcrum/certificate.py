@@ -1,0 +1,312 @@
+"""Outcomes -> certificate: what the general data bought, in rows and in score, with intervals; sealed, and verified anew.
+
+A certificate folder holds `outcomes.jsonl` (every outcome of every test row) and `certificate.json`, whose numbers are all
+computed from these outcomes and from the question asked. `verify` computes them again and says what does not match.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulcrum import leverage, outcomes, store
+from fulcrum.errors import DataError, StoreError, nearest
+from fulcrum.leverage import Draws, Factor, Reference
+from fulcrum.outcomes import Cell, Outcomes
+from fulcrum.records import FloatArray
+from fulcrum.stats import Interval
+
+FILE, OUTCOMES = "certificate.json", "outcomes.jsonl"
+MORE = 50  # rows that the user could label instead
+
+# What a difference between arms at all rows says; each is a sum of scores, + or -.
+ATTRIBUTION: Mapping[str, tuple[tuple[str, int], ...]] = {
+    "mixing (mix - sft)": (("mix", 1), ("sft", -1)),
+    "anchor within the mix (tell - mix)": (("tell", 1), ("mix", -1)),
+    "interaction of anchor and mix": (("tell", 1), ("mix", -1), ("sft_anchor", -1), ("sft", 1)),
+    "shuffle (tell - general_then_task)": (("tell", 1), ("general_then_task", -1)),
+    "transfer (tell - placebo_permuted)": (("tell", 1), ("placebo_permuted", -1)),
+    "transfer (tell - placebo_own_answers)": (("tell", 1), ("placebo_own_answers", -1)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of the outcomes: what `arm` brought over the best of `references`, which use no general data.
+
+    The first of `metrics` is the one that decides; those in `lower_is_better` are turned round before anything else.
+    """
+
+    arm: str
+    references: tuple[str, ...]
+    metrics: tuple[str, ...]
+    lower_is_better: tuple[str, ...] = ()
+    task: str = "task"
+    draws: int = 2000
+    seed: int = 0
+
+
+def certify(found: Outcomes, question: Question) -> dict[str, Any]:
+    """The certificate's content: plain values, without its seal. Raises DataError where the question fits the outcomes not."""
+    _check(found, question)
+    measured = [_measure(found, question, metric) for metric in question.metrics]
+    answers = [_answer(draws, question, metric) for draws, metric in zip(measured, question.metrics, strict=True)]
+    contradiction = _contradiction(answers)
+    return {
+        "format": 1,
+        "question": asdict(question),
+        "headline": _headline(answers[0], question, contradiction),
+        "contradiction": contradiction,
+        "answers": [_without_draws(answer) for answer in answers],
+    }
+
+
+def _check(found: Outcomes, question: Question) -> None:
+    if not question.metrics:
+        raise DataError("no metric is asked for; name at least one")
+    for metric in (*question.metrics, *question.lower_is_better):
+        if metric not in found.values:
+            raise DataError(f"no outcomes of the metric {metric!r}{nearest(metric, list(found.values))}")
+    known = sorted({arm for metric in question.metrics for arm, _ in found.points(metric)})
+    for arm in (question.arm, *question.references):
+        if arm not in known:
+            raise DataError(f"no outcomes of the arm {arm!r}{nearest(arm, known)}")
+    if question.arm in question.references:
+        raise DataError(f"{question.arm} cannot be its own reference; name the arms without general data as references")
+
+
+def _measure(found: Outcomes, question: Question, metric: str) -> Draws:
+    """Draws of all points of one metric, higher is better."""
+    sign = -1.0 if metric in question.lower_is_better else 1.0
+    points = found.points(metric)
+    seeds = {point: found.seeds(metric, *point) for point in points}
+    most = max(seeds.values(), key=len)
+    for point, own in seeds.items():
+        if own != most and not (point[1] == 0 and len(own) == 1):
+            raise DataError(
+                f"{point[0]} at {point[1]} rows has the seeds {_named(own)}, other cells have {_named(most)}; every arm and "
+                "size needs the same seeds, since a seed is a whole chain (an untrained arm has size 0 and one seed)"
+            )
+    cells = {point: [(*point, seed) for seed in own] for point, own in seeds.items()}
+    dev = {point: [found.dev[cell] for cell in own] for point, own in cells.items() if all(cell in found.dev for cell in own)}
+    known = {point: [found.tokens[cell] for cell in own] for point, own in cells.items() if _all_in(own, found.tokens)}
+    missing = [point for point in points if point[0] in question.references and point not in dev]
+    scores = {point: sign * found.matrix(metric, *point) for point in points}
+    measured = leverage.measure(
+        scores, found.groups[metric], denominators=found.weights[metric],
+        dev=None if missing else {point: dev.get(point, [0.0]) for point in points},
+        tokens={point: float(np.mean(values)) for point, values in known.items()},
+    )  # fmt: skip
+    return leverage.draw(measured, draws=question.draws, seed=question.seed)
+
+
+def _named(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _all_in(cells: Sequence[Cell], known: Mapping[Cell, float]) -> bool:
+    return all(cell in known for cell in cells)
+
+
+def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
+    """All that one metric says."""
+    measured = draws.measured
+    n = max(size for arm, size in measured.points if arm == question.arm)
+    ref = leverage.reference(draws, question.references, n)
+    gained = draws.of(question.arm, n) - ref.last
+    slope = leverage.slope(ref)
+    difference = leverage.interval(gained)
+    in_tokens = all(measured.tokens[k] != size for k, (_, size) in enumerate(measured.points) if size)
+    units = {"rows": False, "tokens": True} if in_tokens else {"rows": False}
+
+    def worth(size: int) -> dict[str, Any]:
+        gains = {unit: leverage.row_gain(draws, question.arm, size, ref, tokens=tokens) for unit, tokens in units.items()}
+        return {"size": size, **{unit: _factor(gain) for unit, gain in gains.items()}}
+
+    savings = {unit: leverage.row_saving(draws, question.arm, ref, tokens=tokens) for unit, tokens in units.items()}
+    sizes = [size for size in measured.sizes([question.arm]) if size < n]
+    return {
+        "metric": metric, "lower_is_better": metric in question.lower_is_better, "rows": n,
+        "seeds": measured.by_seed.shape[1], "test_groups": measured.by_group.shape[1],
+        "points": [
+            {"arm": arm, "size": size, "tokens": float(measured.tokens[k]), "by_seed": measured.by_seed[k].tolist(),
+             "score": _ends(leverage.interval(draws.score[:, k]))}
+            for k, (arm, size) in enumerate(measured.points)
+        ],
+        "reference": {str(size): dict(chosen) for size, chosen in ref.chosen.items()},
+        "selected_on": "dev" if measured.dev is not measured.by_seed else "test, which favours the reference",
+        "difference": {**_ends(difference), "p": leverage.p_value(gained)},
+        "slope": _ends(slope), "identifiable": bool(slope.low > 0),
+        "saving": {unit: _factor(factor) for unit, factor in savings.items()},
+        "gain": [worth(size) for size in sizes],
+        "verdict": _verdict(difference),
+        "more_rows": _more_rows(ref, gained),
+        "attribution": _attribution(draws, n),
+        "_saving": savings["rows"],
+    }  # fmt: skip
+
+
+def _attribution(draws: Draws, n: int) -> list[dict[str, Any]]:
+    found = []
+    for name, parts in ATTRIBUTION.items():
+        if all((arm, n) in draws.measured.points for arm, _ in parts):
+            total: FloatArray = np.sum([sign * draws.of(arm, n) for arm, sign in parts], axis=0)
+            found.append({"name": name, **_ends(leverage.interval(total))})
+    return found
+
+
+def _more_rows(ref: Reference, gained: FloatArray) -> dict[str, Any]:
+    """Would more labelled rows have bought more than the arm's general data?"""
+    brought = leverage.more_rows(ref, MORE)
+    if brought is None:
+        return {"rows": MORE, "answer": "cannot be said: the reference's curve has too few sizes, or follows no power law"}
+    advantage = leverage.interval(gained - brought)
+    answer = "general data" if advantage.low > 0 else "labelling" if advantage.high < 0 else "cannot be told apart"
+    return {"rows": MORE, "answer": answer, "labelling": _ends(leverage.interval(brought)), "advantage": _ends(advantage)}
+
+
+def _verdict(difference: Interval) -> str:
+    return "gain" if difference.low > 0 else "loss" if difference.high < 0 else "no gain shown"
+
+
+def _contradiction(answers: Sequence[Mapping[str, Any]]) -> str | None:
+    """Two metrics whose factors lie apart: then neither is a headline."""
+    known = [answer for answer in answers if answer["identifiable"]]
+    for place, a in enumerate(known):
+        for b in known[place + 1 :]:
+            if leverage.apart(a["_saving"], b["_saving"]):
+                return f"the row savings by {a['metric']} and by {b['metric']} contradict each other"
+    return None
+
+
+def _without_draws(answer: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in answer.items() if not key.startswith("_")}
+
+
+def _ends(interval: Interval) -> dict[str, float | None]:
+    """An interval as plain values; None where an end is unknown."""
+    return {key: float(value) if np.isfinite(value) else None for key, value in interval._asdict().items()}
+
+
+def _factor(factor: Factor) -> dict[str, Any]:
+    """A factor as plain values; "under" and "over" stand for what lies beyond `least` and `most`, None for an unknown end."""
+
+    def end(value: float) -> float | str | None:
+        return None if np.isnan(value) else "over" if value == np.inf else "under" if value == 0 else float(value)
+
+    return {key: end(value) for key, value in factor._asdict().items()}
+
+
+def _headline(answer: Mapping[str, Any], question: Question, contradiction: str | None) -> str:
+    """The sentence that a user wants."""
+    n, difference = answer["rows"], answer["difference"]
+    best = max(answer["reference"][str(n)], key=lambda arm: answer["reference"][str(n)][arm])
+    moved = f"{answer['metric']} {_signed(difference, answer['lower_is_better'])} at {n} rows against {best}"
+    seeds = "" if answer["seeds"] > 1 else "; one seed: another training run may differ"
+    if answer["verdict"] != "gain":
+        lead = "No gain shown" if answer["verdict"] == "no gain shown" else "Worse"
+        return f"{lead}: use {best}. {question.arm}: {moved}{seeds}."
+    if contradiction is not None:
+        return f"A gain, of which no factor can be stated: {contradiction}. {question.arm}: {moved}{seeds}."
+    if not answer["identifiable"]:
+        slope = _signed(answer["slope"], answer["lower_is_better"])
+        return (
+            f"A gain whose worth in rows is not identifiable, because the reference moves by {slope} with each doubling of its "
+            f"rows: any small difference would be worth any number of rows. {question.arm}: {moved}{seeds}."
+        )
+    return f"{saved(answer['_saving'], n)}; {moved}{seeds}."
+
+
+def saved(saving: Factor, n: int) -> str:
+    """ "40 of your 64 rows would have sufficed: row saving 1.6x (95% interval 1.2 to 2.3)", censored where it is."""
+    ends = [_times(value, saving) for value in (saving.low, saving.high)]
+    span = "" if np.isnan(saving.low) else f" (95% interval {ends[0]} to {ends[1]})"
+    if saving.estimate == np.inf:
+        return (
+            f"{n / saving.most:.0f} of your {n} rows or fewer would have sufficed: row saving at least {saving.most:.1f}x{span}"
+        )
+    return f"{n / saving.estimate:.0f} of your {n} rows would have sufficed: row saving {saving.estimate:.1f}x{span}"
+
+
+def _times(value: float, factor: Factor) -> str:
+    return f"below {factor.least:.1f}" if value == 0 else f"at least {factor.most:.1f}" if value == np.inf else f"{value:.1f}"
+
+
+def _signed(interval: Mapping[str, float | None], lower_is_better: bool) -> str:
+    """A difference in the metric's own direction, with its interval."""
+    known = [interval[key] for key in ("estimate", "low", "high")]
+    values = [-value if lower_is_better else value for value in known if value is not None]
+    if len(values) < 3:
+        return f"{values[0]:+.3f}"
+    return f"{values[0]:+.3f} (95% interval {min(values[1:]):+.3f} to {max(values[1:]):+.3f})"
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with a SHA-256 over its canonical JSON."""
+    return {**content, "sha256": store.fingerprint(content)}
+
+
+def write(folder: Path, found: Outcomes, question: Question, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Write outcomes and certificate; returns the certificate. `inputs` are hashes of what the outcomes came from.
+
+    Raises DataError where the question does not fit the outcomes, StoreError where the disk refuses.
+    """
+    content = certify(found, question)
+    outcomes.write(folder / OUTCOMES, found)
+    sealed = seal({**content, "inputs": dict(inputs), "outcomes": _hashes(found)})
+    store.write_bytes(folder / FILE, (json.dumps(sealed, indent=1, ensure_ascii=False) + "\n").encode())
+    return sealed
+
+
+def _hashes(found: Outcomes) -> dict[str, str]:
+    """A hash of each cell's lines, so that a changed outcome can be named."""
+    by_cell: dict[str, list[Any]] = {}
+    for line in outcomes.lines(found):
+        cell = f"{line['arm']} at {line['size']} rows, seed {line['seed']}"
+        by_cell.setdefault(f"{cell}, {line['metric']}" if "metric" in line else cell, []).append(line)
+    return {cell: store.fingerprint(lines) for cell, lines in by_cell.items()}
+
+
+def verify(file: Path) -> list[str]:
+    """Compute every number of a certificate again from the outcomes beside it; returns what does not match, in words.
+
+    Raises StoreError where the certificate cannot be read, DataError where the outcomes cannot.
+    """
+    known = store.read_json(file)
+    if not isinstance(known, dict) or known.get("format") != 1 or "question" not in known:
+        raise StoreError(f"{file}: not a certificate of a format that this version knows")
+    content = {key: value for key, value in known.items() if key != "sha256"}
+    wrong = [] if known.get("sha256") == store.fingerprint(content) else [f"{file}: changed since it was sealed"]
+    found = outcomes.read(file.parent / OUTCOMES)
+    hashes = _hashes(found)
+    for cell in sorted({*hashes, *known["outcomes"]}):
+        if hashes.get(cell) != known["outcomes"].get(cell):
+            state = (
+                "missing" if cell not in hashes else "not in the certificate" if cell not in known["outcomes"] else "changed"
+            )
+            wrong.append(f"{OUTCOMES}: outcomes of {cell}: {state}")
+    asked: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in known["question"].items()
+    }
+    try:
+        again = json.loads(json.dumps(certify(found, Question(**asked))))
+    except (DataError, TypeError) as error:
+        return [*wrong, f"the question cannot be answered from {OUTCOMES}: {error}"]
+    return wrong + _unequal({key: known.get(key) for key in again}, again, "")
+
+
+def _unequal(stated: Any, found: Any, where: str) -> list[str]:
+    """Where two plain values differ: numbers by more than rounding."""
+    if isinstance(stated, dict) and isinstance(found, dict):
+        keys = dict.fromkeys([*stated, *found])
+        return [
+            text for key in keys for text in _unequal(stated.get(key), found.get(key), f"{where}.{key}" if where else str(key))
+        ]
+    if isinstance(stated, list) and isinstance(found, list) and len(stated) == len(found):
+        return [text for k, pair in enumerate(zip(stated, found, strict=True)) for text in _unequal(*pair, f"{where}[{k}]")]
+    if isinstance(stated, float | int) and isinstance(found, float | int) and np.isclose(stated, found, rtol=1e-6, atol=1e-9):
+        return []
+    return [] if stated == found else [f"{where}: the certificate says {stated!r:.80}, the outcomes give {found!r:.80}"]

@@ -1,0 +1,324 @@
+"""How far the task rows went: differences, row savings and row gains between arms' learning curves, with intervals.
+
+A *point* is an arm at a size (number of task rows; 0 for an untrained arm, which stands at every size). Every point is
+measured by the same seeds, each a whole chain (subset of rows, order, initialisation) over all arms and sizes, and on the same
+test groups. Scores are higher-is-better throughout.
+
+All intervals come from one set of draws of all points together (`draw`), in which everything is done anew: the best arm
+without general data is selected, curves are made monotone and inverted. In a draw, a seed moves all points of its chain
+together, and so does a test group. A percentile bootstrap over 5 seeds cannot leave their range and covers too seldom; so
+seeds and groups are not resampled but multiplied by normal numbers over a common chi: any contrast of means then has its t
+interval (the fiducial sum of two where seeds and groups both matter), and what is bent from means has what follows from that.
+
+Invariant: nothing is extrapolated. A factor beyond what the measured sizes can show is censored, and a draw of it counts as
+infinite (or 0) in the quantiles.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fulcrum.errors import DataError
+from fulcrum.records import FloatArray
+from fulcrum.stats import Interval
+
+Point = tuple[str, int]  # arm, size in task rows
+
+_NUMBERS = 2**22  # normal numbers that exist at a time: 32 MiB, whatever the number of groups
+_EXPONENTS = np.geomspace(0.05, 2.0, 64)  # of the power law; a finer grid changes nothing that 8 seeds can see
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """Scores of P points: `by_seed` (P, seeds); `by_group` (P, groups), how far each test group moves a point's mean over
+    seeds (rows sum to 0); `dev` (P, seeds), the scores that arms are selected by; `tokens` (P,) of the task rows used.
+    """
+
+    points: tuple[Point, ...]
+    by_seed: FloatArray
+    by_group: FloatArray
+    dev: FloatArray
+    tokens: FloatArray
+
+    def place(self, point: Point) -> int:
+        """Index of a point; DataError where it was not measured."""
+        if point not in self.points:
+            raise DataError(f"{point[0]} was not measured at {point[1]} rows; measured: {_listed(self.points)}")
+        return self.points.index(point)
+
+    def sizes(self, arms: Sequence[str]) -> list[int]:
+        """The sizes at which some of the arms were measured, ascending."""
+        return sorted({size for arm, size in self.points if arm in arms})
+
+
+def _listed(points: Sequence[Point]) -> str:
+    return ", ".join(f"{arm} at {size}" for arm, size in points)
+
+
+def measure(
+    outcomes: Mapping[Point, FloatArray],
+    groups: Sequence[str],
+    *,
+    denominators: FloatArray | None = None,
+    dev: Mapping[Point, Sequence[float] | FloatArray] | None = None,
+    tokens: Mapping[Point, float] | None = None,
+) -> Measured:
+    """Summarise per-row outcomes (seeds, rows) of every point; a point's score is sum over sum of `denominators` (1 each).
+
+    `dev` are scores by seed of rows that are not test rows; without them arms are selected by their test scores, which favours
+    the reference. An untrained arm has one row of outcomes, which stands for all seeds. Raises DataError where points have
+    different rows or seeds, where there are no rows, or where a value is not finite.
+    """
+    points = tuple(outcomes)
+    if not points:
+        raise DataError("no outcomes: an interval needs at least one point")
+    n_seeds = max(len(values) for values in outcomes.values())
+    sizes = np.ones(len(groups)) if denominators is None else np.asarray(denominators, dtype=np.float64)
+    if not sizes.size or not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise DataError(f"{len(sizes)} test rows: every row needs a denominator above 0")
+    names, place = np.unique(np.asarray(groups), return_inverse=True)
+    weights = np.bincount(place, sizes)
+    by_seed, by_group = np.empty((len(points), n_seeds)), np.empty((len(points), len(names)))
+    for number, (point, given) in enumerate(outcomes.items()):
+        values = np.asarray(given, dtype=np.float64)
+        if values.shape not in ((1, len(groups)), (n_seeds, len(groups))):
+            raise DataError(f"{_listed([point])}: outcomes of shape {values.shape}, expected ({n_seeds}, {len(groups)})")
+        if not np.isfinite(values).all():
+            raise DataError(f"{_listed([point])}: {int((~np.isfinite(values)).sum())} outcomes are not finite")
+        by_seed[number] = values.sum(axis=1) / sizes.sum()
+        sums = np.bincount(place, values.mean(axis=0))
+        by_group[number] = (sums - by_seed[number].mean() * weights) / sizes.sum()  # linearised ratio (Cochran 1977, 6.4)
+    selection = by_seed if dev is None else np.array([np.resize(dev[point], n_seeds) for point in points], dtype=np.float64)
+    used = np.array([(tokens or {}).get(point, float(point[1])) for point in points])
+    return Measured(points, by_seed, by_group, selection, used)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    """Draws of all points at once, (1 + draws, P) each: `score` on test and `dev`. Row 0 is the estimate itself."""
+
+    measured: Measured
+    score: FloatArray
+    dev: FloatArray
+
+    def of(self, arm: str, size: int) -> FloatArray:
+        """The draws of one point: (1 + draws,)."""
+        return self.score[:, self.measured.place((arm, size))]
+
+
+def draw(measured: Measured, *, draws: int = 2000, seed: int = 0) -> Draws:
+    """Draw all points together, for seeds and test groups that both could have been others.
+
+    With one seed only the groups vary: what follows is *given this seed*. With one group nothing is known of others, and only
+    the seeds vary.
+    """
+    n_seeds = measured.by_seed.shape[1]
+    n_groups = measured.by_group.shape[1]
+    rng = np.random.default_rng(seed)
+    score = np.repeat(measured.by_seed.mean(axis=1)[None], draws + 1, axis=0)
+    dev = np.repeat(measured.dev.mean(axis=1)[None], draws + 1, axis=0)
+    if n_seeds > 1:
+        moves = rng.standard_normal((draws, n_seeds)) * _widening(rng, draws, n_seeds - 1)
+        for target, values in ((score, measured.by_seed), (dev, measured.dev)):
+            centred = values - values.mean(axis=1, keepdims=True)
+            target[1:] += moves @ centred.T / np.sqrt(n_seeds * (n_seeds - 1))
+    if n_groups > 1:
+        widening = _widening(rng, draws, n_groups - 1) * np.sqrt(n_groups / (n_groups - 1))
+        chunk = max(1, _NUMBERS // n_groups)
+        for start in range(0, draws, chunk):
+            part = slice(start, min(start + chunk, draws))
+            moves = rng.standard_normal((part.stop - start, n_groups)) * widening[part]
+            score[1:][part] += moves @ measured.by_group.T
+    return Draws(measured, score, dev)
+
+
+def _widening(rng: np.random.Generator, draws: int, df: int) -> FloatArray:
+    """Normal numbers times this are t numbers with `df` degrees of freedom: (draws, 1)."""
+    widening: FloatArray = np.sqrt(df / rng.chisquare(df, size=(draws, 1)))
+    return widening
+
+
+def interval(values: FloatArray, level: float = 0.95) -> Interval:
+    """Estimate (the first value) and quantiles of the others, which may be infinite; nan where nothing varies."""
+    low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2], method="nearest")
+    if low == high and np.isfinite(low):
+        return Interval(float(values[0]), np.nan, np.nan)
+    return Interval(float(values[0]), float(low), float(high))
+
+
+def p_value(values: FloatArray) -> float:
+    """Two-sided p-value of "the difference is 0" from its draws; never below one in their number."""
+    drawn = values[1:]
+    tail = min(float(np.mean(drawn <= 0)), float(np.mean(drawn >= 0)))
+    return float(min(1.0, max(2 * tail, 1 / len(drawn))))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values over several tasks (Holm 1979): reject where at most the level, at which no more than that share of
+    families has any false rejection."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.maximum.accumulate(np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1))
+    return [float(p) for p in np.minimum(adjusted, 1.0)]
+
+
+class Reference(NamedTuple):
+    """The best arm without general data at each size, selected anew in each draw: `score` (1 + draws, sizes)."""
+
+    sizes: tuple[int, ...]
+    score: FloatArray
+    chosen: Mapping[int, Mapping[str, float]]  # size -> arm -> share of draws in which it was selected
+
+    @property
+    def last(self) -> FloatArray:
+        """Its score with all rows."""
+        return self.score[:, -1]
+
+
+def reference(draws: Draws, arms: Sequence[str], n: int) -> Reference:
+    """The best of `arms` at every size up to `n`, by dev score. Raises DataError where none was measured at `n`."""
+    sizes = [size for size in draws.measured.sizes(arms) if 0 < size <= n]
+    if n not in sizes:
+        raise DataError(f"none of {', '.join(arms)} was measured at {n} rows; measured: {_listed(draws.measured.points)}")
+    score, chosen = [], {}
+    for size in sizes:
+        at = {arm: at for arm in arms for at in (0, size) if (arm, at) in draws.measured.points}
+        named, places = list(at), [draws.measured.place(point) for point in at.items()]
+        best = draws.dev[:, places].argmax(axis=1)
+        score.append(np.take_along_axis(draws.score[:, places], best[:, None], axis=1)[:, 0])
+        chosen[size] = {arm: float(np.mean(best[1:] == k)) for k, arm in enumerate(named)}
+    return Reference(tuple(sizes), np.column_stack(score), chosen)
+
+
+def monotone(values: FloatArray) -> FloatArray:
+    """The nearest curves that do not fall, (draws, sizes): isotonic regression, by its max-min formula."""
+    sums = np.pad(values.cumsum(axis=1), ((0, 0), (1, 0)))
+    width = values.shape[1]
+    fitted = np.full(values.shape, -np.inf)
+    for first in range(width):
+        means = np.stack([(sums[:, last + 1] - sums[:, first]) / (last + 1 - first) for last in range(first, width)], axis=1)
+        least = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]  # over all ends at or after each size
+        fitted[:, first:] = np.maximum(fitted[:, first:], least)
+    return fitted
+
+
+def reach(sizes: Sequence[float], curves: FloatArray, target: FloatArray) -> FloatArray:
+    """Log of the smallest size at which each curve (draws, sizes), monotone, is at `target` (draws,); log-linear in between.
+
+    -inf where it is there at the smallest size already, inf where it never is: nothing is extrapolated.
+    """
+    logs = np.log(np.asarray(sizes, dtype=np.float64))
+    below = curves < target[:, None]
+    first = below.sum(axis=1)  # of the sizes, how many do not reach it
+    inside = (first > 0) & (first < len(logs))
+    found = np.where(first == 0, -np.inf, np.inf)
+    upper = np.clip(first, 1, len(logs) - 1) if len(logs) > 1 else np.zeros_like(first)
+    if not inside.any():
+        return found
+    rows = np.arange(len(curves))
+    low, high = curves[rows, upper - 1], curves[rows, upper]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        between = logs[upper - 1] + (target - low) / (high - low) * (logs[upper] - logs[upper - 1])
+    found[inside] = between[inside]
+    return found
+
+
+class Factor(NamedTuple):
+    """A row saving or row gain with its interval. 0 and inf stand for censored ends: below `least`, at or above `most`."""
+
+    estimate: float
+    low: float
+    high: float
+    least: float
+    most: float
+
+
+def row_saving(draws: Draws, arm: str, ref: Reference, *, tokens: bool = False) -> Factor:
+    """N over the rows with which `arm` is as good as the reference with all N: 1.6 says that 40 of 64 rows would have sufficed.
+
+    In task tokens with `tokens`. Measured between 1 (below: not even all rows suffice) and N over the arm's smallest size.
+    """
+    n = ref.sizes[-1]
+    sizes = [size for size in draws.measured.sizes([arm]) if size <= n]
+    if n not in sizes:
+        raise DataError(f"{arm} was not measured at {n} rows; measured: {_listed(draws.measured.points)}")
+    units = _units(draws, arm, sizes, tokens)
+    curve = monotone(np.column_stack([draws.of(arm, size) for size in sizes]))
+    saved = np.exp(np.log(units[-1]) - reach(units, curve, ref.last))
+    return Factor(*interval(saved), 1.0, units[-1] / units[0])
+
+
+def row_gain(draws: Draws, arm: str, size: int, ref: Reference, *, tokens: bool = False) -> Factor:
+    """The rows that the reference needs to be as good as `arm` is with `size` of them, over `size`.
+
+    In task tokens with `tokens`. Measured between the smallest and the largest size of the reference over `size`.
+    """
+    arms = {name: share for names in ref.chosen.values() for name, share in names.items()}
+    own = _units(draws, arm, [size], tokens)[0]
+    units = [_units(draws, next(a for a in arms if (a, s) in draws.measured.points), [s], tokens)[0] for s in ref.sizes]
+    needed = np.exp(reach(units, monotone(ref.score), draws.of(arm, size)))
+    return Factor(*interval(needed / own), units[0] / own, units[-1] / own)
+
+
+def _units(draws: Draws, arm: str, sizes: Sequence[int], tokens: bool) -> list[float]:
+    return [float(draws.measured.tokens[draws.measured.place((arm, size))]) if tokens else float(size) for size in sizes]
+
+
+def slope(ref: Reference) -> Interval:
+    """Score that the reference gains with each doubling of its rows (least squares); nan with a single size.
+
+    Where the interval is not above 0 no factor is identifiable: any small difference would be worth any number of rows.
+    """
+    if len(ref.sizes) < 2:
+        return Interval(np.nan, np.nan, np.nan)
+    doublings = np.log2(ref.sizes)
+    centred = doublings - doublings.mean()
+    return interval(ref.score @ centred / (centred @ centred))
+
+
+def more_rows(ref: Reference, more: int) -> FloatArray | None:
+    """Draws of what `more` rows beyond all would bring the reference: a power law c - a size**-b (a, b > 0) through its curve.
+
+    None where fewer than 5 sizes were measured, or where the law predicts sizes left out worse than their neighbours do: the
+    curve then says nothing of rows beyond it.
+    """
+    if len(ref.sizes) < 5 or not _law_holds(ref):
+        return None
+    sizes = np.asarray(ref.sizes, dtype=np.float64)
+    low, high = (_law(sizes, ref.score, at) for at in (sizes[-1], sizes[-1] + more))
+    return high - low
+
+
+def _law(sizes: FloatArray, curves: FloatArray, at: float) -> FloatArray:
+    """The value at `at` of the least-squares power law through each curve (draws, sizes)."""
+    best, error = np.empty(len(curves)), np.full(len(curves), np.inf)
+    for exponent in _EXPONENTS:
+        falling = sizes**-exponent
+        centred = falling - falling.mean()
+        drop = np.minimum(curves @ centred / (centred @ centred), 0.0)  # more rows never make it worse
+        level = curves.mean(axis=1) - drop * falling.mean()
+        left = ((curves - level[:, None] - drop[:, None] * falling) ** 2).sum(axis=1)
+        better = left < error
+        error[better] = left[better]
+        best[better] = (level + drop * at**-exponent)[better]
+    return best
+
+
+def _law_holds(ref: Reference) -> bool:
+    """Whether the law predicts inner sizes that are left out no worse than a line between their neighbours."""
+    sizes, curve = np.asarray(ref.sizes, dtype=np.float64), ref.score[:1]
+    errors = [0.0, 0.0]
+    for k in range(1, len(sizes) - 1):
+        others = np.delete(np.arange(len(sizes)), k)
+        law = _law(sizes[others], curve[:, others], sizes[k])[0]
+        line = np.interp(np.log(sizes[k]), np.log(sizes[others]), curve[0, others])
+        errors[0] += (law - curve[0, k]) ** 2
+        errors[1] += (line - curve[0, k]) ** 2
+    return errors[0] <= errors[1]
+
+
+def apart(a: Factor, b: Factor) -> bool:
+    """Whether two factors' intervals contradict each other, as those of the loss and of the task's own metric may."""
+    return a.low > b.high or b.low > a.high

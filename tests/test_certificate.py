@@ -1,0 +1,238 @@
+"""Certificates: outcomes that any trainer made in, one honest sentence out; every number is checked against the outcomes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fulcrum import certificate, outcomes, store
+from fulcrum.certificate import Question
+from fulcrum.errors import DataError, StoreError
+from test_cli import done, refused
+
+SIZES = (16, 32, 64)
+ROWS = 40
+
+
+def lines(tell: float = 1.0, sft: float = 1.0, *, seeds: int = 5, dev: bool = True) -> Iterator[dict[str, object]]:
+    """A comparison: each doubling brings 1, `tell` is so many doublings ahead, `sft` scales the reference's slope."""
+    rng = np.random.default_rng(0)
+    for arm, ahead in (("sft", 0.0), ("tell", tell)):
+        for size in SIZES:
+            for seed in range(seeds):
+                score = sft * np.log2(size / 16) + ahead + rng.normal(0, 0.1)
+                cell = {"arm": arm, "size": size, "seed": seed}
+                if dev:
+                    yield {**cell, "dev": score, "tokens": 10 * size}
+                for row in range(ROWS):
+                    value = score + (row % 7 - 3) / 10 + rng.normal(0, 0.05)
+                    yield {**cell, "metric": "quality", "row": f"r{row}", "group": f"g{row // 2}", "outcome": value}
+
+
+def save(path: Path, content: Iterator[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in content))
+    return path
+
+
+QUESTION = Question("tell", ("sft",), ("quality",))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate of a gain of one doubling."""
+    folder = tmp_path_factory.mktemp("certificate")
+    found = outcomes.read(save(folder / "in.jsonl", lines()))
+    certificate.write(folder, found, QUESTION, {})
+    return folder
+
+
+def test_a_planted_gain_is_said_in_rows(made: Path) -> None:
+    known = json.loads((made / "certificate.json").read_text())
+    answer = known["answers"][0]
+    assert answer["saving"]["rows"]["estimate"] == pytest.approx(2.0, rel=0.1)
+    assert answer["saving"]["tokens"] == pytest.approx(answer["saving"]["rows"])
+    assert [gain["size"] for gain in answer["gain"]] == [16, 32]
+    assert answer["gain"][0]["rows"]["estimate"] == pytest.approx(2.0, rel=0.1)
+    assert answer["difference"]["estimate"] == pytest.approx(1.0, abs=0.1)
+    assert (answer["verdict"], answer["identifiable"], answer["selected_on"]) == ("gain", True, "dev")
+    assert known["headline"].startswith(
+        f"{64 / answer['saving']['rows']['estimate']:.0f} of your 64 rows would have sufficed: row saving"
+    )
+    assert known["sha256"] == store.fingerprint({key: value for key, value in known.items() if key != "sha256"})
+
+
+@pytest.mark.parametrize(
+    ("tell", "sft", "beginning", "verdict"),
+    [
+        (0.0, 1.0, "No gain shown: use sft.", "no gain shown"),
+        (-1.0, 1.0, "Worse: use sft.", "loss"),
+        (1.0, 0.0, "A gain whose worth in rows is not identifiable", "gain"),
+        (9.0, 1.0, "16 of your 64 rows or fewer would have sufficed: row saving at least 4.0x", "gain"),
+    ],
+)
+def test_the_headline_says_what_was_planted(tmp_path: Path, tell: float, sft: float, beginning: str, verdict: str) -> None:
+    found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", lines(tell, sft))), QUESTION)
+    assert found["headline"].startswith(beginning)
+    assert found["answers"][0]["verdict"] == verdict
+
+
+def test_metrics_where_lower_is_better_are_turned_round(tmp_path: Path) -> None:
+    def turned() -> Iterator[dict[str, object]]:
+        for line in lines():
+            yield {**line, "outcome": -line["outcome"]} if "outcome" in line else line  # type: ignore[operator]
+
+    found = outcomes.read(save(tmp_path / "in.jsonl", turned()))
+    same = certificate.certify(found, Question("tell", ("sft",), ("quality",), lower_is_better=("quality",)))
+    plain = certificate.certify(outcomes.read(save(tmp_path / "plain.jsonl", lines())), QUESTION)
+    assert same["answers"][0]["saving"] == plain["answers"][0]["saving"]
+    assert "quality -1." in same["headline"]
+
+
+def test_metrics_that_contradict_each_other_have_no_headline_factor(tmp_path: Path) -> None:
+    def both() -> Iterator[dict[str, object]]:
+        yield from lines(2.0)
+        yield from ({**line, "metric": "taste"} for line in lines(0.2) if "row" in line)
+
+    found = certificate.certify(
+        outcomes.read(save(tmp_path / "in.jsonl", both())), Question("tell", ("sft",), ("quality", "taste"))
+    )
+    assert found["contradiction"] == "the row savings by quality and by taste contradict each other"
+    assert found["headline"].startswith("A gain, of which no factor can be stated: the row savings by quality and by taste")
+
+
+def test_without_dev_scores_the_reference_is_chosen_on_test_and_that_is_said(tmp_path: Path) -> None:
+    found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", lines(dev=False))), QUESTION)
+    assert found["answers"][0]["selected_on"] == "test, which favours the reference"
+    assert list(found["answers"][0]["saving"]) == ["rows"]  # no tokens known
+
+
+def test_attribution_takes_differences_at_all_rows(tmp_path: Path) -> None:
+    def exact() -> Iterator[dict[str, object]]:
+        for arm, score in (("sft", 1.0), ("sft_anchor", 1.5), ("mix", 2.0), ("tell", 4.0)):
+            for size in (32, 64):
+                for row in ("a", "b"):
+                    yield {"arm": arm, "size": size, "seed": 0, "row": row, "outcome": score + size / 64}
+
+    found = certificate.certify(
+        outcomes.read(save(tmp_path / "in.jsonl", exact())), Question("tell", ("sft", "sft_anchor"), ("score",))
+    )
+    parts = {part["name"]: part["estimate"] for part in found["answers"][0]["attribution"]}
+    assert parts == {
+        "mixing (mix - sft)": 1.0, "anchor within the mix (tell - mix)": 2.0, "interaction of anchor and mix": 1.5,
+    }  # fmt: skip
+
+
+def test_verify_is_silent_about_an_untouched_certificate(made: Path) -> None:
+    assert certificate.verify(made / "certificate.json") == []
+
+
+def tampered(made: Path, tmp_path: Path) -> Path:
+    for name in ("certificate.json", "outcomes.jsonl"):
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    return tmp_path
+
+
+def test_verify_names_a_changed_outcome(made: Path, tmp_path: Path) -> None:
+    folder = tampered(made, tmp_path)
+    kept = [json.loads(line) for line in (folder / "outcomes.jsonl").read_text().splitlines()]
+    place = next(k for k, line in enumerate(kept) if line["arm"] == "tell" and line["size"] == 64 and line["seed"] == 3)
+    kept[place]["outcome"] += 0.5
+    save(folder / "outcomes.jsonl", iter(kept))
+    wrong = certificate.verify(folder / "certificate.json")
+    assert wrong[0] == "outcomes.jsonl: outcomes of tell at 64 rows, seed 3, quality: changed"
+    assert any(text.startswith("answers[0].difference.estimate: the certificate says") for text in wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda known: known["answers"][0]["saving"]["rows"].update(estimate=9.9), "answers[0].saving.rows.estimate"),
+        (lambda known: known.update(headline="10x!"), "headline"),
+        (lambda known: known["question"].update(seed=7), "answers[0]"),
+    ],
+)
+def test_verify_names_a_changed_number_even_where_the_seal_was_renewed(made: Path, tmp_path: Path, change, expected) -> None:  # type: ignore[no-untyped-def]
+    folder = tampered(made, tmp_path)
+    known = json.loads((folder / "certificate.json").read_text())
+    del known["sha256"]
+    change(known)
+    (folder / "certificate.json").write_text(json.dumps(certificate.seal(known)))
+    wrong = certificate.verify(folder / "certificate.json")
+    assert any(text.startswith(expected) for text in wrong)
+    assert not any("sealed" in text for text in wrong)
+    (folder / "certificate.json").write_text(json.dumps({**known, "sha256": "0"}))
+    assert certificate.verify(folder / "certificate.json")[0].endswith("certificate.json: changed since it was sealed")
+
+
+def test_verify_refuses_what_is_no_certificate(tmp_path: Path) -> None:
+    (tmp_path / "certificate.json").write_text("{}")
+    with pytest.raises(StoreError, match="not a certificate of a format that this version knows"):
+        certificate.verify(tmp_path / "certificate.json")
+
+
+def test_outcomes_come_back_as_they_were_written(made: Path, tmp_path: Path) -> None:
+    found = outcomes.read(made / "outcomes.jsonl")
+    outcomes.write(tmp_path / "again.jsonl", found)
+    assert (tmp_path / "again.jsonl").read_bytes() == (made / "outcomes.jsonl").read_bytes()
+
+
+GOOD = {"arm": "sft", "size": 16, "seed": 0, "row": "a", "outcome": 1}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([{**GOOD, "outcom": 1}], r"in.jsonl:1: unknown key 'outcom'; did you mean 'outcome'\?"),
+        ([{**GOOD, "size": "16"}], "in.jsonl:1: size must be a whole number, got '16'"),
+        ([{**GOOD, "outcome": None}], "in.jsonl:1: outcome must be a finite number, got None"),
+        ([{**GOOD, "weight": 0}], "in.jsonl:1: weight must be a number above 0, got 0"),
+        ([GOOD, GOOD], "in.jsonl:2: row 'a' of sft at 16 rows, seed 0 is there twice"),
+        ([GOOD, {**GOOD, "seed": 1, "group": "x"}], "in.jsonl:2: row 'a' has group and weight"),
+        ([GOOD, {**GOOD, "row": "b"}, {**GOOD, "seed": 1}], "sft at 16 rows, seed 1 lacks 1 of 2 rows .*'b'"),
+        ([{"arm": "sft", "size": 16, "seed": 0}], "in.jsonl:1: a line has a row and its outcome, or dev or tokens"),
+        (
+            [{**GOOD, "dev": 1}, {**GOOD, "row": "b", "dev": 2}],
+            "in.jsonl:2: dev of sft at 16 rows, seed 0 is 2, an earlier line said 1",
+        ),
+        ([[1]], "in.jsonl:1: expected an object"),
+        ([], "holds no outcomes"),
+    ],
+)
+def test_outcomes_that_do_not_fit_together_are_refused_with_their_line(tmp_path: Path, bad: list[object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        outcomes.read(save(tmp_path / "in.jsonl", bad))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (Question("tel", ("sft",), ("quality",)), "no outcomes of the arm 'tel'; did you mean 'tell'"),
+        (Question("tell", ("sft",), ("qualty",)), "no outcomes of the metric 'qualty'; did you mean 'quality'"),
+        (Question("tell", ("tell",), ("quality",)), "tell cannot be its own reference"),
+    ],
+)
+def test_questions_that_do_not_fit_are_refused(made: Path, question: Question, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        certificate.certify(outcomes.read(made / "outcomes.jsonl"), question)
+
+
+def test_seeds_must_be_the_same_everywhere(tmp_path: Path) -> None:
+    kept = (line for line in lines() if not (line["arm"] == "tell" and line["size"] == 32 and line["seed"] == 4))
+    with pytest.raises(DataError, match="tell at 32 rows has the seeds 0, 1, 2, 3, other cells have 0, 1, 2, 3, 4"):
+        certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", kept)), QUESTION)
+
+
+def test_certify_and_verify_from_the_command_line(tmp_path: Path) -> None:
+    file = save(tmp_path / "in.jsonl", lines())
+    out = tmp_path / "out"
+    said = done("certify", file, "--out", out, "--reference", "sft")
+    assert "of your 64 rows would have sufficed: row saving" in said
+    assert "every number follows from the outcomes, and nothing was changed" in done("verify", out / "certificate.json")
+    assert "exists already and is not overwritten" in refused("certify", file, "--out", out)
+    text = (out / "outcomes.jsonl").read_text()
+    (out / "outcomes.jsonl").write_text(text.replace('"seed": 2', '"seed": 9'))
+    assert "things do not match" in refused("verify", out)
+    unknown = save(tmp_path / "unknown.jsonl", ({**line, "arm": "mine"} for line in lines() if line["arm"] == "sft"))
+    assert "none of the arms (mine) is known to use no general data; name it with --reference" in refused("certify", unknown)

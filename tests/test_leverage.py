@@ -1,0 +1,237 @@
+"""Leverage statistics state answers: literal factors without noise, t intervals, oracles, censoring, and a short simulation."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
+
+from fulcrum import leverage, stats
+from fulcrum.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+simulate = __import__("simulate")
+
+
+def exact(scores, dev=None, tokens=None):
+    """Draws of points without noise: every draw is the estimate."""
+    outcomes = {point: np.full((1, 2), value) for point, value in scores.items()}
+    return leverage.draw(leverage.measure(outcomes, ["a", "b"], dev=dev, tokens=tokens), draws=5)
+
+
+SFT = {("sft", 16): 0.0, ("sft", 32): 1.0, ("sft", 64): 2.0}
+
+
+def test_row_saving_says_how_many_rows_would_have_sufficed():
+    drawn = exact({**SFT, ("tell", 16): 1.0, ("tell", 32): 2.0, ("tell", 64): 3.0})
+    saving = leverage.row_saving(drawn, "tell", leverage.reference(drawn, ["sft"], 64))
+    assert saving.estimate == pytest.approx(2.0)  # 32 of 64 rows
+    assert (saving.least, saving.most) == (1.0, 4.0)
+
+
+def test_row_saving_between_sizes_is_log_linear():
+    drawn = exact({**SFT, ("tell", 16): 1.0, ("tell", 64): 3.0})
+    saving = leverage.row_saving(drawn, "tell", leverage.reference(drawn, ["sft"], 64))
+    assert saving.estimate == pytest.approx(2.0)  # halfway in the logarithm between 16 and 64: 32 rows
+
+
+def test_row_gain_says_what_rows_were_worth():
+    drawn = exact({**SFT, ("tell", 16): 1.5, ("tell", 64): 3.0})
+    gain = leverage.row_gain(drawn, "tell", 16, leverage.reference(drawn, ["sft"], 64))
+    assert gain.estimate == pytest.approx(2**1.5)
+    assert (gain.least, gain.most) == (1.0, 4.0)
+
+
+def test_factors_beyond_the_measured_sizes_are_censored_never_extrapolated():
+    high, low = ({**SFT, ("tell", 16): value, ("tell", 64): value + 1} for value in (9.0, -9.0))
+    for scores, expected in ((high, np.inf), (low, 0.0)):
+        drawn = exact(scores)
+        ref = leverage.reference(drawn, ["sft"], 64)
+        assert leverage.row_saving(drawn, "tell", ref).estimate == expected
+        assert leverage.row_gain(drawn, "tell", 16, ref).estimate == expected
+
+
+def test_factors_in_tokens_use_the_tokens_of_the_rows():
+    tokens = {
+        ("sft", 16): 100.0,
+        ("sft", 32): 300.0,
+        ("sft", 64): 400.0,
+        ("tell", 16): 100,
+        ("tell", 32): 300,
+        ("tell", 64): 400,
+    }
+    drawn = exact({**SFT, ("tell", 16): 1.0, ("tell", 32): 2.0, ("tell", 64): 3.0}, tokens=tokens)
+    ref = leverage.reference(drawn, ["sft"], 64)
+    assert leverage.row_saving(drawn, "tell", ref, tokens=True).estimate == pytest.approx(400 / 300)
+    assert leverage.row_gain(drawn, "tell", 16, ref, tokens=True).estimate == pytest.approx(3.0)
+
+
+def test_the_reference_is_chosen_on_dev_at_every_size():
+    scores = {**SFT, ("sft_anchor", 16): 0.5, ("sft_anchor", 64): 5.0}
+    dev = {**{point: [0.0] for point in scores}, ("sft_anchor", 16): [1.0], ("sft_anchor", 64): [-1.0]}
+    drawn = exact(scores, dev)
+    ref = leverage.reference(drawn, ["sft", "sft_anchor"], 64)
+    assert ref.score[0].tolist() == [0.5, 1.0, 2.0]  # at 64 sft_anchor is better on test: that must not be seen
+    assert ref.chosen == {16: {"sft": 0.0, "sft_anchor": 1.0}, 32: {"sft": 1.0}, 64: {"sft": 1.0, "sft_anchor": 0.0}}
+
+
+def test_an_untrained_arm_stands_at_every_size():
+    drawn = exact({("base", 0): 1.5, **SFT})
+    ref = leverage.reference(drawn, ["base", "sft"], 64)
+    assert (ref.sizes, ref.score[0].tolist()) == ((16, 32, 64), [1.5, 1.5, 2.0])
+
+
+def test_the_reference_is_chosen_anew_in_every_draw():
+    rng = np.random.default_rng(0)
+    outcomes = {(arm, 64): rng.normal(0, 1, (6, 40)) for arm in ("sft", "sft_anchor")}
+    dev = {("sft", 64): rng.normal(0, 1, 6), ("sft_anchor", 64): rng.normal(0, 1, 6)}
+    drawn = leverage.draw(leverage.measure(outcomes, [str(k) for k in range(40)], dev=dev))
+    ref = leverage.reference(drawn, ["sft", "sft_anchor"], 64)
+    better = drawn.dev[:, 0] >= drawn.dev[:, 1]
+    assert ref.last.tolist() == np.where(better, drawn.score[:, 0], drawn.score[:, 1]).tolist()
+    assert 0.05 < ref.chosen[64]["sft"] < 0.95
+
+
+def close(found, expected):
+    """Equal but for the noise of 200,000 draws: 2% of the interval's width."""
+    assert found.estimate == pytest.approx(expected.estimate)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02 * (expected.high - expected.low))
+
+
+def test_a_contrast_of_seeds_alone_has_its_t_interval():
+    values = [0.1, 0.4, 0.2, 0.7, 0.3]
+    outcomes = {("tell", 64): np.array(values)[:, None]}
+    found = leverage.interval(leverage.draw(leverage.measure(outcomes, ["one"]), draws=200_000).score[:, 0])
+    close(found, stats.seed_interval(values))
+
+
+def test_a_contrast_of_groups_alone_has_the_interval_of_the_other_statistics():
+    rng = np.random.default_rng(1)
+    rows, sizes = rng.normal(0.3, 1, (1, 60)), rng.integers(1, 9, 60).astype(float)
+    groups = [f"g{k // 3}" for k in range(60)]
+    measured = leverage.measure({("tell", 64): rows}, groups, denominators=sizes)
+    found = leverage.interval(leverage.draw(measured, draws=200_000).score[:, 0])
+    close(found, stats.paired_over_seeds(rows, groups, denominators=sizes))
+
+
+def test_a_chain_moves_all_arms_together():
+    chain = np.array([[-1.0], [0.0], [1.0], [3.0]])
+    outcomes = {("sft", 64): chain, ("tell", 64): chain + 0.5}
+    drawn = leverage.draw(leverage.measure(outcomes, ["one"]))
+    gained = drawn.of("tell", 64) - drawn.of("sft", 64)
+    assert gained == pytest.approx(np.full(2001, 0.5))
+    assert np.ptp(drawn.of("sft", 64)) > 1
+
+
+def test_draws_are_the_same_each_time_and_in_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    measured = leverage.measure({("sft", 64): rng.normal(size=(5, 30))}, [str(k) for k in range(30)])
+    whole = leverage.draw(measured, draws=50, seed=3).score
+    monkeypatch.setattr(leverage, "_NUMBERS", 70)
+    assert leverage.draw(measured, draws=50, seed=3).score == pytest.approx(whole, abs=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=7))
+def test_monotone_is_isotonic_regression(values):
+    expected = IsotonicRegression().fit_transform(np.arange(len(values)), values)
+    assert leverage.monotone(np.array([values]))[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_reach_takes_the_first_size_of_a_flat_stretch():
+    curves = np.array([[0.0, 1.0, 1.0, 2.0]])
+    assert np.exp(leverage.reach([16, 32, 64, 128], curves, np.array([1.0]))) == pytest.approx([32])
+    assert leverage.reach([16], np.array([[1.0], [1.0]]), np.array([0.0, 2.0])).tolist() == [-np.inf, np.inf]
+
+
+def test_slope_of_a_flat_reference_is_not_above_zero():
+    rng = np.random.default_rng(5)
+    flat = {("sft", size): rng.normal(0, 1, (5, 40)) for size in (16, 32, 64)}
+    steep = {("sft", size): np.log2(size) + rng.normal(0, 0.1, (5, 40)) for size in (16, 32, 64)}
+    groups = [str(k) for k in range(40)]
+    found = []
+    for outcomes in (flat, steep):
+        drawn = leverage.draw(leverage.measure(outcomes, groups))
+        found.append(leverage.slope(leverage.reference(drawn, ["sft"], 64)))
+    assert found[0].low <= 0
+    assert found[1].low > 0.9
+    assert found[1].estimate == pytest.approx(1.0, abs=0.05)
+
+
+def test_more_rows_follows_a_power_law_and_nothing_else():
+    law = {("sft", size): 1 - 2 * size**-0.5 for size in (16, 32, 64, 128, 256)}
+    ref = leverage.reference(exact(law), ["sft"], 256)
+    assert leverage.more_rows(ref, 50)[0] == pytest.approx(2 * (256**-0.5 - 306**-0.5), rel=0.05)
+    jump = {("sft", size): float(size > 60) for size in (16, 32, 64, 128, 256)}
+    assert leverage.more_rows(leverage.reference(exact(jump), ["sft"], 256), 50) is None
+    assert leverage.more_rows(leverage.reference(exact(SFT), ["sft"], 64), 50) is None  # three sizes
+
+
+def test_holm_by_hand():
+    assert leverage.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert leverage.holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+
+
+def test_p_value_is_never_below_one_in_the_draws():
+    assert leverage.p_value(np.array([1.0, *np.ones(1000)])) == pytest.approx(0.001)
+    assert leverage.p_value(np.array([0.0, *np.tile([-1.0, 1.0], 500)])) == pytest.approx(1.0)
+
+
+def test_apart():
+    near, far = leverage.Factor(2, 1.5, 3, 1, 4), leverage.Factor(1, 0, 1.2, 1, 4)
+    assert leverage.apart(near, far)
+    assert not leverage.apart(near, leverage.Factor(1, 0, 1.6, 1, 4))
+
+
+def test_what_cannot_be_measured_is_refused():
+    good = np.zeros((2, 3))
+    with pytest.raises(DataError, match=r"tell at 64: outcomes of shape \(2, 2\), expected \(2, 3\)"):
+        leverage.measure({("sft", 64): good, ("tell", 64): np.zeros((2, 2))}, ["a", "b", "c"])
+    with pytest.raises(DataError, match="sft at 64: 1 outcomes are not finite"):
+        leverage.measure({("sft", 64): np.array([[0, np.nan, 0]])}, ["a", "b", "c"])
+    with pytest.raises(DataError, match="no outcomes"):
+        leverage.measure({}, ["a"])
+    with pytest.raises(DataError, match="every row needs a denominator above 0"):
+        leverage.measure({("sft", 64): good}, ["a", "b", "c"], denominators=np.zeros(3))
+    drawn = exact(SFT)
+    with pytest.raises(DataError, match="none of mix was measured at 64 rows; measured: sft at 16, sft at 32, sft at 64"):
+        leverage.reference(drawn, ["mix"], 64)
+    with pytest.raises(DataError, match="tell was not measured at 64 rows"):
+        leverage.row_saving(drawn, "tell", leverage.reference(drawn, ["sft"], 64))
+
+
+EXPERIMENTS = 80  # of each case here; `make simulate` runs 1,000
+
+
+def shares(name, seeds):
+    case = next(case for case in simulate.CASES if case.name == name)
+    true = simulate.truth(case)
+    return true, [simulate.answer(case, seeds, number, draws=400) for number in range(EXPERIMENTS)]
+
+
+@pytest.mark.parametrize("seeds", [5, 8])
+def test_intervals_cover_a_planted_saving(seeds):
+    true, found = shares("saving of 3", seeds)
+    assert true.saving.estimate == pytest.approx(3.0)
+    assert np.median([a.saving.estimate for a in found]) == pytest.approx(3.0, rel=0.1)
+    for pick in ("difference", "saving", "gain"):  # 80 of 0.95: below 70 or all but none in 10,000 times
+        hits = sum(simulate.covers(getattr(a, pick), getattr(true, pick).estimate) for a in found)
+        assert hits >= 70, pick
+
+
+def test_no_gain_is_called_a_gain_no_more_often_than_named():
+    _, found = shares("no gain", 5)
+    assert sum(a.difference.low > 0 for a in found) <= 7  # 2.5% of 80 is 2; 8 or more: once in 1,000 times
+
+
+def test_a_flat_reference_is_called_not_identifiable():
+    _, found = shares("flat reference", 5)
+    assert sum(a.slope.low > 0 for a in found) <= 7
+
+
+def test_what_lies_beyond_the_sizes_is_never_a_number():
+    _, found = shares("beyond what sizes show", 5)
+    assert {a.saving.estimate for a in found} == {np.inf}
