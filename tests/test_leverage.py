@@ -126,12 +126,24 @@ def test_a_chain_moves_all_arms_together():
     assert np.ptp(drawn.of("sft", 64)) > 1
 
 
-def test_draws_are_the_same_each_time_and_in_blocks(monkeypatch):
+def test_what_a_group_does_at_one_seed_alone_counts_once():
     rng = np.random.default_rng(0)
-    measured = leverage.measure({("sft", 64): rng.normal(size=(5, 30))}, [str(k) for k in range(30)])
-    whole = leverage.draw(measured, draws=50, seed=3).score
-    monkeypatch.setattr(leverage, "_NUMBERS", 70)
-    assert leverage.draw(measured, draws=50, seed=3).score == pytest.approx(whole, abs=1e-12)
+    groups = [str(k) for k in range(300)]
+    easy, alone = rng.normal(0, 1, 300), rng.normal(0, 1, (6, 300))
+    found = leverage.measure({("sft", 64): easy + alone, ("tell", 64): easy[None]}, groups).by_group * 300
+    assert found == pytest.approx(np.ones((2, 2)), abs=0.2)  # with the part that is a seed's alone it would be 1 + 1 / 6
+    same = leverage.measure({("sft", 64): np.tile(easy, (6, 1))}, groups).by_group
+    assert same == pytest.approx(leverage.measure({("sft", 64): easy[None]}, groups).by_group)
+
+
+def test_draws_do_not_hang_on_how_the_root_is_taken():
+    rng = np.random.default_rng(0)
+    outcomes = {("sft", 64): rng.normal(size=(1, 30)), ("base", 0): np.zeros((1, 30))}
+    measured = leverage.measure(outcomes, [str(k) for k in range(30)])
+    root = leverage._root(measured.by_group)
+    assert root @ root == pytest.approx(measured.by_group)
+    assert root == pytest.approx(root.T)
+    assert np.linalg.eigvalsh(root).min() >= -1e-12
 
 
 @settings(max_examples=50, deadline=None)

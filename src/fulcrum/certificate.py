@@ -130,7 +130,7 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
     sizes = [size for size in measured.sizes([question.arm]) if size < n]
     return {
         "metric": metric, "lower_is_better": metric in question.lower_is_better, "rows": n,
-        "seeds": measured.by_seed.shape[1], "test_groups": measured.by_group.shape[1],
+        "seeds": measured.by_seed.shape[1], "test_groups": measured.groups,
         "points": [
             {"arm": arm, "size": size, "tokens": float(measured.tokens[k]), "by_seed": measured.by_seed[k].tolist(),
              "score": _ends(leverage.interval(draws.score[:, k]))}

@@ -26,19 +26,20 @@ from fulcrum.stats import Interval
 
 Point = tuple[str, int]  # arm, size in task rows
 
-_NUMBERS = 2**22  # normal numbers that exist at a time: 32 MiB, whatever the number of groups
 _EXPONENTS = np.geomspace(0.05, 2.0, 64)  # of the power law; a finer grid changes nothing that 8 seeds can see
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """Scores of P points: `by_seed` (P, seeds); `by_group` (P, groups), how far each test group moves a point's mean over
-    seeds (rows sum to 0); `dev` (P, seeds), the scores that arms are selected by; `tokens` (P,) of the task rows used.
+    """Scores of P points: `by_seed` (P, seeds); `by_group` (P, P), the covariance of their means over seeds that comes of
+    `groups` test groups which could have been others; `dev` (P, seeds), the scores that arms are selected by; `tokens` (P,) of
+    the task rows used.
     """
 
     points: tuple[Point, ...]
     by_seed: FloatArray
     by_group: FloatArray
+    groups: int
     dev: FloatArray
     tokens: FloatArray
 
@@ -80,7 +81,7 @@ def measure(
         raise DataError(f"{len(sizes)} test rows: every row needs a denominator above 0")
     names, place = np.unique(np.asarray(groups), return_inverse=True)
     weights = np.bincount(place, sizes)
-    by_seed, by_group = np.empty((len(points), n_seeds)), np.empty((len(points), len(names)))
+    by_seed, residuals = np.empty((len(points), n_seeds)), np.zeros((len(points), n_seeds, len(names)))
     for number, (point, given) in enumerate(outcomes.items()):
         values = np.asarray(given, dtype=np.float64)
         if values.shape not in ((1, len(groups)), (n_seeds, len(groups))):
@@ -88,11 +89,28 @@ def measure(
         if not np.isfinite(values).all():
             raise DataError(f"{_listed([point])}: {int((~np.isfinite(values)).sum())} outcomes are not finite")
         by_seed[number] = values.sum(axis=1) / sizes.sum()
-        sums = np.bincount(place, values.mean(axis=0))
-        by_group[number] = (sums - by_seed[number].mean() * weights) / sizes.sum()  # linearised ratio (Cochran 1977, 6.4)
+        for k, row in enumerate(values):  # the linearised ratio (Cochran 1977, 6.4); one row of outcomes stands for all seeds
+            residuals[number, k:] = (np.bincount(place, row) - by_seed[number, k] * weights) / sizes.sum()
     selection = by_seed if dev is None else np.array([np.resize(dev[point], n_seeds) for point in points], dtype=np.float64)
     used = np.array([(tokens or {}).get(point, float(point[1])) for point in points])
-    return Measured(points, by_seed, by_group, selection, used)
+    return Measured(points, by_seed, _between_groups(residuals), len(names), selection, used)
+
+
+def _between_groups(residuals: FloatArray) -> FloatArray:
+    """Covariance (P, P) of means over seeds, from each group's residuals (P, seeds, groups).
+
+    What a group does at one seed alone is left out where it can be estimated: the spread between seeds holds it already.
+    """
+    n_seeds, n_groups = residuals.shape[1:]
+    if n_groups < 2:
+        return np.zeros((len(residuals), len(residuals)))
+    means = residuals.mean(axis=1)
+    total = means @ means.T
+    if n_seeds > 1:
+        alone = (residuals - means[:, None]).reshape(len(residuals), -1)
+        total -= alone @ alone.T / (n_seeds * (n_seeds - 1))
+    covariance: FloatArray = total * n_groups / (n_groups - 1)
+    return covariance
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,7 +133,6 @@ def draw(measured: Measured, *, draws: int = 2000, seed: int = 0) -> Draws:
     the seeds vary.
     """
     n_seeds = measured.by_seed.shape[1]
-    n_groups = measured.by_group.shape[1]
     rng = np.random.default_rng(seed)
     score = np.repeat(measured.by_seed.mean(axis=1)[None], draws + 1, axis=0)
     dev = np.repeat(measured.dev.mean(axis=1)[None], draws + 1, axis=0)
@@ -124,14 +141,17 @@ def draw(measured: Measured, *, draws: int = 2000, seed: int = 0) -> Draws:
         for target, values in ((score, measured.by_seed), (dev, measured.dev)):
             centred = values - values.mean(axis=1, keepdims=True)
             target[1:] += moves @ centred.T / np.sqrt(n_seeds * (n_seeds - 1))
-    if n_groups > 1:
-        widening = _widening(rng, draws, n_groups - 1) * np.sqrt(n_groups / (n_groups - 1))
-        chunk = max(1, _NUMBERS // n_groups)
-        for start in range(0, draws, chunk):
-            part = slice(start, min(start + chunk, draws))
-            moves = rng.standard_normal((part.stop - start, n_groups)) * widening[part]
-            score[1:][part] += moves @ measured.by_group.T
+    if measured.groups > 1:
+        moves = rng.standard_normal((draws, len(measured.points))) * _widening(rng, draws, measured.groups - 1)
+        score[1:] += moves @ _root(measured.by_group)
     return Draws(measured, score, dev)
+
+
+def _root(covariance: FloatArray) -> FloatArray:
+    """The symmetric square root, which is unique; what estimation made negative is 0."""
+    values, vectors = np.linalg.eigh(covariance)
+    root: FloatArray = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    return root
 
 
 def _widening(rng: np.random.Generator, draws: int, df: int) -> FloatArray:
