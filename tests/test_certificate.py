@@ -124,6 +124,15 @@ def test_attribution_takes_differences_at_all_rows(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_reference_that_knows_larger_sizes_shows_what_rows_were_worth(tmp_path: Path) -> None:
+    fewer = (line for line in lines() if line["arm"] == "sft" or line["size"] != 64)
+    answer = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", fewer)), QUESTION)["answers"][0]
+    assert answer["rows"] == 32
+    assert [gain["size"] for gain in answer["gain"]] == [16, 32]
+    assert answer["gain"][1]["rows"]["estimate"] == pytest.approx(2.0, rel=0.1)  # 32 rows were worth 64
+    assert answer["saving"]["rows"]["most"] == 2.0
+
+
 def test_verify_is_silent_about_an_untouched_certificate(made: Path) -> None:
     assert certificate.verify(made / "certificate.json") == []
 

@@ -176,10 +176,11 @@ def test_slope_of_a_flat_reference_is_not_above_zero():
 def test_more_rows_follows_a_power_law_and_nothing_else():
     law = {("sft", size): 1 - 2 * size**-0.5 for size in (16, 32, 64, 128, 256)}
     ref = leverage.reference(exact(law), ["sft"], 256)
-    assert leverage.more_rows(ref, 50)[0] == pytest.approx(2 * (256**-0.5 - 306**-0.5), rel=0.05)
+    assert leverage.more_rows(ref, 256, 50)[0] == pytest.approx(2 * (256**-0.5 - 306**-0.5), rel=0.05)
+    assert leverage.more_rows(ref, 64, 50)[0] == pytest.approx(2 * (64**-0.5 - 114**-0.5), rel=0.05)
     jump = {("sft", size): float(size > 60) for size in (16, 32, 64, 128, 256)}
-    assert leverage.more_rows(leverage.reference(exact(jump), ["sft"], 256), 50) is None
-    assert leverage.more_rows(leverage.reference(exact(SFT), ["sft"], 64), 50) is None  # three sizes
+    assert leverage.more_rows(leverage.reference(exact(jump), ["sft"], 256), 256, 50) is None
+    assert leverage.more_rows(leverage.reference(exact(SFT), ["sft"], 64), 64, 50) is None  # three sizes
 
 
 def test_holm_by_hand():

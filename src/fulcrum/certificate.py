@@ -116,18 +116,19 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
     measured = draws.measured
     n = max(size for arm, size in measured.points if arm == question.arm)
     ref = leverage.reference(draws, question.references, n)
+    whole = leverage.reference(draws, question.references, max(measured.sizes(question.references)))  # may know larger sizes
     gained = draws.of(question.arm, n) - ref.last
-    slope = leverage.slope(ref)
+    slope = leverage.slope(whole)
     difference = leverage.interval(gained)
     in_tokens = all(measured.tokens[k] != size for k, (_, size) in enumerate(measured.points) if size)
     units = {"rows": False, "tokens": True} if in_tokens else {"rows": False}
 
     def worth(size: int) -> dict[str, Any]:
-        gains = {unit: leverage.row_gain(draws, question.arm, size, ref, tokens=tokens) for unit, tokens in units.items()}
+        gains = {unit: leverage.row_gain(draws, question.arm, size, whole, tokens=tokens) for unit, tokens in units.items()}
         return {"size": size, **{unit: _factor(gain) for unit, gain in gains.items()}}
 
     savings = {unit: leverage.row_saving(draws, question.arm, ref, tokens=tokens) for unit, tokens in units.items()}
-    sizes = [size for size in measured.sizes([question.arm]) if size < n]
+    sizes = [size for size in measured.sizes([question.arm]) if size < whole.sizes[-1]]
     return {
         "metric": metric, "lower_is_better": metric in question.lower_is_better, "rows": n,
         "seeds": measured.by_seed.shape[1], "test_groups": measured.groups,
@@ -136,14 +137,14 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
              "score": _ends(leverage.interval(draws.score[:, k]))}
             for k, (arm, size) in enumerate(measured.points)
         ],
-        "reference": {str(size): dict(chosen) for size, chosen in ref.chosen.items()},
+        "reference": {str(size): dict(chosen) for size, chosen in whole.chosen.items()},
         "selected_on": "dev" if measured.dev is not measured.by_seed else "test, which favours the reference",
         "difference": {**_ends(difference), "p": leverage.p_value(gained)},
         "slope": _ends(slope), "identifiable": bool(slope.low > 0),
         "saving": {unit: _factor(factor) for unit, factor in savings.items()},
         "gain": [worth(size) for size in sizes],
         "verdict": _verdict(difference),
-        "more_rows": _more_rows(ref, gained),
+        "more_rows": _more_rows(whole, n, gained),
         "attribution": _attribution(draws, n),
         "_saving": savings["rows"],
     }  # fmt: skip
@@ -158,9 +159,9 @@ def _attribution(draws: Draws, n: int) -> list[dict[str, Any]]:
     return found
 
 
-def _more_rows(ref: Reference, gained: FloatArray) -> dict[str, Any]:
+def _more_rows(ref: Reference, size: int, gained: FloatArray) -> dict[str, Any]:
     """Would more labelled rows have bought more than the arm's general data?"""
-    brought = leverage.more_rows(ref, MORE)
+    brought = leverage.more_rows(ref, size, MORE)
     if brought is None:
         return {"rows": MORE, "answer": "cannot be said: the reference's curve has too few sizes, or follows no power law"}
     advantage = leverage.interval(gained - brought)

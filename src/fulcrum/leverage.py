@@ -298,16 +298,16 @@ def slope(ref: Reference) -> Interval:
     return interval(ref.score @ centred / (centred @ centred))
 
 
-def more_rows(ref: Reference, more: int) -> FloatArray | None:
-    """Draws of what `more` rows beyond all would bring the reference: a power law c - a size**-b (a, b > 0) through its curve.
+def more_rows(ref: Reference, size: int, more: int) -> FloatArray | None:
+    """Draws of what `more` rows beyond `size` would bring the reference: a power law c - a size**-b through its curve.
 
-    None where fewer than 5 sizes were measured, or where the law predicts sizes left out worse than their neighbours do: the
-    curve then says nothing of rows beyond it.
+    This alone may lie beyond the measured sizes, and so is a forecast. None where fewer than 5 sizes were measured, or where
+    the law predicts sizes that are left out worse than their neighbours do: the curve then says nothing of other sizes.
     """
     if len(ref.sizes) < 5 or not _law_holds(ref):
         return None
     sizes = np.asarray(ref.sizes, dtype=np.float64)
-    low, high = (_law(sizes, ref.score, at) for at in (sizes[-1], sizes[-1] + more))
+    low, high = (_law(sizes, ref.score, at) for at in (size, size + more))
     return high - low
 
 
