@@ -668,7 +668,10 @@ def test_a_killed_comparison_goes_on_to_the_same_results(place: Path, compared: 
             {"compare": {"arms": list(ARMS), "sft_epochs": [1, 7]}},
             r"7 epochs of 8 rows are over TELL's 12 steps; use at most 6",
         ),
-        ({"mix": {"general_per_task": 0, "repeats": 2}}, r"mix\.general_per_task is 0, so mix and tell would be SFT"),
+        (
+            {"mix": {"general_per_task": 0, "repeats": 2}},
+            r"mix\.general_per_task is 0, so mix, tell would have no general data",
+        ),
     ],
 )
 def test_a_comparison_that_cannot_be_fair_is_refused(place: Path, tmp_path: Path, changes: dict, message: str) -> None:
@@ -811,3 +814,12 @@ def test_a_run_writes_down_that_it_compiled_and_scores_without(
     assert state["settings"]["train"]["compile"] == "always"
     assert run.run(settings(place, tmp_path / "plain", train={"compile": "auto"})).environment["probes"].endswith("False")
     assert config.load(tmp_path / "plain" / "config.yaml").train.compile == "never"
+
+
+def test_rivals_of_tell_run_and_are_set_against_it(place: Path, tmp_path: Path) -> None:
+    names = ["sft", "tell", "general_then_task", "task_then_general", "replay_10", "placebo_permuted"]
+    given = settings(place, tmp_path / "r", compare={"arms": names}, task__metrics=["nll"])
+    found = comparison.compare(given)
+    assert [arm.arm for arm in found.arms] == names
+    assert max(trial.steps for arm in found.arms for trial in arm.trials) == found.step_cap
+    assert [d.reference for d in found.differences if d.arm == "tell"] == ["sft", *names[2:]]

@@ -22,8 +22,9 @@ from fulcrum.run import Silent, Watcher, begin, finish, run_arm, writes
 
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
 _REFERENCES = ("sft_anchor", "sft", "base_anchor", "base")  # without general data
+_RIVALS = ("mix", "general_then_task", "task_then_general", "replay_10", "placebo_permuted")  # with general data
 _PAIRS = (
-    *(("tell", name) for name in _REFERENCES), ("tell", "mix"), *(("mix", name) for name in _REFERENCES),
+    *(("tell", name) for name in _REFERENCES), *(("tell", name) for name in _RIVALS), *(("mix", name) for name in _REFERENCES),
     ("sft_anchor", "sft"), ("sft", "base"), ("base_anchor", "base"),
 )  # fmt: skip
 
