@@ -29,6 +29,7 @@ FLOORS = (
         "sources",
         "tokens",
         "arms",
+        "shots",
     ),
     ("gguf", "fetch", "attention", "model", "lora", "adapter", "loss", "compiled", "training", "generate", "scoring", "export"),
     ("summary", "plots", "report", "certificate", "identity", "run"),

@@ -823,3 +823,20 @@ def test_rivals_of_tell_run_and_are_set_against_it(place: Path, tmp_path: Path) 
     assert [arm.arm for arm in found.arms] == names
     assert max(trial.steps for arm in found.arms for trial in arm.trials) == found.step_cap
     assert [d.reference for d in found.differences if d.arm == "tell"] == ["sft", *names[2:]]
+
+
+def test_examples_in_the_prompt_are_an_arm_of_each_seed_and_use_no_adapter(place: Path, tmp_path: Path) -> None:
+    names = ["base", "sft", "kshot"]  # after an adapter was trained, which must not stay in use
+    given = settings(place, tmp_path / "r", compare={"arms": names, "seeds": [0, 1]}, task__metrics=["nll", "exact_match"])
+    results = comparison.compare(given)
+    found = {(arm.arm, arm.seed): arm for arm in results.arms}
+    assert sorted(found) == [("base", 0), ("kshot", 0), ("kshot", 1), ("sft", 0), ("sft", 1)]
+    alone = settings(place, tmp_path / "alone", compare={"arms": ["kshot", "base"]}, task__metrics=["nll", "exact_match"])
+    again = next(arm for arm in comparison.compare(alone).arms if arm.arm == "kshot")
+    assert again.shots == found["kshot", 0].shots in (1, 2, 4)
+    assert again.scores == found["kshot", 0].scores
+    assert again.dev_nll == found["kshot", 0].dev_nll != found["base", 0].dev_nll
+    notes = json.loads((tmp_path / "r" / "results.json").read_text())["notes"]
+    assert f"kshot, seed 0: {again.shots} examples in the prompt, chosen on dev" in notes
+    pairs = {(d.arm, d.reference): d.n_seeds for d in results.differences}
+    assert pairs == {("sft", "kshot"): 2, ("sft", "base"): 2, ("kshot", "base"): 2}

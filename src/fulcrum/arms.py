@@ -25,7 +25,8 @@ class Arm:
     """One way of training that is compared: a value. Arms differ in these things and in nothing else.
 
     `general`: none; the pool's rows; or these with their answers permuted, a placebo: what it brings too is no transfer.
-    `order` and `general_per_task` (in examples) stand for the settings' own where they are given.
+    `order` and `general_per_task` (in examples) stand for the settings' own where they are given. `shots`: training rows stand
+    in the prompt.
     """
 
     name: str
@@ -34,6 +35,12 @@ class Arm:
     general: Literal["none", "pool", "permuted"] = "none"
     order: str | None = None
     general_per_task: float | None = None
+    shots: bool = False
+
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed, with its other rows, gives another result."""
+        return self.trained or self.shots
 
     @property
     def mixes(self) -> bool:
@@ -46,6 +53,7 @@ ARMS: Mapping[str, Arm] = {
     for arm in (
         Arm("base", trained=False),
         Arm("base_anchor", trained=False, anchored=True),
+        Arm("kshot", trained=False, shots=True),
         Arm("sft"),
         Arm("sft_anchor", anchored=True),
         Arm("mix", general="pool"),

@@ -21,11 +21,11 @@ from fulcrum.records import ArmResult, Difference, Results
 from fulcrum.run import Silent, Watcher, begin, finish, run_arm, writes
 
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
-_REFERENCES = ("sft_anchor", "sft", "base_anchor", "base")  # without general data
+_REFERENCES = ("sft_anchor", "sft", "kshot", "base_anchor", "base")  # without general data
 _RIVALS = ("mix", "general_then_task", "task_then_general", "replay_10", "placebo_permuted")  # with general data
 _PAIRS = (
     *(("tell", name) for name in _REFERENCES), *(("tell", name) for name in _RIVALS), *(("mix", name) for name in _REFERENCES),
-    ("sft_anchor", "sft"), ("sft", "base"), ("base_anchor", "base"),
+    ("sft_anchor", "sft"), ("sft", "kshot"), ("sft", "base"), ("kshot", "base"), ("base_anchor", "base"),
 )  # fmt: skip
 
 
@@ -39,8 +39,8 @@ def compare(settings: Settings, *, resume: bool = False, watcher: Watcher | None
     watcher, started = watcher or Silent(), time.perf_counter()
     arms, seeds = chosen_arms(settings), settings.seeds
     loaded, rows, folder = begin("compare", settings, arms, seeds, resume, watcher)
-    # Untrained arms do not depend on the seed: the first seed's cell stands for all.
-    cells = [(arm, place) for place in range(len(seeds)) for arm in arms if arm.trained or place == 0]
+    # The untouched model does not depend on the seed: the first seed's cell stands for all.
+    cells = [(arm, place) for place in range(len(seeds)) for arm in arms if arm.seeded or place == 0]
     results: list[ArmResult] = []
     for arm, place in cells:
         watcher.stage(f"{arm.name}, seed {seeds[place]} (cell {len(results) + 1} of {len(cells)})")

@@ -170,7 +170,9 @@ class CompareSettings(Section):
     """Which arms, and how many seeds."""
 
     arms: tuple[str, ...] = Field(
-        ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell"), min_length=1, description="arms to run; README.md lists all"
+        ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell"),
+        min_length=1,
+        description="arms to run; README.md lists all",
     )
     seeds: tuple[int, ...] | None = Field(None, min_length=1, description="whole chains (subset, order, ...); none: `seed`")
     sft_epochs: tuple[int, ...] | None = Field(

@@ -190,7 +190,8 @@ class TrialResult:
 class ArmResult:
     """One arm at one seed: the trials, the chosen one, test scores per task, and the loss on held-out general rows.
 
-    `dev_nll` is the chosen adapter's (or the untrained model's) loss on the dev rows. `predictions` are by task, `general` by
+    `dev_nll` is the chosen adapter's (or the untrained model's) loss on the dev rows; `shots` the number of examples that the
+    prompts hold. `predictions` are by task, `general` by
     source of the held-out rows; `general_nll` are the scores of the latter. `seconds` count trials, dev and test.
     """
 
@@ -204,6 +205,7 @@ class ArmResult:
     general: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
     general_nll: Mapping[str, Score]
     seconds: float
+    shots: int = 0
 
 
 @dataclass(frozen=True, slots=True)

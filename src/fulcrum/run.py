@@ -4,7 +4,7 @@ files -> material (rows split and cleaned) -> tokens -> plan -> adapter, once pe
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from fulcrum import (
     model,
     report,
     scoring,
+    shots,
     store,
     training,
 )
@@ -36,7 +37,7 @@ from fulcrum.config import Settings
 from fulcrum.identity import environment, manifest, peak_memory_bytes
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
-from fulcrum.records import ArmResult, Difference, Results, Tokens, TrainPoint, TrialResult
+from fulcrum.records import ArmResult, Difference, Results, Task, Tokens, TrainPoint, TrialResult
 
 
 class Watcher(Protocol):
@@ -140,7 +141,12 @@ def run_arm(
     best: State | None = None
     chosen: int | None = None
     forms = {t.name: encode.make_format(loaded.tokenizer, t.anchor if arm.anchored else None) for t in rows.tasks}
-    dev = [[encode.final_answer(example, forms[task.name]) for example in task.dev] for task in rows.tasks]
+    number, tasks = 0, rows.tasks
+    if arm.shots:
+        adapter.use(loaded, None, settings.train)
+        plain = encode.make_format(loaded.tokenizer, None)
+        number, tasks = shots.choose(tasks, plain, loaded.context, lambda tried: dev_loss(loaded, _scored(tried, forms)))
+    dev = _scored(tasks, forms)
     for repeats in trials(rows, arm, settings) if arm.trained else ():
         cell = f"{arm.name}-seed{seed}-repeats{repeats}"
         state, result = training.train(
@@ -155,7 +161,7 @@ def run_arm(
     adapter.use(loaded, best, settings.train)
     dev_nll = dev_loss(loaded, dev) if chosen is None else results[chosen].best_dev_nll
     scores, predictions = {}, {}
-    for task in rows.tasks:
+    for task in tasks:
         label = f"{arm.name} seed {seed}: answers to {task.name}"
         predictions[task.name] = scoring.predict(
             loaded, task, task.test, anchored=arm.anchored, batch_tokens=settings.eval.batch_tokens,
@@ -166,7 +172,15 @@ def run_arm(
     general_nll = {name: metrics.score(found, ["nll"], draws=settings.eval.draws)[0] for name, found in general.items()}
     # Of a resumed training the trials know the seconds of earlier processes.
     seconds = max(time.perf_counter() - started, sum(result.seconds for result in results))
-    return ArmResult(arm.name, seed, tuple(results), chosen, dev_nll, scores, predictions, general, general_nll, seconds), best
+    found = ArmResult(
+        arm.name, seed, tuple(results), chosen, dev_nll, scores, predictions, general, general_nll, seconds, number
+    )  # fmt: skip
+    return found, best
+
+
+def _scored(tasks: Sequence[Task], forms: Mapping[str, encode.Format]) -> list[list[Tokens]]:
+    """The dev rows of every task as they are scored."""
+    return [[encode.final_answer(example, forms[task.name]) for example in task.dev] for task in tasks]
 
 
 def dev_loss(loaded: LoadedModel, dev: Sequence[Sequence[Tokens]]) -> float:
@@ -195,6 +209,7 @@ def finish(
     plans = [(name, stream(first, loaded.tokenizer, ARMS[name], settings, repeats, 0).plan) for name, repeats in chosen]
     notes = [*first.notes, *(fact for fact in loaded.facts if "one example per row" in fact or "could not be compiled" in fact)]
     notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
+    notes += [f"{a.arm}, seed {a.seed}: {a.shots} examples in the prompt, chosen on dev" for a in arms if a.shots]
     results = Results(
         kind=kind, settings=settings.model_dump(mode="json"), environment=environment(loaded),
         tasks=material.facts(first, loaded.tokenizer), notes=tuple(notes), rejects=first.rejects,

@@ -21,6 +21,7 @@ UNITS = {"nll": "nats per answer token", "bleu": "BLEU points", "chrf": "chrF po
 WITHOUT_GENERAL = {
     "sft": "Use SFT",
     "sft_anchor": "Use SFT with the anchor",
+    "kshot": "Use the base model with examples in the prompt, untrained",
     "base": "Use the base model untrained",
     "base_anchor": "Use the base model with the anchor, untrained",
 }

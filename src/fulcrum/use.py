@@ -84,7 +84,11 @@ def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[
         if arm not in (None, own.name):
             raise StoreError(f"{folder}: holds the arm {own.name!r} only, not {arm!r}")
         return folder / "adapter", own
-    found = [name for name in _USED_FIRST if (folder / "adapters" / name / "adapter_model.safetensors").exists()]
+    found = [
+        name
+        for name in dict.fromkeys((*_USED_FIRST, *arms.ARMS))
+        if (folder / "adapters" / name / "adapter_model.safetensors").exists()
+    ]
     if not found:
         raise StoreError(f"{folder}: no trained adapter in it; finish the run with --resume")
     name = arm or found[0]
