@@ -544,3 +544,20 @@ def test_variants_of_lora_agree_with_the_stock_model(tmp_path: Path, change: dic
     expected_nats, expected = stock_losses_and_gradients(loaded, settings, examples)
     np.testing.assert_allclose(nats, expected_nats, rtol=1e-5)
     same_gradients(gradients, expected)
+
+
+def test_a_beginning_longer_than_a_row_is_computed_for_many_examples_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_tiny(tmp_path, "llama")
+    rng = np.random.default_rng(0)
+    shots = rng.integers(10, 200, 60)
+    tails = [rng.integers(10, 200, 9) for _ in range(6)]
+    examples = [Tokens(np.append(shots, tail), np.arange(69) >= 65) for tail in tails]
+    apart = [generate.nats(loaded, [example])[0][0] for example in examples]
+    computed: list[int] = []
+    real = generate.row_nats
+    monkeypatch.setattr(generate, "row_nats", lambda model, row: computed.append(row.ids.shape[1]) or real(model, row))
+    together, _ = generate.nats(loaded, examples, budget=40)
+    assert together == pytest.approx(apart, rel=1e-5)
+    assert computed == [56 + 4 * 13, 56 + 2 * 13]  # instead of 6 x 69: as many tails as the beginning is long, in whole blocks

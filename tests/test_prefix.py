@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fulcrum.prefix import BLOCK, Layout, Node, Segment, Tree, layout, single, trees
+from fulcrum.prefix import BLOCK, Layout, Node, Segment, Tree, common, layout, single, trees
 
 
 def ids(*runs: tuple[int, int]) -> np.ndarray:
@@ -107,3 +107,11 @@ def test_many_examples_that_nest_do_not_exhaust_the_stack():
     examples = [np.zeros(BLOCK * k + 1, dtype=np.int64) for k in range(1, 2001)]
     (tree,) = trees(examples, 10**9)
     assert tree.length == BLOCK * 2000 + 2000
+
+
+def test_what_all_examples_begin_with():
+    same = np.arange(20)
+    assert common([same, np.append(same[:17], 99), same[:19]]) == 16  # whole blocks
+    assert common([same, same]) == 16
+    assert common([same, same[::-1]]) == 0
+    assert common([]) == 0

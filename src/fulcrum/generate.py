@@ -16,12 +16,17 @@ from transformers import DynamicCache, GenerationConfig
 from fulcrum.encode import Format
 from fulcrum.loss import row_nats, rows, set_checkpointing
 from fulcrum.model import LoadedModel, generation_attention
-from fulcrum.prefix import BLOCK
+from fulcrum.prefix import BLOCK, common
 from fulcrum.records import FloatArray, IntArray, Tokens
 
 
 def nats(loaded: LoadedModel, examples: Sequence[Tokens], *, budget: int = 2048) -> tuple[FloatArray, IntArray]:
-    """Summed nats of each example's supervised tokens, and their number; both (examples,)."""
+    """Summed nats of each example's supervised tokens, and their number; both (examples,).
+
+    Rows hold `budget` tokens, or twice what all examples begin with, where that is more (many shots in the prompt): a beginning
+    that fills its row would be computed for every example.
+    """
+    budget = max(budget, 2 * common([example.ids for example in examples]))
     total = np.zeros(len(examples))
     count = np.zeros(len(examples), dtype=np.int64)
     for row in rows(examples, loaded, budget):

@@ -84,6 +84,11 @@ def trees(examples: Sequence[IntArray], budget: int) -> list[Tree]:
     return found
 
 
+def common(examples: Sequence[IntArray]) -> int:
+    """Length, in whole blocks, of what all examples begin with; 0 without any."""
+    return min((_common(examples[0], other) for other in examples), default=0)
+
+
 def _common(a: IntArray, b: IntArray) -> int:
     """Length of the common prefix, cut to whole blocks."""
     size = min(len(a), len(b))
