@@ -84,7 +84,7 @@ class Answer:
     p: float
     saving: Factor
     gain: Factor
-    slope: Interval
+    identifiable: bool
 
 
 def answer(case: Case, seeds: int, number: int, draws: int = DRAWS) -> Answer:
@@ -98,7 +98,7 @@ def _evaluate(drawn: leverage.Draws) -> Answer:
     gained = drawn.of("tell", SIZES[-1]) - ref.last
     return Answer(
         leverage.interval(gained), leverage.p_value(gained), leverage.row_saving(drawn, "tell", ref),
-        leverage.row_gain(drawn, "tell", 64, ref), leverage.slope(ref),
+        leverage.row_gain(drawn, "tell", 64, ref), leverage.identifiable(ref, SIZES[-1]),
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def truth(case: Case) -> Answer:
 
 def covers(found: Interval | Factor, true: float) -> bool:
     """Whether the interval holds the truth; a censored end holds all beyond it."""
-    low, high = (true if np.isnan(end) else end for end in (found.low, found.high))
+    low, high = found.low, found.high  # nan, where nothing is said, covers nothing
     if isinstance(found, Factor):  # what is beyond the measured sizes is one value
         true, low, high = (_censored(value, found) for value in (true, low, high))
     return low - 1e-9 <= true <= high + 1e-9
@@ -134,7 +134,7 @@ def report(case: Case, seeds: int, experiments: int) -> None:
         "called a gain": [a.difference.low > 0 for a in found],
         "called a loss": [a.difference.high < 0 for a in found],
         "p at most 0.05": [a.p <= 0.05 for a in found],
-        "identifiable": [a.slope.low > 0 for a in found],
+        "identifiable": [a.identifiable for a in found],
         "saving beyond sizes": [a.saving.estimate == np.inf for a in found],
         "saving invented": [np.isfinite(a.saving.low) and a.saving.low > a.saving.most for a in found],
     }

@@ -44,8 +44,120 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a certificate of a gain of one doubling."""
     folder = tmp_path_factory.mktemp("certificate")
     found = outcomes.read(save(folder / "in.jsonl", lines()))
-    certificate.write(folder, found, QUESTION, {})
+    certificate.write(folder, found, QUESTION, {"outcomes file": "ab12"})
     return folder
+
+
+def test_the_order_of_the_lines_does_not_matter(made: Path, tmp_path: Path) -> None:
+    shuffled = list(lines())
+    np.random.default_rng(1).shuffle(shuffled)  # type: ignore[arg-type]
+    found = outcomes.read(save(tmp_path / "in.jsonl", iter(shuffled)))
+    certificate.write(tmp_path, found, QUESTION, {})
+    assert certificate.verify(tmp_path / "certificate.json") == []
+    known = [json.loads((folder / "certificate.json").read_text())["headline"] for folder in (made, tmp_path)]
+    assert known[0] == known[1]
+
+
+def test_one_size_alone_has_a_difference_and_no_factor(tmp_path: Path) -> None:
+    one = outcomes.read(save(tmp_path / "in.jsonl", (line for line in lines() if line["size"] == 64)))
+    found = certificate.certify(one, QUESTION)
+    assert found["headline"].startswith("A gain whose worth in rows is not identifiable")
+    assert found["answers"][0]["difference"]["estimate"] == pytest.approx(1.0, abs=0.1)
+
+
+def flat(arms: dict[str, float], *, metric: str = "score") -> Iterator[dict[str, object]]:
+    for arm, value in arms.items():
+        for size in SIZES:
+            for row in range(6):
+                yield {"arm": arm, "size": size, "seed": 0, "row": f"r{row}", "metric": metric, "outcome": value}
+
+
+def test_nothing_that_varies_is_not_called_no_gain(tmp_path: Path) -> None:
+    found = certificate.certify(
+        outcomes.read(save(tmp_path / "in.jsonl", flat({"sft": 0, "tell": 1}))), Question("tell", ("sft",), ("score",))
+    )
+    assert found["headline"].startswith("Cannot be said, since nothing varied")
+    assert found["answers"][0]["difference"]["p"] is None
+
+
+def test_a_metric_that_is_worse_contradicts_one_that_is_better(tmp_path: Path) -> None:
+    def both() -> Iterator[dict[str, object]]:
+        yield from lines(1.0)
+        yield from ({**line, "metric": "taste"} for line in lines(-9.0) if "row" in line)
+
+    found = certificate.certify(
+        outcomes.read(save(tmp_path / "in.jsonl", both())), Question("tell", ("sft",), ("quality", "taste"))
+    )
+    assert found["contradiction"] == "quality is better, and taste is worse"
+    assert found["headline"].startswith("A gain, of which no factor can be stated: quality is better, and taste is worse.")
+    assert found["answers"][1]["saving"]["rows"]["low"] == found["answers"][1]["saving"]["rows"]["high"] == "under"
+
+
+def test_a_reference_picked_by_the_scores_it_is_judged_by_makes_no_loss(tmp_path: Path) -> None:
+    def two() -> Iterator[dict[str, object]]:
+        yield from lines(-1.0, dev=False)
+        yield from ({**line, "arm": "sft_anchor"} for line in lines(-1.0, dev=False) if line["arm"] == "sft")
+
+    found = outcomes.read(save(tmp_path / "in.jsonl", two()))
+    several, single = (
+        certificate.certify(found, Question("tell", arms, ("quality",))) for arms in (("sft", "sft_anchor"), ("sft",))
+    )
+    assert several["headline"].startswith("No gain shown")
+    assert single["headline"].startswith("Worse")
+
+
+def test_tokens_that_do_not_rise_with_rows_give_no_factors(tmp_path: Path) -> None:
+    odd = ({**line, "tokens": 500} if "tokens" in line else line for line in lines())
+    found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", odd)), QUESTION)
+    assert list(found["answers"][0]["saving"]) == ["rows"]
+    assert found["answers"][0]["points"][0]["tokens"] is None
+
+
+def test_more_rows_are_weighed_against_general_data(tmp_path: Path) -> None:
+    more = {"sft": (16, 32, 64, 128), "tell": (16, 64)}
+    for ahead, answer in ((3.0, "general data"), (0.1, "labelling")):
+
+        def wide(ahead: float = ahead) -> Iterator[dict[str, object]]:
+            rng = np.random.default_rng(0)
+            for arm, sizes in more.items():
+                for size in sizes:
+                    for seed in range(5):
+                        for row in range(ROWS):
+                            value = np.log2(size) + ahead * (arm == "tell") + rng.normal(0, 0.1)
+                            yield {"arm": arm, "size": size, "seed": seed, "row": f"r{row}", "outcome": value}
+
+        found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", wide())), Question("tell", ("sft",), ("score",)))
+        said = found["answers"][0]["more_rows"]
+        assert said["answer"] == answer
+        assert said["labelling"]["estimate"] == pytest.approx(np.log2(114 / 64), abs=0.1)
+        assert said["advantage"]["estimate"] == pytest.approx(ahead - np.log2(114 / 64), abs=0.1)
+
+
+def test_groups_and_weights_count(tmp_path: Path) -> None:
+    def weighted(group: bool) -> Iterator[dict[str, object]]:
+        for arm in ("sft", "tell"):
+            for size in (16, 64):
+                for row in range(8):
+                    likes = (row // 4) * (arm == "tell")
+                    line = {
+                        "arm": arm,
+                        "size": size,
+                        "seed": 0,
+                        "row": f"r{row}",
+                        "outcome": 3.0 * likes,
+                        "weight": 1 + row % 2,
+                    }
+                    yield line | ({"group": f"g{row // 4}"} if group else {})
+
+    spans = []
+    for group in (True, False):
+        found = certificate.certify(
+            outcomes.read(save(tmp_path / "in.jsonl", weighted(group))), Question("tell", ("sft",), ("score",))
+        )
+        difference = found["answers"][0]["difference"]
+        assert difference["estimate"] == pytest.approx(1.0)  # 12 over 12
+        spans.append(difference["high"] - difference["low"])
+    assert spans[0] > 3 * spans[1]
 
 
 def test_a_planted_gain_is_said_in_rows(made: Path) -> None:
@@ -207,6 +319,9 @@ GOOD = {"arm": "sft", "size": 16, "seed": 0, "row": "a", "outcome": 1}
         ),
         ([[1]], "in.jsonl:1: expected an object"),
         ([], "holds no outcomes"),
+        ([{**GOOD, "row": 3}], "in.jsonl:1: row must be a text, got 3"),
+        ([{**GOOD, "outcome": 10**400}], "in.jsonl:1: outcome must be a finite number"),
+        ([{"arm": "sft", "size": 16, "seed": 0, "dev": 1, "outcome": 1}], "in.jsonl:1: an outcome without a row"),
     ],
 )
 def test_outcomes_that_do_not_fit_together_are_refused_with_their_line(tmp_path: Path, bad: list[object], message: str) -> None:
@@ -217,7 +332,7 @@ def test_outcomes_that_do_not_fit_together_are_refused_with_their_line(tmp_path:
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        (Question("tel", ("sft",), ("quality",)), "no outcomes of the arm 'tel'; did you mean 'tell'"),
+        (Question("tel", ("sft",), ("quality",)), "no outcomes of the arm 'tel' by quality; did you mean 'tell'"),
         (Question("tell", ("sft",), ("qualty",)), "no outcomes of the metric 'qualty'; did you mean 'quality'"),
         (Question("tell", ("tell",), ("quality",)), "tell cannot be its own reference"),
     ],
@@ -238,10 +353,57 @@ def test_certify_and_verify_from_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = done("certify", file, "--out", out, "--reference", "sft")
     assert "of your 64 rows would have sufficed: row saving" in said
-    assert "every number follows from the outcomes, and nothing was changed" in done("verify", out / "certificate.json")
+    assert "every number follows from the outcomes beside it." in done("verify", out / "certificate.json")
     assert "exists already and is not overwritten" in refused("certify", file, "--out", out)
     text = (out / "outcomes.jsonl").read_text()
     (out / "outcomes.jsonl").write_text(text.replace('"seed": 2', '"seed": 9'))
-    assert "things do not match" in refused("verify", out)
+    assert "that do not match" in refused("verify", out)
     unknown = save(tmp_path / "unknown.jsonl", ({**line, "arm": "mine"} for line in lines() if line["arm"] == "sft"))
     assert "none of the arms (mine) is known to use no general data; name it with --reference" in refused("certify", unknown)
+
+
+def test_a_group_that_is_null_is_no_group(tmp_path: Path) -> None:
+    nulls = [{**GOOD, "row": name, "group": None} for name in "abc"]
+    assert outcomes.read(save(tmp_path / "in.jsonl", iter(nulls))).groups["score"] == ("a", "b", "c")
+    (tmp_path / "twice.jsonl").write_text('{"arm": "sft", "arm": "tell", "size": 1, "seed": 0, "row": "a", "outcome": 1}')
+    with pytest.raises(DataError, match=r"twice\.jsonl:1: broken JSON: a key is there twice"):
+        outcomes.read(tmp_path / "twice.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda known: known.pop("outcomes"), lambda known: known.update(outcomes=None),
+        lambda known: known.update(winner="10x!"),
+        lambda known: known["question"].update(draws=0), lambda known: known["question"].update(seed=None),
+        lambda known: known["question"].update(draws=10**12), lambda known: known.update(question=[]),
+        lambda known: known["question"].pop("task"), lambda known: known.pop("inputs"),
+    ],
+)  # fmt: skip
+def test_verify_refuses_odd_certificates_in_one_line(made: Path, tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
+    folder = tampered(made, tmp_path)
+    known = json.loads((folder / "certificate.json").read_text())
+    change(known)
+    (folder / "certificate.json").write_text(json.dumps(known))
+    with pytest.raises(StoreError, match=r"certificate\.json"):
+        certificate.verify(folder / "certificate.json")
+
+
+def test_directions_of_metrics(tmp_path: Path) -> None:
+    named = {"NLL": True, "eval_loss": True, "accuracy": False, "brier": True, "quality": False}
+    for metric, lower in named.items():
+        file = save(tmp_path / "in.jsonl", ({**line, "metric": metric} if "row" in line else line for line in lines(-1.0)))
+        said = done("certify", file, "--out", tmp_path / metric)
+        assert f"({'lower' if lower else 'higher'} is better)" in said
+        assert said.startswith(("Worse", "computing intervals\nWorse")) != lower
+    assert "(higher is better)" in done(
+        "certify", file, "--out", tmp_path / "other", "--lower-is-better", "else", "--metric", "quality"
+    )
+    assert "outcomes.jsonl: exists already and is not overwritten" in refused(
+        "certify", _moved(tmp_path), "--out", tmp_path / "new"
+    )
+
+
+def _moved(folder: Path) -> Path:
+    (folder / "new").mkdir()
+    return save(folder / "new" / "outcomes.jsonl", lines())

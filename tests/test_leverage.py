@@ -173,14 +173,56 @@ def test_slope_of_a_flat_reference_is_not_above_zero():
     assert found[1].estimate == pytest.approx(1.0, abs=0.05)
 
 
-def test_more_rows_follows_a_power_law_and_nothing_else():
-    law = {("sft", size): 1 - 2 * size**-0.5 for size in (16, 32, 64, 128, 256)}
-    ref = leverage.reference(exact(law), ["sft"], 256)
-    assert leverage.more_rows(ref, 256, 50)[0] == pytest.approx(2 * (256**-0.5 - 306**-0.5), rel=0.05)
-    assert leverage.more_rows(ref, 64, 50)[0] == pytest.approx(2 * (64**-0.5 - 114**-0.5), rel=0.05)
-    jump = {("sft", size): float(size > 60) for size in (16, 32, 64, 128, 256)}
-    assert leverage.more_rows(leverage.reference(exact(jump), ["sft"], 256), 256, 50) is None
-    assert leverage.more_rows(leverage.reference(exact(SFT), ["sft"], 64), 64, 50) is None  # three sizes
+def test_more_rows_reads_the_curve_and_goes_no_further():
+    ref = leverage.reference(exact(SFT), ["sft"], 64)  # 1 more with each doubling
+    assert leverage.more_rows(ref, 16, 16) == pytest.approx(np.ones(6))
+    assert leverage.more_rows(ref, 20, 40) == pytest.approx(np.full(6, np.log2(3)))
+    assert leverage.more_rows(ref, 32, 50) is None
+
+
+def test_a_reference_that_has_levelled_off_makes_no_factor_identifiable():
+    rng = np.random.default_rng(0)
+    groups = [str(k) for k in range(40)]
+
+    def found(*levels):
+        outcomes = {("sft", 16 * 2**k): level + rng.normal(0, 0.02, (5, 40)) for k, level in enumerate(levels)}
+        ref = leverage.reference(leverage.draw(leverage.measure(outcomes, groups)), ["sft"], 256)
+        return leverage.identifiable(ref, 256), leverage.slope(ref).low > 0
+
+    assert found(0, 1, 2, 3, 4) == (True, True)
+    assert found(0, 1, 1, 1, 1) == (False, True)
+
+
+def test_ties_are_no_censoring():
+    for value in (0.51, 0.63, 0.84):
+        drawn = exact({("sft", 16): 0.1, ("sft", 64): value, ("tell", 16): 0.1, ("tell", 64): value})
+        ref = leverage.reference(drawn, ["sft"], 64)
+        assert leverage.row_saving(drawn, "tell", ref).estimate == pytest.approx(1.0)
+        assert leverage.row_gain(drawn, "tell", 16, ref).estimate == pytest.approx(1.0)
+
+
+def test_arms_that_say_the_same_differ_by_nothing():
+    rng = np.random.default_rng(0)
+    same = rng.normal(size=(5, 30))
+    drawn = leverage.draw(leverage.measure({("sft", 64): same, ("tell", 64): same}, [str(k) for k in range(30)]))
+    found = leverage.contrast((1, drawn.of("tell", 64)), (-1, drawn.of("sft", 64)))
+    assert not found.any()
+    assert leverage.p_value(found) == 1.0
+    assert np.isnan(leverage.interval(found).low)
+
+
+def test_one_large_group_is_worth_few():
+    """Ten groups, one of them with nearly all rows: intervals must not take it for ten."""
+    hits = 0
+    for number in range(200):
+        rng = np.random.default_rng(number)
+        sizes = [150] + [5] * 9
+        groups = [f"g{k}" for k, size in enumerate(sizes) for _ in range(size)]
+        likes = np.repeat(rng.normal(0, 1, 10), sizes)
+        drawn = leverage.draw(leverage.measure({("tell", 64): likes[None] + rng.normal(0, 0.1, (1, 195))}, groups), draws=400)
+        found = leverage.interval(drawn.score[:, 0])
+        hits += found.low <= 0 <= found.high
+    assert hits >= 180
 
 
 def test_holm_by_hand():
@@ -242,7 +284,7 @@ def test_no_gain_is_called_a_gain_no_more_often_than_named():
 
 def test_a_flat_reference_is_called_not_identifiable():
     _, found = shares("flat reference", 5)
-    assert sum(a.slope.low > 0 for a in found) <= 7
+    assert sum(a.identifiable for a in found) <= 7
 
 
 def test_what_lies_beyond_the_sizes_is_never_a_number():

@@ -6,11 +6,12 @@ computed from these outcomes and from the question asked. `verify` computes them
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from fulcrum import leverage, outcomes, store
 from fulcrum.errors import DataError, StoreError, nearest
@@ -20,6 +21,7 @@ from fulcrum.records import FloatArray
 from fulcrum.stats import Interval
 
 FILE, OUTCOMES = "certificate.json", "outcomes.jsonl"
+_KEYS = {"format", "question", "headline", "contradiction", "answers", "inputs", "outcomes", "sha256"}
 MORE = 50  # rows that the user could label instead
 
 # What a difference between arms at all rows says; each is a sum of scores, + or -.
@@ -45,8 +47,8 @@ class Question:
     metrics: tuple[str, ...]
     lower_is_better: tuple[str, ...] = ()
     task: str = "task"
-    draws: int = 2000
-    seed: int = 0
+    draws: Annotated[int, Field(ge=200, le=100_000)] = 2000
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 def certify(found: Outcomes, question: Question) -> dict[str, Any]:
@@ -70,10 +72,13 @@ def _check(found: Outcomes, question: Question) -> None:
     for metric in (*question.metrics, *question.lower_is_better):
         if metric not in found.values:
             raise DataError(f"no outcomes of the metric {metric!r}{nearest(metric, list(found.values))}")
-    known = sorted({arm for metric in question.metrics for arm, _ in found.points(metric)})
-    for arm in (question.arm, *question.references):
-        if arm not in known:
-            raise DataError(f"no outcomes of the arm {arm!r}{nearest(arm, known)}")
+    if not question.references:
+        raise DataError("no reference is named; name the arms without general data")
+    for metric in question.metrics:
+        known = sorted({arm for arm, _ in found.points(metric)})
+        for arm in (question.arm, *question.references):
+            if arm not in known:
+                raise DataError(f"no outcomes of the arm {arm!r} by {metric}{nearest(arm, known)}")
     if question.arm in question.references:
         raise DataError(f"{question.arm} cannot be its own reference; name the arms without general data as references")
 
@@ -114,13 +119,13 @@ def _all_in(cells: Sequence[Cell], known: Mapping[Cell, float]) -> bool:
 def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
     """All that one metric says."""
     measured = draws.measured
-    n = max(size for arm, size in measured.points if arm == question.arm)
+    n = _largest(draws, question)
     ref = leverage.reference(draws, question.references, n)
-    whole = leverage.reference(draws, question.references, max(measured.sizes(question.references)))  # may know larger sizes
-    gained = draws.of(question.arm, n) - ref.last
-    slope = leverage.slope(whole)
+    whole = leverage.reference(draws, question.references, max(measured.sizes(question.references)))
+    gained = leverage.contrast((1, draws.of(question.arm, n)), (-1, ref.last))
+    slope, on_test = leverage.slope(whole), measured.dev is measured.by_seed
     difference = leverage.interval(gained)
-    in_tokens = all(measured.tokens[k] != size for k, (_, size) in enumerate(measured.points) if size)
+    in_tokens = _tokens_rise(draws, question)
     units = {"rows": False, "tokens": True} if in_tokens else {"rows": False}
 
     def worth(size: int) -> dict[str, Any]:
@@ -128,53 +133,88 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
         return {"size": size, **{unit: _factor(gain) for unit, gain in gains.items()}}
 
     savings = {unit: leverage.row_saving(draws, question.arm, ref, tokens=tokens) for unit, tokens in units.items()}
-    sizes = [size for size in measured.sizes([question.arm]) if size < whole.sizes[-1]]
+    sizes = [size for size in measured.sizes([question.arm]) if 0 < size < whole.sizes[-1]]
     return {
         "metric": metric, "lower_is_better": metric in question.lower_is_better, "rows": n,
-        "seeds": measured.by_seed.shape[1], "test_groups": measured.groups,
+        "seeds": measured.by_seed.shape[1], "test_groups": round(measured.groups, 1),
         "points": [
-            {"arm": arm, "size": size, "tokens": float(measured.tokens[k]), "by_seed": measured.by_seed[k].tolist(),
-             "score": _ends(leverage.interval(draws.score[:, k]))}
+            {"arm": arm, "size": size, "tokens": float(measured.tokens[k]) if in_tokens else None,
+             "by_seed": measured.by_seed[k].tolist(), "score": _ends(leverage.interval(draws.score[:, k]))}
             for k, (arm, size) in enumerate(measured.points)
         ],
         "reference": {str(size): dict(chosen) for size, chosen in whole.chosen.items()},
-        "selected_on": "dev" if measured.dev is not measured.by_seed else "test, which favours the reference",
-        "difference": {**_ends(difference), "p": leverage.p_value(gained)},
-        "slope": _ends(slope), "identifiable": bool(slope.low > 0),
+        "selected_on": "test, which favours the reference" if on_test else "dev",
+        "difference": {**_ends(difference), "p": _p(difference, gained)},
+        "slope": _ends(slope), "identifiable": leverage.identifiable(whole, n),
         "saving": {unit: _factor(factor) for unit, factor in savings.items()},
         "gain": [worth(size) for size in sizes],
-        "verdict": _verdict(difference),
+        "verdict": _verdict(difference, on_test and len(question.references) > 1),
         "more_rows": _more_rows(whole, n, gained),
         "attribution": _attribution(draws, n),
         "_saving": savings["rows"],
     }  # fmt: skip
 
 
+def _largest(draws: Draws, question: Question) -> int:
+    """The most rows at which the arm and some reference were measured."""
+    own, others = (set(draws.measured.sizes(arms)) - {0} for arms in ([question.arm], question.references))
+    if not own:
+        raise DataError(f"{question.arm} was measured at no size above 0; a size is a number of task rows")
+    if not (both := own & others if others else own):
+        raise DataError(
+            f"{question.arm} was measured at {_named(sorted(own))} rows, the references at {_named(sorted(others))}; a "
+            "difference needs a size that is in both"
+        )
+    return max(both)
+
+
 def _attribution(draws: Draws, n: int) -> list[dict[str, Any]]:
     found = []
     for name, parts in ATTRIBUTION.items():
         if all((arm, n) in draws.measured.points for arm, _ in parts):
-            total: FloatArray = np.sum([sign * draws.of(arm, n) for arm, sign in parts], axis=0)
+            total = leverage.contrast(*((sign, draws.of(arm, n)) for arm, sign in parts))
             found.append({"name": name, **_ends(leverage.interval(total))})
     return found
+
+
+def _tokens_rise(draws: Draws, question: Question) -> bool:
+    """Whether tokens are known and rise with the rows, in the arm and in the references: else no factor is in tokens."""
+    for arms in ([question.arm], question.references):
+        points = sorted((size, draws.measured.tokens[draws.measured.place((arm, size))], arm)
+                        for arm, size in draws.measured.points if arm in arms and size)  # fmt: skip
+        if any(tokens == size for size, tokens, _ in points):
+            return False
+        if any(a[0] < b[0] and a[1] >= b[1] for a in points for b in points):
+            return False
+    return True
 
 
 def _more_rows(ref: Reference, size: int, gained: FloatArray) -> dict[str, Any]:
     """Would more labelled rows have bought more than the arm's general data?"""
     brought = leverage.more_rows(ref, size, MORE)
     if brought is None:
-        return {"rows": MORE, "answer": "cannot be said: the reference's curve has too few sizes, or follows no power law"}
-    advantage = leverage.interval(gained - brought)
+        return {"rows": MORE, "answer": "cannot be said: the reference was not measured with so many"}
+    advantage = leverage.interval(leverage.contrast((1, gained), (-1, brought)))
     answer = "general data" if advantage.low > 0 else "labelling" if advantage.high < 0 else "cannot be told apart"
     return {"rows": MORE, "answer": answer, "labelling": _ends(leverage.interval(brought)), "advantage": _ends(advantage)}
 
 
-def _verdict(difference: Interval) -> str:
-    return "gain" if difference.low > 0 else "loss" if difference.high < 0 else "no gain shown"
+def _p(difference: Interval, gained: FloatArray) -> float | None:
+    return None if np.isnan(difference.low) else leverage.p_value(gained)
+
+
+def _verdict(difference: Interval, chosen_on_test: bool) -> str:
+    """What the difference says. The best of several references by the scores it is judged by is flattered: no loss then."""
+    if np.isnan(difference.low) and difference.estimate != 0:
+        return "cannot be said"  # nothing varied, or nothing is known of other seeds and groups
+    return "gain" if difference.low > 0 else "loss" if difference.high < 0 and not chosen_on_test else "no gain shown"
 
 
 def _contradiction(answers: Sequence[Mapping[str, Any]]) -> str | None:
-    """Two metrics whose factors lie apart: then neither is a headline."""
+    """Two metrics that say the opposite, or whose factors lie apart: then neither is a headline."""
+    verdicts = {answer["verdict"]: answer["metric"] for answer in answers}
+    if {"gain", "loss"} <= verdicts.keys():
+        return f"{verdicts['gain']} is better, and {verdicts['loss']} is worse"
     known = [answer for answer in answers if answer["identifiable"]]
     for place, a in enumerate(known):
         for b in known[place + 1 :]:
@@ -206,17 +246,23 @@ def _headline(answer: Mapping[str, Any], question: Question, contradiction: str 
     n, difference = answer["rows"], answer["difference"]
     best = max(answer["reference"][str(n)], key=lambda arm: answer["reference"][str(n)][arm])
     moved = f"{answer['metric']} {_signed(difference, answer['lower_is_better'])} at {n} rows against {best}"
-    seeds = "" if answer["seeds"] > 1 else "; one seed: another training run may differ"
+    seeds = "" if answer["seeds"] > 1 else "; intervals are given this one seed and say nothing of another training run"
+    if answer["verdict"] == "cannot be said":
+        return f"Cannot be said, since nothing varied between seeds and test groups. {question.arm}: {moved}{seeds}."
     if answer["verdict"] != "gain":
         lead = "No gain shown" if answer["verdict"] == "no gain shown" else "Worse"
-        return f"{lead}: use {best}. {question.arm}: {moved}{seeds}."
+        other = f", although {contradiction}" if contradiction else ""
+        return f"{lead}: use {best}{other}. {question.arm}: {moved}{seeds}."
     if contradiction is not None:
         return f"A gain, of which no factor can be stated: {contradiction}. {question.arm}: {moved}{seeds}."
     if not answer["identifiable"]:
-        slope = _signed(answer["slope"], answer["lower_is_better"])
         return (
-            f"A gain whose worth in rows is not identifiable, because the reference moves by {slope} with each doubling of its "
-            f"rows: any small difference would be worth any number of rows. {question.arm}: {moved}{seeds}."
+            "A gain whose worth in rows is not identifiable: the reference does not clearly rise with its rows, as a whole and "
+            f"towards {n} rows, so that a small difference would be worth any number of them. {question.arm}: {moved}{seeds}."
+        )
+    if answer["_saving"].most <= 1:
+        return (
+            f"A gain whose worth in rows was not measured: {question.arm} has no smaller size. {question.arm}: {moved}{seeds}."
         )
     return f"{saved(answer['_saving'], n)}; {moved}{seeds}."
 
@@ -241,7 +287,7 @@ def _signed(interval: Mapping[str, float | None], lower_is_better: bool) -> str:
     known = [interval[key] for key in ("estimate", "low", "high")]
     values = [-value if lower_is_better else value for value in known if value is not None]
     if len(values) < 3:
-        return f"{values[0]:+.3f}"
+        return f"{values[0]:+.3f} (no interval)" if values else "by nothing known"
     return f"{values[0]:+.3f} (95% interval {min(values[1:]):+.3f} to {max(values[1:]):+.3f})"
 
 
@@ -276,11 +322,9 @@ def verify(file: Path) -> list[str]:
 
     Raises StoreError where the certificate cannot be read, DataError where the outcomes cannot.
     """
-    known = store.read_json(file)
-    if not isinstance(known, dict) or known.get("format") != 1 or "question" not in known:
-        raise StoreError(f"{file}: not a certificate of a format that this version knows")
+    known = _read(file)
     content = {key: value for key, value in known.items() if key != "sha256"}
-    wrong = [] if known.get("sha256") == store.fingerprint(content) else [f"{file}: changed since it was sealed"]
+    wrong = [] if known["sha256"] == store.fingerprint(content) else [f"{file}: changed since it was sealed"]
     found = outcomes.read(file.parent / OUTCOMES)
     hashes = _hashes(found)
     for cell in sorted({*hashes, *known["outcomes"]}):
@@ -289,14 +333,44 @@ def verify(file: Path) -> list[str]:
                 "missing" if cell not in hashes else "not in the certificate" if cell not in known["outcomes"] else "changed"
             )
             wrong.append(f"{OUTCOMES}: outcomes of {cell}: {state}")
-    asked: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in known["question"].items()
-    }
+    again = json.loads(json.dumps(certify(found, _asked(known["question"], file))))
+    return wrong + _unequal({key: known[key] for key in again}, again, "")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A certificate with just its keys. Raises StoreError for anything else."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise StoreError(f"{file}: a key is there twice; a certificate says each thing once")
+        return dict(pairs)
+
     try:
-        again = json.loads(json.dumps(certify(found, Question(**asked))))
-    except (DataError, TypeError) as error:
-        return [*wrong, f"the question cannot be answered from {OUTCOMES}: {error}"]
-    return wrong + _unequal({key: known.get(key) for key in again}, again, "")
+        known = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{file}: cannot be read as a certificate: {error}") from None
+    if not isinstance(known, dict) or known.get("format") != 1:
+        raise StoreError(f"{file}: not a certificate of a format that this version knows")
+    if set(known) != _KEYS or not isinstance(known["outcomes"], dict) or not isinstance(known["question"], dict):
+        odd = sorted(set(known) ^ _KEYS)
+        raise StoreError(
+            f"{file}: not a certificate as it is written: {', '.join(odd) or 'outcomes or question'} missing or odd"
+        )
+    return known
+
+
+def _asked(question: Mapping[str, Any], file: Path) -> Question:
+    """The question, of the right types. Raises StoreError."""
+    names = {field.name for field in fields(Question)}
+    if set(question) != names:
+        raise StoreError(f"{file}: its question lacks or adds {', '.join(sorted(set(question) ^ names))}")
+    try:
+        asked = TypeAdapter(Question).validate_python(dict(question))
+    except ValidationError as error:
+        raise StoreError(
+            f"{file}: its question cannot be asked: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+        ) from None
+    return asked
 
 
 def _unequal(stated: Any, found: Any, where: str) -> list[str]:
@@ -308,6 +382,14 @@ def _unequal(stated: Any, found: Any, where: str) -> list[str]:
         ]
     if isinstance(stated, list) and isinstance(found, list) and len(stated) == len(found):
         return [text for k, pair in enumerate(zip(stated, found, strict=True)) for text in _unequal(*pair, f"{where}[{k}]")]
-    if isinstance(stated, float | int) and isinstance(found, float | int) and np.isclose(stated, found, rtol=1e-6, atol=1e-9):
+    if type(stated) is type(found) is bool:
+        return [] if stated == found else [f"{where}: the certificate says {stated}, the outcomes give {found}"]
+    number = not isinstance(stated, bool) and not isinstance(found, bool)
+    if (
+        number
+        and isinstance(stated, float | int)
+        and isinstance(found, float | int)
+        and np.isclose(stated, found, rtol=1e-6, atol=1e-9)
+    ):
         return []
     return [] if stated == found else [f"{where}: the certificate says {stated!r:.80}, the outcomes give {found!r:.80}"]

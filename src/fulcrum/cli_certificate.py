@@ -1,5 +1,6 @@
 """`fulcrum certify` and `fulcrum verify`: an honest number for outcomes that any trainer made, and its check."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
     from fulcrum.outcomes import Outcomes
 
 REFERENCES = ("kshot", "sft", "sft_anchor", "sft_kl", "soup", "tfidf", "base_anchor", "base")  # arms without general data
-LOWER_IS_BETTER = ("nll", "loss", "perplexity", "wer", "cer", "ter")
+# Metrics whose names hold one of these are better when lower, unless told otherwise.
+LOWER_IS_BETTER = ("nll", "loss", "perplexity", "error", "brier", "mae", "mse", "wer", "cer", "ter", "edit_distance")
 
 Names = list[str] | None
 
@@ -25,33 +27,38 @@ def certify(
         typer.Option("--reference", help="An arm without general data; repeatable. Default: those there with known names."),
     ] = None,
     metric: Annotated[
-        Names, typer.Option("--metric", help="A metric; repeatable, the first decides. Default: all there.")
+        Names, typer.Option("--metric", help="Repeatable, the first decides. Needed where the file has several.")
     ] = None,
     lower: Annotated[
         Names,
-        typer.Option("--lower-is-better", metavar="METRIC", help="Repeatable. Default: nll, loss, perplexity, wer, cer, ter."),
+        typer.Option("--lower-is-better", metavar="METRIC", help="Repeatable; beside nll, loss, perplexity, wer and such."),
     ] = None,
+    higher: Annotated[Names, typer.Option("--higher-is-better", metavar="METRIC", help="Repeatable; against its name.")] = None,
     task: Annotated[str, typer.Option("--task", help="What the task is called.")] = "task",
-    draws: Annotated[int, typer.Option("--draws", min=200, help="Draws for intervals.")] = 2000,
+    draws: Annotated[int, typer.Option("--draws", min=200, max=100_000, help="Draws for intervals.")] = 2000,
 ) -> None:
     """Say from outcomes that any trainer made what general data bought: difference, row saving, row gain, with intervals.
 
     A line is {"arm": "sft", "size": 64, "seed": 0, "row": "t17", "outcome": 0.5}, with "metric", "group" (rows that belong
-    together) and "weight" (a score is the sum of outcomes over the sum of weights) where needed. {"arm": "sft", "size": 64,
+    together) and "weight" where needed: a score is the sum of outcomes over the sum of weights, so that summed nats with the
+    number of answer tokens as weight are nats per token. {"arm": "sft", "size": 64,
     "seed": 0, "dev": 0.7, "tokens": 5321} says by what score a cell was selected (higher is better; without it arms are
     selected on test, which favours the reference) and how many tokens its task rows have.
     """
     from fulcrum import certificate, outcomes, store, terminal
     from fulcrum.certificate import Question
 
-    if (out / certificate.FILE).exists():
-        raise ConfigError(f"{out / certificate.FILE}: exists already and is not overwritten; name another folder with --out")
+    for name in (certificate.FILE, certificate.OUTCOMES):
+        if (out / name).exists():
+            raise ConfigError(f"{out / name}: exists already and is not overwritten; name another folder with --out")
     found = outcomes.read(file)
+    if not metric and len(found.values) > 1:
+        raise ConfigError(
+            f"{file} has the metrics {', '.join(found.values)}; say with --metric which count, the deciding one first"
+        )
     metrics = tuple(metric or found.values)
-    question = Question(
-        arm, tuple(reference or _references(found)), metrics,
-        tuple(lower if lower is not None else [name for name in metrics if name in LOWER_IS_BETTER]), task, draws,
-    )  # fmt: skip
+    turned = tuple(name for name in metrics if name in (lower or ()) or (_lower_by_name(name) and name not in (higher or ())))
+    question = Question(arm, tuple(reference or _references(found)), metrics, turned, task, draws)
     screen = terminal.console()
     with terminal.working(screen, "computing intervals"):
         sealed = certificate.write(out, found, question, {"outcomes file": store.file_sha256(file)})
@@ -64,6 +71,10 @@ def certify(
         if answer["selected_on"] != "dev":
             terminal.say(screen, f"The reference was selected on {answer['selected_on']}.")
     terminal.say(screen, f"wrote {out / certificate.FILE}; check it any time: fulcrum verify {out / certificate.FILE}")
+
+
+def _lower_by_name(name: str) -> bool:
+    return any(part in LOWER_IS_BETTER for part in re.split(r"[^a-z]+", name.casefold())) or name.casefold() in LOWER_IS_BETTER
 
 
 def _references(found: "Outcomes") -> list[str]:
@@ -132,6 +143,11 @@ def verify(
     for text in wrong:
         terminal.say(screen, text, "red")
     if wrong:
-        terminal.fail(f"{file}: {len(wrong)} things do not match")
+        terminal.fail(
+            f"{file}: {len(wrong)} thing{'s' if len(wrong) > 1 else ''} that do{'' if len(wrong) > 1 else 'es'} not match"
+        )
         raise typer.Exit(2)
-    terminal.say(screen, f"{file}: every number follows from the outcomes, and nothing was changed")
+    terminal.say(
+        screen,
+        f"{file}: every number follows from the outcomes beside it. (The seal is no signature: it does not say who made it.)",
+    )

@@ -26,20 +26,18 @@ from fulcrum.stats import Interval
 
 Point = tuple[str, int]  # arm, size in task rows
 
-_EXPONENTS = np.geomspace(0.05, 2.0, 64)  # of the power law; a finer grid changes nothing that 8 seeds can see
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
     """Scores of P points: `by_seed` (P, seeds); `by_group` (P, P), the covariance of their means over seeds that comes of
-    `groups` test groups which could have been others; `dev` (P, seeds), the scores that arms are selected by; `tokens` (P,) of
-    the task rows used.
+    test groups which could have been others; `groups`, how many equal ones they are worth; `dev` (P, seeds), the scores that
+    arms are selected by; `tokens` (P,) of the task rows used.
     """
 
     points: tuple[Point, ...]
     by_seed: FloatArray
     by_group: FloatArray
-    groups: int
+    groups: float
     dev: FloatArray
     tokens: FloatArray
 
@@ -93,11 +91,15 @@ def measure(
             residuals[number, k:] = (np.bincount(place, row) - by_seed[number, k] * weights) / sizes.sum()
     selection = by_seed if dev is None else np.array([np.resize(dev[point], n_seeds) for point in points], dtype=np.float64)
     used = np.array([(tokens or {}).get(point, float(point[1])) for point in points])
-    return Measured(points, by_seed, _between_groups(residuals), len(names), selection, used)
+    # A group's own part in the mean hides its residual (the jackknife puts that right), and large ones are worth few.
+    share = weights / sizes.sum()
+    residuals /= np.maximum(1 - share, 1e-12)
+    worth = float((weights**2).sum() ** 2 / (weights**4).sum())
+    return Measured(points, by_seed, _between_groups(residuals), worth, selection, used)
 
 
 def _between_groups(residuals: FloatArray) -> FloatArray:
-    """Covariance (P, P) of means over seeds, from each group's residuals (P, seeds, groups).
+    """Covariance (P, P) of means over seeds, from each group's jackknife residuals (P, seeds, groups).
 
     What a group does at one seed alone is left out where it can be estimated: the spread between seeds holds it already.
     """
@@ -109,7 +111,7 @@ def _between_groups(residuals: FloatArray) -> FloatArray:
     if n_seeds > 1:
         alone = (residuals - means[:, None]).reshape(len(residuals), -1)
         total -= alone @ alone.T / (n_seeds * (n_seeds - 1))
-    covariance: FloatArray = total * n_groups / (n_groups - 1)
+    covariance: FloatArray = total * (n_groups - 1) / n_groups
     return covariance
 
 
@@ -142,7 +144,7 @@ def draw(measured: Measured, *, draws: int = 2000, seed: int = 0) -> Draws:
             centred = values - values.mean(axis=1, keepdims=True)
             target[1:] += moves @ centred.T / np.sqrt(n_seeds * (n_seeds - 1))
     if measured.groups > 1:
-        moves = rng.standard_normal((draws, len(measured.points))) * _widening(rng, draws, measured.groups - 1)
+        moves = rng.standard_normal((draws, len(measured.points))) * _widening(rng, draws, max(measured.groups - 1, 1.0))
         score[1:] += moves @ _root(measured.by_group)
     return Draws(measured, score, dev)
 
@@ -150,20 +152,28 @@ def draw(measured: Measured, *, draws: int = 2000, seed: int = 0) -> Draws:
 def _root(covariance: FloatArray) -> FloatArray:
     """The symmetric square root, which is unique; what estimation made negative is 0."""
     values, vectors = np.linalg.eigh(covariance)
-    root: FloatArray = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    rounding = 10 * len(values) * np.finfo(np.float64).eps * max(values.max(initial=0), 0)
+    root: FloatArray = (vectors * np.sqrt(np.where(values > rounding, values, 0))) @ vectors.T
     return root
 
 
-def _widening(rng: np.random.Generator, draws: int, df: int) -> FloatArray:
+def _widening(rng: np.random.Generator, draws: int, df: float) -> FloatArray:
     """Normal numbers times this are t numbers with `df` degrees of freedom: (draws, 1)."""
     widening: FloatArray = np.sqrt(df / rng.chisquare(df, size=(draws, 1)))
     return widening
 
 
+def contrast(*parts: tuple[int, FloatArray]) -> FloatArray:
+    """Sum of draws (1 + draws,) with their signs; 0 where only rounding is left, which differs between processors."""
+    total: FloatArray = np.sum([sign * values for sign, values in parts], axis=0)
+    rounding = 1e-9 * max(float(np.abs(values).max()) for _, values in parts)
+    return np.where(np.abs(total) <= rounding, 0.0, total)
+
+
 def interval(values: FloatArray, level: float = 0.95) -> Interval:
     """Estimate (the first value) and quantiles of the others, which may be infinite; nan where nothing varies."""
     low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2], method="nearest")
-    if low == high and np.isfinite(low):
+    if np.isfinite(values).all() and np.ptp(values) == 0:
         return Interval(float(values[0]), np.nan, np.nan)
     return Interval(float(values[0]), float(low), float(high))
 
@@ -227,21 +237,17 @@ def monotone(values: FloatArray) -> FloatArray:
 def reach(sizes: Sequence[float], curves: FloatArray, target: FloatArray) -> FloatArray:
     """Log of the smallest size at which each curve (draws, sizes), monotone, is at `target` (draws,); log-linear in between.
 
-    -inf where it is there at the smallest size already, inf where it never is: nothing is extrapolated.
+    -inf where it is above it at the smallest size already, inf where it never is there: nothing is extrapolated.
     """
     logs = np.log(np.asarray(sizes, dtype=np.float64))
-    below = curves < target[:, None]
-    first = below.sum(axis=1)  # of the sizes, how many do not reach it
-    inside = (first > 0) & (first < len(logs))
-    found = np.where(first == 0, -np.inf, np.inf)
-    upper = np.clip(first, 1, len(logs) - 1) if len(logs) > 1 else np.zeros_like(first)
-    if not inside.any():
-        return found
-    rows = np.arange(len(curves))
-    low, high = curves[rows, upper - 1], curves[rows, upper]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        between = logs[upper - 1] + (target - low) / (high - low) * (logs[upper] - logs[upper - 1])
-    found[inside] = between[inside]
+    rounding = 1e-9 * np.maximum(np.abs(curves).max(axis=1), np.abs(target))
+    first = (curves < (target - rounding)[:, None]).sum(axis=1)  # of the sizes, how many do not reach it
+    found = np.where(first == 0, np.where(curves[:, 0] > target + rounding, -np.inf, logs[0]), np.inf)
+    inside = np.flatnonzero((first > 0) & (first < len(logs)))
+    upper = first[inside]
+    low, high = curves[inside, upper - 1], curves[inside, upper]
+    part = np.minimum((target[inside] - low) / (high - low), 1.0)
+    found[inside] = logs[upper - 1] + part * (logs[upper] - logs[upper - 1])
     return found
 
 
@@ -261,13 +267,13 @@ def row_saving(draws: Draws, arm: str, ref: Reference, *, tokens: bool = False) 
     In task tokens with `tokens`. Measured between 1 (below: not even all rows suffice) and N over the arm's smallest size.
     """
     n = ref.sizes[-1]
-    sizes = [size for size in draws.measured.sizes([arm]) if size <= n]
+    sizes = [size for size in draws.measured.sizes([arm]) if 0 < size <= n]
     if n not in sizes:
         raise DataError(f"{arm} was not measured at {n} rows; measured: {_listed(draws.measured.points)}")
     units = _units(draws, arm, sizes, tokens)
     curve = monotone(np.column_stack([draws.of(arm, size) for size in sizes]))
     saved = np.exp(np.log(units[-1]) - reach(units, curve, ref.last))
-    return Factor(*interval(saved), 1.0, units[-1] / units[0])
+    return _factor(saved, 1.0, units[-1] / units[0])
 
 
 def row_gain(draws: Draws, arm: str, size: int, ref: Reference, *, tokens: bool = False) -> Factor:
@@ -275,68 +281,64 @@ def row_gain(draws: Draws, arm: str, size: int, ref: Reference, *, tokens: bool 
 
     In task tokens with `tokens`. Measured between the smallest and the largest size of the reference over `size`.
     """
-    arms = {name: share for names in ref.chosen.values() for name, share in names.items()}
     own = _units(draws, arm, [size], tokens)[0]
-    units = [_units(draws, next(a for a in arms if (a, s) in draws.measured.points), [s], tokens)[0] for s in ref.sizes]
+    units = []
+    for at, shares in ref.chosen.items():
+        there = {name: share for name, share in shares.items() if (name, at) in draws.measured.points}
+        units += _units(draws, max(there, key=there.__getitem__), [at], tokens)
     needed = np.exp(reach(units, monotone(ref.score), draws.of(arm, size)))
-    return Factor(*interval(needed / own), units[0] / own, units[-1] / own)
+    return _factor(needed / own, units[0] / own, units[-1] / own)
+
+
+def _factor(values: FloatArray, least: float, most: float) -> Factor:
+    """A factor from its draws; where all of them lie below `least` its ends do too, as they do beyond `most`."""
+    estimate, low, high = (0.0, 0.0, 0.0) if not values.any() else interval(values)
+    return Factor(estimate, low, high, least, most)
 
 
 def _units(draws: Draws, arm: str, sizes: Sequence[int], tokens: bool) -> list[float]:
     return [float(draws.measured.tokens[draws.measured.place((arm, size))]) if tokens else float(size) for size in sizes]
 
 
-def slope(ref: Reference) -> Interval:
-    """Score that the reference gains with each doubling of its rows (least squares); nan with a single size.
+def slope(ref: Reference, *, since: float = 0) -> Interval:
+    """Score that the reference gains with each doubling of its rows (least squares), from size `since` on; nan with one size.
 
     Where the interval is not above 0 no factor is identifiable: any small difference would be worth any number of rows.
     """
-    if len(ref.sizes) < 2:
+    chosen = np.asarray(ref.sizes) >= since
+    if chosen.sum() < 2:
         return Interval(np.nan, np.nan, np.nan)
-    doublings = np.log2(ref.sizes)
+    doublings = np.log2(ref.sizes)[chosen]
     centred = doublings - doublings.mean()
-    return interval(ref.score @ centred / (centred @ centred))
+    return interval(ref.score[:, chosen] @ centred / (centred @ centred))
+
+
+def identifiable(ref: Reference, n: int) -> bool:
+    """Whether the reference rises clearly, as a whole and where it comes to `n` rows (its last sizes within a factor of 4).
+
+    A reference that has levelled off is as good with few rows as with all: what it then takes few rows to reach is no merit
+    of general data.
+    """
+    sizes = tuple(size for size in ref.sizes if size <= n)
+    below = Reference(sizes, ref.score[:, : len(sizes)], {})
+    since = min(n / 4, below.sizes[-2]) if len(below.sizes) > 1 else n
+    return slope(ref).low > 0 and slope(below, since=since).low > 0
 
 
 def more_rows(ref: Reference, size: int, more: int) -> FloatArray | None:
-    """Draws of what `more` rows beyond `size` would bring the reference: a power law c - a size**-b through its curve.
-
-    This alone may lie beyond the measured sizes, and so is a forecast. None where fewer than 5 sizes were measured, or where
-    the law predicts sizes that are left out worse than their neighbours do: the curve then says nothing of other sizes.
-    """
-    if len(ref.sizes) < 5 or not _law_holds(ref):
+    """Draws of what `more` rows beyond `size` bring the reference, between its measured sizes; None beyond them."""
+    if size < ref.sizes[0] or size + more > ref.sizes[-1]:
         return None
-    sizes = np.asarray(ref.sizes, dtype=np.float64)
-    low, high = (_law(sizes, ref.score, at) for at in (size, size + more))
+    logs, curves = np.log(ref.sizes), monotone(ref.score)
+    low, high = (_between(logs, curves, np.log(at)) for at in (size, size + more))
     return high - low
 
 
-def _law(sizes: FloatArray, curves: FloatArray, at: float) -> FloatArray:
-    """The value at `at` of the least-squares power law through each curve (draws, sizes)."""
-    best, error = np.empty(len(curves)), np.full(len(curves), np.inf)
-    for exponent in _EXPONENTS:
-        falling = sizes**-exponent
-        centred = falling - falling.mean()
-        drop = np.minimum(curves @ centred / (centred @ centred), 0.0)  # more rows never make it worse
-        level = curves.mean(axis=1) - drop * falling.mean()
-        left = ((curves - level[:, None] - drop[:, None] * falling) ** 2).sum(axis=1)
-        better = left < error
-        error[better] = left[better]
-        best[better] = (level + drop * at**-exponent)[better]
-    return best
-
-
-def _law_holds(ref: Reference) -> bool:
-    """Whether the law predicts inner sizes that are left out no worse than a line between their neighbours."""
-    sizes, curve = np.asarray(ref.sizes, dtype=np.float64), ref.score[:1]
-    errors = [0.0, 0.0]
-    for k in range(1, len(sizes) - 1):
-        others = np.delete(np.arange(len(sizes)), k)
-        law = _law(sizes[others], curve[:, others], sizes[k])[0]
-        line = np.interp(np.log(sizes[k]), np.log(sizes[others]), curve[0, others])
-        errors[0] += (law - curve[0, k]) ** 2
-        errors[1] += (line - curve[0, k]) ** 2
-    return errors[0] <= errors[1]
+def _between(logs: FloatArray, curves: FloatArray, at: float) -> FloatArray:
+    upper = int(np.clip(np.searchsorted(logs, at), 1, len(logs) - 1))
+    part = (at - logs[upper - 1]) / (logs[upper] - logs[upper - 1])
+    between: FloatArray = curves[:, upper - 1] + part * (curves[:, upper] - curves[:, upper - 1])
+    return between
 
 
 def apart(a: Factor, b: Factor) -> bool:

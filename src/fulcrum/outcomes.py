@@ -7,7 +7,8 @@ metric; further lines may say of a cell by what score it was selected (`dev`) an
     {"arm": "sft", "size": 64, "seed": 0, "metric": "nll", "row": "t17", "outcome": 5.2, "weight": 7, "group": "doc3"}
     {"arm": "sft", "size": 64, "seed": 0, "dev": 0.71, "tokens": 5321}
 
-A cell's score is the sum of outcomes over the sum of weights (1 where none is given). Rows with equal `group` are
+A cell's score is the sum of outcomes over the sum of weights (1 where none is given): a mean, or for summed nats with the
+number of answer tokens as weight nats per token. (An outcome is not multiplied by its weight.) Rows with equal `group` are
 resampled together; without one a row is a group of its own.
 
 Invariant: every cell of a metric has the same rows with the same groups and weights, each once; what does not is refused.
@@ -47,8 +48,8 @@ class Outcomes:
     tokens: Mapping[Cell, float]
 
     def points(self, metric: str) -> list[tuple[str, int]]:
-        """The arms and sizes that were measured, in the file's order."""
-        return list(dict.fromkeys((arm, size) for arm, size, _ in self.values[metric]))
+        """The arms and sizes that were measured, sorted: the order of a file's lines must not matter."""
+        return sorted({(arm, size) for arm, size, _ in self.values[metric]})
 
     def seeds(self, metric: str, arm: str, size: int) -> list[int]:
         """The seeds at which a point was measured, ascending."""
@@ -95,8 +96,8 @@ def lines(outcomes: Outcomes) -> Iterable[dict[str, Any]]:
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
-        line = json.loads(text)
-    except ValueError as error:
+        line = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: broken JSON: {error}; write one object a line") from None
     if not isinstance(line, dict):
         raise DataError(f"{where}: expected an object, found {text.strip():.60}")
@@ -110,14 +111,28 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
             )
     if line["size"] < 0:
         raise DataError(f"{where}: size is a number of task rows, got {line['size']}")
+    for key in ("row", "metric", "group"):
+        if line.get(key) is None:  # as pandas writes what is missing
+            line.pop(key, None)
+        elif not isinstance(line[key], str):
+            raise DataError(f"{where}: {key} must be a text, got {line[key]!r:.60}; write it in quotes")
+    if "row" not in line and ("outcome" in line or "weight" in line):
+        raise DataError(f"{where}: an outcome without a row; name the test row")
     if "row" not in line and not {"dev", "tokens"} & line.keys():
         raise DataError(f"{where}: a line has a row and its outcome, or dev or tokens of its cell")
     return line
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return dict(pairs)
+
+
 def _number(line: Mapping[str, Any], key: str, where: str) -> float:
     value = line.get(key, 1.0 if key == "weight" else None)
-    if not isinstance(value, int | float) or not math.isfinite(value) or (key in ("weight", "tokens") and value <= 0):
+    known = isinstance(value, int | float) and not (isinstance(value, bool) and key != "outcome") and abs(value) < 1e300
+    if not known or not math.isfinite(value) or (key in ("weight", "tokens") and value <= 0):
         wanted = "a number above 0" if key in ("weight", "tokens") else "a finite number"
         raise DataError(f"{where}: {key} must be {wanted}, got {value!r:.60}")
     return float(value)
@@ -142,9 +157,9 @@ class _Collected:
                     raise DataError(f"{where}: {name} of {_said(cell)} is {value:g}, an earlier line said {known[cell]:g}")
         if "row" not in line:
             return
-        metric, row = str(line.get("metric", METRIC)), str(line["row"])
+        metric, row = line.get("metric", METRIC), line["row"]
         places = self.places.setdefault(metric, {})
-        about = (str(line.get("group", row)), _number(line, "weight", where))
+        about = (line.get("group", row), _number(line, "weight", where))
         place = places.setdefault(row, len(places))
         if place == len(self.about.setdefault(metric, [])):
             self.about[metric].append(about)
