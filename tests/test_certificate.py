@@ -133,6 +133,21 @@ def test_more_rows_are_weighed_against_general_data(tmp_path: Path) -> None:
         assert said["advantage"]["estimate"] == pytest.approx(ahead - np.log2(114 / 64), abs=0.1)
 
 
+def test_slope_is_of_all_sizes_and_tokens_are_means_over_seeds(tmp_path: Path) -> None:
+    def bent() -> Iterator[dict[str, object]]:
+        levels = {16: 0.0, 32: 1.0, 64: 2.0, 128: 6.0}
+        for arm, size in [*(("sft", size) for size in levels), ("tell", 16), ("tell", 64)]:
+            for seed in (0, 1):
+                yield {"arm": arm, "size": size, "seed": seed, "tokens": size * (10 + 4 * seed)}
+                for row in "ab":
+                    yield {"arm": arm, "size": size, "seed": seed, "row": row, "outcome": levels[size] + seed / 10}
+
+    found = outcomes.read(save(tmp_path / "in.jsonl", bent()))
+    answer = certificate.certify(found, Question("tell", ("sft",), ("score",)))["answers"][0]
+    assert answer["slope"]["estimate"] == pytest.approx(1.9)  # of 0, 1, 2, 6; of 0, 1, 2 alone it would be 1
+    assert {point["size"]: point["tokens"] for point in answer["points"]} == {16: 192, 32: 384, 64: 768, 128: 1536}
+
+
 def test_groups_and_weights_count(tmp_path: Path) -> None:
     def weighted(group: bool) -> Iterator[dict[str, object]]:
         for arm in ("sft", "tell"):

@@ -235,6 +235,11 @@ def test_p_value_is_never_below_one_in_the_draws():
     assert leverage.p_value(np.array([0.0, *np.tile([-1.0, 1.0], 500)])) == pytest.approx(1.0)
 
 
+def test_p_value_counts_both_tails():
+    mostly = np.append(0.5, np.where(np.arange(1000) < 50, -1.0, 1.0))
+    assert leverage.p_value(mostly) == leverage.p_value(-mostly) == pytest.approx(0.1)
+
+
 def test_apart():
     near, far = leverage.Factor(2, 1.5, 3, 1, 4), leverage.Factor(1, 0, 1.2, 1, 4)
     assert leverage.apart(near, far)
