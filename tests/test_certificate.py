@@ -50,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_order_of_the_lines_does_not_matter(made: Path, tmp_path: Path) -> None:
     shuffled = list(lines())
-    np.random.default_rng(1).shuffle(shuffled)  # type: ignore[arg-type]
+    np.random.default_rng(1).shuffle(shuffled)
     found = outcomes.read(save(tmp_path / "in.jsonl", iter(shuffled)))
     certificate.write(tmp_path, found, QUESTION, {})
     assert certificate.verify(tmp_path / "certificate.json") == []
@@ -208,7 +208,7 @@ def test_the_headline_says_what_was_planted(tmp_path: Path, tell: float, sft: fl
 def test_metrics_where_lower_is_better_are_turned_round(tmp_path: Path) -> None:
     def turned() -> Iterator[dict[str, object]]:
         for line in lines():
-            yield {**line, "outcome": -line["outcome"]} if "outcome" in line else line  # type: ignore[operator]
+            yield {**line, "outcome": -line["outcome"]} if "outcome" in line else line
 
     found = outcomes.read(save(tmp_path / "in.jsonl", turned()))
     same = certificate.certify(found, Question("tell", ("sft",), ("quality",), lower_is_better=("quality",)))
@@ -289,7 +289,7 @@ def test_verify_names_a_changed_outcome(made: Path, tmp_path: Path) -> None:
         (lambda known: known["question"].update(seed=7), "answers[0]"),
     ],
 )
-def test_verify_names_a_changed_number_even_where_the_seal_was_renewed(made: Path, tmp_path: Path, change, expected) -> None:  # type: ignore[no-untyped-def]
+def test_verify_names_a_changed_number_even_where_the_seal_was_renewed(made: Path, tmp_path: Path, change, expected) -> None:
     folder = tampered(made, tmp_path)
     known = json.loads((folder / "certificate.json").read_text())
     del known["sha256"]
@@ -341,7 +341,7 @@ GOOD = {"arm": "sft", "size": 16, "seed": 0, "row": "a", "outcome": 1}
 )
 def test_outcomes_that_do_not_fit_together_are_refused_with_their_line(tmp_path: Path, bad: list[object], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        outcomes.read(save(tmp_path / "in.jsonl", bad))  # type: ignore[arg-type]
+        outcomes.read(save(tmp_path / "in.jsonl", bad))
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_a_group_that_is_null_is_no_group(tmp_path: Path) -> None:
         lambda known: known["question"].pop("task"), lambda known: known.pop("inputs"),
     ],
 )  # fmt: skip
-def test_verify_refuses_odd_certificates_in_one_line(made: Path, tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
+def test_verify_refuses_odd_certificates_in_one_line(made: Path, tmp_path: Path, change) -> None:
     folder = tampered(made, tmp_path)
     known = json.loads((folder / "certificate.json").read_text())
     change(known)

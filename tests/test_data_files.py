@@ -3,19 +3,16 @@
 import gzip
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
+import make_demo_task
 import pytest
+from make_builtin_pool import names_topic, word_list
+from pool_filters import Deduplicator, answer_fault, prompt_fault
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "src" / "fulcrum" / "data"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import make_demo_task  # noqa: E402
-from make_builtin_pool import names_topic, word_list  # noqa: E402
-from pool_filters import Deduplicator, answer_fault, prompt_fault  # noqa: E402
 
 SPLITS = {"train": 240, "dev": 40, "test": 120}
 LABELS = {

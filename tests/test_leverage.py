@@ -1,19 +1,14 @@
 """Leverage statistics state answers: literal factors without noise, t intervals, oracles, censoring, and a short simulation."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+import simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
 from fulcrum import leverage, stats
 from fulcrum.errors import DataError
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-simulate = __import__("simulate")
 
 
 def exact(scores, dev=None, tokens=None):

@@ -66,6 +66,6 @@ def test_dev_chooses_the_number() -> None:
     def dev_loss(tasks: tuple[Task, ...]) -> float:
         return losses[(len(tasks[0].dev[0].messages) - 2) // 2]
 
-    number, (found,) = shots.choose([task()], form, None, dev_loss)  # type: ignore[arg-type]
+    number, (found,) = shots.choose([task()], form, None, dev_loss)
     assert number == 2
     assert found == shots.prompted(task(), 2)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,10 @@ def train(folder: Path, *, seed: int = 0, rows: arms.Stream | None = None, **opt
     kind = options.pop("kind", "llama")
     settings = tiny_settings(**{"learning_rate": 5e-3, "evaluations": 3, "save_every": 1, **options})
     loaded = load_tiny(folder, kind)
-    dev_loss: Callable[[], float] = lambda: generate.mean_nats(loaded, DEV)  # noqa: E731
+
+    def dev_loss() -> float:
+        return generate.mean_nats(loaded, DEV)
+
     return training.train(loaded, rows or stream(), dev_loss, settings, seed=seed, repeats=2, **run)
 
 
