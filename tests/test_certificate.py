@@ -381,7 +381,7 @@ def test_a_group_that_is_null_is_no_group(tmp_path: Path) -> None:
     nulls = [{**GOOD, "row": name, "group": None} for name in "abc"]
     assert outcomes.read(save(tmp_path / "in.jsonl", iter(nulls))).groups["score"] == ("a", "b", "c")
     (tmp_path / "twice.jsonl").write_text('{"arm": "sft", "arm": "tell", "size": 1, "seed": 0, "row": "a", "outcome": 1}')
-    with pytest.raises(DataError, match=r"twice\.jsonl:1: broken JSON: a key is there twice"):
+    with pytest.raises(DataError, match=r"twice\.jsonl:1: broken JSON: an object holds the same key twice"):
         outcomes.read(tmp_path / "twice.jsonl")
 
 

@@ -339,15 +339,9 @@ def verify(file: Path) -> list[str]:
 
 def _read(file: Path) -> dict[str, Any]:
     """A certificate with just its keys. Raises StoreError for anything else."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise StoreError(f"{file}: a key is there twice; a certificate says each thing once")
-        return dict(pairs)
-
     try:
-        known = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as error:
+        known = store.strict_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise StoreError(f"{file}: cannot be read as a certificate: {error}") from None
     if not isinstance(known, dict) or known.get("format") != 1:
         raise StoreError(f"{file}: not a certificate of a format that this version knows")
@@ -382,14 +376,11 @@ def _unequal(stated: Any, found: Any, where: str) -> list[str]:
         ]
     if isinstance(stated, list) and isinstance(found, list) and len(stated) == len(found):
         return [text for k, pair in enumerate(zip(stated, found, strict=True)) for text in _unequal(*pair, f"{where}[{k}]")]
-    if type(stated) is type(found) is bool:
-        return [] if stated == found else [f"{where}: the certificate says {stated}, the outcomes give {found}"]
-    number = not isinstance(stated, bool) and not isinstance(found, bool)
-    if (
-        number
-        and isinstance(stated, float | int)
-        and isinstance(found, float | int)
-        and np.isclose(stated, found, rtol=1e-6, atol=1e-9)
-    ):
+    numbers = all(isinstance(value, float | int) and not isinstance(value, bool) for value in (stated, found))
+    if numbers and np.isclose(stated, found, rtol=1e-6, atol=1e-9):
         return []
-    return [] if stated == found else [f"{where}: the certificate says {stated!r:.80}, the outcomes give {found!r:.80}"]
+    return (
+        []
+        if type(stated) is type(found) and stated == found
+        else [f"{where}: the certificate says {stated!r:.80}, the outcomes give {found!r:.80}"]
+    )

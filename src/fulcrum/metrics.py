@@ -20,18 +20,17 @@ Names. An asterisk marks metrics that need generated outputs; the scale is [0, 1
 Invariant: every prediction given counts in every score; a row that cannot be scored is an error that names it.
 """
 
-import json
 import math
 import re
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 
-from fulcrum import stats
+from fulcrum import stats, store
 from fulcrum.errors import ConfigError, DataError, nearest
 from fulcrum.records import Example, FloatArray, Prediction, Score
 
@@ -181,23 +180,8 @@ def _bleu(rows: Sequence[_Row]) -> _Sums:
     return _Sums(sums, corpus)
 
 
-def _reject_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("an object holds the same key twice")
-    return fields
-
-
 def _parse(text: str) -> object:
-    """Parse strict JSON: no NaN or Infinity, no key twice, no nesting that exhausts the stack; else `ValueError`."""
-    try:
-        return json.loads(_canonical(text), parse_constant=_reject_constant, object_pairs_hook=_unique_keys)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return store.strict_json(_canonical(text))
 
 
 def _leaves(value: object) -> set[tuple[object, ...]]:

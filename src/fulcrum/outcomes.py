@@ -96,8 +96,8 @@ def lines(outcomes: Outcomes) -> Iterable[dict[str, Any]]:
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
-        line = json.loads(text, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
+        line = store.strict_json(text)
+    except ValueError as error:
         raise DataError(f"{where}: broken JSON: {error}; write one object a line") from None
     if not isinstance(line, dict):
         raise DataError(f"{where}: expected an object, found {text.strip():.60}")
@@ -121,12 +121,6 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     if "row" not in line and not {"dev", "tokens"} & line.keys():
         raise DataError(f"{where}: a line has a row and its outcome, or dev or tokens of its cell")
     return line
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key is there twice")
-    return dict(pairs)
 
 
 def _number(line: Mapping[str, Any], key: str, where: str) -> float:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fulcrum.errors import StoreError
 
@@ -37,6 +37,25 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"no plain form for {type(value).__name__}: {value!r:.80}")
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON: no NaN or Infinity, no key twice, no nesting that exhausts the stack; else `ValueError`."""
+    try:
+        return json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _reject_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("an object holds the same key twice")
+    return fields
 
 
 def fingerprint(value: Any) -> str:
