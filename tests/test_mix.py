@@ -128,7 +128,7 @@ def test_orders_are_those_of_the_settings():
 )
 @settings(max_examples=300, deadline=None)
 def test_task_rows_appear_exactly_r_times_and_general_rows_once(order, n_task, repeats, per_task, spare, seed):
-    used = round(per_task * repeats * n_task)
+    used = round(per_task * (n_task * repeats))  # in this order: 1.9 * 9 * 5 is not 1.9 * 45
     p = plan(n_task, used + spare, repeats=repeats, general_per_task=per_task, order=order, seed=seed)
     is_task, rows = whole(p)
     assert len(p) == n_task * repeats + used == len(rows)
