@@ -30,10 +30,11 @@ FLOORS = (
         "tokens",
         "arms",
         "shots",
+        "words",
     ),
-    ("gguf", "fetch", "attention", "model", "lora", "adapter", "loss", "compiled", "training", "generate", "scoring", "export"),
+    ("gguf", "fetch", "attention", "model", "lora", "adapter", "loss", "compiled", "training", "generate", "scoring", "export", "cell"),
     ("summary", "plots", "report", "certificate", "identity", "run"),
-    ("preview", "comparison"),
+    ("preview", "proof", "comparison"),
     ("use", "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli", "__main__", "__init__"),
 )
 ORDER = [name for floor in FLOORS for name in floor]

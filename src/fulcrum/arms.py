@@ -1,79 +1,71 @@
-"""Arms: the ways of training that are compared, and for each the streams that it trains on. No torch: previews need them too.
+"""The arms that are compared, by name, and for each the settings it tries and the streams that it trains on. No torch:
+previews need them too.
 
-Arms differ in what an `Arm` says and in nothing else: the same task rows, the same plan of trials, the same checkpoint rule.
+Arms differ in what an `Arm` says and in nothing else: the same task rows, as many trials, the last step's weights.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
-from fulcrum import encode, mix, store, tokens
-from fulcrum.config import Settings
+from fulcrum import encode, metrics, mix, store, tokens
+from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError, nearest
 from fulcrum.material import Material
 from fulcrum.mix import Plan
-from fulcrum.records import BoolArray, Example, Share, Tokens
+from fulcrum.records import BoolArray, Example, Setting, Share, Tokens
 
 _STRATIFIED = 200  # steps; shorter mixed streams are stratified by epoch
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of training that is compared: a value. Arms differ in these things and in nothing else.
-
-    `general`: none; the pool's rows; or these with their answers permuted, a placebo: what it brings too is no transfer.
-    `order` and `general_per_task` (in examples) stand for the settings' own where they are given. `shots`: training rows stand
-    in the prompt.
-    """
-
-    name: str
-    trained: bool = True
-    anchored: bool = False
-    general: Literal["none", "pool", "permuted"] = "none"
-    order: str | None = None
-    general_per_task: float | None = None
-    shots: bool = False
-
-    @property
-    def seeded(self) -> bool:
-        """Whether another seed, with its other rows, gives another result."""
-        return self.trained or self.shots
-
-    @property
-    def mixes(self) -> bool:
-        """Whether it trains on general rows."""
-        return self.general != "none"
 
 
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
-        Arm("base", trained=False),
-        Arm("base_anchor", trained=False, anchored=True),
-        Arm("kshot", trained=False, shots=True),
-        Arm("sft"),
-        Arm("sft_anchor", anchored=True),
-        Arm("mix", general="pool"),
-        Arm("tell", anchored=True, general="pool"),
+        Arm(name="base", trained=False),
+        Arm(name="base_anchor", trained=False, anchored=True),
+        Arm(name="kshot", trained=False, shots=True),
+        Arm(name="tfidf", trained=False, words=True),
+        Arm(name="sft"),
+        Arm(name="sft_anchor", anchored=True),
+        Arm(name="sft_kl", anchored=True, kl=True),
+        Arm(name="soup", anchored=True, members=3),
+        Arm(name="mix", general="pool"),
+        Arm(name="tell", anchored=True, general="pool"),
         # TELL's own rows, one source after the other: what the shuffle brings.
-        Arm("general_then_task", anchored=True, general="pool", order="general_then_task"),
-        Arm("task_then_general", anchored=True, general="pool", order="task_then_general"),
+        Arm(name="general_then_task", anchored=True, general="pool", order="general_then_task"),
+        Arm(name="task_then_general", anchored=True, general="pool", order="task_then_general"),
         # General rows as a tenth of the stream, which is how replay against forgetting is done.
-        Arm("replay_10", anchored=True, general="pool", general_per_task=1 / 9),
-        Arm("placebo_permuted", anchored=True, general="permuted"),
+        Arm(name="replay_10", anchored=True, general="pool", general_per_task=1 / 9),
+        Arm(name="placebo_permuted", anchored=True, general="permuted"),
+        Arm(name="placebo_own_answers", anchored=True, general="own_answers"),
+        Arm(name="selfgen", anchored=True, general="self_made"),
+        Arm(name="general_only", anchored=True, general="pool", task_rows=False),
     )
 }
 
 
+def arm_of(settings: Settings, name: str) -> Arm:
+    """An arm by its name: the file's own, else the known one. Raises ConfigError for unknown names."""
+    own = {arm.name: arm for arm in settings.compare.arms if isinstance(arm, Arm)}
+    if name not in own and name not in ARMS:
+        raise ConfigError(f"compare.arms: no arm {name!r}{nearest(name, {*own, *ARMS})}")
+    return own.get(name) or ARMS[name]
+
+
 def chosen_arms(settings: Settings) -> list[Arm]:
     """The arms asked for. Raises ConfigError for unknown names and for arms that these settings cannot make different."""
-    unknown = [name for name in settings.compare.arms if name not in ARMS]
-    if unknown:
-        raise ConfigError(f"compare.arms: no arm {unknown[0]!r}{nearest(unknown[0], ARMS)}")
-    arms = [ARMS[name] for name in settings.compare.arms]
+    for arm in settings.compare.arms:
+        if isinstance(arm, Arm) and arm.name in ARMS:
+            raise ConfigError(f"compare.arms: {arm.name!r} is an arm that is there already; give yours another name")
+    arms = [arm_of(settings, arm.name if isinstance(arm, Arm) else arm) for arm in settings.compare.arms]
+    odd = [task.name for task in settings.tasks if not set(task.metrics) & set(metrics.LABELS)]
+    if odd and any(arm.words for arm in arms):
+        raise ConfigError(
+            f"compare.arms: tfidf is for answers that are labels, and {odd[0]} has no metric of labels "
+            f"({', '.join(metrics.LABELS)}); add one to task.metrics, or leave this arm out"
+        )
     if len(arms) < 2:
         raise ConfigError(f"compare.arms: {arms[0].name} alone has nothing to be compared with; name a second arm")
     if not any(task.anchor for task in settings.tasks):
@@ -108,6 +100,14 @@ class Stream:
         """Number of optimizer steps; the last may be smaller."""
         return math.ceil(len(self.plan) / batch_size)
 
+    def phases(self, batch_size: int) -> tuple[int, ...]:
+        """Steps of each phase that has a learning rate schedule of its own: two where one source comes after the other."""
+        steps, first = self.steps(batch_size), 0
+        if self.plan.order in ("general_then_task", "task_then_general"):
+            ahead = self.plan.general_used if self.plan.order == "general_then_task" else self.plan.task_positions
+            first = round(ahead / batch_size)
+        return (first, steps - first) if 0 < first < steps else (steps,)
+
     def share(self, positions: int | None = None) -> Share:
         """Realised task shares in examples, tokens and loss tokens, counted over the first `positions` (none: all)."""
         is_task, ids = self.plan.slice(0, len(self.plan) if positions is None else min(positions, len(self.plan)))
@@ -125,21 +125,31 @@ def own_arm(settings: Settings) -> Arm:
 
 
 def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Settings, repeats: int, seed: int) -> Stream:
-    """The token stream of one trial: the same task rows in every arm, with or without anchor and general rows."""
+    """The token stream of one training: the same task rows in every arm, with or without anchor and general rows."""
     plain = encode.make_format(tokenizer, None)
     own: list[Tokens] = []
-    for task in rows.tasks:
+    for task in rows.tasks if arm.task_rows else ():
         form = encode.make_format(tokenizer, task.anchor) if arm.anchored else plain
         encode.encode_ahead(task.train, form)
         own += [encode.encode(example, form) for example in task.train]
     count = _general_count(rows, arm, repeats)
-    plan = mix.plan(
-        len(own), count, repeats=repeats, general_per_task=count / (repeats * len(own)),
-        order=_order(settings, arm, repeats * len(own), count), seed=store.seed_for(seed, "mix"),
-    )  # fmt: skip
+    mixed_seed = store.seed_for(seed, "mix")
+    if own:
+        plan = mix.plan(
+            len(own), count, repeats=repeats, general_per_task=count / (repeats * len(own)),
+            order=_order(settings, arm, repeats * len(own), count), seed=mixed_seed,
+        )  # fmt: skip
+    else:
+        plan = Plan(0, count, 1, count, "random", mixed_seed)
+    general = general_rows(rows, arm)[:count]
     if arm.general == "permuted":
-        return Stream(plan, own, tokens.tokenised(_permuted(rows.general[:count], store.seed_for(seed, "placebo")), plain))
-    return Stream(plan, own, tokens.tokenised(rows.general, plain)[:count])
+        general = _permuted(general, store.seed_for(seed, "placebo"))
+    return Stream(plan, own, tokens.tokenised(general, plain))
+
+
+def general_rows(rows: Material, arm: Arm) -> tuple[Example, ...]:
+    """The general rows that an arm's streams begin with: the run's own, or those of the arm."""
+    return rows.own_general.get(arm.name, rows.general)
 
 
 def _general_count(rows: Material, arm: Arm, repeats: int) -> int:
@@ -147,8 +157,10 @@ def _general_count(rows: Material, arm: Arm, repeats: int) -> int:
     if not arm.mixes:
         return 0
     if arm.general_per_task is None:
-        return rows.general_count(repeats)
-    return min(round(arm.general_per_task * repeats * rows.n_task), len(rows.general))
+        wanted = rows.general_count(repeats)
+    else:
+        wanted = round(arm.general_per_task * repeats * rows.n_task)
+    return min(wanted, len(general_rows(rows, arm)))
 
 
 def _permuted(rows: Sequence[Example], seed: int) -> tuple[Example, ...]:
@@ -162,15 +174,16 @@ def _permuted(rows: Sequence[Example], seed: int) -> tuple[Example, ...]:
 
 
 def planned_tokens(rows: Material, tokenizer: encode.Tokenizer, arms: Sequence[Arm], settings: Settings) -> int:
-    """About how many tokens all trials of the arms train on at one seed, from the lengths of a few rows (anchors left out)."""
+    """About how many tokens one training of every setting of the arms takes, from the lengths of a few rows."""
     plain = encode.make_format(tokenizer, None)
     total = 0.0
     task = [row for each in rows.tasks for row in each.train]
     for part, own in ((task, True), (rows.general, False)):
         length = float(np.mean([len(encode.encode(row, plain)) for row in part[:: max(1, len(part) // 64)]])) if part else 0.0
         for arm in arms:
-            for repeats in trials(rows, arm, settings) if arm.trained else ():
-                total += length * (repeats * len(part) if own else _general_count(rows, arm, repeats))
+            for setting in trials(rows, arm, settings) if arm.trained else ():
+                shown = setting.repeats * len(part) * arm.task_rows if own else _general_count(rows, arm, setting.repeats)
+                total += length * arm.members * shown
     return round(total)
 
 
@@ -185,22 +198,38 @@ def _order(settings: Settings, arm: Arm, shown: int, general: int) -> str:
     return "epoch_stratified" if shown + general < _STRATIFIED * settings.train.batch_size else "random"
 
 
-def trials(rows: Material, arm: Arm, settings: Settings) -> tuple[int, ...]:
-    """The repeats (epochs) that an arm tries. With few general data or none: up to the most epochs that TELL's steps allow.
+def trials(rows: Material, arm: Arm, settings: Settings) -> tuple[Setting, ...]:
+    """The settings that an arm tries: its repeats (epochs), times what `compare` gives of learning rates and weight decays.
 
-    Each trial's learning rate decays fully within its own steps. Raises ConfigError for epochs beyond the cap.
+    With few general data or none: up to the most epochs that TELL's steps allow. Each training's learning rate decays fully
+    within its own steps. What else an arm tunes (the weight of KL, the adapter's scale) takes the place of some epochs, so that
+    all arms have as many trials. Raises ConfigError for epochs beyond the cap.
     """
+    rates, decays = settings.compare.learning_rates or (None,), settings.compare.weight_decays or (None,)
+    halves = [(0.0, 1.0)]  # weight of KL, scale of the adapter
+    if arm.kl:
+        halves = [(0.1, 1.0), (1.0, 1.0)]
+    elif arm.members > 1:
+        halves = [(0.0, 1.0), (0.0, 0.5)]
+    return tuple(
+        Setting(repeats, rate, decay, kl=kl, scale=scale)
+        for repeats in _repeats(rows, arm, settings, len(halves)) for kl, scale in halves for rate in rates for decay in decays
+    )  # fmt: skip
+
+
+def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple[int, ...]:
     wanted = None if arm.mixes else settings.compare.sft_epochs
     if (arm.mixes and arm.general_per_task is None) or (settings.mix.general_per_task == 0 and wanted is None):
         return rows.repeats
-    shown = rows.n_task * (1 + (arm.general_per_task or 0.0) * arm.mixes)
+    shown = rows.n_task * (1 + (arm.general_per_task or 0.0) * arm.mixes) * arm.members
     cap = max(1, math.floor(rows.step_cap * settings.train.batch_size / shown))
     if wanted is None:
         # At least as many trials as TELL has; a single pass and the cap are always among them.
-        return tuple(sorted({int(n) for n in np.geomspace(1, cap, max(3, len(rows.repeats))).round()}))
-    if settings.mix.general_per_task > 0 and max(wanted) > cap:
+        count = math.ceil(max(3, len(rows.repeats)) / halves)
+        return tuple(sorted({int(n) for n in np.geomspace(1, cap, count + (halves > 1)).round()}))[-count:]
+    if settings.mix.general_per_task > 0 and arm.members == 1 and max(wanted) > cap:
         raise ConfigError(
             f"compare.sft_epochs: {max(wanted)} epochs of {rows.n_task} rows are over TELL's {rows.step_cap} steps; "
             f"use at most {cap}"
         )
-    return wanted
+    return tuple(sorted({min(epochs, cap) for epochs in wanted}))

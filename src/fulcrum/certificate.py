@@ -40,6 +40,7 @@ class Question:
     """What is asked of the outcomes: what `arm` brought over the best of `references`, which use no general data.
 
     The first of `metrics` is the one that decides; those in `lower_is_better` are turned round before anything else.
+    `notes` say what a reader has to know of how the outcomes were made.
     """
 
     arm: str
@@ -49,6 +50,7 @@ class Question:
     task: str = "task"
     draws: Annotated[int, Field(ge=200, le=100_000)] = 2000
     seed: Annotated[int, Field(ge=0)] = 0
+    notes: tuple[str, ...] = ()
 
 
 def certify(found: Outcomes, question: Question) -> dict[str, Any]:

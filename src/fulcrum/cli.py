@@ -277,7 +277,8 @@ def _launch(ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool
         from fulcrum import arms
 
         one = [arms.own_arm(settings)], [settings.seed]
-        _dry_run(screen, settings, *(one if verb == "train" else (arms.chosen_arms(settings), settings.seeds)))
+        apart = verb == "train"
+        _dry_run(screen, settings, *(one if apart else (arms.chosen_arms(settings), settings.seeds)), dev_apart=apart)
         return
     from fulcrum import comparison, run, terminal
     from fulcrum.watch import Watch
@@ -288,11 +289,11 @@ def _launch(ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool
         terminal.conclude(screen, Path(settings.output_dir))
 
 
-def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds: Sequence[int]) -> None:
+def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds: Sequence[int], *, dev_apart: bool) -> None:
     from fulcrum import config, preview, store, terminal
 
     with terminal.working(screen, "reading data"):
-        seen = preview.open_preview(settings, seeds[0])
+        seen = preview.open_preview(settings, seeds[0], dev_apart=dev_apart)
         trials = preview.trials(seen, arms)
     terminal.say(terminal.console(), config.dump(settings).rstrip())
     screen.print(terminal.trial_table(trials))
@@ -301,6 +302,8 @@ def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds
         terminal.say(screen, f"warning: {settings.output_dir} holds a run already; --resume goes on with it", "yellow")
     many = f"{len(seeds)} seeds: " if len(seeds) > 1 else ""
     runs, steps = len(trials) * len(seeds), sum(trial.steps for trial in trials) * len(seeds)
+    if not dev_apart:
+        many += f"each tried by {settings.compare.folds}-fold cross-validation, the best trained on all rows: up to "
     counted = f"{runs:,} training run{'s' if runs != 1 else ''}, {steps:,} step{'s' if steps != 1 else ''} in all"
     terminal.say(screen, f"{many}{counted}; nothing was trained (--dry-run)")
 

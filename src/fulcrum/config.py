@@ -7,7 +7,8 @@ they are renamed before validation, so the resolved settings in a run folder alw
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -18,7 +19,12 @@ from fulcrum.records import Anchor, Placement
 
 Order = Literal["auto", "random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general"]
 
-_LISTS = (tuple[str, ...], tuple[int, ...], tuple[int, ...] | None)
+
+def _is_list(kind: Any) -> bool:
+    """Whether a field takes a list of names or numbers, and no single text."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    elements = [get_args(option)[0] for option in options if get_origin(option) is tuple]
+    return str not in options and any({element, *get_args(element)} & {str, int, float} for element in elements)
 
 
 class Section(BaseModel):
@@ -30,7 +36,7 @@ class Section(BaseModel):
     @classmethod
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
-        if kind in _LISTS and isinstance(value, str | int) and not isinstance(value, bool):
+        if _is_list(kind) and isinstance(value, str | int | float) and not isinstance(value, bool):
             value = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
         # Python takes True for 1: `repeats: yes` would be one repeat.
         if kind is not bool and any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value])):
@@ -166,27 +172,96 @@ class EvalSettings(Section):
     draws: int = Field(2000, ge=100, description="bootstrap draws")
 
 
-class CompareSettings(Section):
-    """Which arms, and how many seeds."""
+class Arm(Section):
+    """One way of training that is compared. Arms differ in these things and in nothing else; a YAML file may add its own."""
 
-    arms: tuple[str, ...] = Field(
-        ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell"),
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="small letters, digits and _; used in tables and file names")
+    trained: bool = Field(True, description="false: the model stays as it is")
+    anchored: bool = Field(False, description="whether task rows carry the anchor, in training and in inference")
+    task_rows: bool = Field(True, description="false: trains on general rows alone")
+    general: Literal["none", "pool", "permuted", "own_answers", "self_made"] = Field(
+        "none",
+        description="general rows: none; the pool's; these with each other's answers, or with the base model's own; or rows "
+        "that the base model made from nothing",
+    )
+    pool: Sources = Field((), description="general data of its own; none: `general:` of the run")
+    order: Order | None = Field(None, description="instead of mix.order")
+    general_per_task: float | None = Field(None, gt=0, description="in examples, instead of mix.general_per_task")
+    shots: bool = Field(False, description="task rows stand in the prompt instead of training")
+    kl: bool = Field(False, description="whether the distance to the base model (KL divergence) is part of the loss, tuned")
+    members: int = Field(1, ge=1, le=16, description="adapters of as many trainings, averaged, their scale tuned")
+    words: bool = Field(False, description="no language model: TF-IDF and logistic regression over answers as labels")
+    train: dict[str, Any] = Field(default_factory=dict, description="trainer settings of its own, as in `train:`")
+
+    _sources = field_validator("pool", mode="before")(_as_sources)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "Arm":
+        if not self.mixes and (self.pool or self.order or self.general_per_task or not self.task_rows):
+            raise ValueError(f"{self.name}: without general rows (general: pool) there is no pool, order or ratio to set")
+        if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train):
+            raise ValueError(f"{self.name}: is not trained (trained: false), so nothing of training can be set")
+        TrainSettings.model_validate(self.train)
+        return self
+
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed, with its other rows, gives another result."""
+        return self.trained or self.shots or self.words
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it trains on general rows."""
+        return self.general != "none"
+
+
+Sizes = tuple[int, ...]
+
+
+class CompareSettings(Section):
+    """Which arms, at how many task rows, and how many seeds. Dev rows count as task rows: settings are chosen inside them."""
+
+    arms: tuple[str | Arm, ...] = Field(
+        ("base", "base_anchor", "kshot", "sft", "sft_anchor", "mix", "tell"),
         min_length=1,
-        description="arms to run; README.md lists all",
+        description="arms to run: names that README.md lists, or arms of your own",
     )
     seeds: tuple[int, ...] | None = Field(None, min_length=1, description="whole chains (subset, order, ...); none: `seed`")
+    sizes: Sizes | None = Field(None, min_length=1, description="numbers of task rows, nested; none: all train and dev rows")
+    mixed_sizes: Sizes | None = Field(
+        None, min_length=1, description="of these, the sizes of arms with general rows; none: all"
+    )
+    folds: int = Field(3, ge=2, description="of the cross-validation inside the task rows that chooses an arm's settings")
+    tune: Literal["each", "first"] = Field(
+        "each", description="choose settings for each seed, or once, by the first seed's rows, for all seeds"
+    )
     sft_epochs: tuple[int, ...] | None = Field(
         None,
         description="epochs tried for arms without general data; none: from 1 to what TELL's steps allow, evenly in the log, "
         "as many as TELL's repeats tried and at least 3",
     )
+    learning_rates: tuple[float, ...] | None = Field(None, min_length=1, description="tried by every arm; none: train's")
+    weight_decays: tuple[float, ...] | None = Field(None, min_length=1, description="tried by every arm; none: train's")
 
-    @field_validator("arms", "seeds")
+    @field_validator("arms", "seeds", "sizes", "mixed_sizes")
     @classmethod
     def _once(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-        if value and (twice := [item for place, item in enumerate(value) if item in value[:place]]):
+        names = [item.name if isinstance(item, Arm) else item for item in value or ()]
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
             raise ValueError(f"{twice[0]!r} is given twice; one cell counted as two would feign certainty")
         return value
+
+    @model_validator(mode="after")
+    def _nested(self) -> "CompareSettings":
+        for name in ("sizes", "mixed_sizes"):
+            if small := [size for size in getattr(self, name) or () if size < 4]:
+                raise ValueError(f"{name}: {small[0]} rows cannot be cut into folds; use 4 or more")
+        if self.mixed_sizes and not set(self.mixed_sizes) <= set(self.sizes or ()):
+            odd = sorted(set(self.mixed_sizes) - set(self.sizes or ()))
+            raise ValueError(
+                f"mixed_sizes: {odd[0]} is not among sizes; without a reference there is nothing to compare it with"
+            )
+        return self
 
 
 class Settings(Section):

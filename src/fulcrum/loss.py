@@ -101,8 +101,13 @@ def _chunks(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _nats(logits: Tensor, labels: Tensor, *, into_gradient: bool = False) -> Tensor:
-    """Nats of each target, in float32; with `into_gradient`, `logits` (n, vocabulary) become softmax minus one-hot."""
+def _nats(
+    logits: Tensor, labels: Tensor, *, into_gradient: bool = False, base: Tensor | None = None, kl: float = 0.0
+) -> Tensor:
+    """Nats of each target, in float32; with `into_gradient`, `logits` (n, vocabulary) become softmax minus one-hot.
+
+    With the base model's logits `kl` times (softmax minus its softmax) is added, the gradient of KL(base || tuned).
+    """
     nats = []
     for part in _chunks(len(labels), max(1, _CACHED // logits.shape[1])):
         scores, target = logits[part].float(), labels[part, None]
@@ -110,6 +115,8 @@ def _nats(logits: Tensor, labels: Tensor, *, into_gradient: bool = False) -> Ten
         nats.append((total - scores.gather(1, target))[:, 0])
         if into_gradient:
             scores = (scores - total).exp_()
+            if base is not None:
+                scores.add_(scores - base[part].float().softmax(dim=-1), alpha=kl)
             logits[part] = scores.scatter_add_(1, target, scores.new_full(target.shape, -1.0))
     return torch.cat(nats)
 
@@ -119,15 +126,17 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, weights: Tensor,
+        base: Tensor | None, kl: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         nats, gradients = [], []
         for part in _chunks(len(labels), _CHUNK):
             chunk = hidden[part].detach().requires_grad_(True)
             with torch.enable_grad():
                 logits = head(chunk)
             gradient = logits.detach()
-            nats.append(_nats(gradient, labels[part], into_gradient=True))
+            there = None if base is None else head(base[part])
+            nats.append(_nats(gradient, labels[part], into_gradient=True, base=there, kl=kl))
             down = torch.autograd.grad(logits, chunk, gradient)[0]
             gradients.append((down.float() * weights[part, None]).to(down.dtype))
         ctx.save_for_backward(torch.cat(gradients))
@@ -136,25 +145,41 @@ class _ChunkedLoss(torch.autograd.Function):
         return (each * weights).sum(), each
 
     @staticmethod
-    def backward(ctx: Any, total_gradient: Tensor, _each: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, total_gradient: Tensor, _each: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * total_gradient.to(gradient.dtype), None, None, None
+        return gradient * total_gradient.to(gradient.dtype), None, None, None, None, None
 
 
-def row_loss(loaded: LoadedModel, row: Row, weights: Tensor) -> tuple[Tensor, Tensor]:
+def row_loss(loaded: LoadedModel, row: Row, weights: Tensor, *, kl: float = 0.0) -> tuple[Tensor, Tensor]:
     """Weighted loss of a row, and the nats of each target (no gradient).
 
-    `weights` (targets,) already hold the division by the step's total, so that rows of a step just add up.
+    `weights` (targets,) already hold the division by the step's total, so that rows of a step just add up. `kl` adds to each
+    target's loss so many times KL(base || tuned), the divergence of the adapted model from the base model there; the value
+    that is returned is without it, its gradient with it.
     """
     recompute = _needs_checkpointing(loaded, row)
     set_checkpointing(loaded, recompute)
     with loaded.precision(), _adapter_precision(loaded), _layers_compiled(loaded, not recompute):
+        base = _base(loaded, row) if kl else None
         if _split(loaded):
             apply: Any = _ChunkedLoss.apply
-            total, each = apply(_hidden(loaded, row), loaded.head, row.labels, weights)
+            total, each = apply(_hidden(loaded, row), loaded.head, row.labels, weights, base, kl)
             return total, each
-        losses = functional.cross_entropy(_logits_everywhere(loaded, row).float(), row.labels, reduction="none")
-        return (losses * weights).sum(), losses.detach()
+        logits = _logits_everywhere(loaded, row).float()
+        losses = functional.cross_entropy(logits, row.labels, reduction="none")
+        total = (losses * weights).sum()
+        if base is not None:
+            apart = functional.kl_div(logits.log_softmax(-1), base.float().softmax(-1), reduction="none").sum(-1)
+            distance = kl * (apart * weights).sum()
+            total = total + distance - distance.detach()
+        return total, losses.detach()
+
+
+@torch.no_grad()
+def _base(loaded: LoadedModel, row: Row) -> Tensor:
+    """What the base model has at the row's targets: hidden states where the head runs apart, else logits."""
+    with loaded.peft.disable_adapter():
+        return _hidden(loaded, row) if _split(loaded) else _logits_everywhere(loaded, row)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ clean the general rows before anything is mixed.
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,9 +27,9 @@ _LENGTH_SAMPLE = 256  # general rows whose mean length stands for all, where a m
 class Material:
     """All rows of one run at one seed.
 
-    `general` are the rows that the longest plan needs; `held_out` are general rows that no arm trains on, by source name
-    (forgetting is measured on them); `repeats` are the numbers of repeats that mixed arms try; `step_cap` is the number of
-    optimizer steps of the longest plan, the most that any arm may use; `rejects` counts the rows not used, by reason.
+    `general` are the rows that the longest plan of `general_for` task rows needs, `own_general` those of arms with a pool (or
+    rows made) of their own; `held_out` are general rows that no arm trains on, by source name (forgetting is measured on them);
+    `repeats` are the numbers of repeats that mixed arms try; `rejects` counts the rows not used, by reason.
     """
 
     tasks: tuple[Task, ...]
@@ -37,8 +37,10 @@ class Material:
     held_out: Mapping[str, tuple[Example, ...]]
     rejects: Mapping[str, int]
     repeats: tuple[int, ...]
-    step_cap: int
+    general_for: int
+    batch_size: int
     notes: tuple[str, ...] = ()
+    own_general: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
 
     @property
     def n_task(self) -> int:
@@ -46,16 +48,49 @@ class Material:
         return sum(len(task.train) for task in self.tasks)
 
     @property
+    def step_cap(self) -> int:
+        """Optimizer steps of the longest plan, the most that any arm may use."""
+        rows = max(self.repeats) * self.n_task + self.general_count(max(self.repeats))
+        return -(-rows // self.batch_size)
+
+    def at(self, size: int) -> "Material":
+        """The same with the first `size` rows of every task: nested subsets, since their order is the seed's."""
+        return replace(self, tasks=tuple(replace(task, train=task.train[:size]) for task in self.tasks))
+
+    def folds(self, count: int, seed: int) -> list["Material"]:
+        """Cut the training rows `count` times into rows to train on and dev rows, by content group; each is a dev row once.
+
+        Tasks with fewer groups have fewer folds. Raises DataError where a task has a single group.
+        """
+        cuts = [_folds(task, count, seed) for task in self.tasks]
+        return [replace(self, tasks=fold) for fold in zip(*cuts, strict=False)]
+
+    @property
     def fingerprints(self) -> Mapping[str, str]:
         """A hash over every row of each part, by the part's name, so that a refusal can say which data changed."""
         parts: dict[str, object] = {"general": self.general}
+        parts |= {f"general of {name}": rows for name, rows in self.own_general.items()}
         parts |= {f"held out: {name}": rows for name, rows in self.held_out.items()}
         parts |= {f"{task.name} {part}": getattr(task, part) for task in self.tasks for part in ("train", "dev", "test")}
         return {name: fingerprint(rows) for name, rows in parts.items()}
 
     def general_count(self, repeats: int) -> int:
-        """General rows that a plan with `repeats` uses: in proportion to the longest candidate's."""
-        return round(len(self.general) * repeats / max(self.repeats))
+        """General rows of a plan with `repeats`, whether there are so many or not: in proportion to the longest candidate's."""
+        return round(len(self.general) * repeats * self.n_task / (max(self.repeats) * self.general_for))
+
+
+def _folds(task: Task, count: int, seed: int) -> list[Task]:
+    from sklearn.model_selection import GroupKFold
+
+    groups = [row.group for row in task.train]
+    count = min(count, len(set(groups)))
+    if count < 2:
+        raise DataError(
+            f"{task.name}: its {len(groups)} rows are one content group ({groups[0]!r:.60}), so none can be set apart to "
+            "choose settings by; name another column in task.group, or use more rows"
+        )
+    folds = GroupKFold(count, shuffle=True, random_state=seed).split(groups, groups=groups)
+    return [replace(task, train=tuple(task.train[k] for k in own), dev=tuple(task.train[k] for k in dev)) for own, dev in folds]
 
 
 def read_task(settings: TaskSettings, seed: int) -> tuple[Task, list[Reject]]:
@@ -84,10 +119,14 @@ def read_task(settings: TaskSettings, seed: int) -> tuple[Task, list[Reject]]:
     ), rejects  # fmt: skip
 
 
-def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int) -> Material:
+def prepare(
+    settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int, *, dev_apart: bool = True
+) -> Material:
     """Read everything, drop what cannot be trained (counted), and choose the general rows that the longest plan needs.
 
-    `context` is the model's longest row in tokens (None: no limit). Raises DataError and ConfigError for what cannot be used.
+    `context` is the model's longest row in tokens (None: no limit). In a comparison dev rows are task rows like others
+    (`dev_apart` False): they join the training rows, in an order drawn by seed. Raises DataError and ConfigError for what
+    cannot be used.
     """
     tasks: list[Task] = []
     rejects: list[Reject] = []
@@ -101,7 +140,12 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
     if any(last_answer_only(task.anchor) for task in tasks):
         # Where some anchor lets only last answers be trained, no arm and no task trains on others.
         tasks = [replace(task, train=tuple(map(_last_answer_only, task.train))) for task in tasks]
+    n_task = sum(len(task.train) for task in tasks)
+    if not dev_apart:
+        tasks = [_joined(task, seed) for task in tasks]
+        n_task = sum(len(task.train[: _largest(settings, task)]) for task in tasks)
     repeats, notes = settings.mix.candidates, list[str]()
+    own_general: dict[str, tuple[Example, ...]] = {}
     held_out: dict[str, tuple[Example, ...]] = {}
     general: list[Example] = []
     if settings.eval.general_rows > 0:
@@ -114,7 +158,7 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
             cleaner.take(settings.eval.general_rows, seed_for(settings.seed, "held out"), outside).examples
         )
         outside |= {content_key(example) for example in held_out["pool"]}
-        wanted = cleaner.wanted(tasks)
+        wanted = cleaner.wanted(tasks, n_task)
         selection = cleaner.take(max(wanted.values()), seed_for(seed, "general"), outside, held_out["pool"])
         rejects += [Reject(r.origin, f"general: {r.reason}", r.detail) for r in selection.rejects]
         left = len(selection.examples)
@@ -125,10 +169,37 @@ def prepare(settings: Settings, tokenizer: encode.Tokenizer, context: int | None
             tried, all_of = (", ".join(map(str, numbers)) for numbers in (repeats, wanted))
             notes.append(f"mix.repeats: auto tries {tried} instead of {all_of}: the general data have {left:,} usable rows")
         general = selection.examples[: wanted[max(repeats)]]
-    rows = max(repeats) * sum(len(task.train) for task in tasks) + len(general)
-    cap = -(-rows // settings.train.batch_size)
+        for arm in () if dev_apart else settings.compare.arms:
+            if not isinstance(arm, str) and arm.pool:
+                other = _Cleaner(settings, tokenizer, context, [task for task, _ in whole], arm.pool)
+                found = other.take(len(general), seed_for(seed, "general"), outside, held_out["pool"])
+                if len(found.examples) < len(general):
+                    raise DataError(
+                        f"compare.arms: {arm.name}: the mix needs {len(general)} general rows, its pool has "
+                        f"{len(found.examples)} usable (of {len(other.pool)}); lower mix.general_per_task, or add rows"
+                    )
+                own_general[arm.name] = tuple(found.examples)
     counts = dict(Counter(reject.reason for reject in rejects))
-    return Material(tuple(tasks), tuple(general), held_out, counts, repeats, cap, tuple(notes))
+    return Material(
+        tuple(tasks), tuple(general), held_out, counts, repeats, n_task, settings.train.batch_size, tuple(notes), own_general
+    )
+
+
+def _joined(task: Task, seed: int) -> Task:
+    rows = (*task.train, *task.dev)
+    order = np.random.default_rng(seed_for(seed, "sizes")).permutation(len(rows))
+    return replace(task, train=tuple(rows[k] for k in order), dev=())
+
+
+def _largest(settings: Settings, task: Task) -> int:
+    """Rows of a task in the largest mixture. Raises DataError for sizes that the task does not have."""
+    sizes = settings.compare.sizes or (len(task.train),)
+    if max(sizes) > len(task.train):
+        raise DataError(
+            f"compare.sizes: {max(sizes)} rows are asked for, {task.name} has {len(task.train)} (train and dev together); "
+            "lower the sizes or add rows"
+        )
+    return max(settings.compare.mixed_sizes or sizes)
 
 
 def _last_answer_only(example: Example) -> Example:
@@ -223,12 +294,15 @@ def fitting(
 class _Cleaner:
     """Draws general rows that are not too long, overlap no task's rows and hold no anchor's text."""
 
-    def __init__(self, settings: Settings, tokenizer: encode.Tokenizer, context: int | None, tasks: Sequence[Task]) -> None:
+    def __init__(
+        self, settings: Settings, tokenizer: encode.Tokenizer, context: int | None, tasks: Sequence[Task],
+        sources: Sequence[DataSource] = (),
+    ) -> None:  # fmt: skip
         # All rows of the tasks, also those that a limit leaves out: an arm must not meet them in the pool.
         self.settings, self.tasks = settings, tasks
         self.limit = _limit(settings, context)
         self.plain = encode.make_format(tokenizer, None)
-        self.pool = pool.open_pool(settings.general, seed=settings.seed)
+        self.pool = pool.open_pool(sources or settings.general, seed=settings.seed)
 
     def take(self, count: int, seed: int, outside: Collection[str] = (), apart: Sequence[Example] = ()) -> pool.Selection:
         """Up to `count` rows in seeded order, none whose content is in `outside`, or that shares text with rows of `apart`."""
@@ -249,15 +323,15 @@ class _Cleaner:
             anchors=[task.anchor for task in self.tasks if task.anchor is not None],
         )  # fmt: skip
 
-    def wanted(self, tasks: Sequence[Task]) -> dict[int, int]:
-        """General rows by the number of repeats. In `unit: tokens` the mean lengths of task rows and of a sample decide."""
+    def wanted(self, tasks: Sequence[Task], once: int) -> dict[int, int]:
+        """General rows for `once` task rows, by the number of repeats. In `unit: tokens` the mean lengths of task rows and of a
+        sample decide."""
         per_task = self.settings.mix.general_per_task
         if self.settings.mix.unit == "tokens":
             sample = self.take(_LENGTH_SAMPLE, seed_for(self.settings.seed, "lengths")).examples
             forms = [(task, encode.make_format(self.plain.tokenizer, task.anchor)) for task in tasks]
             own = np.mean([len(encode.encode(row, form)) for task, form in forms for row in task.train])
             per_task *= float(own / np.mean([len(encode.encode(row, self.plain)) for row in sample])) if sample else 1
-        once = sum(len(task.train) for task in tasks)
         return {repeats: round(per_task * repeats * once) for repeats in self.settings.mix.candidates}
 
 

@@ -81,6 +81,7 @@ class _Row(NamedTuple):
     origin: str
 
 
+LABELS = ("accuracy", "balanced_accuracy", "mcc")  # of answers that are labels
 SHARES = ("exact_match", "token_f1", "rouge_l", "json_valid", "json_fields", "accuracy")  # row values in [0, 1]
 
 
@@ -292,3 +293,4 @@ _CORPUS: Mapping[str, Callable[[Sequence[_Row]], _Sums]] = {
 
 METRICS: tuple[str, ...] = ("nll", *_ROW, *_CORPUS)
 HIGHER_IS_BETTER: Mapping[str, bool] = {name: name != "nll" for name in METRICS}
+HAS_OUTCOMES: Mapping[str, bool] = {name: name not in _CORPUS for name in METRICS}  # a value for each row

@@ -15,8 +15,7 @@ import numpy as np
 
 from fulcrum import anchor as anchors
 from fulcrum import arms, encode, fetch, material, mix, store
-from fulcrum.arms import Arm
-from fulcrum.config import Settings
+from fulcrum.config import Arm, Settings
 from fulcrum.encode import Format
 from fulcrum.material import Material
 from fulcrum.records import Anchor, Example, IntArray, Message, Share
@@ -40,27 +39,33 @@ class Trial:
     """One training run to come. `warnings` are advice on its plan."""
 
     arm: str
+    size: int
     repeats: int
     steps: int
     share: Share
     warnings: tuple[str, ...]
 
 
-def open_preview(settings: Settings, seed: int) -> Preview:
-    """Read the data as a run with this seed would. Raises ConfigError, DataError or ModelError."""
+def open_preview(settings: Settings, seed: int, *, dev_apart: bool = True) -> Preview:
+    """Read the data as a run with this seed would (`dev_apart` False: a comparison). Raises ConfigError, DataError or
+    ModelError."""
     tokenizer, context = fetch.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
-    return Preview(settings, seed, material.prepare(settings, tokenizer, context, seed), tokenizer)
+    rows = material.prepare(settings, tokenizer, context, seed, dev_apart=dev_apart)
+    return Preview(settings, seed, rows, tokenizer)
 
 
 def trials(preview: Preview, chosen: Sequence[Arm]) -> list[Trial]:
-    """Every training run of the arms at the preview's seed, in order; none for arms that are not trained."""
+    """Every training on all rows of a size that the arms may come to, at the preview's seed; none for untrained arms."""
     settings, found = preview.settings, []
+    every = settings.compare.sizes or (preview.rows.n_task,)
     for arm in chosen:
-        for repeats in arms.trials(preview.rows, arm, settings) if arm.trained else ():
-            stream = arms.stream(preview.rows, preview.tokenizer, arm, settings, repeats, preview.seed)
-            size = settings.train.batch_size
-            advice = tuple(mix.warnings(stream.plan, size))
-            found.append(Trial(arm.name, repeats, stream.steps(size), stream.share(), advice))
+        for size in ((settings.compare.mixed_sizes or every) if arm.mixes else every) if arm.trained else ():
+            rows = preview.rows.at(size)
+            for repeats in dict.fromkeys(setting.repeats for setting in arms.trials(rows, arm, settings)):
+                stream = arms.stream(rows, preview.tokenizer, arm, settings, repeats, preview.seed)
+                batch = settings.train.batch_size
+                advice = tuple(mix.warnings(stream.plan, batch))
+                found.append(Trial(arm.name, rows.n_task, repeats, stream.steps(batch), stream.share(), advice))
     return found
 
 

@@ -172,13 +172,46 @@ class TrainPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """What is tuned: one trial of an arm. `repeats` are passes over the task rows; `shots` training rows stand in the prompt.
+
+    `kl` weighs the divergence from the base model; `scale` multiplies the adapter once it is trained.
+    """
+
+    repeats: int = 1
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    shots: int = 0
+    kl: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """What differs from the default, as a part of file names: "repeats4-learning_rate0.001"."""
+        if self.shots:
+            return f"shots{self.shots}"
+        others = (("learning_rate", None), ("weight_decay", None), ("kl", 0.0), ("scale", 1.0))
+        found = [f"{key}{getattr(self, key):g}" for key, usual in others if getattr(self, key) != usual]
+        return "-".join([f"repeats{self.repeats}", *found])
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A setting and its loss on dev rows (nats per answer token, averaged over tasks), with what it cost to know it."""
+
+    setting: Setting
+    dev_nll: float
+    train_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class TrialResult:
-    """One training run of an arm: its setting, its dev losses by step, and where it was best."""
+    """One training run: its dev losses by step where they were measured, and the step whose weights were kept."""
 
     repeats: int
     steps: int
     best_step: int
-    best_dev_nll: float
     dev_nll: tuple[tuple[int, float], ...]
     history: tuple[TrainPoint, ...]
     share: Share
@@ -188,24 +221,31 @@ class TrialResult:
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One arm at one seed: the trials, the chosen one, test scores per task, and the loss on held-out general rows.
+    """One arm at one size and seed: what was tried, which of it was chosen, and how that did on test rows.
 
-    `dev_nll` is the chosen adapter's (or the untrained model's) loss on the dev rows; `shots` the number of examples that the
-    prompts hold. `predictions` are by task, `general` by
-    source of the held-out rows; `general_nll` are the scores of the latter. `seconds` count trials, dev and test.
+    `size` is the number of task rows that it was given, 0 for an untrained arm. `training` made the adapter that was scored
+    (of several that were averaged, the first). `predictions` are by task, `general` by source of the held-out rows;
+    `general_nll` are the scores of the latter. `probes` are predictions that show side effects (`cell.probe`), by what was
+    changed. `seconds` count the training on all rows and the test.
     """
 
     arm: str
+    size: int
     seed: int
-    trials: tuple[TrialResult, ...]
+    tried: tuple[Tried, ...]
     chosen: int | None
-    dev_nll: float
+    training: TrialResult | None
     scores: Mapping[str, tuple[Score, ...]]
     predictions: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
     general: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
     general_nll: Mapping[str, Score]
     seconds: float
-    shots: int = 0
+    probes: Mapping[str, tuple[Prediction, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def setting(self) -> Setting | None:
+        """What was chosen; None where there was nothing to choose."""
+        return None if self.chosen is None else self.tried[self.chosen].setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +282,7 @@ class Results:
     """Everything that results.json holds and the report needs. Predictions are apart, in predictions.jsonl.
 
     `forgetting` are paired differences to the untrained arm on held-out general rows; their `task` is the rows' source.
+    `size` is the number of task rows at which arms are set against each other; other sizes stand in the certificate.
     """
 
     kind: Literal["train", "compare", "eval"]
@@ -256,4 +297,5 @@ class Results:
     step_cap: int
     seconds: float
     peak_memory_bytes: int
-    version: int = 2
+    size: int
+    version: int = 3

@@ -113,10 +113,7 @@ def forgetting_plot(results: Record) -> str:
     untrained = _untrained(results)
     panels = []
     for source in dict.fromkeys(source for arm in arms.values() for source in arm[0]["general_nll"]):
-        found = {
-            name: [r["general_nll"][source] for r in summary.seed_sample(arm) if source in r["general_nll"]]
-            for name, arm in arms.items()
-        }
+        found = {name: [r["general_nll"][source] for r in arm if source in r["general_nll"]] for name, arm in arms.items()}
         rows = [
             (name, summary.interval_of(scores), [summary.value_of(score) for score in scores])
             for name, scores in found.items()
@@ -130,14 +127,14 @@ def forgetting_plot(results: Record) -> str:
 
 def _untrained(results: Record) -> str | None:
     """The arm that forgetting is measured against: the first untrained one."""
-    return next((name for name, arm in summary.by_arm(results).items() if not summary.chosen_trials(arm)), None)
+    return next((name for name, arm in summary.by_arm(results).items() if not summary.trainings(arm)), None)
 
 
 def training_plot(results: Record) -> str:
     """Return the SVG of task loss, general loss and dev NLL by step: the chosen trial of each trained arm's first seed."""
     panels: dict[str, list[plots.Curve]] = {"Loss on task rows": [], "Loss on general rows": [], "NLL on dev rows": []}
     for name, arm in summary.by_arm(results).items():
-        for trial in summary.chosen_trials(arm)[:1]:
+        for trial in summary.trainings(arm)[:1]:
             history = trial["history"]
             task = [(point["step"], point["task_loss"]) for point in history]
             general = [(point["step"], point["general_loss"]) for point in history]
@@ -173,7 +170,7 @@ def examples(results: Record, predictions: Sequence[Record]) -> dict[str, list[d
     for facts in results["tasks"]:
         rows: dict[str, dict[str, Record]] = {}
         for prediction in predictions:
-            if prediction["task"] == facts["name"]:
+            if prediction["task"] == facts["name"] and prediction["size"] in (0, results["size"]):
                 rows.setdefault(prediction["origin"], {}).setdefault(prediction["arm"], prediction)
         ranked = sorted(rows.values(), key=lambda row: -_gap(row, pair))
         shown[facts["name"]] = [_example(row, arms) for row in ranked[:limit]]
@@ -241,7 +238,7 @@ def card(results: Record, adapter_note: str) -> str:
     anchors = [facts for facts in results["tasks"] if facts["anchor"] is not None]
     grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
     longest = max((task["max_new_tokens"] for task in results["settings"].get("tasks", ())), default=64)
-    trained = [arm["arm"] for arm in results["arms"] if arm["chosen"] is not None]
+    trained = [arm["arm"] for arm in results["arms"] if arm["training"] is not None]
     folder = "adapter" if results["kind"] == "train" else f"adapters/{'tell' if 'tell' in trained else (trained or ['sft'])[0]}"
     return _render(
         "card.md.j2", results, adapter_note=adapter_note, anchors=anchors, grids=grids, max_new_tokens=longest, folder=folder,
@@ -279,12 +276,12 @@ def _render(template: str, results: Record, **more: Any) -> str:
     )
     environment.filters |= {"fence": _fence, "literal": _literal}
     arms = summary.by_arm(results)
-    steps = [trial["steps"] for result in results["arms"] for trial in result["trials"]]
+    steps = [result["training"]["steps"] for found in arms.values() for result in found if result["training"]]
     return environment.get_template(template).render(
         results=results,
         claims=summary.claims(results),
         seeds=sorted({result["seed"] for result in results["arms"]}),
-        trained=[name for name, arm in arms.items() if summary.chosen_trials(arm)],
+        trained=[name for name, arm in arms.items() if summary.trainings(arm)],
         training=summary.training_grid(results),
         cost=summary.cost_grid(results),
         differences=summary.difference_grid(results),

@@ -4,66 +4,24 @@ files -> material (rows split and cleaned) -> tokens -> plan -> adapter, once pe
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 
-from fulcrum import (
-    adapter,
-    compiled,
-    config,
-    encode,
-    export,
-    generate,
-    material,
-    metrics,
-    mix,
-    model,
-    report,
-    scoring,
-    shots,
-    store,
-    training,
-)
+from fulcrum import adapter, cell, compiled, config, export, generate, material, mix, model, report, scoring, store, training
 from fulcrum.adapter import State
-from fulcrum.arms import ARMS, Arm, own_arm, planned_tokens, stream, trials
-from fulcrum.config import Settings
+from fulcrum.arms import ARMS, arm_of, own_arm, planned_tokens, stream, trials
+from fulcrum.cell import Silent, Watcher
+from fulcrum.config import Arm, Settings
 from fulcrum.identity import environment, manifest, peak_memory_bytes
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
-from fulcrum.records import ArmResult, Difference, Results, Task, Tokens, TrainPoint, TrialResult
-
-
-class Watcher(Protocol):
-    """Who is told how a run goes on: the terminal, a notebook, nobody."""
-
-    def stage(self, text: str) -> None:
-        """Something began."""
-
-    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
-        """An optimizer step ended."""
-
-    def count(self, label: str, done: int, total: int) -> None:
-        """`done` of `total` are finished."""
-
-
-class Silent:
-    """The watcher that says nothing."""
-
-    def stage(self, text: str) -> None:
-        """Say nothing."""
-
-    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
-        """Say nothing."""
-
-    def count(self, label: str, done: int, total: int) -> None:
-        """Say nothing."""
+from fulcrum.records import ArmResult, Difference, Results, Tokens, TrialResult, Tried
 
 
 def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = None) -> Results:
@@ -74,11 +32,9 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     watcher, started = watcher or Silent(), time.perf_counter()
     arm = own_arm(settings)
     loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
-    base = replace(ARMS["base"], anchored=arm.anchored, name="base_anchor" if arm.anchored else "base")
-    results = [run_arm(rows, loaded, base, settings, settings.seed, None, watcher)[0]]
-    trained, state = run_arm(rows, loaded, arm, settings, settings.seed, folder, watcher)
-    results.append(trained)
-    adapter.use(loaded, state, settings.train)
+    base = ARMS["base_anchor" if arm.anchored else "base"]
+    untrained = cell.score(rows, rows.tasks, loaded, base, settings, base.name, watcher)
+    results = [replace(untrained, seed=settings.seed), train_arm(rows, loaded, arm, settings, folder, watcher)]
     if writes():
         export.save_adapter(loaded, folder / "adapter", {t.name: t.anchor if arm.anchored else None for t in rows.tasks})
     return finish("train", settings, folder, loaded, [rows], results, (), started)
@@ -99,10 +55,12 @@ def begin(
     watcher.stage(f"loading {settings.model}")
     loaded = model.load(settings.model, chosen, trust_remote_code=settings.trust_remote_code)
     watcher.stage("reading data")
-    rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed) for seed in seeds]
+    apart = kind != "compare"
+    rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed, dev_apart=apart) for seed in seeds]
     for each in rows:
-        for arm in arms:
-            trials(each, arm, settings)  # wrong epochs are refused now, not hours later
+        for size in settings.compare.sizes or (max(len(task.train) for task in each.tasks),):
+            for arm in arms:
+                trials(each.at(size), arm, settings)  # wrong epochs are refused now, not hours later
     if any(arm.trained for arm in arms):
         adapter.new_adapter(loaded, settings.train, 0)  # as are modules that the model does not have
         adapter.drop_adapter(loaded)
@@ -132,71 +90,38 @@ def _processes() -> Any:
     return PartialState(cpu=not torch.cuda.is_available())  # the first call decides, and must not wait for a GPU
 
 
-def run_arm(
-    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed: int, folder: Path | None, watcher: Watcher
-) -> tuple[ArmResult, State | None]:
-    """Train every trial of an arm, keep the one that is best on dev, and score it once on test."""
-    started = time.perf_counter()
-    results: list[TrialResult] = []
-    best: State | None = None
-    chosen: int | None = None
-    forms = {t.name: encode.make_format(loaded.tokenizer, t.anchor if arm.anchored else None) for t in rows.tasks}
-    number, tasks = 0, rows.tasks
-    if arm.shots:
-        adapter.use(loaded, None, settings.train)
-        plain = encode.make_format(loaded.tokenizer, None)
-        number, tasks = shots.choose(tasks, plain, loaded.context, lambda tried: dev_loss(loaded, _scored(tried, forms)))
-    dev = _scored(tasks, forms)
-    for repeats in trials(rows, arm, settings) if arm.trained else ():
-        cell = f"{arm.name}-seed{seed}-repeats{repeats}"
-        state, result = training.train(
-            loaded, stream(rows, loaded.tokenizer, arm, settings, repeats, seed), lambda: dev_loss(loaded, dev), settings.train,
-            seed=store.seed_for(seed, "train"), repeats=repeats,
-            checkpoint=None if folder is None else folder / "checkpoints" / cell,
-            progress=_tell(watcher, cell, folder),
+def train_arm(
+    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, folder: Path, watcher: Watcher
+) -> ArmResult:  # fmt: skip
+    """Train every trial of an arm, put the adapter on the model that was best on dev, and score it once on test."""
+    started, seed = time.perf_counter(), settings.seed
+    dev = cell.tokenised(loaded, rows.tasks, arm, "dev")
+    found: list[tuple[State, TrialResult]] = []
+    results: list[Tried] = []
+    for setting in trials(rows, arm, settings):
+        label = f"{arm.name}-seed{seed}-{setting.name}"
+        found.append(
+            training.train(
+                loaded, stream(rows, loaded.tokenizer, arm, settings, setting.repeats, seed), lambda: dev_loss(loaded, dev),
+                cell.own_settings(settings.train, arm, setting), seed=store.seed_for(seed, "train"), repeats=setting.repeats,
+                checkpoint=folder / "checkpoints" / label,
+                progress=cell.tell(watcher, label, folder / "events.jsonl" if writes() else None),
+            )
         )  # fmt: skip
-        results.append(result)
-        if chosen is None or result.best_dev_nll < results[chosen].best_dev_nll:
-            best, chosen = state, len(results) - 1
-    adapter.use(loaded, best, settings.train)
-    dev_nll = dev_loss(loaded, dev) if chosen is None else results[chosen].best_dev_nll
-    scores, predictions = {}, {}
-    for task in tasks:
-        label = f"{arm.name} seed {seed}: answers to {task.name}"
-        predictions[task.name] = scoring.predict(
-            loaded, task, task.test, anchored=arm.anchored, batch_tokens=settings.eval.batch_tokens,
-            count=partial(watcher.count, label),
-        )  # fmt: skip
-        scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
-    general = scoring.general_predictions(loaded, rows.held_out, watcher.stage)
-    general_nll = {name: metrics.score(found, ["nll"], draws=settings.eval.draws)[0] for name, found in general.items()}
+        tried = Tried(setting, min(loss for _, loss in found[-1][1].dev_nll), found[-1][1].train_tokens, found[-1][1].seconds)
+        results.append(tried)
+    chosen = min(range(len(results)), key=lambda k: results[k].dev_nll)
+    state, trained = found[chosen]
+    adapter.use(loaded, state, settings.train)
+    scored = cell.score(rows, rows.tasks, loaded, arm, settings, f"{arm.name}-seed{seed}", watcher)
     # Of a resumed training the trials know the seconds of earlier processes.
-    seconds = max(time.perf_counter() - started, sum(result.seconds for result in results))
-    found = ArmResult(
-        arm.name, seed, tuple(results), chosen, dev_nll, scores, predictions, general, general_nll, seconds, number
-    )  # fmt: skip
-    return found, best
-
-
-def _scored(tasks: Sequence[Task], forms: Mapping[str, encode.Format]) -> list[list[Tokens]]:
-    """The dev rows of every task as they are scored."""
-    return [[encode.final_answer(example, forms[task.name]) for example in task.dev] for task in tasks]
+    seconds = max(time.perf_counter() - started, sum(tried.seconds for tried in results))
+    return replace(scored, size=rows.n_task, seed=seed, tried=tuple(results), chosen=chosen, training=trained, seconds=seconds)
 
 
 def dev_loss(loaded: LoadedModel, dev: Sequence[Sequence[Tokens]]) -> float:
     """Nats per answer token, averaged over tasks so that a large one does not decide alone."""
     return float(np.mean([generate.mean_nats(loaded, rows) for rows in dev]))
-
-
-def _tell(watcher: Watcher, cell: str, folder: Path | None) -> training.Progress:
-    """Report steps to the watcher, and to events.jsonl for anyone who looks on from outside."""
-
-    def tell(point: TrainPoint, steps: int, newest: float | None) -> None:
-        watcher.step(cell, point, steps, newest)
-        if folder is not None and writes():
-            store.append_jsonl(folder / "events.jsonl", {"run": cell, "steps": steps, "dev_nll": newest, **store.plain(point)})
-
-    return tell
 
 
 def finish(
@@ -205,21 +130,26 @@ def finish(
 ) -> Results:  # fmt: skip
     """Write results.json, predictions.jsonl, report.html and the model card; returns the results."""
     first = materials[0]
-    chosen = dict.fromkeys((arm.arm, arm.trials[arm.chosen].repeats) for arm in arms if arm.chosen is not None)
-    plans = [(name, stream(first, loaded.tokenizer, ARMS[name], settings, repeats, 0).plan) for name, repeats in chosen]
+    chosen = dict.fromkeys((a.arm, a.size, a.training.repeats) for a in arms if a.training is not None)
+    plans = [
+        (name, stream(first.at(size), loaded.tokenizer, arm_of(settings, name), settings, repeats, 0).plan)
+        for name, size, repeats in chosen
+    ]
     notes = [*first.notes, *(fact for fact in loaded.facts if "one example per row" in fact or "could not be compiled" in fact)]
     notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
-    notes += [f"{a.arm}, seed {a.seed}: {a.shots} examples in the prompt, chosen on dev" for a in arms if a.shots]
+    shots = [(a, a.setting.shots) for a in arms if a.setting is not None and a.setting.shots]
+    notes += [f"{a.arm} of {a.size} rows, seed {a.seed}: {number} examples in the prompt" for a, number in shots]
+    size = shown_size(arms, settings)
     results = Results(
         kind=kind, settings=settings.model_dump(mode="json"), environment=environment(loaded),
         tasks=material.facts(first, loaded.tokenizer), notes=tuple(notes), rejects=first.rejects,
         arms=tuple(replace(arm, predictions={}, general={}) for arm in arms),
-        differences=tuple(differences), forgetting=tuple(forgetting(arms)),
+        differences=tuple(differences), forgetting=tuple(forgetting([arm for arm in arms if arm.size in (0, size)])),
         step_cap=max(rows.step_cap for rows in materials),
-        seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes(),
+        seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes(), size=size,
     )  # fmt: skip
     lines = [
-        {"arm": arm.arm, "seed": arm.seed, "task": task, **store.plain(prediction)}
+        {"arm": arm.arm, "size": arm.size, "seed": arm.seed, "task": task, **store.plain(prediction)}
         for arm in arms
         for task, predictions in (*arm.predictions.items(), *((f"general: {name}", p) for name, p in arm.general.items()))
         for prediction in predictions
@@ -233,12 +163,21 @@ def finish(
     return results
 
 
+def shown_size(arms: Sequence[ArmResult], settings: Settings) -> int:
+    """The size at which arms are set against each other: the most task rows that an arm with general rows had, else any arm."""
+    sizes = {arm_of(settings, arm.arm).mixes: 0 for arm in arms}
+    for arm in arms:
+        kind = arm_of(settings, arm.arm).mixes
+        sizes[kind] = max(sizes[kind], arm.size)
+    return sizes.get(True) or sizes.get(False, 0)
+
+
 def forgetting(arms: Sequence[ArmResult]) -> Iterator[Difference]:
     """How far each arm's loss on held-out general rows lies above the untouched model's, paired by row."""
-    base = next((arm for arm in arms if arm.chosen is None), None)
+    base = next((arm for arm in arms if arm.training is None and arm.general), None)
     if base is None:
         return
-    for name in dict.fromkeys(arm.arm for arm in arms if arm.arm != base.arm):
+    for name in dict.fromkeys(arm.arm for arm in arms if arm.arm != base.arm and arm.general):
         for source, rows in base.general.items():
             own = [[row.nll_sum for row in arm.general[source]] for arm in arms if arm.arm == name]
             found = scoring.paired(source, "nll", name, base.arm, own, [[row.nll_sum for row in rows]], rows)

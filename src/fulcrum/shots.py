@@ -1,10 +1,10 @@
 """Examples in the prompt instead of training: what a few rows bring a model whose weights stay as they are.
 
-A row is scored as the last turn of a conversation whose earlier turns are training rows with their answers. How many is chosen
-on dev, as epochs are for trained arms. The shots come first, in one order for all rows, so that they are computed once.
+A row is scored as the last turn of a conversation whose earlier turns are training rows with their answers. How many is
+tuned, as epochs are for trained arms. The shots come first, in one order for all rows, so that they are computed once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fulcrum import encode
@@ -54,12 +54,3 @@ def _longest(tasks: Sequence[Task], number: int, form: encode.Format) -> int:
         for tokens in (encode.encode(row, form) for row in rows):
             longest = max(longest, len(tokens), len(tokens) - tokens.n_loss + task.max_new_tokens)
     return longest
-
-
-def choose(
-    tasks: Sequence[Task], form: encode.Format, context: int | None, dev_loss: Callable[[Sequence[Task]], float]
-) -> tuple[int, tuple[Task, ...]]:
-    """The number of shots with the lowest `dev_loss`, and the tasks with these shots. Raises ConfigError as `numbers`."""
-    tried = {number: tuple(prompted(task, number) for task in tasks) for number in numbers(tasks, form, context)}
-    best = min(tried, key=lambda number: dev_loss(tried[number]))
-    return best, tried[best]

@@ -104,9 +104,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise StoreError(f"{path}: cannot write: {error.strerror or error}; free space or set another output_dir") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a record or plain value as indented JSON, atomically."""
-    write_bytes(path, (json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Write a record or plain value as JSON, atomically."""
+    write_bytes(path, (json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:

@@ -48,10 +48,11 @@ class Claim:
 
 
 def by_arm(results: Record) -> Arms:
-    """Return every arm's results, one a seed, in the order of the run."""
+    """Return every arm's results at the size at which arms are compared, one a seed, in the order of the run."""
     arms: dict[str, list[Record]] = {}
     for result in results["arms"]:
-        arms.setdefault(result["arm"], []).append(result)
+        if result["size"] in (0, results["size"]):
+            arms.setdefault(result["arm"], []).append(result)
     return arms
 
 
@@ -61,14 +62,14 @@ def value_of(score: Record | None, key: str = "value") -> float:
     return math.nan if value is None else float(value)
 
 
-def chosen_trials(arm: Sequence[Record]) -> list[Record]:
-    """Return the chosen trial of every seed; none for an arm that was not trained."""
-    return [result["trials"][result["chosen"]] for result in arm if result["chosen"] is not None]
+def trainings(arm: Sequence[Record]) -> list[Record]:
+    """Return the training of every seed; none for an arm that was not trained."""
+    return [result["training"] for result in arm if result["training"] is not None]
 
 
-def seed_sample(arm: Sequence[Record]) -> Sequence[Record]:
-    """Return the results that are a sample over seeds: an untrained arm is the same at every seed, and counts once."""
-    return arm if chosen_trials(arm) else arm[:1]
+def dev_nll(result: Record) -> float:
+    """Return the loss on dev rows by which a result's setting was chosen; nan where nothing was tried."""
+    return math.nan if result["chosen"] is None else value_of(result["tried"][result["chosen"]], "dev_nll")
 
 
 def metrics_of(arms: Arms, task: str) -> list[Record]:
@@ -78,7 +79,7 @@ def metrics_of(arms: Arms, task: str) -> list[Record]:
 
 def scores_of(arm: Sequence[Record], task: str, metric: str) -> list[Record]:
     """Return an arm's scores of one metric, one a seed."""
-    return [s for result in seed_sample(arm) for s in result["scores"].get(task, ()) if s["metric"] == metric]
+    return [s for result in arm for s in result["scores"].get(task, ()) if s["metric"] == metric]
 
 
 def _over_seeds(values: Sequence[float]) -> Interval:
@@ -170,7 +171,7 @@ def _comparison(results: Record, arms: Arms, task: str, metric: Record) -> Claim
     }
     # Picked by dev loss, as a user would: picked by test score it would look better than it is.
     present = [name for name in against if name in arms]
-    losses = {name: sum(value_of(result, "dev_nll") for result in arms[name]) / len(arms[name]) for name in present}
+    losses = {name: sum(dev_nll(result) for result in arms[name]) / len(arms[name]) for name in present}
     if not losses:
         return None
     reference = min(losses, key=losses.__getitem__)
@@ -215,7 +216,7 @@ def score_grid(results: Record, task: str) -> Grid:
         for name, arm in arms.items()
     ]
     head = ("arm", *(f"{label_of(m['metric'])} {'↑' if m['higher_is_better'] else '↓'}" for m in metrics))
-    marks = tuple("best" if name == best else "" if chosen_trials(arm) else "base" for name, arm in arms.items())
+    marks = tuple("best" if name == best else "" if trainings(arm) else "base" for name, arm in arms.items())
     return Grid(task, head, tuple(rows), marks)
 
 
@@ -231,30 +232,34 @@ def forgetting_grid(results: Record) -> Grid:
 
 
 def training_grid(results: Record) -> Grid:
-    """Return a row a trained arm: what its chosen trial saw, and where it was best; ``low–high`` where seeds differ."""
+    """Return a row a trained arm: what it saw, and the step whose weights were kept; ``low–high`` where seeds differ."""
     rows = []
     for name, arm in by_arm(results).items():
-        if trials := chosen_trials(arm):
-            shares = [trial["share"] for trial in trials]
+        if found := trainings(arm):
+            shares = [training["share"] for training in found]
             parts = [
                 _span([share[key] for share in shares], "{:.1%}").replace(".0%", "%")
                 for key in ("examples", "tokens", "loss_tokens")
             ]
             counts = [_span([share[key] for share in shares]) for key in ("task_examples", "general_examples")]
-            steps = [_span([trial[key] for trial in trials]) for key in ("repeats", "best_step", "steps", "train_tokens")]
+            steps = [_span([training[key] for training in found]) for key in ("repeats", "best_step", "steps", "train_tokens")]
             rows.append((name, *parts, *counts, *steps))
     head = ("arm", "task share: examples", "tokens", "loss tokens", "task rows shown", "general rows")
     return Grid("What each arm was trained on", (*head, "repeats", "best step", "steps", "train tokens"), tuple(rows))
 
 
 def cost_grid(results: Record) -> Grid:
-    """Return a row an arm: trials, tokens trained on in all trials, and seconds, summed over seeds."""
+    """Return a row an arm: trials, tokens trained on, and seconds, in all trials and trainings of all sizes and seeds."""
     rows = []
-    for name, arm in by_arm(results).items():
-        trials = [trial for result in arm for trial in result["trials"]]
-        tokens, seconds = sum(trial["train_tokens"] for trial in trials), sum(value_of(result, "seconds") for result in arm)
-        rows.append((name, f"{len(arm)}", f"{len(trials)}", f"{tokens:,}", f"{seconds:,.0f}"))
-    return Grid("Cost", ("arm", "seeds", "trials", "train tokens, all trials", "seconds, all trials and tests"), tuple(rows))
+    for name in dict.fromkeys(result["arm"] for result in results["arms"]):
+        arm = [result for result in results["arms"] if result["arm"] == name]
+        # Where the first seed's trials stand for all seeds, each of them was paid for once.
+        tried = {(*t["setting"].values(), t["dev_nll"], t["seconds"]): t for result in arm for t in result["tried"]}.values()
+        apart = results["kind"] == "compare"  # `train` tries what it keeps
+        tokens = sum(one["train_tokens"] for one in [*tried, *(trainings(arm) if apart else ())])
+        seconds = sum(value_of(one, "seconds") for one in [*arm, *(tried if apart else ())])
+        rows.append((name, f"{len(arm)}", f"{len(tried)}", f"{tokens:,}", f"{seconds:,.0f}"))
+    return Grid("Cost", ("arm", "cells", "trials", "train tokens in all", "seconds in all"), tuple(rows))
 
 
 def difference_grid(results: Record, *, first_metric_only: bool = False) -> Grid:

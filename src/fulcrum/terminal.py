@@ -157,12 +157,13 @@ def trial_table(trials: Sequence["Trial"]) -> Table:
     """Training runs to come, with the task's part counted three ways."""
     rows = [
         (
-            t.arm, f"{t.repeats}", f"{t.share.task_examples:,}", f"{t.share.general_examples:,}", f"{t.share.examples:.1%}",
+            t.arm, f"{t.size:,}", f"{t.repeats}",
+            f"{t.share.task_examples:,}", f"{t.share.general_examples:,}", f"{t.share.examples:.1%}",
             f"{t.share.tokens:.1%}", f"{t.share.loss_tokens:.1%}", f"{t.share.total_tokens:,}", f"{t.steps:,}",
         )
         for t in trials
     ]  # fmt: skip
-    head = ("arm", "repeats", "task rows shown", "general rows", "task share: examples", "tokens", "loss tokens")
+    head = ("arm", "rows", "repeats", "task rows shown", "general rows", "task share: examples", "tokens", "loss tokens")
     return grid("Training runs", (*head, "tokens in all", "steps"), rows)
 
 

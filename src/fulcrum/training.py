@@ -2,14 +2,14 @@
 
 An optimizer step is `batch_size` consecutive plan positions. The loss is the mean over all supervised tokens of the step,
 weighted by source, whatever rows and processes the step is cut into. At equal spacing the dev loss is measured, and the best
-adapter is what the run returns: one checkpoint rule for every arm.
+adapter is what the run returns; in a comparison, where dev rows are task rows, the last step's.
 """
 
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +35,17 @@ from fulcrum.store import fingerprint, plain, read_json
 Progress = Callable[[TrainPoint, int, float | None], None]  # log line, total steps, newest dev loss
 
 
-def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then linear decay that ends at `final_lr` of the peak on the last step (steps count from 0)."""
+def learning_rate(step: int, phases: Sequence[int], settings: TrainSettings) -> float:
+    """Linear warm-up, then linear decay that ends at `final_lr` of the peak on a phase's last step (steps count from 0).
+
+    Each phase begins anew: where general rows come first, the task rows after them meet a full learning rate.
+    """
+    for steps in phases[:-1]:
+        if step < steps:
+            break
+        step -= steps
+    else:
+        steps = phases[-1]
     warmup = settings.warmup * steps if settings.warmup < 1 else settings.warmup
     warmup = min(max(round(warmup), 1), steps)
     if step < warmup:
@@ -53,8 +62,8 @@ class _Loss(nn.Module):
         self.peft = loaded.peft
         self.loaded = loaded
 
-    def forward(self, row: Row, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return row_loss(self.loaded, row, weights)
+    def forward(self, row: Row, weights: Tensor, kl: float) -> tuple[Tensor, Tensor]:
+        return row_loss(self.loaded, row, weights, kl=kl)
 
 
 @dataclass
@@ -74,22 +83,25 @@ class _Progress:
 def train(
     loaded: LoadedModel,
     stream: Stream,
-    dev_loss: Callable[[], float],
+    dev_loss: Callable[[], float] | None,
     settings: TrainSettings,
     *,
     seed: int,
     repeats: int,
+    kl: float = 0.0,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[State, TrialResult]:
     """Train a fresh adapter on the stream; returns the weights that were best on dev, and the run's record.
 
-    `dev_loss` gives nats per token on the dev rows with the present adapter. With a `checkpoint` folder the run saves itself
-    every `save_every` steps, and goes on from the newest whole checkpoint found there: the result is the same, bit for bit.
+    `dev_loss` gives nats per token on the dev rows with the present adapter; without it the last step's weights are kept. `kl`
+    weighs the divergence from the base model (KL of it to the adapted one, nats per supervised token) in the loss. With a
+    `checkpoint` folder the run saves itself every `save_every` steps, and goes on from the newest whole checkpoint found there:
+    the result is the same, bit for bit.
     Raises StoreError where a checkpoint belongs to other settings or another stream or is damaged, ConfigError where the loss
     is no longer a number.
     """
-    identity = fingerprint([plain(settings.model_dump(mode="json")), stream.plan.fingerprint, seed, loaded.name])
+    identity = fingerprint([plain(settings.model_dump(mode="json")), stream.plan.fingerprint, seed, loaded.name, kl])
     new_adapter(loaded, settings, seed)
     module = _Loss(loaded)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -101,27 +113,28 @@ def train(
     accelerator = Accelerator(cpu=loaded.device.type == "cpu", device_placement=False)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     torch.manual_seed(seed)  # adapter dropout
-    steps = stream.steps(settings.batch_size)
+    steps, phases = stream.steps(settings.batch_size), stream.phases(settings.batch_size)
     state = _Progress(0, 0, math.inf, [], [], 0, 0.0)
     best: State = adapter_state(loaded)
     if checkpoint is not None:
         restored = _restore(checkpoint, identity, loaded, optimizer)
         state, best = restored if restored is not None else (state, best)
-    measured = {max(1, round(steps * k / settings.evaluations)) for k in range(1, settings.evaluations + 1)}
+    evaluations = settings.evaluations if dev_loss is not None else 0
+    measured = {max(1, round(steps * k / evaluations)) for k in range(1, evaluations + 1)}
     before, started = state.seconds, time.perf_counter()
     batches = _batches(accelerator, loaded, stream, settings, state.done, steps)
     for step, batch in zip(range(state.done, steps), batches, strict=True):
         if _stop_early(state, settings):
             break
-        rate = learning_rate(step, steps, settings)
-        point = _step(accelerator, wrapped, optimizer, parameters, loaded, batch, settings, step, rate)
+        rate = learning_rate(step, phases, settings)
+        point = _step(accelerator, wrapped, optimizer, parameters, loaded, batch, settings, step, rate, kl)
         state.tokens += point.tokens
         state.seconds = before + time.perf_counter() - started
         point = TrainPoint(step + 1, point.task_loss, point.general_loss, rate, state.tokens, state.seconds)
         state.history.append(point)
         state.done = step + 1
         newest = None
-        if step + 1 in measured:
+        if dev_loss is not None and step + 1 in measured:
             newest = dev_loss()
             if _note_dev(state, newest, steps, settings):
                 best = adapter_state(loaded)
@@ -130,10 +143,12 @@ def train(
         ends = step + 1 == steps or _stop_early(state, settings)
         if checkpoint is not None and accelerator.is_main_process and (ends or (step + 1) % settings.save_every == 0):
             _save(checkpoint, identity, loaded, optimizer, best, state)
+    if dev_loss is None:
+        best, state.best_step = adapter_state(loaded), state.done
     set_adapter_state(loaded, best)
     return best, TrialResult(
-        repeats=repeats, steps=state.done, best_step=state.best_step, best_dev_nll=state.best_dev,
-        dev_nll=tuple(state.dev), history=tuple(state.history), share=stream.share(state.done * settings.batch_size),
+        repeats=repeats, steps=state.done, best_step=state.best_step, dev_nll=tuple(state.dev), history=tuple(state.history),
+        share=stream.share(state.done * settings.batch_size),
         train_tokens=state.tokens, seconds=state.seconds,
     )  # fmt: skip
 
@@ -204,7 +219,7 @@ def _batches(
 
 def _step(
     accelerator: Accelerator, wrapped: nn.Module, optimizer: Any, parameters: list[nn.Parameter],
-    loaded: LoadedModel, batch: _Batch, settings: TrainSettings, step: int, rate: float,
+    loaded: LoadedModel, batch: _Batch, settings: TrainSettings, step: int, rate: float, kl: float,
 ) -> TrainPoint:  # fmt: skip
     """One optimizer step."""
     sums = torch.zeros(4, dtype=torch.float64)  # task nats, task targets, general nats, general targets
@@ -212,7 +227,7 @@ def _step(
     for place, row in enumerate(batch.packed):
         weights = batch.weight_of[row.owner] / batch.divisor
         with torch.enable_grad(), _sync(accelerator, wrapped, place == len(batch.packed) - 1):
-            loss, nats = wrapped(row, weights)
+            loss, nats = wrapped(row, weights, kl)
             accelerator.backward(loss)
         own, nats = batch.task_of[row.owner].cpu(), nats.cpu()  # not every device has float64
         for kind, chosen in enumerate((own, ~own)):

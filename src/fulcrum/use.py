@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from fulcrum import adapter as adapters
 from fulcrum import arms, comparison, config, encode, generate, ingest, material, metrics, model, scoring, starter, store
 from fulcrum import run as running
-from fulcrum.config import DataSource, Settings, TaskSettings
+from fulcrum.config import Arm, DataSource, Settings, TaskSettings, TrainSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Results, Score, Task
@@ -73,12 +73,18 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{file}: not a whole adapter ({error}); run the training again with --resume") from error
-    adapters.use(loaded, state, settings.train)
+    adapters.use(loaded, state, _as_saved(weights, settings.train))
     anchors = {task.name: task.anchor_value() if own.anchored else None for task in settings.tasks}
     return Adapter(loaded, settings, own.name, anchors)
 
 
-def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[Path, arms.Arm]:
+def _as_saved(weights: Path, settings: TrainSettings) -> TrainSettings:
+    """The settings with the adapter's own rank and scale: averaged adapters, and arms of a file's own, have others."""
+    saved = store.read_json(weights / "adapter_config.json")
+    return settings.model_copy(update={"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"]})
+
+
+def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[Path, Arm]:
     if (folder / "adapter").is_dir():
         own = arms.own_arm(settings)
         if arm not in (None, own.name):
@@ -86,7 +92,9 @@ def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[
         return folder / "adapter", own
     found = [
         name
-        for name in dict.fromkeys((*_USED_FIRST, *arms.ARMS))
+        for name in dict.fromkeys(
+            (*_USED_FIRST, *arms.ARMS, *(arm.name for arm in settings.compare.arms if not isinstance(arm, str)))
+        )
         if (folder / "adapters" / name / "adapter_model.safetensors").exists()
     ]
     if not found:
@@ -94,7 +102,7 @@ def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[
     name = arm or found[0]
     if name not in found:
         raise StoreError(f"{folder}: no adapter of arm {name!r}{nearest(name, found)}")
-    return folder / "adapters" / name, arms.ARMS[name]
+    return folder / "adapters" / name, arms.arm_of(settings, name)
 
 
 @dataclass(frozen=True)
@@ -174,8 +182,10 @@ def _own_rows(folder: Path, adapter: Adapter, tasks: tuple[TaskSettings, ...]) -
     no_pool = {"mix": settings.mix.model_copy(update={"general_per_task": 0.0}), "general": ()}
     no_pool |= {"eval": settings.eval.model_copy(update={"general_rows": 0})}
     # A comparison keeps the adapters of its first seed.
-    seed = settings.seed if (folder / "adapter").is_dir() else settings.seeds[0]
-    rows = material.prepare(settings.model_copy(update={"tasks": tasks, **no_pool}), loaded.tokenizer, loaded.context, seed)
+    apart = (folder / "adapter").is_dir()
+    seed = settings.seed if apart else settings.seeds[0]
+    changed = settings.model_copy(update={"tasks": tasks, **no_pool})
+    rows = material.prepare(changed, loaded.tokenizer, loaded.context, seed, dev_apart=apart)
     recorded = store.read_json(folder / store.MANIFEST)["data"]
     parts = [f"{task.name} {part}" for task in tasks for part in ("train", "dev", "test")]
     return rows.tasks, [part for part in parts if rows.fingerprints[part] not in recorded[part]]

@@ -1,0 +1,247 @@
+"""One cell of a comparison: an arm at a size and a seed. Settings are chosen by cross-validation inside its task rows, then all
+of these rows train the adapter that is scored, once, on test.
+
+Dev rows are task rows here (rule (a) of a fair comparison): what chooses a setting is data that a user has to label too. The
+last step's weights count in every arm.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fulcrum import adapter, encode, generate, metrics, scoring, shots, store, training, words
+from fulcrum.adapter import State
+from fulcrum.arms import stream
+from fulcrum.config import Arm, Settings, TrainSettings
+from fulcrum.errors import ConfigError
+from fulcrum.material import Material
+from fulcrum.model import LoadedModel
+from fulcrum.records import ArmResult, Prediction, Setting, Task, Tokens, TrainPoint, TrialResult, Tried
+
+PROBED = 32  # general prompts
+GENERAL_PROMPTS = "general prompts"
+_ANOTHER = "Name the river that flows through the city below."
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes on: the terminal, a notebook, nobody."""
+
+    def stage(self, text: str) -> None:
+        """Something began."""
+
+    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
+        """An optimizer step ended."""
+
+    def count(self, label: str, done: int, total: int) -> None:
+        """`done` of `total` are finished."""
+
+
+class Silent:
+    """The watcher that says nothing."""
+
+    def stage(self, text: str) -> None:
+        """Say nothing."""
+
+    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
+        """Say nothing."""
+
+    def count(self, label: str, done: int, total: int) -> None:
+        """Say nothing."""
+
+
+def tell(watcher: Watcher, label: str, events: Path | None) -> training.Progress:
+    """Report steps to the watcher, and to a file of events for anyone who looks on from outside."""
+
+    def told(point: TrainPoint, steps: int, newest: float | None) -> None:
+        watcher.step(label, point, steps, newest)
+        if events is not None:
+            store.append_jsonl(events, {"run": label, "steps": steps, "dev_nll": newest, **store.plain(point)})
+
+    return told
+
+
+def tokenised(loaded: LoadedModel, tasks: Sequence[Task], arm: Arm, part: str) -> list[list[Tokens]]:
+    """The dev or test rows of every task as an arm is scored on them."""
+    forms = [encode.make_format(loaded.tokenizer, task.anchor if arm.anchored else None) for task in tasks]
+    return [
+        [encode.final_answer(example, form) for example in getattr(task, part)] for task, form in zip(tasks, forms, strict=True)
+    ]
+
+
+def own_settings(settings: TrainSettings, arm: Arm, setting: Setting) -> TrainSettings:
+    """The trainer's settings with those of the arm and of the trial."""
+    chosen = {"learning_rate": setting.learning_rate, "weight_decay": setting.weight_decay}
+    changes = {**arm.train, **{key: value for key, value in chosen.items() if value is not None}}
+    return TrainSettings.model_validate({**settings.model_dump(), **changes})
+
+
+def fit(
+    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, setting: Setting, seed: int, label: str,
+    folder: Path | None, watcher: Watcher,
+) -> list[TrialResult]:  # fmt: skip
+    """Train an arm on all rows of `rows` and put the adapter on the model; returns the record of each training.
+
+    An arm that is not trained has no adapter. Of several `members` the average is put on.
+    """
+    trained = own_settings(settings.train, arm, setting)
+    states, results = [], []
+    for member in range(arm.members if arm.trained else 0):
+        name = label if arm.members == 1 else f"{label}-member{member}"
+        purpose = "train" if member == 0 else f"train {member}"
+        order = store.seed_for(seed, purpose) if member else seed
+        state, result = training.train(
+            loaded, stream(rows, loaded.tokenizer, arm, settings, setting.repeats, order), None, trained,
+            seed=store.seed_for(seed, purpose), repeats=setting.repeats, kl=setting.kl,
+            checkpoint=None if folder is None else folder / "checkpoints" / name,
+            progress=tell(watcher, name, None if folder is None else folder / "events.jsonl"),
+        )  # fmt: skip
+        states.append(state)
+        results.append(result)
+    if arm.members == 1 and states:
+        return results  # it stands on the model since it was trained
+    adapter.drop_adapter(loaded)
+    if states:
+        adapter.use(loaded, soup(states, setting.scale), _wider(trained, arm.members))
+    return results
+
+
+def soup(states: Sequence[State], scale: float) -> State:
+    """The average of adapters, times `scale`, as one adapter of the ranks' sum: exact, unlike averages of its factors.
+
+    The adapter's own scaling (alpha over rank) must stay what it was (`_wider`).
+    """
+    found: State = {}
+    for name in states[0]:
+        parts = [state[name] for state in states]
+        found[name] = torch.cat(parts, dim=0) if "lora_A" in name else torch.cat(parts, dim=1) * (scale / len(parts))
+    return found
+
+
+def _wider(trained: TrainSettings, members: int) -> TrainSettings:
+    alpha = trained.lora_alpha * (members**0.5 if trained.use_rslora else members)
+    return trained.model_copy(update={"lora_r": trained.lora_r * members, "lora_alpha": alpha})
+
+
+def _length(loaded: LoadedModel) -> words.Length:
+    plain = encode.make_format(loaded.tokenizer, None)
+    return lambda example: encode.answer_length(example, plain)
+
+
+def numbers_of_shots(rows: Material, loaded: LoadedModel, settings: Settings) -> tuple[Setting, ...]:
+    """What a k-shot arm tries: as many rows as the smallest fold leaves, in prompts that the model's context holds."""
+    plain = encode.make_format(loaded.tokenizer, None)
+    folds = rows.folds(settings.compare.folds, 0)
+    tried = [shots.numbers(fold.tasks, plain, loaded.context) for fold in folds]
+    return tuple(Setting(shots=number) for number in min(tried, key=len))
+
+
+def tune(
+    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, setting: Setting, seed: int, label: str,
+    folder: Path | None, watcher: Watcher,
+) -> Tried:  # fmt: skip
+    """The loss of a setting on rows it was not trained on, by cross-validation inside the task rows; none of test is seen."""
+    started = time.perf_counter()
+    nats, counts = np.zeros(len(rows.tasks)), np.zeros(len(rows.tasks))
+    tokens, seconds = 0, 0.0
+    for place, fold in enumerate(rows.folds(settings.compare.folds, store.seed_for(seed, "folds"))):
+        tasks: Sequence[Task] = fold.tasks
+        if arm.words:
+            losses = [words.nats(task.train, task.dev, _length(loaded)) for task in tasks]
+        else:
+            tasks = [shots.prompted(task, setting.shots) for task in tasks] if setting.shots else tasks
+            results = fit(fold, loaded, arm, settings, setting, seed, f"{label}-fold{place}", folder, watcher)
+            tokens += sum(result.train_tokens for result in results)
+            seconds += sum(result.seconds for result in results)
+            losses = [generate.nats(loaded, part) for part in tokenised(loaded, tasks, arm, "dev")]
+        nats += [own.sum() for own, _ in losses]
+        counts += [number.sum() for _, number in losses]
+    loss = float(np.mean(nats / counts))
+    # A training that diverged is worse than any other. Of a resumed one the results know the seconds of earlier processes.
+    loss = loss if math.isfinite(loss) else math.inf
+    return Tried(setting, loss, tokens, max(time.perf_counter() - started, seconds))
+
+
+def final(
+    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, tried: Sequence[Tried], seed: int, label: str,
+    folder: Path | None, watcher: Watcher, *, probed: bool = False,
+) -> ArmResult:  # fmt: skip
+    """Train on all rows with the setting that was best, and score test, once; with `probed`, look for side effects too."""
+    started = time.perf_counter()
+    chosen = min(range(len(tried)), key=lambda k: tried[k].dev_nll)
+    setting = tried[chosen].setting
+    if math.isinf(tried[chosen].dev_nll):
+        raise ConfigError(
+            f"{label}: training diverged with every setting; lower train.learning_rate ({settings.train.learning_rate:g})"
+        )
+    tasks: Sequence[Task] = rows.tasks
+    if setting.shots:
+        tasks = [shots.prompted(task, setting.shots) for task in tasks]
+    results = [] if arm.words else fit(rows, loaded, arm, settings, setting, seed, label, folder, watcher)
+    found = score(rows, tasks, loaded, arm, settings, label, watcher)
+    probes = probe(rows, tasks, loaded, arm, settings) if probed and not arm.words else {}
+    seconds = max(time.perf_counter() - started, sum(result.seconds for result in results))
+    size = max(len(task.train) for task in rows.tasks) if arm.seeded else 0
+    trained = replace(results[0], history=thinned(results[0].history)) if results else None
+    return replace(
+        found, size=size, seed=seed, tried=tuple(tried), chosen=chosen, training=trained, seconds=seconds, probes=probes
+    )
+
+
+def probe(
+    rows: Material, tasks: Sequence[Task], loaded: LoadedModel, arm: Arm, settings: Settings
+) -> dict[str, tuple[Prediction, ...]]:
+    """What the anchor ties and what leaks: test rows without it and with another's, and answers to general prompts without any.
+
+    A model that answers general prompts in the task's form has not learned when the task is asked for.
+    """
+    found = {}
+    for task in tasks:
+        if task.anchor is None or not arm.anchored:
+            continue
+        other = next((own.anchor.text for own in tasks if own.anchor not in (None, task.anchor)), _ANOTHER)
+        for name, changed in (("without", None), ("wrong", replace(task.anchor, text=other))):
+            asked = replace(task, anchor=changed, metrics=("nll",))
+            found[f"{task.name}: {name} anchor"] = scoring.predict(
+                loaded, asked, asked.test, anchored=True, batch_tokens=settings.eval.batch_tokens
+            )
+    general = next((part for part in rows.held_out.values() if part), ())[:PROBED]
+    if general:
+        asked = Task("general", (), (), general, None, ("exact_match",), max(task.max_new_tokens for task in tasks))
+        found[GENERAL_PROMPTS] = scoring.predict(
+            loaded, asked, general, anchored=False, batch_tokens=settings.eval.batch_tokens
+        )
+    return found
+
+
+def thinned(history: Sequence[TrainPoint], points: int = 64) -> tuple[TrainPoint, ...]:
+    """At most `points` of a history, evenly spaced, the last among them; events.jsonl has all."""
+    every = math.ceil(len(history) / points)
+    return tuple(history[::-1][::every][::-1])
+
+
+def score(
+    rows: Material, tasks: Sequence[Task], loaded: LoadedModel, arm: Arm, settings: Settings, label: str, watcher: Watcher
+) -> ArmResult:
+    """Score what stands on the model on the test rows of `tasks`, and on held-out general rows."""
+    scores, predictions = {}, {}
+    for task in tasks:
+        if arm.words:
+            predictions[task.name] = words.predict(task, _length(loaded))
+        else:
+            predictions[task.name] = scoring.predict(
+                loaded, task, task.test, anchored=arm.anchored, batch_tokens=settings.eval.batch_tokens,
+                count=partial(watcher.count, f"{label}: answers to {task.name}"),
+            )  # fmt: skip
+        scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
+    general: Mapping[str, tuple[Prediction, ...]] = {}
+    if not arm.words:
+        general = scoring.general_predictions(loaded, rows.held_out, watcher.stage)
+    general_nll = {name: metrics.score(found, ["nll"], draws=settings.eval.draws)[0] for name, found in general.items()}
+    return ArmResult(arm.name, 0, 0, (), None, None, scores, predictions, general, general_nll, 0.0)
