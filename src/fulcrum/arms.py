@@ -66,6 +66,10 @@ def chosen_arms(settings: Settings) -> list[Arm]:
             f"compare.arms: tfidf is for answers that are labels, and {odd[0]} has no metric of labels "
             f"({', '.join(metrics.LABELS)}); add one to task.metrics, or leave this arm out"
         )
+    if odd := [name for name in settings.compare.sizes_of if name not in {arm.name for arm in arms}]:
+        raise ConfigError(
+            f"compare.sizes_of: {odd[0]!r} is not among compare.arms{nearest(odd[0], [arm.name for arm in arms])}"
+        )
     if len(arms) < 2:
         raise ConfigError(f"compare.arms: {arms[0].name} alone has nothing to be compared with; name a second arm")
     if not any(task.anchor for task in settings.tasks):
@@ -80,6 +84,17 @@ def chosen_arms(settings: Settings) -> list[Arm]:
             "these arms out"
         )
     return arms
+
+
+def sizes_of(settings: Settings, arm: Arm, every: int) -> tuple[int, ...]:
+    """The numbers of task rows at which an arm is run, ascending; `every` are all there are."""
+    return tuple(sorted(settings.compare.sizes_of.get(arm.name) or settings.compare.sizes or (every,)))
+
+
+def largest_mixture(settings: Settings) -> int | None:
+    """The most task rows that an arm with general rows is given; None for all there are."""
+    found = [max(sizes_of(settings, arm, 0)) for arm in chosen_arms(settings) if arm.mixes]
+    return None if 0 in found else max(found, default=4)
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def final(
     found = score(rows, tasks, loaded, arm, settings, label, watcher)
     probes = probe(rows, tasks, loaded, arm, settings) if probed and not arm.words else {}
     seconds = max(time.perf_counter() - started, sum(result.seconds for result in results))
-    size = max(len(task.train) for task in rows.tasks) if arm.seeded else 0
+    size = rows.longest if arm.seeded else 0
     trained = replace(results[0], history=thinned(results[0].history)) if results else None
     return replace(
         found, size=size, seed=seed, tried=tuple(tried), chosen=chosen, training=trained, seconds=seconds, probes=probes

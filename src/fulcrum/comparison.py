@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fulcrum import cell, export, scoring, store
-from fulcrum.arms import chosen_arms, trials
+from fulcrum.arms import chosen_arms, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import StoreError
@@ -64,11 +64,7 @@ class Study:
 
     def sizes(self, arm: Arm) -> tuple[int, ...]:
         """The sizes of an arm; 0, all rows, for one that does not depend on them."""
-        compare = self.settings.compare
-        if not arm.seeded:
-            return (0,)
-        every = compare.sizes or (max(len(task.train) for task in self.rows[self.seeds[0]].tasks),)
-        return (compare.mixed_sizes or every) if arm.mixes else every
+        return sizes_of(self.settings, arm, self.rows[self.seeds[0]].longest) if arm.seeded else (0,)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -76,8 +72,10 @@ class Study:
         return tuple(self.rows)
 
     def at(self, unit: Unit) -> Material:
-        """The rows of a unit."""
-        return self.rows[unit.seed].at(unit.size) if unit.size else self.rows[unit.seed]
+        """The rows of a unit: what does not depend on their number is measured on the most that any arm is given."""
+        compare, rows = self.settings.compare, self.rows[unit.seed]
+        every = [*(compare.sizes or (rows.longest,)), *(size for sizes in compare.sizes_of.values() for size in sizes)]
+        return rows.at(unit.size or max(every))
 
 
 def compare(settings: Settings, *, resume: bool = False, watcher: Watcher | None = None) -> Results:

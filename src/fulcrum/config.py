@@ -228,8 +228,9 @@ class CompareSettings(Section):
     )
     seeds: tuple[int, ...] | None = Field(None, min_length=1, description="whole chains (subset, order, ...); none: `seed`")
     sizes: Sizes | None = Field(None, min_length=1, description="numbers of task rows, nested; none: all train and dev rows")
-    mixed_sizes: Sizes | None = Field(
-        None, min_length=1, description="of these, the sizes of arms with general rows; none: all"
+    sizes_of: dict[str, Sizes] = Field(
+        default_factory=dict,
+        description="sizes of single arms instead, as {sft: [16, 32, 64, 128]}: a dense curve where it is cheap",
     )
     folds: int = Field(3, ge=2, description="of the cross-validation inside the task rows that chooses an arm's settings")
     tune: Literal["each", "first"] = Field(
@@ -243,7 +244,7 @@ class CompareSettings(Section):
     learning_rates: tuple[float, ...] | None = Field(None, min_length=1, description="tried by every arm; none: train's")
     weight_decays: tuple[float, ...] | None = Field(None, min_length=1, description="tried by every arm; none: train's")
 
-    @field_validator("arms", "seeds", "sizes", "mixed_sizes")
+    @field_validator("arms", "seeds", "sizes")
     @classmethod
     def _once(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         names = [item.name if isinstance(item, Arm) else item for item in value or ()]
@@ -251,17 +252,13 @@ class CompareSettings(Section):
             raise ValueError(f"{twice[0]!r} is given twice; one cell counted as two would feign certainty")
         return value
 
-    @model_validator(mode="after")
-    def _nested(self) -> "CompareSettings":
-        for name in ("sizes", "mixed_sizes"):
-            if small := [size for size in getattr(self, name) or () if size < 4]:
-                raise ValueError(f"{name}: {small[0]} rows cannot be cut into folds; use 4 or more")
-        if self.mixed_sizes and not set(self.mixed_sizes) <= set(self.sizes or ()):
-            odd = sorted(set(self.mixed_sizes) - set(self.sizes or ()))
-            raise ValueError(
-                f"mixed_sizes: {odd[0]} is not among sizes; without a reference there is nothing to compare it with"
-            )
-        return self
+    @field_validator("sizes", "sizes_of")
+    @classmethod
+    def _cut(cls, value: Any) -> Any:
+        every = [size for sizes in value.values() for size in sizes] if isinstance(value, dict) else value or ()
+        if small := [size for size in every if size < 4]:
+            raise ValueError(f"{small[0]} rows cannot be cut into folds; use 4 or more")
+        return value
 
 
 class Settings(Section):

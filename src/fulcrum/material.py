@@ -48,6 +48,11 @@ class Material:
         return sum(len(task.train) for task in self.tasks)
 
     @property
+    def longest(self) -> int:
+        """Training rows of the task that has most."""
+        return max(len(task.train) for task in self.tasks)
+
+    @property
     def step_cap(self) -> int:
         """Optimizer steps of the longest plan, the most that any arm may use."""
         rows = max(self.repeats) * self.n_task + self.general_count(max(self.repeats))
@@ -120,13 +125,14 @@ def read_task(settings: TaskSettings, seed: int) -> tuple[Task, list[Reject]]:
 
 
 def prepare(
-    settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int, *, dev_apart: bool = True
-) -> Material:
+    settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int, *, dev_apart: bool = True,
+    mixed_rows: int | None = None,
+) -> Material:  # fmt: skip
     """Read everything, drop what cannot be trained (counted), and choose the general rows that the longest plan needs.
 
     `context` is the model's longest row in tokens (None: no limit). In a comparison dev rows are task rows like others
-    (`dev_apart` False): they join the training rows, in an order drawn by seed. Raises DataError and ConfigError for what
-    cannot be used.
+    (`dev_apart` False): they join the training rows, in an order drawn by seed; `mixed_rows` of each task (none: all) are in
+    the largest mixture. Raises DataError and ConfigError for what cannot be used.
     """
     tasks: list[Task] = []
     rejects: list[Reject] = []
@@ -143,7 +149,9 @@ def prepare(
     n_task = sum(len(task.train) for task in tasks)
     if not dev_apart:
         tasks = [_joined(task, seed) for task in tasks]
-        n_task = sum(len(task.train[: _largest(settings, task)]) for task in tasks)
+        for task in tasks:
+            _check_sizes(settings, task)
+        n_task = sum(len(task.train[:mixed_rows]) for task in tasks)
     repeats, notes = settings.mix.candidates, list[str]()
     own_general: dict[str, tuple[Example, ...]] = {}
     held_out: dict[str, tuple[Example, ...]] = {}
@@ -191,15 +199,14 @@ def _joined(task: Task, seed: int) -> Task:
     return replace(task, train=tuple(rows[k] for k in order), dev=())
 
 
-def _largest(settings: Settings, task: Task) -> int:
-    """Rows of a task in the largest mixture. Raises DataError for sizes that the task does not have."""
-    sizes = settings.compare.sizes or (len(task.train),)
-    if max(sizes) > len(task.train):
+def _check_sizes(settings: Settings, task: Task) -> None:
+    every = [settings.compare.sizes or (), *settings.compare.sizes_of.values()]
+    largest = max((size for sizes in every for size in sizes), default=0)
+    if largest > len(task.train):
         raise DataError(
-            f"compare.sizes: {max(sizes)} rows are asked for, {task.name} has {len(task.train)} (train and dev together); "
-            "lower the sizes or add rows"
+            f"compare.sizes: {largest} rows are asked for, {task.name} has {len(task.train)} (train and dev together); lower "
+            "the sizes or add rows"
         )
-    return max(settings.compare.mixed_sizes or sizes)
 
 
 def _last_answer_only(example: Example) -> Example:

@@ -50,16 +50,16 @@ def open_preview(settings: Settings, seed: int, *, dev_apart: bool = True) -> Pr
     """Read the data as a run with this seed would (`dev_apart` False: a comparison). Raises ConfigError, DataError or
     ModelError."""
     tokenizer, context = fetch.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
-    rows = material.prepare(settings, tokenizer, context, seed, dev_apart=dev_apart)
+    most = None if dev_apart else arms.largest_mixture(settings)
+    rows = material.prepare(settings, tokenizer, context, seed, dev_apart=dev_apart, mixed_rows=most)
     return Preview(settings, seed, rows, tokenizer)
 
 
 def trials(preview: Preview, chosen: Sequence[Arm]) -> list[Trial]:
     """Every training on all rows of a size that the arms may come to, at the preview's seed; none for untrained arms."""
     settings, found = preview.settings, []
-    every = settings.compare.sizes or (preview.rows.n_task,)
     for arm in chosen:
-        for size in ((settings.compare.mixed_sizes or every) if arm.mixes else every) if arm.trained else ():
+        for size in arms.sizes_of(settings, arm, preview.rows.longest) if arm.trained else ():
             rows = preview.rows.at(size)
             for repeats in dict.fromkeys(setting.repeats for setting in arms.trials(rows, arm, settings)):
                 stream = arms.stream(rows, preview.tokenizer, arm, settings, repeats, preview.seed)

@@ -1,20 +1,23 @@
 """A comparison's results -> one certificate a task: outcomes, the question that they answer, hashes of what they rest on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fulcrum import certificate, encode, metrics, scoring, store
+from fulcrum import certificate, encode, metrics, scoring, store, words
 from fulcrum.arms import arm_of
+from fulcrum.cell import GENERAL_PROMPTS
 from fulcrum.certificate import Question
 from fulcrum.config import Settings
 from fulcrum.identity import environment
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.outcomes import Cell, Outcomes
-from fulcrum.records import ArmResult, Example, FloatArray, Task
+from fulcrum.records import ArmResult, Example, FloatArray, Prediction, Task
+
+LEAKAGE = "leakage"
 
 
 def folder_of(folder: Path, settings: Settings, task: str) -> Path:
@@ -75,10 +78,38 @@ def outcomes_of(
             dev[cell] = -result.tried[result.chosen].dev_nll
         if cell[1]:
             tokens[cell] = float(counted[result.seed][cell[1]])
-    return Outcomes(
-        dict.fromkeys(names, origins), dict.fromkeys(names, groups),
-        {name: lengths if name == "nll" else np.ones(len(shown)) for name in names}, values, dev, tokens,
-    )  # fmt: skip
+    all_rows, all_groups = dict.fromkeys(names, origins), dict.fromkeys(names, groups)
+    weights = {name: lengths if name == "nll" else np.ones(len(shown)) for name in names}
+    for metric, cell, measured, about in side_effects(results, rows, task):
+        all_rows[metric] = tuple(row.origin for row in about)
+        all_groups[metric] = tuple(row.group for row in about)
+        weights[metric] = np.array([1 if metric == LEAKAGE else row.n_tokens for row in about], dtype=np.float64)
+        values.setdefault(metric, {})[cell] = np.array(measured, dtype=np.float64)
+    return Outcomes(all_rows, all_groups, weights, values, dev, tokens)
+
+
+def side_effects(
+    results: Sequence[ArmResult], rows: Mapping[int, Material], task: str
+) -> Iterator[tuple[str, Cell, list[float], Sequence[Prediction]]]:
+    """Outcomes beside the task: metric, cell, an outcome a row, and these rows.
+
+    Forgetting: nats on held-out general rows. Dependency: the rise of a test row's nats without the anchor, or with another.
+    Leakage: whether the answer to a general prompt, asked without anchor, has the form of the task's answers.
+    """
+    for result in results:
+        cell = (result.arm, result.size, result.seed)
+        for source, found in result.general.items():
+            yield f"forgetting: {source}", cell, [row.nll_sum for row in found], found
+        for what in ("without", "wrong"):
+            if changed := result.probes.get(f"{task}: {what} anchor"):
+                pairs = zip(changed, result.predictions[task], strict=True)
+                yield f"dependency: {what} anchor", cell, [new.nll_sum - own.nll_sum for new, own in pairs], changed
+        if answers := result.probes.get(GENERAL_PROMPTS):
+            material = rows[result.seed]
+            gold = [row.answer for own in material.tasks if own.name == task for row in own.train]
+            general = [row.answer for part in material.held_out.values() for row in part]
+            alike = words.in_form_of(gold, general, [row.output or "" for row in answers])
+            yield LEAKAGE, cell, [float(flag) for flag in alike], answers
 
 
 def _tokens(tasks: Sequence[Task], name: str, plain: encode.Format) -> list[int]:

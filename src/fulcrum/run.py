@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from fulcrum import adapter, cell, compiled, config, export, generate, material, mix, model, report, scoring, store, training
 from fulcrum.adapter import State
-from fulcrum.arms import ARMS, arm_of, own_arm, planned_tokens, stream, trials
+from fulcrum.arms import ARMS, arm_of, largest_mixture, own_arm, planned_tokens, sizes_of, stream, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.identity import environment, manifest, peak_memory_bytes
@@ -56,10 +56,13 @@ def begin(
     loaded = model.load(settings.model, chosen, trust_remote_code=settings.trust_remote_code)
     watcher.stage("reading data")
     apart = kind != "compare"
-    rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed, dev_apart=apart) for seed in seeds]
+    most = None if apart else largest_mixture(settings)
+    rows = [
+        material.prepare(settings, loaded.tokenizer, loaded.context, seed, dev_apart=apart, mixed_rows=most) for seed in seeds
+    ]
     for each in rows:
-        for size in settings.compare.sizes or (max(len(task.train) for task in each.tasks),):
-            for arm in arms:
+        for arm in arms:
+            for size in sizes_of(settings, arm, each.longest):
                 trials(each.at(size), arm, settings)  # wrong epochs are refused now, not hours later
     if any(arm.trained for arm in arms):
         adapter.new_adapter(loaded, settings.train, 0)  # as are modules that the model does not have
