@@ -6,7 +6,7 @@ import pytest
 
 from fulcrum import arms, config, encode
 from fulcrum.material import Material
-from fulcrum.records import Anchor, Example, Message, Task
+from fulcrum.records import Anchor, Example, Message, Setting, Task
 from tiny import tiny_tokenizer
 
 ANCHOR = Anchor("Name it.")
@@ -29,7 +29,7 @@ def given() -> config.Settings:
 def material() -> Material:
     """Six task rows and what TELL's eight repeats of them need: 60 steps of 4."""
     task = Task("task", rows("own", 6), rows("dev", 2), rows("test", 2), ANCHOR)
-    return Material((task,), rows("general", 192), {}, {}, (1, 2, 4, 8), 60)
+    return Material((task,), rows("general", 192), {}, {}, (1, 2, 4, 8), general_for=6, batch_size=4)
 
 
 def texts(stream: arms.Stream) -> tuple[list[str], list[str]]:
@@ -60,8 +60,9 @@ def test_replay_is_a_tenth_of_the_stream_and_tunes_its_epochs_within_tells_steps
     material: Material, given: config.Settings
 ) -> None:
     tried = arms.trials(material, arms.ARMS["replay_10"], given)
-    assert tried == (1, 3, 11, 36)  # 60 steps of 4 hold 36 epochs of 6 rows and a ninth of general ones
-    for repeats in tried:
+    epochs = (1, 3, 11, 36)  # 60 steps of 4 hold 36 epochs of 6 rows and a ninth of general ones
+    assert tried == tuple(Setting(repeats) for repeats in epochs)
+    for repeats in epochs:
         stream = made(material, given, "replay_10", repeats)
         assert stream.plan.task_share == pytest.approx(0.9, abs=0.1 if repeats == 1 else 0.02)
         assert stream.steps(4) <= material.step_cap
@@ -85,7 +86,7 @@ def test_tokens_are_planned_as_they_are_trained(material: Material, given: confi
     for name in ("tell", "placebo_permuted", "replay_10", "sft"):
         arm = arms.ARMS[name]
         planned = arms.planned_tokens(material, tiny_tokenizer(), [arm], given)
-        streams = [made(material, given, name, repeats) for repeats in arms.trials(material, arm, given)]
+        streams = [made(material, given, name, setting.repeats) for setting in arms.trials(material, arm, given)]
         anchors = sum(stream.plan.task_positions for stream in streams) * len(tiny_tokenizer()("Name it.\n\n")["input_ids"])
         trained = sum(stream.share().total_tokens for stream in streams) - anchors * arm.anchored
         assert planned == pytest.approx(trained, rel=0.05)

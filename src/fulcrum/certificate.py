@@ -21,7 +21,7 @@ from fulcrum.records import FloatArray
 from fulcrum.stats import Interval
 
 FILE, OUTCOMES = "certificate.json", "outcomes.jsonl"
-_KEYS = {"format", "question", "headline", "contradiction", "answers", "inputs", "outcomes", "sha256"}
+_KEYS = {"format", "question", "headline", "contradiction", "answers", "side_effects", "inputs", "outcomes", "sha256"}
 MORE = 50  # rows that the user could label instead
 
 # What a difference between arms at all rows says; each is a sum of scores, + or -.
@@ -65,6 +65,11 @@ def certify(found: Outcomes, question: Question) -> dict[str, Any]:
         "headline": _headline(answers[0], question, contradiction),
         "contradiction": contradiction,
         "answers": [_without_draws(answer) for answer in answers],
+        "side_effects": [
+            _side_effect(found, question, metric, answers[0]["rows"])
+            for metric in sorted(found.values)
+            if metric not in question.metrics
+        ],
     }
 
 
@@ -155,6 +160,40 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
         "attribution": _attribution(draws, n),
         "_saving": savings["rows"],
     }  # fmt: skip
+
+
+def is_side_effect(metric: str) -> bool:
+    """Whether a metric is of what happened beside the task: "leakage", "forgetting: pool", "dependency: wrong anchor"."""
+    return metric.partition(":")[0] in ("forgetting", "dependency", "leakage")
+
+
+def _side_effect(found: Outcomes, question: Question, metric: str, n: int) -> dict[str, Any]:
+    """What arms did beside the task, at `n` rows (an arm that was not measured there: at its most): forgetting, leakage.
+
+    Lower is better. `rise` is the difference to the first untrained arm (size 0), on the same rows.
+    """
+    points = _points_at(found, metric, n)
+    scores = {point: found.matrix(metric, *point) for point in points}
+    measured = leverage.measure(scores, found.groups[metric], denominators=found.weights[metric])
+    draws = leverage.draw(measured, draws=question.draws, seed=question.seed)
+    base = next((point for point in points if point[1] == 0), None)
+    arms = []
+    for point in points:
+        rise = None
+        if base is not None and point != base:
+            rise = _ends(leverage.interval(leverage.contrast((1, draws.of(*point)), (-1, draws.of(*base)))))
+        score = _ends(leverage.interval(draws.of(*point)))
+        arms.append({"arm": point[0], "size": point[1], "score": score, "rise": rise})
+    return {"metric": metric, "seeds": measured.by_seed.shape[1], "groups": round(measured.groups, 1), "arms": arms}
+
+
+def _points_at(found: Outcomes, metric: str, n: int) -> list[tuple[str, int]]:
+    """Each arm at `n` rows, else at its largest size; untrained ones first."""
+    sizes: dict[str, list[int]] = {}
+    for arm, size in found.points(metric):
+        sizes.setdefault(arm, []).append(size)
+    chosen = [(arm, n if n in own else max(own)) for arm, own in sizes.items()]
+    return sorted(chosen, key=lambda point: (point[1] > 0, point))
 
 
 def _largest(draws: Draws, question: Question) -> int:

@@ -52,11 +52,10 @@ def certify(
         if (out / name).exists():
             raise ConfigError(f"{out / name}: exists already and is not overwritten; name another folder with --out")
     found = outcomes.read(file)
-    if not metric and len(found.values) > 1:
-        raise ConfigError(
-            f"{file} has the metrics {', '.join(found.values)}; say with --metric which count, the deciding one first"
-        )
-    metrics = tuple(metric or found.values)
+    known = [name for name in found.values if not certificate.is_side_effect(name)]
+    if not metric and len(known) > 1:
+        raise ConfigError(f"{file} has the metrics {', '.join(known)}; say with --metric which count, the deciding one first")
+    metrics = tuple(metric or known)
     turned = tuple(name for name in metrics if name in (lower or ()) or (_lower_by_name(name) and name not in (higher or ())))
     question = Question(arm, tuple(reference or _references(found)), metrics, turned, task, draws)
     screen = terminal.console()
