@@ -336,7 +336,7 @@ def test_check_shows_trained_text_between_marks(place: Path) -> None:
     words = " ".join(output.split())
     assert "tickets train 12 " in words
     assert "general 24 " in words
-    assert "tell 1 12 24 33.3%" in words
+    assert "tell 12 1 12 24 33.3%" in words
 
 
 def test_rows_cannot_steer_the_terminal() -> None:
@@ -372,7 +372,7 @@ def test_dry_run_prints_settings_and_plan_and_trains_nothing(place: Path) -> Non
     assert (resolved["seed"], resolved["output_dir"], resolved["mix"]["repeats"]) == (7, str(place / "dry"), "auto")
     assert config.from_dict(resolved).seed == 7
     words = " ".join(output.split())
-    for line in ("tell 1 12 6 66.7%", "tell 2 24 12 66.7%", "tell 4 48 24 66.7%", "tell 8 96 48 66.7%"):
+    for line in ("tell 12 1 12 6 66.7%", "tell 12 2 24 12 66.7%", "tell 12 4 48 24 66.7%", "tell 12 8 96 48 66.7%"):
         assert line in words
     assert "4 training runs, 45 steps in all" in output  # 18, 36, 72 and 144 rows in steps of 6: 3 + 6 + 12 + 24
     assert not (place / "dry").exists()
@@ -386,14 +386,29 @@ def test_a_piped_dry_run_prints_settings_that_can_be_loaded(place: Path, tmp_pat
 
 
 def test_dry_run_of_a_comparison_counts_all_arms(place: Path) -> None:
-    # TELL has 36 rows = 6 steps; SFT may use as many: 3 epochs of 12 rows, tried as 1, 2 and 3.
+    # 12 training rows and 3 dev rows are task rows. TELL has 45 rows = 8 steps; SFT may use as many: 3 epochs of 15 rows,
+    # tried as 1, 2 and 3.
     output = done(
         "compare", place / "run.yaml", "--dry-run", "--set", "compare.arms=[base, sft, tell]", "--set", "compare.seeds=[0, 1]"
     )
     words = " ".join(output.split())
-    assert "sft 1 12 0 100.0% 100.0% 100.0%" in words
-    assert "sft 3 36 0 100.0%" in words
-    assert "2 seeds: 8 training runs, 36 steps in all" in output  # (2 + 4 + 6 + 6) x 2
+    assert "sft 15 1 15 0 100.0% 100.0% 100.0%" in words
+    assert "sft 15 3 45 0 100.0%" in words
+    assert "tell 15 1 15 30 33.3%" in words
+    assert (
+        "2 seeds: each tried by 3-fold cross-validation, the best trained on all rows: "
+        "up to 8 training runs, 48 steps in all" in output  # (3 + 5 + 8 + 8) x 2
+    )
+
+
+def test_dry_run_of_a_comparison_by_sizes_counts_every_size(place: Path) -> None:
+    words = ("--set", "compare.arms=[base, sft, tell]", "--set", "compare.sizes=[6, 12]", "--set", "compare.sft_epochs=[1]")
+    output = " ".join(done("compare", place / "run.yaml", "--dry-run", *words).split())
+    for line in ("sft 6 1 6 0 100.0%", "sft 12 1 12 0 100.0%", "tell 6 1 6 12 33.3%", "tell 12 1 12 24 33.3%"):
+        assert line in output
+    assert "up to 4 training runs, 12 steps in all" in output  # 1 + 2 + 3 + 6
+    said = refused("compare", place / "run.yaml", "--dry-run", *words[:2], "--set", "compare.sizes=[6, 16]")
+    assert "compare.sizes: 16 rows are asked for, tickets has 15 (train and dev together); lower the sizes or add" in said
 
 
 def test_mix_writes_the_stream_that_training_sees(place: Path, tmp_path: Path) -> None:
@@ -531,13 +546,17 @@ def test_chat_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compare_two_arms_and_resume(place: Path) -> None:
     words = ("compare", place / "run.yaml", "--set", "compare.arms=[base, tell]", "--output-dir", place / "compared")
     output = done(*words)
-    assert "tell, seed 0 (cell 2 of 2)" in output
+    assert "2 trials, by cross-validation inside the task rows" in output
+    assert "tell-15-seed0-repeats1 (2 of 2)" in output
+    assert "2 trainings on all task rows, each with its test" in output
+    assert "tell-15-seed0 (2 of 2)" in output
     assert f"adapters: {place / 'compared' / 'adapters'}" in output
     headline = next(line for line in output.splitlines() if "n=4 test rows" in line)
     assert "go on with it (--resume)" in refused(*words)
     again = done(*words, "--resume")
     assert headline in again
-    assert "step" not in again.partition("tell, seed 0")[2].partition("tickets")[0]  # finished cells are read back
+    assert "tell-15-seed0: step 8/8" in output
+    assert "tell-15-seed0" not in again  # finished cells are read back
     assert "arms: no arm 'tel'; did you mean 'tell'" in refused(*words, "--set", "compare.arms=[tel]", "--dry-run")
 
 

@@ -33,14 +33,14 @@ FLOORS = (
         "words",
     ),
     ("gguf", "fetch", "attention", "model", "lora", "adapter", "loss", "compiled", "training", "generate", "scoring", "export", "cell"),
-    ("summary", "plots", "report", "certificate", "identity", "run"),
+    ("summary", "plots", "report", "inputs", "certificate", "identity", "run"),
     ("preview", "proof", "comparison"),
     ("use", "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli", "__main__", "__init__"),
 )
 ORDER = [name for floor in FLOORS for name in floor]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 FIRST_HEAVY = ORDER.index("gguf")
-READERS = {"summary", "plots", "report", "certificate"}  # they stand high and need results.json only
+READERS = {"summary", "plots", "report", "inputs", "certificate"}  # they stand high and need results.json only
 LIGHT = {*READERS, "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli", "__main__", "__init__"}
 
 

@@ -12,11 +12,24 @@ from rich.console import Console
 
 from fulcrum import report, store, summary
 from fulcrum.errors import StoreError
-from fulcrum.records import ArmResult, Difference, Prediction, Results, Score, Share, TaskFacts, TrainPoint, TrialResult
+from fulcrum.records import (
+    ArmResult,
+    Difference,
+    Prediction,
+    Results,
+    Score,
+    Setting,
+    Share,
+    TaskFacts,
+    TrainPoint,
+    TrialResult,
+    Tried,
+)
 
 ARMS = {"base": 2.31, "base_anchor": 2.05, "sft": 1.42, "sft_anchor": 1.38, "mix": 1.33, "tell": 1.26}
 MATCH = {"base": 0.02, "base_anchor": 0.05, "sft": 0.4, "sft_anchor": 0.45, "mix": 0.483, "tell": 0.55}
 FORGOTTEN = {"base_anchor": 0.0, "sft": 0.3, "sft_anchor": 0.25, "mix": 0.01, "tell": -0.02}
+SIZE = 60  # task rows, dev rows among them
 EVIL = "<script>alert(1)</script>"
 
 
@@ -24,27 +37,34 @@ def score(metric: str, value: float, n: int = 60, groups: int = 60, half: float 
     return Score(metric, value, value - half, value + half, n, groups, metric != "nll", (value,) * 3)
 
 
-def trial(arm: str, level: float, steps: int = 120) -> TrialResult:
+def training(arm: str, level: float, steps: int = 120, *, dev_apart: bool = False) -> TrialResult:
+    """Dev rows that are apart choose the step; of a comparison the last one counts."""
     mixed = arm in ("mix", "tell")
     history = tuple(
         TrainPoint(s, level + 1 / s if not mixed or s % 2 else None, 2.4 - s / 1000 if mixed else None, 5e-4, 900 * s, 0.5 * s)
         for s in range(1, steps + 1)
     )
-    dev = tuple((s, level + 0.1 + abs(s - 75) / 100) for s in range(15, steps + 1, 15))
+    dev = tuple((s, level + 0.1 + abs(s - 75) / 100) for s in range(15, steps + 1, 15)) if dev_apart else ()
     share = Share(0.2, 0.08, 0.03, 192, 768, 110_000, 41_000) if mixed else Share(1.0, 1.0, 1.0, 960, 0, 52_000, 9_000)
-    return TrialResult(4, steps, 75, level + 0.1, dev, history, share, share.total_tokens, 61.5)
+    return TrialResult(4, steps, 75 if dev_apart else steps, dev, history, share, share.total_tokens, 61.5)
 
 
-def arm_result(arm: str, seed: int, tasks: tuple[str, ...], shift: float) -> ArmResult:
+def arm_result(arm: str, seed: int, tasks: tuple[str, ...], shift: float, kind: str = "compare") -> ArmResult:
+    """What a comparison tries costs 2 of 3 parts of the rows in each of 3 folds; a single run tries what it keeps."""
     level = ARMS[arm] + (0 if arm.startswith("base") else shift)
     trained = not arm.startswith("base")
     scores = {task: (score("nll", level), score("exact_match", MATCH[arm])) for task in tasks}
     general = {"builtin": score("nll", 2.0 + FORGOTTEN.get(arm, 0.0) + shift)}
-    trials = (trial(arm, level), trial(arm, level + 0.05)) if trained else ()
+    trial = training(arm, level, dev_apart=kind == "train") if trained else None
+    tokens = 0 if trial is None else trial.train_tokens * (1 if kind == "train" else 2)
+    repeats = (4, 8) if trained else (1,) if kind == "compare" else ()
+    tried = tuple(Tried(Setting(r), level + 0.1 + k / 20, tokens, 100.0 if trained else 2.0) for k, r in enumerate(repeats))
     predictions = (Prediction(f"t.jsonl:{seed}", "g", "p", "g", "o", 1.0, 1),)
     held_out = {"builtin": (Prediction(f"b.jsonl:{seed}", "g", "p", "g", None, 1.0, 1),)}
-    chosen = 0 if trained else None
-    return ArmResult(arm, seed, trials, chosen, level + 0.1, scores, {tasks[0]: predictions}, held_out, general, 130.0)
+    return ArmResult(
+        arm, SIZE if trained else 0, seed, tried, 0 if tried else None, trial, scores, {tasks[0]: predictions}, held_out,
+        general, 130.0,
+    )  # fmt: skip
 
 
 def make(
@@ -63,7 +83,12 @@ def make(
         Difference("builtin", "nll", arm, "base", rise, rise - 0.03, rise + 0.04, len(seeds), False)
         for arm, rise in FORGOTTEN.items()
     )
-    arms = tuple(arm_result(arm, seed, tasks, 0.02 * i) for i, seed in enumerate(seeds) for arm in ARMS)
+    arms = tuple(
+        arm_result(arm, seed, tasks, 0.02 * i, changes.get("kind", "compare"))
+        for i, seed in enumerate(seeds)
+        for arm in ARMS
+        if i == 0 or not arm.startswith("base")  # the same at every seed, and run once
+    )
     facts = tuple(
         TaskFacts(t, "Sort the ticket below; answer with one JSON object.", "user_prefix", 48, 12, 60, 60, 5321) for t in tasks
     )
@@ -77,7 +102,7 @@ def make(
         **{"kind": "compare", "settings": settings, "environment": {"torch": "2.13.0", "python": "3.11.2"}, "tasks": facts},
         **{"notes": notes, "rejects": {"empty answer": 2, "duplicate of a test row": 1}, "arms": arms},
         **{"differences": differences, "forgetting": forgetting, "step_cap": 120},
-        **{"seconds": 903.2, "peak_memory_bytes": 1_500 * 2**20},
+        **{"seconds": 903.2, "peak_memory_bytes": 1_500 * 2**20, "size": SIZE},
     }
     plain = store.plain(Results(**(values | changes)))
     for arm in plain["arms"]:
@@ -93,7 +118,8 @@ def predictions(task: str = "tickets", text: str = "Printer on floor 3 is out of
             value = Prediction(
                 f"{task}.jsonl:{row}", f"g{row}", f"{text} #{row}", '{"queue": "it"}', f"{arm} says {row}", 5 * level + gap, 5
             )
-            rows.append({"arm": arm, "seed": 0, "task": task, **store.plain(value)})
+            size = 0 if arm.startswith("base") else SIZE
+            rows.append({"arm": arm, "size": size, "seed": 0, "task": task, **store.plain(value)})
     return rows
 
 
@@ -145,7 +171,8 @@ class TestHeadline:
 
     def test_the_arm_to_beat_is_the_one_best_on_dev_not_on_test(self):
         results = make()
-        next(arm for arm in results["arms"] if arm["arm"] == "sft")["dev_nll"] = 1.47  # sft_anchor has 1.48, and less on test
+        sft = next(arm for arm in results["arms"] if arm["arm"] == "sft")
+        sft["tried"][sft["chosen"]]["dev_nll"] = 1.47  # sft_anchor has 1.48, and less on test
         assert report.headline(results).startswith("tell is better than sft by 0.115")
 
     def test_an_untrained_model_that_wins_is_recommended(self):
@@ -200,14 +227,44 @@ class TestNumbers:
         assert grid.marks == ("base", "base", "", "", "", "best")
 
     def test_shares_steps_and_cost(self):
-        training = {row[0]: row[1:] for row in summary.training_grid(make()).rows}
-        assert training["tell"] == ("20%", "8%", "3%", "192", "768", "4", "75", "120", "110,000")
-        assert "base" not in training
-        assert summary.cost_grid(make(seeds=(0, 1))).rows[5] == ("tell", "2", "4", "440,000", "260")
+        for kind, best in (("train", "75"), ("compare", "120")):
+            rows = {row[0]: row[1:] for row in summary.training_grid(make(kind=kind)).rows}
+            assert rows["tell"] == ("20%", "8%", "3%", "192", "768", "4", best, "120", "110,000")
+            assert "base" not in rows
+
+    def test_cost_counts_every_trial_and_training_once(self):
+        rows = {row[0]: row for row in summary.cost_grid(make(seeds=(0, 1))).rows}
+        # Two seeds of two trials of 220,000 tokens and 100 s, and a training of 110,000 and 130 s.
+        assert rows["tell"] == ("tell", "2", "4", "1,100,000", "660")
+        assert rows["base"] == ("base", "1", "1", "0", "132")
+        # `train` keeps what it tried: no training comes after its trials.
+        assert summary.cost_grid(make(kind="train")).rows[5] == ("tell", "1", "2", "220,000", "130")
+
+    def test_trials_of_one_seed_that_stand_for_all_are_paid_for_once(self):
+        results = make(seeds=(0, 1))
+        first, other = (result for result in results["arms"] if result["arm"] == "tell")
+        other["tried"] = first["tried"]
+        rows = {row[0]: row for row in summary.cost_grid(results).rows}
+        assert rows["tell"] == ("tell", "2", "2", "660,000", "460")
+
+    def test_other_sizes_cost_and_are_not_compared(self):
+        results = make()
+        tell = next(result for result in results["arms"] if result["arm"] == "tell")
+        small = json.loads(json.dumps(tell)) | {"size": 30}
+        small["scores"]["tickets"][0]["value"] = 9.9
+        small["tried"] = [one | {"seconds": 50.0} for one in small["tried"]]
+        results["arms"].insert(0, small)
+        assert "9.9" not in str(summary.score_grid(results, "tickets").rows)
+        assert [len(arm) for arm in summary.by_arm(results).values()] == [1] * 6
+        assert summary.headline(results) == summary.headline(make())
+        rows = {row[0]: row for row in summary.cost_grid(results).rows}
+        assert rows["tell"] == ("tell", "2", "4", "1,100,000", "560")
+        shown = report.examples(results, [row | {"size": 30, "output": "small"} for row in predictions()] + predictions())
+        assert all(text != "small" for row in shown["tickets"] for _, text, _ in row["outputs"])
 
     def test_seeds_that_differ_are_shown_as_a_range(self):
         results = make(seeds=(0, 1))
-        results["arms"][-1]["trials"][0]["steps"] = 90
+        results["arms"][-1]["training"]["steps"] = 90
         assert summary.training_grid(results).rows[-1][-2] == "90–120"
 
     def test_verdicts(self):
@@ -230,8 +287,8 @@ class TestTerminal:
         ]
         text = terminal(results)
         assert "1.260 [1.160, 1.360]" in text
-        assert re.search(r"tell +20% +8% +3% +120 +110,000 +130\n", re.sub(" +\n", "\n", text))
-        assert re.search(r"base +– +– +– +– +– +130\n", re.sub(" +\n", "\n", text))
+        assert re.search(r"tell +20% +8% +3% +120 +110,000 +330\n", re.sub(" +\n", "\n", text))  # 2 trials, 1 training
+        assert re.search(r"base +– +– +– +– +– +132\n", re.sub(" +\n", "\n", text))
         assert re.search(r"tell − sft_anchor +a +NLL +−0.115 \[−0.200, −0.030\] +1 +better", text)
         assert not re.search(r"tell − sft_anchor +a +exact match", text)
         assert ("tell − sft_anchor", "a", "exact match") in [row[:3] for row in summary.difference_grid(results).rows]
@@ -251,7 +308,7 @@ class TestTerminal:
         half = "0.500 [0.400, 0.600]"
         assert f"tell         1.260 [1.160, 1.360]  {half}  {half}  {half}" in lines
         assert "arm          task share: examples  tokens  loss tokens  steps  train tokens  seconds" in lines
-        assert "tell                          20%      8%           3%    120       110,000      130" in lines
+        assert "tell                          20%      8%           3%    120       110,000      330" in lines
 
     def test_names_are_no_markup(self):
         assert "[red]a[/red]" in terminal(make(tasks=("[red]a[/red]",)))
@@ -295,6 +352,8 @@ class TestPage:
         for name in ("scores", "training", "forgetting", "examples", "data", "method", "cost", "settings"):
             assert page.count(f'id="{name}"') == 1
         assert len(re.findall(r'role="img" aria-label="[^"]{40,}"', page)) == 3
+        assert "the last step’s weights count" in page
+        assert "The weights of the step with the best dev NLL are kept" in report.html(make(kind="train"), predictions())
         ids = re.findall(r'<h2 id="([^"]+)"', page)
         assert len(ids) == len(set(ids)) == 9
         for words in ("tell is better than sft_anchor by 0.115", "duplicate of a test row", "shared a 13-gram", "1,500 MiB"):
@@ -302,7 +361,7 @@ class TestPage:
         assert "no trial of any arm took more than 120 optimizer steps" in page
 
     def test_forgetting_is_measured_against_the_first_untrained_arm_and_names_it(self):
-        arms = tuple(arm_result(arm, 0, ("tickets",), 0) for arm in ("base_anchor", "tell"))
+        arms = tuple(arm_result(arm, 0, ("tickets",), 0, "train") for arm in ("base_anchor", "tell"))
         fallen = Difference("builtin", "nll", "tell", "base_anchor", -0.02, -0.05, 0.02, 1, False)
         results = make(kind="train", arms=arms, differences=(), forgetting=(fallen,))
         page = report.html(results, [])
@@ -372,17 +431,17 @@ class TestLoad:
             report.load(tmp_path)
 
     def test_another_version(self, tmp_path: Path):
-        with pytest.raises(StoreError, match="has version 1, this Fulcrum reads 2"):
-            report.load(folder_with(tmp_path, make() | {"version": 1}, []))
+        with pytest.raises(StoreError, match="has version 2, this Fulcrum reads 3"):
+            report.load(folder_with(tmp_path, make() | {"version": 2}, []))
 
     def test_a_damaged_file(self, tmp_path: Path):
-        (tmp_path / "results.json").write_text('{"version": 2')
+        (tmp_path / "results.json").write_text('{"version": 3')
         with pytest.raises(StoreError, match="not readable as JSON"):
             report.load(tmp_path)
         store.write_json(tmp_path / "results.json", [1])
         with pytest.raises(StoreError, match="has version None"):
             report.load(tmp_path)
-        store.write_json(tmp_path / "results.json", {"version": 2, "arms": []})
+        store.write_json(tmp_path / "results.json", {"version": 3, "arms": []})
         with pytest.raises(StoreError, match="lacks differences, environment, forgetting, kind"):
             report.load(tmp_path)
 

@@ -8,12 +8,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from fulcrum import leverage, outcomes, store
+from fulcrum import inputs, leverage, outcomes, store
 from fulcrum.errors import DataError, StoreError, nearest
 from fulcrum.leverage import Draws, Factor, Reference
 from fulcrum.outcomes import Cell, Outcomes
@@ -68,7 +68,7 @@ def certify(found: Outcomes, question: Question) -> dict[str, Any]:
         "side_effects": [
             _side_effect(found, question, metric, answers[0]["rows"])
             for metric in sorted(found.values)
-            if metric not in question.metrics
+            if is_side_effect(metric)
         ],
     }
 
@@ -337,14 +337,14 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "sha256": store.fingerprint(content)}
 
 
-def write(folder: Path, found: Outcomes, question: Question, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Write outcomes and certificate; returns the certificate. `inputs` are hashes of what the outcomes came from.
+def write(folder: Path, found: Outcomes, question: Question, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write outcomes and certificate; returns the certificate. `about` says what the outcomes came from: hashes, settings.
 
     Raises DataError where the question does not fit the outcomes, StoreError where the disk refuses.
     """
     content = certify(found, question)
     outcomes.write(folder / OUTCOMES, found)
-    sealed = seal({**content, "inputs": dict(inputs), "outcomes": _hashes(found)})
+    sealed = seal({**content, "inputs": dict(about), "outcomes": _hashes(found)})
     store.write_bytes(folder / FILE, (json.dumps(sealed, indent=1, ensure_ascii=False) + "\n").encode())
     return sealed
 
@@ -358,8 +358,15 @@ def _hashes(found: Outcomes) -> dict[str, str]:
     return {cell: store.fingerprint(lines) for cell, lines in by_cell.items()}
 
 
-def verify(file: Path) -> list[str]:
-    """Compute every number of a certificate again from the outcomes beside it; returns what does not match, in words.
+class Verification(NamedTuple):
+    """What does not match, and what could not be checked, in words."""
+
+    wrong: list[str]
+    unchecked: list[str]
+
+
+def verify(file: Path) -> Verification:
+    """Compute every number of a certificate again from the outcomes beside it, and compare settings and data with what it says.
 
     Raises StoreError where the certificate cannot be read, DataError where the outcomes cannot.
     """
@@ -374,8 +381,11 @@ def verify(file: Path) -> list[str]:
                 "missing" if cell not in hashes else "not in the certificate" if cell not in known["outcomes"] else "changed"
             )
             wrong.append(f"{OUTCOMES}: outcomes of {cell}: {state}")
-    again = json.loads(json.dumps(certify(found, _asked(known["question"], file))))
-    return wrong + _unequal({key: known[key] for key in again}, again, "")
+    asked = _asked(known["question"], file)
+    again = json.loads(json.dumps(certify(found, asked)))
+    wrong += _unequal({key: known[key] for key in again}, again, "")
+    changed, unchecked = inputs.check(known["inputs"], asked.task, file.parent)
+    return Verification(wrong + changed, unchecked)
 
 
 def _read(file: Path) -> dict[str, Any]:

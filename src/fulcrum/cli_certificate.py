@@ -138,7 +138,9 @@ def verify(
     file = file / certificate.FILE if file.is_dir() else file
     screen = terminal.console()
     with terminal.working(screen, "computing intervals"):
-        wrong = certificate.verify(file)
+        wrong, unchecked = certificate.verify(file)
+    for text in unchecked:
+        terminal.say(screen, f"not checked: {text}", "yellow")
     for text in wrong:
         terminal.say(screen, text, "red")
     if wrong:

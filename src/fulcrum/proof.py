@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fulcrum import certificate, encode, metrics, scoring, store, words
+from fulcrum import certificate, encode, inputs, metrics, scoring, store, words
 from fulcrum.arms import arm_of
 from fulcrum.cell import GENERAL_PROMPTS
 from fulcrum.certificate import Question
@@ -15,7 +15,7 @@ from fulcrum.identity import environment
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.outcomes import Cell, Outcomes
-from fulcrum.records import ArmResult, Example, FloatArray, Prediction, Task
+from fulcrum.records import ArmResult, FloatArray, Prediction, Task
 
 LEAKAGE = "leakage"
 
@@ -42,10 +42,10 @@ def certificates(
             arm, references, tuple(names), tuple(name for name in names if not metrics.HIGHER_IS_BETTER[name]), task.name,
             notes=tuple(notes(settings, rows, results)),
         )  # fmt: skip
-        inputs = inputs_of(settings, rows, results, task.name, loaded)
+        about = inputs_of(settings, rows, results, task.name, loaded)
         plain = encode.make_format(loaded.tokenizer, None)
         sealed = certificate.write(
-            folder_of(folder, settings, task.name), outcomes_of(results, rows, task.name, names, plain), question, inputs
+            folder_of(folder, settings, task.name), outcomes_of(results, rows, task.name, names, plain), question, about
         )
         found[task.name] = sealed
     return found
@@ -139,22 +139,12 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
 def inputs_of(
     settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], task: str, loaded: LoadedModel
 ) -> dict[str, Any]:
-    """Settings, environment and hashes of every task row, so that what was changed can be named."""
-    described = settings.model_dump(mode="json")
-    described.pop("output_dir")
-    kept = {
-        example.origin: example for each in rows.values() for own in each.tasks if own.name == task for example in own.train
-    }
-    kept |= {example.origin: example for own in next(iter(rows.values())).tasks if own.name == task for example in own.test}
+    """Settings, environment and hashes of every row, so that what was changed can be named."""
+    own = [part for each in rows.values() for part in each.tasks if part.name == task]
+    kept = {row.origin: row for part in own for row in (*part.train, *part.test)}
     return {
-        "settings": described,
+        **inputs.describe(settings, task, kept.values()),
         "environment": environment(loaded),
-        "data": {str(seed): dict(each.fingerprints) for seed, each in rows.items()},
-        "rows": {origin: row_hash(example) for origin, example in sorted(kept.items())},
+        "general rows": {str(seed): each.fingerprints["general"] for seed, each in rows.items()},
         "settings chosen": {f"{r.arm} at {r.size} rows, seed {r.seed}": store.plain(r.setting) for r in results},
     }
-
-
-def row_hash(example: Example) -> str:
-    """A short hash of a row's texts and group."""
-    return store.fingerprint([example.messages, example.group])[:16]

@@ -133,11 +133,11 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path}: not readable as JSON ({error}); the file was changed or damaged") from None
 
 
-def _changes(before: Any, after: Any, name: str = "") -> list[str]:
+def changes(before: Any, after: Any, name: str = "") -> list[str]:
     """Dotted names of what differs, with both values where they are single ones."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted({*before, *after})
-        return [found for key in keys for found in _changes(before.get(key), after.get(key), f"{name}.{key}".lstrip("."))]
+        return [found for key in keys for found in changes(before.get(key), after.get(key), f"{name}.{key}".lstrip("."))]
     if before == after:
         return []
     single = not isinstance(before, dict | list) and not isinstance(after, dict | list)
@@ -164,7 +164,7 @@ def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path
     check_free(folder, resume=resume)
     manifest = folder / MANIFEST
     if manifest.exists():
-        changed = _changes(read_json(manifest), plain(identity))
+        changed = changes(read_json(manifest), plain(identity))
         if changed:
             raise StoreError(
                 f"{folder}: cannot resume, {', '.join(changed)} changed since it started; choose another output_dir"

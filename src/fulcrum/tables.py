@@ -56,13 +56,13 @@ def open_tables(source: DataSource, hold: Callable[[Path], Held], *, group: str 
 
     Raises DataError for what is missing, empty, broken, or has columns that fit no format.
     """
-    files = _files(source.path)
-    if files is None:
+    found = files(source.path)
+    if found is None:
         return [_arrow_table(source.path, hub(source.path, source.name, source.split, source.revision), source, group)]
     if source.name or source.revision or source.split != "train":
         raise DataError(f"{source.path}: name, split and revision belong to hub data sets, this is a file; use `limit:`")
     tables = []
-    for name, path in files:
+    for name, path in found:
         if _suffix(path) in TEXT_SUFFIXES:
             columns, size, fetch = hold(path)
             _require_some(name, size)
@@ -100,7 +100,7 @@ def _suffix(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
-def _files(text: str) -> list[tuple[str, Path]] | None:
+def files(text: str) -> list[tuple[str, Path]] | None:
     """Resolve a path to (name in origins, file); None where it can only be a hub id."""
     if text in BUILTIN:
         packaged = Path(str(resources.files("fulcrum"))) / "data" / BUILTIN[text]

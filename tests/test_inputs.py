@@ -1,0 +1,107 @@
+"""What was changed after the fact is named: an outcome, a setting, a data row, a file. On a comparison of a tiny model."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulcrum import certificate, comparison, config, store
+from tiny import save_tiny, write_rows
+
+WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx", "mole", "newt", "owl", "pig")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data and the comparison of it."""
+    folder = tmp_path_factory.mktemp("sealed")
+    save_tiny(folder / "model")
+    rows = [(f"colour {word}", ("red", "blue", "green")[k % 3]) for k, word in enumerate(WORDS)]
+    write_rows(folder / "train.jsonl", rows[:10])
+    write_rows(folder / "test.jsonl", rows[10:])
+    write_rows(folder / "pool.jsonl", [(f"say {word} and {other}", f"{other} {word}") for word in WORDS for other in WORDS])
+    data: dict[str, Any] = {
+        "model": str(folder / "model"),
+        "task": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "anchor": "Name it.",
+                 "metrics": ["nll"], "max_new_tokens": 4},
+        "general": str(folder / "pool.jsonl"),
+        "mix": {"general_per_task": 2, "repeats": 1},
+        "train": {"batch_size": 4, "lora_r": 4, "dtype": "float32", "device": "cpu"},
+        "eval": {"general_rows": 4, "draws": 100},
+        "compare": {"arms": ["base", "sft", "tell"], "seeds": [0, 1], "sizes": [4, 8], "folds": 2, "sft_epochs": [1]},
+        "output_dir": str(folder / "out"),
+    }  # fmt: skip
+    comparison.compare(config.from_dict(data))
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path) -> Path:
+    """The run folder as it was; whatever a test does to the data is undone."""
+    kept = {path: path.read_bytes() for path in [*finished.glob("*.jsonl"), *(finished / "out").glob("*.json*")]}
+    yield finished / "out"
+    for path, content in kept.items():
+        path.write_bytes(content)
+
+
+def wrong(folder: Path) -> list[str]:
+    return certificate.verify(folder / "certificate.json").wrong
+
+
+def test_nothing_is_wrong_and_nothing_unchecked_where_all_is_there(copied: Path) -> None:
+    assert certificate.verify(copied / "certificate.json") == ([], [])
+
+
+def test_a_changed_outcome_is_named_with_its_cell(copied: Path) -> None:
+    file = copied / "outcomes.jsonl"
+    lines = file.read_text().splitlines()
+    place = next(k for k, line in enumerate(lines) if '"metric": "nll"' in line and '"arm": "tell"' in line)
+    changed = {**json.loads(lines[place]), "outcome": 0.0}
+    file.write_text("\n".join([*lines[:place], json.dumps(changed), *lines[place + 1 :]]) + "\n")
+    cell = f"{changed['arm']} at {changed['size']} rows, seed {changed['seed']}, nll"
+    assert f"outcomes.jsonl: outcomes of {cell}: changed" in wrong(copied)
+
+
+@pytest.mark.parametrize("file", ["certificate.json", "manifest.json"])
+def test_a_changed_setting_is_named(copied: Path, file: str) -> None:
+    content = json.loads((copied / file).read_text())
+    (content["inputs"] if file == "certificate.json" else content)["settings"]["train"]["learning_rate"] = 0.5
+    (copied / file).write_text(json.dumps(content))
+    found = wrong(copied)
+    assert any(text.startswith("settings.train.learning_rate (") for text in found)
+    assert (f"{copied / file}: changed since it was sealed" in found) == (file == "certificate.json")
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_changed_data_row_is_named(copied: Path, part: str) -> None:
+    file = copied.parent / f"{part}.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], lines[1].replace('"completion": "', '"completion": "dark '), *lines[2:]]) + "\n")
+    assert wrong(copied) == [f"data row {file}:2: changed", f"data file {file}: changed"]
+
+
+def test_a_row_taken_away_is_named(copied: Path) -> None:
+    file = copied.parent / "test.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+    assert f"data row {file}:6: no longer there, or a duplicate of another now" in wrong(copied)
+
+
+def test_changed_general_data_are_named(copied: Path) -> None:
+    file = copied.parent / "pool.jsonl"
+    file.write_text(file.read_text().replace("say ant and bee", "say ant and eel"))
+    assert wrong(copied) == [f"data file {file}: changed"]
+
+
+def test_a_certificate_elsewhere_says_what_it_could_not_check(copied: Path, tmp_path: Path) -> None:
+    for name in ("certificate.json", "outcomes.jsonl"):
+        shutil.copy(copied / name, tmp_path / name)
+    (copied.parent / "pool.jsonl").rename(tmp_path / "pool.jsonl")
+    found = certificate.verify(tmp_path / "certificate.json")
+    shutil.move(tmp_path / "pool.jsonl", copied.parent / "pool.jsonl")
+    assert found.wrong == []
+    assert found.unchecked == [
+        f"settings: no {store.MANIFEST} of the run beside the certificate",
+        f"data file {copied.parent / 'pool.jsonl'}: not here (paths are as they were given to the run)",
+    ]
