@@ -9,12 +9,13 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fulcrum import cell, export, scoring, store
+from fulcrum import cell, export, scoring, selfmade, store
 from fulcrum.arms import chosen_arms, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
@@ -89,7 +90,11 @@ def compare(settings: Settings, *, resume: bool = False, watcher: Watcher | None
     watcher, started = watcher or Silent(), time.perf_counter()
     arms = chosen_arms(settings)
     loaded, rows, folder = begin("compare", settings, arms, settings.seeds, resume, watcher)
-    study = Study(settings, dict(zip(settings.seeds, rows, strict=True)), folder)
+    by_seed = selfmade.with_made_rows(
+        dict(zip(settings.seeds, rows, strict=True)), loaded, arms, settings, folder if writes() else None,
+        partial(watcher.count, "general rows that the model makes itself"),
+    )  # fmt: skip
+    study = Study(settings, by_seed, folder)
 
     def run(units: Sequence[Unit]) -> list[Any]:
         places = [f"{place} of {len(units)}" for place in range(1, len(units) + 1)]

@@ -178,6 +178,12 @@ def prompt_ids(messages: Sequence[Message], form: Format) -> list[int]:
         raise DataError(f"the model's chat template refuses these messages: {error}") from error
 
 
+def opening_ids(form: Format) -> list[int]:
+    """Token ids of all that the template writes before a user's first words; none where it writes nothing."""
+    probe = "fulcrumprobe"
+    return _prompt_ids(_prompt_text([Message("user", probe)], form).partition(probe)[0], form)
+
+
 def _answer(answer: str, form: Format) -> str:
     return anchors.answer_lead(form.anchor) + answer
 

@@ -1,11 +1,11 @@
-"""Scoring and generating: examples -> nats of their gold answers; prompts -> texts (greedy).
+"""Scoring and generating: examples -> nats of their gold answers; prompts -> texts.
 
 Scoring uses the training path (packed rows), generation Transformers' own `generate` with padding, longest prompts first, so
 that a batch holds prompts of like length and an out-of-memory shows at once. What all prompts begin with is computed once.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,16 @@ def generate(
     max_new_tokens: int,
     batch_tokens: int,
     progress: Callable[[int], None] | None = None,
+    sample: int | None = None,
 ) -> list[str]:
-    """Greedy answers to tokenised prompts, in their order, without the end token and special tokens.
+    """Answers to tokenised prompts, in their order, without the end token and special tokens.
 
-    `batch_tokens` bounds prompts x (longest prompt + answer) of a batch. `progress` is told how many prompts are done.
+    Greedy, or with `sample`, a seed, drawn (temperature 1, of the likeliest tokens that hold 95%). `batch_tokens` bounds
+    prompts x (longest prompt + answer) of a batch. `progress` is told how many prompts are done.
     """
+    if sample is not None:
+        torch.manual_seed(sample)
+    drawn = {"do_sample": False} if sample is None else {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     set_checkpointing(loaded, False)  # a layer that recomputes would drop the key/value cache
@@ -70,7 +75,7 @@ def generate(
             longest = len(prompts[order[start]])
             size = max(1, batch_tokens // (longest + max_new_tokens))
             batch = order[start : start + size]
-            answers = _batch(loaded, [prompts[i] for i in batch], beginning, stop, max_new_tokens)
+            answers = _batch(loaded, [prompts[i] for i in batch], beginning, stop, max_new_tokens, drawn)
             for index, text in zip(batch, answers, strict=True):
                 texts[index] = text
             start += len(batch)
@@ -112,8 +117,9 @@ def _beginning(loaded: LoadedModel, prompts: Sequence[Sequence[int]], longest_an
 
 
 def _batch(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], beginning: _Beginning, stop: Sequence[int], max_new_tokens: int
-) -> list[str]:
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], beginning: _Beginning, stop: Sequence[int], max_new_tokens: int,
+    drawn: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
     longest, done = max(len(prompt) for prompt in prompts), beginning.length
     pad = loaded.tokenizer.pad_token_id
     ids = torch.full((len(prompts), longest), pad, dtype=torch.int64, device=loaded.device)
@@ -129,7 +135,7 @@ def _batch(
         past["past_key_values"].batch_repeat_interleave(len(prompts))
     with loaded.precision():
         output = loaded.causal.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **drawn,
             eos_token_id=stop, pad_token_id=pad, **past,
         )  # fmt: skip
     return [_until_end(loaded, row, stop) for row in output[:, longest:].tolist()]

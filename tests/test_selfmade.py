@@ -1,0 +1,94 @@
+"""General rows that the base model makes itself: its own answers, and questions from nothing. On a tiny model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulcrum import comparison, config, encode, generate, selfmade, store
+from fulcrum.errors import ConfigError, StoreError
+from fulcrum.model import LoadedModel
+from fulcrum.records import Example, Message
+from tiny import load_tiny, save_tiny, tiny_settings, write_rows
+
+WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx")
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_tiny(tmp_path_factory.mktemp("made"))
+
+
+def rows() -> list[Example]:
+    return [Example((Message("user", f"say {word}"), Message("assistant", word)), word, f"f:{word}") for word in WORDS]
+
+
+def nothing(done: int, total: int) -> None:
+    """Nobody is told."""
+
+
+def test_own_answers_are_the_models_greedy_ones_to_the_same_prompts(loaded: LoadedModel) -> None:
+    found = selfmade.own_answers(loaded, rows(), 4096, nothing)
+    form = encode.make_format(loaded.tokenizer, None)
+    for row in found:
+        prompt = encode.prompt_ids(row.prompt, form)
+        (answer,) = generate.generate(loaded, [prompt], form, max_new_tokens=selfmade.ANSWER_TOKENS, batch_tokens=4096)
+        assert row.answer == answer != ""
+    given = {row.origin: row for row in rows()}
+    assert all((row.prompt, row.group) == (given[row.origin].prompt, given[row.origin].group) for row in found)
+
+
+def test_rows_from_nothing_are_different_repeatable_and_other_by_seed(loaded: LoadedModel) -> None:
+    first, again, other = (selfmade.from_nothing(loaded, 6, seed, 4096, nothing) for seed in (1, 1, 2))
+    assert first == again != other
+    assert 1 <= len(first) <= 6
+    assert len({row.question for row in first}) == len(first)
+    assert all(row.question and row.answer for row in first)
+
+
+def test_what_stands_before_a_users_words(loaded: LoadedModel) -> None:
+    form = encode.make_format(loaded.tokenizer, None)
+    assert loaded.tokenizer.decode(encode.opening_ids(form)) == "<|im_start|>user\n"
+
+
+def test_a_template_that_opens_no_turn_is_refused(tmp_path: Path) -> None:
+    bare = load_tiny(
+        tmp_path, template="{%- for message in messages -%}{{- message['content'] + '<|im_end|>' -}}{%- endfor -%}"
+    )
+    with pytest.raises(ConfigError, match="opens no user's turn to go on from; leave this arm out"):
+        selfmade.from_nothing(bare, 3, 0, 4096, nothing)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> config.Settings:
+    save_tiny(tmp_path / "model")
+    pairs = [(f"colour {word}", ("red", "blue", "green")[k % 3]) for k, word in enumerate(WORDS)]
+    data: dict[str, Any] = {
+        "model": str(tmp_path / "model"),
+        "task": {"train": write_rows(tmp_path / "train.jsonl", pairs[:8]),
+                 "test": write_rows(tmp_path / "test.jsonl", pairs[8:]), "anchor": "Name it.", "metrics": ["nll"], "max_new_tokens": 4},
+        "general": write_rows(tmp_path / "pool.jsonl", [(f"say {a} and {b}", f"{b} {a}") for a in WORDS for b in WORDS]),
+        "mix": {"general_per_task": 1, "repeats": 1},
+        "train": tiny_settings().model_dump(),
+        "eval": {"general_rows": 2, "draws": 100},
+        "compare": {"arms": ["sft", "placebo_own_answers", "selfgen"], "folds": 2, "sft_epochs": [1]},
+        "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    return config.from_dict(data)
+
+
+def test_arms_train_on_made_rows_which_are_made_once(
+    settings: config.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    found = {arm.arm: arm for arm in comparison.compare(settings).arms}
+    out = Path(settings.output_dir)
+    for name, kind in (("placebo_own_answers", "own_answers"), ("selfgen", "self_made")):
+        made = store.read_json(out / "general" / f"{kind}-seed0.json")
+        assert 1 <= found[name].training.share.general_examples <= min(len(made), 8)
+    assert all(row["origin"].startswith("made:") for row in store.read_json(out / "general" / "self_made-seed0.json"))
+    for name in ("own_answers", "from_nothing"):
+        monkeypatch.setattr(selfmade, name, lambda *given: pytest.fail("made again"))
+    comparison.compare(settings, resume=True)
+    (out / "general" / "self_made-seed0.json").write_text('[{"origin": 1}]')
+    with pytest.raises(StoreError, match=r"self_made-seed0\.json: not the rows that were made"):
+        comparison.compare(settings, resume=True)
