@@ -1,6 +1,7 @@
 """Arms are values: what each one's stream holds, and that none may use more steps than TELL."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -99,3 +100,47 @@ def test_tokens_are_planned_as_they_are_trained(material: Material, given: confi
 def test_a_single_run_is_the_arm_that_its_settings_describe(anchor: str, general: float, name: str) -> None:
     data = {"task": {"train": "rows.jsonl", "anchor": anchor}, "mix": {"general_per_task": general}}
     assert arms.own_arm(config.from_dict(data)).name == name
+
+
+def test_what_else_is_tuned_takes_the_place_of_epochs(material: Material, given: config.Settings) -> None:
+    """TELL tries four numbers of repeats; an arm with a second setting has two numbers of epochs and two of that."""
+    tried = {name: arms.trials(material, arms.ARMS[name], given) for name in ("tell", "sft", "sft_kl", "soup")}
+    assert tried["tell"] == tuple(map(Setting, (1, 2, 4, 8)))
+    assert tried["sft"] == tuple(map(Setting, (1, 3, 12, 40)))  # 60 steps of 4 hold 40 epochs of 6 rows
+    assert tried["sft_kl"] == tuple(Setting(epochs, kl=kl) for epochs in (6, 40) for kl in (0.1, 1.0))
+    assert tried["soup"] == tuple(Setting(epochs, scale=scale) for epochs in (4, 13) for scale in (1.0, 0.5))  # of three
+    assert [setting.name for setting in (tried["sft"][1], tried["sft_kl"][0], *tried["soup"][:2])] == [
+        "repeats3", "repeats6-kl0.1", "repeats4", "repeats4-scale0.5",
+    ]  # fmt: skip
+
+
+def test_every_arm_tries_the_learning_rates_and_decays_that_are_given(material: Material) -> None:
+    data = {"task": {"train": "rows.jsonl", "anchor": "Name it."}, "train": {"batch_size": 4}}
+    compare = {"learning_rates": [1e-4, 1e-3], "weight_decays": [0.0, 0.1], "sft_epochs": [2]}
+    given = config.from_dict({**data, "compare": compare})
+    grid = [(rate, decay) for rate in (1e-4, 1e-3) for decay in (0.0, 0.1)]
+    assert arms.trials(material, arms.ARMS["sft"], given) == tuple(Setting(2, rate, decay) for rate, decay in grid)
+    found = arms.trials(material, arms.ARMS["tell"], given)
+    assert found == tuple(Setting(repeats, rate, decay) for repeats in (1, 2, 4, 8) for rate, decay in grid)
+    assert len({setting.name for setting in found}) == 16
+    assert found[1].name == "repeats1-learning_rate0.0001-weight_decay0.1"
+
+
+@pytest.mark.parametrize(
+    ("name", "phases"),
+    [("general_then_task", (12, 3)), ("task_then_general", (3, 12)), ("tell", (15,)), ("sft", (3,)), ("general_only", (12,))],
+)
+def test_a_source_after_the_other_is_a_phase_of_its_own(
+    material: Material, given: config.Settings, name: str, phases: tuple[int, ...]
+) -> None:
+    assert made(material, given, name).phases(4) == phases  # 12 task positions and 48 general ones
+
+
+def test_an_arm_of_ones_own_has_its_order_ratio_and_pool(material: Material, given: config.Settings) -> None:
+    mine = config.Arm(name="mine", general="pool", order="ramp", general_per_task=2.0)
+    own = replace(material, own_general={"mine": rows("other", 30)})
+    for each, kind in ((material, "general"), (own, "other")):
+        stream = arms.stream(each, tiny_tokenizer(), mine, given, 2, 0)
+        assert (stream.plan.order, stream.share().task_examples, stream.share().general_examples) == ("ramp", 12, 24)
+        assert all(f"{kind} answer" in text for text in texts(stream)[1])
+    assert [setting.repeats for setting in arms.trials(material, mine, given)] == [1, 2, 5, 13]  # 240 rows hold 13 x 18

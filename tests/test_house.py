@@ -49,7 +49,7 @@ FLOORS = (
         "selfmade",
     ),
     ("summary", "plots", "report", "inputs", "certificate", "identity", "run"),
-    ("preview", "proof", "comparison"),
+    ("preview", "proof", "units", "workers", "comparison"),
     ("use", "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli", "__main__", "__init__"),
 )
 ORDER = [name for floor in FLOORS for name in floor]

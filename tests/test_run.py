@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulcrum import arms, comparison, compiled, config, encode, ingest, material, report, run, scoring, store, training, use
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
-from fulcrum.records import Anchor, Message, Prediction, TrainPoint
+from fulcrum.records import Anchor, Message, Prediction, Setting, TrainPoint
 from tiny import CONTEXT, save_tiny, tiny_tokenizer, write_rows
 
 ARMS = ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell")
@@ -124,15 +124,22 @@ def test_a_runs_results(finished: Path, place: Path) -> None:
     assert results["kind"] == "train"
     assert [arm["arm"] for arm in results["arms"]] == ["base_anchor", "tell"]
     base, tell = results["arms"]
-    assert (base["trials"], base["chosen"]) == ([], None)
-    assert [trial["repeats"] for trial in tell["trials"]] == [1, 2, 4, 8]
-    best = min(trial["best_dev_nll"] for trial in tell["trials"])
-    assert tell["trials"][tell["chosen"]]["best_dev_nll"] == best
-    for trial in tell["trials"]:
-        assert trial["share"]["task_examples"] == 6 * trial["repeats"]
-        assert trial["share"]["general_examples"] == 12 * trial["repeats"]
-        assert trial["steps"] == -(-18 * trial["repeats"] // 4)
-        assert trial["history"][-1]["tokens"] == trial["train_tokens"] == trial["share"]["total_tokens"]
+    assert (base["size"], base["tried"], base["chosen"], base["training"]) == (0, [], None, None)
+    assert (tell["size"], results["size"]) == (6, 6)
+    assert [tried["setting"]["repeats"] for tried in tell["tried"]] == [1, 2, 4, 8]
+    best = min(tried["dev_nll"] for tried in tell["tried"])
+    chosen, trained = tell["tried"][tell["chosen"]], tell["training"]
+    assert chosen["dev_nll"] == best == dict(trained["dev_nll"])[trained["best_step"]]
+    assert (trained["repeats"], trained["train_tokens"]) == (chosen["setting"]["repeats"], chosen["train_tokens"])
+    assert trained["share"]["task_examples"] == 6 * trained["repeats"]
+    assert trained["share"]["general_examples"] == 12 * trained["repeats"]
+    assert trained["history"][-1]["tokens"] == trained["train_tokens"] == trained["share"]["total_tokens"]
+    last = {event["run"]: event for event in lines(finished / "events.jsonl")}
+    for tried in tell["tried"]:
+        repeats = tried["setting"]["repeats"]
+        event = last[f"tell-seed0-repeats{repeats}"]
+        assert event["step"] == event["steps"] == -(-18 * repeats // 4)
+        assert event["tokens"] == tried["train_tokens"]
     assert results["step_cap"] == 36
     (facts,) = results["tasks"]
     assert (facts["train"], facts["dev"], facts["test"], facts["test_groups"]) == (6, 3, 7, 7)
@@ -246,8 +253,9 @@ def test_settings_without_anchor_or_general_data_are_the_other_arms(
 ) -> None:
     results = run.run(settings(place, tmp_path / "r", **changes))
     assert [a.arm for a in results.arms] == ["base_anchor" if "anchor" in arm else "base", arm]
-    (trial,) = results.arms[1].trials
-    assert trial.share.task_examples + trial.share.general_examples == shown
+    (tried,), trained = results.arms[1].tried, results.arms[1].training
+    assert tried.setting == Setting(2)
+    assert trained.share.task_examples + trained.share.general_examples == shown
 
 
 @pytest.mark.parametrize("steps", [5, 9])
@@ -344,7 +352,7 @@ def test_a_folder_of_another_run_is_refused(place: Path, finished: Path) -> None
         run.run(settings(place, finished))
     with pytest.raises(StoreError, match=r"cannot resume, .*settings\.train\.lora_r \(4 -> 8\).* changed since it started"):
         run.run(settings(place, finished, mix__repeats="auto", train__lora_r=8), resume=True)
-    with pytest.raises(StoreError, match=r"cannot resume, kind \('train' -> 'compare'\) changed since it started"):
+    with pytest.raises(StoreError, match=r"cannot resume, .*kind \('train' -> 'compare'\).* changed since it started"):
         comparison.compare(settings(place, finished, mix__repeats="auto"), resume=True)
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
@@ -438,8 +446,8 @@ def test_sft_tries_as_much_as_tell_and_few_epochs_too(place: Path, tmp_path: Pat
     given = settings(place, tmp_path / "r", mix__repeats="auto", mix__general_per_task=4)
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
     assert rows.step_cap == 60  # 6 rows x 8 x (1 + 4), 4 a step
-    assert arms.trials(rows, arms.ARMS["tell"], given) == (1, 2, 4, 8)
-    assert arms.trials(rows, arms.ARMS["sft"], given) == (1, 3, 12, 40)  # 60 steps of 4 hold 40 epochs of 6
+    assert arms.trials(rows, arms.ARMS["tell"], given) == tuple(map(Setting, (1, 2, 4, 8)))
+    assert arms.trials(rows, arms.ARMS["sft"], given) == tuple(map(Setting, (1, 3, 12, 40)))  # 60 steps of 4: 40 epochs of 6
 
 
 def test_dev_and_test_are_held_out_where_none_are_given(place: Path, tmp_path: Path) -> None:
@@ -550,8 +558,11 @@ def compared(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_comparison_has_every_arm_at_every_seed(compared: Path) -> None:
     results = report.load(compared)
     assert results["kind"] == "compare"
-    found = [(arm["arm"], arm["seed"]) for arm in results["arms"]]
-    assert sorted(found) == sorted([*((arm, 0) for arm in ARMS), *((arm, 1) for arm in ARMS[2:])])  # untrained: one cell
+    found = [(arm["arm"], arm["size"], arm["seed"]) for arm in results["arms"]]
+    trained = [(arm, 6, seed) for arm in ARMS[2:] for seed in (0, 1)]  # four training and two dev rows of each task
+    assert sorted(found) == sorted([(arm, 0, 0) for arm in ARMS[:2]] + trained)  # untrained: one cell
+    assert results["size"] == 6
+    assert [(task["train"], task["dev"], task["test"]) for task in results["tasks"]] == [(6, 0, 4)] * 2
     for arm in results["arms"]:
         assert set(arm["scores"]) == {"colour", "size"}
         assert [score["n"] for scores in arm["scores"].values() for score in scores] == [4] * 4
@@ -568,20 +579,36 @@ def test_a_comparison_has_every_arm_at_every_seed(compared: Path) -> None:
 
 def test_no_arm_uses_more_steps_than_tell(compared: Path) -> None:
     results = report.load(compared)
-    assert results["step_cap"] == 12  # 2 x 8 task rows + 32 general ones, 4 a step
-    most = {arm["arm"]: max((t["steps"] for t in arm["trials"]), default=0) for arm in results["arms"]}
-    assert most == {"base": 0, "base_anchor": 0, "sft": 12, "sft_anchor": 12, "mix": 12, "tell": 12}
-    assert [t["repeats"] for arm in results["arms"] if arm["arm"] == "sft" for t in arm["trials"]] == [1, 2, 6] * 2
+    assert results["step_cap"] == 18  # 2 x 12 task rows + 48 general ones, 4 a step
+    tried = {(arm["arm"], arm["seed"]): [t["setting"]["repeats"] for t in arm["tried"]] for arm in results["arms"]}
+    for seed in (0, 1):
+        assert tried["sft", seed] == tried["sft_anchor", seed] == [1, 2, 6]  # 18 steps of 4 hold 6 epochs of 12 rows
+        assert tried["mix", seed] == tried["tell", seed] == [2]
+    assert tried["base", 0] == tried["base_anchor", 0] == [1]  # scored on dev rows, not trained
+    last = {event["run"]: event for event in lines(compared / "events.jsonl")}
     for arm in results["arms"]:
-        for trial in arm["trials"]:
-            assert trial["history"][-1]["learning_rate"] == pytest.approx(1e-3)  # each decays fully within its own steps
+        name = f"{arm['arm']}-6-seed{arm['seed']}"
+        if arm["arm"] in ARMS[:2]:
+            assert arm["training"] is None
+            assert not any(run.startswith(f"{arm['arm']}-") for run in last)
+            continue
+        repeats, once = arm["training"]["repeats"], 12 if arm["arm"].startswith("sft") else 36
+        assert arm["training"]["steps"] == last[name]["steps"] == once * repeats // 4 <= 18
+        for number in tried[arm["arm"], arm["seed"]]:
+            folds = [last[f"{name}-repeats{number}-fold{fold}"] for fold in range(3)]
+            assert [fold["steps"] for fold in folds] == [once * 2 // 3 * number // 4] * 3  # two of three parts of the rows
+            for event in folds:
+                assert event["learning_rate"] == pytest.approx(1e-3)  # each decays fully within its own steps
+        assert arm["training"]["history"][-1]["learning_rate"] == pytest.approx(1e-3)
+        assert arm["training"]["best_step"] == arm["training"]["steps"]  # no row is left to choose a step by
+        assert arm["training"]["dev_nll"] == []
 
 
 def test_arms_differ_in_their_tokens_only_as_they_say(compared: Path) -> None:
-    trials = {arm["arm"]: arm["trials"][-1] for arm in report.load(compared)["arms"] if arm["trials"]}
+    trials = {arm["arm"]: arm["training"] for arm in report.load(compared)["arms"] if arm["training"]}
     assert trials["sft"]["share"]["general_examples"] == trials["sft_anchor"]["share"]["general_examples"] == 0
-    assert trials["mix"]["share"]["general_examples"] == trials["tell"]["share"]["general_examples"] == 32
-    assert trials["tell"]["share"]["task_examples"] == trials["mix"]["share"]["task_examples"] == 16
+    assert trials["mix"]["share"]["general_examples"] == trials["tell"]["share"]["general_examples"] == 48
+    assert trials["tell"]["share"]["task_examples"] == trials["mix"]["share"]["task_examples"] == 24
     assert trials["tell"]["train_tokens"] > trials["mix"]["train_tokens"]
 
 
@@ -639,9 +666,9 @@ def test_a_compared_adapter_answers_as_predicted(compared: Path) -> None:
         use.load_adapter(compared, arm="tel")
 
 
-@pytest.mark.parametrize("steps", [50, 110])
+@pytest.mark.parametrize("steps", [12, 200])
 def test_a_killed_comparison_goes_on_to_the_same_results(place: Path, compared: Path, tmp_path: Path, steps: int) -> None:
-    """Killed in the middle of an arm's second trial, and at the second seed."""
+    """Killed in the second fold of an arm's second trial (6 + 4 steps before it), and at the second seed (180 before it)."""
     folder = tmp_path / "six"
     with pytest.raises(Killed):
         comparison.compare(two_tasks(place, folder), watcher=KillAfter(steps))
@@ -650,7 +677,11 @@ def test_a_killed_comparison_goes_on_to_the_same_results(place: Path, compared: 
     comparison.compare(two_tasks(place, folder), resume=True)
     assert finished_cells.items() <= {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}.items()
     assert timeless(report.load(folder)) == timeless(report.load(compared))
-    assert (folder / "predictions.jsonl").read_bytes() == (compared / "predictions.jsonl").read_bytes()
+    proofs = [
+        Path("certificates") / task / name for task in ("colour", "size") for name in ("certificate.json", "outcomes.jsonl")
+    ]
+    for name in (Path("predictions.jsonl"), *proofs):
+        assert (folder / name).read_bytes() == (compared / name).read_bytes()
     for arm in ARMS[2:]:
         name = Path("adapters") / arm / "adapter_model.safetensors"
         assert (folder / name).read_bytes() == (compared / name).read_bytes()
@@ -666,7 +697,7 @@ def test_a_killed_comparison_goes_on_to_the_same_results(place: Path, compared: 
         ({"compare": {"seeds": [0, 1, 0]}}, r"compare\.seeds: 0 is given twice"),
         (
             {"compare": {"arms": list(ARMS), "sft_epochs": [1, 7]}},
-            r"7 epochs of 8 rows are over TELL's 12 steps; use at most 6",
+            r"7 epochs of 12 rows are over TELL's 18 steps; use at most 6",
         ),
         (
             {"mix": {"general_per_task": 0, "repeats": 2}},
@@ -689,11 +720,15 @@ def test_anchored_arms_need_an_anchor(place: Path, tmp_path: Path) -> None:
 def test_a_damaged_cell_says_so(place: Path, compared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "six"
     shutil.copytree(compared, folder)
-    cell = folder / "cells" / "tell-seed0.json"
-    for content in ('{"arm": "tell"', '{"arm": "tell"}'):
-        cell.write_text(content)
-        with pytest.raises(StoreError, match=r"tell-seed0\.json"):
-            comparison.compare(two_tasks(place, folder), resume=True)
+    for name in ("tell-6-seed0", "tell-6-seed0-repeats2"):
+        cell = folder / "cells" / f"{name}.json"
+        whole = cell.read_text()
+        for content in ('{"arm": "tell"', '{"arm": "tell"}', "[1]"):
+            cell.write_text(content)
+            with pytest.raises(StoreError, match=rf"{name}\.json"):
+                comparison.compare(two_tasks(place, folder), resume=True)
+        cell.write_text(whole)
+    comparison.compare(two_tasks(place, folder), resume=True)
 
 
 def test_a_model_that_cannot_pack_is_compared_too(place: Path, tmp_path: Path) -> None:
@@ -747,7 +782,7 @@ def test_auto_leaves_out_repeats_that_the_pool_cannot_feed_and_says_so(place: Pa
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)  # 6 rows x 12 = 72 general ones a repeat; 256 in the pool
     assert rows.repeats == (1, 2)
     assert len(rows.general) == 144
-    assert arms.trials(rows, arms.ARMS["tell"], given) == (1, 2)
+    assert arms.trials(rows, arms.ARMS["tell"], given) == (Setting(1), Setting(2))
     assert rows.notes == ("mix.repeats: auto tries 1, 2 instead of 1, 2, 4, 8: the general data have 254 usable rows",)
     assert rows.general_count(1) == 72
     given = settings(place, tmp_path / "r", **{**changes, "mix__general_per_task": 50})
@@ -800,9 +835,9 @@ def test_a_run_writes_down_that_it_compiled_and_scores_without(
     seen = []
     real = training.row_loss
 
-    def watched(loaded, row, weights):
+    def watched(loaded, row, weights, *, kl):
         seen.append(len(loaded.compiled))
-        return real(loaded, row, weights)
+        return real(loaded, row, weights, kl=kl)
 
     monkeypatch.setattr("fulcrum.training.row_loss", watched)
     out = tmp_path / "out"
@@ -821,7 +856,8 @@ def test_rivals_of_tell_run_and_are_set_against_it(place: Path, tmp_path: Path) 
     given = settings(place, tmp_path / "r", compare={"arms": names}, task__metrics=["nll"])
     found = comparison.compare(given)
     assert [arm.arm for arm in found.arms] == names
-    assert max(trial.steps for arm in found.arms for trial in arm.trials) == found.step_cap
+    steps = {arm.arm: arm.training.steps for arm in found.arms}
+    assert steps["tell"] == max(steps.values()) == found.step_cap == 14  # 9 rows twice, and 36 general ones, 4 a step
     assert [d.reference for d in found.differences if d.arm == "tell"] == ["sft", *names[2:]]
 
 
@@ -833,10 +869,14 @@ def test_examples_in_the_prompt_are_an_arm_of_each_seed_and_use_no_adapter(place
     assert sorted(found) == [("base", 0), ("kshot", 0), ("kshot", 1), ("sft", 0), ("sft", 1)]
     alone = settings(place, tmp_path / "alone", compare={"arms": ["kshot", "base"]}, task__metrics=["nll", "exact_match"])
     again = next(arm for arm in comparison.compare(alone).arms if arm.arm == "kshot")
-    assert again.shots == found["kshot", 0].shots in (1, 2, 4)
+    assert [tried.setting.shots for tried in again.tried] == [1, 2, 4]  # 9 rows in 3 folds: 6 are left
+    assert again.setting == found["kshot", 0].setting
     assert again.scores == found["kshot", 0].scores
-    assert again.dev_nll == found["kshot", 0].dev_nll != found["base", 0].dev_nll
+    losses = {key: [tried.dev_nll for tried in found[key].tried] for key in (("kshot", 0), ("base", 0))}
+    assert [tried.dev_nll for tried in again.tried] == losses["kshot", 0]
+    assert again.tried[again.chosen].dev_nll == min(losses["kshot", 0])
+    assert losses["base", 0][0] not in losses["kshot", 0]
     notes = json.loads((tmp_path / "r" / "results.json").read_text())["notes"]
-    assert f"kshot, seed 0: {again.shots} examples in the prompt, chosen on dev" in notes
+    assert f"kshot of 9 rows, seed 0: {again.setting.shots} examples in the prompt" in notes
     pairs = {(d.arm, d.reference): d.n_seeds for d in results.differences}
     assert pairs == {("sft", "kshot"): 2, ("sft", "base"): 2, ("kshot", "base"): 2}

@@ -17,7 +17,9 @@ def row(name: str, *, system: str | None = None) -> Example:
 
 
 def task(train: int = 5, answer_room: int = 4) -> Task:
-    return Task("task", tuple(row(f"a{k}") for k in range(train)), (row("d"),), (row("x"), row("y")), max_new_tokens=answer_room)
+    return Task(
+        "task", tuple(row(f"a{k}") for k in range(train)), (row("d"),), (row("x"), row("y")), max_new_tokens=answer_room
+    )
 
 
 def said(example: Example) -> list[str]:

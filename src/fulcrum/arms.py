@@ -147,7 +147,7 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
         form = encode.make_format(tokenizer, task.anchor) if arm.anchored else plain
         encode.encode_ahead(task.train, form)
         own += [encode.encode(example, form) for example in task.train]
-    count = _general_count(rows, arm, repeats)
+    count = general_count(rows, arm, repeats)
     mixed_seed = store.seed_for(seed, "mix")
     if own:
         plan = mix.plan(
@@ -167,7 +167,7 @@ def general_rows(rows: Material, arm: Arm) -> tuple[Example, ...]:
     return rows.own_general.get(arm.name, rows.general)
 
 
-def _general_count(rows: Material, arm: Arm, repeats: int) -> int:
+def general_count(rows: Material, arm: Arm, repeats: int) -> int:
     """General rows in a stream of so many repeats."""
     if not arm.mixes:
         return 0
@@ -197,7 +197,7 @@ def planned_tokens(rows: Material, tokenizer: encode.Tokenizer, arms: Sequence[A
         length = float(np.mean([len(encode.encode(row, plain)) for row in part[:: max(1, len(part) // 64)]])) if part else 0.0
         for arm in arms:
             for setting in trials(rows, arm, settings) if arm.trained else ():
-                shown = setting.repeats * len(part) * arm.task_rows if own else _general_count(rows, arm, setting.repeats)
+                shown = setting.repeats * len(part) * arm.task_rows if own else general_count(rows, arm, setting.repeats)
                 total += length * arm.members * shown
     return round(total)
 

@@ -42,6 +42,9 @@ class Watcher(Protocol):
     def count(self, label: str, done: int, total: int) -> None:
         """`done` of `total` are finished."""
 
+    def overall(self, done: int, total: int, seconds: float) -> None:
+        """`done` of `total` units of a comparison are finished; the others take about so many seconds."""
+
 
 class Silent:
     """The watcher that says nothing."""
@@ -53,6 +56,9 @@ class Silent:
         """Say nothing."""
 
     def count(self, label: str, done: int, total: int) -> None:
+        """Say nothing."""
+
+    def overall(self, done: int, total: int, seconds: float) -> None:
         """Say nothing."""
 
 

@@ -144,9 +144,12 @@ def train(
 def compare(
     ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
     seed: Seed = None, resume: Resume = False, dry_run: DryRun = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Units run at once, each with its part of the threads.")] = 1,
+    on: Annotated[str, typer.Option("--on", metavar="local|ray", help="Local processes, or a Ray cluster.")] = "local",
 ) -> None:  # fmt: skip
     """Train every arm on the same rows and say what mixing brought."""
-    _launch(ctx, "compare", _settings(run_file, changes, model, output_dir, seed), resume=resume, dry_run=dry_run)
+    settings = _settings(run_file, changes, model, output_dir, seed)
+    _launch(ctx, "compare", settings, resume=resume, dry_run=dry_run, jobs=jobs, on=on)
 
 
 @app.command("eval")
@@ -270,7 +273,9 @@ def _model_screen(ctx: typer.Context, model: str, *, dry_run: bool = False) -> "
     return screen
 
 
-def _launch(ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool, dry_run: bool) -> None:
+def _launch(
+    ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool, dry_run: bool, **how: Any
+) -> None:  # fmt: skip
     """Do what `train` and `compare` do, or print what they would."""
     screen = _model_screen(ctx, settings.model, dry_run=dry_run)
     if dry_run:
@@ -284,7 +289,7 @@ def _launch(ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool
     from fulcrum.watch import Watch
 
     with Watch(screen) as watch:
-        (run.run if verb == "train" else comparison.compare)(settings, resume=resume, watcher=watch)
+        (run.run if verb == "train" else comparison.compare)(settings, resume=resume, watcher=watch, **how)
     if run.writes():
         terminal.conclude(screen, Path(settings.output_dir))
 

@@ -1,6 +1,7 @@
-"""How a run goes on, told in a terminal as one live bar, in a pipe as a line now and then."""
+"""How a run goes on, told in a terminal as live bars, in a pipe as a line now and then."""
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Column
 from fulcrum.records import TrainPoint
 from fulcrum.terminal import say, visible
 
+OVERALL = "comparison"  # the bar of all units
 QUIET_SECONDS = 10.0  # between two lines of one stage where no bar can be drawn
 
 
@@ -21,9 +23,10 @@ def clock(seconds: float) -> str:
 
 
 class Watch:
-    """Tells how a run goes on (`run.Watcher`): one live bar, or where output is piped a line at most every ten seconds.
+    """Tells how a run goes on (`cell.Watcher`): a live bar for each thing under way, or where output is piped a line at most
+    every ten seconds.
 
-    Use it as a context manager: leaving it ends the bar. What ends always leaves its last line.
+    Use it as a context manager: leaving it ends the bars. What ends always leaves its last line.
     """
 
     def __init__(self, out: Console) -> None:
@@ -31,60 +34,66 @@ class Watch:
         wrapped = TextColumn("{task.fields[status]}", table_column=Column())  # a narrow terminal shows all losses too
         columns = (TextColumn("{task.description}", markup=False), BarColumn(10), wrapped)
         self.progress = Progress(*columns, console=out, refresh_per_second=2, disable=not out.is_terminal)
-        self.bar: TaskID | None = None
-        self.label = self.line = ""
-        self.losses: dict[str, float] = {}
-        self.since = self.said = time.monotonic()
+        self.bars: dict[str, TaskID] = {}  # by label, in the order of their beginning
+        self.lines: dict[str, str] = {}
+        self.losses: dict[str, dict[str, float]] = {}
+        self.since: dict[str, float] = {}
+        self.said = time.monotonic()
 
     def __enter__(self) -> "Watch":
         self.progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._end()
+        for label in list(self.bars):
+            self._end(label)
         self.progress.stop()
 
     def stage(self, text: str) -> None:
         """Print the stage as a line."""
-        self._end()
         say(self.out, text)
 
     def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
         """Show step, speed, time left and the newest loss on task, general and dev rows (nats per supervised token)."""
         self._begin(label, steps)
         newest = {"task loss": point.task_loss, "general loss": point.general_loss, "dev loss": dev}
-        self.losses |= {name: loss for name, loss in newest.items() if loss is not None}
+        known = self.losses[label]
+        known |= {name: loss for name, loss in newest.items() if loss is not None}
         left = (steps - point.step) * point.seconds / point.step
         speed = f"{point.tokens / max(point.seconds, 1e-9):,.0f} tokens/s"
-        losses = [f"{name} {loss:.3f}" for name in newest if (loss := self.losses.get(name)) is not None]
-        self._show(point.step, f"step {point.step:,}/{steps:,}", ", ".join([speed, f"{clock(left)} left", *losses]))
+        losses = [f"{name} {loss:.3f}" for name in newest if (loss := known.get(name)) is not None]
+        self._show(label, point.step, steps, f"step {point.step:,}/{steps:,}", [speed, f"{clock(left)} left", *losses])
 
     def count(self, label: str, done: int, total: int) -> None:
         """Show how many are done, and the time left."""
         self._begin(label, total)
-        left = (total - done) * (time.monotonic() - self.since) / max(done, 1)
-        self._show(done, f"{done:,}/{total:,}", f"{clock(left)} left")
+        left = (total - done) * (time.monotonic() - self.since[label]) / max(done, 1)
+        self._show(label, done, total, f"{done:,}/{total:,}", [f"{clock(left)} left"])
+
+    def overall(self, done: int, total: int, seconds: float) -> None:
+        """Show how far a comparison is, and about how long the rest takes."""
+        self._begin(OVERALL, total)
+        self._show(OVERALL, done, total, f"{done:,}/{total:,}", [f"{clock(seconds)} left"])
 
     def _begin(self, label: str, total: int) -> None:
-        if label != self.label:
-            self._end()
-            self.label, self.losses = label, {}
-            self.bar = self.progress.add_task(visible(label), total=total, status="")
+        if label not in self.bars:
+            self.bars[label] = self.progress.add_task(visible(label), total=total, status="")
+            self.losses[label], self.since[label] = {}, time.monotonic()
 
-    def _show(self, done: int, place: str, status: str) -> None:
-        self.line = f"{self.label}: {place}, {status}"
-        if self.bar is not None:
-            self.progress.update(self.bar, completed=done, status=f"{place}, {status}")
-        if not self.out.is_terminal and time.monotonic() - self.said >= QUIET_SECONDS:
-            self._say()
+    def _show(self, label: str, done: int, total: int, place: str, status: Sequence[str]) -> None:
+        text = ", ".join([place, *status])
+        self.lines[label] = f"{label}: {text}"
+        self.progress.update(self.bars[label], completed=done, status=text)
+        if done >= total:
+            self._end(label)
+        elif not self.out.is_terminal and time.monotonic() - self.said >= QUIET_SECONDS:
+            self._say(label)
 
-    def _say(self) -> None:
-        say(self.out, self.line)
-        self.line, self.said = "", time.monotonic()
+    def _say(self, label: str) -> None:
+        say(self.out, self.lines.pop(label))
+        self.said = time.monotonic()
 
-    def _end(self) -> None:
-        if self.bar is not None:
-            self.progress.remove_task(self.bar)
-        if self.line:
-            self._say()
-        self.bar, self.label, self.since = None, "", time.monotonic()
+    def _end(self, label: str) -> None:
+        self.progress.remove_task(self.bars.pop(label))
+        if label in self.lines:
+            self._say(label)

@@ -1,0 +1,143 @@
+"""The units of a comparison: what is run, stored and read back at once, here or in another process.
+
+A unit is a trial (cross-validation of one setting) or a final training with its test. It is a value, and so is the study that
+it belongs to: both travel to workers. What a unit gives depends on these alone.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fulcrum import cell, export, store
+from fulcrum.arms import general_count, sizes_of
+from fulcrum.cell import Watcher
+from fulcrum.config import Arm, Settings
+from fulcrum.errors import StoreError
+from fulcrum.material import Material
+from fulcrum.model import LoadedModel
+from fulcrum.records import ArmResult, Example, Setting, Tried
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm at a size and a seed: a trial of `setting`, or (without one) the training on all rows after these `tried`."""
+
+    arm: Arm
+    size: int
+    seed: int
+    setting: Setting | None = None
+    tried: tuple[Tried, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What its file is called."""
+        cell = f"{self.arm.name}-{self.size}-seed{self.seed}"
+        return cell if self.setting is None else f"{cell}-{self.setting.name}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What every unit of a comparison needs to know: plain values, so that another process can run it."""
+
+    settings: Settings
+    rows: Mapping[int, Material]  # by seed
+    folder: Path
+
+    def sizes(self, arm: Arm) -> tuple[int, ...]:
+        """The sizes of an arm; 0, all rows, for one that does not depend on them."""
+        return sizes_of(self.settings, arm, self.rows[self.seeds[0]].longest) if arm.seeded else (0,)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the chains."""
+        return tuple(self.rows)
+
+    def cost(self, unit: Unit) -> float:
+        """What a unit costs in comparison with others: about as many rows as it trains on, and a third for each row scored."""
+        rows, folds = self.at(unit), self.settings.compare.folds
+        scored = sum(len(task.test) for task in rows.tasks) + sum(map(len, rows.held_out.values()))
+        setting = unit.setting or min(unit.tried, key=lambda tried: tried.dev_nll).setting
+        shown = rows.n_task * unit.arm.task_rows * setting.repeats + general_count(rows, unit.arm, setting.repeats)
+        trained = unit.arm.members * shown if unit.arm.trained else 0
+        return trained * (folds - 1) + rows.n_task / 3 if unit.setting is not None else trained + scored / 3
+
+    def at(self, unit: Unit) -> Material:
+        """The rows of a unit: what does not depend on their number is measured on the most that any arm is given."""
+        compare, rows = self.settings.compare, self.rows[unit.seed]
+        every = [*(compare.sizes or (rows.longest,)), *(size for sizes in compare.sizes_of.values() for size in sizes)]
+        return rows.at(unit.size or max(every))
+
+
+def perform(study: Study, loaded: LoadedModel, unit: Unit, watcher: Watcher, folder: Path | None) -> Tried | ArmResult:
+    """Run a unit. In `folder` are its checkpoints, and the adapters of the first seed's largest sizes (none: kept nowhere)."""
+    rows, settings = study.at(unit), study.settings
+    if unit.setting is not None:
+        return cell.tune(rows, loaded, unit.arm, settings, unit.setting, unit.seed, unit.name, folder, watcher)
+    first = unit.seed == study.seeds[0] and unit.size == max(study.sizes(unit.arm))
+    result = cell.final(
+        rows, loaded, unit.arm, settings, unit.tried, unit.seed, unit.name, folder, watcher, probed=first
+    )  # fmt: skip
+    if folder is not None and unit.arm.trained and first:
+        anchors = {task.name: task.anchor if unit.arm.anchored else None for task in rows.tasks}
+        export.save_adapter(loaded, folder / "adapters" / unit.arm.name, anchors)
+    return replace(result, size=unit.size)
+
+
+def keep(study: Study, unit: Unit, result: Tried | ArmResult) -> None:
+    """Store a finished unit, atomically, and drop its checkpoints: it is never trained again."""
+    store.write_json(_file(study, unit), _shortened(result), indent=None)
+    for training in (study.folder / "checkpoints").glob(f"{unit.name}-*"):
+        shutil.rmtree(training)
+    shutil.rmtree(study.folder / "checkpoints" / unit.name, ignore_errors=True)
+
+
+def _file(study: Study, unit: Unit) -> Path:
+    return study.folder / "cells" / f"{unit.name}.json"
+
+
+def _shortened(result: Tried | ArmResult) -> dict[str, Any]:
+    """A result as it is stored: without the texts of test rows, which are known."""
+    found: dict[str, Any] = store.plain(result)
+    for part in ("predictions", "general", "probes"):
+        for predictions in found.get(part, {}).values():
+            for prediction in predictions:
+                for name in ("prompt", "gold", "group"):
+                    del prediction[name]
+    return found
+
+
+def read(study: Study, unit: Unit) -> Tried | ArmResult | None:
+    """A stored result, its predictions with the texts of their rows again; None where there is none.
+
+    Raises StoreError for anything else.
+    """
+    file = _file(study, unit)
+    if not file.exists():
+        return None
+    rows = study.rows[unit.seed]
+    tests = {task.name: task.test for task in rows.tasks}
+    general = next((part for part in rows.held_out.values() if part), ())
+    probed = {f"{name}: {what} anchor": own for name, own in tests.items() for what in ("without", "wrong")}
+    known: dict[str, Mapping[str, Sequence[Example]]] = {
+        "predictions": tests, "general": rows.held_out, "probes": {**probed, cell.GENERAL_PROMPTS: general}
+    }  # fmt: skip
+    content = store.read_json(file)
+    try:
+        for tried in content["tried"] if unit.setting is None else [content]:
+            tried["dev_nll"] = math.inf if tried["dev_nll"] is None else tried["dev_nll"]  # JSON has no infinity
+        if unit.setting is not None:
+            return TypeAdapter(Tried).validate_python(content)
+        for part, examples in known.items():
+            for name, predictions in content[part].items():
+                by_origin = {example.origin: example for example in examples[name]}
+                for prediction in predictions:
+                    row = by_origin[prediction["origin"]]
+                    prediction |= {"prompt": row.question, "gold": row.answer, "group": row.group}
+        return TypeAdapter(ArmResult).validate_python(content)
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{file}: not a finished cell, the file was changed or damaged; delete it to run it anew") from error

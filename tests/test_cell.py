@@ -1,0 +1,177 @@
+"""One cell: nested rows, folds that leak nothing, settings that are tried without a test row."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fulcrum import arms, cell, config, encode, material
+from fulcrum.errors import ConfigError, DataError
+from fulcrum.material import Material
+from fulcrum.records import Anchor, Example, Message, Setting, Task, Tried
+from tiny import CONTEXT, load_tiny, tiny_settings, tiny_tokenizer, write_rows
+
+COLOURS = ("red", "blue", "green")
+
+
+def row(kind: str, number: int, answer: str | None = None, group: str | None = None) -> Example:
+    turns = (Message("user", f"{kind} {number}"), Message("assistant", answer or COLOURS[number % 3]))
+    return Example(turns, group or f"{kind}{number}", f"{kind}:{number}")
+
+
+def rows(kind: str, number: int) -> tuple[Example, ...]:
+    return tuple(row(kind, k) for k in range(number))
+
+
+def made(task_rows: int = 6, general_for: int = 6, repeats: tuple[int, ...] = (1, 2), name: str = "task") -> Material:
+    """Rows of a comparison: two general rows for a task row."""
+    task = Task(name, rows("own", task_rows), (), rows("test", 3), Anchor("Name it."), ("nll", "accuracy"), 3)
+    general = rows("general", 2 * max(repeats) * general_for)
+    return Material((task,), general, {"pool": rows("held", 2)}, {}, repeats, general_for, batch_size=4)
+
+
+def chosen(**compare: Any) -> config.Settings:
+    task = {"train": "rows.jsonl", "anchor": "Name it.", "metrics": ["nll", "accuracy"], "max_new_tokens": 3}
+    train = tiny_settings(learning_rate=1e-2).model_dump()
+    return config.from_dict({
+        "task": task, "mix": {"general_per_task": 2, "repeats": 2}, "train": train, "compare": compare, "eval": {"draws": 100},
+    })  # fmt: skip
+
+
+# Nested sizes.
+
+
+def test_smaller_sizes_are_the_beginning_of_larger_ones() -> None:
+    """40 rows, of which 32 are in the largest mixture: the cap and the general rows follow the rows in proportion."""
+    whole = made(task_rows=40, general_for=32)
+    assert len(whole.general) == 128  # 2 repeats x 32 rows x 2
+    own = {size: whole.at(size).tasks[0].train for size in (16, 32)}
+    assert own[32][:16] == own[16]
+    assert [len(part) for part in own.values()] == [16, 32]
+    assert whole.at(16).at(8) == whole.at(8)
+    assert [whole.at(size).general_count(2) for size in (8, 16, 32)] == [32, 64, 128]
+    assert [whole.at(size).general_count(1) for size in (8, 16, 32)] == [16, 32, 64]
+    assert [whole.at(size).step_cap for size in (8, 10, 16, 32)] == [12, 15, 24, 48]  # size x 2 x (1 + 2), 4 a step
+    for size in (8, 16, 32):
+        stream = arms.stream(whole.at(size), tiny_tokenizer(), arms.ARMS["tell"], chosen(), 2, 0)
+        assert (stream.share().task_examples, stream.share().general_examples) == (2 * size, 4 * size)
+        assert stream.steps(4) == whole.at(size).step_cap
+        # The general rows are nested too.
+        form = encode.make_format(tiny_tokenizer(), None)
+        expected = [encode.encode(example, form).ids.tolist() for example in whole.general[: 4 * size]]
+        assert [tokens.ids.tolist() for tokens in stream.general] == expected
+
+
+def test_dev_rows_are_task_rows_in_an_order_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
+    parts = {
+        part: write_rows(tmp_path / f"{part}.jsonl", [(f"{part} {k}", COLOURS[k % 3]) for k in range(number)])
+        for part, number in (("train", 12), ("dev", 8), ("test", 4), ("pool", 200))
+    }
+    task = {part: parts[part] for part in ("train", "dev", "test")}
+    settings = config.from_dict({
+        "task": task, "general": parts["pool"], "mix": {"general_per_task": 2, "repeats": 1}, "eval": {"general_rows": 0},
+    })  # fmt: skip
+    found = [material.prepare(settings, tiny_tokenizer(), CONTEXT, seed, dev_apart=False) for seed in (0, 1, 0)]
+    every = {f"{part} {k}" for part, number in (("train", 12), ("dev", 8)) for k in range(number)}
+    for each in found:
+        (own,) = each.tasks
+        assert (len(own.train), own.dev, len(own.test)) == (20, (), 4)
+        assert {example.question for example in own.train} == every
+    assert found[0].tasks == found[2].tasks != found[1].tasks
+    first = {example.question.split()[0] for example in found[0].at(10).tasks[0].train}
+    assert first == {"train", "dev"}  # mixed: no size is of training rows alone
+
+
+# Folds.
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=30), st.integers(2, 5), st.integers(0, 9))
+@settings(max_examples=60)
+def test_every_row_is_a_dev_row_once_and_no_group_is_split(groups: list[int], count: int, seed: int) -> None:
+    task = Task("task", tuple(row("own", k, group=f"g{group}") for k, group in enumerate(groups)), (), rows("test", 1))
+    whole = Material((task,), (), {}, {}, (1,), len(groups), 4)
+    if len(set(groups)) < 2:
+        with pytest.raises(DataError, match=r"^task: its \d+ rows are one content group \('g\d'\).*name another column in"):
+            whole.folds(count, seed)
+        return
+    folds = whole.folds(count, seed)
+    assert len(folds) == min(count, len(set(groups)))
+    for fold in folds:
+        (own,) = fold.tasks
+        assert own.train
+        assert own.dev
+        assert {example.group for example in own.train}.isdisjoint({example.group for example in own.dev})
+        assert sorted(e.origin for e in (*own.train, *own.dev)) == sorted(e.origin for e in task.train)
+        assert own.test == task.test
+    assert sorted(e.origin for fold in folds for e in fold.tasks[0].dev) == sorted(e.origin for e in task.train)
+    assert folds == whole.folds(count, seed)
+
+
+def test_folds_are_the_seeds() -> None:
+    whole = made(task_rows=12)
+    parts = [[fold.tasks[0].dev for fold in whole.folds(3, seed)] for seed in (0, 1)]
+    assert parts[0] != parts[1]
+    assert [[len(dev) for dev in part] for part in parts] == [[4, 4, 4]] * 2
+
+
+def test_tasks_of_unlike_numbers_of_groups_lose_no_dev_row() -> None:
+    """Two groups beside six: each row of both tasks is judged once."""
+    few = replace(made().tasks[0], name="few", train=tuple(row("few", k, group=f"g{k % 2}") for k in range(6)))
+    folds = replace(made(), tasks=(few, made().tasks[0])).folds(3, 0)
+    for place, task in enumerate((few, made().tasks[0])):
+        dev = [example.origin for fold in folds for example in fold.tasks[place].dev]
+        assert sorted(dev) == sorted(example.origin for example in task.train)
+
+
+def test_a_fold_is_trained_with_its_part_of_the_steps() -> None:
+    """4 of 6 rows, and two general rows for each of them."""
+    for fold in made().folds(3, 0):
+        assert (fold.general_count(2), fold.step_cap) == (16, 6)
+
+
+# What is tried sees no test row.
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("base", Setting()),
+        ("kshot", Setting(shots=2)),
+        ("tfidf", Setting()),
+        ("sft_kl", Setting(2, kl=0.1)),
+        ("tell", Setting(2)),
+        ("general_only", Setting(1)),
+    ],
+)
+def test_no_test_row_is_seen_before_the_end(tmp_path: Path, name: str, setting: Setting) -> None:
+    """Garbage in test and held-out rows changes nothing that is tried; other task rows do."""
+    whole = made()
+    garbage = tuple(row("garbage", k, answer="zzz " * 20) for k in range(50))
+    other = replace(whole, tasks=(replace(whole.tasks[0], test=garbage),), held_out={"pool": garbage})
+    changed = replace(whole, tasks=(replace(whole.tasks[0], train=tuple(row("own", k, COLOURS[k % 2]) for k in range(6))),))
+    found = [
+        cell.tune(each, load_tiny(tmp_path), arms.ARMS[name], chosen(), setting, 0, name, None, cell.Silent())
+        for each in (whole, other, changed)
+    ]
+    assert replace(found[0], seconds=0) == replace(found[1], seconds=0)
+    assert found[0].dev_nll != found[2].dev_nll
+    assert found[0].setting == setting
+    assert (found[0].train_tokens > 0) == arms.ARMS[name].trained
+
+
+def test_the_best_of_what_was_tried_is_trained_on_all_rows(tmp_path: Path) -> None:
+    tried = [Tried(Setting(repeats), nll, 5, 0.1) for repeats, nll in ((1, 2.0), (2, float("inf")), (3, 1.5), (4, 1.5))]
+    loaded = load_tiny(tmp_path)
+    found = cell.final(made(), loaded, arms.ARMS["sft"], chosen(), tried, 3, "sft", None, cell.Silent())
+    assert (found.size, found.seed, found.chosen, found.setting) == (6, 3, 2, Setting(3))  # of two equals the first
+    assert found.tried == tuple(tried)
+    assert found.training is not None
+    assert (found.training.repeats, found.training.steps, found.training.best_step) == (3, 5, 5)  # 18 rows, 4 a step
+    assert found.training.dev_nll == ()
+    assert found.training.share.task_examples == 18
+    with pytest.raises(ConfigError, match=r"sft: training diverged with every setting; lower train\.learning_rate \(0\.01\)"):
+        cell.final(made(), loaded, arms.ARMS["sft"], chosen(), tried[1:2], 3, "sft", None, cell.Silent())
