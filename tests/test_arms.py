@@ -143,4 +143,4 @@ def test_an_arm_of_ones_own_has_its_order_ratio_and_pool(material: Material, giv
         stream = arms.stream(each, tiny_tokenizer(), mine, given, 2, 0)
         assert (stream.plan.order, stream.share().task_examples, stream.share().general_examples) == ("ramp", 12, 24)
         assert all(f"{kind} answer" in text for text in texts(stream)[1])
-    assert [setting.repeats for setting in arms.trials(material, mine, given)] == [1, 2, 5, 13]  # 240 rows hold 13 x 18
+    assert [setting.repeats for setting in arms.trials(material, mine, given)] == [1, 2, 6, 13]  # 240 rows hold 13 x 18

@@ -118,15 +118,6 @@ def test_folds_are_the_seeds() -> None:
     assert [[len(dev) for dev in part] for part in parts] == [[4, 4, 4]] * 2
 
 
-def test_tasks_of_unlike_numbers_of_groups_lose_no_dev_row() -> None:
-    """Two groups beside six: each row of both tasks is judged once."""
-    few = replace(made().tasks[0], name="few", train=tuple(row("few", k, group=f"g{k % 2}") for k in range(6)))
-    folds = replace(made(), tasks=(few, made().tasks[0])).folds(3, 0)
-    for place, task in enumerate((few, made().tasks[0])):
-        dev = [example.origin for fold in folds for example in fold.tasks[place].dev]
-        assert sorted(dev) == sorted(example.origin for example in task.train)
-
-
 def test_a_fold_is_trained_with_its_part_of_the_steps() -> None:
     """4 of 6 rows, and two general rows for each of them."""
     for fold in made().folds(3, 0):

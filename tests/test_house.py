@@ -49,14 +49,25 @@ FLOORS = (
         "selfmade",
     ),
     ("summary", "plots", "report", "inputs", "certificate", "identity", "run"),
-    ("preview", "proof", "units", "workers", "comparison"),
-    ("use", "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli", "__main__", "__init__"),
+    ("preview", "proof", "units", "workers", "comparison", "budget"),
+    ("use", "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli_budget", "cli", "__main__", "__init__"),
 )
 ORDER = [name for floor in FLOORS for name in floor]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 FIRST_HEAVY = ORDER.index("gguf")
 READERS = {"summary", "plots", "report", "inputs", "certificate"}  # they stand high and need results.json only
-LIGHT = {*READERS, "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli", "__main__", "__init__"}
+LIGHT = {
+    *READERS,
+    "terminal",
+    "watch",
+    "cli_group",
+    "cli_models",
+    "cli_certificate",
+    "cli_budget",
+    "cli",
+    "__main__",
+    "__init__",
+}
 
 
 def is_type_checking(node: ast.AST) -> bool:

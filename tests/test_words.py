@@ -1,4 +1,4 @@
-"""TF-IDF and logistic regression: scikit-learn itself is the oracle for likelihoods; what was never seen costs a known price."""
+"""TF-IDF and logistic regression: scikit-learn itself is the oracle; what was never seen has a known price."""
 
 import numpy as np
 import pytest

@@ -60,6 +60,11 @@ def chosen_arms(settings: Settings) -> list[Arm]:
         if isinstance(arm, Arm) and arm.name in ARMS:
             raise ConfigError(f"compare.arms: {arm.name!r} is an arm that is there already; give yours another name")
     arms = [arm_of(settings, arm.name if isinstance(arm, Arm) else arm) for arm in settings.compare.arms]
+    for arm in arms:
+        if arm.members > 1 and arm.train.get("use_dora", settings.train.use_dora):
+            raise ConfigError(
+                f"compare.arms: {arm.name}: weight-decomposed adapters (use_dora) cannot be averaged; leave it out"
+            )
     odd = [task.name for task in settings.tasks if not set(task.metrics) & set(metrics.LABELS)]
     if odd and any(arm.words for arm in arms):
         raise ConfigError(
@@ -147,7 +152,7 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
         form = encode.make_format(tokenizer, task.anchor) if arm.anchored else plain
         encode.encode_ahead(task.train, form)
         own += [encode.encode(example, form) for example in task.train]
-    count = general_count(rows, arm, repeats)
+    count = min(general_count(rows, arm, repeats), len(general_rows(rows, arm)))
     mixed_seed = store.seed_for(seed, "mix")
     if own:
         plan = mix.plan(
@@ -168,14 +173,12 @@ def general_rows(rows: Material, arm: Arm) -> tuple[Example, ...]:
 
 
 def general_count(rows: Material, arm: Arm, repeats: int) -> int:
-    """General rows in a stream of so many repeats."""
+    """General rows that a stream of so many repeats asks for."""
     if not arm.mixes:
         return 0
     if arm.general_per_task is None:
-        wanted = rows.general_count(repeats)
-    else:
-        wanted = round(arm.general_per_task * repeats * rows.n_task)
-    return min(wanted, len(general_rows(rows, arm)))
+        return rows.general_count(repeats)
+    return round(arm.general_per_task * repeats * rows.n_task)
 
 
 def _permuted(rows: Sequence[Example], seed: int) -> tuple[Example, ...]:
@@ -234,10 +237,16 @@ def trials(rows: Material, arm: Arm, settings: Settings) -> tuple[Setting, ...]:
 
 def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple[int, ...]:
     wanted = None if arm.mixes else settings.compare.sft_epochs
+    batch = arm.train.get("batch_size", settings.train.batch_size)
+    if batch < settings.train.batch_size and arm.mixes and arm.general_per_task is None:
+        raise ConfigError(
+            f"compare.arms: {arm.name}: batches of {batch} rows would take more steps than TELL's of "
+            f"{settings.train.batch_size}; use larger ones"
+        )
     if (arm.mixes and arm.general_per_task is None) or (settings.mix.general_per_task == 0 and wanted is None):
         return rows.repeats
     shown = rows.n_task * (1 + (arm.general_per_task or 0.0) * arm.mixes) * arm.members
-    cap = max(1, math.floor(rows.step_cap * settings.train.batch_size / shown))
+    cap = max(1, math.floor(rows.step_cap * batch / shown))
     if wanted is None:
         # At least as many trials as TELL has; a single pass and the cap are always among them.
         count = math.ceil(max(3, len(rows.repeats)) / halves)

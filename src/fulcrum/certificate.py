@@ -128,7 +128,7 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
     measured = draws.measured
     n = _largest(draws, question)
     ref = leverage.reference(draws, question.references, n)
-    whole = leverage.reference(draws, question.references, max(measured.sizes(question.references)))
+    whole = leverage.reference(draws, question.references, max(n, *measured.sizes(question.references)))
     gained = leverage.contrast((1, draws.of(question.arm, n)), (-1, ref.last))
     slope, on_test = leverage.slope(whole), measured.dev is measured.by_seed
     difference = leverage.interval(gained)

@@ -144,12 +144,24 @@ def train(
 def compare(
     ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
     seed: Seed = None, resume: Resume = False, dry_run: DryRun = False,
+    budget: Annotated[str, typer.Option("--budget", metavar="TIME", help="As 2h or 90m: plan what it buys, keep to it.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Ten minutes: is anything identifiable, does the pool help?")] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a planned comparison.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Units run at once, each with its part of the threads.")] = 1,
     on: Annotated[str, typer.Option("--on", metavar="local|ray", help="Local processes, or a Ray cluster.")] = "local",
 ) -> None:  # fmt: skip
     """Train every arm on the same rows and say what mixing brought."""
     settings = _settings(run_file, changes, model, output_dir, seed)
-    _launch(ctx, "compare", settings, resume=resume, dry_run=dry_run, jobs=jobs, on=on)
+    how: dict[str, Any] = {"jobs": jobs, "on": on}
+    if budget or quick:
+        from fulcrum import cli_budget
+
+        screen = _model_screen(ctx, settings.model, dry_run=dry_run)
+        settings, planned = cli_budget.planned(screen, settings, budget, quick=quick, resume=resume, ask=not (yes or dry_run))
+        how |= planned
+    _launch(ctx, "compare", settings, resume=resume, dry_run=dry_run, **how)
+    if quick and not dry_run:
+        cli_budget.answer(_notes(ctx), Path(settings.output_dir))
 
 
 @app.command("eval")

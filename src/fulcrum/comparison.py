@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from fulcrum import cell, scoring, selfmade, workers
+from fulcrum import cell, scoring, selfmade, store, workers
 from fulcrum.arms import chosen_arms, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
@@ -17,6 +17,8 @@ from fulcrum.proof import certificates
 from fulcrum.records import ArmResult, Difference, Results, Setting, Tried
 from fulcrum.run import begin, finish, shown_size, writes
 from fulcrum.units import Study, Unit, keep, read
+
+PLAN = "budget.json"  # what a time budget planned, for whoever goes on with the comparison
 
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
 _REFERENCES = ("sft_anchor", "sft", "sft_kl", "soup", "kshot", "tfidf", "base_anchor", "base")  # without general data
@@ -31,14 +33,17 @@ _PAIRS = (
 
 
 def compare(
-    settings: Settings, *, resume: bool = False, watcher: Watcher | None = None, jobs: int = 1, on: str = "local"
+    settings: Settings, *, resume: bool = False, watcher: Watcher | None = None, jobs: int = 1, on: str = "local",
+    budget: float | None = None, left_out: Sequence[str] = (),
 ) -> Results:  # fmt: skip
     """Run every arm at every size and seed, and fill the run folder with results, certificate, predictions and report.
 
     Fairness (rules a to i of a fair comparison): the same nested task rows in all arms, dev rows among them; settings chosen by
     cross-validation inside these, as many for each arm; no arm may use more optimizer steps than TELL; learning rates decay
     fully within them; the last step counts; test is scored once per arm, size and seed.
-    `jobs` units run at once, in local processes or (`on` "ray") on a Ray cluster, each with its part of the threads.
+    `jobs` units run at once, in local processes or (`on` "ray") on a Ray cluster, each with its part of the threads. With a
+    `budget` in seconds whole seeds are left out (at least two remain) rather than overrun it; that, and what was `left_out` of
+    the design before, stands in the certificate.
     Raises ConfigError, DataError, ModelError or StoreError.
     """
     workers.share_threads(jobs, on)
@@ -50,37 +55,71 @@ def compare(
         partial(watcher.count, "general rows that the model makes itself"),
     )  # fmt: skip
     study = Study(settings, by_seed, folder)
+    if writes() and budget is not None and not (folder / PLAN).exists():
+        described = settings.model_dump(mode="json", exclude={"output_dir"})
+        store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
     with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
-
-        def run(units: Sequence[Unit]) -> list[Any]:
-            return _finished(study, units, runner, watcher)
-
         tries = list(plan_trials(study, arms, loaded))
         watcher.stage(f"{len(tries)} trials, by cross-validation inside the task rows")
-        finals = list(plan_finals(study, arms, list(zip(tries, run(tries), strict=True))))
+        tuning = _Progress(study, tries, watcher)
+        finals = list(plan_finals(study, arms, list(zip(tries, tuning.run(tries, runner), strict=True))))
         watcher.stage(f"{len(finals)} trainings on all task rows, each with its test")
-        results = run(finals)
+        spent, testing, results = tuning.seconds, _Progress(study, finals, watcher), list[ArmResult]()
+        for number, seed in enumerate(study.seeds, 1):
+            before = testing.seconds
+            results += testing.run([unit for unit in finals if unit.seed == seed], runner)
+            next_end = spent + testing.seconds + (testing.seconds - before)
+            if budget is not None and next_end > budget and 2 <= number < len(study.seeds):
+                left_out = [*left_out, f"seeds after {seed}, for which there was no time"]
+                break
+    notes = (
+        [f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left_out)}."] if budget and left_out else []
+    )
     at = shown_size(results, settings)
     shown = [result for result in results if result.size in (0, at)]
     differences = paired_differences(shown, settings)
     if writes():
-        certificates(folder, settings, study.rows, results, loaded)
-    return finish("compare", settings, folder, loaded, rows, results, differences, started)
+        certificates(folder, settings, study.rows, results, loaded, notes)
+    return finish("compare", settings, folder, loaded, rows, results, differences, started, notes)
 
 
-def _finished(study: Study, units: Sequence[Unit], runner: workers.Runner, watcher: Watcher) -> list[Tried | ArmResult]:
-    """The results of the units, in their order: those that are stored, and the others once they are run and stored."""
-    found = {unit.name: result for unit in units if (result := read(study, unit)) is not None}
-    begun, cost = time.monotonic(), {unit.name: study.cost(unit) for unit in units}
-    left = sum(cost[unit.name] for unit in units if unit.name not in found)
-    done = 0.0
-    for unit, result in runner([unit for unit in units if unit.name not in found]):
-        if writes():
-            keep(study, unit, result)
-        found[unit.name] = result
-        done += cost[unit.name]
-        watcher.overall(len(found), len(units), (time.monotonic() - begun) * max(0.0, left - done) / done)
-    return [found[unit.name] for unit in units]
+class _Progress:
+    """How far some units are, and the time that all of them took so far, in earlier sittings too."""
+
+    def __init__(self, study: Study, units: Sequence[Unit], watcher: Watcher) -> None:
+        self.study, self.watcher, self.total = study, watcher, len(units)
+        self.done, self.left, self.paid = 0, sum(study.cost(unit) for unit in units), 0.0
+        self.stored_seconds, self.begun = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the units."""
+        return self.stored_seconds + time.monotonic() - self.begun
+
+    def finished(self, unit: Unit, result: Tried | ArmResult, *, stored: bool) -> None:
+        """Count a unit, and tell the watcher."""
+        cost = self.study.cost(unit)
+        self.done, self.left = self.done + 1, self.left - cost
+        if stored:
+            self.stored_seconds += result.seconds
+            return
+        self.paid += cost
+        rest = (time.monotonic() - self.begun) * max(0.0, self.left) / self.paid
+        self.watcher.overall(self.done, self.total, rest)
+
+    def run(self, units: Sequence[Unit], runner: workers.Runner) -> list[Any]:
+        """The results of some of the units, in their order: those that are stored, and the others once run and stored."""
+        found: dict[str, Tried | ArmResult] = {}
+        for unit in units:
+            if (known := read(self.study, unit)) is not None:
+                found[unit.name] = known
+                self.finished(unit, known, stored=True)
+        for unit, result in runner([unit for unit in units if unit.name not in found]):
+            if writes():
+                keep(self.study, unit, result)
+            found[unit.name] = result
+            self.finished(unit, result, stored=False)
+        return [found[unit.name] for unit in units]
 
 
 def plan_trials(study: Study, arms: Iterable[Arm], loaded: LoadedModel) -> Iterable[Unit]:

@@ -8,10 +8,20 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fulcrum import settings_file
 from fulcrum.errors import ConfigError
@@ -24,7 +34,12 @@ def _is_list(kind: Any) -> bool:
     """Whether a field takes a list of names or numbers, and no single text."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     elements = [get_args(option)[0] for option in options if get_origin(option) is tuple]
-    return str not in options and any({element, *get_args(element)} & {str, int, float} for element in elements)
+    return str not in options and any(_plain_kinds(element) for element in elements)
+
+
+def _plain_kinds(kind: Any) -> bool:
+    """Whether a kind is a name or a number, or may be one."""
+    return kind in (str, int, float) or any(_plain_kinds(part) for part in get_args(kind))
 
 
 class Section(BaseModel):
@@ -201,7 +216,12 @@ class Arm(Section):
             raise ValueError(f"{self.name}: without general rows (general: pool) there is no pool, order or ratio to set")
         if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train):
             raise ValueError(f"{self.name}: is not trained (trained: false), so nothing of training can be set")
-        TrainSettings.model_validate(self.train)
+        if self.shots + self.words + self.trained > 1:
+            raise ValueError(f"{self.name}: is trained, or has shots, or counts words, one of these (add trained: false)")
+        try:
+            TrainSettings.model_validate(self.train)
+        except ValidationError as error:
+            raise ValueError(str(settings_file.explain(error, TrainSettings, f"{self.name}: train", {}))) from None
         return self
 
     @property
@@ -218,10 +238,14 @@ class Arm(Section):
 Sizes = tuple[int, ...]
 
 
+def _kind_of_arm(value: Any) -> str:
+    return "arm" if isinstance(value, Mapping | Arm) else "name"
+
+
 class CompareSettings(Section):
     """Which arms, at how many task rows, and how many seeds. Dev rows count as task rows: settings are chosen inside them."""
 
-    arms: tuple[str | Arm, ...] = Field(
+    arms: tuple[Annotated[Annotated[str, Tag("name")] | Annotated[Arm, Tag("arm")], Discriminator(_kind_of_arm)], ...] = Field(
         ("base", "base_anchor", "kshot", "sft", "sft_anchor", "mix", "tell"),
         min_length=1,
         description="arms to run: names that README.md lists, or arms of your own",
@@ -252,12 +276,23 @@ class CompareSettings(Section):
             raise ValueError(f"{twice[0]!r} is given twice; one cell counted as two would feign certainty")
         return value
 
+    @field_validator("sizes_of", mode="before")
+    @classmethod
+    def _single(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {name: [sizes] if isinstance(sizes, int) else sizes for name, sizes in value.items()}
+
     @field_validator("sizes", "sizes_of")
     @classmethod
     def _cut(cls, value: Any) -> Any:
-        every = [size for sizes in value.values() for size in sizes] if isinstance(value, dict) else value or ()
-        if small := [size for size in every if size < 4]:
-            raise ValueError(f"{small[0]} rows cannot be cut into folds; use 4 or more")
+        for sizes in value.values() if isinstance(value, dict) else (value or (4,),):
+            if not sizes:
+                raise ValueError("an arm without any size; name one, or leave the arm out of sizes_of")
+            if twice := [size for place, size in enumerate(sizes) if size in sizes[:place]]:
+                raise ValueError(f"{twice[0]} is given twice; one cell counted as two would feign certainty")
+            if small := [size for size in sizes if size < 4]:
+                raise ValueError(f"{small[0]} rows cannot be cut into folds; use 4 or more")
         return value
 
 

@@ -210,6 +210,8 @@ class Reference(NamedTuple):
 def reference(draws: Draws, arms: Sequence[str], n: int) -> Reference:
     """The best of `arms` at every size up to `n`, by dev score. Raises DataError where none was measured at `n`."""
     sizes = [size for size in draws.measured.sizes(arms) if 0 < size <= n]
+    if n not in sizes and any((arm, 0) in draws.measured.points for arm in arms):
+        sizes.append(n)  # an untrained arm stands there too
     if n not in sizes:
         raise DataError(f"none of {', '.join(arms)} was measured at {n} rows; measured: {_listed(draws.measured.points)}")
     score, chosen = [], {}

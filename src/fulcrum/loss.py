@@ -178,8 +178,9 @@ def row_loss(loaded: LoadedModel, row: Row, weights: Tensor, *, kl: float = 0.0)
 @torch.no_grad()
 def _base(loaded: LoadedModel, row: Row) -> Tensor:
     """What the base model has at the row's targets: hidden states where the head runs apart, else logits."""
+    split = _split(loaded)  # before adapters are switched off: these tell it by their gradients
     with loaded.peft.disable_adapter():
-        return _hidden(loaded, row) if _split(loaded) else _logits_everywhere(loaded, row)
+        return _hidden(loaded, row) if split else _logits_everywhere(loaded, row)
 
 
 @torch.no_grad()

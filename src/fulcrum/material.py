@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import numpy as np
 
@@ -65,10 +66,14 @@ class Material:
     def folds(self, count: int, seed: int) -> list["Material"]:
         """Cut the training rows `count` times into rows to train on and dev rows, by content group; each is a dev row once.
 
-        Tasks with fewer groups have fewer folds. Raises DataError where a task has a single group.
+        A task with fewer groups has fewer folds; in those beyond, none of its rows is a dev row. Raises DataError where a task
+        has a single group.
         """
         cuts = [_folds(task, count, seed) for task in self.tasks]
-        return [replace(self, tasks=fold) for fold in zip(*cuts, strict=False)]
+        return [
+            replace(self, tasks=tuple(own or replace(task, dev=()) for task, own in zip(self.tasks, fold, strict=True)))
+            for fold in zip_longest(*cuts)
+        ]
 
     @property
     def fingerprints(self) -> Mapping[str, str]:

@@ -222,7 +222,7 @@ def warnings(plan: Plan, batch_size: int) -> list[str]:
     """Return advice on a plan that can be trained but is rarely what was meant; `batch_size` is in rows a step."""
     found = []
     q = plan.task_share
-    if plan.mixed and batch_size * q < 1:
+    if plan.mixed and 0 < batch_size * q < 1:
         empty = 1 - batch_size * q if plan.order == "systematic" else (1 - q) ** batch_size
         found.append(
             f"mix: a step of {batch_size} rows holds {batch_size * q:.2g} task rows on average; about {empty:.0%} "

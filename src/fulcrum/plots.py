@@ -24,7 +24,7 @@ COLOURS = {
     "mix": "#56B4E9",
     "tell": "#0072B2",
 }
-_OTHERS = ("#009E73", "#CC79A7", "#000000")
+OTHERS = ("#009E73", "#CC79A7", "#000000")
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK, _FAINT, _WIDTH = "#222222", "#e4e4e4", 9.2  # inches; the page scales the picture
@@ -147,7 +147,7 @@ def _draw_curve(axis: Any, line: Curve, names: Sequence[str]) -> Any:
 
 def _colour(arm: str, names: Sequence[str]) -> str:
     unknown = [name for name in names if name not in COLOURS]
-    return COLOURS.get(arm) or _OTHERS[unknown.index(arm) % len(_OTHERS)]
+    return COLOURS.get(arm) or OTHERS[unknown.index(arm) % len(OTHERS)]
 
 
 def _svg(height: float, draw: Any) -> str:

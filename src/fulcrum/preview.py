@@ -32,6 +32,7 @@ class Preview:
     seed: int
     rows: Material
     tokenizer: Any
+    dev_apart: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,22 @@ def open_preview(settings: Settings, seed: int, *, dev_apart: bool = True) -> Pr
     tokenizer, context = fetch.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
     most = None if dev_apart else arms.largest_mixture(settings)
     rows = material.prepare(settings, tokenizer, context, seed, dev_apart=dev_apart, mixed_rows=most)
-    return Preview(settings, seed, rows, tokenizer)
+    return Preview(settings, seed, rows, tokenizer, dev_apart)
 
 
 def trials(preview: Preview, chosen: Sequence[Arm]) -> list[Trial]:
     """Every training on all rows of a size that the arms may come to, at the preview's seed; none for untrained arms."""
     settings, found = preview.settings, []
     for arm in chosen:
-        for size in arms.sizes_of(settings, arm, preview.rows.longest) if arm.trained else ():
+        longest = preview.rows.longest
+        sizes = (longest,) if preview.dev_apart else arms.sizes_of(settings, arm, longest)
+        for size in sizes if arm.trained else ():
             rows = preview.rows.at(size)
             for repeats in dict.fromkeys(setting.repeats for setting in arms.trials(rows, arm, settings)):
                 stream = arms.stream(rows, preview.tokenizer, arm, settings, repeats, preview.seed)
                 batch = settings.train.batch_size
                 advice = tuple(mix.warnings(stream.plan, batch))
-                found.append(Trial(arm.name, rows.n_task, repeats, stream.steps(batch), stream.share(), advice))
+                found.append(Trial(arm.name, size, repeats, stream.steps(batch), stream.share(), advice))
     return found
 
 

@@ -26,8 +26,9 @@ def folder_of(folder: Path, settings: Settings, task: str) -> Path:
 
 
 def certificates(
-    folder: Path, settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], loaded: LoadedModel
-) -> dict[str, dict[str, Any]]:
+    folder: Path, settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], loaded: LoadedModel,
+    more_notes: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Write a certificate for every task, and return them by task; none where no arm, or every arm, has general rows."""
     asked = asked_of(settings, results)
     if asked is None:
@@ -40,7 +41,7 @@ def certificates(
             continue
         question = Question(
             arm, references, tuple(names), tuple(name for name in names if not metrics.HIGHER_IS_BETTER[name]), task.name,
-            notes=tuple(notes(settings, rows, results)),
+            notes=(*notes(settings, rows, results), *more_notes),
         )  # fmt: skip
         about = inputs_of(settings, rows, results, task.name, loaded)
         plain = encode.make_format(loaded.tokenizer, None)
@@ -70,7 +71,7 @@ def outcomes_of(
     dev, tokens = {}, {}
     counted = {seed: _tokens(material.tasks, task, plain) for seed, material in rows.items()}
     for result in results:
-        cell = (result.arm, min(result.size, len(counted[result.seed]) - 1), result.seed)
+        cell = cell_of(result, rows, task)
         for name in names:
             found = scoring.outcomes(result.predictions[task], result.scores[task], name)
             values[name][cell] = np.array(found, dtype=np.float64)
@@ -88,6 +89,12 @@ def outcomes_of(
     return Outcomes(all_rows, all_groups, weights, values, dev, tokens)
 
 
+def cell_of(result: ArmResult, rows: Mapping[int, Material], task: str) -> Cell:
+    """The cell of a result: with as many rows as the task has, where it has fewer than the size."""
+    most = next(len(own.train) for own in rows[result.seed].tasks if own.name == task)
+    return result.arm, min(result.size, most), result.seed
+
+
 def side_effects(
     results: Sequence[ArmResult], rows: Mapping[int, Material], task: str
 ) -> Iterator[tuple[str, Cell, list[float], Sequence[Prediction]]]:
@@ -97,7 +104,7 @@ def side_effects(
     Leakage: whether the answer to a general prompt, asked without anchor, has the form of the task's answers.
     """
     for result in results:
-        cell = (result.arm, result.size, result.seed)
+        cell = cell_of(result, rows, task)
         for source, found in result.general.items():
             yield f"forgetting: {source}", cell, [row.nll_sum for row in found], found
         for what in ("without", "wrong"):

@@ -127,7 +127,8 @@ def forgetting_plot(results: Record) -> str:
 
 def _untrained(results: Record) -> str | None:
     """The arm that forgetting is measured against: the first untrained one."""
-    return next((name for name, arm in summary.by_arm(results).items() if not summary.trainings(arm)), None)
+    arms = summary.by_arm(results).items()
+    return next((name for name, arm in arms if not summary.trainings(arm) and arm[0]["general_nll"]), None)
 
 
 def training_plot(results: Record) -> str:

@@ -21,7 +21,7 @@ from fulcrum.config import Arm, Settings
 from fulcrum.identity import environment, manifest, peak_memory_bytes
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
-from fulcrum.records import ArmResult, Difference, Results, Tokens, TrialResult, Tried
+from fulcrum.records import ArmResult, Difference, Results, Setting, Tokens, TrialResult, Tried
 
 
 def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = None) -> Results:
@@ -62,10 +62,11 @@ def begin(
     ]
     for each in rows:
         for arm in arms:
-            for size in sizes_of(settings, arm, each.longest):
+            for size in (each.longest,) if apart else sizes_of(settings, arm, each.longest):
                 trials(each.at(size), arm, settings)  # wrong epochs are refused now, not hours later
     if any(arm.trained for arm in arms):
-        adapter.new_adapter(loaded, settings.train, 0)  # as are modules that the model does not have
+        for arm in arms:  # as are modules that the model does not have
+            adapter.new_adapter(loaded, cell.own_settings(settings.train, arm, Setting()), 0)
         adapter.drop_adapter(loaded)
     tokens = sum(planned_tokens(each, loaded.tokenizer, arms, settings) for each in rows)
     if compiled.wanted(loaded, chosen, tokens):
@@ -129,7 +130,7 @@ def dev_loss(loaded: LoadedModel, dev: Sequence[Sequence[Tokens]]) -> float:
 
 def finish(
     kind: Any, settings: Settings, folder: Path, loaded: LoadedModel, materials: Sequence[Material],
-    arms: Sequence[ArmResult], differences: Sequence[Difference], started: float,
+    arms: Sequence[ArmResult], differences: Sequence[Difference], started: float, more_notes: Sequence[str] = (),
 ) -> Results:  # fmt: skip
     """Write results.json, predictions.jsonl, report.html and the model card; returns the results."""
     first = materials[0]
@@ -138,7 +139,11 @@ def finish(
         (name, stream(first.at(size), loaded.tokenizer, arm_of(settings, name), settings, repeats, 0).plan)
         for name, size, repeats in chosen
     ]
-    notes = [*first.notes, *(fact for fact in loaded.facts if "one example per row" in fact or "could not be compiled" in fact)]
+    notes = [
+        *first.notes,
+        *more_notes,
+        *(fact for fact in loaded.facts if "one example per row" in fact or "could not be compiled" in fact),
+    ]
     notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
     shots = [(a, a.setting.shots) for a in arms if a.setting is not None and a.setting.shots]
     notes += [f"{a.arm} of {a.size} rows, seed {a.seed}: {number} examples in the prompt" for a, number in shots]
@@ -148,7 +153,7 @@ def finish(
         tasks=material.facts(first, loaded.tokenizer), notes=tuple(notes), rejects=first.rejects,
         arms=tuple(replace(arm, predictions={}, general={}) for arm in arms),
         differences=tuple(differences), forgetting=tuple(forgetting([arm for arm in arms if arm.size in (0, size)])),
-        step_cap=max(rows.step_cap for rows in materials),
+        step_cap=max(rows.at(size or rows.longest).step_cap for rows in materials),
         seconds=time.perf_counter() - started, peak_memory_bytes=peak_memory_bytes(), size=size,
     )  # fmt: skip
     lines = [

@@ -60,6 +60,8 @@ _EXPECTED: Mapping[str, str] = {
     "string_type": "a text", "tuple_type": "a list", "dict_type": "a mapping",
 }  # fmt: skip
 
+_TAGS = ("name", "arm")  # of items that are a name or a section
+
 _BOUNDS: Mapping[str, str] = {
     "greater_than_equal": "must be at least {ge:g}",
     "greater_than": "must be above {gt:g}",
@@ -172,6 +174,8 @@ def _place(location: Sequence[int | str], settings: type[BaseModel]) -> tuple[st
         if isinstance(part, int):
             dotted += f"[{part}]"
             continue
+        if part in _TAGS and place and isinstance(location[place - 1], int):
+            continue  # pydantic's name for the kind of an item
         dotted += f".{part}"
         inner = section.model_fields[part].annotation if part in section.model_fields else None
         if (below := _section(inner)) is None:  # what follows are positions in a list, or pydantic's name for a kind of value

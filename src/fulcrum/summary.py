@@ -21,6 +21,9 @@ UNITS = {"nll": "nats per answer token", "bleu": "BLEU points", "chrf": "chrF po
 WITHOUT_GENERAL = {
     "sft": "Use SFT",
     "sft_anchor": "Use SFT with the anchor",
+    "sft_kl": "Use SFT with the anchor, held near the base model",
+    "soup": "Use the average of several SFT adapters",
+    "tfidf": "Use TF-IDF with logistic regression",
     "kshot": "Use the base model with examples in the prompt, untrained",
     "base": "Use the base model untrained",
     "base_anchor": "Use the base model with the anchor, untrained",

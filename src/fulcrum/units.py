@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fulcrum import cell, export, store
+from fulcrum import cell, export, metrics, store
 from fulcrum.arms import general_count, sizes_of
 from fulcrum.cell import Watcher
 from fulcrum.config import Arm, Settings
@@ -41,12 +41,26 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Seconds a row: of training on a task row and on a general row, of scoring one, of an answer; and what each training takes
+    to begin. As it stands: a guess whose proportions alone matter.
+    """
+
+    task: float = 1.0
+    general: float = 1.0
+    scored: float = 0.3
+    answered: float = 1.0
+    start: float = 1.0  # of each training
+
+
+@dataclass(frozen=True)
 class Study:
     """What every unit of a comparison needs to know: plain values, so that another process can run it."""
 
     settings: Settings
     rows: Mapping[int, Material]  # by seed
     folder: Path
+    speed: Speed = Speed()
 
     def sizes(self, arm: Arm) -> tuple[int, ...]:
         """The sizes of an arm; 0, all rows, for one that does not depend on them."""
@@ -58,13 +72,24 @@ class Study:
         return tuple(self.rows)
 
     def cost(self, unit: Unit) -> float:
-        """What a unit costs in comparison with others: about as many rows as it trains on, and a third for each row scored."""
-        rows, folds = self.at(unit), self.settings.compare.folds
-        scored = sum(len(task.test) for task in rows.tasks) + sum(map(len, rows.held_out.values()))
+        """About how many seconds a unit takes at the study's speed."""
+        rows, speed = self.at(unit), self.speed
         setting = unit.setting or min(unit.tried, key=lambda tried: tried.dev_nll).setting
-        shown = rows.n_task * unit.arm.task_rows * setting.repeats + general_count(rows, unit.arm, setting.repeats)
-        trained = unit.arm.members * shown if unit.arm.trained else 0
-        return trained * (folds - 1) + rows.n_task / 3 if unit.setting is not None else trained + scored / 3
+        task = rows.n_task * unit.arm.task_rows * setting.repeats
+        trained = task * speed.task + general_count(rows, unit.arm, setting.repeats) * speed.general
+        folds, trainings = self.settings.compare.folds, unit.arm.members if unit.arm.trained else 0
+        if unit.setting is not None:
+            return trainings * (trained * (folds - 1) + folds * speed.start) + rows.n_task * speed.scored
+        tests = [(task, len(task.test)) for task in rows.tasks]
+        answers = sum(number for task, number in tests if metrics.needs_generation(task.metrics))
+        scored = sum(number for _, number in tests) + sum(map(len, rows.held_out.values()))
+        if self.is_probed(unit):
+            scored, answers = scored + 2 * sum(number for _, number in tests) * unit.arm.anchored, answers + cell.PROBED
+        return trainings * (trained + speed.start) + scored * speed.scored + answers * speed.answered
+
+    def is_probed(self, unit: Unit) -> bool:
+        """Whether its side effects are looked for, and its adapter kept: the first seed's largest sizes."""
+        return unit.seed == self.seeds[0] and unit.size == max(self.sizes(unit.arm))
 
     def at(self, unit: Unit) -> Material:
         """The rows of a unit: what does not depend on their number is measured on the most that any arm is given."""
@@ -78,7 +103,7 @@ def perform(study: Study, loaded: LoadedModel, unit: Unit, watcher: Watcher, fol
     rows, settings = study.at(unit), study.settings
     if unit.setting is not None:
         return cell.tune(rows, loaded, unit.arm, settings, unit.setting, unit.seed, unit.name, folder, watcher)
-    first = unit.seed == study.seeds[0] and unit.size == max(study.sizes(unit.arm))
+    first = study.is_probed(unit)
     result = cell.final(
         rows, loaded, unit.arm, settings, unit.tried, unit.seed, unit.name, folder, watcher, probed=first
     )  # fmt: skip
@@ -91,8 +116,9 @@ def perform(study: Study, loaded: LoadedModel, unit: Unit, watcher: Watcher, fol
 def keep(study: Study, unit: Unit, result: Tried | ArmResult) -> None:
     """Store a finished unit, atomically, and drop its checkpoints: it is never trained again."""
     store.write_json(_file(study, unit), _shortened(result), indent=None)
-    for training in (study.folder / "checkpoints").glob(f"{unit.name}-*"):
-        shutil.rmtree(training)
+    for part in ("fold", "member"):  # no more: another unit's name may begin like this one's
+        for training in (study.folder / "checkpoints").glob(f"{unit.name}-{part}*"):
+            shutil.rmtree(training)
     shutil.rmtree(study.folder / "checkpoints" / unit.name, ignore_errors=True)
 
 

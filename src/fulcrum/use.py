@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fulcrum import adapter as adapters
-from fulcrum import arms, comparison, config, encode, generate, ingest, material, metrics, model, scoring, starter, store
+from fulcrum import arms, cell, comparison, config, encode, generate, ingest, material, metrics, model, scoring, starter, store
 from fulcrum import run as running
 from fulcrum.config import Arm, DataSource, Settings, TaskSettings, TrainSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
 from fulcrum.model import LoadedModel
-from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Results, Score, Task
+from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Results, Score, Setting, Task
 
 _USED_FIRST = ("tell", "mix", "sft_anchor", "sft")  # of a comparison, where no arm is named
 
@@ -73,14 +73,15 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{file}: not a whole adapter ({error}); run the training again with --resume") from error
-    adapters.use(loaded, state, _as_saved(weights, settings.train))
+    adapters.use(loaded, state, _as_saved(weights, settings.train, own))
     anchors = {task.name: task.anchor_value() if own.anchored else None for task in settings.tasks}
     return Adapter(loaded, settings, own.name, anchors)
 
 
-def _as_saved(weights: Path, settings: TrainSettings) -> TrainSettings:
-    """The settings with the adapter's own rank and scale: averaged adapters, and arms of a file's own, have others."""
+def _as_saved(weights: Path, settings: TrainSettings, own: Arm) -> TrainSettings:
+    """The settings with those of the arm, and with the rank and scale that were saved: averaged adapters have others."""
     saved = store.read_json(weights / "adapter_config.json")
+    settings = cell.own_settings(settings, own, Setting())
     return settings.model_copy(update={"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"]})
 
 
@@ -186,9 +187,11 @@ def _own_rows(folder: Path, adapter: Adapter, tasks: tuple[TaskSettings, ...]) -
     seed = settings.seed if apart else settings.seeds[0]
     changed = settings.model_copy(update={"tasks": tasks, **no_pool})
     rows = material.prepare(changed, loaded.tokenizer, loaded.context, seed, dev_apart=apart)
+    arm = arms.arm_of(settings, adapter.arm)
+    used = rows if apart else rows.at(max(arms.sizes_of(settings, arm, rows.longest)))
     recorded = store.read_json(folder / store.MANIFEST)["data"]
     parts = [f"{task.name} {part}" for task in tasks for part in ("train", "dev", "test")]
-    return rows.tasks, [part for part in parts if rows.fingerprints[part] not in recorded[part]]
+    return used.tasks, [part for part in parts if rows.fingerprints[part] not in recorded[part]]
 
 
 def _known_rows(folder: Path, adapter: Adapter, task: TaskSettings, rows: Sequence[Example], data: str) -> list[str]:

@@ -3,35 +3,43 @@
 On few rows of an easy topic the rival is hard to beat, and it costs milliseconds; a comparison without it flatters everyone.
 """
 
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from fulcrum.errors import DataError
 from fulcrum.records import Example, FloatArray, IntArray, Prediction, Task
 
 Length = Callable[[Example], int]  # answer tokens, by which a loss is divided in every arm
+
+_WORD = r"(?u)\b\w+\b"
 
 
 def classify(train: Sequence[Example], rows: Sequence[Example]) -> tuple[list[str], FloatArray]:
     """The likeliest label of each row, and the nats of its gold label: -log p, (rows,).
 
     Labels that no training row has share one n-th of the probability, n being training rows plus one (Laplace's rule), so
-    that an unheard-of one costs much and not everything. Raises DataError where training rows hold one label only.
+    that an unheard-of one costs much and not everything. Where training rows hold one label only, or no word, the most frequent
+    label is all that is known.
     """
+    from sklearn.dummy import DummyClassifier
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
     labels = [row.answer.strip() for row in train]
-    if len(set(labels)) < 2:
-        raise DataError(
-            f"tfidf: all {len(labels)} training rows have the label {labels[0]!r:.60}; leave this arm out, or add rows"
-        )
-    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    model = make_pipeline(vectors, LogisticRegression(C=10.0, max_iter=1000))
+    known_share = len(train) / (len(train) + 1)
+    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD)
+    has_words = any(re.search(_WORD, _text(row)) for row in train)
+    if len(set(labels)) < 2 or not has_words:
+        model: Any = DummyClassifier(strategy="prior")
+    else:
+        model = make_pipeline(vectors, LogisticRegression(C=10.0, max_iter=1000))
+    if not rows:
+        return [], np.zeros(0)
     model.fit([_text(row) for row in train], labels)
-    likely = model.predict_proba([_text(row) for row in rows]) * len(train) / (len(train) + 1)
+    likely = model.predict_proba([_text(row) for row in rows]) * known_share
     place = {label: k for k, label in enumerate(model.classes_)}
     gold = [place.get(row.answer.strip()) for row in rows]
     known = np.array([likely[k, at] if at is not None else 1 / (len(train) + 1) for k, at in enumerate(gold)])

@@ -1,0 +1,222 @@
+"""What a time budget buys: the speed of this model on these rows is measured first, then the richest honest design that fits.
+
+A dense curve of SFT is cheap and shows whether anything can be identified; arms with general rows stand at few sizes. What a
+design leaves out is said, here and in the certificate. While it runs, whole seeds are dropped rather than the budget overrun.
+"""
+
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fulcrum import adapter, encode, generate, material, model, training
+from fulcrum.arms import ARMS, chosen_arms, stream
+from fulcrum.cell import Silent, Watcher
+from fulcrum.comparison import plan_trials
+from fulcrum.config import CompareSettings, Settings
+from fulcrum.errors import ConfigError
+from fulcrum.material import Material
+from fulcrum.model import LoadedModel
+from fulcrum.records import Tried
+from fulcrum.units import Speed, Study, Unit
+
+QUICK_SECONDS = 600
+_FEWEST = 8  # task rows of a design
+_SAMPLE = 32  # rows of each kind by which speed is measured
+_PLANNED = 0.92  # of the budget: what is left over is for reading, writing and the unforeseen
+_OPTIONAL = ("replay_10", "base_anchor", "placebo_permuted", "general_then_task", "kshot", "mix")  # the first goes first
+
+
+def parse(text: str) -> float:
+    """Seconds of a text such as 2h, 1h30m, 90m or 600s. Raises ConfigError."""
+    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+)s)?", text.strip())
+    seconds = sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0.0
+    if seconds <= 0:
+        raise ConfigError(f"--budget {text!r}: write hours, minutes and seconds as 2h, 1h30m, 90m or 600s")
+    return seconds
+
+
+@dataclass(frozen=True)
+class Design:
+    """Settings that a budget allows, the seconds that they are expected to take, and what had to be left out, in words."""
+
+    settings: Settings
+    seconds: float
+    left_out: tuple[str, ...]
+    units: int
+
+
+def plan(settings: Settings, seconds: float, *, quick: bool = False, watcher: Watcher | None = None) -> Design:
+    """The richest design that `seconds` buy on this machine. Raises ConfigError where not even the least one fits."""
+    watcher, started = watcher or Silent(), time.perf_counter()
+    watcher.stage("measuring the speed of training, scoring and answering")
+    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    first, wide = settings.seeds[0], _widest(settings)
+    rows = material.prepare(
+        wide, loaded.tokenizer, loaded.context, first, dev_apart=False, mixed_rows=_SAMPLE
+    )  # fmt: skip
+    speed = measure(rows, loaded, settings)
+    left = seconds * _PLANNED - (time.perf_counter() - started)
+    found = None
+    for most in itertools.takewhile(lambda number: number >= _FEWEST, (rows.longest // 2**k for k in range(64))):
+        for design, left_out in designs(settings, most, quick=quick):
+            units, cost = predict(design, rows, loaded, speed)
+            beyond = [f"task rows beyond {most} of {rows.longest}"] if most < rows.longest else []
+            found = Design(design, cost, (*beyond, *left_out), units)
+            if cost <= left:
+                return found
+        if settings.compare.sizes is not None:
+            break
+    least = 0.0 if found is None else found.seconds
+    raise ConfigError(
+        f"--budget: the least design takes about {least / _PLANNED / 60:.0f} minutes with this model on this machine, the "
+        f"budget has {seconds / 60:.0f}; raise it, or lower mix.general_per_task, train.max_length or task.test_limit"
+    )
+
+
+def _widest(settings: Settings) -> Settings:
+    """The settings with all rows, so that every smaller design can be counted from the same material."""
+    return settings.model_copy(update={"compare": settings.compare.model_copy(update={"sizes": None, "sizes_of": {}})})
+
+
+def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
+    """Seconds a row: of training on task rows and on general rows, of scoring, of an answer; on rows of this run."""
+    few = rows.at(_SAMPLE)
+    mixed = next((arm for arm in chosen_arms(settings) if arm.mixes and arm.task_rows), None)
+    plain = ARMS["sft_anchor" if any(task.anchor for task in few.tasks) else "sft"]
+    task = general = start = 0.0
+    for arm in (plain, mixed):
+        if arm is None:
+            continue
+        part = stream(few, loaded.tokenizer, arm, settings, 1, 0)
+        began = time.perf_counter()
+        _, result = training.train(loaded, part, None, settings.train, seed=0, repeats=1)
+        # The first step warms up; what is no step is spent on every training alike.
+        start = time.perf_counter() - began - result.seconds
+        first, last = result.history[0], result.history[-1]
+        seconds = (last.seconds - first.seconds) / (last.step - 1) * last.step if last.step > 1 else last.seconds
+        if arm.mixes:
+            general = max(0.0, seconds - task * part.plan.task_positions) / max(1, part.plan.general_used)
+        else:
+            task = seconds / part.plan.task_positions
+    own = few.tasks[0]
+    form = encode.make_format(loaded.tokenizer, own.anchor)
+    rows_of_test = own.test[:_SAMPLE]
+    tokens = [encode.final_answer(row, form) for row in rows_of_test]
+    prompts = [encode.prompt_ids(row.prompt, form) for row in rows_of_test]
+    longest, at_once = own.max_new_tokens, settings.eval.batch_tokens
+    scored = _timed(partial(generate.nats, loaded, tokens)) / len(tokens)
+    answering = partial(generate.generate, loaded, prompts, form, max_new_tokens=longest, batch_tokens=at_once)
+    answered = _timed(answering) / len(prompts)
+    adapter.drop_adapter(loaded)
+    return Speed(task, general, scored, answered, start)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def predict(settings: Settings, rows: Material, loaded: LoadedModel, speed: Speed) -> tuple[int, float]:
+    """The number of units of a design, and about how many seconds they take. Of what is tuned, the mean counts."""
+    repeats = settings.mix.candidates
+    general = rows.general[: round(len(rows.general) * max(repeats) / max(rows.repeats))]
+    limits = [task.test_limit for task in settings.tasks]
+    tasks = tuple(replace(task, test=task.test[:limit]) for task, limit in zip(rows.tasks, limits, strict=True))
+    tried_now = replace(rows, repeats=repeats, general=general, tasks=tasks)
+    study = Study(settings, dict.fromkeys(settings.seeds, tried_now), Path(settings.output_dir), speed)
+    arms = chosen_arms(settings)
+    tries = list(plan_trials(study, arms, loaded))
+    seconds, number = sum(study.cost(unit) for unit in tries), len(tries)
+    for arm in arms:
+        for size in study.sizes(arm):
+            tried = [Tried(u.setting, 0.0, 0, 0.0) for u in tries if u.arm.name == arm.name and u.size == size and u.setting]
+            known = tried[: len({t.setting for t in tried})]
+            each = [study.cost(Unit(arm, size, study.seeds[0], None, (one,))) for one in known]
+            times = len(study.seeds) if arm.seeded else 1
+            seconds, number = seconds + times * sum(each) / len(each), number + times
+    return number, seconds
+
+
+def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Settings, list[str]]]:
+    """Designs from the richest to the least, each with what it leaves out. What the settings fix themselves is kept."""
+    compare, left_out = settings.compare, list[str]()
+    fixed = compare.model_fields_set
+    curve = [16 * 2**k for k in range(20) if 16 * 2**k < rows] + [rows]
+    arms = [arm.name for arm in chosen_arms(settings)]
+    usual = ("sft_anchor", "sft") if quick else ("sft", "sft_anchor")
+    reference = next((name for name in usual if name in arms), None)
+    changes: dict[str, Any] = {"tune": "first", "folds": 2}
+    if "arms" not in fixed and not quick:
+        changes["arms"] = tuple(dict.fromkeys((*arms, "general_then_task", "placebo_permuted")))
+    if "seeds" not in fixed:
+        changes["seeds"] = tuple(range(2 if quick else 8 if rows <= 64 else 5))
+    if "sizes" not in fixed:
+        changes["sizes"] = (rows,) if quick else tuple(sorted({max(16, rows // 4), rows}))
+    if "sizes_of" not in fixed and reference is not None:
+        changes["sizes_of"] = {reference: tuple(curve[-3:] if quick else curve)}
+    if quick:
+        left_out.append("a quick look: few seeds, one size of the mixture, few trials")
+    design = _changed(settings, **changes)
+    if quick:
+        design = _few_rows(_thrifty(design, 4), 100)
+        if "arms" not in fixed:
+            mixed = "tell" if "tell" in arms else "mix"
+            design = _changed(design, arms=tuple(name for name in arms if name in ("base", reference, mixed)))
+    yield design, left_out
+    for rival in () if "arms" in fixed else _OPTIONAL:
+        present = [arm if isinstance(arm, str) else arm.name for arm in design.compare.arms]
+        if rival in present:
+            left_out.append(f"arm {rival}")
+            design = _changed(design, arms=tuple(name for name in present if name != rival))
+            yield design, left_out
+    if "seeds" not in fixed and len(design.seeds) > 5:
+        left_out.append("seeds 5 to 7")
+        design = _changed(design, seeds=tuple(range(5)))
+        yield design, left_out
+    for limit in (300, 200, 100):
+        if any((task.test_limit or limit + 1) > limit for task in settings.tasks):
+            left_out.append(f"test rows beyond {limit}")
+            design = _few_rows(design, limit)
+            yield design, left_out
+    if "sizes" not in fixed and len(design.compare.sizes or ()) > 1:
+        left_out.append("mixtures of fewer than all rows, and so every row saving")
+        design = _changed(design, sizes=(rows,))
+        yield design, left_out
+    if design.mix.repeats == "auto":
+        left_out.append("all but one number of repeats, and of epochs all but two")
+        design = _thrifty(design, 4)
+        yield design, left_out
+    if "sizes_of" not in fixed and reference is not None and len(curve) > 3:
+        left_out.append("sizes of the reference but three")
+        design = _changed(design, sizes_of={reference: (curve[0], curve[len(curve) // 2], rows)})
+        yield design, left_out
+    if "seeds" not in fixed:
+        for number in (3, 2):
+            if len(design.seeds) > number:
+                left_out.append(f"seeds but {number}: intervals will be wide")
+                design = _changed(design, seeds=tuple(range(number)))
+                yield design, left_out
+
+
+def _changed(settings: Settings, **changes: Any) -> Settings:
+    compare = CompareSettings.model_validate({**settings.compare.model_dump(), **changes})
+    return settings.model_copy(update={"compare": compare})
+
+
+def _few_rows(settings: Settings, limit: int) -> Settings:
+    tasks = [task.model_copy(update={"test_limit": min(limit, task.test_limit or limit)}) for task in settings.tasks]
+    return settings.model_copy(update={"tasks": tuple(tasks)})
+
+
+def _thrifty(settings: Settings, repeats: int) -> Settings:
+    """One number of repeats for mixtures, as many and three times as many epochs for SFT."""
+    settings = settings.model_copy(update={"mix": settings.mix.model_copy(update={"repeats": repeats})})
+    most = math.floor(repeats * (1 + settings.mix.general_per_task))
+    return _changed(settings, sft_epochs=tuple(sorted({repeats, min(most, 3 * repeats)})))

@@ -1,0 +1,102 @@
+"""`compare --budget` and `--quick`: what the time buys, before it is spent, and what a quick look said."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fulcrum.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fulcrum.config import Settings
+
+
+def planned(
+    screen: "Console", settings: "Settings", text: str, *, quick: bool, resume: bool, ask: bool
+) -> tuple["Settings", dict[str, Any]]:
+    """The settings of the design that the budget buys, shown and agreed to; and what `compare` has to know of it.
+
+    A resumed comparison goes on with the design that was agreed to. Raises ConfigError where nothing fits, or nobody agrees.
+    """
+    from fulcrum import budget, comparison, config, store, terminal
+
+    seconds = budget.parse(text) if text else budget.QUICK_SECONDS
+    file = Path(settings.output_dir) / comparison.PLAN
+    if resume and file.exists():
+        known = store.read_json(file)
+        agreed = config.Settings.model_validate({**known["settings"], "output_dir": settings.output_dir})
+        return agreed, {"budget": known["seconds"], "left_out": known["left_out"]}
+    store.check_free(Path(settings.output_dir), resume=resume)
+    with terminal.working(screen, "measuring what the budget buys"):
+        design = budget.plan(settings, seconds, quick=quick)
+    compare, test = design.settings.compare, [task.test_limit for task in design.settings.tasks]
+    rows = [
+        ("arms", ", ".join(arm if isinstance(arm, str) else arm.name for arm in compare.arms)),
+        ("task rows", ", ".join(map(str, compare.sizes or ("all",)))),
+        *((f"task rows of {name}", ", ".join(map(str, sizes))) for name, sizes in compare.sizes_of.items()),
+        ("seeds", f"{len(design.settings.seeds)}"),
+        ("test rows", ", ".join("all" if limit is None else str(limit) for limit in test)),
+        ("repeats tried", str(design.settings.mix.repeats) if design.settings.mix.repeats != "auto" else "1, 2, 4, 8"),
+        ("trials and trainings", f"{design.units}"),
+        ("left out", "; ".join(design.left_out) or "nothing"),
+        ("expected", f"{design.seconds / 60:.0f} of {seconds / 60:.0f} minutes"),
+    ]
+    screen.print(terminal.grid("What the budget buys", ("", ""), rows))
+    if ask:
+        if not sys.stdin.isatty():
+            raise ConfigError("--budget asks before it starts, and nobody can answer here; give -y, or --dry-run to look only")
+        if input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise ConfigError("not started; change the budget or the settings")
+    return design.settings, {"budget": seconds, "left_out": design.left_out}
+
+
+def answer(screen: "Console", folder: Path) -> None:
+    """Say what a quick look found, and how sure that is."""
+    from fulcrum import certificate, terminal
+
+    file = folder / certificate.FILE
+    if not file.exists():
+        return
+    found = json.loads(file.read_text(encoding="utf-8"))["answers"][0]
+    terminal.say(screen, quick_answer(found), "bold")
+
+
+def quick_answer(found: dict[str, Any]) -> str:
+    """Go, no go, or not known, from the first metric of a certificate."""
+    slope, difference, n = found["slope"], found["difference"], found["rows"]
+    rises = slope["low"] is not None and slope["low"] > 0
+    unknown = any(part[end] is None for part in (slope, difference) for end in ("low", "high"))
+    steep = f"without general data each doubling of rows brings {_span(slope)} {found['metric']}"
+    brings = f"the general data bring {_span(difference)} at {n} rows (both: positive is better)"
+    half = math.nan if unknown else (difference["high"] - difference["low"]) / 2
+    sure = (
+        "with one seed nothing is known of others"
+        if found["seeds"] == 1
+        else f"{found['seeds']} seeds leave ±{half:.3f}; 5 would leave about ±{_narrowed(half, found['seeds']):.3f}"
+    )
+    if unknown:
+        verdict = "Not known"
+    elif found["verdict"] == "gain":
+        verdict = "Go" if rises else "Go for the gain; no factor in rows will be identifiable"
+    elif found["verdict"] == "loss":
+        verdict = "No go"
+    else:
+        verdict = "Not known yet" if rises else "No go: the curve is too flat to identify any saving"
+    return f"{verdict}: {steep}; {brings}. How sure: {sure}."
+
+
+def _narrowed(half: float, seeds: int, then: int = 5) -> float:
+    """The half width of a t interval with as many seeds, from that of fewer."""
+    from scipy.special import stdtrit
+
+    return float(half * math.sqrt(seeds / then) * stdtrit(then - 1, 0.975) / stdtrit(seeds - 1, 0.975))
+
+
+def _span(interval: dict[str, float | None]) -> str:
+    known = [value for value in (interval["estimate"], interval["low"], interval["high"]) if value is not None]
+    if len(known) < 3:
+        return f"{known[0]:+.3f} (no interval)" if known else "nobody knows what"
+    return f"{known[0]:+.3f} ({known[1]:+.3f} to {known[2]:+.3f})"

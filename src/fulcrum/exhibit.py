@@ -1,0 +1,182 @@
+"""What a certificate shows of a metric, laid out: learning curves, how far the rows went, what it comes from; side effects."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fulcrum import axes, curves, summary
+from fulcrum.curves import Line, Mark, Reading
+from fulcrum.plots import COLOURS
+from fulcrum.wording import ends, factor_text, in_rows, more_rows_text, not_identifiable, percent, signed, verdict_of
+
+# How to read a part of the attribution, by its name up to the arms.
+READ = {
+    "mixing": "General rows in the stream, no anchor: what mixing alone brings.",
+    "anchor within the mix": "The same mixed stream, the anchor in every task prompt: what the anchor adds to the mix.",
+    "interaction of anchor and mix": "What the anchor brings within the mix, less what it brings without general rows. "
+    "Where its interval holds 0, anchor and mix were not shown to do more together than apart.",
+    "shuffle": "The same rows, shuffled together instead of one source after the other: what the order brings.",
+    "transfer": "Against general rows whose answers teach nothing: what is left comes of the content of the general rows.",
+}
+_SELECTED = 0.05  # share of draws from which on an arm counts as a reference that was used
+
+
+def named(answer: Mapping[str, Any]) -> str:
+    """A metric with its unit: "NLL, nats per answer token"."""
+    name = answer["metric"]
+    return ", ".join(filter(None, (summary.label_of(name), summary.UNITS.get(name))))
+
+
+def reference_at(answer: Mapping[str, Any], size: int) -> str:
+    """The arm that was selected most often at a size."""
+    shares = answer["reference"][str(size)]
+    return str(max(shares, key=shares.__getitem__))
+
+
+def sign_of(answer: Mapping[str, Any]) -> int:
+    """-1 where lower is better: scores of a certificate are turned, higher is better."""
+    return -1 if answer["lower_is_better"] else 1
+
+
+def answer_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:
+    """One metric: curves for wide and for narrow pages, tables, attribution."""
+    lines, reading = lines_of(answer, question), reading_of(answer, question)
+    glyph, kind, word = verdict_of(answer, None)
+    parts = [{"name": "difference to the reference", **answer["difference"]}, *answer["attribution"]]
+    sizes = sorted({point["size"] for point in answer["points"]})
+    scores = {(point["arm"], point["size"]): ends(point["score"], sign_of(answer)) for point in answer["points"]}
+    shown = [(line.name, [scores.get((line.name, size), "") for size in sizes]) for line in lines]
+    return {
+        "metric": summary.label_of(answer["metric"]), "named": named(answer), "n": answer["rows"],
+        "lower": answer["lower_is_better"], "verdict": f"{glyph} {word}", "kind": kind,
+        "difference": " ".join(signed(answer["difference"], sign_of(answer))), "seeds": answer["seeds"],
+        "charts": {
+            "wide": curves.learning(lines, reading, width=900, height=460),
+            "narrow": curves.learning(_shortened(lines), reading, width=400, height=430, letter=6.4),
+        },
+        "sizes": sizes, "scores": shown, "reading": reading, "legend": [(line, curves.shape(line.place)) for line in lines],
+        "factors": _factors(answer, question), "units": list(answer["saving"]), "identifiable": answer["identifiable"],
+        "why": "" if answer["identifiable"] else not_identifiable(answer),
+        "more": more_rows_text(answer), "more_rows": answer["more_rows"]["rows"],
+        "slope": " ".join(signed(answer["slope"], sign_of(answer))) if answer["slope"]["estimate"] is not None else "",
+        "parts": _bars(
+            [(_part(part["name"]), part) for part in parts],
+            sign_of(answer),
+            lambda part: READ.get(part["name"].split(" (")[0], ""),
+        ),
+    }  # fmt: skip
+
+
+def _part(name: str) -> tuple[str, str]:
+    """A part's name and the arms in it."""
+    found = re.fullmatch(r"(.*?) \((.*)\)", name)
+    return (found[1], found[2].replace(" - ", " − ")) if found else (name, "")
+
+
+def lines_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> list[Line]:
+    """The arms as lines: the one that is asked for first, then the references that were selected, then the others."""
+    points: dict[str, list[Mapping[str, Any]]] = {}
+    for point in answer["points"]:
+        points.setdefault(point["arm"], []).append(point)
+    shares = [share for shares in answer["reference"].values() for share in shares.items()]
+    used = [arm for arm in points if any(name == arm and share >= _SELECTED for name, share in shares)]
+    order = [arm for arm in dict.fromkeys([question["arm"], *used, *points]) if arm in points]
+    unknown = [arm for arm in order if arm not in COLOURS]
+    found = []
+    for place, arm in enumerate(order):
+        slot = list(COLOURS).index(arm) if arm in COLOURS else len(COLOURS) + unknown.index(arm) % 3
+        marks = tuple(_mark(answer, point) for point in sorted(points[arm], key=lambda point: point["size"]))
+        label = f"{arm}, reference" if arm in used else arm
+        if [mark.size for mark in marks] == [0]:
+            label = f"{arm}, untrained"
+        found.append(Line(arm, marks, slot, place, strong=arm == question["arm"] or arm in used, ends_as=label))
+    return found
+
+
+def _shortened(lines: Sequence[Line]) -> list[Line]:
+    return [Line(line.name, line.marks, line.slot, line.place, line.strong) for line in lines]
+
+
+def _mark(answer: Mapping[str, Any], point: Mapping[str, Any]) -> Mark:
+    sign, size = sign_of(answer), point["size"]
+    score = {key: None if value is None else sign * value for key, value in point["score"].items()}
+    low, high = (score["low"], score["high"]) if sign > 0 else (score["high"], score["low"])
+    seeds = tuple(sign * value for value in point["by_seed"])
+    shares = answer["reference"].get(str(size), {})
+    share = shares.get(point["arm"], 0.0)
+    tip = [
+        f"{point['arm']}, {f'{size:,} rows' if size else 'untrained'}",
+        f"{summary.label_of(answer['metric'])} {ends(point['score'], sign)}",
+    ]
+    if size and len(seeds) > 1:
+        tip.append(f"{len(seeds)} seeds: {summary.decimal(min(seeds))} to {summary.decimal(max(seeds))}")
+    if size and point["tokens"] is not None:
+        tip.append(f"{point['tokens']:,.0f} task tokens")
+    if share >= _SELECTED:
+        tip.append(f"reference in {percent(share)} of draws")
+    ringed = bool(shares) and point["arm"] == reference_at(answer, size)
+    return Mark(size, float(score["estimate"] or 0), low, high, seeds, tuple(tip), ringed)
+
+
+def reading_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> Reading | None:
+    """Where the row saving is read off the curves; None where there is none to read."""
+    saving, n, sign = answer["saving"]["rows"], answer["rows"], sign_of(answer)
+    if not answer["identifiable"] or saving["most"] <= 1 or saving["estimate"] in ("under", None):
+        return None
+    own = next(p["score"]["estimate"] for p in answer["points"] if (p["arm"], p["size"]) == (question["arm"], n))
+    sizes = [p["size"] for p in answer["points"] if p["arm"] == question["arm"] and p["size"]]
+    rows = n / (saving["most"] if saving["estimate"] == "over" else saving["estimate"])
+    fewest, most = (n / saving[key] if isinstance(saving[key], float | int) else None for key in ("high", "low"))
+    return Reading(
+        sign * (own - answer["difference"]["estimate"]), n, rows, fewest, most, min(sizes), in_rows(saving, n, short=True)
+    )
+
+
+def _factors(answer: Mapping[str, Any], question: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The row saving and each row gain: name, a factor for each unit, and in words."""
+    n, arm = answer["rows"], question["arm"]
+    units = list(answer["saving"])
+    rows = [("row saving", n, answer["saving"], in_rows(answer["saving"]["rows"], n))]
+    rows += [("row gain", gain["size"], gain, in_rows(gain["rows"], gain["size"], gain=arm)) for gain in answer["gain"]]
+    return [
+        {"name": name, "size": size, "factors": [" ".join(factor_text(found[unit])) for unit in units], "words": words}
+        for name, size, found, words in rows
+    ]
+
+
+def _bars(named: Sequence[tuple[Any, Mapping[str, Any]]], sign: int, about: Any, show: Any = None) -> dict[str, Any]:
+    """Dots with intervals on one axis, with their texts."""
+    values = []
+    for _, part in named:
+        low, high = (
+            sorted(sign * part[key] for key in ("low", "high"))
+            if part["low"] is not None and part["high"] is not None
+            else (None, None)
+        )
+        values.append((sign * float(part["estimate"] or 0), low, high))
+    axis = axes.bars(values)
+    write = show or (lambda part: " ".join(signed(part, sign)))
+    rows = [
+        {"name": name, "bar": bar, "text": write(part), "about": about(part)}
+        for (name, part), bar in zip(named, axis.bars, strict=True)
+    ]
+    return {"axis": axis, "rows": rows}
+
+
+def effect(effect: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """One side effect as dots with intervals: rises over the untrained model where there is one, shares for leakage."""
+    kind, _, what = effect["metric"].partition(":")
+    arms = effect["arms"]
+    base = next((arm["arm"] for arm in arms if arm["size"] == 0), None)
+    rises = kind == "forgetting" and base is not None and any(arm["rise"] for arm in arms)
+    shown = [arm for arm in arms if arm["rise"]] if rises else arms
+    rows = [
+        ((arm["arm"], f"{arm['size']:,} rows" if arm["size"] else "untrained"), arm["rise"] if rises else arm["score"])
+        for arm in shown
+    ]
+    show = (lambda part: ends(part, 1, percents=True)) if kind == "leakage" else None if rises else (lambda part: ends(part, 1))
+    return {
+        "kind": kind, "what": what.strip(), "base": base, "rises": rises, "seeds": effect["seeds"], "groups": effect["groups"],
+        "plot": _bars(rows, 1, lambda _: "", show), "apart": sorted({arm["size"] for arm in shown} - {0, n}),
+        "level": next((ends(arm["score"], 1) for arm in arms if arm["arm"] == base), ""),
+    }  # fmt: skip

@@ -1,0 +1,134 @@
+"""A certificate's numbers in words: intervals, factors that are censored, what cannot be said and why."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fulcrum.summary import decimal, label_of
+
+Ends = Mapping[str, Any]  # estimate, low, high; None for an unknown end
+
+
+def percent(share: float) -> str:
+    """A share as percent, never rounded to a 0 or a 100 that it is not."""
+    text = f"{100 * share:.0f}%"
+    return "<1%" if text == "0%" and share > 0 else ">99%" if text == "100%" and share < 1 else text
+
+
+def ends(interval: Ends, sign: int = 1, *, percents: bool = False) -> str:
+    """ "0.412 [0.380, 0.445]" in the metric's own direction, or "0.412 (no interval)"."""
+    show = percent if percents else decimal
+    if interval["estimate"] is None:
+        return "unknown"
+    value = show(sign * interval["estimate"])
+    if interval["low"] is None or interval["high"] is None:
+        return f"{value} (no interval)"
+    # A draw of a share may lie beyond 0 or 1; nobody can read a share of -2%.
+    low, high = sorted(
+        min(max(sign * interval[key], 0.0), 1.0) if percents else sign * interval[key] for key in ("low", "high")
+    )
+    return f"{value} [{show(low)}, {show(high)}]"
+
+
+def signed(interval: Ends, sign: int = 1) -> tuple[str, str]:
+    """A difference and its interval, each with its sign: "−0.106" and "[−0.118, −0.092]"."""
+    if interval["estimate"] is None:
+        return "unknown", "(no interval)"
+    value = _plus(sign * interval["estimate"])
+    if interval["low"] is None or interval["high"] is None:
+        return value, "(no interval)"
+    low, high = sorted(sign * interval[key] for key in ("low", "high"))
+    return value, f"[{_plus(low)}, {_plus(high)}]"
+
+
+def _plus(value: float) -> str:
+    text = decimal(value)
+    return text if text.startswith("−") or not float(text) else f"+{text}"
+
+
+def verdict_of(answer: Mapping[str, Any], contradiction: str | None) -> tuple[str, str, str]:
+    """A sign, a kind (for its colour) and words for a verdict; none of them says it alone."""
+    if answer["verdict"] == "gain":
+        if contradiction:
+            return "≠", "unclear", "Gain by the first metric, contradicted by another"
+        if not answer["identifiable"]:
+            return "▲", "unclear", "Gain, its worth in rows not identifiable"
+        return "▲", "gain", "Gain"
+    if answer["verdict"] == "loss":
+        return "▼", "loss", "Loss"
+    return ("?", "unknown", "Cannot be said") if answer["verdict"] == "cannot be said" else ("=", "none", "No gain shown")
+
+
+def not_identifiable(answer: Mapping[str, Any]) -> str:
+    """Why no factor is stated, after "because"."""
+    slope, sign = answer["slope"], -1 if answer["lower_is_better"] else 1
+    if slope["estimate"] is None:
+        return "the reference was measured with one number of rows only"
+    known = f"{label_of(answer['metric'])} {' '.join(signed(slope, sign))} with each doubling"
+    if slope["low"] is None:
+        return f"nothing is known of other seeds and test groups ({known})"
+    if slope["low"] <= 0:
+        return f"the reference does not clearly rise with its rows ({known})"
+    return f"the reference, which gets better as a whole ({known}), does not clearly do so towards {answer['rows']} rows"
+
+
+def _end(value: Any, factor: Mapping[str, Any]) -> str:
+    if value == "under":
+        return f"below {factor['least']:.1f}"
+    return f"at least {factor['most']:.1f}" if value == "over" else "unknown" if value is None else f"{value:.1f}"
+
+
+def factor_text(factor: Mapping[str, Any]) -> tuple[str, str]:
+    """A factor and its interval: "2.6×" and "[2.4, 2.8]", or "at least 4.0×"."""
+    value = f"{_end(factor['estimate'], factor)}×"
+    if factor["low"] is None or factor["high"] is None:
+        return value, "(no interval)"
+    if factor["low"] == factor["high"] == factor["estimate"] and isinstance(factor["low"], str):
+        return value, "(so is its whole 95% interval)"
+    return value, f"[{_end(factor['low'], factor)}, {_end(factor['high'], factor)}]"
+
+
+def in_rows(factor: Mapping[str, Any], size: int, *, gain: str | None = None, short: bool = False) -> str:
+    """A factor in rows: what would have sufficed of `size` rows, or what they were worth to the arm `gain`."""
+    if factor["most"] <= 1 and gain is None:
+        return f"not measured: no smaller size than {size} rows"
+    estimate, low, high = (factor[key] for key in ("estimate", "low", "high"))
+    if gain is not None:
+        span = "" if low is None or high is None else f" ({_worth(low, factor, size)} to {_worth(high, factor, size)})"
+        return f"{size:,} rows of {gain} were worth {_worth(estimate, factor, size)}{span} rows without general data"
+    span = "" if low is None or high is None else f" ({_needed(high, factor, size)} to {_needed(low, factor, size)})"
+    if estimate == "under":
+        return f"not even all {size:,} rows suffice{'' if low == high else span}"
+    if short:
+        return f"{_needed(estimate, factor, size)} of {size:,} rows{span}"
+    if estimate == "over":
+        return f"{size / factor['most']:,.0f} of {size:,} rows or fewer would have sufficed{'' if low == high else span}"
+    return f"{_needed(estimate, factor, size)} of {size:,} rows would have sufficed{span}"
+
+
+def _needed(value: Any, factor: Mapping[str, Any], n: int) -> str:
+    if isinstance(value, str):
+        return f"≤{n / factor['most']:,.0f}" if value == "over" else f"more than {n:,}"
+    return "unknown" if value is None else f"{n / value:,.0f}"
+
+
+def _worth(value: Any, factor: Mapping[str, Any], size: int) -> str:
+    if isinstance(value, str):
+        return f"at least {size * factor['most']:,.0f}" if value == "over" else f"fewer than {size * factor['least']:,.0f}"
+    return "unknown" if value is None else f"{size * value:,.0f}"
+
+
+def more_rows_text(answer: Mapping[str, Any]) -> tuple[str, str]:
+    """Whether more labelled rows would have brought more than general data: a word or two, and a sentence with intervals."""
+    more, n, metric = answer["more_rows"], answer["rows"], label_of(answer["metric"])
+    if "advantage" not in more:
+        short, _, why = more["answer"].partition(": ")
+        return short[:1].upper() + short[1:], f"{why[:1].upper()}{why[1:]} ({n:,} + {more['rows']})." if why else ""
+    names = {"general data": "General data", "labelling": "More labelled rows"}
+    brought, labelled, advantage = (
+        " ".join(signed(part)) for part in (answer["difference"], more["labelling"], more["advantage"])
+    )
+    text = (
+        f"With {n:,} rows general data made {metric} better by {brought}; {more['rows']} more labelled rows would have made "
+        f"the reference better by {labelled}. In favour of general data: {advantage}."
+    )
+    return names.get(more["answer"], more["answer"][:1].upper() + more["answer"][1:]), text
