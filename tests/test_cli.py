@@ -547,11 +547,12 @@ def test_compare_two_arms_and_resume(place: Path) -> None:
     words = ("compare", place / "run.yaml", "--set", "compare.arms=[base, tell]", "--output-dir", place / "compared")
     output = done(*words)
     assert "2 trials, by cross-validation inside the task rows" in output
-    assert "tell-15-seed0-repeats1 (2 of 2)" in output
+    assert "tell-15-seed0-repeats1\n" in output
     assert "2 trainings on all task rows, each with its test" in output
-    assert "tell-15-seed0 (2 of 2)" in output
+    assert "tell-15-seed0\n" in output
+    assert "comparison: 2/2, 0:00 left" in output
     assert f"adapters: {place / 'compared' / 'adapters'}" in output
-    headline = next(line for line in output.splitlines() if "n=4 test rows" in line)
+    headline = next(line for line in output.splitlines() if " at 15 rows against base" in line)
     assert "go on with it (--resume)" in refused(*words)
     again = done(*words, "--resume")
     assert headline in again

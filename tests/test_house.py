@@ -48,14 +48,15 @@ FLOORS = (
         "cell",
         "selfmade",
     ),
-    ("summary", "plots", "report", "inputs", "certificate", "identity", "run"),
+    ("summary", "plots", "axes", "curves", "wording", "exhibit", "page", "report", "inputs", "certificate", "identity", "run"),
     ("preview", "proof", "units", "workers", "comparison", "budget"),
     ("use", "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli_budget", "cli", "__main__", "__init__"),
 )
 ORDER = [name for floor in FLOORS for name in floor]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 FIRST_HEAVY = ORDER.index("gguf")
-READERS = {"summary", "plots", "report", "inputs", "certificate"}  # they stand high and need results.json only
+# They stand high and need results.json or a certificate only.
+READERS = {"summary", "plots", "axes", "curves", "wording", "exhibit", "page", "report", "inputs", "certificate"}
 LIGHT = {
     *READERS,
     "terminal",

@@ -285,7 +285,7 @@ def test_chunks_of_the_head_add_up_to_the_full_cross_entropy() -> None:
     weight = torch.randn(40, 6, generator=generator)
     labels = torch.randint(40, (count,), generator=generator)
     weights = torch.rand(count, generator=generator)
-    total, each = loss._ChunkedLoss.apply(hidden, lambda part: part @ weight.T, labels, weights)
+    total, each = loss._ChunkedLoss.apply(hidden, lambda part: part @ weight.T, labels, weights, None, 0.0)
     (2 * total).backward()
     found, hidden.grad = hidden.grad, None
     losses = functional.cross_entropy(hidden @ weight.T, labels, reduction="none")

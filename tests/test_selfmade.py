@@ -65,8 +65,10 @@ def settings(tmp_path: Path) -> config.Settings:
     pairs = [(f"colour {word}", ("red", "blue", "green")[k % 3]) for k, word in enumerate(WORDS)]
     data: dict[str, Any] = {
         "model": str(tmp_path / "model"),
-        "task": {"train": write_rows(tmp_path / "train.jsonl", pairs[:8]),
-                 "test": write_rows(tmp_path / "test.jsonl", pairs[8:]), "anchor": "Name it.", "metrics": ["nll"], "max_new_tokens": 4},
+        "task": {
+            "train": write_rows(tmp_path / "train.jsonl", pairs[:8]), "test": write_rows(tmp_path / "test.jsonl", pairs[8:]),
+            "anchor": "Name it.", "metrics": ["nll"], "max_new_tokens": 4,
+        },
         "general": write_rows(tmp_path / "pool.jsonl", [(f"say {a} and {b}", f"{b} {a}") for a in WORDS for b in WORDS]),
         "mix": {"general_per_task": 1, "repeats": 1},
         "train": tiny_settings().model_dump(),

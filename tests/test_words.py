@@ -6,7 +6,6 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 
 from fulcrum import words
-from fulcrum.errors import DataError
 from fulcrum.records import Example, Message, Task
 
 TRAIN = [("where is my parcel", "delivery"), ("my parcel is late", "delivery"), ("I want my money", "refund"),
@@ -59,9 +58,23 @@ def test_all_of_the_prompt_is_read_and_nothing_of_the_answer() -> None:
     assert words.classify(train, [row("a", "no", system="up"), row("a", "yes", system="down")])[0] == ["yes", "no"]
 
 
-def test_one_label_is_no_classification() -> None:
-    with pytest.raises(DataError, match=r"^tfidf: all 2 training rows have the label 'delivery'; leave this arm out, or add"):
-        words.classify(rows(TRAIN[:2]), rows(TRAIN[2:]))
+@pytest.mark.parametrize("train", [TRAIN[:2], [("?", "delivery"), ("!", "delivery"), ("...", "delivery")]])
+def test_where_nothing_can_be_told_apart_the_most_frequent_label_is_said(train: list) -> None:
+    """One label, or prompts without a word: its share times n / (n + 1), and 1 / (n + 1) for what is unheard of."""
+    outputs, nats = words.classify(rows(train), rows([("my parcel", "delivery"), ("the money", "complaint")]))
+    n = len(train)
+    assert outputs == ["delivery", "delivery"]
+    np.testing.assert_allclose(nats, [-np.log(n / (n + 1)), np.log(n + 1)])
+
+
+def test_prompts_without_words_leave_the_shares_of_the_labels() -> None:
+    outputs, nats = words.classify(rows([("?", "a"), ("!", "a"), (".", "b")]), rows([("-", "b")]))
+    assert outputs == ["a"]
+    np.testing.assert_allclose(nats, [-np.log(1 / 3 * 3 / 4)])
+
+
+def test_no_rows_are_no_error() -> None:
+    assert words.classify(rows(TRAIN), [])[0] == []
 
 
 def test_predictions_are_divided_by_answer_tokens_as_in_every_arm() -> None:

@@ -127,9 +127,10 @@ def predict(settings: Settings, rows: Material, loaded: LoadedModel, speed: Spee
     """The number of units of a design, and about how many seconds they take. Of what is tuned, the mean counts."""
     repeats = settings.mix.candidates
     general = rows.general[: round(len(rows.general) * max(repeats) / max(rows.repeats))]
-    limits = [task.test_limit for task in settings.tasks]
-    tasks = tuple(replace(task, test=task.test[:limit]) for task, limit in zip(rows.tasks, limits, strict=True))
-    tried_now = replace(rows, repeats=repeats, general=general, tasks=tasks)
+    pairs = zip(rows.tasks, settings.tasks, strict=True)
+    tasks = tuple(replace(task, test=task.test[: own.test_limit], metrics=own.metrics) for task, own in pairs)
+    held_out = {name: part[: settings.eval.general_rows] for name, part in rows.held_out.items()}
+    tried_now = replace(rows, repeats=repeats, general=general, tasks=tasks, held_out=held_out)
     study = Study(settings, dict.fromkeys(settings.seeds, tried_now), Path(settings.output_dir), speed)
     arms = chosen_arms(settings)
     tries = list(plan_trials(study, arms, loaded))
@@ -148,7 +149,7 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
     """Designs from the richest to the least, each with what it leaves out. What the settings fix themselves is kept."""
     compare, left_out = settings.compare, list[str]()
     fixed = compare.model_fields_set
-    curve = [16 * 2**k for k in range(20) if 16 * 2**k < rows] + [rows]
+    curve = [size for size in (16 * 2**k for k in range(20)) if size <= 0.75 * rows] + [rows]
     arms = [arm.name for arm in chosen_arms(settings)]
     usual = ("sft_anchor", "sft") if quick else ("sft", "sft_anchor")
     reference = next((name for name in usual if name in arms), None)
@@ -162,10 +163,14 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
     if "sizes_of" not in fixed and reference is not None:
         changes["sizes_of"] = {reference: tuple(curve[-3:] if quick else curve)}
     if quick:
-        left_out.append("a quick look: few seeds, one size of the mixture, few trials")
+        left_out.append(
+            "for a quick look: seeds but two, sizes of the mixture but one, most trials, metrics but one, side effects"
+        )
     design = _changed(settings, **changes)
     if quick:
         design = _few_rows(_thrifty(design, 4), 100)
+        tasks = tuple(task.model_copy(update={"metrics": task.metrics[:1]}) for task in design.tasks)
+        design = design.model_copy(update={"tasks": tasks, "eval": design.eval.model_copy(update={"general_rows": 0})})
         if "arms" not in fixed:
             mixed = "tell" if "tell" in arms else "mix"
             design = _changed(design, arms=tuple(name for name in arms if name in ("base", reference, mixed)))

@@ -150,9 +150,11 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
             for k, (arm, size) in enumerate(measured.points)
         ],
         "reference": {str(size): dict(chosen) for size, chosen in whole.chosen.items()},
+        "reference_chosen": {str(size): arm for size, arm in whole.picked.items()},
         "selected_on": "test, which favours the reference" if on_test else "dev",
         "difference": {**_ends(difference), "p": _p(difference, gained)},
-        "slope": _ends(slope), "identifiable": leverage.identifiable(whole, n),
+        "slope": _ends(slope), "slope_towards_rows": _ends(leverage.slope_towards(whole, n)),
+        "identifiable": leverage.identifiable(whole, n),
         "saving": {unit: _factor(factor) for unit, factor in savings.items()},
         "gain": [worth(size) for size in sizes],
         "verdict": _verdict(difference, on_test and len(question.references) > 1),
@@ -183,6 +185,8 @@ def _side_effect(found: Outcomes, question: Question, metric: str, n: int) -> di
         if base is not None and point != base:
             rise = _ends(leverage.interval(leverage.contrast((1, draws.of(*point)), (-1, draws.of(*base)))))
         score = _ends(leverage.interval(draws.of(*point)))
+        if metric == "leakage":  # a share
+            score = {end: None if value is None else min(1.0, max(0.0, value)) for end, value in score.items()}
         arms.append({"arm": point[0], "size": point[1], "score": score, "rise": rise})
     return {"metric": metric, "seeds": measured.by_seed.shape[1], "groups": round(measured.groups, 1), "arms": arms}
 
@@ -285,7 +289,7 @@ def _factor(factor: Factor) -> dict[str, Any]:
 def _headline(answer: Mapping[str, Any], question: Question, contradiction: str | None) -> str:
     """The sentence that a user wants."""
     n, difference = answer["rows"], answer["difference"]
-    best = max(answer["reference"][str(n)], key=lambda arm: answer["reference"][str(n)][arm])
+    best = answer["reference_chosen"][str(n)]
     moved = f"{answer['metric']} {_signed(difference, answer['lower_is_better'])} at {n} rows against {best}"
     seeds = "" if answer["seeds"] > 1 else "; intervals are given this one seed and say nothing of another training run"
     if answer["verdict"] == "cannot be said":
@@ -311,7 +315,7 @@ def _headline(answer: Mapping[str, Any], question: Question, contradiction: str 
 def saved(saving: Factor, n: int) -> str:
     """ "40 of your 64 rows would have sufficed: row saving 1.6x (95% interval 1.2 to 2.3)", censored where it is."""
     ends = [_times(value, saving) for value in (saving.low, saving.high)]
-    span = "" if np.isnan(saving.low) else f" (95% interval {ends[0]} to {ends[1]})"
+    span = "" if np.isnan(saving.low) or saving.low == np.inf else f" (95% interval {ends[0]} to {ends[1]})"
     if saving.estimate == np.inf:
         return (
             f"{n / saving.most:.0f} of your {n} rows or fewer would have sufficed: row saving at least {saving.most:.1f}x{span}"

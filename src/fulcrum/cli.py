@@ -244,7 +244,7 @@ def mix(
 
 @app.command()
 def report(run_folder: RunFolder) -> None:
-    """Write a run's report.html anew and print its tables."""
+    """Write report.html of a run, or of a certificate's folder, anew and print what it says."""
     from fulcrum import report as reporting
     from fulcrum import terminal
 

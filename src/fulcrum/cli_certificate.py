@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -45,10 +45,10 @@ def certify(
     "seed": 0, "dev": 0.7, "tokens": 5321} says by what score a cell was selected (higher is better; without it arms are
     selected on test, which favours the reference) and how many tokens its task rows have.
     """
-    from fulcrum import certificate, outcomes, store, terminal
+    from fulcrum import certificate, outcomes, page, store, terminal
     from fulcrum.certificate import Question
 
-    for name in (certificate.FILE, certificate.OUTCOMES):
+    for name in (certificate.FILE, certificate.OUTCOMES, page.REPORT):
         if (out / name).exists():
             raise ConfigError(f"{out / name}: exists already and is not overwritten; name another folder with --out")
     found = outcomes.read(file)
@@ -63,12 +63,13 @@ def certify(
         sealed = certificate.write(out, found, question, {"outcomes file": store.file_sha256(file)})
     terminal.say(screen, sealed["headline"], "bold")
     for answer in sealed["answers"]:
-        for table in tables(answer):
+        for table in terminal.certificate_tables(answer):
             screen.print(table)
         more = answer["more_rows"]
         terminal.say(screen, f"{more['rows']} more labelled rows, or general data: {more['answer']}")
         if answer["selected_on"] != "dev":
             terminal.say(screen, f"The reference was selected on {answer['selected_on']}.")
+    terminal.say(screen, f"report: {page.write(out)}")
     terminal.say(screen, f"wrote {out / certificate.FILE}; check it any time: fulcrum verify {out / certificate.FILE}")
 
 
@@ -84,49 +85,6 @@ def _references(found: "Outcomes") -> list[str]:
             f"none of the arms ({', '.join(sorted(known))}) is known to use no general data; name it with --reference"
         )
     return chosen
-
-
-def tables(answer: dict[str, Any]) -> list[Any]:
-    """One metric of a certificate as tables for a terminal."""
-    from fulcrum import terminal
-
-    sign = -1 if answer["lower_is_better"] else 1
-    sizes = sorted({point["size"] for point in answer["points"]})
-    arms = list(dict.fromkeys(point["arm"] for point in answer["points"]))
-    scores = {(point["arm"], point["size"]): point["score"] for point in answer["points"]}
-    title = f"{answer['metric']} by task rows ({'lower' if answer['lower_is_better'] else 'higher'} is better), 95% intervals"
-    rows = [[arm, *(_interval(scores.get((arm, size)), sign) for size in sizes)] for arm in arms]
-    found = [terminal.grid(title, ["arm", *map(str, sizes)], rows)]
-    factors = [["row saving", str(answer["rows"]), *(_factor(factor) for factor in answer["saving"].values())]]
-    for gain in answer["gain"]:
-        factors.append(["row gain", str(gain["size"]), *(_factor(gain[unit]) for unit in answer["saving"])])
-    if not answer["identifiable"]:
-        factors = [[*row[:2], *("not identifiable" for _ in row[2:])] for row in factors]
-    found.append(
-        terminal.grid("How far the rows went", ["factor", "at", *(f"in {unit}" for unit in answer["saving"])], factors)
-    )
-    contrasts = [["difference to the reference", _interval(answer["difference"], sign)]]
-    contrasts += [[part["name"], _interval(part, sign)] for part in answer["attribution"]]
-    found.append(terminal.grid(f"What it comes from, at {answer['rows']} rows", ["part", "difference"], contrasts))
-    return found
-
-
-def _interval(ends: dict[str, Any] | None, sign: int) -> str:
-    if ends is None:
-        return ""
-    if ends["low"] is None or ends["high"] is None:
-        return f"{sign * ends['estimate']:.3f}"
-    low, high = sorted((sign * ends["low"], sign * ends["high"]))
-    return f"{sign * ends['estimate']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _factor(factor: dict[str, Any]) -> str:
-    def end(value: Any) -> str:
-        if value in ("under", "over"):
-            return f"<{factor['least']:.2g}" if value == "under" else f"≥{factor['most']:.3g}"
-        return "?" if value is None else f"{value:.2f}"
-
-    return f"{end(factor['estimate'])} [{end(factor['low'])}, {end(factor['high'])}]"
 
 
 def verify(

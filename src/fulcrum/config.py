@@ -238,14 +238,25 @@ class Arm(Section):
 Sizes = tuple[int, ...]
 
 
-def _kind_of_arm(value: Any) -> str:
-    return "arm" if isinstance(value, Mapping | Arm) else "name"
+def _kind_of_arm(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "arm by name"
+    return "arm in full" if isinstance(value, Mapping | Arm) else None
+
+
+_NO_ARM = "expected an arm's name, or a mapping that describes one (name, anchored, general ...)"
 
 
 class CompareSettings(Section):
     """Which arms, at how many task rows, and how many seeds. Dev rows count as task rows: settings are chosen inside them."""
 
-    arms: tuple[Annotated[Annotated[str, Tag("name")] | Annotated[Arm, Tag("arm")], Discriminator(_kind_of_arm)], ...] = Field(
+    arms: tuple[
+        Annotated[
+            Annotated[str, Tag("arm by name")] | Annotated[Arm, Tag("arm in full")],
+            Discriminator(_kind_of_arm, custom_error_type="no_arm", custom_error_message=_NO_ARM),
+        ],
+        ...,
+    ] = Field(
         ("base", "base_anchor", "kshot", "sft", "sft_anchor", "mix", "tell"),
         min_length=1,
         description="arms to run: names that README.md lists, or arms of your own",

@@ -8,14 +8,14 @@ Invariant: the same values give the same coordinates; every name stays text unti
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fulcrum import plots
 from fulcrum.axes import nice_ticks, tick_texts
 
 COLOURS = (*plots.COLOURS.values(), *plots.OTHERS)
-DARK = ("#a9b0b8", "#79828c", "#E69F00", "#f0894a", "#9fd8ff", "#3f9be6", "#2fc79a", "#e39ac0", "#f2f3f4")  # on a dark page
+DARK = ("#a9b0b8", "#79828c", "#E69F00", "#f0894a", "#7ccdf8", "#2f86d6", "#2fc79a", "#e39ac0", "#f2f3f4")  # on a dark page
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 2.5", "6 2 1 2 1 2")
 _SHAPES = (
     "M-4.6 0a4.6 4.6 0 1 0 9.2 0a4.6 4.6 0 1 0 -9.2 0Z", "M-4.2 -4.2h8.4v8.4h-8.4Z", "M0 -5.4L5.2 4H-5.2Z",
@@ -93,7 +93,7 @@ class Drawn:
     marks: tuple[Shown, ...]
     band: str
     path: str
-    label: tuple[float, float, str]
+    label: tuple[float, float, str] | None
     leader: tuple[float, float, float, float] | None
 
     @property
@@ -152,7 +152,6 @@ class _Field:
     values: tuple[float, float]
     step: float = 0.0  # between arms side by side
     zero: float = 0.0  # width of the column of untrained arms
-    taken: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def x(self, size: float) -> float:
         """Pixels of a number of rows, on a log scale; 0 has a column of its own."""
@@ -174,27 +173,28 @@ class _Field:
         return not self.values[0] <= value <= self.values[1]
 
 
-def learning(lines: Sequence[Line], reading: Reading | None, *, width: int, height: int, letter: float = 6.9) -> Chart:
-    """Lay out learning curves; `letter` is the width of a letter of a label, in pixels."""
+def learning(lines: Sequence[Line], reading: Reading | None, *, width: int, height: int, narrow: bool = False) -> Chart:
+    """Lay out learning curves. A narrow one has names of strong and of untrained arms only, a legend those of all."""
+    letter = 6.4 if narrow else 6.9  # width of a letter of a label, in pixels
+    lines = [replace(line, ends_as="") for line in lines] if narrow else lines
+    labelled = [line for line in lines if not narrow or line.strong or line.marks[-1].size == 0]
     sizes = sorted({mark.size for line in lines for mark in line.marks if mark.size}) or [1]
     values = scale(lines, () if reading is None else (reading.value,))
     ticks = nice_ticks(*values)
     texts = tick_texts(ticks)
-    last = [line for line in lines if line.marks[-1].size in (0, sizes[-1])]
+    last = [line for line in labelled if line.marks[-1].size in (0, sizes[-1])]
     gutter = max((letter * len(line.ends_as or line.name) for line in last), default=0) + 26
     left = 14 + letter * max(map(len, texts), default=1)
     box = (left, 14.0, width - min(gutter, 0.36 * width), height - (66.0 if reading else 48.0))
     place = _Field(width, height, box, sizes, values, zero=44.0 if any(m.size == 0 for li in lines for m in li.marks) else 0.0)
     trained = sorted((line for line in lines if line.marks[-1].size), key=lambda line: not line.strong)
     gap = min((place.x(b) - place.x(a) for a, b in pairwise(sizes)), default=120.0)
-    place.step = min(7.0, 0.5 * gap / max(1, len(trained)))
+    place.step = min(5.5, 0.5 * gap / max(1, len(trained)))
     # Side by side, strong arms in the middle: 0, 1, -1, 2, -2 ...
     offsets = {line.name: place.step * ((k + 1) // 2) * (1 if k % 2 else -1) for k, line in enumerate(trained)}
     shown = {line.name: tuple(_shown(place, line, mark, offsets.get(line.name, 0.0)) for mark in line.marks) for line in lines}
-    for marks in shown.values():
-        place.taken += [(mark.x - 6, mark.y - 6, mark.x + 6, mark.y + 6) for mark in marks]
-    labels = _labels(place, lines, shown, letter)
-    drawn = tuple(_drawn(place, line, shown[line.name], labels[line.name]) for line in lines)
+    labels = _labels(place, labelled, shown, letter, narrow)
+    drawn = tuple(_drawn(place, line, shown[line.name], labels.get(line.name)) for line in lines)
     x_ticks = [(place.x(0), "0")] if place.zero else []
     for size in sizes:
         if not x_ticks or place.x(size) - x_ticks[-1][0] > 5 * (len(f"{size:,}") + len(x_ticks[-1][1])):
@@ -215,7 +215,7 @@ def _shown(place: _Field, line: Line, mark: Mark, offset: float) -> Shown:
     return Shown(mark.size, x, y, left, top, path, mark.tip, mark.ringed, side, whisker, seeds)
 
 
-def _drawn(place: _Field, line: Line, marks: tuple[Shown, ...], label: tuple[float, float, str]) -> Drawn:
+def _drawn(place: _Field, line: Line, marks: tuple[Shown, ...], label: tuple[float, float, str] | None) -> Drawn:
     on = [(mark, shown) for mark, shown in zip(line.marks, marks, strict=True) if not place.beyond(mark.value)]
     xs = [shown.x for _, shown in on]
     ends = [shown.whisker for _, shown in on]
@@ -230,54 +230,52 @@ def _drawn(place: _Field, line: Line, marks: tuple[Shown, ...], label: tuple[flo
         band = "M" + "L".join([*low, *reversed(high)]) + "Z"
     last = marks[-1]
     start = place.box[2] if [mark.size for mark in line.marks] == [0] and on else last.x
-    far = label[0] - start > 22 or abs(label[1] - last.y) > 5
-    leader = (start + 7, last.y, label[0] - 3, label[1]) if far else None
+    far = label is not None and (label[0] - start > 22 or abs(label[1] - last.y) > 5)
+    leader = (start + 7, last.y, label[0] - 3, label[1]) if label and far else None
     return Drawn(line, marks, band, path, label, leader)
 
 
 def _labels(
-    place: _Field, lines: Sequence[Line], shown: dict[str, tuple[Shown, ...]], letter: float
+    place: _Field, lines: Sequence[Line], shown: dict[str, tuple[Shown, ...]], letter: float, narrow: bool
 ) -> dict[str, tuple[float, float, str]]:
-    """A place for each label right of its line's end: near it, on no other label, and on as few lines as can be."""
-    segments = [(a, b) for marks in shown.values() for a, b in pairwise(marks)]
+    """A place for each label right of its line's end: as near to it as the labels beside allow, in the order of the ends."""
+    columns: dict[tuple[float, float], list[Line]] = {}
+    edge = max([place.box[2] + 10, *(13 + m.x for marks in shown.values() for m in marks if m.size == place.sizes[-1])])
+    for line in lines:
+        last = line.marks[-1]
+        x, end = max(other.x for marks in shown.values() for other in marks if other.size == last.size) + 13, place.width - 6.0
+        if last.size == place.sizes[-1] or (last.size == 0 and not place.beyond(last.value)):
+            x = edge  # the line of an untrained arm goes through
+        elif not narrow or not last.size:
+            end = place.x(min((size for size in place.sizes if size > last.size > 0), default=place.sizes[-1])) - 8
+        columns.setdefault((x, end), []).append(line)
     found: dict[str, tuple[float, float, str]] = {}
-    taken: list[tuple[float, float, float, float]] = []
-    for line in sorted(lines, key=lambda line: (not line.strong, shown[line.name][-1].y)):
-        end, mark = shown[line.name][-1], line.marks[-1]
-        beyond = place.beyond(mark.value)
-        most = int((place.width - 4 - end.x) / letter) if mark.size else 99
-        text = _cut(line.ends_as or line.name, max(6, most - 3))
-        across = [other.x for marks in shown.values() for other in marks if other.size == mark.size]
-        x = max(across) + 15
-        if mark.size == 0 and not beyond:
-            x = place.box[2] + 10
-        best = (math.inf, end.y)
-        for move in sorted(range(-120, 121, 3), key=lambda move: (abs(move), move)):
-            y = end.y + move
-            box = (x - 2, y - 8, x + letter * len(text), y + 8)
-            cost = (
-                abs(move) + 400 * sum(_overlap(box, other) for other in taken) + 40 * sum(_overlap(box, o) for o in place.taken)
-            )
-            cost += 16 * sum(_crosses(box, a, b) for a, b in segments)
-            cost += 1000 * (y < place.box[1] - 4 or y > place.box[3] - 4)
-            best = min(best, (cost, y))
-        found[line.name] = (x, best[1], text)
-        taken.append((x - 2, best[1] - 8, x + letter * len(text), best[1] + 8))
+    for (x, end), column in columns.items():
+        column.sort(key=lambda line: shown[line.name][-1].y)
+        wanted = [(shown[line.name][-1].y, 3.0 if line.strong else 1.0) for line in column]
+        for line, y in zip(column, _apart(wanted, 15.5, place.box[1], place.box[3] - 6), strict=True):
+            most = int((end - x) / letter)
+            full = line.ends_as or line.name
+            found[line.name] = (x, y, full if len(full) <= most else _cut(line.name, max(most, 6)))
     return found
+
+
+def _apart(wanted: Sequence[tuple[float, float]], gap: float, least: float, most: float) -> list[float]:
+    """Places (in ascending order of what is wanted, each with a weight) at least `gap` apart, nearest to what is wanted."""
+    blocks: list[tuple[float, float, int]] = []  # isotonic regression by pooling: mean, weight, number
+    for k, (value, weight) in enumerate(wanted):
+        mean, total, number = value - k * gap, weight, 1
+        while blocks and blocks[-1][0] > mean:
+            before, own, count = blocks.pop()
+            mean, total, number = (mean * total + before * own) / (total + own), total + own, number + count
+        blocks.append((mean, total, number))
+    fitted = [mean for mean, _, number in blocks for _ in range(number)]
+    top = most - gap * (len(fitted) - 1)
+    return [max(min(value, top), min(least, top)) + k * gap for k, value in enumerate(fitted)]
 
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _crosses(box: tuple[float, float, float, float], a: Shown, b: Shown) -> bool:
-    """Whether a line runs through a box, to the accuracy that a label needs."""
-    points = ((a.x + (b.x - a.x) * k / 24, a.y + (b.y - a.y) * k / 24) for k in range(25))
-    return any(box[0] < x < box[2] and box[1] < y < box[3] for x, y in points)
 
 
 def _read_off(place: _Field, reading: Reading, letter: float) -> dict[str, float | str | bool]:

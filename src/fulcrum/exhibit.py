@@ -1,7 +1,8 @@
 """What a certificate shows of a metric, laid out: learning curves, how far the rows went, what it comes from; side effects."""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fulcrum import axes, curves, summary
@@ -11,6 +12,7 @@ from fulcrum.wording import ends, factor_text, in_rows, more_rows_text, not_iden
 
 # How to read a part of the attribution, by its name up to the arms.
 READ = {
+    "in all": "Over the best arm without general data: the difference that the verdict is about.",
     "mixing": "General rows in the stream, no anchor: what mixing alone brings.",
     "anchor within the mix": "The same mixed stream, the anchor in every task prompt: what the anchor adds to the mix.",
     "interaction of anchor and mix": "What the anchor brings within the mix, less what it brings without general rows. "
@@ -42,7 +44,7 @@ def answer_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> dict[st
     """One metric: curves for wide and for narrow pages, tables, attribution."""
     lines, reading = lines_of(answer, question), reading_of(answer, question)
     glyph, kind, word = verdict_of(answer, None)
-    parts = [{"name": "difference to the reference", **answer["difference"]}, *answer["attribution"]]
+    parts = [{"name": f"in all ({question['arm']} - reference)", **answer["difference"]}, *answer["attribution"]]
     sizes = sorted({point["size"] for point in answer["points"]})
     scores = {(point["arm"], point["size"]): ends(point["score"], sign_of(answer)) for point in answer["points"]}
     shown = [(line.name, [scores.get((line.name, size), "") for size in sizes]) for line in lines]
@@ -52,7 +54,7 @@ def answer_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> dict[st
         "difference": " ".join(signed(answer["difference"], sign_of(answer))), "seeds": answer["seeds"],
         "charts": {
             "wide": curves.learning(lines, reading, width=900, height=460),
-            "narrow": curves.learning(_shortened(lines), reading, width=400, height=430, letter=6.4),
+            "narrow": curves.learning(lines, reading, width=400, height=430, narrow=True),
         },
         "sizes": sizes, "scores": shown, "reading": reading, "legend": [(line, curves.shape(line.place)) for line in lines],
         "factors": _factors(answer, question), "units": list(answer["saving"]), "identifiable": answer["identifiable"],
@@ -60,9 +62,9 @@ def answer_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> dict[st
         "more": more_rows_text(answer), "more_rows": answer["more_rows"]["rows"],
         "slope": " ".join(signed(answer["slope"], sign_of(answer))) if answer["slope"]["estimate"] is not None else "",
         "parts": _bars(
-            [(_part(part["name"]), part) for part in parts],
-            sign_of(answer),
-            lambda part: READ.get(part["name"].split(" (")[0], ""),
+            [(_part(part["name"]), part) for part in parts], sign_of(answer),
+            lambda part: " ".join(signed(part, sign_of(answer))),
+            about=[READ.get(part["name"].split(" (")[0], "") for part in parts],
         ),
     }  # fmt: skip
 
@@ -81,20 +83,21 @@ def lines_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> list[Lin
     shares = [share for shares in answer["reference"].values() for share in shares.items()]
     used = [arm for arm in points if any(name == arm and share >= _SELECTED for name, share in shares)]
     order = [arm for arm in dict.fromkeys([question["arm"], *used, *points]) if arm in points]
-    unknown = [arm for arm in order if arm not in COLOURS]
+    slots = slots_of(order)
     found = []
     for place, arm in enumerate(order):
-        slot = list(COLOURS).index(arm) if arm in COLOURS else len(COLOURS) + unknown.index(arm) % 3
         marks = tuple(_mark(answer, point) for point in sorted(points[arm], key=lambda point: point["size"]))
         label = f"{arm}, reference" if arm in used else arm
         if [mark.size for mark in marks] == [0]:
             label = f"{arm}, untrained"
-        found.append(Line(arm, marks, slot, place, strong=arm == question["arm"] or arm in used, ends_as=label))
+        found.append(Line(arm, marks, slots[arm], place, strong=arm == question["arm"] or arm in used, ends_as=label))
     return found
 
 
-def _shortened(lines: Sequence[Line]) -> list[Line]:
-    return [Line(line.name, line.marks, line.slot, line.place, line.strong) for line in lines]
+def slots_of(order: Sequence[str]) -> dict[str, int]:
+    """The colour of each arm, as a slot of `curves.COLOURS`."""
+    known, others = list(COLOURS), [arm for arm in order if arm not in COLOURS]
+    return {arm: known.index(arm) if arm in known else len(known) + others.index(arm) % 3 for arm in order}
 
 
 def _mark(answer: Mapping[str, Any], point: Mapping[str, Any]) -> Mark:
@@ -102,8 +105,9 @@ def _mark(answer: Mapping[str, Any], point: Mapping[str, Any]) -> Mark:
     score = {key: None if value is None else sign * value for key, value in point["score"].items()}
     low, high = (score["low"], score["high"]) if sign > 0 else (score["high"], score["low"])
     seeds = tuple(sign * value for value in point["by_seed"])
-    shares = answer["reference"].get(str(size), {})
-    share = shares.get(point["arm"], 0.0)
+    # An untrained arm stands at every size, and may be the reference at any.
+    at = [size] if size else [int(each) for each in answer["reference"]]
+    shares = {each: answer["reference"].get(str(each), {}).get(point["arm"], 0.0) for each in at}
     tip = [
         f"{point['arm']}, {f'{size:,} rows' if size else 'untrained'}",
         f"{summary.label_of(answer['metric'])} {ends(point['score'], sign)}",
@@ -112,9 +116,10 @@ def _mark(answer: Mapping[str, Any], point: Mapping[str, Any]) -> Mark:
         tip.append(f"{len(seeds)} seeds: {summary.decimal(min(seeds))} to {summary.decimal(max(seeds))}")
     if size and point["tokens"] is not None:
         tip.append(f"{point['tokens']:,.0f} task tokens")
-    if share >= _SELECTED:
-        tip.append(f"reference in {percent(share)} of draws")
-    ringed = bool(shares) and point["arm"] == reference_at(answer, size)
+    for each, share in shares.items():
+        if share >= _SELECTED:
+            tip.append(f"reference in {percent(share)} of draws{'' if size else f' at {each:,} rows'}")
+    ringed = any(str(each) in answer["reference"] and reference_at(answer, each) == point["arm"] for each in at)
     return Mark(size, float(score["estimate"] or 0), low, high, seeds, tuple(tip), ringed)
 
 
@@ -126,7 +131,8 @@ def reading_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> Readin
     own = next(p["score"]["estimate"] for p in answer["points"] if (p["arm"], p["size"]) == (question["arm"], n))
     sizes = [p["size"] for p in answer["points"] if p["arm"] == question["arm"] and p["size"]]
     rows = n / (saving["most"] if saving["estimate"] == "over" else saving["estimate"])
-    fewest, most = (n / saving[key] if isinstance(saving[key], float | int) else None for key in ("high", "low"))
+    fewest = n / saving["high"] if isinstance(saving["high"], float | int) else None
+    most = n / saving["low"] if isinstance(saving["low"], float | int) else rows if saving["low"] == "over" else None
     return Reading(
         sign * (own - answer["difference"]["estimate"]), n, rows, fewest, most, min(sizes), in_rows(saving, n, short=True)
     )
@@ -144,39 +150,58 @@ def _factors(answer: Mapping[str, Any], question: Mapping[str, Any]) -> list[dic
     ]
 
 
-def _bars(named: Sequence[tuple[Any, Mapping[str, Any]]], sign: int, about: Any, show: Any = None) -> dict[str, Any]:
-    """Dots with intervals on one axis, with their texts."""
+def _bars(
+    named: Sequence[tuple[tuple[str, str], Mapping[str, Any]]],
+    sign: int,
+    show: Callable[[Mapping[str, Any]], str],
+    *,
+    about: Sequence[str] = (),
+    slots: Mapping[str, int] | None = None,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> dict[str, Any]:
+    """Dots with intervals on one axis, with their texts: (name, what of it), estimate and ends."""
     values = []
     for _, part in named:
-        low, high = (
-            sorted(sign * part[key] for key in ("low", "high"))
-            if part["low"] is not None and part["high"] is not None
-            else (None, None)
-        )
+        known = [] if part["low"] is None or part["high"] is None else [sign * part["low"], sign * part["high"]]
+        low, high = [min(max(end, limits[0]), limits[1]) for end in sorted(known)] or (None, None)
         values.append((sign * float(part["estimate"] or 0), low, high))
     axis = axes.bars(values)
-    write = show or (lambda part: " ".join(signed(part, sign)))
     rows = [
-        {"name": name, "bar": bar, "text": write(part), "about": about(part)}
-        for (name, part), bar in zip(named, axis.bars, strict=True)
+        {"name": name, "bar": bar, "text": show(part), "about": text, "slot": (slots or {}).get(name[0])}
+        for (name, part), bar, text in zip(named, axis.bars, about or [""] * len(named), strict=True)
     ]
     return {"axis": axis, "rows": rows}
 
 
-def effect(effect: Mapping[str, Any], n: int) -> dict[str, Any]:
-    """One side effect as dots with intervals: rises over the untrained model where there is one, shares for leakage."""
+def effects_of(certificate: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Side effects as dots with intervals: forgetting, then leakage, then dependency; arms as in the learning curves."""
+    answer = certificate["answers"][0]
+    arms = [line.name for line in lines_of(answer, certificate["question"])]
+    kinds = ("forgetting", "leakage", "dependency")
+    effects = certificate.get("side_effects") or []
+    order = sorted(effects, key=lambda effect: kinds.index(effect["metric"].partition(":")[0]))
+    return [_effect(effect, answer["rows"], arms) for effect in order]
+
+
+def _effect(effect: Mapping[str, Any], n: int, order: Sequence[str]) -> dict[str, Any]:
+    """One side effect: rises over the untrained model where there is one, shares for leakage."""
     kind, _, what = effect["metric"].partition(":")
-    arms = effect["arms"]
-    base = next((arm["arm"] for arm in arms if arm["size"] == 0), None)
-    rises = kind == "forgetting" and base is not None and any(arm["rise"] for arm in arms)
+    arms = sorted(effect["arms"], key=lambda arm: order.index(arm["arm"]) if arm["arm"] in order else len(order))
+    base = next((arm["arm"] for arm in effect["arms"] if arm["size"] == 0), None)
+    rises = kind == "forgetting" and any(arm["rise"] for arm in arms)
     shown = [arm for arm in arms if arm["rise"]] if rises else arms
     rows = [
-        ((arm["arm"], f"{arm['size']:,} rows" if arm["size"] else "untrained"), arm["rise"] if rises else arm["score"])
+        ((arm["arm"], f"{arm['size']:,} rows" if arm["size"] else "untrained"), arm["rise" if rises else "score"])
         for arm in shown
     ]
-    show = (lambda part: ends(part, 1, percents=True)) if kind == "leakage" else None if rises else (lambda part: ends(part, 1))
+
+    def show(part: Mapping[str, Any]) -> str:
+        return " ".join(signed(part)) if rises else ends(part, percents=kind == "leakage")
+
+    limits = (0.0, 1.0) if kind == "leakage" else (-math.inf, math.inf)
     return {
-        "kind": kind, "what": what.strip(), "base": base, "rises": rises, "seeds": effect["seeds"], "groups": effect["groups"],
-        "plot": _bars(rows, 1, lambda _: "", show), "apart": sorted({arm["size"] for arm in shown} - {0, n}),
-        "level": next((ends(arm["score"], 1) for arm in arms if arm["arm"] == base), ""),
+        "kind": kind, "what": what.strip(), "base": base, "rises": rises, "seeds": effect["seeds"],
+        "groups": f"{effect['groups']:g}", "apart": any(arm["size"] not in (0, n) for arm in shown),
+        "plot": _bars(rows, 1, show, slots=slots_of(order), limits=limits),
+        "level": next((ends(arm["score"]) for arm in arms if arm["arm"] == base), ""),
     }  # fmt: skip

@@ -200,6 +200,7 @@ class Reference(NamedTuple):
     sizes: tuple[int, ...]
     score: FloatArray
     chosen: Mapping[int, Mapping[str, float]]  # size -> arm -> share of draws in which it was selected
+    picked: Mapping[int, str]  # size -> the arm that the estimate itself selects
 
     @property
     def last(self) -> FloatArray:
@@ -214,14 +215,15 @@ def reference(draws: Draws, arms: Sequence[str], n: int) -> Reference:
         sizes.append(n)  # an untrained arm stands there too
     if n not in sizes:
         raise DataError(f"none of {', '.join(arms)} was measured at {n} rows; measured: {_listed(draws.measured.points)}")
-    score, chosen = [], {}
+    score, chosen, picked = [], {}, {}
     for size in sizes:
         at = {arm: at for arm in arms for at in (0, size) if (arm, at) in draws.measured.points}
         named, places = list(at), [draws.measured.place(point) for point in at.items()]
         best = draws.dev[:, places].argmax(axis=1)
         score.append(np.take_along_axis(draws.score[:, places], best[:, None], axis=1)[:, 0])
         chosen[size] = {arm: float(np.mean(best[1:] == k)) for k, arm in enumerate(named)}
-    return Reference(tuple(sizes), np.column_stack(score), chosen)
+        picked[size] = named[best[0]]
+    return Reference(tuple(sizes), np.column_stack(score), chosen, picked)
 
 
 def monotone(values: FloatArray) -> FloatArray:
@@ -315,16 +317,20 @@ def slope(ref: Reference, *, since: float = 0) -> Interval:
     return interval(ref.score[:, chosen] @ centred / (centred @ centred))
 
 
+def slope_towards(ref: Reference, n: int) -> Interval:
+    """The slope where the reference comes to `n` rows: over its last sizes within a factor of 4."""
+    sizes = tuple(size for size in ref.sizes if size <= n)
+    below = Reference(sizes, ref.score[:, : len(sizes)], {}, {})
+    return slope(below, since=min(n / 4, below.sizes[-2]) if len(below.sizes) > 1 else n)
+
+
 def identifiable(ref: Reference, n: int) -> bool:
-    """Whether the reference rises clearly, as a whole and where it comes to `n` rows (its last sizes within a factor of 4).
+    """Whether the reference rises clearly, as a whole and where it comes to `n` rows.
 
     A reference that has levelled off is as good with few rows as with all: what it then takes few rows to reach is no merit
     of general data.
     """
-    sizes = tuple(size for size in ref.sizes if size <= n)
-    below = Reference(sizes, ref.score[:, : len(sizes)], {})
-    since = min(n / 4, below.sizes[-2]) if len(below.sizes) > 1 else n
-    return slope(ref).low > 0 and slope(below, since=since).low > 0
+    return slope(ref).low > 0 and slope_towards(ref, n).low > 0
 
 
 def more_rows(ref: Reference, size: int, more: int) -> FloatArray | None:

@@ -82,14 +82,13 @@ def colours() -> list[tuple[str, str]]:
 def view(certificate: Certificate) -> dict[str, Any]:
     """What the template shows of one certificate."""
     question, answers = certificate["question"], certificate["answers"]
-    effects = certificate.get("side_effects") or []
     glyph, kind, word = verdict_of(answers[0], certificate["contradiction"])
     return {
         "task": question["task"], "arm": question["arm"], "headline": certificate["headline"],
         "contradiction": certificate["contradiction"], "notes": question["notes"],
         "glyph": glyph, "kind": kind, "word": word, "tiles": _tiles(answers[0], question),
         "answers": [exhibit.answer_of(answer, question) for answer in answers],
-        "effects": [exhibit.effect(effect, answers[0]["rows"]) for effect in effects],
+        "effects": exhibit.effects_of(certificate),
         "method": _method(certificate), "seal": certificate["sha256"], "hashes": _hashes(certificate["inputs"]),
         "cells": len(certificate["outcomes"]), "settings": _settings(certificate["inputs"].get("settings chosen")),
     }  # fmt: skip
@@ -107,9 +106,9 @@ def _tiles(answer: Mapping[str, Any], question: Mapping[str, Any]) -> list[tuple
         tiles.append(("Row saving", "not identifiable", f"because {not_identifiable(answer)}"))
     else:
         value, span = factor_text(saving)
-        tiles.append(("Row saving", value, ". ".join(filter(None, (span, in_rows(saving, n))))))
-    short, text = more_rows_text(answer)
-    return [*tiles, (f"{more['rows']} more labelled rows, or general data?", short, text)]
+        tiles.append(("Row saving", value, f"{span}: {in_rows(saving, n)}"))
+    short, brief, _ = more_rows_text(answer)
+    return [*tiles, (f"{more['rows']} more labelled rows, or general data?", short, brief)]
 
 
 def _method(certificate: Certificate) -> dict[str, Any]:
@@ -122,7 +121,9 @@ def _method(certificate: Certificate) -> dict[str, Any]:
         (int(size), [percent(shares[arm]) if arm in shares else "–" for arm in names])
         for size, shares in first["reference"].items()
     ]
-    groups = [(summary.label_of(answer["metric"]), answer["seeds"], answer["test_groups"]) for answer in certificate["answers"]]
+    groups = [
+        (summary.label_of(answer["metric"]), answer["seeds"], f"{answer['test_groups']:g}") for answer in certificate["answers"]
+    ]
     return {
         "names": names, "rows": rows, "groups": groups, "selected_on": first["selected_on"],
         "draws": certificate["question"]["draws"], "seed": certificate["question"]["seed"],
@@ -134,7 +135,7 @@ def _settings(chosen: Any) -> list[tuple[str, str, str]]:
     if not isinstance(chosen, Mapping):
         return []
     known = [value for value in chosen.values() if isinstance(value, Mapping)]
-    keys = [key for key in (known[0] if known else ()) if len({str(value.get(key)) for value in known}) > 1]
+    keys = [key for key in (known[0] if known else ()) if len({str(value.get(key)) for value in known}) > 1 or key == "repeats"]
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for cell, value in chosen.items():
         name = re.fullmatch(r"(.*) at (\d+) rows, seed (\d+)", cell)
@@ -145,11 +146,11 @@ def _settings(chosen: Any) -> list[tuple[str, str, str]]:
             else "nothing to choose"
         )
         found.setdefault((arm, size), {}).setdefault(text or "as every other", []).append(seed)
-    rows = []
+    rows: dict[tuple[str, str], list[str]] = {}
     for (arm, size), texts in sorted(found.items(), key=lambda item: (item[0][0], int(item[0][1] or 0))):
         apart = [f"{text} (seeds {', '.join(seeds)})" for text, seeds in texts.items()]
-        rows.append((arm, size, "; ".join(apart if len(texts) > 1 else texts)))
-    return rows
+        rows.setdefault((arm, "; ".join(apart if len(texts) > 1 else texts)), []).append(size)
+    return [(arm, ", ".join(sizes), text) for (arm, text), sizes in rows.items()]
 
 
 def _hashes(inputs: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import plots, sources, store, summary
+from fulcrum import page, plots, sources, store, summary
 from fulcrum.errors import ModelError, StoreError
 from fulcrum.records import Results
 from fulcrum.summary import Grid, Record, headline
@@ -22,7 +22,7 @@ from fulcrum.summary import Grid, Record, headline
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["card", "headline", "html", "load", "tables", "write"]
+__all__ = ["card", "has_certificate_only", "headline", "html", "load", "tables", "write"]
 
 EXAMPLE_ROWS, EXAMPLE_CHARACTERS, CURVE_POINTS = 10, 700, 50  # keep the page below 1 MB
 
@@ -56,14 +56,16 @@ def _read_predictions(path: Path) -> list[Record]:
     return rows
 
 
-def tables(results: Record) -> list["Table"]:
-    """Return the terminal's tables: scores of each task, paired differences, training and cost, forgetting. See `Grid`."""
+def tables(results: Record, *, certified: bool = False) -> list["Table"]:
+    """Return the terminal's tables: scores of each task, paired differences, training and cost, forgetting. See `Grid`.
+
+    Where the run is `certified`, its certificates say what differences and forgetting are.
+    """
     grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
-    grids += [
-        summary.difference_grid(results, first_metric_only=True),
-        _training_and_cost(results),
-        summary.forgetting_grid(results),
-    ]
+    grids.append(_training_and_cost(results))
+    if not certified:
+        grids.insert(-1, summary.difference_grid(results, first_metric_only=True))
+        grids.append(summary.forgetting_grid(results))
     return [_rich(grid) for grid in grids if grid.rows]
 
 
@@ -201,11 +203,14 @@ def _clip(text: str) -> str:
     return text if rest <= 0 else f"{text[:EXAMPLE_CHARACTERS]} … ({rest:,} more characters)"
 
 
-def html(results: Record, predictions: Sequence[Record]) -> str:
-    """Return the report as one page that needs no network and runs no script; equal inputs give equal text."""
+def html(results: Record, predictions: Sequence[Record], certificates: Mapping[str, page.Certificate] | None = None) -> str:
+    """Return the report as one page that needs no network and runs no script; equal inputs give equal text.
+
+    It opens with the certificates, where there are any, in place of the claims.
+    """
     import yaml
 
-    arms = summary.by_arm(results)
+    arms, views = summary.by_arm(results), page.views(certificates or {})
     per_task = [
         {
             "facts": facts,
@@ -223,15 +228,29 @@ def html(results: Record, predictions: Sequence[Record]) -> str:
         training_plot=training_plot(results),
         forgetting_plot=forgetting_plot(results),
         settings=yaml.safe_dump(dict(results["settings"]), sort_keys=False, allow_unicode=True),
+        views=views,
+        notes=[note for note in results["notes"] if not any(note in view["notes"] for view in views)],
+        colours=page.colours(),
     )
 
 
 def write(folder: Path) -> Path:
-    """Write ``report.html`` into a run folder and return its path. Raises StoreError where the run cannot be read."""
+    """Write ``report.html`` into a run folder, or one with a certificate alone, and return its path.
+
+    Raises StoreError where the run or a certificate cannot be read.
+    """
+    if has_certificate_only(folder):
+        return page.write(folder)
     results = load(folder)
     path = folder / "report.html"
-    store.write_bytes(path, html(results, _read_predictions(folder / "predictions.jsonl")).encode())
+    predictions = _read_predictions(folder / "predictions.jsonl")
+    store.write_bytes(path, html(results, predictions, page.find(folder)).encode())
     return path
+
+
+def has_certificate_only(folder: Path) -> bool:
+    """Whether a folder is one that `fulcrum certify` wrote, and no run's."""
+    return not (folder / "results.json").exists() and (folder / page.FILE).exists()
 
 
 def card(results: Record, adapter_note: str) -> str:
@@ -266,19 +285,11 @@ def _fence(text: str) -> str:
 
 
 def _render(template: str, results: Record, **more: Any) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fulcrum", "data"),
-        autoescape=True,  # of every template, whatever its name ends in
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page.environment()
     environment.filters |= {"fence": _fence, "literal": _literal}
     arms = summary.by_arm(results)
     steps = [result["training"]["steps"] for found in arms.values() for result in found if result["training"]]
-    return environment.get_template(template).render(
+    text = environment.get_template(template).render(
         results=results,
         claims=summary.claims(results),
         seeds=sorted({result["seed"] for result in results["arms"]}),
@@ -293,3 +304,4 @@ def _render(template: str, results: Record, **more: Any) -> str:
         peak_mebibytes=round(results["peak_memory_bytes"] / 2**20),
         **more,
     )
+    return str(text)

@@ -60,7 +60,7 @@ _EXPECTED: Mapping[str, str] = {
     "string_type": "a text", "tuple_type": "a list", "dict_type": "a mapping",
 }  # fmt: skip
 
-_TAGS = ("name", "arm")  # of items that are a name or a section
+_TAGS = ("arm by name", "arm in full")  # of items that are a name or a section
 
 _BOUNDS: Mapping[str, str] = {
     "greater_than_equal": "must be at least {ge:g}",

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -215,14 +215,61 @@ def warn(out: Console, trials: Sequence["Trial"], notes: Sequence[str]) -> None:
             say(out, f"warning: {trial.arm}, {trial.repeats} repeats: {text}", "yellow")
 
 
-def conclude(out: Console, folder: Path) -> None:
-    """Print what a run folder says: tables, one sentence, and where its report and adapters are."""
-    from fulcrum import report
+def certificate_tables(answer: Mapping[str, Any]) -> list[Table]:
+    """One metric of a certificate as tables for a terminal."""
+    sign = -1 if answer["lower_is_better"] else 1
+    sizes = sorted({point["size"] for point in answer["points"]})
+    arms = list(dict.fromkeys(point["arm"] for point in answer["points"]))
+    scores = {(point["arm"], point["size"]): point["score"] for point in answer["points"]}
+    title = f"{answer['metric']} by task rows ({'lower' if answer['lower_is_better'] else 'higher'} is better), 95% intervals"
+    rows = [[arm, *(_ends(scores.get((arm, size)), sign) for size in sizes)] for arm in arms]
+    found = [grid(title, ["arm", *map(str, sizes)], rows)]
+    factors = [["row saving", str(answer["rows"]), *(_factor(factor) for factor in answer["saving"].values())]]
+    for gain in answer["gain"]:
+        factors.append(["row gain", str(gain["size"]), *(_factor(gain[unit]) for unit in answer["saving"])])
+    if not answer["identifiable"]:
+        factors = [[*row[:2], *("not identifiable" for _ in row[2:])] for row in factors]
+    found.append(grid("How far the rows went", ["factor", "at", *(f"in {unit}" for unit in answer["saving"])], factors))
+    contrasts = [["difference to the reference", _ends(answer["difference"], sign)]]
+    contrasts += [[part["name"], _ends(part, sign)] for part in answer["attribution"]]
+    found.append(grid(f"What it comes from, at {answer['rows']} rows", ["part", "difference"], contrasts))
+    return found
 
-    results = report.load(folder)
-    for table in report.tables(results):
-        out.print(table)
-    say(out, report.headline(results), "bold")
+
+def _ends(ends: Mapping[str, Any] | None, sign: int) -> str:
+    if ends is None:
+        return ""
+    if ends["low"] is None or ends["high"] is None:
+        return f"{sign * ends['estimate']:.3f}"
+    low, high = sorted((sign * ends["low"], sign * ends["high"]))
+    return f"{sign * ends['estimate']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _factor(factor: Mapping[str, Any]) -> str:
+    def end(value: Any) -> str:
+        if value in ("under", "over"):
+            return f"<{factor['least']:.2g}" if value == "under" else f"≥{factor['most']:.3g}"
+        return "?" if value is None else f"{value:.2f}"
+
+    return f"{end(factor['estimate'])} [{end(factor['low'])}, {end(factor['high'])}]"
+
+
+def conclude(out: Console, folder: Path) -> None:
+    """Print what a folder says: tables of a run, of its certificates, one sentence, and where its report and adapters are."""
+    from fulcrum import page, report
+
+    certificates = page.find(folder)
+    if not report.has_certificate_only(folder):
+        results = report.load(folder)
+        for table in report.tables(results, certified=bool(certificates)):
+            out.print(table)
+        if not certificates:
+            say(out, report.headline(results), "bold")
+    for known in certificates.values():
+        for table in certificate_tables(known["answers"][0]):
+            out.print(table)
+    for known in certificates.values():
+        say(out, f"{known['question']['task']}: {known['headline']}" if len(certificates) > 1 else known["headline"], "bold")
     for place in ("report.html", "adapter", "adapters"):
         if (folder / place).exists():
             say(out, f"{place.partition('.')[0]}: {folder / place}")

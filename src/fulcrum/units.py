@@ -84,7 +84,8 @@ class Study:
         answers = sum(number for task, number in tests if metrics.needs_generation(task.metrics))
         scored = sum(number for _, number in tests) + sum(map(len, rows.held_out.values()))
         if self.is_probed(unit):
-            scored, answers = scored + 2 * sum(number for _, number in tests) * unit.arm.anchored, answers + cell.PROBED
+            scored += 2 * sum(number for _, number in tests) * unit.arm.anchored
+            answers += max((min(len(part), cell.PROBED) for part in rows.held_out.values()), default=0)
         return trainings * (trained + speed.start) + scored * speed.scored + answers * speed.answered
 
     def is_probed(self, unit: Unit) -> bool:

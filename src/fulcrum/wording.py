@@ -67,7 +67,7 @@ def not_identifiable(answer: Mapping[str, Any]) -> str:
     if slope["low"] is None:
         return f"nothing is known of other seeds and test groups ({known})"
     if slope["low"] <= 0:
-        return f"the reference does not clearly rise with its rows ({known})"
+        return f"the reference does not clearly get better with its rows ({known})"
     return f"the reference, which gets better as a whole ({known}), does not clearly do so towards {answer['rows']} rows"
 
 
@@ -83,7 +83,7 @@ def factor_text(factor: Mapping[str, Any]) -> tuple[str, str]:
     if factor["low"] is None or factor["high"] is None:
         return value, "(no interval)"
     if factor["low"] == factor["high"] == factor["estimate"] and isinstance(factor["low"], str):
-        return value, "(so is its whole 95% interval)"
+        return value, "(as is its whole interval)"
     return value, f"[{_end(factor['low'], factor)}, {_end(factor['high'], factor)}]"
 
 
@@ -93,16 +93,19 @@ def in_rows(factor: Mapping[str, Any], size: int, *, gain: str | None = None, sh
         return f"not measured: no smaller size than {size} rows"
     estimate, low, high = (factor[key] for key in ("estimate", "low", "high"))
     if gain is not None:
-        span = "" if low is None or high is None else f" ({_worth(low, factor, size)} to {_worth(high, factor, size)})"
+        censored = low == high and isinstance(low, str)
+        span = (
+            "" if low is None or high is None or censored else f" ({_worth(low, factor, size)} to {_worth(high, factor, size)})"
+        )
         return f"{size:,} rows of {gain} were worth {_worth(estimate, factor, size)}{span} rows without general data"
     span = "" if low is None or high is None else f" ({_needed(high, factor, size)} to {_needed(low, factor, size)})"
     if estimate == "under":
         return f"not even all {size:,} rows suffice{'' if low == high else span}"
-    if short:
-        return f"{_needed(estimate, factor, size)} of {size:,} rows{span}"
     if estimate == "over":
-        return f"{size / factor['most']:,.0f} of {size:,} rows or fewer would have sufficed{'' if low == high else span}"
-    return f"{_needed(estimate, factor, size)} of {size:,} rows would have sufficed{span}"
+        text, span = f"{size / factor['most']:,.0f} of {size:,} rows or fewer", "" if low == high else span
+    else:
+        text = f"{_needed(estimate, factor, size)} of {size:,} rows"
+    return f"{text}{'' if short else ' would have sufficed'}{span}"
 
 
 def _needed(value: Any, factor: Mapping[str, Any], n: int) -> str:
@@ -117,18 +120,24 @@ def _worth(value: Any, factor: Mapping[str, Any], size: int) -> str:
     return "unknown" if value is None else f"{size * value:,.0f}"
 
 
-def more_rows_text(answer: Mapping[str, Any]) -> tuple[str, str]:
-    """Whether more labelled rows would have brought more than general data: a word or two, and a sentence with intervals."""
+def more_rows_text(answer: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Would more labelled rows have brought more? A word or two, the advantage of general data, and a sentence."""
     more, n, metric = answer["more_rows"], answer["rows"], label_of(answer["metric"])
     if "advantage" not in more:
         short, _, why = more["answer"].partition(": ")
-        return short[:1].upper() + short[1:], f"{why[:1].upper()}{why[1:]} ({n:,} + {more['rows']})." if why else ""
+        why = f"{_capital(why)} ({n:,} + {more['rows']})." if why else ""
+        return _capital(short), why, why
     names = {"general data": "General data", "labelling": "More labelled rows"}
     brought, labelled, advantage = (
         " ".join(signed(part)) for part in (answer["difference"], more["labelling"], more["advantage"])
     )
-    text = (
-        f"With {n:,} rows general data made {metric} better by {brought}; {more['rows']} more labelled rows would have made "
-        f"the reference better by {labelled}. In favour of general data: {advantage}."
+    return (
+        names.get(more["answer"], _capital(more["answer"])),
+        f"general data over labelling: {advantage} in {metric}, above 0 is better",
+        f"Improvement of {metric}, above 0 is better: general data with {n:,} rows {brought}; {more['rows']} more labelled "
+        f"rows without it {labelled}; general data over labelling {advantage}.",
     )
-    return names.get(more["answer"], more["answer"][:1].upper() + more["answer"][1:]), text
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

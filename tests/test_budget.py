@@ -1,0 +1,177 @@
+"""What a time budget buys: designs from the richest to the least, their predicted cost, and what a quick look says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fulcrum import arms, budget, certificate, cli_budget, comparison, config, material, model
+from fulcrum.errors import ConfigError
+from fulcrum.records import Setting, Tried
+from fulcrum.units import Speed, Study, Unit
+from test_cli import done, refused
+from tiny import save_tiny, tiny_settings, write_rows
+
+WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("budget")
+    save_tiny(folder / "model")
+    pairs = [(f"colour {word} {k}", ("red", "blue", "green")[k % 3]) for k in range(4) for word in WORDS]
+    write_rows(folder / "train.jsonl", pairs[:40])
+    write_rows(folder / "test.jsonl", pairs[40:])
+    write_rows(folder / "pool.jsonl", [(f"say {a} and {b} {k}", f"{b} {a}") for a in WORDS for b in WORDS for k in range(12)])
+    return folder
+
+
+def settings(place: Path, output: Path, **changes: Any) -> config.Settings:
+    data: dict[str, Any] = {
+        "model": str(place / "model"),
+        "task": {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl"), "anchor": "Name it.",
+                 "metrics": ["nll"], "max_new_tokens": 4},
+        "general": str(place / "pool.jsonl"),
+        "mix": {"general_per_task": 1},
+        "train": tiny_settings().model_dump(),
+        "eval": {"general_rows": 2, "draws": 100},
+        "output_dir": str(output),
+        **changes,
+    }  # fmt: skip
+    return config.from_dict(data)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("2h", 7200), ("1h30m", 5400), ("90m", 5400), ("600s", 600), ("0.5h", 1800)])
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert budget.parse(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "soon", "-1h", "0m", "2h nonsense"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="write hours, minutes and seconds as 2h, 1h30m, 90m or 600s"):
+        budget.parse(text)
+
+
+def test_the_richest_design_of_many_rows(place: Path) -> None:
+    richest, left_out = next(budget.designs(settings(place, place / "x"), 256, quick=False))
+    assert left_out == []
+    compare = richest.compare
+    assert (compare.sizes, compare.sizes_of) == ((64, 256), {"sft": (16, 32, 64, 128, 256)})
+    assert (richest.seeds, compare.tune) == ((0, 1, 2, 3, 4), "first")
+    assert [arm.name for arm in arms.chosen_arms(richest)][-3:] == ["tell", "general_then_task", "placebo_permuted"]
+    few, _ = next(budget.designs(settings(place, place / "x"), 64, quick=False))
+    assert len(few.seeds) == 8  # at most 64 rows: eight, since their draw matters more
+
+
+def test_each_design_costs_no_more_and_says_what_it_left_out(place: Path) -> None:
+    given = settings(place, place / "x")
+    loaded = model.load(given.model, given.train)
+    rows = material.prepare(given, loaded.tokenizer, loaded.context, 0, dev_apart=False)
+    costs, said = [], []
+    for design, left_out in budget.designs(given, 40, quick=False):
+        costs.append(budget.predict(design, rows, loaded, Speed())[1])
+        said.append(len(left_out))
+        assert {"sft", "sft_anchor", "tell"} <= {arm.name for arm in arms.chosen_arms(design)}  # never the strongest rivals
+    assert costs == sorted(costs, reverse=True)
+    assert said == list(range(len(said)))
+    assert len(design.seeds) == 2
+
+
+def test_what_the_settings_fix_is_kept(place: Path) -> None:
+    fixed = {"arms": ["sft", "tell"], "seeds": [3, 4], "sizes": [8, 16], "sizes_of": {"sft": [8, 16, 32]}}
+    for design, _ in budget.designs(settings(place, place / "x", compare=fixed), 40, quick=False):
+        compare = design.compare
+        assert (compare.arms, compare.seeds, compare.sizes) == (("sft", "tell"), (3, 4), (8, 16))
+        assert compare.sizes_of == {"sft": (8, 16, 32)}
+
+
+def test_a_units_cost_in_seconds(place: Path) -> None:
+    """20 rows, one general row each, twice: 40 + 40 trained; three folds train two thirds three times."""
+    given = settings(
+        place, place / "x", mix={"general_per_task": 1, "repeats": 2}, compare={"arms": ["sft", "tell"], "folds": 3}
+    )
+    loaded = model.load(given.model, given.train)
+    rows = material.prepare(given, loaded.tokenizer, loaded.context, 0, dev_apart=False)
+    study = Study(given, {0: rows}, place, Speed(task=1, general=10, scored=0.5, answered=100, start=7))
+    tell, setting = arms.ARMS["tell"], Setting(repeats=2)
+    assert study.cost(Unit(tell, 20, 0, setting)) == 2 * (40 + 400) + 3 * 7 + 20 * 0.5
+    final = study.cost(Unit(tell, 20, 0, None, (Tried(setting, 1.0, 0, 0.0),)))
+    assert final == 440 + 7 + (8 + 4) * 0.5  # 8 test rows and 2 + 2 held out; 20 of 40 rows are not probed
+
+
+def test_speed_is_measured_on_the_rows_of_the_run(place: Path) -> None:
+    given = settings(place, place / "x")
+    loaded = model.load(given.model, given.train)
+    rows = material.prepare(given, loaded.tokenizer, loaded.context, 0, dev_apart=False)
+    found = budget.measure(rows, loaded, given)
+    assert min(found.task, found.scored, found.answered) > 0
+    assert min(found.general, found.start) >= 0
+    assert loaded.peft is None
+
+
+def test_a_budget_that_buys_nothing_names_what_would(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the least design takes about \d+ minutes .*, the budget has 0; raise it"):
+        budget.plan(settings(place, place / "x"), 0.001)
+
+
+def test_a_comparison_by_budget_says_what_was_left_out_and_goes_on_with_its_design(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    file = tmp_path / "run.yaml"
+    file.write_text(config.dump(settings(place, out, mix={"general_per_task": 1, "repeats": 1})))
+    changes = ["--set", "compare.seeds=[0,1]", "--set", "compare.sizes=[8,16]", "--set", "compare.arms=[base,sft,tell]"]
+    message = refused("compare", file, "--budget", "1h", *changes)
+    assert "--budget asks before it starts, and nobody can answer here; give -y" in message
+    assert not out.exists()
+    shown = done("compare", file, "--budget", "1h", "-y", *changes)
+    assert "What the budget buys" in shown
+    planned = json.loads((out / "budget.json").read_text())
+    assert planned["seconds"] == 3600
+    again = done("compare", file, "--budget", "1h", "-y", "--resume")  # without the changes: the plan stands in the folder
+    assert "What the budget buys" not in again
+    assert certificate.verify(out / "certificate.json") == ([], [])
+
+
+def test_whole_seeds_are_dropped_rather_than_the_budget_overrun(place: Path, tmp_path: Path) -> None:
+    compare = {
+        "arms": ["base", "sft", "tell"],
+        "seeds": [0, 1, 2, 3],
+        "sizes": [8],
+        "sft_epochs": [1],
+        "tune": "first",
+        "folds": 2,
+    }
+    given = settings(place, tmp_path / "out", compare=compare, mix={"general_per_task": 1, "repeats": 1})
+    comparison.compare(given, budget=1e-6, left_out=["mix"])
+    sealed = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert {(p["arm"], len(p["by_seed"])) for p in sealed["answers"][0]["points"]} == {("base", 2), ("sft", 2), ("tell", 2)}
+    assert (
+        "Left out for the time budget of 0 minutes: mix; seeds after 1, for which there was no time."
+        in sealed["question"]["notes"]
+    )
+
+
+def answer(verdict: str, slope: tuple, difference: tuple, seeds: int = 2) -> dict[str, Any]:
+    ends = [dict(zip(("estimate", "low", "high"), values, strict=True)) for values in (slope, difference)]
+    return {"slope": ends[0], "difference": ends[1], "verdict": verdict, "rows": 64, "seeds": seeds, "metric": "nll"}
+
+
+@pytest.mark.parametrize(
+    ("found", "start"),
+    [
+        (answer("gain", (0.2, 0.1, 0.3), (0.1, 0.05, 0.15)), "Go: without general data each doubling of rows brings +0.200"),
+        (answer("gain", (0.0, -0.1, 0.1), (0.1, 0.05, 0.15)), "Go for the gain; no factor in rows will be identifiable: "),
+        (answer("loss", (0.2, 0.1, 0.3), (-0.1, -0.2, -0.05)), "No go: "),
+        (answer("no gain shown", (0.2, 0.1, 0.3), (0.0, -0.1, 0.1)), "Not known yet: "),
+        (answer("no gain shown", (0.0, -0.1, 0.1), (0.0, -0.1, 0.1)), "No go: the curve is too flat to identify any saving: "),
+        (answer("cannot be said", (None, None, None), (0.0, None, None)), "Not known: "),
+    ],
+)
+def test_what_a_quick_look_says(found: dict[str, Any], start: str) -> None:
+    assert cli_budget.quick_answer(found).startswith(start)
+
+
+def test_a_quick_look_says_how_sure_it_is() -> None:
+    """Half width 0.1 with 2 seeds (t 12.706) is 0.1 * sqrt(2 / 5) * 2.776 / 12.706 = 0.0138 with 5."""
+    text = cli_budget.quick_answer(answer("gain", (0.2, 0.1, 0.3), (0.1, 0.0, 0.2)))
+    assert text.endswith("How sure: 2 seeds leave ±0.100; 5 would leave about ±0.014.")

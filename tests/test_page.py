@@ -1,0 +1,601 @@
+"""The page of a certificate: it says what the certificate holds, acts on nobody's text, and works in a real browser."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulcrum import axes, certificate, curves, outcomes, page, report, wording
+from fulcrum.certificate import Question
+from fulcrum.curves import Line, Mark, Reading
+from fulcrum.errors import StoreError
+from test_certificate import QUESTION, lines, save
+from test_cli import done, refused
+from test_report import folder_with, make, predictions
+
+EVIL = "<script>alert(1)</script>"
+NEEDS_BROWSER = "FULCRUM_NEEDS_BROWSER"  # set where a missing browser is a fault, as in .ci/run
+ARMS = {
+    "base": (None, (0,)), "sft": (0.0, (16, 32, 64, 128, 256)), "sft_anchor": (-0.1, (16, 64)), "mix": (0.7, (16, 64)),
+    "tell": (1.3, (16, 32, 64)), "general_then_task": (0.6, (16, 64)), "placebo_permuted": (0.1, (16, 64)),
+}  # fmt: skip
+
+
+def compared(gain: float = 1.0) -> Iterator[dict[str, object]]:
+    """A comparison with two metrics and all side effects; nll is better when lower."""
+    rng = np.random.default_rng(1)
+    for arm, (ahead, sizes) in ARMS.items():
+        for size in sizes:
+            for seed in range(5 if size else 1):
+                level = -2.0 if ahead is None else np.log2(size / 16) + gain * ahead + rng.normal(0, 0.1)
+                cell = {"arm": arm, "size": size, "seed": seed}
+                yield {**cell, "dev": level, **({"tokens": 12.0 * size} if size else {})}
+                for row in range(20):
+                    value = level + rng.normal(0, 0.1)
+                    yield {**cell, "metric": "nll", "row": f"r{row}", "outcome": 5 * (1.5 - 0.15 * value), "weight": 5}
+                    yield {**cell, "metric": "match", "row": f"r{row}", "outcome": 0.3 + 0.08 * value}
+                    yield {
+                        **cell,
+                        "metric": "forgetting: pool",
+                        "row": f"p{row}",
+                        "outcome": 2 + row / 10 + (size > 0) * rng.normal(0.1, 0.02),
+                    }
+                    yield {**cell, "metric": "leakage", "row": f"q{row}", "outcome": float(rng.random() < 0.2)}
+                    if arm == "tell":
+                        yield {**cell, "metric": "dependency: wrong anchor", "row": f"r{row}", "outcome": rng.normal(0.3, 0.05)}
+
+
+NOTES = ("Settings tried: sft 2, tell 1.",)
+
+
+def certified(folder: Path, content: Iterator[dict[str, Any]], question: Question, about: dict[str, Any] | None = None) -> Path:
+    """A folder with the certificate of these outcomes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    certificate.write(folder, outcomes.read(save(folder / "in.jsonl", content)), question, about or {})
+    return folder
+
+
+def rich_question(task: str = "snips") -> Question:
+    return Question("tell", ("base", "sft", "sft_anchor"), ("nll", "match"), ("nll",), task, 400, notes=NOTES)
+
+
+CHOSEN = {
+    f"sft at {size} rows, seed {seed}": {"repeats": 4 if size > 16 else 2, "kl": 0.0} for size in (16, 64) for seed in (0, 1)
+}
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rich")
+    return certified(folder, compared(), rich_question(), {"settings chosen": CHOSEN, "environment": {"torch": "2.13.0"}})
+
+
+def known(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "certificate.json").read_text())
+
+
+def shown(content: Iterator[dict[str, Any]], folder: Path, question: Question = QUESTION) -> dict[str, Any]:
+    return page.view(known(certified(folder, content, question)))
+
+
+# ---- what is said
+
+
+def factor(estimate: Any, low: Any, high: Any, least: float = 1.0, most: float = 4.0) -> dict[str, Any]:
+    return {"estimate": estimate, "low": low, "high": high, "least": least, "most": most}
+
+
+@pytest.mark.parametrize(
+    ("found", "texts", "rows", "worth"),
+    [
+        (factor(1.6, 1.2, 2.3), ("1.6×", "[1.2, 2.3]"), "40 of 64 rows would have sufficed (28 to 53)", "102 (77 to 147)"),
+        (
+            factor("over", 2.0, "over"), ("at least 4.0×", "[2.0, at least 4.0]"),
+            "16 of 64 rows or fewer would have sufficed (≤16 to 32)", "at least 256 (128 to at least 256)",
+        ),
+        (
+            factor("over", "over", "over"), ("at least 4.0×", "(as is its whole interval)"),
+            "16 of 64 rows or fewer would have sufficed", "at least 256",
+        ),
+        (
+            factor("under", "under", 1.2), ("below 1.0×", "[below 1.0, 1.2]"),
+            "not even all 64 rows suffice (53 to more than 64)", "fewer than 64 (fewer than 64 to 77)",
+        ),
+        (factor(2.0, None, None), ("2.0×", "(no interval)"), "32 of 64 rows would have sufficed", "128"),
+    ],
+)  # fmt: skip
+def test_factors_in_words(found: dict[str, Any], texts: tuple[str, str], rows: str, worth: str) -> None:
+    assert wording.factor_text(found) == texts
+    assert wording.in_rows(found, 64) == rows
+    assert wording.in_rows(found, 64, short=True) == rows.replace(" would have sufficed", "")
+    assert wording.in_rows(found, 64, gain="tell") == f"64 rows of tell were worth {worth} rows without general data"
+
+
+def test_numbers_in_words() -> None:
+    assert wording.ends({"estimate": -0.5, "low": -0.75, "high": -0.25}, -1) == "0.500 [0.250, 0.750]"
+    assert wording.ends({"estimate": 0.5, "low": None, "high": None}) == "0.500 (no interval)"
+    assert wording.ends({"estimate": 0.02, "low": -0.03, "high": 0.07}, percents=True) == "2% [0%, 7%]"
+    assert wording.signed({"estimate": 0.5, "low": -0.25, "high": 1.0}) == ("+0.500", "[−0.250, +1.000]")
+    assert wording.signed({"estimate": 0.0, "low": None, "high": None}) == ("0.000", "(no interval)")
+    assert [wording.percent(share) for share in (0, 0.001, 0.5, 0.999, 1)] == ["0%", "<1%", "50%", ">99%", "100%"]
+
+
+@pytest.mark.parametrize(
+    ("slope", "why"),
+    [
+        ((None, None, None), "the reference was measured with one number of rows only"),
+        (
+            (0.1, -0.1, 0.3),
+            "the reference does not clearly get better with its rows (NLL −0.100 [−0.300, +0.100] with each doubling)",
+        ),
+        ((0.1, None, None), "nothing is known of other seeds and test groups (NLL −0.100 (no interval) with each doubling)"),
+        (
+            (0.2, 0.1, 0.3),
+            "the reference, which gets better as a whole (NLL −0.200 [−0.300, −0.100] with each doubling), does not clearly "
+            "do so towards 64 rows",
+        ),
+    ],
+)
+def test_why_no_factor_is_stated(slope: tuple[float | None, ...], why: str) -> None:
+    answer = {
+        "metric": "nll",
+        "lower_is_better": True,
+        "rows": 64,
+        "slope": dict(zip(("estimate", "low", "high"), slope, strict=True)),
+    }
+    assert wording.not_identifiable(answer) == why
+
+
+def test_a_gain(tmp_path: Path) -> None:
+    view = shown(lines(), tmp_path)
+    assert (view["glyph"], view["kind"], view["word"]) == ("▲", "gain", "Gain")
+    difference, saving, more = view["tiles"]
+    assert difference[0] == "quality, higher is better: tell − sft at 64 rows"
+    ends = known(tmp_path)["answers"][0]["difference"]
+    assert difference[1:] == (f"+{ends['estimate']:.3f}", f"[+{ends['low']:.3f}, +{ends['high']:.3f}]")
+    assert saving[1] == "2.0×"
+    assert re.fullmatch(r"\[1\.\d, 2\.\d\]: 3\d of 64 rows would have sufficed \(\d\d to \d\d\)", saving[2])
+    assert more[1:] == ("Cannot be said", "The reference was not measured with so many (64 + 50).")
+    names = [(found["name"], found["size"]) for found in view["answers"][0]["factors"]]
+    assert names == [("row saving", 64), ("row gain", 16), ("row gain", 32)]
+
+
+@pytest.mark.parametrize(
+    ("tell", "sft", "kind", "word", "saving"),
+    [
+        (0.0, 1.0, "none", "No gain shown", "1.0×"),
+        (-1.0, 1.0, "loss", "Loss", "below 1.0×"),
+        (1.0, 0.0, "unclear", "Gain, its worth in rows not identifiable", "not identifiable"),
+        (9.0, 1.0, "gain", "Gain", "at least 4.0×"),
+    ],
+)
+def test_verdicts(tmp_path: Path, tell: float, sft: float, kind: str, word: str, saving: str) -> None:
+    view = shown(lines(tell, sft), tmp_path)
+    assert (view["kind"], view["word"], view["tiles"][1][1]) == (kind, word, saving)
+    text = page.html({"certificate.json": known(tmp_path)})
+    assert f"</span>{word}</p>" in text
+    assert (view["answers"][0]["reading"] is None) == (kind in ("loss", "unclear"))
+    assert ("Not identifiable, because the reference does not clearly get better with its rows (quality" in text) == (
+        kind == "unclear"
+    )
+
+
+def test_a_contradiction_stands_beside_the_headline(tmp_path: Path) -> None:
+    def both() -> Iterator[dict[str, object]]:
+        yield from lines(1.0)
+        yield from ({**line, "metric": "taste"} for line in lines(-9.0) if "row" in line)
+
+    view = shown(both(), tmp_path, Question("tell", ("sft",), ("quality", "taste")))
+    assert view["word"] == "Gain by the first metric, contradicted by another"
+    text = page.html({"certificate.json": known(tmp_path)})
+    assert "<b>Contradiction:</b> quality is better, and taste is worse." in text
+    assert [answer["verdict"] for answer in view["answers"]] == ["▲ Gain", "▼ Loss"]
+
+
+def test_more_rows_or_general_data(rich: Path) -> None:
+    answer = known(rich)["answers"][0]
+    more = answer["more_rows"]
+    short, brief, text = wording.more_rows_text(answer)
+    assert short == "General data"
+    assert brief.startswith(f"general data over labelling: +{more['advantage']['estimate']:.3f} [+")
+    assert f"general data with 64 rows +{answer['difference']['estimate']:.3f} [+" in text
+    assert f"50 more labelled rows without it +{more['labelling']['estimate']:.3f} [+" in text
+
+
+def test_one_seed_is_said_and_nothing_is_said_of_side_effects(tmp_path: Path) -> None:
+    certified(tmp_path, lines(seeds=1), QUESTION)
+    text = page.html({"certificate.json": known(tmp_path)})
+    assert "One seed: intervals say nothing of another training run." in text
+    assert "with one seed only the groups vary" in text
+    assert "Not measured: the outcomes hold neither forgetting nor leakage nor dependency on the anchor." in text
+    assert "Nothing more can be told: the arms that would tell" in text
+    assert 'class="seed"' not in text
+
+
+def test_every_score_and_every_part_stands_in_the_page_with_its_interval(rich: Path) -> None:
+    certificate_ = known(rich)
+    text = page.html({"certificate.json": certificate_})
+    assert certificate_["headline"] in text
+    for answer in certificate_["answers"]:
+        sign = -1 if answer["lower_is_better"] else 1
+        name = {"nll": "NLL"}.get(answer["metric"], answer["metric"])
+        for point in answer["points"]:
+            low, high = sorted(sign * point["score"][key] for key in ("low", "high"))
+            score = f"{sign * point['score']['estimate']:.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
+            where = f"{point['size']} rows" if point["size"] else "untrained"
+            assert text.count(f'aria-label="{point["arm"]}, {where}, {name} {score}') == 2  # wide and narrow
+            assert f"<td>{score}</td>" in text
+        for part in answer["attribution"]:
+            low, high = sorted(sign * part[key] for key in ("low", "high"))
+            assert f"[{'+' if low > 0 else ''}{low:.3f}, ".replace("-", "−") in text
+    for words in (
+        "interaction of anchor and mix",
+        "tell − placebo_permuted",
+        "the order brings",
+        "Forgetting: pool",
+        "Leakage",
+    ):
+        assert words in text
+    assert text.index("Forgetting: pool") < text.index("<h3>Leakage") < text.index("Dependency on the anchor: wrong anchor")
+    assert "with another anchor" in text
+    assert "<td>16</td><td>repeats 2</td>" in text  # of two seeds that agree
+    assert certificate_["sha256"] in text
+    assert "fulcrum verify certificate.json" in text
+
+
+def test_the_reference_is_ringed_and_its_share_is_said(rich: Path) -> None:
+    answer = known(rich)["answers"][0]
+    marks = {
+        (line.name, mark.size): mark for line in page.exhibit.lines_of(answer, known(rich)["question"]) for mark in line.marks
+    }
+    for size in (16, 64, 256):
+        chosen = max(answer["reference"][str(size)], key=answer["reference"][str(size)].get)
+        assert [arm for (arm, at), mark in marks.items() if at == size and mark.ringed] == [chosen]
+        assert marks[chosen, size].tip[-1].startswith("reference in ")
+    assert marks["sft", 64].tip[2].startswith("5 seeds: ")
+    assert "768 task tokens" in marks["sft", 64].tip
+
+
+def test_equal_certificates_give_equal_bytes_below_a_megabyte(rich: Path) -> None:
+    first = page.write(rich).read_bytes()
+    assert page.write(rich).read_bytes() == first
+    assert len(first) < 1_000_000
+
+
+def test_the_page_runs_nothing_and_asks_no_network(rich: Path) -> None:
+    text = page.html({"certificate.json": known(rich)})
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|https?:|url\(|@import|<(script|link|iframe|img|object)\b""", text)
+    assert "default-src 'none'" in text
+
+
+def test_user_text_is_inert(tmp_path: Path) -> None:
+    odd = {"sft": f"{EVIL}sft", "tell": f"{EVIL}tell"}
+    content = ({**line, "arm": odd[line["arm"]], **({"metric": EVIL} if "row" in line else {})} for line in lines())
+    question = Question(odd["tell"], (odd["sft"],), (EVIL,), task=EVIL, notes=(EVIL,))
+    chosen = {f"{EVIL} at 16 rows, seed 0": {EVIL: EVIL, "repeats": EVIL}, EVIL: None}
+    certified(tmp_path, content, question, {EVIL: EVIL, "files": {EVIL: EVIL}, "settings chosen": chosen})
+    text = page.html({EVIL: known(tmp_path)})
+    assert "<script" not in text.lower()
+    assert text.count("&lt;script&gt;") > 40
+
+
+@pytest.mark.parametrize(
+    "change", [lambda c: c.pop("answers"), lambda c: c["answers"][0].pop("points"), lambda c: c.update(answers=[])]
+)
+def test_a_damaged_certificate_is_refused_in_one_line(rich: Path, change: Any) -> None:
+    broken = known(rich)
+    change(broken)
+    with pytest.raises(StoreError, match="not a certificate as it is written"):
+        page.html({"certificate.json": broken})
+
+
+def test_what_is_no_certificate_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"no certificate\.json in it"):
+        page.write(tmp_path)
+    (tmp_path / "certificate.json").write_text('{"format": 2}')
+    with pytest.raises(StoreError, match="not a certificate of a format that this version knows"):
+        page.write(tmp_path)
+
+
+# ---- run folders and commands
+
+
+def test_a_runs_report_opens_with_its_certificate_in_place_of_claims(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, make(notes=(*NOTES, "another note")), predictions())
+    assert 'class="claim' in report.write(folder).read_text()
+    certified(folder, compared(), rich_question())
+    text = report.write(folder).read_text()
+    assert known(folder)["headline"] in text
+    assert 'class="claim' not in text
+    assert text.count(NOTES[0]) == 1
+    assert "another note" in text
+    for name in ("c1-curves", "c1-rows", "c1-parts", "c1-effects", "c1-method", "scores", "training", "examples", "settings"):
+        assert text.count(f'id="{name}"') == 1
+    assert text.index('id="c1-curves"') < text.index('id="scores"')
+
+
+def test_each_task_of_a_run_has_its_certificate(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, make(tasks=("a", "b")), predictions())
+    for task in ("b", "a"):
+        certified(folder / "certificates" / task, lines(), Question("tell", ("sft",), ("quality",), task=task))
+    text = report.write(folder).read_text()
+    assert re.findall(r'<h2 id="(c\d)-curves">(.*?): ', text) == [("c1", "a"), ("c2", "b")]
+    assert "fulcrum verify certificates/b/certificate.json" in text
+    ids = re.findall(r'\bid="(c\d-[^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_certify_writes_the_page_and_report_writes_it_anew(tmp_path: Path) -> None:
+    file = save(tmp_path / "in.jsonl", lines())
+    out = tmp_path / "out"
+    assert f"report: {out / 'report.html'}" in done("certify", file, "--out", out)
+    first = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    said = done("report", out)
+    assert known(out)["headline"] in said
+    assert f"report: {out / 'report.html'}" in said
+    assert (out / "report.html").read_bytes() == first
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "report.html").write_text("mine")
+    assert "report.html: exists already and is not overwritten" in refused("certify", file, "--out", tmp_path / "full")
+
+
+# ---- geometry
+
+
+def line(name: str, values: dict[int, float], place: int = 0, *, strong: bool = True) -> Line:
+    marks = tuple(Mark(size, value, value - 0.05, value + 0.05, (), (name, str(value))) for size, value in values.items())
+    return Line(name, marks, place % 9, place, strong)
+
+
+def test_ticks_are_round() -> None:
+    assert axes.nice_ticks(0.13, 0.87) == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert axes.tick_texts([0.2, 0.4]) == ["0.2", "0.4"]
+    assert axes.tick_texts([-0.05, 0.0, 0.05]) == ["−0.05", "0.00", "0.05"]
+    assert axes.tick_texts([1000.0, 2000.0]) == ["1,000", "2,000"]
+
+
+def test_bars_share_an_axis_that_holds_0() -> None:
+    axis = axes.bars([(1.0, 0.5, 1.5), (-0.5, None, None)])
+    assert axis.bars[0].low < axis.bars[0].at < axis.bars[0].high
+    assert axis.bars[1].at < axis.zero < axis.bars[0].low
+    assert axis.bars[1].low is None
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_sizes_lie_on_a_log_scale_and_the_reading_at_its_height(narrow: bool) -> None:
+    reading = Reading(0.6, 64, 32, 16.0, 64.0, 16, "32 of 64 rows")
+    both = [line("tell", {16: 0.5, 32: 0.6, 64: 0.7}), line("sft", {16: 0.4, 32: 0.5, 64: 0.6}, 1)]
+    chart = curves.learning(both, reading, width=400 if narrow else 900, height=400, narrow=narrow)
+    xs = [x for x, _ in chart.x_ticks]
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
+    assert chart.reading is not None
+    assert chart.reading["y"] == pytest.approx(chart.lines[1].marks[2].y)
+    assert (chart.reading["x"], chart.reading["from"]) == pytest.approx((xs[1], xs[2]))
+    assert (chart.reading["low"], chart.reading["high"]) == pytest.approx((xs[0], xs[2]))
+    assert 2 * chart.reading["y"] == pytest.approx(chart.lines[0].marks[0].y + chart.lines[0].marks[2].y)
+
+
+def test_labels_of_lines_that_end_together_do_not_overlap_and_keep_their_order() -> None:
+    close = [line(f"arm{k}", {16: 0.4, 64: 0.6 + k / 1000}, k, strong=k < 2) for k in range(8)]
+    chart = curves.learning([*close, line("sft", {16: 0.1, 256: 0.9}, 8)], None, width=900, height=460)
+    ys = [drawn.label[1] for drawn in chart.lines[:8] if drawn.label]
+    assert len(ys) == 8
+    assert all(a - b >= 15 for a, b in pairwise(ys))  # the higher the score, the higher up
+
+
+def test_an_untrained_arm_and_one_that_ends_with_it_have_their_labels_apart() -> None:
+    both = [line("sft", {16: 0.5, 64: 0.5}), line("base", {0: 0.5}, 1, strong=False)]
+    first, second = (drawn.label for drawn in curves.learning(both, None, width=900, height=460).lines)
+    assert first is not None
+    assert second is not None
+    assert first[0] == second[0]
+    assert abs(first[1] - second[1]) >= 15
+
+
+@pytest.mark.parametrize(
+    ("saving", "rows", "fewest", "most"),
+    [
+        (factor(2.0, 1.6, 3.2), 32, 20, 40),
+        (factor("over", "over", "over"), 16, None, 16),
+        (factor("over", 2.0, "over"), 16, None, 32),
+        (factor(2.0, "under", "over"), 32, None, None),
+    ],
+)
+def test_the_reading_goes_no_further_than_what_was_measured(
+    rich: Path, saving: dict[str, Any], rows: float, fewest: float | None, most: float | None
+) -> None:
+    answer = {**known(rich)["answers"][0], "saving": {"rows": saving}}
+    reading = page.exhibit.reading_of(answer, known(rich)["question"])
+    assert reading is not None
+    assert (reading.rows, reading.fewest, reading.most, reading.smallest) == (rows, fewest, most, 16)
+    own, reference = (
+        {p["arm"]: p for p in answer["points"] if p["size"] == 64}[arm]["score"]["estimate"] for arm in ("tell", "sft")
+    )
+    assert reading.value == pytest.approx(-reference)
+    assert own > reference
+
+
+def test_an_untrained_arm_far_away_stands_at_the_edge_and_squashes_nothing() -> None:
+    chart = curves.learning(
+        [line("sft", {16: 0.5, 64: 0.6}), line("base", {0: 9.0}, 1, strong=False)], None, width=900, height=460
+    )
+    far = chart.lines[1]
+    assert (far.marks[0].y, far.path) == (chart.box[1], "")
+    assert chart.lines[0].marks[0].y - chart.lines[0].marks[1].y > 100
+
+
+# ---- in a real browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium that keeps what it says and asks for."""
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        missing = "no chromium with chromium-driver here (Debian: apt-get install chromium chromium-driver)"
+        if os.environ.get(NEEDS_BROWSER):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(programs[0])
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(programs[1])))
+    yield driver
+    driver.quit()
+
+
+def opened(browser: Any, path: Path, width: int = 1100, **media: str) -> None:
+    """Open a page on a screen of this width."""
+    features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items() if name != "kind"]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media.get("kind", ""), "features": features})
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(path.as_uri())
+
+
+def visible(browser: Any, selector: str) -> list[Any]:
+    return [element for element in browser.find_elements("css selector", selector) if element.is_displayed()]
+
+
+@pytest.fixture(scope="module")
+def written(rich: Path) -> Path:
+    return page.write(rich)
+
+
+def test_it_opens_without_a_word_and_asks_for_nothing(browser: Any, written: Path, rich: Path) -> None:
+    browser.get_log("performance")
+    opened(browser, written)
+    assert browser.get_log("browser") == []
+    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [entry["params"]["request"]["url"] for entry in sent if entry["method"] == "Network.requestWillBeSent"]
+    assert asked == [written.as_uri()]
+    assert browser.find_element("css selector", ".headline").text == known(rich)["headline"]
+    charts = visible(browser, ".chart svg")
+    assert len(charts) == 2
+    assert all(chart.size["height"] > 300 for chart in charts)
+    assert len(visible(browser, ".forest")) == 5  # two attributions, forgetting, leakage, dependency
+    assert len(visible(browser, ".chart .pt")) == sum(len(answer["points"]) for answer in known(rich)["answers"])
+
+
+def expected(rich: Path) -> str:
+    """The NLL of tell at 64 rows as a reader should see it."""
+    score = next(p["score"] for p in known(rich)["answers"][0]["points"] if (p["arm"], p["size"]) == ("tell", 64))
+    return f"NLL {-score['estimate']:.3f} [{-score['high']:.3f}, {-score['low']:.3f}]"
+
+
+def test_hovering_a_point_shows_its_value(browser: Any, written: Path, rich: Path) -> None:
+    from selenium.webdriver import ActionChains
+
+    opened(browser, written)
+    assert visible(browser, ".tip") == []
+    point = browser.find_element("css selector", '.chart.wide .pt[aria-label^="tell, 64 rows"]')
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
+    ActionChains(browser).move_to_element(point).perform()
+    (tip,) = visible(browser, ".tip")
+    text = tip.text.splitlines()
+    assert text[:2] == ["tell, 64 rows", expected(rich)]
+    assert text[2].startswith("5 seeds: ")
+    assert text[3] == "768 task tokens"
+    ActionChains(browser).move_by_offset(0, 200).perform()
+    assert visible(browser, ".tip") == []
+
+
+def test_the_keyboard_reaches_every_point(browser: Any, written: Path, rich: Path) -> None:
+    from selenium.webdriver import ActionChains, Keys
+
+    opened(browser, written)
+    browser.execute_script("document.querySelector('.panel .skip').focus()")
+    assert browser.switch_to.active_element.is_displayed()
+    seen = []
+    for _ in range(3):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        (tip,) = visible(browser, ".tip")
+        seen.append(tip.text.splitlines()[:2])
+    assert [head for head, _ in seen] == ["tell, 16 rows", "tell, 32 rows", "tell, 64 rows"]
+    assert seen[2][1] == expected(rich)
+    assert browser.execute_script("return [...document.querySelectorAll('.pt')].every(p => p.tabIndex === 0 && p.ariaLabel)")
+
+
+def test_labels_cover_neither_each_other_nor_a_marker(browser: Any, written: Path) -> None:
+    overlaps = """
+      return [...document.querySelectorAll('.chart')].filter(c => c.offsetWidth).flatMap(chart => {
+        const box = e => e.getBoundingClientRect(), field = box(chart);
+        const names = [...chart.querySelectorAll('text')].filter(t => t.textContent);
+        const marks = [...chart.querySelectorAll('.mark')];
+        const cross = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3;
+        return names.flatMap((t, k) => [...names.slice(k + 1), ...marks].filter(o => cross(box(t), box(o)))
+          .map(o => t.textContent + ' / ' + (o.textContent || 'a marker')))
+          .concat(names.filter(t => box(t).right > field.right || box(t).left < field.left)
+            .map(t => t.textContent + ' sticks out'));
+      })"""
+    for width in (1100, 390):
+        opened(browser, written, width)
+        assert browser.execute_script(overlaps) == []
+
+
+def test_a_phone_needs_no_sideways_scrolling(browser: Any, written: Path) -> None:
+    opened(browser, written, 390)
+    width = "return document.documentElement.scrollWidth"
+    assert browser.execute_script(width) == 390
+    assert visible(browser, ".chart.wide") == []
+    assert len(visible(browser, ".chart.narrow")) == 2
+    outside = """
+      const found = [];
+      for (const point of document.querySelectorAll('.pt')) {
+        if (!point.offsetParent) continue;
+        point.focus();
+        const tip = point.querySelector('.tip').getBoundingClientRect();
+        const wide = document.documentElement.scrollWidth > 390;
+        if (!tip.width || tip.left < 0 || tip.right > 390 || wide) found.push(point.ariaLabel);
+      }
+      return found"""
+    assert browser.execute_script(outside) == []
+
+
+def test_dark_pages_are_dark(browser: Any, written: Path) -> None:
+    lightness = (
+        "return getComputedStyle(document.body)[arguments[0]].match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 3"
+    )
+    for scheme in ("light", "dark"):
+        opened(browser, written, prefers_color_scheme=scheme)
+        paper, ink = (browser.execute_script(lightness, name) for name in ("backgroundColor", "color"))
+        assert (paper < 60 and ink > 200) if scheme == "dark" else (paper > 240 and ink < 60)
+
+
+def test_on_paper_tables_stand_open_and_nothing_is_cut(browser: Any, written: Path) -> None:
+    opened(browser, written, 720, kind="print")
+    assert visible(browser, ".pt") == []
+    assert len(visible(browser, ".chart.wide")) == 2
+    tables = browser.find_elements("css selector", "details table")
+    assert len(tables) == 4
+    assert all(table.size["height"] > 40 for table in tables)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 720
+    wide = (
+        "return [...document.querySelectorAll('.scroll')].filter(s => s.firstElementChild.scrollWidth > s.clientWidth).length"
+    )
+    assert browser.execute_script(wide) == 0
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})
+    assert len(printed["data"]) > 50_000
+
+
+def test_a_runs_whole_report_is_quiet_and_fits_a_phone(browser: Any, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, make(), predictions())
+    certified(folder, compared(0.0), rich_question())
+    path = report.write(folder)
+    assert path.stat().st_size < 1_000_000
+    opened(browser, path, 390)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    assert browser.find_element("css selector", ".badge").text.endswith("No gain shown")
