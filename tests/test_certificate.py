@@ -93,17 +93,17 @@ def test_a_metric_that_is_worse_contradicts_one_that_is_better(tmp_path: Path) -
     assert found["answers"][1]["saving"]["rows"]["low"] == found["answers"][1]["saving"]["rows"]["high"] == "under"
 
 
-def test_a_reference_picked_by_the_scores_it_is_judged_by_makes_no_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ahead", "headline"), [(-1.0, "Worse"), (0.0, "No gain shown")])
+def test_references_picked_by_the_scores_they_are_judged_by_are_each_asked_for_a_loss(
+    tmp_path: Path, ahead: float, headline: str
+) -> None:
     def two() -> Iterator[dict[str, object]]:
-        yield from lines(-1.0, dev=False)
-        yield from ({**line, "arm": "sft_anchor"} for line in lines(-1.0, dev=False) if line["arm"] == "sft")
+        yield from lines(ahead, dev=False)
+        yield from ({**line, "arm": "sft_anchor"} for line in lines(ahead, dev=False) if line["arm"] == "sft")
 
     found = outcomes.read(save(tmp_path / "in.jsonl", two()))
-    several, single = (
-        certificate.certify(found, Question("tell", arms, ("quality",))) for arms in (("sft", "sft_anchor"), ("sft",))
-    )
-    assert several["headline"].startswith("No gain shown")
-    assert single["headline"].startswith("Worse")
+    for arms in (("sft", "sft_anchor"), ("sft",)):
+        assert certificate.certify(found, Question("tell", arms, ("quality",)))["headline"].startswith(headline)
 
 
 def test_tokens_that_do_not_rise_with_rows_give_no_factors(tmp_path: Path) -> None:
@@ -422,3 +422,26 @@ def test_directions_of_metrics(tmp_path: Path) -> None:
 def _moved(folder: Path) -> Path:
     (folder / "new").mkdir()
     return save(folder / "new" / "outcomes.jsonl", lines())
+
+
+def arms_at_16(scores: dict[str, float], seeds: int = 5) -> Iterator[dict[str, object]]:
+    rng = np.random.default_rng(3)
+    for arm, score in scores.items():
+        for seed in range(seeds):
+            moved = score + rng.normal(0, 0.05)
+            for row in range(ROWS):
+                outcome = moved + rng.normal(0, 0.1)
+                yield {"arm": arm, "size": 16, "seed": seed, "row": f"r{row}", "metric": "score", "outcome": outcome}
+
+
+@pytest.mark.parametrize(("tell", "verdict"), [(1.5, "loss"), (2.0, "no gain shown"), (2.5, "gain")])
+def test_a_weak_reference_makes_no_gain(tmp_path: Path, tell: float, verdict: str) -> None:
+    """kshot at 1, sft at 2: beside the better one counts, and being worse than it is a loss, though it was selected on test."""
+    found = outcomes.read(save(tmp_path / "in.jsonl", arms_at_16({"kshot": 1.0, "sft": 2.0, "tell": tell})))
+    content = certificate.certify(found, Question("tell", ("kshot", "sft"), ("score",)))
+    (answer,) = content["answers"]
+    assert answer["verdict"] == verdict
+    assert answer["reference_chosen"] == {"16": "sft"}
+    assert answer["difference"]["estimate"] == pytest.approx(tell - 2, abs=0.1)
+    assert answer["selected_on"] == "test, which favours the reference"
+    assert " at 16 rows against sft" in content["headline"]

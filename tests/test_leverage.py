@@ -290,3 +290,36 @@ def test_a_flat_reference_is_called_not_identifiable():
 def test_what_lies_beyond_the_sizes_is_never_a_number():
     _, found = shares("beyond what sizes show", 5)
     assert {a.saving.estimate for a in found} == {np.inf}
+
+
+def noisy(scores: dict[tuple[str, int], float]) -> leverage.Draws:
+    rng = np.random.default_rng(0)
+    made = {point: value + rng.normal(0, 0.005, (5, 30)) for point, value in scores.items()}
+    return leverage.draw(leverage.measure(made, [f"g{k}" for k in range(30)]), draws=400)
+
+
+DENSE = {("sft", size): 0.3 + 0.05 * k for k, size in enumerate((16, 32, 64, 128, 256))}
+
+
+def test_the_reference_curve_is_of_the_same_arms_at_every_size() -> None:
+    """sft_anchor is far better and stands at three sizes: those of sft alone in between would bend the curve down."""
+    found = noisy({**DENSE, ("sft_anchor", 16): 0.5, ("sft_anchor", 64): 0.6, ("sft_anchor", 256): 0.7, ("tell", 64): 0.57})
+    curve = leverage.curve(found, ["sft", "sft_anchor"], 64)
+    assert (curve.sizes, set(curve.picked.values())) == ((16, 64, 256), {"sft_anchor"})
+    gain = leverage.row_gain(found, "tell", 64, curve)
+    assert 0.5 < gain.estimate < 0.9  # worse than the reference: 0.57 is what it has with 42 rows
+
+
+def test_an_arm_that_is_always_the_best_stands_for_the_reference_at_all_its_sizes() -> None:
+    found = noisy({**DENSE, ("sft_anchor", 16): 0.2, ("sft_anchor", 64): 0.3, ("tell", 64): 0.45})
+    curve = leverage.curve(found, ["sft", "sft_anchor"], 64)
+    assert curve.sizes == (16, 32, 64, 128, 256)
+    assert leverage.row_gain(found, "tell", 64, curve).estimate == pytest.approx(2, rel=0.1)
+    assert leverage.more_rows(curve, 64, 50) is not None
+
+
+def test_where_the_best_differs_by_size_only_common_sizes_count() -> None:
+    found = noisy({**DENSE, ("kshot", 16): 0.45, ("kshot", 64): 0.38, ("tell", 64): 0.45})
+    curve = leverage.curve(found, ["sft", "kshot"], 64)
+    assert (curve.sizes, curve.picked) == ((16, 64), {16: "kshot", 64: "sft"})
+    assert leverage.more_rows(curve, 64, 50) is None

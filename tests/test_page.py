@@ -23,7 +23,7 @@ from test_report import folder_with, make, predictions
 EVIL = "<script>alert(1)</script>"
 NEEDS_BROWSER = "FULCRUM_NEEDS_BROWSER"  # set where a missing browser is a fault, as in .ci/run
 ARMS = {
-    "base": (None, (0,)), "sft": (0.0, (16, 32, 64, 128, 256)), "sft_anchor": (-0.1, (16, 64)), "mix": (0.7, (16, 64)),
+    "base": (None, (0,)), "sft": (0.0, (16, 32, 64, 128, 256)), "sft_anchor": (-0.6, (16, 64)), "mix": (0.7, (16, 64)),
     "tell": (1.3, (16, 32, 64)), "general_then_task": (0.6, (16, 64)), "placebo_permuted": (0.1, (16, 64)),
 }  # fmt: skip
 

@@ -84,13 +84,13 @@ def test_arms_train_on_made_rows_which_are_made_once(
 ) -> None:  # fmt: skip
     found = {arm.arm: arm for arm in comparison.compare(settings).arms}
     out = Path(settings.output_dir)
-    for name, kind in (("placebo_own_answers", "own_answers"), ("selfgen", "self_made")):
-        made = store.read_json(out / "general" / f"{kind}-seed0.json")
+    for name in ("placebo_own_answers", "selfgen"):
+        made = store.read_json(out / "general" / f"{name}-seed0.json")
         assert 1 <= found[name].training.share.general_examples <= min(len(made), 8)
-    assert all(row["origin"].startswith("made:") for row in store.read_json(out / "general" / "self_made-seed0.json"))
+    assert all(row["origin"].startswith("made:") for row in store.read_json(out / "general" / "selfgen-seed0.json"))
     for name in ("own_answers", "from_nothing"):
         monkeypatch.setattr(selfmade, name, lambda *given: pytest.fail("made again"))
     comparison.compare(settings, resume=True)
-    (out / "general" / "self_made-seed0.json").write_text('[{"origin": 1}]')
-    with pytest.raises(StoreError, match=r"self_made-seed0\.json: not the rows that were made"):
+    (out / "general" / "selfgen-seed0.json").write_text('[{"origin": 1}]')
+    with pytest.raises(StoreError, match=r"selfgen-seed0\.json: not the rows that were made"):
         comparison.compare(settings, resume=True)

@@ -8,14 +8,14 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fulcrum import adapter, encode, generate, material, model, training
-from fulcrum.arms import ARMS, chosen_arms, stream
+from fulcrum import adapter, encode, generate, material, metrics, model, pool, training
+from fulcrum.arms import ARMS, chosen_arms, sizes_of, stream
 from fulcrum.cell import Silent, Watcher
 from fulcrum.comparison import plan_trials
 from fulcrum.config import CompareSettings, Settings
@@ -63,10 +63,14 @@ def plan(settings: Settings, seconds: float, *, quick: bool = False, watcher: Wa
     speed = measure(rows, loaded, settings)
     left = seconds * _PLANNED - (time.perf_counter() - started)
     found = None
-    for most in itertools.takewhile(lambda number: number >= _FEWEST, (rows.longest // 2**k for k in range(64))):
+    every = min(len(task.train) for task in rows.tasks)
+    general = len(pool.open_pool(settings.general, seed=settings.seed)) if settings.general else 0
+    for most in itertools.takewhile(lambda number: number >= _FEWEST, (every // 2**k for k in range(64))):
         for design, left_out in designs(settings, most, quick=quick):
+            if _general_rows(design, every) > general:
+                continue  # the pool cannot feed it
             units, cost = predict(design, rows, loaded, speed)
-            beyond = [f"task rows beyond {most} of {rows.longest}"] if most < rows.longest else []
+            beyond = [f"task rows beyond {most} of {every}"] if most < every else []
             found = Design(design, cost, (*beyond, *left_out), units)
             if cost <= left:
                 return found
@@ -77,6 +81,13 @@ def plan(settings: Settings, seconds: float, *, quick: bool = False, watcher: Wa
         f"--budget: the least design takes about {least / _PLANNED / 60:.0f} minutes with this model on this machine, the "
         f"budget has {seconds / 60:.0f}; raise it, or lower mix.general_per_task, train.max_length or task.test_limit"
     )
+
+
+def _general_rows(settings: Settings, every: int) -> float:
+    """About how many general rows a design needs."""
+    largest = [max(sizes_of(settings, arm, every)) for arm in chosen_arms(settings) if arm.mixes]
+    shown = max(largest, default=0) * max(settings.mix.candidates) * len(settings.tasks)
+    return shown * settings.mix.general_per_task + settings.eval.general_rows
 
 
 def _widest(settings: Settings) -> Settings:
@@ -150,16 +161,18 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
     compare, left_out = settings.compare, list[str]()
     fixed = compare.model_fields_set
     curve = [size for size in (16 * 2**k for k in range(20)) if size <= 0.75 * rows] + [rows]
+    rows = max(compare.sizes) if compare.sizes else rows
+    curve = [size for size in curve if size <= rows]
     arms = [arm.name for arm in chosen_arms(settings)]
     usual = ("sft_anchor", "sft") if quick else ("sft", "sft_anchor")
     reference = next((name for name in usual if name in arms), None)
-    changes: dict[str, Any] = {"tune": "first", "folds": 2}
+    changes: dict[str, Any] = {name: value for name, value in (("tune", "first"), ("folds", 2)) if name not in fixed}
     if "arms" not in fixed and not quick:
         changes["arms"] = tuple(dict.fromkeys((*arms, "general_then_task", "placebo_permuted")))
     if "seeds" not in fixed:
-        changes["seeds"] = tuple(range(2 if quick else 8 if rows <= 64 else 5))
+        changes["seeds"] = _seeds(settings, 2 if quick else 8 if rows <= 64 else 5)
     if "sizes" not in fixed:
-        changes["sizes"] = (rows,) if quick else tuple(sorted({max(16, rows // 4), rows}))
+        changes["sizes"] = (rows,) if quick else tuple(sorted({min(rows, max(16, rows // 4)), rows}))
     if "sizes_of" not in fixed and reference is not None:
         changes["sizes_of"] = {reference: tuple(curve[-3:] if quick else curve)}
     if quick:
@@ -169,7 +182,7 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
     design = _changed(settings, **changes)
     if quick:
         design = _few_rows(_thrifty(design, 4), 100)
-        tasks = tuple(task.model_copy(update={"metrics": task.metrics[:1]}) for task in design.tasks)
+        tasks = tuple(task.model_copy(update={"metrics": _few_metrics(task.metrics)}) for task in design.tasks)
         design = design.model_copy(update={"tasks": tasks, "eval": design.eval.model_copy(update={"general_rows": 0})})
         if "arms" not in fixed:
             mixed = "tell" if "tell" in arms else "mix"
@@ -182,8 +195,8 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
             design = _changed(design, arms=tuple(name for name in present if name != rival))
             yield design, left_out
     if "seeds" not in fixed and len(design.seeds) > 5:
-        left_out.append("seeds 5 to 7")
-        design = _changed(design, seeds=tuple(range(5)))
+        left_out.append("seeds beyond the fifth")
+        design = _changed(design, seeds=_seeds(settings, 5))
         yield design, left_out
     for limit in (300, 200, 100):
         if any((task.test_limit or limit + 1) > limit for task in settings.tasks):
@@ -206,13 +219,27 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
         for number in (3, 2):
             if len(design.seeds) > number:
                 left_out.append(f"seeds but {number}: intervals will be wide")
-                design = _changed(design, seeds=tuple(range(number)))
+                design = _changed(design, seeds=_seeds(settings, number))
                 yield design, left_out
 
 
+def _seeds(settings: Settings, number: int) -> tuple[int, ...]:
+    return tuple(range(settings.seed, settings.seed + number))
+
+
 def _changed(settings: Settings, **changes: Any) -> Settings:
-    compare = CompareSettings.model_validate({**settings.compare.model_dump(), **changes})
+    """The settings with others for the comparison; sizes of arms that are no more go with these."""
+    values = {**settings.compare.model_dump(), **changes}
+    names = [arm if isinstance(arm, str) else arm["name"] if isinstance(arm, dict) else arm.name for arm in values["arms"]]
+    values["sizes_of"] = {name: sizes for name, sizes in values["sizes_of"].items() if name in names}
+    compare = CompareSettings.model_validate(values)
     return settings.model_copy(update={"compare": compare})
+
+
+def _few_metrics(names: Sequence[str]) -> tuple[str, ...]:
+    """The first metric that has a value for each row, beside those of labels, which need no more time."""
+    first = next((name for name in names if metrics.HAS_OUTCOMES[name]), names[0])
+    return tuple(name for name in names if name == first or name in metrics.LABELS)
 
 
 def _few_rows(settings: Settings, limit: int) -> Settings:
@@ -222,6 +249,10 @@ def _few_rows(settings: Settings, limit: int) -> Settings:
 
 def _thrifty(settings: Settings, repeats: int) -> Settings:
     """One number of repeats for mixtures, as many and three times as many epochs for SFT."""
-    settings = settings.model_copy(update={"mix": settings.mix.model_copy(update={"repeats": repeats})})
+    if settings.mix.repeats == "auto":
+        settings = settings.model_copy(update={"mix": settings.mix.model_copy(update={"repeats": repeats})})
+    repeats = max(settings.mix.candidates)
+    if settings.compare.sft_epochs is not None or settings.mix.unit == "tokens":
+        return settings
     most = math.floor(repeats * (1 + settings.mix.general_per_task))
     return _changed(settings, sft_epochs=tuple(sorted({repeats, min(most, 3 * repeats)})))

@@ -128,7 +128,7 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
     measured = draws.measured
     n = _largest(draws, question)
     ref = leverage.reference(draws, question.references, n)
-    whole = leverage.reference(draws, question.references, max(n, *measured.sizes(question.references)))
+    whole = leverage.curve(draws, question.references, n)
     gained = leverage.contrast((1, draws.of(question.arm, n)), (-1, ref.last))
     slope, on_test = leverage.slope(whole), measured.dev is measured.by_seed
     difference = leverage.interval(gained)
@@ -149,15 +149,17 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
              "by_seed": measured.by_seed[k].tolist(), "score": _ends(leverage.interval(draws.score[:, k]))}
             for k, (arm, size) in enumerate(measured.points)
         ],
-        "reference": {str(size): dict(chosen) for size, chosen in whole.chosen.items()},
-        "reference_chosen": {str(size): arm for size, arm in whole.picked.items()},
+        "reference": {str(size): dict(chosen) for size, chosen in {**ref.chosen, **whole.chosen, n: ref.chosen[n]}.items()},
+        "reference_chosen": {str(size): arm for size, arm in {**ref.picked, **whole.picked, n: ref.picked[n]}.items()},
         "selected_on": "test, which favours the reference" if on_test else "dev",
         "difference": {**_ends(difference), "p": _p(difference, gained)},
         "slope": _ends(slope), "slope_towards_rows": _ends(leverage.slope_towards(whole, n)),
         "identifiable": leverage.identifiable(whole, n),
         "saving": {unit: _factor(factor) for unit, factor in savings.items()},
         "gain": [worth(size) for size in sizes],
-        "verdict": _verdict(difference, on_test and len(question.references) > 1),
+        "verdict": _verdict(
+            difference, leverage.beaten(draws, question.arm, question.references, n) if on_test else difference.high < 0
+        ),
         "more_rows": _more_rows(whole, n, gained),
         "attribution": _attribution(draws, n),
         "_saving": savings["rows"],
@@ -248,11 +250,13 @@ def _p(difference: Interval, gained: FloatArray) -> float | None:
     return None if np.isnan(difference.low) else leverage.p_value(gained)
 
 
-def _verdict(difference: Interval, chosen_on_test: bool) -> str:
-    """What the difference says. The best of several references by the scores it is judged by is flattered: no loss then."""
+def _verdict(difference: Interval, is_worse: bool) -> str:
+    """What the difference says. The best of several references by the scores it is judged by is flattered, which makes gains
+    harder to show; whether the arm `is_worse` is asked of each reference by itself then.
+    """
     if np.isnan(difference.low) and difference.estimate != 0:
         return "cannot be said"  # nothing varied, or nothing is known of other seeds and groups
-    return "gain" if difference.low > 0 else "loss" if difference.high < 0 and not chosen_on_test else "no gain shown"
+    return "gain" if difference.low > 0 else "loss" if is_worse else "no gain shown"
 
 
 def _contradiction(answers: Sequence[Mapping[str, Any]]) -> str | None:

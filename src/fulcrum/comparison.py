@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 from fulcrum import cell, scoring, selfmade, store, workers
-from fulcrum.arms import chosen_arms, trials
+from fulcrum.arms import chosen_arms, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
+from fulcrum.errors import ConfigError
 from fulcrum.model import LoadedModel
 from fulcrum.proof import certificates
 from fulcrum.records import ArmResult, Difference, Results, Setting, Tried
@@ -49,27 +50,29 @@ def compare(
     workers.share_threads(jobs, on)
     watcher, started = watcher or Silent(), time.perf_counter()
     arms = chosen_arms(settings)
+    _require_common_size(settings, arms)
     loaded, rows, folder = begin("compare", settings, arms, settings.seeds, resume, watcher)
+    if writes() and budget is not None and not (folder / PLAN).exists():
+        described = settings.model_dump(mode="json", exclude={"output_dir"})
+        store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
     by_seed = selfmade.with_made_rows(
         dict(zip(settings.seeds, rows, strict=True)), loaded, arms, settings, folder if writes() else None,
         partial(watcher.count, "general rows that the model makes itself"),
     )  # fmt: skip
     study = Study(settings, by_seed, folder)
-    if writes() and budget is not None and not (folder / PLAN).exists():
-        described = settings.model_dump(mode="json", exclude={"output_dir"})
-        store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
     with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
         tries = list(plan_trials(study, arms, loaded))
         watcher.stage(f"{len(tries)} trials, by cross-validation inside the task rows")
-        tuning = _Progress(study, tries, watcher)
+        tuning = _Progress(study, tries, watcher, jobs)
         finals = list(plan_finals(study, arms, list(zip(tries, tuning.run(tries, runner), strict=True))))
         watcher.stage(f"{len(finals)} trainings on all task rows, each with its test")
-        spent, testing, results = tuning.seconds, _Progress(study, finals, watcher), list[ArmResult]()
+        spent, testing, results = tuning.seconds, _Progress(study, finals, watcher, jobs), list[ArmResult]()
         for number, seed in enumerate(study.seeds, 1):
             before = testing.seconds
             results += testing.run([unit for unit in finals if unit.seed == seed], runner)
             next_end = spent + testing.seconds + (testing.seconds - before)
-            if budget is not None and next_end > budget and 2 <= number < len(study.seeds):
+            left = [unit for unit in finals if unit.seed not in study.seeds[:number] and read(study, unit) is None]
+            if budget is not None and next_end > budget and number >= 2 and left:
                 left_out = [*left_out, f"seeds after {seed}, for which there was no time"]
                 break
     notes = (
@@ -83,18 +86,30 @@ def compare(
     return finish("compare", settings, folder, loaded, rows, results, differences, started, notes)
 
 
+def _require_common_size(settings: Settings, arms: Sequence[Arm]) -> None:
+    """Raise ConfigError where arms with general rows and trained ones without share no size: nothing could be said of them."""
+    with_general, without = ({s for arm in arms if arm.seeded and arm.mixes == mixes for s in sizes_of(settings, arm, 0)}
+                             for mixes in (True, False))  # fmt: skip
+    if with_general and without and 0 not in with_general | without and not with_general & without:
+        raise ConfigError(
+            f"compare.sizes_of: arms with general rows stand at {sorted(with_general)} rows, the others at {sorted(without)}; "
+            "a difference needs a size that is in both"
+        )
+
+
 class _Progress:
     """How far some units are, and the time that all of them took so far, in earlier sittings too."""
 
-    def __init__(self, study: Study, units: Sequence[Unit], watcher: Watcher) -> None:
+    def __init__(self, study: Study, units: Sequence[Unit], watcher: Watcher, jobs: int) -> None:
+        self.jobs = jobs
         self.study, self.watcher, self.total = study, watcher, len(units)
         self.done, self.left, self.paid = 0, sum(study.cost(unit) for unit in units), 0.0
         self.stored_seconds, self.begun = 0.0, time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Seconds spent on the units."""
-        return self.stored_seconds + time.monotonic() - self.begun
+        """Seconds spent on the units; of those stored before, as if they had been run by as many workers."""
+        return self.stored_seconds / self.jobs + time.monotonic() - self.begun
 
     def finished(self, unit: Unit, result: Tried | ArmResult, *, stored: bool) -> None:
         """Count a unit, and tell the watcher."""

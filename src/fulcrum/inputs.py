@@ -45,7 +45,7 @@ def check(known: Mapping[str, Any], task: str, folder: Path) -> tuple[list[str],
         wrong += [f"settings.{name}: the run's {store.MANIFEST} and the certificate differ" for name in changed]
     try:
         settings = config.Settings.model_validate({**known["settings"], "output_dir": str(folder)})
-        found = _rows(next(item for item in settings.tasks if item.name == task))
+        found = _rows(next(item for item in settings.tasks if item.name == task), settings.seed)
     except (FulcrumError, ValueError, StopIteration) as error:
         open_questions.append(f"data rows: {error or f'no task {task!r} in the settings'}")
     else:
@@ -65,7 +65,7 @@ def check(known: Mapping[str, Any], task: str, folder: Path) -> tuple[list[str],
     return wrong, open_questions
 
 
-def _rows(task: config.TaskSettings) -> dict[str, Example]:
+def _rows(task: config.TaskSettings, seed: int) -> dict[str, Example]:
     parts: Sequence[tuple[config.DataSource, ...]] = (task.train, task.dev, task.test)
-    examples = [row for sources in parts if sources for row in ingest.read(sources, group=task.group)[0]]
+    examples = [row for sources in parts if sources for row in ingest.read(sources, group=task.group, seed=seed)[0]]
     return {row.origin: row for row in examples}

@@ -208,9 +208,30 @@ class Reference(NamedTuple):
         return self.score[:, -1]
 
 
-def reference(draws: Draws, arms: Sequence[str], n: int) -> Reference:
-    """The best of `arms` at every size up to `n`, by dev score. Raises DataError where none was measured at `n`."""
-    sizes = [size for size in draws.measured.sizes(arms) if 0 < size <= n]
+def curve(draws: Draws, arms: Sequence[str], n: int) -> Reference:
+    """The reference as a curve over sizes, beyond `n` too: always of the same arms.
+
+    Where arms stand at different sizes, the best of whatever is there would rise and fall with which arms are there. So only
+    sizes count at which all stand that stand at `n`; unless one arm is the best at each of them in 95% of the draws: then it is
+    the reference at all of its own sizes.
+    """
+    points = draws.measured.points
+    there = [arm for arm in arms if (arm, n) in points or (arm, 0) in points]
+    trained = [arm for arm in there if (arm, n) in points]
+    common = [size for size in draws.measured.sizes(trained) if all((arm, size) in points for arm in trained) and size > 0]
+    found = reference(draws, there, max(common, default=n), only=common or [n])
+    leaders = {max(shares, key=shares.__getitem__) for shares in found.chosen.values() if max(shares.values()) >= 0.95}
+    certain = len(leaders) == 1 and all(max(shares.values()) >= 0.95 for shares in found.chosen.values())
+    leader = next(iter(leaders), "")
+    if certain and leader in trained:
+        return reference(draws, [leader], max(draws.measured.sizes([leader])))
+    return found
+
+
+def reference(draws: Draws, arms: Sequence[str], n: int, *, only: Sequence[int] | None = None) -> Reference:
+    """The best of `arms` at every size up to `n` (of `only` these), by dev score. Raises DataError where none was measured at
+    `n`."""
+    sizes = [size for size in draws.measured.sizes(arms) if 0 < size <= n and (only is None or size in only)]
     if n not in sizes and any((arm, 0) in draws.measured.points for arm in arms):
         sizes.append(n)  # an untrained arm stands there too
     if n not in sizes:
@@ -224,6 +245,17 @@ def reference(draws: Draws, arms: Sequence[str], n: int) -> Reference:
         chosen[size] = {arm: float(np.mean(best[1:] == k)) for k, arm in enumerate(named)}
         picked[size] = named[best[0]]
     return Reference(tuple(sizes), np.column_stack(score), chosen, picked)
+
+
+def beaten(draws: Draws, arm: str, references: Sequence[str], n: int, level: float = 0.95) -> bool:
+    """Whether some reference is surely better than `arm` at `n` rows, allowing for there being several (Bonferroni).
+
+    The best of several, selected by the very scores that it is judged by, is flattered; each by itself is not.
+    """
+    there = [at for name in references for at in ((name, n), (name, 0)) if at in draws.measured.points]
+    each = 1 - (1 - level) / max(1, len(there))
+    own = draws.of(arm, n)
+    return any(interval(contrast((1, own), (-1, draws.of(*at))), each).high < 0 for at in there)
 
 
 def monotone(values: FloatArray) -> FloatArray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fulcrum import certificate, encode, inputs, metrics, scoring, store, words
+from fulcrum import certificate, encode, inputs, leverage, metrics, scoring, store, words
 from fulcrum.arms import arm_of
 from fulcrum.cell import GENERAL_PROMPTS
 from fulcrum.certificate import Question
@@ -34,22 +34,31 @@ def certificates(
     if asked is None:
         return {}
     arm, references = asked
-    found = {}
+    plain = encode.make_format(loaded.tokenizer, None)
+    told = (*notes(settings, rows, results), *more_notes)
+    asked_by: dict[str, tuple[Question, Outcomes]] = {}
     for task in next(iter(rows.values())).tasks:
-        names = [name for name in task.metrics if metrics.HAS_OUTCOMES[name]]
-        if not names:
-            continue
-        question = Question(
-            arm, references, tuple(names), tuple(name for name in names if not metrics.HIGHER_IS_BETTER[name]), task.name,
-            notes=(*notes(settings, rows, results), *more_notes),
-        )  # fmt: skip
-        about = inputs_of(settings, rows, results, task.name, loaded)
-        plain = encode.make_format(loaded.tokenizer, None)
-        sealed = certificate.write(
-            folder_of(folder, settings, task.name), outcomes_of(results, rows, task.name, names, plain), question, about
+        if names := tuple(name for name in task.metrics if metrics.HAS_OUTCOMES[name]):
+            lower = tuple(name for name in names if not metrics.HIGHER_IS_BETTER[name])
+            question = Question(arm, references, names, lower, task.name, notes=told)
+            asked_by[task.name] = question, outcomes_of(results, rows, task.name, names, plain)
+    over_tasks = _holm(asked_by)
+    return {
+        name: certificate.write(
+            folder_of(folder, settings, name), found, question,
+            {**inputs_of(settings, rows, results, name, loaded), "p over all tasks (Holm)": over_tasks},
         )
-        found[task.name] = sealed
-    return found
+        for name, (question, found) in asked_by.items()
+    }  # fmt: skip
+
+
+def _holm(asked_by: Mapping[str, tuple[Question, Outcomes]]) -> dict[str, float]:
+    """Of several tasks, the p-values of the deciding metrics' differences, adjusted for the number of those that are known."""
+    if len(asked_by) < 2:
+        return {}
+    answers = {name: certificate.certify(found, question)["answers"][0] for name, (question, found) in asked_by.items()}
+    known = {name: answer["difference"]["p"] for name, answer in answers.items() if answer["difference"]["p"] is not None}
+    return dict(zip(known, leverage.holm(list(known.values())), strict=True))
 
 
 def asked_of(settings: Settings, results: Sequence[ArmResult]) -> tuple[str, tuple[str, ...]] | None:
@@ -57,26 +66,30 @@ def asked_of(settings: Settings, results: Sequence[ArmResult]) -> tuple[str, tup
     names = list(dict.fromkeys(result.arm for result in results))
     mixed = [name for name in names if arm_of(settings, name).mixes]
     references = tuple(name for name in names if name not in mixed)
-    return ("tell" if "tell" in mixed else mixed[0], references) if mixed and references else None
+    from_pool = [name for name in mixed if arm_of(settings, name).general == "pool"]  # a placebo is asked for last
+    first = next((name for name in ("tell", "mix", *from_pool, *mixed) if name in mixed), "")
+    return (first, references) if mixed and references else None
 
 
 def outcomes_of(
     results: Sequence[ArmResult], rows: Mapping[int, Material], task: str, names: Sequence[str], plain: encode.Format
 ) -> Outcomes:
-    """All outcomes of a task. Dev scores are turned (higher is better); tokens are those of task rows without anchor."""
+    """All outcomes of a task; tokens are those of task rows without anchor.
+
+    No dev scores: a cross-validated loss is one of fewer rows, and which arm is best with these (often k-shot) need not be best
+    with all. Among arms without general data the best on test is the reference, which favours it.
+    """
     shown = results[0].predictions[task]
     origins, groups = tuple(row.origin for row in shown), tuple(row.group for row in shown)
     lengths = np.array([row.n_tokens for row in shown], dtype=np.float64)
     values: dict[str, dict[Cell, FloatArray]] = {name: {} for name in names}
-    dev, tokens = {}, {}
+    tokens: dict[Cell, float] = {}
     counted = {seed: _tokens(material.tasks, task, plain) for seed, material in rows.items()}
     for result in results:
         cell = cell_of(result, rows, task)
         for name in names:
             found = scoring.outcomes(result.predictions[task], result.scores[task], name)
             values[name][cell] = np.array(found, dtype=np.float64)
-        if result.chosen is not None:
-            dev[cell] = -result.tried[result.chosen].dev_nll
         if cell[1]:
             tokens[cell] = float(counted[result.seed][cell[1]])
     all_rows, all_groups = dict.fromkeys(names, origins), dict.fromkeys(names, groups)
@@ -86,7 +99,7 @@ def outcomes_of(
         all_groups[metric] = tuple(row.group for row in about)
         weights[metric] = np.array([1 if metric == LEAKAGE else row.n_tokens for row in about], dtype=np.float64)
         values.setdefault(metric, {})[cell] = np.array(measured, dtype=np.float64)
-    return Outcomes(all_rows, all_groups, weights, values, dev, tokens)
+    return Outcomes(all_rows, all_groups, weights, values, {}, tokens)
 
 
 def cell_of(result: ArmResult, rows: Mapping[int, Material], task: str) -> Cell:
@@ -133,13 +146,20 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
         + ("of the first seed, for all seeds" if compare.tune == "first" else "of each seed")
         + "; test rows were scored once."
     ]
+    found.append(
+        "The reference is the best arm without general data by its test scores, selected anew in each draw: that favours it."
+    )
     tried = {result.arm: len(result.tried) for result in results}
     found.append("Settings tried: " + ", ".join(f"{arm} {number}" for arm, number in tried.items()) + ".")
+    trained = {result.arm: len(result.tried) for result in results if result.training is not None}
+    if trained and min(trained.values()) < max(trained.values()):
+        more = [arm for arm, number in trained.items() if number == max(trained.values())]
+        found.append(f"More settings were tried for {', '.join(more)} than for other trained arms, which favours them.")
     largest = max(result.size for result in results)
     if all(largest >= len(task.train) for task in first.tasks):
         found.append(f"{largest} rows are all that there are: at this size intervals hold given these rows.")
-    if len(rows) < 5:
-        found.append(f"{len(rows)} seed{'s' if len(rows) > 1 else ''}: fewer than the 5 that intervals need to be narrow.")
+    if (number := len({result.seed for result in results})) < 5:
+        found.append(f"{number} seed{'s' if number > 1 else ''}: fewer than the 5 that intervals need to be narrow.")
     return [*found, *first.notes]
 
 

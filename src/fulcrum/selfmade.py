@@ -37,7 +37,7 @@ def with_made_rows(
         if arm.general not in ("own_answers", "self_made"):
             continue
         for seed, material in rows.items():
-            file = None if folder is None else folder / "general" / f"{arm.general}-seed{seed}.json"
+            file = None if folder is None else folder / "general" / f"{arm.name}-seed{seed}.json"
             made = _read(file) if file is not None and file.exists() else None
             if made is None:
                 adapter.drop_adapter(loaded)
@@ -49,8 +49,10 @@ def with_made_rows(
                     made = from_nothing(loaded, wanted, store.seed_for(seed, "self made"), budget, count)
                 if file is not None:
                     store.write_json(file, [store.plain(row) for row in made])
+            asked = len(material.own_general.get(arm.name, material.general))
+            few = [f"{arm.name}: the model made {len(made)} of {asked} general rows"] if len(made) < asked else []
             own = {**found[seed].own_general, arm.name: made}
-            found[seed] = replace(found[seed], own_general=own)
+            found[seed] = replace(found[seed], own_general=own, notes=(*found[seed].notes, *few))
     return found
 
 

@@ -270,6 +270,10 @@ def conclude(out: Console, folder: Path) -> None:
             out.print(table)
     for known in certificates.values():
         say(out, f"{known['question']['task']}: {known['headline']}" if len(certificates) > 1 else known["headline"], "bold")
+    over_tasks = next((known["inputs"].get("p over all tasks (Holm)") for known in certificates.values()), None)
+    if over_tasks:
+        adjusted = ", ".join(f"{task} {p:.3g}" for task, p in over_tasks.items())
+        say(out, f"p of the differences, adjusted for several tasks (Holm): {adjusted}")
     for place in ("report.html", "adapter", "adapters"):
         if (folder / place).exists():
             say(out, f"{place.partition('.')[0]}: {folder / place}")

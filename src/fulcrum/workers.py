@@ -41,7 +41,8 @@ def share_threads(jobs: int, on: str) -> None:
     if jobs > 1 and torch.cuda.is_available() and on == "local":
         raise ConfigError(f"--jobs {jobs}: workers would share one GPU; use --jobs 1, or --on ray with a GPU for each")
     if on == "ray":
-        torch.set_num_threads(max(1, int(_connect().cluster_resources().get("CPU", 1)) // jobs))
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in _connect().nodes() if node["Alive"]]
+        torch.set_num_threads(max(1, min(sum(nodes) // jobs, max(nodes))))  # a unit runs on one node
     elif jobs > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
@@ -145,8 +146,8 @@ def _processes(study: Study, loaded: LoadedModel, jobs: int, watcher: Watcher) -
                     yield waiting[future], future.result()
             except BrokenProcessPool:
                 raise StoreError(
-                    "a worker process died (killed, or out of memory); finished units are stored: go on with --resume, "
-                    f"with fewer than {jobs} jobs if memory was short"
+                    "a worker process died (killed, or out of memory); finished units are stored: go on with --resume and the "
+                    f"same --jobs {jobs}; if memory is short, begin anew with fewer"
                 ) from None
 
         try:
