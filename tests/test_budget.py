@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fulcrum import arms, budget, certificate, cli_budget, comparison, config, material, model
+from fulcrum import arms, budget, cli_budget, comparison, config, material, model, verification
 from fulcrum.errors import ConfigError
 from fulcrum.records import Setting, Tried
 from fulcrum.units import Speed, Study, Unit
@@ -129,7 +129,7 @@ def test_a_comparison_by_budget_says_what_was_left_out_and_goes_on_with_its_desi
     assert planned["seconds"] == 3600
     again = done("compare", file, "--budget", "1h", "-y", "--resume")  # without the changes: the plan stands in the folder
     assert "What the budget buys" not in again
-    assert certificate.verify(out / "certificate.json") == ([], [])
+    assert verification.verify(out / "certificate.json") == ([], [])
 
 
 def test_whole_seeds_are_dropped_rather_than_the_budget_overrun(place: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fulcrum import certificate, outcomes, store
+from fulcrum import certificate, outcomes, store, verification
 from fulcrum.certificate import Question
 from fulcrum.errors import DataError, StoreError
 from test_cli import done, refused
@@ -53,7 +53,7 @@ def test_the_order_of_the_lines_does_not_matter(made: Path, tmp_path: Path) -> N
     np.random.default_rng(1).shuffle(shuffled)
     found = outcomes.read(save(tmp_path / "in.jsonl", iter(shuffled)))
     certificate.write(tmp_path, found, QUESTION, {})
-    assert certificate.verify(tmp_path / "certificate.json").wrong == []
+    assert verification.verify(tmp_path / "certificate.json").wrong == []
     known = [json.loads((folder / "certificate.json").read_text())["headline"] for folder in (made, tmp_path)]
     assert known[0] == known[1]
 
@@ -261,7 +261,7 @@ def test_a_reference_that_knows_larger_sizes_shows_what_rows_were_worth(tmp_path
 
 
 def test_verify_is_silent_about_an_untouched_certificate(made: Path) -> None:
-    assert certificate.verify(made / "certificate.json").wrong == []
+    assert verification.verify(made / "certificate.json").wrong == []
 
 
 def tampered(made: Path, tmp_path: Path) -> Path:
@@ -276,7 +276,7 @@ def test_verify_names_a_changed_outcome(made: Path, tmp_path: Path) -> None:
     place = next(k for k, line in enumerate(kept) if line["arm"] == "tell" and line["size"] == 64 and line["seed"] == 3)
     kept[place]["outcome"] += 0.5
     save(folder / "outcomes.jsonl", iter(kept))
-    wrong = certificate.verify(folder / "certificate.json").wrong
+    wrong = verification.verify(folder / "certificate.json").wrong
     assert wrong[0] == "outcomes.jsonl: outcomes of tell at 64 rows, seed 3, quality: changed"
     assert any(text.startswith("answers[0].difference.estimate: the certificate says") for text in wrong)
 
@@ -295,17 +295,17 @@ def test_verify_names_a_changed_number_even_where_the_seal_was_renewed(made: Pat
     del known["sha256"]
     change(known)
     (folder / "certificate.json").write_text(json.dumps(certificate.seal(known)))
-    wrong = certificate.verify(folder / "certificate.json").wrong
+    wrong = verification.verify(folder / "certificate.json").wrong
     assert any(text.startswith(expected) for text in wrong)
     assert not any("sealed" in text for text in wrong)
     (folder / "certificate.json").write_text(json.dumps({**known, "sha256": "0"}))
-    assert certificate.verify(folder / "certificate.json").wrong[0].endswith("certificate.json: changed since it was sealed")
+    assert verification.verify(folder / "certificate.json").wrong[0].endswith("certificate.json: changed since it was sealed")
 
 
 def test_verify_refuses_what_is_no_certificate(tmp_path: Path) -> None:
     (tmp_path / "certificate.json").write_text("{}")
     with pytest.raises(StoreError, match="not a certificate of a format that this version knows"):
-        certificate.verify(tmp_path / "certificate.json")
+        verification.verify(tmp_path / "certificate.json")
 
 
 def test_outcomes_come_back_as_they_were_written(made: Path, tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_verify_refuses_odd_certificates_in_one_line(made: Path, tmp_path: Path,
     change(known)
     (folder / "certificate.json").write_text(json.dumps(known))
     with pytest.raises(StoreError, match=r"certificate\.json"):
-        certificate.verify(folder / "certificate.json")
+        verification.verify(folder / "certificate.json")
 
 
 def test_directions_of_metrics(tmp_path: Path) -> None:

@@ -48,7 +48,21 @@ FLOORS = (
         "cell",
         "selfmade",
     ),
-    ("summary", "plots", "axes", "curves", "wording", "exhibit", "page", "report", "inputs", "certificate", "identity", "run"),
+    (
+        "summary",
+        "plots",
+        "inputs",
+        "certificate",
+        "verification",
+        "axes",
+        "curves",
+        "wording",
+        "exhibit",
+        "page",
+        "report",
+        "identity",
+        "run",
+    ),
     ("preview", "proof", "units", "workers", "comparison", "budget"),
     ("use", "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli_budget", "cli", "__main__", "__init__"),
 )
@@ -56,7 +70,19 @@ ORDER = [name for floor in FLOORS for name in floor]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 FIRST_HEAVY = ORDER.index("gguf")
 # They stand high and need results.json or a certificate only.
-READERS = {"summary", "plots", "axes", "curves", "wording", "exhibit", "page", "report", "inputs", "certificate"}
+READERS = {
+    "summary",
+    "plots",
+    "axes",
+    "curves",
+    "wording",
+    "exhibit",
+    "page",
+    "report",
+    "inputs",
+    "certificate",
+    "verification",
+}
 LIGHT = {
     *READERS,
     "terminal",

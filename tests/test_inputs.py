@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fulcrum import certificate, comparison, config, store
+from fulcrum import comparison, config, store, verification
 from tiny import save_tiny, write_rows
 
 WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx", "mole", "newt", "owl", "pig")
@@ -47,11 +47,11 @@ def copied(finished: Path) -> Path:
 
 
 def wrong(folder: Path) -> list[str]:
-    return certificate.verify(folder / "certificate.json").wrong
+    return verification.verify(folder / "certificate.json").wrong
 
 
 def test_nothing_is_wrong_and_nothing_unchecked_where_all_is_there(copied: Path) -> None:
-    assert certificate.verify(copied / "certificate.json") == ([], [])
+    assert verification.verify(copied / "certificate.json") == ([], [])
 
 
 def test_a_changed_outcome_is_named_with_its_cell(copied: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_certificate_elsewhere_says_what_it_could_not_check(copied: Path, tmp_
     for name in ("certificate.json", "outcomes.jsonl"):
         shutil.copy(copied / name, tmp_path / name)
     (copied.parent / "pool.jsonl").rename(tmp_path / "pool.jsonl")
-    found = certificate.verify(tmp_path / "certificate.json")
+    found = verification.verify(tmp_path / "certificate.json")
     shutil.move(tmp_path / "pool.jsonl", copied.parent / "pool.jsonl")
     assert found.wrong == []
     assert found.unchecked == [

@@ -1,19 +1,19 @@
-"""Outcomes -> certificate: what the general data bought, in rows and in score, with intervals; sealed, and verified anew.
+"""Outcomes -> certificate: what the general data bought, in rows and in score, with intervals; sealed.
 
 A certificate folder holds `outcomes.jsonl` (every outcome of every test row) and `certificate.json`, whose numbers are all
-computed from these outcomes and from the question asked. `verify` computes them again and says what does not match.
+computed from these outcomes and from the question asked; `verification` computes them again.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from fulcrum import inputs, leverage, outcomes, store
+from fulcrum import leverage, outcomes, store
 from fulcrum.errors import DataError, StoreError, nearest
 from fulcrum.leverage import Draws, Factor, Reference
 from fulcrum.outcomes import Cell, Outcomes
@@ -352,12 +352,12 @@ def write(folder: Path, found: Outcomes, question: Question, about: Mapping[str,
     """
     content = certify(found, question)
     outcomes.write(folder / OUTCOMES, found)
-    sealed = seal({**content, "inputs": dict(about), "outcomes": _hashes(found)})
+    sealed = seal({**content, "inputs": dict(about), "outcomes": hashes(found)})
     store.write_bytes(folder / FILE, (json.dumps(sealed, indent=1, ensure_ascii=False) + "\n").encode())
     return sealed
 
 
-def _hashes(found: Outcomes) -> dict[str, str]:
+def hashes(found: Outcomes) -> dict[str, str]:
     """A hash of each cell's lines, so that a changed outcome can be named."""
     by_cell: dict[str, list[Any]] = {}
     for line in outcomes.lines(found):
@@ -366,37 +366,7 @@ def _hashes(found: Outcomes) -> dict[str, str]:
     return {cell: store.fingerprint(lines) for cell, lines in by_cell.items()}
 
 
-class Verification(NamedTuple):
-    """What does not match, and what could not be checked, in words."""
-
-    wrong: list[str]
-    unchecked: list[str]
-
-
-def verify(file: Path) -> Verification:
-    """Compute every number of a certificate again from the outcomes beside it, and compare settings and data with what it says.
-
-    Raises StoreError where the certificate cannot be read, DataError where the outcomes cannot.
-    """
-    known = _read(file)
-    content = {key: value for key, value in known.items() if key != "sha256"}
-    wrong = [] if known["sha256"] == store.fingerprint(content) else [f"{file}: changed since it was sealed"]
-    found = outcomes.read(file.parent / OUTCOMES)
-    hashes = _hashes(found)
-    for cell in sorted({*hashes, *known["outcomes"]}):
-        if hashes.get(cell) != known["outcomes"].get(cell):
-            state = (
-                "missing" if cell not in hashes else "not in the certificate" if cell not in known["outcomes"] else "changed"
-            )
-            wrong.append(f"{OUTCOMES}: outcomes of {cell}: {state}")
-    asked = _asked(known["question"], file)
-    again = json.loads(json.dumps(certify(found, asked)))
-    wrong += _unequal({key: known[key] for key in again}, again, "")
-    changed, unchecked = inputs.check(known["inputs"], asked.task, file.parent)
-    return Verification(wrong + changed, unchecked)
-
-
-def _read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
     """A certificate with just its keys. Raises StoreError for anything else."""
     try:
         known = store.strict_json(file.read_text(encoding="utf-8"))
@@ -410,36 +380,3 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file}: not a certificate as it is written: {', '.join(odd) or 'outcomes or question'} missing or odd"
         )
     return known
-
-
-def _asked(question: Mapping[str, Any], file: Path) -> Question:
-    """The question, of the right types. Raises StoreError."""
-    names = {field.name for field in fields(Question)}
-    if set(question) != names:
-        raise StoreError(f"{file}: its question lacks or adds {', '.join(sorted(set(question) ^ names))}")
-    try:
-        asked = TypeAdapter(Question).validate_python(dict(question))
-    except ValidationError as error:
-        raise StoreError(
-            f"{file}: its question cannot be asked: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
-        ) from None
-    return asked
-
-
-def _unequal(stated: Any, found: Any, where: str) -> list[str]:
-    """Where two plain values differ: numbers by more than rounding."""
-    if isinstance(stated, dict) and isinstance(found, dict):
-        keys = dict.fromkeys([*stated, *found])
-        return [
-            text for key in keys for text in _unequal(stated.get(key), found.get(key), f"{where}.{key}" if where else str(key))
-        ]
-    if isinstance(stated, list) and isinstance(found, list) and len(stated) == len(found):
-        return [text for k, pair in enumerate(zip(stated, found, strict=True)) for text in _unequal(*pair, f"{where}[{k}]")]
-    numbers = all(isinstance(value, float | int) and not isinstance(value, bool) for value in (stated, found))
-    if numbers and np.isclose(stated, found, rtol=1e-6, atol=1e-9):
-        return []
-    return (
-        []
-        if type(stated) is type(found) and stated == found
-        else [f"{where}: the certificate says {stated!r:.80}, the outcomes give {found!r:.80}"]
-    )

@@ -161,7 +161,7 @@ def compare(
         how |= planned
     _launch(ctx, "compare", settings, resume=resume, dry_run=dry_run, **how)
     if quick and not dry_run:
-        cli_budget.answer(_notes(ctx), Path(settings.output_dir))
+        cli_budget.answer(screen, Path(settings.output_dir))
 
 
 @app.command("eval")

@@ -91,12 +91,12 @@ def verify(
     file: Annotated[Path, typer.Argument(metavar="CERTIFICATE.json", help="A certificate, its outcomes beside it.")],
 ) -> None:
     """Compute every number of a certificate again from the stored outcomes, and say what does not match."""
-    from fulcrum import certificate, terminal
+    from fulcrum import certificate, terminal, verification
 
     file = file / certificate.FILE if file.is_dir() else file
     screen = terminal.console()
     with terminal.working(screen, "computing intervals"):
-        wrong, unchecked = certificate.verify(file)
+        wrong, unchecked = verification.verify(file)
     for text in unchecked:
         terminal.say(screen, f"not checked: {text}", "yellow")
     for text in wrong:

@@ -40,8 +40,9 @@ def compare(
     """Run every arm at every size and seed, and fill the run folder with results, certificate, predictions and report.
 
     Fairness (rules a to i of a fair comparison): the same nested task rows in all arms, dev rows among them; settings chosen by
-    cross-validation inside these, as many for each arm; no arm may use more optimizer steps than TELL; learning rates decay
-    fully within them; the last step counts; test is scored once per arm, size and seed.
+    cross-validation inside these (as many as there are repeats to try; arms without general data try at least three numbers of
+    epochs); no arm may use more optimizer steps than TELL; learning rates decay fully within them; the last step counts; test
+    is scored once per arm, size and seed.
     `jobs` units run at once, in local processes or (`on` "ray") on a Ray cluster, each with its part of the threads. With a
     `budget` in seconds whole seeds are left out (at least two remain) rather than overrun it; that, and what was `left_out` of
     the design before, stands in the certificate.

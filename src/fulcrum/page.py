@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fulcrum import curves, exhibit, store, summary
+from fulcrum import certificate, curves, exhibit, store, summary
 from fulcrum.errors import StoreError
 from fulcrum.wording import factor_text, in_rows, more_rows_text, not_identifiable, percent, signed, verdict_of
 
-FILE, REPORT = "certificate.json", "report.html"
+REPORT = "report.html"
 Certificate = Mapping[str, Any]
 
 
@@ -24,24 +24,20 @@ def find(folder: Path) -> dict[str, Certificate]:
 
     Raises StoreError where one cannot be read.
     """
-    paths = [folder / FILE] if (folder / FILE).exists() else sorted((folder / "certificates").rglob(FILE))
-    return {path.relative_to(folder).as_posix(): load(path) for path in paths}
-
-
-def load(path: Path) -> Certificate:
-    """Read a certificate; whether its numbers follow from its outcomes is for `fulcrum verify` to say. Raises StoreError."""
-    known = store.read_json(path)
-    if not isinstance(known, dict) or known.get("format") != 1:
-        raise StoreError(f"{path}: not a certificate of a format that this version knows")
-    return known
+    paths = (
+        [folder / certificate.FILE]
+        if (folder / certificate.FILE).exists()
+        else sorted((folder / "certificates").rglob(certificate.FILE))
+    )
+    return {path.relative_to(folder).as_posix(): certificate.read(path) for path in paths}
 
 
 def views(certificates: Mapping[str, Certificate]) -> list[dict[str, Any]]:
     """What the template shows of each certificate. Raises StoreError for one that lacks what a certificate has."""
     found = []
-    for number, (path, certificate) in enumerate(certificates.items(), start=1):
+    for number, (path, known) in enumerate(certificates.items(), start=1):
         try:
-            found.append({**view(certificate), "id": f"c{number}", "path": path})
+            found.append({**view(known), "id": f"c{number}", "path": path})
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise StoreError(f"{path}: not a certificate as it is written ({error!r:.80}); the file was changed") from None
     return found
@@ -56,7 +52,7 @@ def html(certificates: Mapping[str, Certificate]) -> str:
 def write(folder: Path) -> Path:
     """Write ``report.html`` with the certificate of a folder that holds no run. Raises StoreError where there is none."""
     if not (found := find(folder)):
-        raise StoreError(f"{folder}: no {FILE} in it; give a run folder, or one that `fulcrum certify` wrote")
+        raise StoreError(f"{folder}: no {certificate.FILE} in it; give a run folder, or one that `fulcrum certify` wrote")
     store.write_bytes(folder / REPORT, html(found).encode())
     return folder / REPORT
 
@@ -79,18 +75,18 @@ def colours() -> list[tuple[str, str]]:
     return list(zip(curves.COLOURS, curves.DARK, strict=True))
 
 
-def view(certificate: Certificate) -> dict[str, Any]:
+def view(known: Certificate) -> dict[str, Any]:
     """What the template shows of one certificate."""
-    question, answers = certificate["question"], certificate["answers"]
-    glyph, kind, word = verdict_of(answers[0], certificate["contradiction"])
+    question, answers = known["question"], known["answers"]
+    glyph, kind, word = verdict_of(answers[0], known["contradiction"])
     return {
-        "task": question["task"], "arm": question["arm"], "headline": certificate["headline"],
-        "contradiction": certificate["contradiction"], "notes": question["notes"],
+        "task": question["task"], "arm": question["arm"], "headline": known["headline"],
+        "contradiction": known["contradiction"], "notes": question["notes"],
         "glyph": glyph, "kind": kind, "word": word, "tiles": _tiles(answers[0], question),
         "answers": [exhibit.answer_of(answer, question) for answer in answers],
-        "effects": exhibit.effects_of(certificate),
-        "method": _method(certificate), "seal": certificate["sha256"], "hashes": _hashes(certificate["inputs"]),
-        "cells": len(certificate["outcomes"]), "settings": _settings(certificate["inputs"].get("settings chosen")),
+        "effects": exhibit.effects_of(known),
+        "method": _method(known), "seal": known["sha256"], "hashes": _hashes(known["inputs"]),
+        "cells": len(known["outcomes"]), "settings": _settings(known["inputs"].get("settings chosen")),
     }  # fmt: skip
 
 
@@ -111,22 +107,20 @@ def _tiles(answer: Mapping[str, Any], question: Mapping[str, Any]) -> list[tuple
     return [*tiles, (f"{more['rows']} more labelled rows, or general data?", short, brief)]
 
 
-def _method(certificate: Certificate) -> dict[str, Any]:
+def _method(known: Certificate) -> dict[str, Any]:
     """How it was measured, of the first metric: the reference's selection by size, seeds, groups, draws."""
-    first = certificate["answers"][0]
-    names = [
-        arm for arm in certificate["question"]["references"] if any(arm in shares for shares in first["reference"].values())
-    ]
+    first = known["answers"][0]
+    names = [arm for arm in known["question"]["references"] if any(arm in shares for shares in first["reference"].values())]
     rows = [
         (int(size), [percent(shares[arm]) if arm in shares else "–" for arm in names])
         for size, shares in first["reference"].items()
     ]
     groups = [
-        (summary.label_of(answer["metric"]), answer["seeds"], f"{answer['test_groups']:g}") for answer in certificate["answers"]
+        (summary.label_of(answer["metric"]), answer["seeds"], f"{answer['test_groups']:g}") for answer in known["answers"]
     ]
     return {
         "names": names, "rows": rows, "groups": groups, "selected_on": first["selected_on"],
-        "draws": certificate["question"]["draws"], "seed": certificate["question"]["seed"],
+        "draws": known["question"]["draws"], "seed": known["question"]["seed"],
     }  # fmt: skip
 
 

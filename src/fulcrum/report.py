@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import page, plots, sources, store, summary
+from fulcrum import certificate, page, plots, sources, store, summary
 from fulcrum.errors import ModelError, StoreError
 from fulcrum.records import Results
 from fulcrum.summary import Grid, Record, headline
@@ -250,7 +250,7 @@ def write(folder: Path) -> Path:
 
 def has_certificate_only(folder: Path) -> bool:
     """Whether a folder is one that `fulcrum certify` wrote, and no run's."""
-    return not (folder / "results.json").exists() and (folder / page.FILE).exists()
+    return not (folder / "results.json").exists() and (folder / certificate.FILE).exists()
 
 
 def card(results: Record, adapter_note: str) -> str:
