@@ -75,7 +75,7 @@ def given(folds: int = 3) -> config.Settings:
 
 @pytest.mark.parametrize(("train", "folds", "numbers"), [(6, 3, (1, 2, 4)), (6, 2, (1, 2)), (5, 3, (1, 2)), (2, 3, (1,))])
 def test_as_many_are_tried_as_the_smallest_fold_leaves(tmp_path: Path, train: int, folds: int, numbers: tuple) -> None:
-    found = cell.numbers_of_shots(material(train), load_tiny(tmp_path), given(folds))
+    found = cell.numbers_of_shots(material(train), load_tiny(tmp_path), given(folds), 0)
     assert found == tuple(Setting(shots=number) for number in numbers)  # 5 rows in 3 folds: 2, 2 and 1, so 3 are left
 
 

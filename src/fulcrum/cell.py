@@ -140,10 +140,10 @@ def _length(loaded: LoadedModel) -> words.Length:
     return lambda example: encode.answer_length(example, plain)
 
 
-def numbers_of_shots(rows: Material, loaded: LoadedModel, settings: Settings) -> tuple[Setting, ...]:
+def numbers_of_shots(rows: Material, loaded: LoadedModel, settings: Settings, seed: int) -> tuple[Setting, ...]:
     """What a k-shot arm tries: as many rows as the smallest fold leaves, in prompts that the model's context holds."""
     plain = encode.make_format(loaded.tokenizer, None)
-    folds = rows.folds(settings.compare.folds, 0)
+    folds = rows.folds(settings.compare.folds, store.seed_for(seed, "folds"))
     tried = [shots.numbers(fold.tasks, plain, loaded.context) for fold in folds]
     return tuple(Setting(shots=number) for number in min(tried, key=len))
 

@@ -146,7 +146,7 @@ def plan_trials(study: Study, arms: Iterable[Arm], loaded: LoadedModel) -> Itera
                 rows = study.at(Unit(arm, size, seed))
                 settings: Sequence[Setting] = (Setting(),)
                 if arm.shots:
-                    settings = cell.numbers_of_shots(rows, loaded, study.settings)
+                    settings = cell.numbers_of_shots(rows, loaded, study.settings, seed)
                 elif arm.trained:
                     settings = trials(rows, arm, study.settings)
                 for setting in settings:
