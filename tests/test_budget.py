@@ -11,35 +11,16 @@ from fulcrum.errors import ConfigError
 from fulcrum.records import Setting, Tried
 from fulcrum.units import Speed, Study, Unit
 from test_cli import done, refused
-from tiny import save_tiny, tiny_settings, write_rows
-
-WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx")
+from tiny import comparison_settings, save_task
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("budget")
-    save_tiny(folder / "model")
-    pairs = [(f"colour {word} {k}", ("red", "blue", "green")[k % 3]) for k in range(4) for word in WORDS]
-    write_rows(folder / "train.jsonl", pairs[:40])
-    write_rows(folder / "test.jsonl", pairs[40:])
-    write_rows(folder / "pool.jsonl", [(f"say {a} and {b} {k}", f"{b} {a}") for a in WORDS for b in WORDS for k in range(12)])
-    return folder
+    return save_task(tmp_path_factory.mktemp("budget"), 40, 8, pool=7)
 
 
 def settings(place: Path, output: Path, **changes: Any) -> config.Settings:
-    data: dict[str, Any] = {
-        "model": str(place / "model"),
-        "task": {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl"), "anchor": "Name it.",
-                 "metrics": ["nll"], "max_new_tokens": 4},
-        "general": str(place / "pool.jsonl"),
-        "mix": {"general_per_task": 1},
-        "train": tiny_settings().model_dump(),
-        "eval": {"general_rows": 2, "draws": 100},
-        "output_dir": str(output),
-        **changes,
-    }  # fmt: skip
-    return config.from_dict(data)
+    return comparison_settings(place, output, **{"mix": {"general_per_task": 1}, **changes})
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("2h", 7200), ("1h30m", 5400), ("90m", 5400), ("600s", 600), ("0.5h", 1800)])

@@ -3,37 +3,19 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fulcrum import comparison, config, store, verification
-from tiny import save_tiny, write_rows
-
-WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx", "mole", "newt", "owl", "pig")
+from fulcrum import comparison, store, verification
+from tiny import comparison_settings, save_task
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data and the comparison of it."""
-    folder = tmp_path_factory.mktemp("sealed")
-    save_tiny(folder / "model")
-    rows = [(f"colour {word}", ("red", "blue", "green")[k % 3]) for k, word in enumerate(WORDS)]
-    write_rows(folder / "train.jsonl", rows[:10])
-    write_rows(folder / "test.jsonl", rows[10:])
-    write_rows(folder / "pool.jsonl", [(f"say {word} and {other}", f"{other} {word}") for word in WORDS for other in WORDS])
-    data: dict[str, Any] = {
-        "model": str(folder / "model"),
-        "task": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "anchor": "Name it.",
-                 "metrics": ["nll"], "max_new_tokens": 4},
-        "general": str(folder / "pool.jsonl"),
-        "mix": {"general_per_task": 2, "repeats": 1},
-        "train": {"batch_size": 4, "lora_r": 4, "dtype": "float32", "device": "cpu"},
-        "eval": {"general_rows": 4, "draws": 100},
-        "compare": {"arms": ["base", "sft", "tell"], "seeds": [0, 1], "sizes": [4, 8], "folds": 2, "sft_epochs": [1]},
-        "output_dir": str(folder / "out"),
-    }  # fmt: skip
-    comparison.compare(config.from_dict(data))
+    folder = save_task(tmp_path_factory.mktemp("sealed"), 10, 6)
+    compare = {"arms": ["base", "sft", "tell"], "seeds": [0, 1], "sizes": [4, 8], "folds": 2, "sft_epochs": [1]}
+    comparison.compare(comparison_settings(folder, folder / "out", compare=compare))
     return folder
 
 
@@ -90,7 +72,7 @@ def test_a_row_taken_away_is_named(copied: Path) -> None:
 
 def test_changed_general_data_are_named(copied: Path) -> None:
     file = copied.parent / "pool.jsonl"
-    file.write_text(file.read_text().replace("say ant and bee", "say ant and eel"))
+    file.write_text(file.read_text().replace("say ant and bee 0", "say ant and eel 9"))
     assert wrong(copied) == [f"data file {file}: changed"]
 
 

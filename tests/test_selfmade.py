@@ -1,7 +1,6 @@
 """General rows that the base model makes itself: its own answers, and questions from nothing. On a tiny model."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -9,9 +8,7 @@ from fulcrum import comparison, config, encode, generate, selfmade, store
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.model import LoadedModel
 from fulcrum.records import Example, Message
-from tiny import load_tiny, save_tiny, tiny_settings, write_rows
-
-WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx")
+from tiny import WORDS, comparison_settings, load_tiny, save_task
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +58,9 @@ def test_a_template_that_opens_no_turn_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> config.Settings:
-    save_tiny(tmp_path / "model")
-    pairs = [(f"colour {word}", ("red", "blue", "green")[k % 3]) for k, word in enumerate(WORDS)]
-    data: dict[str, Any] = {
-        "model": str(tmp_path / "model"),
-        "task": {
-            "train": write_rows(tmp_path / "train.jsonl", pairs[:8]), "test": write_rows(tmp_path / "test.jsonl", pairs[8:]),
-            "anchor": "Name it.", "metrics": ["nll"], "max_new_tokens": 4,
-        },
-        "general": write_rows(tmp_path / "pool.jsonl", [(f"say {a} and {b}", f"{b} {a}") for a in WORDS for b in WORDS]),
-        "mix": {"general_per_task": 1, "repeats": 1},
-        "train": tiny_settings().model_dump(),
-        "eval": {"general_rows": 2, "draws": 100},
-        "compare": {"arms": ["sft", "placebo_own_answers", "selfgen"], "folds": 2, "sft_epochs": [1]},
-        "output_dir": str(tmp_path / "out"),
-    }  # fmt: skip
-    return config.from_dict(data)
+    compare = {"arms": ["sft", "placebo_own_answers", "selfgen"], "folds": 2, "sft_epochs": [1]}
+    mix = {"general_per_task": 1, "repeats": 1}
+    return comparison_settings(save_task(tmp_path, 8, 4), tmp_path / "out", compare=compare, mix=mix)
 
 
 def test_arms_train_on_made_rows_which_are_made_once(

@@ -16,36 +16,25 @@ from fulcrum.cell import Silent
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.records import TrainPoint
 from test_run import timeless
-from tiny import save_tiny, tiny_settings, write_rows
-
-WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx")
+from tiny import comparison_settings, save_task, tiny_settings
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workers")
-    save_tiny(folder / "model")
-    pairs = [(f"colour {word}", ("red", "blue", "green")[k % 3]) for k, word in enumerate(WORDS)]
-    write_rows(folder / "train.jsonl", pairs[:8])
-    write_rows(folder / "test.jsonl", pairs[8:])
-    write_rows(folder / "pool.jsonl", [(f"say {a} and {b}", f"{b} {a}") for a in WORDS for b in WORDS])
-    return folder
+    return save_task(tmp_path_factory.mktemp("workers"), 8, 4)
 
 
 def settings(place: Path, output: Path) -> config.Settings:
-    data: dict[str, Any] = {
-        "model": str(place / "model"),
-        "task": {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl"), "anchor": "Name it.",
-                 "metrics": ["nll"], "max_new_tokens": 4},
-        "general": str(place / "pool.jsonl"),
-        "mix": {"general_per_task": 2, "repeats": 2},
-        "train": tiny_settings(save_every=1).model_dump(),
-        "eval": {"general_rows": 2, "draws": 100},
-        "compare": {"arms": ["base", "sft", "tell"], "seeds": [0, 1], "sizes": [4, 8], "folds": 2, "sft_epochs": [1, 2],
-                    "tune": "first"},
-        "output_dir": str(output),
-    }  # fmt: skip
-    return config.from_dict(data)
+    compare = {
+        "arms": ["base", "sft", "tell"],
+        "seeds": [0, 1],
+        "sizes": [4, 8],
+        "folds": 2,
+        "sft_epochs": [1, 2],
+        "tune": "first",
+    }
+    train = tiny_settings(save_every=1).model_dump()
+    return comparison_settings(place, output, compare=compare, train=train, mix={"general_per_task": 2, "repeats": 2})
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from fulcrum import model
+from fulcrum import config, model
 from fulcrum.config import TrainSettings
 
 torch.set_num_threads(1)  # thread hand-over costs more than these matrices, and results then repeat on every machine
@@ -172,3 +172,33 @@ def write_rows(path: Path, pairs: Iterable[tuple[str, str]]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"prompt": a, "completion": b}) + "\n" for a, b in pairs))
     return str(path)
+
+
+WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx", "mole", "newt", "owl", "pig")
+
+
+def save_task(folder: Path, train: int, test: int, *, pool: int = 1) -> Path:
+    """Write a tiny model, a task of colours (train.jsonl, test.jsonl) and a pool of 256 x `pool` rows into `folder`."""
+    save_tiny(folder / "model")
+    rows = [(f"colour {word} {k}", ("red", "blue", "green")[(k + n) % 3]) for k in range(4) for n, word in enumerate(WORDS)]
+    write_rows(folder / "train.jsonl", rows[:train])
+    write_rows(folder / "test.jsonl", rows[train : train + test])
+    said = [(f"say {a} and {b} {k}", f"{b} {a}") for k in range(pool) for a in WORDS for b in WORDS]
+    write_rows(folder / "pool.jsonl", said)
+    return folder
+
+
+def comparison_settings(folder: Path, output: Path, **changes: Any) -> config.Settings:
+    """Settings of a comparison on what `save_task` wrote; `changes` are sections."""
+    data: dict[str, Any] = {
+        "model": str(folder / "model"),
+        "task": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "anchor": "Name it.",
+                 "metrics": ["nll"], "max_new_tokens": 4},
+        "general": str(folder / "pool.jsonl"),
+        "mix": {"general_per_task": 2, "repeats": 1},
+        "train": tiny_settings().model_dump(),
+        "eval": {"general_rows": 2, "draws": 100},
+        "output_dir": str(output),
+        **changes,
+    }  # fmt: skip
+    return config.from_dict(data)
