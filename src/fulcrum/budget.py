@@ -55,9 +55,7 @@ def plan(settings: Settings, seconds: float, *, quick: bool = False) -> Design:
     started = time.perf_counter()
     loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
     first, wide = settings.seeds[0], _widest(settings)
-    rows = material.prepare(
-        wide, loaded.tokenizer, loaded.context, first, dev_apart=False, mixed_rows=_SAMPLE
-    )  # fmt: skip
+    rows = material.prepare(wide, loaded.tokenizer, loaded.context, first, dev_apart=False, mixed_rows=_SAMPLE)
     speed = measure(rows, loaded, settings)
     left = seconds * _PLANNED - (time.perf_counter() - started)
     found = None

@@ -24,11 +24,7 @@ Count = Callable[[int, int], None]
 
 
 def with_made_rows(
-    rows: Mapping[int, Material],
-    loaded: LoadedModel,
-    arms: Sequence[Arm],
-    settings: Settings,
-    folder: Path | None,
+    rows: Mapping[int, Material], loaded: LoadedModel, arms: Sequence[Arm], settings: Settings, folder: Path | None,
     count: Count,
 ) -> dict[int, Material]:  # fmt: skip
     """The rows of every seed with those that arms need and the model made; kept in the folder, and read back when resumed."""

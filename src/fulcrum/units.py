@@ -7,7 +7,7 @@ it belongs to: both travel to workers. What a unit gives depends on these alone.
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,12 @@ def perform(study: Study, loaded: LoadedModel, unit: Unit, watcher: Watcher, fol
     rows, settings = study.at(unit), study.settings
     if unit.setting is not None:
         return cell.tune(rows, loaded, unit.arm, settings, unit.setting, unit.seed, unit.name, folder, watcher)
-    first = study.is_probed(unit)
-    result = cell.final(
-        rows, loaded, unit.arm, settings, unit.tried, unit.seed, unit.name, folder, watcher, probed=first
-    )  # fmt: skip
-    if folder is not None and unit.arm.trained and first:
+    kept = study.is_probed(unit)
+    result = cell.final(rows, loaded, unit.arm, settings, unit.tried, unit.seed, unit.name, folder, watcher, probed=kept)
+    if folder is not None and unit.arm.trained and kept:
         anchors = {task.name: task.anchor if unit.arm.anchored else None for task in rows.tasks}
         export.save_adapter(loaded, folder / "adapters" / unit.arm.name, anchors)
-    return replace(result, size=unit.size)
+    return result
 
 
 def keep(study: Study, unit: Unit, result: Tried | ArmResult) -> None:
