@@ -144,7 +144,11 @@ def answer(verdict: str, slope: tuple, difference: tuple, seeds: int = 2) -> dic
         (answer("gain", (0.0, -0.1, 0.1), (0.1, 0.05, 0.15)), "Go for the gain; no factor in rows will be identifiable: "),
         (answer("loss", (0.2, 0.1, 0.3), (-0.1, -0.2, -0.05)), "No go: "),
         (answer("no gain shown", (0.2, 0.1, 0.3), (0.0, -0.1, 0.1)), "Not known yet: "),
-        (answer("no gain shown", (0.0, -0.1, 0.1), (0.0, -0.1, 0.1)), "No go: the curve is too flat to identify any saving: "),
+        (answer("no gain shown", (0.0, -0.1, 0.1), (0.0, -0.1, 0.1)), "Not known yet, nor whether more rows bring anything: "),
+        (
+            answer("no gain shown", (-0.1, -0.2, -0.01), (0.0, -0.1, 0.1)),
+            "No go, since more rows bring nothing, so that none can be saved: ",
+        ),
         (answer("cannot be said", (None, None, None), (0.0, None, None)), "Not known: "),
     ],
 )
@@ -155,4 +159,4 @@ def test_what_a_quick_look_says(found: dict[str, Any], start: str) -> None:
 def test_a_quick_look_says_how_sure_it_is() -> None:
     """Half width 0.1 with 2 seeds (t 12.706) is 0.1 * sqrt(2 / 5) * 2.776 / 12.706 = 0.0138 with 5."""
     text = cli_budget.quick_answer(answer("gain", (0.2, 0.1, 0.3), (0.1, 0.0, 0.2)))
-    assert text.endswith("How sure: 2 seeds leave ±0.100; 5 would leave about ±0.014.")
+    assert text.endswith("How sure: 2 seeds leave ±0.100; 5 would leave ±0.014 at best.")

@@ -68,6 +68,7 @@ def quick_answer(found: dict[str, Any]) -> str:
     """Go, no go, or not known, from the first metric of a certificate."""
     slope, difference, n = found["slope"], found["difference"], found["rows"]
     rises = slope["low"] is not None and slope["low"] > 0
+    falls = slope["high"] is not None and slope["high"] <= 0
     unknown = any(part[end] is None for part in (slope, difference) for end in ("low", "high"))
     steep = f"without general data each doubling of rows brings {_span(slope)} {found['metric']}"
     brings = f"the general data bring {_span(difference)} at {n} rows (both: positive is better)"
@@ -75,7 +76,7 @@ def quick_answer(found: dict[str, Any]) -> str:
     sure = (
         "with one seed nothing is known of others"
         if found["seeds"] == 1
-        else f"{found['seeds']} seeds leave ±{half:.3f}; 5 would leave about ±{_narrowed(half, found['seeds']):.3f}"
+        else f"{found['seeds']} seeds leave ±{half:.3f}; 5 would leave ±{_narrowed(half, found['seeds']):.3f} at best"
     )
     if unknown:
         verdict = "Not known"
@@ -83,13 +84,15 @@ def quick_answer(found: dict[str, Any]) -> str:
         verdict = "Go" if rises else "Go for the gain; no factor in rows will be identifiable"
     elif found["verdict"] == "loss":
         verdict = "No go"
+    elif falls:
+        verdict = "No go, since more rows bring nothing, so that none can be saved"
     else:
-        verdict = "Not known yet" if rises else "No go: the curve is too flat to identify any saving"
+        verdict = "Not known yet" if rises else "Not known yet, nor whether more rows bring anything"
     return f"{verdict}: {steep}; {brings}. How sure: {sure}."
 
 
 def _narrowed(half: float, seeds: int, then: int = 5) -> float:
-    """The half width of a t interval with as many seeds, from that of fewer."""
+    """The half width of a t interval with as many seeds, from that of fewer; test rows may keep it wider."""
     from scipy.special import stdtrit
 
     return float(half * math.sqrt(seeds / then) * stdtrit(then - 1, 0.975) / stdtrit(seeds - 1, 0.975))
