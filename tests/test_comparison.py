@@ -12,9 +12,8 @@ from fulcrum.errors import ConfigError, DataError
 from fulcrum.records import Results, TrainPoint
 from test_run import KillAfter, Killed, lines
 from test_run import settings as run_settings
-from tiny import CONTEXT, save_tiny, tiny_tokenizer, write_rows
+from tiny import CONTEXT, WORDS, save_tiny, tiny_tokenizer, write_rows
 
-WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx", "mole", "newt", "owl", "pig")
 MINE = {"name": "mine", "general": "pool", "order": "ramp", "anchored": True, "train": {"learning_rate": 0.001}}
 
 

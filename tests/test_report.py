@@ -466,6 +466,8 @@ class TestCard:
         assert "apply_chat_template" in text
         assert "for one training seed" in text
         assert "LoRA r=16" in text
+        assert "chosen by cross-validation inside the task rows; the last step's weights were kept. All settings" in text
+        assert "with the best dev NLL were kept. All settings: `config.yaml`" in report.card(make(kind="train"), "")
         assert "empty answer 2, duplicate of a test row 1." in text
         assert "\n\n\n\n" not in text
 

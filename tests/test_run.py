@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fulcrum import arms, comparison, compiled, config, encode, ingest, material, report, run, scoring, store, training, use
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Message, Prediction, Setting, TrainPoint
-from tiny import CONTEXT, save_tiny, tiny_tokenizer, write_rows
+from tiny import CONTEXT, WORDS, save_tiny, tiny_tokenizer, write_rows
 
 ARMS = ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell")
 COLOURS = ("red", "blue", "green", "grey")
-WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx", "mole", "newt", "owl", "pig")
 
 
 @pytest.fixture(scope="session")
