@@ -326,7 +326,22 @@ GOOD = {"arm": "sft", "size": 16, "seed": 0, "row": "a", "outcome": 1}
         ([{**GOOD, "weight": 0}], "in.jsonl:1: weight must be a number above 0, got 0"),
         ([GOOD, GOOD], "in.jsonl:2: row 'a' of sft at 16 rows, seed 0 is there twice"),
         ([GOOD, {**GOOD, "seed": 1, "group": "x"}], "in.jsonl:2: row 'a' has group and weight"),
-        ([GOOD, {**GOOD, "row": "b"}, {**GOOD, "seed": 1}], "sft at 16 rows, seed 1 lacks 1 of 2 rows .*'b'"),
+        ([GOOD, {**GOOD, "row": "b"}, {**GOOD, "arm": "mix"}], "mix at 16 rows, seed 0 lacks 1 of 2 rows .*'b'"),
+        ([GOOD, {**GOOD, "row": "b", "seed": 1}, {**GOOD, "arm": "base", "size": 0}], "base at 0 rows, seed 0 lacks 1 of 2"),
+        (
+            [
+                GOOD,
+                {**GOOD, "arm": "mix"},
+                {**GOOD, "arm": "mix", "row": "b", "seed": 1},
+                {**GOOD, "row": "b", "seed": 1},
+                {**GOOD, "seed": 1},
+            ],
+            "mix at 16 rows, seed 1 lacks 1 of 2 rows .*'a'",
+        ),
+        (
+            [GOOD, {**GOOD, "row": "b"}, {**GOOD, "arm": "x", "seed": 1}, {**GOOD, "row": "b", "seed": 1}, {**GOOD, "seed": 1}],
+            "x at 16 rows, seed 1 lacks 1 of 2 rows .*'b'",
+        ),
         ([{"arm": "sft", "size": 16, "seed": 0}], "in.jsonl:1: a line has a row and its outcome, or dev or tokens"),
         (
             [{**GOOD, "dev": 1}, {**GOOD, "row": "b", "dev": 2}],

@@ -245,7 +245,7 @@ def test_what_cannot_be_measured_is_refused():
     good = np.zeros((2, 3))
     with pytest.raises(DataError, match=r"tell at 64: outcomes of shape \(2, 2\), expected \(2, 3\)"):
         leverage.measure({("sft", 64): good, ("tell", 64): np.zeros((2, 2))}, ["a", "b", "c"])
-    with pytest.raises(DataError, match="sft at 64: 1 outcomes are not finite"):
+    with pytest.raises(DataError, match="row number 2: its outcomes are not finite"):
         leverage.measure({("sft", 64): np.array([[0, np.nan, 0]])}, ["a", "b", "c"])
     with pytest.raises(DataError, match="no outcomes"):
         leverage.measure({}, ["a"])

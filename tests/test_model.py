@@ -557,7 +557,7 @@ def test_a_beginning_longer_than_a_row_is_computed_for_many_examples_at_once(
     apart = [generate.nats(loaded, [example])[0][0] for example in examples]
     computed: list[int] = []
     real = generate.row_nats
-    monkeypatch.setattr(generate, "row_nats", lambda model, row: computed.append(row.ids.shape[1]) or real(model, row))
+    monkeypatch.setattr(generate, "row_nats", lambda model, row, at: computed.append(row.ids.shape[1]) or real(model, row, at))
     together, _ = generate.nats(loaded, examples, budget=40)
     assert together == pytest.approx(apart, rel=1e-5)
     assert computed == [56 + 4 * 13, 56 + 2 * 13]  # instead of 6 x 69: as many tails as the beginning is long, in whole blocks

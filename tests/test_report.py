@@ -99,7 +99,12 @@ def make(
     }
     notes = ("3 general rows shared a 13-gram with a test row and were dropped.",)
     values = {
-        **{"kind": "compare", "settings": settings, "environment": {"torch": "2.13.0", "python": "3.11.2"}, "tasks": facts},
+        **{
+            "kind": "compare",
+            "settings": settings,
+            "environment": {"torch": "2.13.0", "python": "3.11.2", "parameters": "100000000"},
+            "tasks": facts,
+        },
         **{"notes": notes, "rejects": {"empty answer": 2, "duplicate of a test row": 1}, "arms": arms},
         **{"differences": differences, "forgetting": forgetting, "step_cap": 120},
         **{"seconds": 903.2, "peak_memory_bytes": 1_500 * 2**20, "size": SIZE},
@@ -235,17 +240,17 @@ class TestNumbers:
     def test_cost_counts_every_trial_and_training_once(self):
         rows = {row[0]: row for row in summary.cost_grid(make(seeds=(0, 1))).rows}
         # Two seeds of two trials of 220,000 tokens and 100 s, and a training of 110,000 and 130 s.
-        assert rows["tell"] == ("tell", "2", "4", "1,100,000", "660")
-        assert rows["base"] == ("base", "1", "1", "0", "132")
+        assert rows["tell"] == ("tell", "2", "4", "1,100,000", "0.440", "660")
+        assert rows["base"] == ("base", "1", "1", "0", "0.000", "132")
         # `train` keeps what it tried: no training comes after its trials.
-        assert summary.cost_grid(make(kind="train")).rows[5] == ("tell", "1", "2", "220,000", "130")
+        assert summary.cost_grid(make(kind="train")).rows[5] == ("tell", "1", "2", "220,000", "0.088", "130")
 
     def test_trials_of_one_seed_that_stand_for_all_are_paid_for_once(self):
         results = make(seeds=(0, 1))
         first, other = (result for result in results["arms"] if result["arm"] == "tell")
         other["tried"] = first["tried"]
         rows = {row[0]: row for row in summary.cost_grid(results).rows}
-        assert rows["tell"] == ("tell", "2", "2", "660,000", "460")
+        assert rows["tell"] == ("tell", "2", "2", "660,000", "0.264", "460")
 
     def test_other_sizes_cost_and_are_not_compared(self):
         results = make()
@@ -258,7 +263,7 @@ class TestNumbers:
         assert [len(arm) for arm in summary.by_arm(results).values()] == [1] * 6
         assert summary.headline(results) == summary.headline(make())
         rows = {row[0]: row for row in summary.cost_grid(results).rows}
-        assert rows["tell"] == ("tell", "2", "4", "1,100,000", "560")
+        assert rows["tell"] == ("tell", "2", "4", "1,100,000", "0.440", "560")
         shown = report.examples(results, [row | {"size": 30, "output": "small"} for row in predictions()] + predictions())
         assert all(text != "small" for row in shown["tickets"] for _, text, _ in row["outputs"])
 

@@ -29,6 +29,8 @@ ARMS: Mapping[str, Arm] = {
         Arm(name="tfidf", trained=False, words=True),
         Arm(name="sft"),
         Arm(name="sft_anchor", anchored=True),
+        # As many passes over the task rows as TELL's: what general rows bring at equal exposures (a diagnostic).
+        Arm(name="sft_matched", anchored=True, settings_of="tell"),
         Arm(name="sft_kl", anchored=True, kl=True),
         Arm(name="soup", anchored=True, members=3),
         Arm(name="mix", general="pool"),
@@ -75,6 +77,8 @@ def chosen_arms(settings: Settings) -> list[Arm]:
         raise ConfigError(
             f"compare.sizes_of: {odd[0]!r} is not among compare.arms{nearest(odd[0], [arm.name for arm in arms])}"
         )
+    for arm in arms:
+        _check_source(settings, arm, arms)
     if len(arms) < 2:
         raise ConfigError(f"compare.arms: {arms[0].name} alone has nothing to be compared with; name a second arm")
     if not any(task.anchor for task in settings.tasks):
@@ -89,6 +93,20 @@ def chosen_arms(settings: Settings) -> list[Arm]:
             "these arms out"
         )
     return arms
+
+
+def _check_source(settings: Settings, arm: Arm, arms: Sequence[Arm]) -> None:
+    """Raise ConfigError where the arm whose settings an arm takes is not there, has none, or stands at other sizes."""
+    if arm.settings_of is None:
+        return
+    source = next((other for other in arms if other.name == arm.settings_of), None)
+    where = f"compare.arms: {arm.name} takes the settings of {arm.settings_of!r}"
+    if source is None:
+        raise ConfigError(f"{where}, which is not among the arms; add it, or leave {arm.name} out")
+    if not source.trained or source.settings_of:
+        raise ConfigError(f"{where}, which chooses none itself")
+    if missing := set(sizes_of(settings, arm, 0)) - set(sizes_of(settings, source, 0)):
+        raise ConfigError(f"{where}, which does not stand at its sizes ({', '.join(map(str, sorted(missing)))} rows)")
 
 
 def sizes_of(settings: Settings, arm: Arm, every: int) -> tuple[int, ...]:
@@ -221,8 +239,11 @@ def trials(rows: Material, arm: Arm, settings: Settings) -> tuple[Setting, ...]:
 
     With few general data or none: up to the most epochs that TELL's steps allow. Each training's learning rate decays fully
     within its own steps. What else an arm tunes (the weight of KL, the adapter's scale) takes the place of some epochs, so that
-    all arms have as many trials. Raises ConfigError for epochs beyond the cap.
+    all arms have as many trials. For an arm that takes another's settings: what that one tries. Raises ConfigError for epochs
+    beyond the cap.
     """
+    if arm.settings_of is not None:
+        return trials(rows, arm_of(settings, arm.settings_of), settings)
     rates, decays = settings.compare.learning_rates or (None,), settings.compare.weight_decays or (None,)
     halves = [(0.0, 1.0)]  # weight of KL, scale of the adapter
     if arm.kl:

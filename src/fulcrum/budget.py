@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fulcrum import adapter, encode, generate, material, metrics, model, pool, training
+from fulcrum import adapter, cell, encode, generate, material, metrics, model, pool, training
 from fulcrum.arms import ARMS, chosen_arms, sizes_of, stream
 from fulcrum.comparison import plan_trials
 from fulcrum.config import CompareSettings, Settings
@@ -28,7 +28,15 @@ QUICK_SECONDS = 600
 _FEWEST = 8  # task rows of a design
 _SAMPLE = 32  # rows of each kind by which speed is measured
 _PLANNED = 0.92  # of the budget: what is left over is for reading, writing and the unforeseen
-_OPTIONAL = ("replay_10", "base_anchor", "placebo_permuted", "general_then_task", "kshot", "mix")  # the first goes first
+_OPTIONAL = (
+    "sft_matched",
+    "replay_10",
+    "base_anchor",
+    "placebo_permuted",
+    "general_then_task",
+    "kshot",
+    "mix",
+)  # the first goes first
 
 
 def parse(text: str) -> float:
@@ -54,8 +62,8 @@ def plan(settings: Settings, seconds: float, *, quick: bool = False) -> Design:
     """The richest design that `seconds` buy on this machine. Raises ConfigError where not even the least one fits."""
     started = time.perf_counter()
     loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
-    first, wide = settings.seeds[0], _widest(settings)
-    rows = material.prepare(wide, loaded.tokenizer, loaded.context, first, dev_apart=False, mixed_rows=_SAMPLE)
+    wide = _widest(settings)
+    rows = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds, mixed_rows=_SAMPLE)[0]
     speed = measure(rows, loaded, settings)
     left = seconds * _PLANNED - (time.perf_counter() - started)
     found = None
@@ -87,8 +95,13 @@ def _general_rows(settings: Settings, every: int) -> float:
 
 
 def _widest(settings: Settings) -> Settings:
-    """The settings with all rows, so that every smaller design can be counted from the same material."""
-    return settings.model_copy(update={"compare": settings.compare.model_copy(update={"sizes": None, "sizes_of": {}})})
+    """The settings with all rows, so that every smaller design can be counted from the same material.
+
+    Where seeds hold out folds of the rows: the fewest, and so largest, folds that there may be, which leave the fewest rows.
+    """
+    seeds = _seeds(settings, settings.model_copy(update={"compare": CompareSettings()}).outer_folds or 1)
+    changes: dict[str, Any] = {"sizes": None, "sizes_of": {}, "seeds": seeds}
+    return settings.model_copy(update={"compare": settings.compare.model_copy(update=changes)})
 
 
 def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
@@ -117,7 +130,7 @@ def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
     tokens = [encode.final_answer(row, form) for row in rows_of_test]
     prompts = [encode.prompt_ids(row.prompt, form) for row in rows_of_test]
     longest, at_once = own.max_new_tokens, settings.eval.batch_tokens
-    scored = _timed(partial(generate.nats, loaded, tokens)) / len(tokens)
+    scored = _timed(partial(generate.nats_at, loaded, tokens, cell.TEMPERATURES)) / len(tokens)
     answering = partial(generate.generate, loaded, prompts, form, max_new_tokens=longest, batch_tokens=at_once)
     answered = _timed(answering) / len(prompts)
     adapter.drop_adapter(loaded)
@@ -144,10 +157,13 @@ def predict(settings: Settings, rows: Material, loaded: LoadedModel, speed: Spee
     seconds, number = sum(study.cost(unit) for unit in tries), len(tries)
     for arm in arms:
         for size in study.sizes(arm):
-            tried = [Tried(u.setting, 0.0, 0, 0.0) for u in tries if u.arm.name == arm.name and u.size == size and u.setting]
+            tried = [
+                Tried(u.setting, 0.0, 0, 0.0)
+                for u in tries if (u.arm.name, u.size) == (arm.settings_of or arm.name, size) and u.setting
+            ]  # fmt: skip
             known = tried[: len({t.setting for t in tried})]
             each = [study.cost(Unit(arm, size, study.seeds[0], None, (one,))) for one in known]
-            times = len(study.seeds) if arm.seeded else 1
+            times = len(study.seeds_of(arm))
             seconds, number = seconds + times * sum(each) / len(each), number + times
     return number, seconds
 

@@ -23,9 +23,10 @@ from fulcrum.config import Arm, Settings, TrainSettings
 from fulcrum.errors import ConfigError
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
-from fulcrum.records import ArmResult, Prediction, Setting, Task, Tokens, TrainPoint, TrialResult, Tried
+from fulcrum.records import ArmResult, FloatArray, Prediction, Setting, Task, Tokens, TrainPoint, TrialResult, Tried
 
 PROBED = 32  # general prompts
+TEMPERATURES = tuple(2 ** (k / 3) for k in range(-3, 7))  # 0.5 to 4
 GENERAL_PROMPTS = "general prompts"
 _ANOTHER = "Name the river that flows through the city below."
 
@@ -154,24 +155,41 @@ def tune(
 ) -> Tried:  # fmt: skip
     """The loss of a setting on rows it was not trained on, by cross-validation inside the task rows; none of test is seen."""
     started = time.perf_counter()
-    nats, counts = np.zeros(len(rows.tasks)), np.zeros(len(rows.tasks))
+    nats, counts = np.zeros((len(rows.tasks), len(TEMPERATURES))), np.zeros((len(rows.tasks), 1))
     tokens, seconds = 0, 0.0
     for place, fold in enumerate(rows.folds(settings.compare.folds, store.seed_for(seed, "folds"))):
         tasks: Sequence[Task] = fold.tasks
         if arm.words:
-            losses = [words.nats(task.train, task.dev, _length(loaded)) for task in tasks]
+            pairs = [words.nats(task.train, task.dev, _length(loaded)) for task in tasks]
+            losses = [(np.repeat(own[:, None], len(TEMPERATURES), axis=1), number) for own, number in pairs]
         else:
             tasks = [shots.prompted(task, setting.shots) for task in tasks] if setting.shots else tasks
             results = fit(fold, loaded, arm, settings, setting, seed, f"{label}-fold{place}", folder, watcher)
             tokens += sum(result.train_tokens for result in results)
             seconds += sum(result.seconds for result in results)
-            losses = [generate.nats(loaded, part) for part in tokenised(loaded, tasks, arm, "dev")]
-        nats += [own.sum() for own, _ in losses]
-        counts += [number.sum() for _, number in losses]
-    loss = float(np.mean(nats / counts))
+            losses = [generate.nats_at(loaded, part, TEMPERATURES) for part in tokenised(loaded, tasks, arm, "dev")]
+        nats += [own.sum(axis=0) for own, _ in losses]
+        counts += [[number.sum()] for _, number in losses]
+    by_temperature = (nats / counts).mean(axis=0)
+    loss = float(by_temperature[TEMPERATURES.index(1.0)])
     # A training that diverged is worse than any other. Of a resumed one the results know the seconds of earlier processes.
     loss = loss if math.isfinite(loss) else math.inf
-    return Tried(setting, loss, tokens, max(time.perf_counter() - started, seconds))
+    seconds = max(time.perf_counter() - started, seconds)
+    return Tried(setting, loss, tokens, seconds, 1.0 if arm.words else best_temperature(by_temperature))
+
+
+def best_temperature(losses: FloatArray) -> float:
+    """The temperature of the least of `losses` (at TEMPERATURES): the lowest point of a parabola in its logarithm, between the
+    neighbours of the least. 1 where losses are not finite."""
+    least = int(np.argmin(losses))
+    if not np.isfinite(losses).all():
+        return 1.0
+    if not 0 < least < len(losses) - 1:
+        return TEMPERATURES[least]
+    before, at, after = losses[least - 1 : least + 2]
+    bend = before - 2 * at + after
+    step = 0.5 * (before - after) / bend if bend > 0 else 0.0
+    return float(TEMPERATURES[least] * 2 ** (step / 3))
 
 
 def final(
@@ -190,7 +208,7 @@ def final(
     if setting.shots:
         tasks = [shots.prompted(task, setting.shots) for task in tasks]
     results = [] if arm.words else fit(rows, loaded, arm, settings, setting, seed, label, folder, watcher)
-    found = score(rows, tasks, loaded, arm, settings, label, watcher)
+    found = score(rows, tasks, loaded, arm, settings, label, watcher, tried[chosen].temperature)
     probes = probe(rows, tasks, loaded, arm, settings) if probed and not arm.words else {}
     seconds = max(time.perf_counter() - started, sum(result.seconds for result in results))
     size = rows.longest if arm.seeded else 0
@@ -233,9 +251,11 @@ def thinned(history: Sequence[TrainPoint], points: int = 64) -> tuple[TrainPoint
 
 
 def score(
-    rows: Material, tasks: Sequence[Task], loaded: LoadedModel, arm: Arm, settings: Settings, label: str, watcher: Watcher
-) -> ArmResult:
-    """Score what stands on the model on the test rows of `tasks`, and on held-out general rows."""
+    rows: Material, tasks: Sequence[Task], loaded: LoadedModel, arm: Arm, settings: Settings, label: str, watcher: Watcher,
+    temperature: float | None = None,
+) -> ArmResult:  # fmt: skip
+    """Score what stands on the model on the test rows of `tasks` (their loss at a `temperature` too), and on held-out general
+    rows."""
     scores, predictions = {}, {}
     for task in tasks:
         if arm.words:
@@ -243,7 +263,7 @@ def score(
         else:
             predictions[task.name] = scoring.predict(
                 loaded, task, task.test, anchored=arm.anchored, batch_tokens=settings.eval.batch_tokens,
-                count=partial(watcher.count, f"{label}: answers to {task.name}"),
+                temperature=temperature, count=partial(watcher.count, f"{label}: answers to {task.name}"),
             )  # fmt: skip
         scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
     general: Mapping[str, tuple[Prediction, ...]] = {}

@@ -30,6 +30,7 @@ ATTRIBUTION: Mapping[str, tuple[tuple[str, int], ...]] = {
     "anchor within the mix (tell - mix)": (("tell", 1), ("mix", -1)),
     "interaction of anchor and mix": (("tell", 1), ("mix", -1), ("sft_anchor", -1), ("sft", 1)),
     "shuffle (tell - general_then_task)": (("tell", 1), ("general_then_task", -1)),
+    "equal exposures (tell - sft_matched)": (("tell", 1), ("sft_matched", -1)),
     "transfer (tell - placebo_permuted)": (("tell", 1), ("placebo_permuted", -1)),
     "transfer (tell - placebo_own_answers)": (("tell", 1), ("placebo_own_answers", -1)),
 }

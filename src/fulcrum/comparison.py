@@ -5,6 +5,7 @@ All trials come first, for a final training takes the best of them. A killed com
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +24,9 @@ PLAN = "budget.json"  # what a time budget planned, for whoever goes on with the
 
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
 _REFERENCES = ("sft_anchor", "sft", "sft_kl", "soup", "kshot", "tfidf", "base_anchor", "base")  # without general data
-_RIVALS = (  # with general data
-    "mix", "general_then_task", "task_then_general", "replay_10", "placebo_permuted", "placebo_own_answers", "selfgen",
-    "general_only",
+_RIVALS = (  # with general data, or at TELL's settings
+    "sft_matched", "mix", "general_then_task", "task_then_general", "replay_10", "placebo_permuted", "placebo_own_answers",
+    "selfgen", "general_only",
 )  # fmt: skip
 _PAIRS = (
     *(("tell", name) for name in _REFERENCES), *(("tell", name) for name in _RIVALS), *(("mix", name) for name in _REFERENCES),
@@ -141,8 +142,8 @@ class _Progress:
 def plan_trials(study: Study, arms: Iterable[Arm], loaded: LoadedModel) -> Iterable[Unit]:
     """Every setting of every arm and size: at each seed, or at the first for all."""
     for seed in study.seeds[:1] if study.settings.compare.tune == "first" else study.seeds:
-        for arm in arms:
-            for size in study.sizes(arm) if arm.seeded or seed == study.seeds[0] else ():
+        for arm in (arm for arm in arms if arm.settings_of is None):
+            for size in study.sizes(arm) if seed in study.seeds_of(arm) else ():
                 rows = study.at(Unit(arm, size, seed))
                 settings: Sequence[Setting] = (Setting(),)
                 if arm.shots:
@@ -158,9 +159,12 @@ def plan_finals(study: Study, arms: Sequence[Arm], tried: Sequence[tuple[Unit, T
     first = study.seeds[0]
     for seed in study.seeds:
         for arm in arms:
-            for size in study.sizes(arm) if arm.seeded or seed == first else ():
+            for size in study.sizes(arm) if seed in study.seeds_of(arm) else ():
                 own = seed if study.settings.compare.tune == "each" else first
-                found = [result for unit, result in tried if (unit.arm.name, unit.size, unit.seed) == (arm.name, size, own)]
+                source = (arm.settings_of or arm.name, size, own)
+                found = [result for unit, result in tried if (unit.arm.name, unit.size, unit.seed) == source]
+                if arm.settings_of is not None:  # the trials were another arm's
+                    found = [replace(min(found, key=lambda one: one.dev_nll), train_tokens=0, seconds=0.0)]
                 yield Unit(arm, size, seed, None, tuple(found))
 
 
@@ -181,6 +185,6 @@ def paired_differences(results: Sequence[ArmResult], settings: Settings) -> list
                     ]
                     for name in (arm, reference)
                 )
-                rows = by_arm[arm][0].predictions[task.name]
+                rows = [result.predictions[task.name] for result in by_arm[arm]]
                 found.append(scoring.paired(task.name, metric, arm, reference, own, other, rows))
     return [difference for difference in found if difference is not None]

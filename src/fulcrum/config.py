@@ -94,7 +94,11 @@ class TaskSettings(Section):
     name: str = Field("task", description="a short name, used in tables and file names")
     train: Sources = Field(min_length=1, description="training rows")
     dev: Sources = Field((), description="rows for choosing settings; none: a fifth of the training groups is held out")
-    test: Sources = Field((), description="rows scored once at the end; none: a quarter of the training groups is held out")
+    test: Sources = Field(
+        (),
+        description="rows scored once at the end; none: a quarter of the training groups is held out, in a "
+        "comparison another fold of them at each seed",
+    )
     group: str | None = Field(None, description="column whose equal values belong together (document, customer ...)")
     anchor: AnchorSettings | None = Field(None, description="text, {text, placement}, or none")
     metrics: tuple[str, ...] = Field(("nll", "exact_match"), description="see `fulcrum eval --help` for the names")
@@ -206,6 +210,9 @@ class Arm(Section):
     kl: bool = Field(False, description="whether the distance to the base model (KL divergence) is part of the loss, tuned")
     members: int = Field(1, ge=1, le=16, description="adapters of as many trainings, averaged, their scale tuned")
     words: bool = Field(False, description="no language model: TF-IDF and logistic regression over answers as labels")
+    settings_of: str | None = Field(
+        None, description="the arm whose chosen settings it takes instead of trying any: a diagnostic, never a reference"
+    )
     train: dict[str, Any] = Field(default_factory=dict, description="trainer settings of its own, as in `train:`")
 
     _sources = field_validator("pool", mode="before")(_as_sources)
@@ -214,7 +221,7 @@ class Arm(Section):
     def _sensible(self) -> "Arm":
         if not self.mixes and (self.pool or self.order or self.general_per_task or not self.task_rows):
             raise ValueError(f"{self.name}: without general rows (general: pool) there is no pool, order or ratio to set")
-        if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train):
+        if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train or self.settings_of):
             raise ValueError(f"{self.name}: is not trained (trained: false), so nothing of training can be set")
         if self.shots + self.words + self.trained > 1:
             raise ValueError(f"{self.name}: is trained, or has shots, or counts words, one of these (add trained: false)")
@@ -342,6 +349,11 @@ class Settings(Section):
     def seeds(self) -> tuple[int, ...]:
         """The seeds of a comparison's chains: those given, else the run's own."""
         return self.compare.seeds or (self.seed,)
+
+    @property
+    def outer_folds(self) -> int:
+        """Folds of the rows that seeds hold out one each, where a comparison has no test file; 0 where each task has one."""
+        return 0 if all(task.test for task in self.tasks) else max(4, len(self.seeds))
 
 
 def from_dict(data: Mapping[str, Any], where: str = "settings", flags: Mapping[str, str] | None = None) -> Settings:

@@ -18,6 +18,8 @@ READ = {
     "interaction of anchor and mix": "What the anchor brings within the mix, less what it brings without general rows. "
     "Where its interval holds 0, anchor and mix were not shown to do more together than apart.",
     "shuffle": "The same rows, shuffled together instead of one source after the other: what the order brings.",
+    "equal exposures": "Against SFT with the anchor and as many passes over the task rows: what general rows bring beside "
+    "these. SFT was not tuned here, so this is no comparison of methods.",
     "transfer": "Against general rows whose answers teach nothing: what is left comes of the content of the general rows.",
 }
 _SELECTED = 0.05  # share of draws from which on an arm counts as a reference that was used

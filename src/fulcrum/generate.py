@@ -21,17 +21,26 @@ from fulcrum.records import FloatArray, IntArray, Tokens
 
 
 def nats(loaded: LoadedModel, examples: Sequence[Tokens], *, budget: int = 2048) -> tuple[FloatArray, IntArray]:
-    """Summed nats of each example's supervised tokens, and their number; both (examples,).
+    """Summed nats of each example's supervised tokens, and their number; both (examples,)."""
+    found, counts = nats_at(loaded, examples, (1.0,), budget=budget)
+    return found[:, 0], counts
+
+
+def nats_at(
+    loaded: LoadedModel, examples: Sequence[Tokens], temperatures: Sequence[float], *, budget: int = 2048
+) -> tuple[FloatArray, IntArray]:
+    """Summed nats of each example's supervised tokens at each temperature (examples, temperatures), and their number
+    (examples,).
 
     Rows hold `budget` tokens, or twice what all examples begin with, where that is more (many shots in the prompt): a beginning
     that fills its row would be computed for every example.
     """
     budget = max(budget, 2 * common([example.ids for example in examples]))
-    total = np.zeros(len(examples))
+    total = np.zeros((len(examples), len(temperatures)))
     count = np.zeros(len(examples), dtype=np.int64)
     for row in rows(examples, loaded, budget):
         owner = row.owner.cpu().numpy()
-        np.add.at(total, owner, row_nats(loaded, row).cpu().double().numpy())
+        np.add.at(total, owner, row_nats(loaded, row, temperatures).cpu().double().numpy())
         np.add.at(count, owner, 1)
     return total, count
 

@@ -35,6 +35,7 @@ def environment(loaded: LoadedModel) -> dict[str, str]:
     return {
         "python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads()),
         **{name: version(name) for name in libraries}, "code": _code(), "model": loaded.name, "weights": loaded.fingerprint(),
+        "parameters": str(loaded.parameters),
         "prompt": _prompt(loaded), "device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch."),
         "probes": f"packed {loaded.packed}, prefixes shared {loaded.shares}, head apart {loaded.split_head}, "
         f"layers compiled {bool(loaded.compiled)}",

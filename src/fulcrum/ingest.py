@@ -91,13 +91,27 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     Raises DataError where there are fewer than two groups.
     """
     groups = list(_seeded_groups(examples, "split", seed))
+    _require_two(examples, groups)
+    held = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
+    return [e for e in examples if e.group not in held], [e for e in examples if e.group in held]
+
+
+def fold(examples: Sequence[Example], number: int, count: int) -> tuple[list[Example], list[Example]]:
+    """Hold out the groups of one of `count` folds (fewer, where there are fewer groups): returns (rest, held out), in the order
+    given. Every group is in one fold. Raises DataError where there are fewer than two groups.
+    """
+    groups = list(_seeded_groups(examples, "split", 0))
+    _require_two(examples, groups)
+    held = set(groups[number % len(groups) :: min(count, len(groups))])
+    return [e for e in examples if e.group not in held], [e for e in examples if e.group in held]
+
+
+def _require_two(examples: Sequence[Example], groups: Sequence[str]) -> None:
     if len(groups) < 2:
         raise DataError(
             f"{len(examples)} rows in {len(groups)} group(s) cannot be split by content: two groups are needed; "
             "give `dev:` and `test:` files, add rows with other content, or name another column with `group:`"
         )
-    held = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
-    return [e for e in examples if e.group not in held], [e for e in examples if e.group in held]
 
 
 def subset(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fulcrum.errors import DataError
-from fulcrum.records import FloatArray
+from fulcrum.records import BoolArray, FloatArray
 from fulcrum.stats import Interval
 
 Point = tuple[str, int]  # arm, size in task rows
@@ -66,9 +66,10 @@ def measure(
 ) -> Measured:
     """Summarise per-row outcomes (seeds, rows) of every point; a point's score is sum over sum of `denominators` (1 each).
 
-    `dev` are scores by seed of rows that are not test rows; without them arms are selected by their test scores, which favours
-    the reference. An untrained arm has one row of outcomes, which stands for all seeds. Raises DataError where points have
-    different rows or seeds, where there are no rows, or where a value is not finite.
+    A row that was no test row at a seed is nan there, in all points. `dev` are scores by seed of rows that are not test rows;
+    without them arms are selected by their test scores, which favours the reference. An untrained arm has one row of outcomes,
+    which stands for all seeds. Raises DataError where points have different rows or seeds, where there are no rows, or where a
+    value is not finite.
     """
     points = tuple(outcomes)
     if not points:
@@ -78,24 +79,42 @@ def measure(
     if not sizes.size or not (np.isfinite(sizes) & (sizes > 0)).all():
         raise DataError(f"{len(sizes)} test rows: every row needs a denominator above 0")
     names, place = np.unique(np.asarray(groups), return_inverse=True)
-    weights = np.bincount(place, sizes)
+    tested = _tested(outcomes, n_seeds, len(groups))
+    weights = np.array([np.bincount(place, sizes * seen, len(names)) for seen in tested])  # (seeds, groups)
+    total = weights.sum(axis=1)
     by_seed, residuals = np.empty((len(points), n_seeds)), np.zeros((len(points), n_seeds, len(names)))
     for number, (point, given) in enumerate(outcomes.items()):
-        values = np.asarray(given, dtype=np.float64)
-        if values.shape not in ((1, len(groups)), (n_seeds, len(groups))):
-            raise DataError(f"{_listed([point])}: outcomes of shape {values.shape}, expected ({n_seeds}, {len(groups)})")
+        values = np.where(tested, np.asarray(given, dtype=np.float64), 0.0)  # one row of outcomes stands for all seeds
         if not np.isfinite(values).all():
             raise DataError(f"{_listed([point])}: {int((~np.isfinite(values)).sum())} outcomes are not finite")
-        by_seed[number] = values.sum(axis=1) / sizes.sum()
-        for k, row in enumerate(values):  # the linearised ratio (Cochran 1977, 6.4); one row of outcomes stands for all seeds
-            residuals[number, k:] = (np.bincount(place, row) - by_seed[number, k] * weights) / sizes.sum()
+        by_seed[number] = values.sum(axis=1) / total
+        for k, row in enumerate(values):  # the linearised ratio (Cochran 1977, 6.4)
+            residuals[number, k] = (np.bincount(place, row, len(names)) - by_seed[number, k] * weights[k]) / total[k]
     selection = by_seed if dev is None else np.array([np.resize(dev[point], n_seeds) for point in points], dtype=np.float64)
     used = np.array([(tokens or {}).get(point, float(point[1])) for point in points])
     # A group's own part in the mean hides its residual (the jackknife puts that right), and large ones are worth few.
-    share = weights / sizes.sum()
-    residuals /= np.maximum(1 - share, 1e-12)
-    worth = float((weights**2).sum() ** 2 / (weights**4).sum())
+    residuals /= np.maximum(1 - weights / total[:, None], 1e-12)
+    whole = weights.max(axis=0)
+    worth = float((whole**2).sum() ** 2 / (whole**4).sum())
     return Measured(points, by_seed, _between_groups(residuals), worth, selection, used)
+
+
+def _tested(outcomes: Mapping[Point, FloatArray], n_seeds: int, n_rows: int) -> BoolArray:
+    """Which rows were test rows at each seed (seeds, rows); DataError where points do not agree."""
+    tested, first = np.ones((n_seeds, n_rows), dtype=bool), None
+    for point, given in outcomes.items():
+        if np.shape(given) not in ((1, n_rows), (n_seeds, n_rows)):
+            raise DataError(f"{_listed([point])}: outcomes of shape {np.shape(given)}, expected ({n_seeds}, {n_rows})")
+        if len(given) == n_seeds:
+            own = ~np.isnan(np.asarray(given, dtype=np.float64))
+            if first is not None and (own != tested).any():
+                raise DataError(f"{_listed([first])} and {_listed([point])} have other test rows at a seed")
+            tested, first = own, point
+    if not tested.any(axis=0).all():
+        raise DataError(f"row number {int(tested.any(axis=0).argmin()) + 1}: its outcomes are not finite at any seed")
+    if not tested.any(axis=1).all():
+        raise DataError(f"seed number {int(tested.any(axis=1).argmin()) + 1} has no test rows")
+    return tested
 
 
 def _between_groups(residuals: FloatArray) -> FloatArray:

@@ -184,13 +184,22 @@ def _base(loaded: LoadedModel, row: Row) -> Tensor:
 
 
 @torch.no_grad()
-def row_nats(loaded: LoadedModel, row: Row) -> Tensor:
-    """Nats of each target of a row, for scoring."""
+def row_nats(loaded: LoadedModel, row: Row, temperatures: Sequence[float] = (1.0,)) -> Tensor:
+    """Nats of each target of a row at each temperature that divides the logits, for scoring: (targets, temperatures)."""
     with loaded.precision(), _adapter_precision(loaded):
         if not loaded.split_head:
-            return functional.cross_entropy(_logits_everywhere(loaded, row).float(), row.labels, reduction="none")
-        hidden = _hidden(loaded, row)
-        return torch.cat([_nats(loaded.head(hidden[p]), row.labels[p]) for p in _chunks(len(row.labels), _CHUNK)])
+            return _nats_at(_logits_everywhere(loaded, row), row.labels, temperatures)
+        hidden, parts = _hidden(loaded, row), _chunks(len(row.labels), _CHUNK)
+        return torch.cat([_nats_at(loaded.head(hidden[part]), row.labels[part], temperatures) for part in parts])
+
+
+def _nats_at(logits: Tensor, labels: Tensor, temperatures: Sequence[float]) -> Tensor:
+    found = []
+    for part in _chunks(len(labels), max(1, _CACHED // logits.shape[1])):
+        scores = logits[part].float()
+        target = scores.gather(1, labels[part, None])[:, 0]
+        found.append(torch.stack([(scores / t).logsumexp(dim=-1) - target / t for t in temperatures], dim=1))
+    return torch.cat(found)
 
 
 def _adapter_precision(loaded: LoadedModel) -> AbstractContextManager[None]:

@@ -103,9 +103,10 @@ def _folds(task: Task, count: int, seed: int) -> list[Task]:
     return [replace(task, train=tuple(task.train[k] for k in own), dev=tuple(task.train[k] for k in dev)) for own, dev in folds]
 
 
-def read_task(settings: TaskSettings, seed: int) -> tuple[Task, list[Reject]]:
+def read_task(settings: TaskSettings, seed: int, outer: tuple[int, int] | None = None) -> tuple[Task, list[Reject]]:
     """Read one task whole and split it by content: files, and hold-outs where dev or test are not given (the same for every
-    seed; `seed` draws the rows that a source's own `limit` leaves).
+    seed; `seed` draws the rows that a source's own `limit` leaves). With `outer`, the number of a fold and how many there are,
+    that fold is the test rows that are not given.
 
     Raises DataError where rows are missing, unusable, or stand on two sides.
     """
@@ -120,6 +121,8 @@ def read_task(settings: TaskSettings, seed: int) -> tuple[Task, list[Reject]]:
             ingest.require_rows(parts[name], refused, minimum=1)
             rejects += refused
             ingest.check_overlap(train, parts[name], name, by_group=by_group)
+        elif name == "test" and outer is not None:
+            train, parts[name] = ingest.fold(train, *outer)
         else:
             train, parts[name] = ingest.split(train, part_of_train, seed=0)
     ingest.check_overlap(parts["dev"], parts["test"], "test", of="dev", by_group=by_group)
@@ -137,11 +140,14 @@ def prepare(
 
     `context` is the model's longest row in tokens (None: no limit). In a comparison dev rows are task rows like others
     (`dev_apart` False): they join the training rows, in an order drawn by seed; `mixed_rows` of each task (none: all) are in
-    the largest mixture. Raises DataError and ConfigError for what cannot be used.
+    the largest mixture. Where a comparison has no test rows of its own each seed holds out another fold of the rows, so that no
+    row is a test row twice. Raises DataError and ConfigError for what cannot be used.
     """
     tasks: list[Task] = []
     rejects: list[Reject] = []
-    whole = [read_task(task, settings.seed) for task in settings.tasks]
+    place = settings.seeds.index(seed) if seed in settings.seeds else 0
+    outer = None if dev_apart else (place, settings.outer_folds)
+    whole = [read_task(task, settings.seed, outer) for task in settings.tasks]
     _check_between_tasks([task for task, _ in whole])
     for task_settings, (task, refused) in zip(settings.tasks, whole, strict=True):
         chosen, too_long = choose(task, task_settings, settings, tokenizer, context, seed)
@@ -196,6 +202,18 @@ def prepare(
     return Material(
         tuple(tasks), tuple(general), held_out, counts, repeats, n_task, settings.train.batch_size, tuple(notes), own_general
     )
+
+
+def of_seeds(
+    settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seeds: Sequence[int], *, mixed_rows: int | None
+) -> list[Material]:
+    """The rows of a comparison at every seed (`prepare`): of each task as many training rows, since folds differ in size."""
+    rows = [prepare(settings, tokenizer, context, seed, dev_apart=False, mixed_rows=mixed_rows) for seed in seeds]
+    fewest = [min(map(len, parts)) for parts in zip(*([task.train for task in each.tasks] for each in rows), strict=True)]
+    return [
+        replace(each, tasks=tuple(replace(task, train=task.train[:n]) for task, n in zip(each.tasks, fewest, strict=True)))
+        for each in rows
+    ]
 
 
 def _joined(task: Task, seed: int) -> Task:

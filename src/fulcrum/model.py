@@ -62,6 +62,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     context: int | None
+    parameters: int
     packed: bool = False
     shares: bool = False
     split_head: bool = False
@@ -134,7 +135,7 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
     facts = [f"matrix products in {str(dtype).removeprefix('torch.')}"]
     facts += fetch.complete(tokenizer)
     device = next(causal.parameters()).device
-    loaded = LoadedModel(name, path, causal, tokenizer, device, dtype, fetch.context(causal.config))
+    loaded = LoadedModel(name, path, causal, tokenizer, device, dtype, fetch.context(causal.config), causal.num_parameters())
     with torch.no_grad():
         why = _probe_packing(loaded)
         loaded.split_head = _probe_head(loaded)

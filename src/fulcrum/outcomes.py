@@ -11,7 +11,8 @@ A cell's score is the sum of outcomes over the sum of weights (1 where none is g
 number of answer tokens as weight nats per token. (An outcome is not multiplied by its weight.) Rows with equal `group` are
 resampled together; without one a row is a group of its own.
 
-Invariant: every cell of a metric has the same rows with the same groups and weights, each once; what does not is refused.
+Invariant: every cell of a metric has the same rows with the same groups and weights, each once; what does not is refused. Only
+seeds may differ, where each has test rows of its own (outer cross-validation): then all cells of a seed have the same rows.
 """
 
 import json
@@ -35,7 +36,8 @@ Cell = tuple[str, int, int]  # arm, size, seed
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcomes:
-    """`values[metric][cell]` are outcomes in the order of `rows[metric]`; `groups` and `weights` likewise by metric.
+    """`values[metric][cell]` are outcomes in the order of `rows[metric]`, nan where a row was no test row at that seed;
+    `groups` and `weights` likewise by metric.
 
     `dev` and `tokens` hold what is known of cells: dev scores (higher is better) and task tokens.
     """
@@ -73,6 +75,14 @@ def read(path: Path) -> Outcomes:
     return found.finish(str(path))
 
 
+def collect(given: Iterable[Mapping[str, Any]], name: str) -> Outcomes:
+    """Outcomes from lines with the right keys, such as a file holds. Raises DataError, beginning with `name`."""
+    found = _Collected()
+    for line in given:
+        found.add(line, name)
+    return found.finish(name)
+
+
 def write(path: Path, outcomes: Outcomes) -> None:
     """Write outcomes as `read` reads them, in a canonical order. Raises StoreError where the disk refuses."""
     store.write_bytes(path, "".join(f"{json.dumps(line)}\n" for line in lines(outcomes)).encode())
@@ -83,7 +93,8 @@ def lines(outcomes: Outcomes) -> Iterable[dict[str, Any]]:
     for metric, cells in outcomes.values.items():
         for cell in sorted(cells):
             named = dict(zip(("arm", "size", "seed"), cell, strict=True))
-            for k, row in enumerate(outcomes.rows[metric]):
+            for k in np.flatnonzero(~np.isnan(cells[cell])):
+                row = outcomes.rows[metric][k]
                 line = {**named, "metric": metric, "row": row, "outcome": float(cells[cell][k])}
                 yield line | {"group": outcomes.groups[metric][k], "weight": float(outcomes.weights[metric][k])}
     for cell in sorted({*outcomes.dev, *outcomes.tokens}):
@@ -167,24 +178,33 @@ class _Collected:
         values[place] = _number(line, "outcome", where)
 
     def finish(self, name: str) -> Outcomes:
-        """Check that every cell has every row."""
+        """Check that every cell has every row of its seed."""
         if not self.cells:
             raise DataError(
                 f"{name}: holds no outcomes; write a line for each test row of each cell (`fulcrum certify --help`)"
             )
         for metric, cells in self.cells.items():
+            rows = list(self.places[metric])
+            by_seed: dict[int, set[int]] = {}
+            for (_, _, seed), values in cells.items():
+                by_seed.setdefault(seed, set()).update(values)
             for cell, values in cells.items():
-                if missing := [row for row, place in self.places[metric].items() if place not in values]:
+                once = cell[1] == 0 and sum(other[:2] == cell[:2] for other in cells) == 1  # it stands for all seeds
+                wanted = set(range(len(rows))) if once else by_seed[cell[2]]
+                if missing := sorted(wanted - values.keys()):
                     raise DataError(
-                        f"{name}: {_said(cell)} lacks {len(missing)} of {len(self.places[metric])} rows ({metric}), the first "
-                        f"is {missing[0]!r}; every cell is scored on the same rows"
+                        f"{name}: {_said(cell)} lacks {len(missing)} of {len(wanted)} rows ({metric}), the first is "
+                        f"{rows[missing[0]]!r}; every cell of a seed is scored on the same rows"
                     )
         return Outcomes(
             {metric: tuple(places) for metric, places in self.places.items()},
             {metric: tuple(group for group, _ in about) for metric, about in self.about.items()},
             {metric: np.array([weight for _, weight in about]) for metric, about in self.about.items()},
             {
-                metric: {cell: np.array([values[k] for k in range(len(values))]) for cell, values in cells.items()}
+                metric: {
+                    cell: np.array([values.get(k, np.nan) for k in range(len(self.places[metric]))])
+                    for cell, values in cells.items()
+                }
                 for metric, cells in self.cells.items()
             },
             self.known["dev"], self.known["tokens"],

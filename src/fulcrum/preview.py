@@ -51,8 +51,11 @@ def open_preview(settings: Settings, seed: int, *, dev_apart: bool = True) -> Pr
     """Read the data as a run with this seed would (`dev_apart` False: a comparison). Raises ConfigError, DataError or
     ModelError."""
     tokenizer, context = fetch.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
-    most = None if dev_apart else arms.largest_mixture(settings)
-    rows = material.prepare(settings, tokenizer, context, seed, dev_apart=dev_apart, mixed_rows=most)
+    if dev_apart:
+        rows = material.prepare(settings, tokenizer, context, seed)
+    else:
+        seeds = dict.fromkeys((seed, *settings.seeds))
+        rows = material.of_seeds(settings, tokenizer, context, list(seeds), mixed_rows=arms.largest_mixture(settings))[0]
     return Preview(settings, seed, rows, tokenizer, dev_apart)
 
 

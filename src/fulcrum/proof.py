@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fulcrum import certificate, encode, inputs, leverage, metrics, scoring, store, words
+from fulcrum import certificate, encode, inputs, leverage, metrics, outcomes, scoring, store, words
 from fulcrum.arms import arm_of
 from fulcrum.cell import GENERAL_PROMPTS
 from fulcrum.certificate import Question
@@ -15,9 +15,10 @@ from fulcrum.identity import environment
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.outcomes import Cell, Outcomes
-from fulcrum.records import ArmResult, FloatArray, Prediction, Task
+from fulcrum.records import ArmResult, Prediction, Task
 
 LEAKAGE = "leakage"
+TEMPERED = "nll_tempered"  # the loss at a temperature fitted inside the task rows: is a gain more than calibration?
 
 
 def folder_of(folder: Path, settings: Settings, task: str) -> Path:
@@ -39,7 +40,8 @@ def certificates(
     asked_by: dict[str, tuple[Question, Outcomes]] = {}
     for task in next(iter(rows.values())).tasks:
         if names := tuple(name for name in task.metrics if metrics.HAS_OUTCOMES[name]):
-            lower = tuple(name for name in names if not metrics.HIGHER_IS_BETTER[name])
+            names += (TEMPERED,) if "nll" in names else ()
+            lower = tuple(name for name in names if not metrics.HIGHER_IS_BETTER.get(name))
             question = Question(arm, references, names, lower, task.name, notes=told)
             asked_by[task.name] = question, outcomes_of(results, rows, task.name, names, plain)
     over_tasks = _holm(asked_by)
@@ -62,8 +64,8 @@ def _holm(asked_by: Mapping[str, tuple[Question, Outcomes]]) -> dict[str, float]
 
 
 def asked_of(settings: Settings, results: Sequence[ArmResult]) -> tuple[str, tuple[str, ...]] | None:
-    """The arm whose gain is asked for, and its references: what has no general rows."""
-    names = list(dict.fromkeys(result.arm for result in results))
+    """The arm whose gain is asked for, and its references: what has no general rows and chose its own settings."""
+    names = [name for name in dict.fromkeys(result.arm for result in results) if arm_of(settings, name).settings_of is None]
     mixed = [name for name in names if arm_of(settings, name).mixes]
     references = tuple(name for name in names if name not in mixed)
     from_pool = [name for name in mixed if arm_of(settings, name).general == "pool"]  # a placebo is asked for last
@@ -74,32 +76,41 @@ def asked_of(settings: Settings, results: Sequence[ArmResult]) -> tuple[str, tup
 def outcomes_of(
     results: Sequence[ArmResult], rows: Mapping[int, Material], task: str, names: Sequence[str], plain: encode.Format
 ) -> Outcomes:
-    """All outcomes of a task; tokens are those of task rows without anchor.
+    """All outcomes of a task; tokens are those of task rows without anchor, weights the first arm's answer tokens.
 
     No dev scores: a cross-validated loss is one of fewer rows, and which arm is best with these (often k-shot) need not be best
     with all. Among arms without general data the best on test is the reference, which favours it.
     """
-    shown = results[0].predictions[task]
-    origins, groups = tuple(row.origin for row in shown), tuple(row.group for row in shown)
-    lengths = np.array([row.n_tokens for row in shown], dtype=np.float64)
-    values: dict[str, dict[Cell, FloatArray]] = {name: {} for name in names}
-    tokens: dict[Cell, float] = {}
     counted = {seed: _tokens(material.tasks, task, plain) for seed, material in rows.items()}
-    for result in results:
-        cell = cell_of(result, rows, task)
-        for name in names:
-            found = scoring.outcomes(result.predictions[task], result.scores[task], name)
-            values[name][cell] = np.array(found, dtype=np.float64)
-        if cell[1]:
-            tokens[cell] = float(counted[result.seed][cell[1]])
-    all_rows, all_groups = dict.fromkeys(names, origins), dict.fromkeys(names, groups)
-    weights = {name: lengths if name == "nll" else np.ones(len(shown)) for name in names}
-    for metric, cell, measured, about in side_effects(results, rows, task):
-        all_rows[metric] = tuple(row.origin for row in about)
-        all_groups[metric] = tuple(row.group for row in about)
-        weights[metric] = np.array([1 if metric == LEAKAGE else row.n_tokens for row in about], dtype=np.float64)
-        values.setdefault(metric, {})[cell] = np.array(measured, dtype=np.float64)
-    return Outcomes(all_rows, all_groups, weights, values, {}, tokens)
+    tokens = {cell: counted[cell[2]][cell[1]] for result in results if (cell := cell_of(result, rows, task))[1]}
+    measured = [
+        (name, cell_of(result, rows, task), _values(result, task, name), shown)
+        for name in names for result in results for shown in (result.predictions[task],)
+    ]  # fmt: skip
+    lengths: dict[str, int] = {}
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for metric, cell, found, shown in (*measured, *side_effects(results, rows, task)):
+            in_nats = metric not in names or metric in ("nll", TEMPERED)
+            for row, value in zip(shown, found, strict=True):
+                weight = lengths.setdefault(row.origin, row.n_tokens) if in_nats and metric != LEAKAGE else 1
+                line = {"metric": metric, "row": row.origin, "group": row.group, "outcome": value, "weight": weight}
+                yield _named(cell) | line
+        for cell, number in tokens.items():
+            yield _named(cell) | {"tokens": number}
+
+    return outcomes.collect(lines(), task)
+
+
+def _values(result: ArmResult, task: str, metric: str) -> Sequence[float]:
+    shown = result.predictions[task]
+    if metric == TEMPERED:  # word counts have no temperature
+        return [row.nll_sum if row.tempered is None else row.tempered for row in shown]
+    return scoring.outcomes(shown, result.scores[task], metric)
+
+
+def _named(cell: Cell) -> dict[str, Any]:
+    return dict(zip(("arm", "size", "seed"), cell, strict=True))
 
 
 def cell_of(result: ArmResult, rows: Mapping[int, Material], task: str) -> Cell:
@@ -149,9 +160,17 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
     found.append(
         "The reference is the best arm without general data by its test scores, selected anew in each draw: that favours it."
     )
-    tried = {result.arm: len(result.tried) for result in results}
+    own = [result for result in results if arm_of(settings, result.arm).settings_of is None]
+    tried = {result.arm: len(result.tried) for result in own}
+    found.append(
+        f"{TEMPERED} is the loss once each arm's logits are divided by a temperature, fitted where its settings were chosen: a "
+        "gain by nll that it does not show is one of calibration."
+    )
+    if settings.outer_folds and len(rows) > 1:
+        tested = len({row.origin for each in rows.values() for task in each.tasks for row in task.test})
+        found.append(f"No test file: each seed held out another fold of the rows ({tested} were test rows once).")
     found.append("Settings tried: " + ", ".join(f"{arm} {number}" for arm, number in tried.items()) + ".")
-    trained = {result.arm: len(result.tried) for result in results if result.training is not None}
+    trained = {result.arm: len(result.tried) for result in own if result.training is not None}
     if trained and min(trained.values()) < max(trained.values()):
         more = [arm for arm, number in trained.items() if number == max(trained.values())]
         found.append(f"More settings were tried for {', '.join(more)} than for other trained arms, which favours them.")

@@ -131,7 +131,11 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a model said on one row, and how likely the gold answer was: summed nats over `n_tokens` answer tokens."""
+    """What a model said on one row, and how likely the gold answer was: summed nats over `n_tokens` answer tokens.
+
+    `tempered` are these nats at the temperature that suited the arm best on rows it was not trained on; None where none was
+    fitted.
+    """
 
     origin: str
     group: str
@@ -140,6 +144,7 @@ class Prediction:
     output: str | None
     nll_sum: float
     n_tokens: int
+    tempered: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +202,16 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A setting and its loss on dev rows (nats per answer token, averaged over tasks), with what it cost to know it."""
+    """A setting and its loss on dev rows (nats per answer token, averaged over tasks), with what it cost to know it.
+
+    `temperature`, dividing the logits, gives the least loss on these rows.
+    """
 
     setting: Setting
     dev_nll: float
     train_tokens: int
     seconds: float
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

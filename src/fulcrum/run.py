@@ -55,11 +55,10 @@ def begin(
     watcher.stage(f"loading {settings.model}")
     loaded = model.load(settings.model, chosen, trust_remote_code=settings.trust_remote_code)
     watcher.stage("reading data")
-    apart = kind != "compare"
-    most = None if apart else largest_mixture(settings)
-    rows = [
-        material.prepare(settings, loaded.tokenizer, loaded.context, seed, dev_apart=apart, mixed_rows=most) for seed in seeds
-    ]
+    if apart := kind != "compare":
+        rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed) for seed in seeds]
+    else:
+        rows = material.of_seeds(settings, loaded.tokenizer, loaded.context, seeds, mixed_rows=largest_mixture(settings))
     for each in rows:
         for arm in arms:
             for size in (each.longest,) if apart else sizes_of(settings, arm, each.longest):
@@ -188,6 +187,6 @@ def forgetting(arms: Sequence[ArmResult]) -> Iterator[Difference]:
     for name in dict.fromkeys(arm.arm for arm in arms if arm.arm != base.arm and arm.general):
         for source, rows in base.general.items():
             own = [[row.nll_sum for row in arm.general[source]] for arm in arms if arm.arm == name]
-            found = scoring.paired(source, "nll", name, base.arm, own, [[row.nll_sum for row in rows]], rows)
+            found = scoring.paired(source, "nll", name, base.arm, own, [[row.nll_sum for row in rows]], [rows])
             if found is not None:
                 yield found

@@ -19,11 +19,14 @@ def predict(
     *,
     anchored: bool,
     batch_tokens: int,
+    temperature: float | None = None,
     count: Count | None = None,
 ) -> tuple[Prediction, ...]:
-    """The final answer's loss on every row, and the generated answer where a metric of the task needs one."""
+    """The final answer's loss on every row (with a `temperature` at that too), and the generated answer where a metric of the
+    task needs one."""
     form = encode.make_format(loaded.tokenizer, task.anchor if anchored else None)
-    nats, _ = generate.nats(loaded, [encode.final_answer(example, form) for example in examples])
+    at = (1.0,) if temperature is None else (1.0, temperature)
+    nats, _ = generate.nats_at(loaded, [encode.final_answer(example, form) for example in examples], at)
     outputs: Sequence[str | None] = [None] * len(examples)
     if metrics.needs_generation(task.metrics):
         prompts = [encode.prompt_ids(example.prompt, form) for example in examples]
@@ -32,8 +35,10 @@ def predict(
             progress=None if count is None else lambda done: count(done, len(prompts)),
         )  # fmt: skip
     return tuple(
-        Prediction(e.origin, e.group, e.question, e.answer, output, float(nat), encode.answer_length(e, form))
-        for e, output, nat in zip(examples, outputs, nats, strict=True)
+        Prediction(
+            e.origin, e.group, e.question, e.answer, output, float(own[0]), encode.answer_length(e, form), *own[1:].tolist()
+        )
+        for e, output, own in zip(examples, outputs, nats, strict=True)
     )
 
 
@@ -70,22 +75,26 @@ def outcomes(predictions: Sequence[Prediction], scores: Sequence[Score], metric:
 
 def paired(
     task: str, metric: str, arm: str, reference: str,
-    own: Sequence[Sequence[float]], other: Sequence[Sequence[float]], rows: Sequence[Prediction],
+    own: Sequence[Sequence[float]], other: Sequence[Sequence[float]], rows: Sequence[Sequence[Prediction]],
 ) -> Difference | None:  # fmt: skip
     """Difference of two arms (arm minus reference) on the same `rows`, from their `outcomes` at each seed.
 
     An untrained arm has one cell, which stands for all seeds. Groups and seeds are resampled as `stats.paired_over_seeds`
-    says; with one seed the interval is given this seed. None for metrics without an outcome a row.
+    says; with one seed the interval is given this seed. Where each seed has test rows of its own, the seeds' differences
+    hold what rows and seeds do: their interval is Student's. None for metrics without an outcome a row.
     """
     n_seeds = max(len(own), len(other))
     if not all(map(len, own)) or not all(map(len, other)):
         return None
-    mine, theirs = (np.asarray([values[i % len(values)] for i in range(n_seeds)], dtype=float) for values in (own, other))
-    tokens = np.asarray([row.n_tokens for row in rows], dtype=float) if metric == "nll" else None
-    differences, groups = mine - theirs, [row.group for row in rows]
-    interval = stats.paired_over_seeds(differences, groups, denominators=tokens)
-    if metric in metrics.SHARES and np.ptp(differences) == 0 and interval.estimate in (-1.0, 0.0, 1.0):
-        interval = stats.certain_only(interval.estimate, len(set(groups)), lowest=-1.0)
+    by_seed = [np.subtract(own[i % len(own)], other[i % len(other)]) for i in range(n_seeds)]
+    tokens = [np.asarray([row.n_tokens if metric == "nll" else 1 for row in part], dtype=float) for part in rows]
+    if len({tuple(row.origin for row in part) for part in rows}) > 1:
+        interval = stats.seed_interval([float(d.sum() / n.sum()) for d, n in zip(by_seed, tokens, strict=True)])
+    else:
+        differences, groups = np.asarray(by_seed), [row.group for row in rows[0]]
+        interval = stats.paired_over_seeds(differences, groups, denominators=tokens[0])
+        if metric in metrics.SHARES and np.ptp(differences) == 0 and interval.estimate in (-1.0, 0.0, 1.0):
+            interval = stats.certain_only(interval.estimate, len(set(groups)), lowest=-1.0)
     return Difference(
         task, metric, arm, reference, interval.estimate, interval.low, interval.high, n_seeds, metrics.HIGHER_IS_BETTER[metric]
     )

@@ -16,7 +16,7 @@ from fulcrum.stats import Interval, seed_interval
 Record = Mapping[str, Any]  # one record as JSON holds it
 Arms = Mapping[str, Sequence[Record]]  # arm -> its results, one a seed
 
-UNITS = {"nll": "nats per answer token", "bleu": "BLEU points", "chrf": "chrF points"}
+UNITS = {"nll": "nats per answer token", "nll_tempered": "nats per answer token", "bleu": "BLEU points", "chrf": "chrF points"}
 # Arms that see no general row, each with what a reader should do where TELL does not beat it.
 WITHOUT_GENERAL = {
     "sft": "Use SFT",
@@ -140,7 +140,8 @@ def _span(values: Sequence[float], form: str = "{:,.0f}") -> str:
 
 def label_of(metric: str) -> str:
     """Return a metric's name as people write it."""
-    return "NLL" if metric == "nll" else metric.replace("_", " ")
+    known = {"nll": "NLL", "nll_tempered": "NLL at its best temperature"}
+    return known.get(metric) or metric.replace("_", " ")
 
 
 def _unit(metric: str) -> str:
@@ -252,8 +253,13 @@ def training_grid(results: Record) -> Grid:
 
 
 def cost_grid(results: Record) -> Grid:
-    """Return a row an arm: trials, tokens trained on, and seconds, in all trials and trainings of all sizes and seeds."""
-    rows = []
+    """Return a row an arm: trials, tokens trained on, floating-point operations of that, and seconds, in all trials and
+    trainings of all sizes and seeds.
+
+    A token takes about 2 operations for each parameter forwards and 2 backwards, since the base's own gradients are not
+    taken (6 in all would be training every weight: Kaplan et al. 2020, 2001.08361, 2.1).
+    """
+    rows, parameters = [], float(results["environment"].get("parameters", "nan"))
     for name in dict.fromkeys(result["arm"] for result in results["arms"]):
         arm = [result for result in results["arms"] if result["arm"] == name]
         # Where the first seed's trials stand for all seeds, each of them was paid for once.
@@ -261,8 +267,10 @@ def cost_grid(results: Record) -> Grid:
         apart = results["kind"] == "compare"  # `train` tries what it keeps
         tokens = sum(one["train_tokens"] for one in [*tried, *(trainings(arm) if apart else ())])
         seconds = sum(value_of(one, "seconds") for one in [*arm, *(tried if apart else ())])
-        rows.append((name, f"{len(arm)}", f"{len(tried)}", f"{tokens:,}", f"{seconds:,.0f}"))
-    return Grid("Cost", ("arm", "cells", "trials", "train tokens in all", "seconds in all"), tuple(rows))
+        operations = decimal(4e-15 * parameters * tokens)
+        rows.append((name, f"{len(arm)}", f"{len(tried)}", f"{tokens:,}", operations, f"{seconds:,.0f}"))
+    head = ("arm", "cells", "trials", "train tokens in all", "PFLOP, about", "seconds in all")
+    return Grid("Cost", head, tuple(rows))
 
 
 def difference_grid(results: Record, *, first_metric_only: bool = False) -> Grid:

@@ -71,6 +71,10 @@ class Study:
         """Seeds of the chains."""
         return tuple(self.rows)
 
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        """The seeds at which an arm is run: the first, where neither it nor the test rows depend on them."""
+        return self.seeds if arm.seeded or self.settings.outer_folds else self.seeds[:1]
+
     def cost(self, unit: Unit) -> float:
         """About how many seconds a unit takes at the study's speed."""
         rows, speed = self.at(unit), self.speed

@@ -184,9 +184,11 @@ def _own_rows(folder: Path, adapter: Adapter, tasks: tuple[TaskSettings, ...]) -
     no_pool |= {"eval": settings.eval.model_copy(update={"general_rows": 0})}
     # A comparison keeps the adapters of its first seed.
     apart = (folder / "adapter").is_dir()
-    seed = settings.seed if apart else settings.seeds[0]
     changed = settings.model_copy(update={"tasks": tasks, **no_pool})
-    rows = material.prepare(changed, loaded.tokenizer, loaded.context, seed, dev_apart=apart)
+    if apart:
+        rows = material.prepare(changed, loaded.tokenizer, loaded.context, settings.seed)
+    else:
+        rows = material.of_seeds(changed, loaded.tokenizer, loaded.context, settings.seeds, mixed_rows=None)[0]
     arm = arms.arm_of(settings, adapter.arm)
     used = rows if apart else rows.at(max(arms.sizes_of(settings, arm, rows.longest)))
     recorded = store.read_json(folder / store.MANIFEST)["data"]

@@ -1,0 +1,129 @@
+"""The loss at a temperature that is fitted inside the task rows: a gain that it does not show is one of calibration."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as functional
+from scipy.special import log_softmax
+
+from fulcrum import adapter, cell, certificate, comparison, config, generate, outcomes, verification
+from fulcrum.errors import ConfigError
+from fulcrum.records import Tokens
+from tiny import comparison_settings, load_tiny, save_task
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_nats_at_a_temperature_are_those_of_divided_logits(tmp_path: Path, kind: str):
+    loaded = load_tiny(tmp_path, kind)
+    rng = np.random.default_rng(0)
+    examples = [Tokens(rng.integers(5, 100, n), np.arange(n) >= 4) for n in (9, 14, 7)]
+    found, counts = generate.nats_at(loaded, examples, (1.0, 0.5, 3.0))
+    for k, example in enumerate(examples):
+        ids = torch.tensor(example.ids)
+        with torch.no_grad():
+            logits = loaded.causal(input_ids=ids[None]).logits[0, 3:-1].float()
+        for place, temperature in enumerate((1.0, 0.5, 3.0)):
+            expected = functional.cross_entropy(logits / temperature, ids[4:], reduction="sum")
+            assert found[k, place] == pytest.approx(float(expected), rel=1e-4)
+    assert counts.tolist() == [5, 10, 3]
+    assert generate.nats(loaded, examples)[0].tolist() == found[:, 0].tolist()
+    adapter.drop_adapter(loaded)
+
+
+@pytest.mark.parametrize("planted", [0.8, 1.0, 1.7, 2.6])
+def test_a_planted_overconfidence_is_found(planted: float):
+    """Labels drawn from a softmax whose logits are then multiplied: dividing by the same number gives the least loss."""
+    rng = np.random.default_rng(1)
+    true = rng.normal(size=(20_000, 8)) * 2
+    labels = (true + rng.gumbel(size=true.shape)).argmax(axis=1)
+    stated = [log_softmax(true * planted / t, axis=1)[np.arange(len(labels)), labels] for t in cell.TEMPERATURES]
+    assert cell.best_temperature(-np.mean(stated, axis=1)) == pytest.approx(planted, rel=0.05)
+
+
+def test_the_best_temperature_lies_between_tried_ones_or_at_an_end():
+    logs = np.log2(cell.TEMPERATURES)
+    assert cell.best_temperature((logs - 0.9) ** 2) == pytest.approx(2**0.9)  # a parabola in the logarithm
+    assert cell.best_temperature(logs) == 0.5
+    assert cell.best_temperature(-logs) == 4.0
+    assert cell.best_temperature(np.where(logs > 0, np.nan, 1.0)) == 1.0
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory):
+    """SFT that overfits 9 rows, TELL, and SFT with as many passes as TELL chose."""
+    place = save_task(tmp_path_factory.mktemp("tempered"), 9, 8)
+    compare = {"arms": ["base", "sft", "sft_matched", "tell"], "seeds": [0, 1], "folds": 3, "sft_epochs": [6]}
+    settings = comparison_settings(place, place / "run", compare=compare, mix={"general_per_task": 2, "repeats": "auto"})
+    return place / "run", settings, comparison.compare(settings)
+
+
+def test_the_temperature_is_fitted_in_trials_and_used_on_test(done):
+    folder, _, results = done
+    found = outcomes.read(folder / certificate.OUTCOMES)
+    assert all(0.5 <= tried.temperature <= 4 for arm in results.arms for tried in arm.tried)
+    for arm in results.arms:
+        fitted = arm.tried[arm.chosen].temperature
+        raw, tempered = (found.values[metric][arm.arm, arm.size, arm.seed] for metric in ("nll", "nll_tempered"))
+        assert (raw == tempered).all() == (fitted == 1.0)
+    cells = [json.loads(file.read_text()) for file in (folder / "cells").glob("sft-*repeats6.json")]
+    assert max(one["temperature"] for one in cells) > 1  # six epochs of nine rows: too sure of itself
+    known = certificate.read(folder / certificate.FILE)
+    assert [answer["metric"] for answer in known["answers"]] == ["nll", "nll_tempered"]
+    assert known["question"]["lower_is_better"] == ["nll", "nll_tempered"]
+    assert not verification.verify(folder / certificate.FILE).wrong
+    assert "NLL at its best temperature" in (folder / "report.html").read_text()
+
+
+# SFT at TELL's exposures.
+
+
+def test_the_matched_arm_takes_what_tell_chose_and_tries_nothing(done):
+    folder, _, results = done
+    by_arm = {(arm.arm, arm.seed): arm for arm in results.arms}
+    for seed in (0, 1):
+        assert by_arm["sft_matched", seed].setting == by_arm["tell", seed].setting
+        assert by_arm["sft_matched", seed].training.share.task_examples == by_arm["tell", seed].training.share.task_examples
+        assert by_arm["sft_matched", seed].training.share.general_examples == 0
+        assert by_arm["sft_matched", seed].tried[0].train_tokens == 0
+    assert not list((folder / "cells").glob("sft_matched-*repeats*"))
+    known = certificate.read(folder / certificate.FILE)
+    assert known["question"]["references"] == ["base", "sft"]
+    part = next(part for part in known["answers"][0]["attribution"] if part["name"].startswith("equal exposures"))
+    points = {point["arm"]: np.mean(point["by_seed"]) for point in known["answers"][0]["points"]}
+    assert part["estimate"] == pytest.approx(points["tell"] - points["sft_matched"])
+    tried = next(note for note in known["question"]["notes"] if note.startswith("Settings tried"))
+    assert tried == "Settings tried: base 1, sft 1, tell 4."
+
+
+@pytest.mark.parametrize(
+    ("arms", "more", "message"),
+    [
+        (["sft", "sft_matched"], {}, "sft_matched takes the settings of 'tell', which is not among the arms"),
+        (
+            ["tell", {"name": "mine", "settings_of": "base"}, "base"],
+            {},
+            "mine takes the settings of 'base', which chooses none",
+        ),
+        (
+            ["tell", "sft_matched", {"name": "mine", "settings_of": "sft_matched"}],
+            {},
+            "'sft_matched', which chooses none itself",
+        ),
+        (["tell", "sft_matched"], {"sizes": [4], "sizes_of": {"sft_matched": [4, 8]}}, r"not stand at its sizes \(8 rows\)"),
+    ],
+)
+def test_settings_of_an_arm_that_has_none_are_refused(tmp_path: Path, arms: list, more: dict, message: str):
+    place = save_task(tmp_path, 9, 4)
+    settings = comparison_settings(place, tmp_path / "run", compare={"arms": arms, "seeds": [0], **more})
+    with pytest.raises(ConfigError, match=message):
+        comparison.compare(settings)
+
+
+def test_an_untrained_arm_takes_no_settings():
+    with pytest.raises(ConfigError, match="is not trained"):
+        config.from_dict(
+            {"task": {"train": "x"}, "compare": {"arms": [{"name": "a", "trained": False, "settings_of": "tell"}]}}
+        )
