@@ -154,6 +154,19 @@ def test_no_test_row_is_seen_before_the_end(tmp_path: Path, name: str, setting: 
     assert (found[0].train_tokens > 0) == arms.ARMS[name].trained
 
 
+def test_a_training_that_diverges_gives_way_to_the_next_best_setting(tmp_path: Path) -> None:
+    """A learning rate of 1e30 makes weights that are no numbers; test rows are scored with the next best setting alone."""
+    loaded, whole = load_tiny(tmp_path), made()
+    tried = [
+        Tried(Setting(repeats, learning_rate=rate), nll, 5, 0.1) for repeats, rate, nll in ((2, 1e-2, 1.5), (2, 1e30, 0.5))
+    ]
+    found = cell.final(whole, loaded, arms.ARMS["sft"], chosen(), tried, 3, "sft", tmp_path, cell.Silent())
+    alone = cell.final(whole, loaded, arms.ARMS["sft"], chosen(), tried[:1], 3, "alone", None, cell.Silent())
+    assert (found.chosen, found.setting, found.predictions) == (0, tried[0].setting, alone.predictions)
+    with pytest.raises(ConfigError, match=r"sft: training diverged with every setting"):
+        cell.final(whole, loaded, arms.ARMS["sft"], chosen(), tried[1:], 3, "sft", None, cell.Silent())
+
+
 def test_the_best_of_what_was_tried_is_trained_on_all_rows(tmp_path: Path) -> None:
     tried = [Tried(Setting(repeats), nll, 5, 0.1) for repeats, nll in ((1, 2.0), (2, float("inf")), (3, 1.5), (4, 1.5))]
     loaded = load_tiny(tmp_path)

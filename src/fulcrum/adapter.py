@@ -98,6 +98,11 @@ def adapter_state(loaded: LoadedModel) -> State:
     return {name: tensor.detach().clone().cpu() for name, tensor in get_peft_model_state_dict(loaded.peft).items()}
 
 
+def is_finite(loaded: LoadedModel) -> bool:
+    """Whether every weight of the present adapter is a number: a training that diverged leaves others. True without adapter."""
+    return loaded.peft is None or all(tensor.isfinite().all() for tensor in get_peft_model_state_dict(loaded.peft).values())
+
+
 def set_adapter_state(loaded: LoadedModel, state: Mapping[str, Tensor]) -> None:
     """Put weights into the present adapter. Raises ModelError where they do not fit."""
     result = set_peft_model_state_dict(loaded.peft, dict(state))

@@ -196,18 +196,26 @@ def final(
     rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, tried: Sequence[Tried], seed: int, label: str,
     folder: Path | None, watcher: Watcher, *, probed: bool = False,
 ) -> ArmResult:  # fmt: skip
-    """Train on all rows with the setting that was best, and score test, once; with `probed`, look for side effects too."""
-    started = time.perf_counter()
-    chosen = min(range(len(tried)), key=lambda k: tried[k].dev_nll)
-    setting = tried[chosen].setting
-    if math.isinf(tried[chosen].dev_nll):
+    """Train on all rows with the setting that was best, and score test, once; with `probed`, look for side effects too.
+
+    A training that diverges, before any test row is seen, gives way to the next best setting. Raises ConfigError where none is
+    left.
+    """
+    started, results = time.perf_counter(), list[TrialResult]()
+    usable = [k for k in range(len(tried)) if not math.isinf(tried[k].dev_nll)]
+    for attempt, chosen in enumerate(sorted(usable, key=lambda k: tried[k].dev_nll)):
+        setting, name = tried[chosen].setting, f"{label}-attempt{attempt}" if attempt else label
+        results = [] if arm.words else fit(rows, loaded, arm, settings, setting, seed, name, folder, watcher)
+        if arm.words or adapter.is_finite(loaded):
+            break
+        watcher.stage(f"{name}: training diverged with {setting.name}")
+    else:
         raise ConfigError(
             f"{label}: training diverged with every setting; lower train.learning_rate ({settings.train.learning_rate:g})"
         )
     tasks: Sequence[Task] = rows.tasks
     if setting.shots:
         tasks = [shots.prompted(task, setting.shots) for task in tasks]
-    results = [] if arm.words else fit(rows, loaded, arm, settings, setting, seed, label, folder, watcher)
     found = score(rows, tasks, loaded, arm, settings, label, watcher, tried[chosen].temperature)
     probes = probe(rows, tasks, loaded, arm, settings) if probed and not arm.words else {}
     seconds = max(time.perf_counter() - started, sum(result.seconds for result in results))

@@ -174,6 +174,13 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
     if trained and min(trained.values()) < max(trained.values()):
         more = [arm for arm, number in trained.items() if number == max(trained.values())]
         found.append(f"More settings were tried for {', '.join(more)} than for other trained arms, which favours them.")
+    for result in results:
+        best = min(result.tried, key=lambda one: one.dev_nll, default=None)
+        if best is not None and result.setting != best.setting:
+            found.append(
+                f"{result.arm} at {result.size} rows, seed {result.seed}: the training on all rows diverged with "
+                f"{best.setting.name}, which was best; the next best setting was used."
+            )
     largest = max(result.size for result in results)
     if all(largest >= len(task.train) for task in first.tasks):
         found.append(f"{largest} rows are all that there are: at this size intervals hold given these rows.")

@@ -119,7 +119,7 @@ def perform(study: Study, loaded: LoadedModel, unit: Unit, watcher: Watcher, fol
 def keep(study: Study, unit: Unit, result: Tried | ArmResult) -> None:
     """Store a finished unit, atomically, and drop its checkpoints: it is never trained again."""
     store.write_json(_file(study, unit), _shortened(result), indent=None)
-    for part in ("fold", "member"):  # no more: another unit's name may begin like this one's
+    for part in ("fold", "member", "attempt"):  # no more: another unit's name may begin like this one's
         for training in (study.folder / "checkpoints").glob(f"{unit.name}-{part}*"):
             shutil.rmtree(training)
     shutil.rmtree(study.folder / "checkpoints" / unit.name, ignore_errors=True)
