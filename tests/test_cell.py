@@ -4,14 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulcrum import arms, cell, config, encode, material
+from fulcrum import adapter, arms, cell, config, encode, generate, material
 from fulcrum.errors import ConfigError, DataError
 from fulcrum.material import Material
-from fulcrum.records import Anchor, Example, Message, Setting, Task, Tried
+from fulcrum.records import Anchor, Example, Message, Setting, Task, Tokens, Tried
 from tiny import CONTEXT, load_tiny, tiny_settings, tiny_tokenizer, write_rows
 
 COLOURS = ("red", "blue", "green")
@@ -179,3 +181,43 @@ def test_the_best_of_what_was_tried_is_trained_on_all_rows(tmp_path: Path) -> No
     assert found.training.share.task_examples == 18
     with pytest.raises(ConfigError, match=r"sft: training diverged with every setting; lower train\.learning_rate \(0\.01\)"):
         cell.final(made(), loaded, arms.ARMS["sft"], chosen(), tried[1:2], 3, "sft", None, cell.Silent())
+
+
+# Drift from the base model.
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mamba"])
+def test_drift_is_the_divergence_from_the_base_models_distribution(tmp_path: Path, kind: str) -> None:
+    loaded = load_tiny(tmp_path, kind)
+    adapter.new_adapter(loaded, tiny_settings(), 0)
+    rng = np.random.default_rng(0)
+    examples = [Tokens(rng.integers(5, 100, n), np.arange(n) >= 4) for n in (9, 14)]
+    nats, counts = generate.divergence(loaded, examples)
+    assert np.allclose(nats, 0, atol=1e-5)  # a fresh adapter changes nothing
+    state = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in adapter.adapter_state(loaded).items()}
+    adapter.set_adapter_state(loaded, state)
+    nats, counts = generate.divergence(loaded, examples)
+    for example, found in zip(examples, nats, strict=True):
+        ids = torch.tensor(example.ids)[None]
+        with torch.no_grad():
+            own = loaded.causal(input_ids=ids).logits[0, 3:-1].double().log_softmax(-1)
+            with adapter.without(loaded):
+                base = loaded.causal(input_ids=ids).logits[0, 3:-1].double().log_softmax(-1)
+        expected = float((base.exp() * (base - own)).sum())
+        assert expected > 0.01
+        assert found == pytest.approx(expected, rel=1e-3)
+    assert counts.tolist() == [5, 10]
+
+
+def test_drift_is_measured_on_the_same_texts_for_every_adapter(tmp_path: Path) -> None:
+    loaded, general = load_tiny(tmp_path), rows("held", 5)
+    found = []
+    for seed in (0, 1):
+        adapter.new_adapter(loaded, tiny_settings(), seed)
+        moved = {name: tensor + 0.2 for name, tensor in adapter.adapter_state(loaded).items()}
+        adapter.set_adapter_state(loaded, moved)
+        found.append(cell.drift(loaded, general, 512))
+    first, second = ([(row.origin, row.output, row.n_tokens) for row in part] for part in found)
+    assert first == second
+    assert len(first) > 0
+    assert [row.nll_sum for row in found[0]] != [row.nll_sum for row in found[1]]

@@ -71,6 +71,9 @@ def test_the_temperature_is_fitted_in_trials_and_used_on_test(done):
     cells = [json.loads(file.read_text()) for file in (folder / "cells").glob("sft-*repeats6.json")]
     assert max(one["temperature"] for one in cells) > 1  # six epochs of nine rows: too sure of itself
     known = certificate.read(folder / certificate.FILE)
+    drift = next(effect for effect in known["side_effects"] if effect["metric"] == "drift")
+    assert {arm["arm"] for arm in drift["arms"]} == {"sft", "sft_matched", "tell"}
+    assert all(arm["score"]["estimate"] > 0 for arm in drift["arms"])
     assert [answer["metric"] for answer in known["answers"]] == ["nll", "nll_tempered"]
     assert known["question"]["lower_is_better"] == ["nll", "nll_tempered"]
     assert not verification.verify(folder / certificate.FILE).wrong

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -96,6 +97,12 @@ def drop_adapter(loaded: LoadedModel) -> None:
 def adapter_state(loaded: LoadedModel) -> State:
     """A copy of the adapter's weights, in PEFT's names."""
     return {name: tensor.detach().clone().cpu() for name, tensor in get_peft_model_state_dict(loaded.peft).items()}
+
+
+def without(loaded: LoadedModel) -> AbstractContextManager[None]:
+    """Inside, the model is the base model; the adapter comes back after."""
+    found: AbstractContextManager[None] = nullcontext() if loaded.peft is None else loaded.peft.disable_adapter()
+    return found
 
 
 def is_finite(loaded: LoadedModel) -> bool:

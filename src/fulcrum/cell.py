@@ -23,11 +23,13 @@ from fulcrum.config import Arm, Settings, TrainSettings
 from fulcrum.errors import ConfigError
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
-from fulcrum.records import ArmResult, FloatArray, Prediction, Setting, Task, Tokens, TrainPoint, TrialResult, Tried
+from fulcrum.records import ArmResult, Example, FloatArray, Prediction, Setting, Task, Tokens, TrainPoint, TrialResult, Tried
 
 PROBED = 32  # general prompts
 TEMPERATURES = tuple(2 ** (k / 3) for k in range(-3, 7))  # 0.5 to 4
 GENERAL_PROMPTS = "general prompts"
+DRIFT = "drift"
+_SAMPLED = 64  # tokens of the base model's own text, by which drift is measured
 _ANOTHER = "Name the river that flows through the city below."
 
 
@@ -229,11 +231,12 @@ def final(
 def probe(
     rows: Material, tasks: Sequence[Task], loaded: LoadedModel, arm: Arm, settings: Settings
 ) -> dict[str, tuple[Prediction, ...]]:
-    """What the anchor ties and what leaks: test rows without it and with another's, and answers to general prompts without any.
+    """What the anchor ties, what leaks, how far the model drifted: test rows without the anchor and with another's, answers to
+    general prompts without any, and (as `nll_sum`) KL(base || adapted) on texts that the base model sampled for these.
 
     A model that answers general prompts in the task's form has not learned when the task is asked for.
     """
-    found = {}
+    found: dict[str, tuple[Prediction, ...]] = {}
     for task in tasks:
         if task.anchor is None or not arm.anchored:
             continue
@@ -249,7 +252,26 @@ def probe(
         found[GENERAL_PROMPTS] = scoring.predict(
             loaded, asked, general, anchored=False, batch_tokens=settings.eval.batch_tokens
         )
+    if general and loaded.peft is not None:
+        found[DRIFT] = drift(loaded, general, settings.eval.batch_tokens)
     return found
+
+
+def drift(loaded: LoadedModel, general: Sequence[Example], batch_tokens: int) -> tuple[Prediction, ...]:
+    """KL(base || adapted) over texts that the base model samples for general prompts, the same for every adapter."""
+    plain = encode.make_format(loaded.tokenizer, None)
+    prompts = [encode.prompt_ids(row.prompt, plain) for row in general]
+    with adapter.without(loaded):
+        texts = generate.generate(loaded, prompts, plain, max_new_tokens=_SAMPLED, batch_tokens=batch_tokens, sample=0)
+    said = [
+        (row, text, replace(row, messages=(*row.prompt, replace(row.messages[-1], content=text))))
+        for row, text in zip(general, texts, strict=True) if text
+    ]  # fmt: skip
+    nats, counts = generate.divergence(loaded, [encode.final_answer(own, plain) for *_, own in said])
+    return tuple(
+        Prediction(row.origin, row.group, row.question, row.answer, text, float(nat), int(number))
+        for (row, text, _), nat, number in zip(said, nats, counts, strict=True)
+    )
 
 
 def thinned(history: Sequence[TrainPoint], points: int = 64) -> tuple[TrainPoint, ...]:

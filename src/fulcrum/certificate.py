@@ -169,11 +169,11 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
 
 def is_side_effect(metric: str) -> bool:
     """Whether a metric is of what happened beside the task: "leakage", "forgetting: pool", "dependency: wrong anchor"."""
-    return metric.partition(":")[0] in ("forgetting", "dependency", "leakage")
+    return metric.partition(":")[0] in ("forgetting", "drift", "dependency", "leakage")
 
 
 def _side_effect(found: Outcomes, question: Question, metric: str, n: int) -> dict[str, Any]:
-    """What arms did beside the task, at `n` rows (an arm that was not measured there: at its most): forgetting, leakage.
+    """What arms did beside the task, at `n` rows (an arm that was not measured there: at its most): forgetting, drift, leakage.
 
     Lower is better. `rise` is the difference to the first untrained arm (size 0), on the same rows.
     """

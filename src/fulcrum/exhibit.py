@@ -176,10 +176,10 @@ def _bars(
 
 
 def effects_of(certificate: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Side effects as dots with intervals: forgetting, then leakage, then dependency; arms as in the learning curves."""
+    """Side effects as dots with intervals: forgetting, drift, leakage, dependency; arms as in the learning curves."""
     answer = certificate["answers"][0]
     arms = [line.name for line in lines_of(answer, certificate["question"])]
-    kinds = ("forgetting", "leakage", "dependency")
+    kinds = ("forgetting", "drift", "leakage", "dependency")
     effects = certificate.get("side_effects") or []
     order = sorted(effects, key=lambda effect: kinds.index(effect["metric"].partition(":")[0]))
     return [_effect(effect, answer["rows"], arms) for effect in order]

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from fulcrum.encode import Format
-from fulcrum.loss import row_nats, rows, set_checkpointing
+from fulcrum.loss import Row, row_kl, row_nats, rows, set_checkpointing
 from fulcrum.model import LoadedModel, generation_attention
 from fulcrum.prefix import BLOCK, common
 from fulcrum.records import FloatArray, IntArray, Tokens
@@ -35,12 +36,24 @@ def nats_at(
     Rows hold `budget` tokens, or twice what all examples begin with, where that is more (many shots in the prompt): a beginning
     that fills its row would be computed for every example.
     """
+    return _summed(loaded, examples, lambda row: row_nats(loaded, row, temperatures), len(temperatures), budget)
+
+
+def divergence(loaded: LoadedModel, examples: Sequence[Tokens], *, budget: int = 2048) -> tuple[FloatArray, IntArray]:
+    """Summed KL(base || adapted) over each example's supervised tokens, in nats, and their number; both (examples,)."""
+    found, counts = _summed(loaded, examples, lambda row: row_kl(loaded, row)[:, None], 1, budget)
+    return found[:, 0], counts
+
+
+def _summed(
+    loaded: LoadedModel, examples: Sequence[Tokens], measure: Callable[[Row], Tensor], width: int, budget: int
+) -> tuple[FloatArray, IntArray]:
     budget = max(budget, 2 * common([example.ids for example in examples]))
-    total = np.zeros((len(examples), len(temperatures)))
+    total = np.zeros((len(examples), width))
     count = np.zeros(len(examples), dtype=np.int64)
     for row in rows(examples, loaded, budget):
         owner = row.owner.cpu().numpy()
-        np.add.at(total, owner, row_nats(loaded, row, temperatures).cpu().double().numpy())
+        np.add.at(total, owner, measure(row).cpu().double().numpy())
         np.add.at(count, owner, 1)
     return total, count
 

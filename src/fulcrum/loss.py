@@ -202,6 +202,22 @@ def _nats_at(logits: Tensor, labels: Tensor, temperatures: Sequence[float]) -> T
     return torch.cat(found)
 
 
+@torch.no_grad()
+def row_kl(loaded: LoadedModel, row: Row) -> Tensor:
+    """KL(base || adapted) at each target of a row, in nats: how far the whole next-token distribution moved; (targets,)."""
+    with loaded.precision(), _adapter_precision(loaded):
+        split, base = _split(loaded), _base(loaded, row)
+        own = _hidden(loaded, row) if split else _logits_everywhere(loaded, row)
+        head = loaded.head if split else lambda logits: logits
+        size = min(_CHUNK, max(1, 4 * _CACHED // loaded.causal.config.get_text_config().vocab_size))
+        return torch.cat([_divergence(head(base[p]), head(own[p])) for p in _chunks(len(row.labels), size)])
+
+
+def _divergence(base: Tensor, own: Tensor) -> Tensor:
+    expected, found = (logits.float().log_softmax(dim=-1) for logits in (base, own))
+    return functional.kl_div(found, expected, reduction="none", log_target=True).sum(dim=-1)
+
+
 def _adapter_precision(loaded: LoadedModel) -> AbstractContextManager[None]:
     """Let autocast choose the dtype inside adapters: PEFT would lift their inputs to fp32, only to have them cast back."""
     if loaded.peft is None or loaded.dtype == torch.float32:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fulcrum import certificate, encode, inputs, leverage, metrics, outcomes, scoring, store, words
 from fulcrum.arms import arm_of
-from fulcrum.cell import GENERAL_PROMPTS
+from fulcrum.cell import DRIFT, GENERAL_PROMPTS
 from fulcrum.certificate import Question
 from fulcrum.config import Settings
 from fulcrum.identity import environment
@@ -87,13 +87,13 @@ def outcomes_of(
         (name, cell_of(result, rows, task), _values(result, task, name), shown)
         for name in names for result in results for shown in (result.predictions[task],)
     ]  # fmt: skip
-    lengths: dict[str, int] = {}
+    lengths: dict[tuple[bool, str], int] = {}  # drift is measured on texts of its own
 
     def lines() -> Iterator[dict[str, Any]]:
         for metric, cell, found, shown in (*measured, *side_effects(results, rows, task)):
             in_nats = metric not in names or metric in ("nll", TEMPERED)
             for row, value in zip(shown, found, strict=True):
-                weight = lengths.setdefault(row.origin, row.n_tokens) if in_nats and metric != LEAKAGE else 1
+                weight = lengths.setdefault((metric == DRIFT, row.origin), row.n_tokens) if in_nats and metric != LEAKAGE else 1
                 line = {"metric": metric, "row": row.origin, "group": row.group, "outcome": value, "weight": weight}
                 yield _named(cell) | line
         for cell, number in tokens.items():
@@ -125,7 +125,8 @@ def side_effects(
     """Outcomes beside the task: metric, cell, an outcome a row, and these rows.
 
     Forgetting: nats on held-out general rows. Dependency: the rise of a test row's nats without the anchor, or with another.
-    Leakage: whether the answer to a general prompt, asked without anchor, has the form of the task's answers.
+    Drift: KL(base || adapted) on texts of the base model. Leakage: whether the answer to a general prompt, asked without
+    anchor, has the form of the task's answers.
     """
     for result in results:
         cell = cell_of(result, rows, task)
@@ -135,6 +136,8 @@ def side_effects(
             if changed := result.probes.get(f"{task}: {what} anchor"):
                 pairs = zip(changed, result.predictions[task], strict=True)
                 yield f"dependency: {what} anchor", cell, [new.nll_sum - own.nll_sum for new, own in pairs], changed
+        if texts := result.probes.get(DRIFT):
+            yield DRIFT, cell, [row.nll_sum for row in texts], texts
         if answers := result.probes.get(GENERAL_PROMPTS):
             material = rows[result.seed]
             gold = [row.answer for own in material.tasks if own.name == task for row in own.train]

@@ -89,7 +89,8 @@ class Study:
         scored = sum(number for _, number in tests) + sum(map(len, rows.held_out.values()))
         if self.is_probed(unit):
             scored += 2 * sum(number for _, number in tests) * unit.arm.anchored
-            answers += max((min(len(part), cell.PROBED) for part in rows.held_out.values()), default=0)
+            prompts = max((min(len(part), cell.PROBED) for part in rows.held_out.values()), default=0)
+            answers += prompts * (2 if unit.arm.trained else 1)
         return trainings * (trained + speed.start) + scored * speed.scored + answers * speed.answered
 
     def is_probed(self, unit: Unit) -> bool:
@@ -153,7 +154,7 @@ def read(study: Study, unit: Unit) -> Tried | ArmResult | None:
     general = next((part for part in rows.held_out.values() if part), ())
     probed = {f"{name}: {what} anchor": own for name, own in tests.items() for what in ("without", "wrong")}
     known: dict[str, Mapping[str, Sequence[Example]]] = {
-        "predictions": tests, "general": rows.held_out, "probes": {**probed, cell.GENERAL_PROMPTS: general}
+        "predictions": tests, "general": rows.held_out, "probes": {**probed, cell.GENERAL_PROMPTS: general, cell.DRIFT: general}
     }  # fmt: skip
     content = store.read_json(file)
     try:
