@@ -9,7 +9,7 @@ sizes show without noise.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,17 @@ class Case:
     tell: Curve
     mixed: tuple[int, ...] = MIXED
     on_test: bool = False  # references are selected by their test scores
+    more: int = 0  # further references, as good as SFT with the anchor
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The arms without general data."""
+        return (*REFERENCES, *(f"reference_{k}" for k in range(self.more)))
+
+    @property
+    def curves(self) -> dict[str, Curve]:
+        """Every arm's curve."""
+        return {"sft": self.sft, **dict.fromkeys(self.references[1:], self.sft_anchor), "tell": self.tell}
 
 
 def _log(level: float, per_doubling: float) -> Curve:
@@ -56,6 +67,7 @@ CASES = (
     Case("beyond what sizes show", _log(0.0, 0.2), _log(-0.1, 0.2), _log(2.0, 0.2)),
     Case("flat reference", _log(0.0, 0.0), _log(-0.1, 0.0), _log(0.05, 0.0)),
     Case("no gain, references alike, on test", _log(0.0, 0.2), _log(0.0, 0.2), _log(0.0, 0.2), on_test=True),
+    Case("no gain, four references alike, on test", _log(0, 0.2), _log(0, 0.2), _log(0, 0.2), on_test=True, more=2),
     Case("worse, on test", _log(0.0, 0.2), _log(-0.1, 0.2), _log(-0.15, 0.2), on_test=True),
     Case("saving of 3, on test", _log(0.0, 0.2), _log(-0.05, 0.2), lambda d: _log(0.0, 0.2)(3 * d), on_test=True),
 )  # fmt: skip
@@ -65,13 +77,12 @@ def outcomes(
     case: Case, seeds: int, rng: np.random.Generator
 ) -> tuple[dict[Point, FloatArray], dict[Point, FloatArray], list[str]]:
     """Outcomes (seeds, rows) of one experiment by point, dev scores (seeds,) by point, and the rows' groups."""
-    curves: Mapping[str, Curve] = {"sft": case.sft, "sft_anchor": case.sft_anchor, "tell": case.tell}
     place = np.repeat(np.arange(GROUPS), ROWS // GROUPS)
     difficulty = rng.normal(0, GROUP, GROUPS)[place]
     chain = rng.normal(0, CHAIN, (seeds, 1))
     test: dict[Point, FloatArray] = {}
     dev: dict[Point, FloatArray] = {}
-    for arm, curve in curves.items():
+    for arm, curve in case.curves.items():
         own, liking = rng.normal(0, ARM, (seeds, 1)), rng.normal(0, GROUP, GROUPS)[place]
         for size in SIZES if arm == "sft" else case.mixed:
             moved = curve(size) + chain + own + rng.normal(0, CELL, (seeds, 1))
@@ -96,14 +107,14 @@ def answer(case: Case, seeds: int, number: int, draws: int = DRAWS) -> Answer:
     """Run one experiment and evaluate it as a comparison would."""
     test, dev, groups = outcomes(case, seeds, np.random.default_rng([number, seeds]))
     measured = leverage.measure(test, groups, dev=None if case.on_test else dev)
-    return _evaluate(leverage.draw(measured, draws=draws, seed=number), case.on_test)
+    return _evaluate(leverage.draw(measured, draws=draws, seed=number), case)
 
 
-def _evaluate(drawn: leverage.Draws, on_test: bool) -> Answer:
-    ref = leverage.reference(drawn, REFERENCES, SIZES[-1])
+def _evaluate(drawn: leverage.Draws, case: Case) -> Answer:
+    ref = leverage.reference(drawn, case.references, SIZES[-1])
     gained = drawn.of("tell", SIZES[-1]) - ref.last
     difference = leverage.interval(gained)
-    worse = leverage.beaten(drawn, "tell", REFERENCES, SIZES[-1]) if on_test else difference.high < 0
+    worse = leverage.beaten(drawn, "tell", case.references, SIZES[-1]) if case.on_test else difference.high < 0
     return Answer(
         difference, leverage.p_value(gained), leverage.row_saving(drawn, "tell", ref),
         leverage.row_gain(drawn, "tell", 64, ref), leverage.identifiable(ref, SIZES[-1]), worse,
@@ -112,11 +123,12 @@ def _evaluate(drawn: leverage.Draws, on_test: bool) -> Answer:
 
 def truth(case: Case) -> Answer:
     """The same without noise: seeds and groups that do not differ."""
-    curves: Mapping[str, Curve] = {"sft": case.sft, "sft_anchor": case.sft_anchor, "tell": case.tell}
     exact = {
-        (arm, d): np.full((1, 1), curve(d)) for arm, curve in curves.items() for d in (SIZES if arm == "sft" else case.mixed)
+        (arm, d): np.full((1, 1), curve(d))
+        for arm, curve in case.curves.items()
+        for d in (SIZES if arm == "sft" else case.mixed)
     }
-    return _evaluate(leverage.draw(leverage.measure(exact, ["g"]), draws=2), case.on_test)
+    return _evaluate(leverage.draw(leverage.measure(exact, ["g"]), draws=2), case)
 
 
 def covers(found: Interval | Factor, true: float) -> bool:
