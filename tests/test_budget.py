@@ -55,8 +55,35 @@ def test_each_design_costs_no_more_and_says_what_it_left_out(place: Path) -> Non
         said.append(len(left_out))
         assert {"sft", "sft_anchor", "tell"} <= {arm.name for arm in arms.chosen_arms(design)}  # never the strongest rivals
     assert costs == sorted(costs, reverse=True)
-    assert said == list(range(len(said)))
+    assert said == sorted(said)  # of one thing (seeds, test rows) the last word counts
+    assert len({*said}) > 8
     assert len(design.seeds) == 2
+
+
+def test_fewer_rows_are_preferred_to_two_seeds(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = settings(place, place / "x")
+    loaded = model.load(given.model, given.train)
+    rows = material.prepare(given, loaded.tokenizer, loaded.context, 0, dev_apart=False)
+    monkeypatch.setattr(budget, "measure", lambda *_: Speed(task=100, general=100))
+    every = len(rows.tasks[0].train)
+
+    def cost(number: int, seeds: int) -> float:
+        """Of the least design with so many rows and seeds."""
+        found = [design for design, _ in budget.designs(given, number, quick=False) if len(design.seeds) == seeds]
+        return budget.predict(found[-1], rows, loaded, Speed(task=100, general=100))[1]
+
+    found = budget.plan(given, 1.3 * cost(every, 2))  # enough for all rows with two seeds, and not with three
+    assert cost(every, 3) > 1.2 * cost(every, 2)
+    assert len(found.settings.seeds) >= 3
+    assert max(found.settings.compare.sizes) < every
+    assert any(text.startswith(f"task rows beyond {max(found.settings.compare.sizes)} of {every}") for text in found.left_out)
+    least = budget.plan(given, 1.3 * cost(budget._fewer(every)[-1], 2))
+    assert len(least.settings.seeds) == 2
+
+
+def test_rows_are_tried_down_to_a_few_in_small_steps() -> None:
+    assert budget._fewer(100) == [100, 71, 50, 35, 25, 18, 12, 9]
+    assert budget._fewer(5) == [5]
 
 
 def test_what_the_settings_fix_is_kept(place: Path) -> None:

@@ -69,22 +69,28 @@ def plan(settings: Settings, seconds: float, *, quick: bool = False) -> Design:
     found = None
     every = min(len(task.train) for task in rows.tasks)
     general = len(pool.open_pool(settings.general, seed=settings.seed)) if settings.general else 0
-    for most in itertools.takewhile(lambda number: number >= _FEWEST, (every // 2**k for k in range(64))):
+    sizes = [every] if settings.compare.sizes is not None else _fewer(every)
+    # Rather fewer rows than two seeds, whose intervals hold nearly everything.
+    for seeds, most in itertools.product((1,) if quick else (3, 1), sizes):
         for design, left_out in designs(settings, most, quick=quick):
-            if _general_rows(design, every) > general:
-                continue  # the pool cannot feed it
+            if _general_rows(design, every) > general or len(design.seeds) < seeds:
+                continue  # the pool cannot feed it, or there are too few seeds
             units, cost = predict(design, rows, loaded, speed)
             beyond = [f"task rows beyond {most} of {every}"] if most < every else []
             found = Design(design, cost, (*beyond, *left_out), units)
             if cost <= left:
                 return found
-        if settings.compare.sizes is not None:
-            break
     least = 0.0 if found is None else found.seconds
     raise ConfigError(
         f"--budget: the least design takes about {least / _PLANNED / 60:.0f} minutes with this model on this machine, the "
         f"budget has {seconds / 60:.0f}; raise it, or lower mix.general_per_task, train.max_length or task.test_limit"
     )
+
+
+def _fewer(every: int) -> list[int]:
+    """All rows and ever fewer of them, by a factor of the root of 2, down to the fewest that say anything."""
+    steps = (round(every / 2 ** (k / 2)) for k in range(64))
+    return list(itertools.takewhile(lambda number: number >= _FEWEST, steps)) or [every]
 
 
 def _general_rows(settings: Settings, every: int) -> float:
@@ -170,7 +176,7 @@ def predict(settings: Settings, rows: Material, loaded: LoadedModel, speed: Spee
 
 def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Settings, list[str]]]:
     """Designs from the richest to the least, each with what it leaves out. What the settings fix themselves is kept."""
-    compare, left_out = settings.compare, list[str]()
+    compare, left_out = settings.compare, dict[str, str]()  # by what is left out: the last word counts
     fixed = compare.model_fields_set
     curve = [size for size in (16 * 2**k for k in range(20)) if size <= 0.75 * rows] + [rows]
     rows = max(compare.sizes) if compare.sizes else rows
@@ -184,11 +190,12 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
     if "seeds" not in fixed:
         changes["seeds"] = _seeds(settings, 2 if quick else 8 if rows <= 64 else 5)
     if "sizes" not in fixed:
-        changes["sizes"] = (rows,) if quick else tuple(sorted({min(rows, max(16, rows // 4)), rows}))
+        smaller = max(16, rows // 4)
+        changes["sizes"] = (rows,) if quick or smaller > 0.75 * rows else (smaller, rows)
     if "sizes_of" not in fixed and reference is not None:
         changes["sizes_of"] = {reference: tuple(curve[-3:] if quick else curve)}
     if quick:
-        left_out.append(
+        left_out["look"] = (
             "for a quick look: seeds but two, sizes of the mixture but one, most trials, metrics but one, side effects"
         )
     design = _changed(settings, **changes)
@@ -199,40 +206,40 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
         if "arms" not in fixed:
             mixed = "tell" if "tell" in arms else "mix"
             design = _changed(design, arms=tuple(name for name in arms if name in ("base", reference, mixed)))
-    yield design, left_out
+    yield design, list(left_out.values())
     for rival in () if "arms" in fixed else _OPTIONAL:
         present = [arm if isinstance(arm, str) else arm.name for arm in design.compare.arms]
         if rival in present:
-            left_out.append(f"arm {rival}")
+            left_out[rival] = f"arm {rival}"
             design = _changed(design, arms=tuple(name for name in present if name != rival))
-            yield design, left_out
+            yield design, list(left_out.values())
     if "seeds" not in fixed and len(design.seeds) > 5:
-        left_out.append("seeds beyond the fifth")
+        left_out["seeds"] = "seeds beyond the fifth"
         design = _changed(design, seeds=_seeds(settings, 5))
-        yield design, left_out
+        yield design, list(left_out.values())
     for limit in (300, 200, 100):
         if any((task.test_limit or limit + 1) > limit for task in settings.tasks):
-            left_out.append(f"test rows beyond {limit}")
+            left_out["test"] = f"test rows beyond {limit}"
             design = _few_rows(design, limit)
-            yield design, left_out
+            yield design, list(left_out.values())
     if "sizes" not in fixed and len(design.compare.sizes or ()) > 1:
-        left_out.append("mixtures of fewer than all rows, and so every row saving")
+        left_out["mixtures"] = "mixtures of fewer than all rows, and so every row saving"
         design = _changed(design, sizes=(rows,))
-        yield design, left_out
+        yield design, list(left_out.values())
     if design.mix.repeats == "auto":
-        left_out.append("all but one number of repeats, and of epochs all but two")
+        left_out["trials"] = "all but one number of repeats, and of epochs all but two"
         design = _thrifty(design, 4)
-        yield design, left_out
+        yield design, list(left_out.values())
     if "sizes_of" not in fixed and reference is not None and len(curve) > 3:
-        left_out.append("sizes of the reference but three")
+        left_out["curve"] = "sizes of the reference but three"
         design = _changed(design, sizes_of={reference: (curve[0], curve[len(curve) // 2], rows)})
-        yield design, left_out
+        yield design, list(left_out.values())
     if "seeds" not in fixed:
         for number in (3, 2):
             if len(design.seeds) > number:
-                left_out.append(f"seeds but {number}: intervals will be wide")
+                left_out["seeds"] = f"seeds but {number}: intervals will be wide"
                 design = _changed(design, seeds=_seeds(settings, number))
-                yield design, left_out
+                yield design, list(left_out.values())
 
 
 def _seeds(settings: Settings, number: int) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ def planned(
         ("left out", "; ".join(design.left_out) or "nothing"),
         ("expected", f"{design.seconds / 60:.0f} of {seconds / 60:.0f} minutes"),
     ]
-    screen.print(terminal.grid("What the budget buys", ("", ""), rows))
+    screen.print(terminal.grid("What the budget buys", ("", ""), rows, numbers=False))
     if ask:
         if not sys.stdin.isatty():
             raise ConfigError("--budget asks before it starts, and nobody can answer here; give -y, or --dry-run to look only")

@@ -30,7 +30,9 @@ def models(ctx: typer.Context) -> None:
         for name, m in sources.BUILTIN.items()
     ]
     screen = terminal.console()
-    screen.print(terminal.grid("Built-in models", ("name", "family", "download", "licence", "fetched", "note"), rows))
+    screen.print(
+        terminal.grid("Built-in models", ("name", "family", "download", "licence", "fetched", "note"), rows, numbers=False)
+    )
     terminal.say(screen, f"A hub id, a model folder or a .gguf file does as well. Cache: {cache}")
 
 

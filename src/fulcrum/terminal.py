@@ -132,11 +132,11 @@ def silence_libraries() -> None:
     enable_progress_bars()
 
 
-def grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table whose first column names the row and whose other columns are numbers."""
+def grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> Table:
+    """A table whose first column names the row and whose other columns are numbers, or texts."""
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for place, name in enumerate(head):
-        table.add_column(Text(name), justify="right" if place else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if place and numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
     return table
