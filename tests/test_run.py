@@ -887,6 +887,7 @@ def test_examples_in_the_prompt_are_an_arm_of_each_seed_and_use_no_adapter(place
     assert again.tried[again.chosen].dev_nll == min(losses["kshot", 0])
     assert losses["base", 0][0] not in losses["kshot", 0]
     notes = json.loads((tmp_path / "r" / "results.json").read_text())["notes"]
-    assert f"kshot of 9 rows, seed 0: {again.setting.shots} examples in the prompt" in notes
+    numbers = f"{found['kshot', 0].setting.shots}, {found['kshot', 1].setting.shots}"
+    assert f"kshot of 9 rows: examples in the prompt, by seed: {numbers}" in notes
     pairs = {(d.arm, d.reference): d.n_seeds for d in results.differences}
     assert pairs == {("sft", "kshot"): 2, ("sft", "base"): 2, ("kshot", "base"): 2}

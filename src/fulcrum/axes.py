@@ -44,8 +44,8 @@ def bars(values: Sequence[tuple[float, float | None, float | None]]) -> Axis:
     """Lay out (estimate, low, high) on one axis that holds 0."""
     known = [0.0, *(end for value in values for end in value if end is not None)]
     low, high = min(known), max(known)
-    room = 0.06 * (high - low) or 1.0
-    low, high = low - room, high + room
+    room = 0.06 * (high - low)
+    low, high = (low - room, high + room) if room else (-0.1, 1.0)
 
     def at(value: float) -> float:
         return 100 * (value - low) / (high - low)

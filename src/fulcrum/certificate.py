@@ -188,8 +188,9 @@ def _side_effect(found: Outcomes, question: Question, metric: str, n: int) -> di
         if base is not None and point != base:
             rise = _ends(leverage.interval(leverage.contrast((1, draws.of(*point)), (-1, draws.of(*base)))))
         score = _ends(leverage.interval(draws.of(*point)))
-        if metric == "leakage":  # a share
-            score = {end: None if value is None else min(1.0, max(0.0, value)) for end, value in score.items()}
+        if metric in ("leakage", "drift"):  # a share, and a divergence
+            most = 1.0 if metric == "leakage" else np.inf
+            score = {end: None if value is None else min(most, max(0.0, value)) for end, value in score.items()}
         arms.append({"arm": point[0], "size": point[1], "score": score, "rise": rise})
     return {"metric": metric, "seeds": measured.by_seed.shape[1], "groups": round(measured.groups, 1), "arms": arms}
 

@@ -200,7 +200,7 @@ def _effect(effect: Mapping[str, Any], n: int, order: Sequence[str]) -> dict[str
     def show(part: Mapping[str, Any]) -> str:
         return " ".join(signed(part)) if rises else ends(part, percents=kind == "leakage")
 
-    limits = (0.0, 1.0) if kind == "leakage" else (-math.inf, math.inf)
+    limits = {"leakage": (0.0, 1.0), "drift": (0.0, math.inf)}.get(kind, (-math.inf, math.inf))
     return {
         "kind": kind, "what": what.strip(), "base": base, "rises": rises, "seeds": effect["seeds"],
         "groups": f"{effect['groups']:g}", "apart": any(arm["size"] not in (0, n) for arm in shown),

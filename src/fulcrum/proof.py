@@ -161,7 +161,8 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
         + "; test rows were scored once."
     ]
     found.append(
-        "The reference is the best arm without general data by its test scores, selected anew in each draw: that favours it."
+        "The reference is the best arm without general data by its test scores, selected anew in each draw: that favours it, "
+        "and intervals allow for it."
     )
     own = [result for result in results if arm_of(settings, result.arm).settings_of is None]
     tried = {result.arm: len(result.tried) for result in own}

@@ -144,8 +144,11 @@ def finish(
         *(fact for fact in loaded.facts if "one example per row" in fact or "could not be compiled" in fact),
     ]
     notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
-    shots = [(a, a.setting.shots) for a in arms if a.setting is not None and a.setting.shots]
-    notes += [f"{a.arm} of {a.size} rows, seed {a.seed}: {number} examples in the prompt" for a, number in shots]
+    shots: dict[tuple[str, int], list[int]] = {}
+    for result in arms:
+        if result.setting is not None and result.setting.shots:
+            shots.setdefault((result.arm, result.size), []).append(result.setting.shots)
+    notes += [f"{arm} of {n} rows: examples in the prompt, by seed: {', '.join(map(str, k))}" for (arm, n), k in shots.items()]
     size = shown_size(arms, settings)
     results = Results(
         kind=kind, settings=settings.model_dump(mode="json"), environment=environment(loaded),
