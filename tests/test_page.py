@@ -214,7 +214,7 @@ def test_one_seed_is_said_and_nothing_is_said_of_side_effects(tmp_path: Path) ->
     text = page.html({"certificate.json": known(tmp_path)})
     assert "One seed: intervals say nothing of another training run." in text
     assert "with one seed only the groups vary" in text
-    assert "Not measured: the outcomes hold neither forgetting nor leakage nor dependency on the anchor." in text
+    assert "Not measured: the outcomes hold neither forgetting nor drift, leakage or dependency on the anchor." in text
     assert "Nothing more can be told: the arms that would tell" in text
     assert 'class="seed"' not in text
 
