@@ -7,7 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from fulcrum import certificate, comparison, ingest, leverage, outcomes, use, verification
-from fulcrum.errors import DataError
+from fulcrum.errors import ConfigError, DataError
 from fulcrum.records import Example, Message
 from tiny import comparison_settings, save_task
 
@@ -17,6 +17,26 @@ SEEDS = (3, 1, 2, 0, 4)
 
 def rows(groups: str) -> list[Example]:
     return [Example((Message("user", g), Message("assistant", "a")), g, f"x:{k}") for k, g in enumerate(groups)]
+
+
+def test_a_large_group_is_a_fold_alone_and_the_others_share_the_rest():
+    parts = [ingest.fold(rows("a" * 9 + "bcdefgh"), number, 4)[1] for number in range(4)]
+    assert sorted(len(part) for part in parts) == [2, 2, 3, 9]
+
+
+def test_more_seeds_than_groups_are_refused():
+    with pytest.raises(DataError, match=r"5 rows in 3 group\(s\): without a test file each of 8 seeds .* use at most 3 seeds"):
+        ingest.fold(rows("aabbc"), 3, 8)
+
+
+def test_settings_are_not_chosen_by_other_seeds_test_rows(tmp_path: Path):
+    place = save_task(tmp_path, ROWS, 0)
+    task = {"train": str(place / "train.jsonl"), "anchor": "Name it.", "metrics": ["nll"]}
+    settings = comparison_settings(
+        place, tmp_path / "run", task=task, compare={"arms": ["sft", "tell"], "seeds": [0, 1], "tune": "first"}
+    )
+    with pytest.raises(ConfigError, match="which must not choose settings; use `tune: each`"):
+        comparison.compare(settings)
 
 
 @pytest.mark.parametrize("groups", ["abcdefghijk", "aabbbcdeeefgh", "abc"])
@@ -45,7 +65,24 @@ def by_seed(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def test_a_difference_over_folds_has_the_paired_t_interval_of_the_folds():
+def widened(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """The paired t interval of K folds with Nadeau and Bengio's factor: variance times 1/K + test/train instead of 1/K."""
+    folds, plain = len(a), scipy_stats.ttest_rel(a, b).confidence_interval()
+    factor = np.sqrt((1 / folds + 1 / (folds - 1)) * folds)
+    middle = float(np.mean(a - b))
+    return middle + factor * (plain.low - middle), middle + factor * (plain.high - middle)
+
+
+def test_folds_that_differ_equally_say_nothing_of_others():
+    """Two folds of four rows, in each of which one row more is right: no spread, so no interval, whatever rounding leaves."""
+    sft, tell = by_seed(np.array([[1, 1, 0, 0], [0, 1, 1, 0]])), by_seed(np.array([[1, 1, 1, 0], [1, 1, 1, 0]]))
+    drawn = leverage.draw(leverage.measure({("sft", 8): sft, ("tell", 8): tell}, [f"g{k}" for k in range(8)]))
+    found = leverage.interval(leverage.contrast((1, drawn.of("tell", 8)), (-1, drawn.of("sft", 8))))
+    assert found.estimate == pytest.approx(0.25)
+    assert np.isnan([found.low, found.high]).all()
+
+
+def test_a_difference_over_folds_has_the_widened_paired_t_interval_of_the_folds():
     rng = np.random.default_rng(0)
     hard = rng.normal(size=(6, 1)) * 3  # what a fold's rows do to both arms
     sft, tell = (hard + rng.normal(size=(6, 9)) + gain for gain in (0, 0.4))
@@ -53,9 +90,9 @@ def test_a_difference_over_folds_has_the_paired_t_interval_of_the_folds():
     measured = leverage.measure({("sft", 8): by_seed(sft), ("tell", 8): by_seed(tell)}, names)
     drawn = leverage.draw(measured, draws=60_000)
     found = leverage.interval(leverage.contrast((1, drawn.of("tell", 8)), (-1, drawn.of("sft", 8))))
-    expected = scipy_stats.ttest_rel(tell.mean(axis=1), sft.mean(axis=1)).confidence_interval()
+    expected = widened(tell.mean(axis=1), sft.mean(axis=1))
     assert found.estimate == pytest.approx(tell.mean() - sft.mean())
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+    assert (found.low, found.high) == pytest.approx(expected, abs=0.03)
 
 
 def test_an_untrained_arm_measured_once_on_all_rows_is_paired_with_each_fold():
@@ -118,13 +155,16 @@ def test_every_row_is_a_test_row_at_one_seed_and_never_trained_on_there(done):
 def test_the_certificate_says_so_and_holds(done):
     folder, _, results = done
     known = certificate.read(folder / certificate.FILE)
-    assert any(f"another fold of the rows ({ROWS} were test rows once)" in note for note in known["question"]["notes"])
+    assert any(
+        f"No test file: {ROWS} of the rows were test rows, each of them at one seed" in note
+        for note in known["question"]["notes"]
+    )
     assert not verification.verify(folder / certificate.FILE).wrong
     difference = next(d for d in results.differences if (d.arm, d.reference, d.metric) == ("tell", "sft", "nll"))
     answer = known["answers"][0]
     scores = {p["arm"]: np.array(p["by_seed"]) for p in answer["points"] if p["size"] == 12}
-    expected = scipy_stats.ttest_rel(scores["sft"], scores["tell"]).confidence_interval()
-    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
+    # 22 rows, 4.4 at a seed: as the average fold.
+    assert (difference.low, difference.high) == pytest.approx(widened(scores["sft"], scores["tell"]))
     assert (folder / "report.html").stat().st_size > 1000
 
 
@@ -149,7 +189,7 @@ def test_all_rows_mean_as_many_at_each_seed(tmp_path: Path):
     """22 rows in five folds of 4 or 5: 17 are left to train on at every seed."""
     place = save_task(tmp_path, ROWS, 0)
     task = {"train": str(place / "train.jsonl"), "anchor": "Name it.", "metrics": ["nll"]}
-    compare = {"arms": ["sft", "tell"], "seeds": list(SEEDS), "folds": 2, "sft_epochs": [1], "tune": "first"}
+    compare = {"arms": ["sft", "tell"], "seeds": list(SEEDS), "folds": 2, "sft_epochs": [1]}
     results = comparison.compare(comparison_settings(place, tmp_path / "run", task=task, compare=compare))
     assert {arm.size for arm in results.arms} == {17}
     assert len(certificate.read(tmp_path / "run" / certificate.FILE)["answers"][0]["points"]) == 2

@@ -125,6 +125,12 @@ def test_settings_of_an_arm_that_has_none_are_refused(tmp_path: Path, arms: list
         comparison.compare(settings)
 
 
+@pytest.mark.parametrize("more", [{"kl": True}, {"members": 2}, {"general": "pool"}, {"train": {"batch_size": 1}}])
+def test_settings_of_another_arm_stand_alone(more: dict):
+    with pytest.raises(ConfigError, match="takes another arm's settings"):
+        config.from_dict({"task": {"train": "x"}, "compare": {"arms": ["tell", {"name": "a", "settings_of": "tell", **more}]}})
+
+
 def test_an_untrained_arm_takes_no_settings():
     with pytest.raises(ConfigError, match="is not trained"):
         config.from_dict(

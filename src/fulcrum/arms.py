@@ -105,6 +105,8 @@ def _check_source(settings: Settings, arm: Arm, arms: Sequence[Arm]) -> None:
         raise ConfigError(f"{where}, which is not among the arms; add it, or leave {arm.name} out")
     if not source.trained or source.settings_of:
         raise ConfigError(f"{where}, which chooses none itself")
+    if source.kl or source.members > 1:
+        raise ConfigError(f"{where}, which tunes what {arm.name} has not")
     if missing := set(sizes_of(settings, arm, 0)) - set(sizes_of(settings, source, 0)):
         raise ConfigError(f"{where}, which does not stand at its sizes ({', '.join(map(str, sorted(missing)))} rows)")
 

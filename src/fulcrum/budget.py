@@ -65,7 +65,6 @@ def plan(settings: Settings, seconds: float, *, quick: bool = False) -> Design:
     wide = _widest(settings)
     rows = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds, mixed_rows=_SAMPLE)[0]
     speed = measure(rows, loaded, settings)
-    left = seconds * _PLANNED - (time.perf_counter() - started)
     found = None
     every = min(len(task.train) for task in rows.tasks)
     general = len(pool.open_pool(settings.general, seed=settings.seed)) if settings.general else 0
@@ -75,10 +74,13 @@ def plan(settings: Settings, seconds: float, *, quick: bool = False) -> Design:
         for design, left_out in designs(settings, most, quick=quick):
             if _general_rows(design, every) > general or len(design.seeds) < seeds:
                 continue  # the pool cannot feed it, or there are too few seeds
-            units, cost = predict(design, rows, loaded, speed)
+            try:
+                units, cost = predict(design, rows, loaded, speed)
+            except ConfigError:
+                continue  # what these settings ask of SFT does not fit into so few steps
             beyond = [f"task rows beyond {most} of {every}"] if most < every else []
             found = Design(design, cost, (*beyond, *left_out), units)
-            if cost <= left:
+            if cost <= seconds * _PLANNED - (time.perf_counter() - started):
                 return found
     least = 0.0 if found is None else found.seconds
     raise ConfigError(
@@ -184,7 +186,11 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
     arms = [arm.name for arm in chosen_arms(settings)]
     usual = ("sft_anchor", "sft") if quick else ("sft", "sft_anchor")
     reference = next((name for name in usual if name in arms), None)
-    changes: dict[str, Any] = {name: value for name, value in (("tune", "first"), ("folds", 2)) if name not in fixed}
+    changes: dict[str, Any] = {
+        name: value
+        for name, value in (("tune", "each" if settings.outer_folds else "first"), ("folds", 2))
+        if name not in fixed
+    }
     if "arms" not in fixed and not quick:
         changes["arms"] = tuple(dict.fromkeys((*arms, "general_then_task", "placebo_permuted")))
     if "seeds" not in fixed:

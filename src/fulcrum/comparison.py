@@ -52,6 +52,11 @@ def compare(
     workers.share_threads(jobs, on)
     watcher, started = watcher or Silent(), time.perf_counter()
     arms = chosen_arms(settings)
+    if settings.outer_folds and settings.compare.tune == "first" and len(settings.seeds) > 1:
+        raise ConfigError(
+            "compare.tune: first: without a test file the first seed's task rows are the other seeds' test rows, which must "
+            "not choose settings; use `tune: each`, or give a test file"
+        )
     _require_common_size(settings, arms)
     loaded, rows, folder = begin("compare", settings, arms, settings.seeds, resume, watcher)
     if writes() and budget is not None and not (folder / PLAN).exists():

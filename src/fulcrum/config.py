@@ -225,6 +225,10 @@ class Arm(Section):
             raise ValueError(f"{self.name}: is not trained (trained: false), so nothing of training can be set")
         if self.shots + self.words + self.trained > 1:
             raise ValueError(f"{self.name}: is trained, or has shots, or counts words, one of these (add trained: false)")
+        if self.settings_of and (self.mixes or self.kl or self.members > 1 or self.train):
+            raise ValueError(
+                f"{self.name}: takes another arm's settings, so it has no general rows, KL, members, or train of its own"
+            )
         try:
             TrainSettings.model_validate(self.train)
         except ValidationError as error:

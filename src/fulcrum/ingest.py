@@ -97,12 +97,25 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
 
 
 def fold(examples: Sequence[Example], number: int, count: int) -> tuple[list[Example], list[Example]]:
-    """Hold out the groups of one of `count` folds (fewer, where there are fewer groups): returns (rest, held out), in the order
-    given. Every group is in one fold. Raises DataError where there are fewer than two groups.
+    """Hold out the groups of one of `count` folds (fewer, where there are fewer groups): returns (rest, held out), in the
+    order given. Every group is in one fold; the largest are dealt out first, each to the fold that has fewest rows.
+
+    Raises DataError where there are fewer than two groups, or fewer than the fold's number says.
     """
-    groups = list(_seeded_groups(examples, "split", 0))
-    _require_two(examples, groups)
-    held = set(groups[number % len(groups) :: min(count, len(groups))])
+    groups = _seeded_groups(examples, "split", 0)
+    _require_two(examples, list(groups))
+    if number >= len(groups):
+        raise DataError(
+            f"{len(examples)} rows in {len(groups)} group(s): without a test file each of {count} seeds holds out other "
+            f"groups; use at most {len(groups)} seeds, give a `test:` file, or name another column with `group:`"
+        )
+    folds: list[list[str]] = [[] for _ in range(min(count, len(groups)))]
+    sizes = [0] * len(folds)
+    for group in sorted(groups, key=lambda name: len(groups[name]), reverse=True):
+        least = sizes.index(min(sizes))
+        folds[least].append(group)
+        sizes[least] += len(groups[group])
+    held = set(folds[number])
     return [e for e in examples if e.group not in held], [e for e in examples if e.group in held]
 
 

@@ -31,7 +31,8 @@ Point = tuple[str, int]  # arm, size in task rows
 class Measured:
     """Scores of P points: `by_seed` (P, seeds); `by_group` (P, P), the covariance of their means over seeds that comes of
     test groups which could have been others; `groups`, how many equal ones they are worth; `dev` (P, seeds), the scores that
-    arms are selected by; `tokens` (P,) of the task rows used.
+    arms are selected by; `tokens` (P,) of the task rows used; `shared`, what seeds with test rows of their own have in
+    common by training on each other's, as a part of their variance (0 where all have the same test rows).
     """
 
     points: tuple[Point, ...]
@@ -40,6 +41,7 @@ class Measured:
     groups: float
     dev: FloatArray
     tokens: FloatArray
+    shared: float = 0.0
 
     def place(self, point: Point) -> int:
         """Index of a point; DataError where it was not measured."""
@@ -96,7 +98,19 @@ def measure(
     residuals /= np.maximum(1 - weights / total[:, None], 1e-12)
     whole = weights.max(axis=0)
     worth = float((whole**2).sum() ** 2 / (whole**4).sum())
-    return Measured(points, by_seed, _between_groups(residuals), worth, selection, used)
+    return Measured(points, by_seed, _between_groups(residuals), worth, selection, used, shared_variance(tested))
+
+
+def shared_variance(tested: BoolArray) -> float:
+    """Test rows over training rows of seeds that have test rows of their own (seeds, rows); 0 where all have the same.
+
+    Folds train on each other's test rows, so that the variance of their mean is 1/K + test/train of that between them, not
+    1/K (Nadeau and Bengio 2003, "Inference for the Generalization Error", Machine Learning 52).
+    """
+    if tested.all() or len(tested) < 2:
+        return 0.0
+    test = float(tested.sum(axis=1).mean())
+    return float(test / (tested.shape[1] - test))
 
 
 def _tested(outcomes: Mapping[Point, FloatArray], n_seeds: int, n_rows: int) -> BoolArray:
@@ -127,9 +141,11 @@ def _between_groups(residuals: FloatArray) -> FloatArray:
         return np.zeros((len(residuals), len(residuals)))
     means = residuals.mean(axis=1)
     total = means @ means.T
+    rounding = 1e-12 * np.abs(total).max()
     if n_seeds > 1:
         alone = (residuals - means[:, None]).reshape(len(residuals), -1)
         total -= alone @ alone.T / (n_seeds * (n_seeds - 1))
+        total[np.abs(total) <= rounding] = 0.0  # of groups that were tested at one seed each, nothing is left
     covariance: FloatArray = total * (n_groups - 1) / n_groups
     return covariance
 
@@ -161,7 +177,7 @@ def draw(measured: Measured, *, draws: int = 2000, seed: int = 0) -> Draws:
         moves = rng.standard_normal((draws, n_seeds)) * _widening(rng, draws, n_seeds - 1)
         for target, values in ((score, measured.by_seed), (dev, measured.dev)):
             centred = values - values.mean(axis=1, keepdims=True)
-            target[1:] += moves @ centred.T / np.sqrt(n_seeds * (n_seeds - 1))
+            target[1:] += moves @ centred.T * np.sqrt((1 / n_seeds + measured.shared) / (n_seeds - 1))
     if measured.groups > 1:
         moves = rng.standard_normal((draws, len(measured.points))) * _widening(rng, draws, max(measured.groups - 1, 1.0))
         score[1:] += moves @ _root(measured.by_group)
@@ -192,7 +208,7 @@ def contrast(*parts: tuple[int, FloatArray]) -> FloatArray:
 def interval(values: FloatArray, level: float = 0.95) -> Interval:
     """Estimate (the first value) and quantiles of the others, which may be infinite; nan where nothing varies."""
     low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2], method="nearest")
-    if np.isfinite(values).all() and np.ptp(values) == 0:
+    if np.isfinite(values).all() and np.ptp(values) <= 1e-12 * np.abs(values).max():  # rounding is no spread
         return Interval(float(values[0]), np.nan, np.nan)
     return Interval(float(values[0]), float(low), float(high))
 
@@ -252,8 +268,9 @@ def reference(draws: Draws, arms: Sequence[str], n: int, *, only: Sequence[int] 
     `n`.
 
     Where test scores select it is flattered: in the estimate by what the seeds happened to be, in a draw by that and by what is
-    drawn. Their distance says by how much, and the draws are moved back by both (as a pivotal bootstrap interval is: Davison
-    and Hinkley 1997, "Bootstrap Methods and their Application", 5.2); the estimate stays the plain difference.
+    drawn. How far the selected draws lie above those of the arm that the estimate selects says by how much, and they are moved
+    back by both (as a pivotal bootstrap interval is: Davison and Hinkley 1997, "Bootstrap Methods and their Application",
+    5.2); the estimate stays the plain difference.
     """
     sizes = [size for size in draws.measured.sizes(arms) if 0 < size <= n and (only is None or size in only)]
     if n not in sizes and any((arm, 0) in draws.measured.points for arm in arms):
@@ -267,7 +284,7 @@ def reference(draws: Draws, arms: Sequence[str], n: int, *, only: Sequence[int] 
         best = draws.dev[:, places].argmax(axis=1)
         own = np.take_along_axis(draws.score[:, places], best[:, None], axis=1)[:, 0]
         if draws.measured.dev is draws.measured.by_seed:
-            own[1:] += 2 * (own[0] - own[1:].mean())
+            own[1:] -= 2 * (own[1:] - draws.score[1:, places[best[0]]]).mean()
         score.append(own)
         chosen[size] = {arm: float(np.mean(best[1:] == k)) for k, arm in enumerate(named)}
         picked[size] = named[best[0]]

@@ -209,11 +209,20 @@ def of_seeds(
 ) -> list[Material]:
     """The rows of a comparison at every seed (`prepare`): of each task as many training rows, since folds differ in size."""
     rows = [prepare(settings, tokenizer, context, seed, dev_apart=False, mixed_rows=mixed_rows) for seed in seeds]
+    most = [max(map(len, parts)) for parts in zip(*([task.train for task in each.tasks] for each in rows), strict=True)]
     fewest = [min(map(len, parts)) for parts in zip(*([task.train for task in each.tasks] for each in rows), strict=True)]
+    cut = [
+        f"{task.name}: every seed trains on {few} rows, the fewest that a fold leaves (another leaves {many}): its content "
+        "groups differ much in size"
+        for task, few, many in zip(rows[0].tasks, fewest, most, strict=True) if few < 0.9 * many
+    ]  # fmt: skip
     return [
-        replace(each, tasks=tuple(replace(task, train=task.train[:n]) for task, n in zip(each.tasks, fewest, strict=True)))
+        replace(
+            each, notes=(*each.notes, *cut),
+            tasks=tuple(replace(task, train=task.train[:n]) for task, n in zip(each.tasks, fewest, strict=True)),
+        )
         for each in rows
-    ]
+    ]  # fmt: skip
 
 
 def _joined(task: Task, seed: int) -> Task:

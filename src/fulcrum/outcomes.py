@@ -186,11 +186,13 @@ class _Collected:
         for metric, cells in self.cells.items():
             rows = list(self.places[metric])
             by_seed: dict[int, set[int]] = {}
-            for (_, _, seed), values in cells.items():
-                by_seed.setdefault(seed, set()).update(values)
+            # An untrained arm with one cell stands for all seeds.
+            once = {c for c in cells if c[1] == 0 and sum(other[:2] == c[:2] for other in cells) == 1}
             for cell, values in cells.items():
-                once = cell[1] == 0 and sum(other[:2] == cell[:2] for other in cells) == 1  # it stands for all seeds
-                wanted = set(range(len(rows))) if once else by_seed[cell[2]]
+                if cell not in once:
+                    by_seed.setdefault(cell[2], set()).update(values)
+            for cell, values in cells.items():
+                wanted = set(range(len(rows))) if cell in once else by_seed[cell[2]]
                 if missing := sorted(wanted - values.keys()):
                     raise DataError(
                         f"{name}: {_said(cell)} lacks {len(missing)} of {len(wanted)} rows ({metric}), the first is "

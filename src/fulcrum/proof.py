@@ -42,7 +42,8 @@ def certificates(
         if names := tuple(name for name in task.metrics if metrics.HAS_OUTCOMES[name]):
             names += (TEMPERED,) if "nll" in names else ()
             lower = tuple(name for name in names if not metrics.HIGHER_IS_BETTER.get(name))
-            question = Question(arm, references, names, lower, task.name, notes=told)
+            folded = _folded(settings, rows, results, task.name)
+            question = Question(arm, references, names, lower, task.name, notes=(*told, *folded))
             asked_by[task.name] = question, outcomes_of(results, rows, task.name, names, plain)
     over_tasks = _holm(asked_by)
     return {
@@ -170,9 +171,6 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
         f"{TEMPERED} is the loss once each arm's logits are divided by a temperature, fitted where its settings were chosen: a "
         "gain by nll that it does not show is one of calibration."
     )
-    if settings.outer_folds and len(rows) > 1:
-        tested = len({row.origin for each in rows.values() for task in each.tasks for row in task.test})
-        found.append(f"No test file: each seed held out another fold of the rows ({tested} were test rows once).")
     found.append("Settings tried: " + ", ".join(f"{arm} {number}" for arm, number in tried.items()) + ".")
     trained = {result.arm: len(result.tried) for result in own if result.training is not None}
     if trained and min(trained.values()) < max(trained.values()):
@@ -186,11 +184,21 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
                 f"{best.setting.name}, which was best; the next best setting was used."
             )
     largest = max(result.size for result in results)
-    if all(largest >= len(task.train) for task in first.tasks):
+    if not settings.outer_folds and all(largest >= len(task.train) for task in first.tasks):
         found.append(f"{largest} rows are all that there are: at this size intervals hold given these rows.")
     if (number := len({result.seed for result in results})) < 5:
         found.append(f"{number} seed{'s' if number > 1 else ''}: fewer than the 5 that intervals need to be narrow.")
     return [*found, *first.notes]
+
+
+def _folded(settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], name: str) -> list[str]:
+    """What a reader has to know of a task without a test file."""
+    if next(task for task in settings.tasks if task.name == name).test:
+        return []
+    seeds = {result.seed for result in results}
+    tested = {row.origin for seed in seeds for task in rows[seed].tasks if task.name == name for row in task.test}
+    each = "each of them at one seed, where nothing was trained on it" if len(seeds) > 1 else "apart from training"
+    return [f"No test file: {len(tested)} of the rows were test rows, {each}."]
 
 
 def inputs_of(

@@ -1,11 +1,12 @@
 """An adapter (or none) -> predictions and scores on test rows, and the loss on general rows that shows forgetting."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from fulcrum import encode, generate, metrics, stats
+from fulcrum import encode, generate, leverage, metrics, stats
 from fulcrum.model import LoadedModel
 from fulcrum.records import Difference, Example, Prediction, Score, Task
 
@@ -81,7 +82,8 @@ def paired(
 
     An untrained arm has one cell, which stands for all seeds. Groups and seeds are resampled as `stats.paired_over_seeds`
     says; with one seed the interval is given this seed. Where each seed has test rows of its own, the seeds' differences
-    hold what rows and seeds do: their interval is Student's. None for metrics without an outcome a row.
+    hold what rows and seeds do: their interval is Student's, widened since folds train on each other's test rows. None for
+    metrics without an outcome a row.
     """
     n_seeds = max(len(own), len(other))
     if not all(map(len, own)) or not all(map(len, other)):
@@ -90,6 +92,10 @@ def paired(
     tokens = [np.asarray([row.n_tokens if metric == "nll" else 1 for row in part], dtype=float) for part in rows]
     if len({tuple(row.origin for row in part) for part in rows}) > 1:
         interval = stats.seed_interval([float(d.sum() / n.sum()) for d, n in zip(by_seed, tokens, strict=True)])
+        every = list(dict.fromkeys(row.origin for part in rows for row in part))
+        tested = np.array([np.isin(every, [row.origin for row in part]) for part in rows])
+        wider = math.sqrt(1 + n_seeds * leverage.shared_variance(tested))
+        interval = stats.Interval(interval[0], *(interval[0] + wider * (end - interval[0]) for end in interval[1:]))
     else:
         differences, groups = np.asarray(by_seed), [row.group for row in rows[0]]
         interval = stats.paired_over_seeds(differences, groups, denominators=tokens[0])
