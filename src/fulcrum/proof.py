@@ -169,7 +169,8 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
     tried = {result.arm: len(result.tried) for result in own}
     found.append(
         f"{TEMPERED} is the loss once each arm's logits are divided by a temperature, fitted where its settings were chosen: a "
-        "gain by nll that it does not show is one of calibration."
+        "gain by nll that it does not show is one of calibration. (An arm that takes another's settings takes its temperature; "
+        "word counts have none.)"
     )
     found.append("Settings tried: " + ", ".join(f"{arm} {number}" for arm, number in tried.items()) + ".")
     trained = {result.arm: len(result.tried) for result in own if result.training is not None}
