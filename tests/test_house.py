@@ -70,19 +70,7 @@ ORDER = [name for floor in FLOORS for name in floor]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 FIRST_HEAVY = ORDER.index("gguf")
 # They stand high and need results.json or a certificate only.
-READERS = {
-    "summary",
-    "plots",
-    "axes",
-    "curves",
-    "wording",
-    "exhibit",
-    "page",
-    "report",
-    "inputs",
-    "certificate",
-    "verification",
-}
+READERS = {*FLOORS[4]} - {"identity", "run"}
 LIGHT = {
     *READERS,
     "terminal",

@@ -17,7 +17,7 @@ from typing import Any
 from fulcrum import adapter, cell, encode, generate, material, metrics, model, pool, training
 from fulcrum.arms import ARMS, chosen_arms, sizes_of, stream
 from fulcrum.comparison import plan_trials
-from fulcrum.config import CompareSettings, Settings
+from fulcrum.config import LEAST_FOLDS, CompareSettings, Settings
 from fulcrum.errors import ConfigError
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
@@ -107,7 +107,7 @@ def _widest(settings: Settings) -> Settings:
 
     Where seeds hold out folds of the rows: the fewest, and so largest, folds that there may be, which leave the fewest rows.
     """
-    seeds = _seeds(settings, settings.model_copy(update={"compare": CompareSettings()}).outer_folds or 1)
+    seeds = _seeds(settings, LEAST_FOLDS if settings.outer_folds else 1)
     changes: dict[str, Any] = {"sizes": None, "sizes_of": {}, "seeds": seeds}
     return settings.model_copy(update={"compare": settings.compare.model_copy(update=changes)})
 

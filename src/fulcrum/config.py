@@ -151,6 +151,9 @@ class MixSettings(Section):
         return (1, 2, 4, 8) if self.repeats == "auto" else (self.repeats,)
 
 
+LEAST_FOLDS = 4  # of rows that seeds hold out
+
+
 class TrainSettings(Section):
     """The trainer. Defaults follow 'LoRA Without Regret' (all linear layers, high learning rate, small batch)."""
 
@@ -357,7 +360,7 @@ class Settings(Section):
     @property
     def outer_folds(self) -> int:
         """Folds of the rows that seeds hold out one each, where a comparison has no test file; 0 where each task has one."""
-        return 0 if all(task.test for task in self.tasks) else max(4, len(self.seeds))
+        return 0 if all(task.test for task in self.tasks) else max(LEAST_FOLDS, len(self.seeds))
 
 
 def from_dict(data: Mapping[str, Any], where: str = "settings", flags: Mapping[str, str] | None = None) -> Settings:

@@ -8,6 +8,7 @@ Invariant: rows in = kept + rejected.
 """
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate, zip_longest
@@ -102,6 +103,8 @@ def fold(examples: Sequence[Example], number: int, count: int) -> tuple[list[Exa
 
     Raises DataError where there are fewer than two groups, or fewer than the fold's number says.
     """
+    from sklearn.model_selection import GroupKFold
+
     groups = _seeded_groups(examples, "split", 0)
     _require_two(examples, list(groups))
     if number >= len(groups):
@@ -109,14 +112,10 @@ def fold(examples: Sequence[Example], number: int, count: int) -> tuple[list[Exa
             f"{len(examples)} rows in {len(groups)} group(s): without a test file each of {count} seeds holds out other "
             f"groups; use at most {len(groups)} seeds, give a `test:` file, or name another column with `group:`"
         )
-    folds: list[list[str]] = [[] for _ in range(min(count, len(groups)))]
-    sizes = [0] * len(folds)
-    for group in sorted(groups, key=lambda name: len(groups[name]), reverse=True):
-        least = sizes.index(min(sizes))
-        folds[least].append(group)
-        sizes[least] += len(groups[group])
-    held = set(folds[number])
-    return [e for e in examples if e.group not in held], [e for e in examples if e.group in held]
+    place = {group: k for k, group in enumerate(groups)}
+    folds = GroupKFold(min(count, len(groups))).split(examples, groups=[place[e.group] for e in examples])
+    rest, held = next(itertools.islice(folds, number, None))
+    return [examples[k] for k in rest], [examples[k] for k in held]
 
 
 def _require_two(examples: Sequence[Example], groups: Sequence[str]) -> None:

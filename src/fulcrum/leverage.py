@@ -41,7 +41,7 @@ class Measured:
     groups: float
     dev: FloatArray
     tokens: FloatArray
-    shared: float = 0.0
+    shared: float
 
     def place(self, point: Point) -> int:
         """Index of a point; DataError where it was not measured."""
@@ -98,19 +98,24 @@ def measure(
     residuals /= np.maximum(1 - weights / total[:, None], 1e-12)
     whole = weights.max(axis=0)
     worth = float((whole**2).sum() ** 2 / (whole**4).sum())
-    return Measured(points, by_seed, _between_groups(residuals), worth, selection, used, shared_variance(tested))
+    return Measured(
+        points,
+        by_seed,
+        _between_groups(residuals),
+        worth,
+        selection,
+        used,
+        shared_variance(float(tested.sum(axis=1).mean()), len(groups)),
+    )
 
 
-def shared_variance(tested: BoolArray) -> float:
-    """Test rows over training rows of seeds that have test rows of their own (seeds, rows); 0 where all have the same.
+def shared_variance(test: float, every: int) -> float:
+    """Test rows over training rows, where a seed has `test` rows of `every` as its own test rows; 0 where it has all.
 
     Folds train on each other's test rows, so that the variance of their mean is 1/K + test/train of that between them, not
     1/K (Nadeau and Bengio 2003, "Inference for the Generalization Error", Machine Learning 52).
     """
-    if tested.all() or len(tested) < 2:
-        return 0.0
-    test = float(tested.sum(axis=1).mean())
-    return float(test / (tested.shape[1] - test))
+    return 0.0 if test == every else test / (every - test)
 
 
 def _tested(outcomes: Mapping[Point, FloatArray], n_seeds: int, n_rows: int) -> BoolArray:

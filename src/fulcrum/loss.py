@@ -16,7 +16,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fulcrum import attention
+from fulcrum import adapter, attention
 from fulcrum.model import LoadedModel
 from fulcrum.pack import pack
 from fulcrum.prefix import Segment, Tree, layout, single, trees
@@ -101,10 +101,8 @@ def _chunks(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _nats(
-    logits: Tensor, labels: Tensor, *, into_gradient: bool = False, base: Tensor | None = None, kl: float = 0.0
-) -> Tensor:
-    """Nats of each target, in float32; with `into_gradient`, `logits` (n, vocabulary) become softmax minus one-hot.
+def _nats(logits: Tensor, labels: Tensor, *, base: Tensor | None = None, kl: float = 0.0) -> Tensor:
+    """Nats of each target, in float32, while `logits` (n, vocabulary) become softmax minus one-hot, the gradient.
 
     With the base model's logits `kl` times (softmax minus its softmax) is added, the gradient of KL(base || tuned).
     """
@@ -113,11 +111,10 @@ def _nats(
         scores, target = logits[part].float(), labels[part, None]
         total = scores.logsumexp(dim=-1, keepdim=True)
         nats.append((total - scores.gather(1, target))[:, 0])
-        if into_gradient:
-            scores = (scores - total).exp_()
-            if base is not None:
-                scores.add_(scores - base[part].float().softmax(dim=-1), alpha=kl)
-            logits[part] = scores.scatter_add_(1, target, scores.new_full(target.shape, -1.0))
+        scores = (scores - total).exp_()
+        if base is not None:
+            scores.add_(scores - base[part].float().softmax(dim=-1), alpha=kl)
+        logits[part] = scores.scatter_add_(1, target, scores.new_full(target.shape, -1.0))
     return torch.cat(nats)
 
 
@@ -136,7 +133,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 logits = head(chunk)
             gradient = logits.detach()
             there = None if base is None else head(base[part])
-            nats.append(_nats(gradient, labels[part], into_gradient=True, base=there, kl=kl))
+            nats.append(_nats(gradient, labels[part], base=there, kl=kl))
             down = torch.autograd.grad(logits, chunk, gradient)[0]
             gradients.append((down.float() * weights[part, None]).to(down.dtype))
         ctx.save_for_backward(torch.cat(gradients))
@@ -179,7 +176,7 @@ def row_loss(loaded: LoadedModel, row: Row, weights: Tensor, *, kl: float = 0.0)
 def _base(loaded: LoadedModel, row: Row) -> Tensor:
     """What the base model has at the row's targets: hidden states where the head runs apart, else logits."""
     split = _split(loaded)  # before adapters are switched off: these tell it by their gradients
-    with loaded.peft.disable_adapter():
+    with adapter.without(loaded):
         return _hidden(loaded, row) if split else _logits_everywhere(loaded, row)
 
 

@@ -92,9 +92,8 @@ def paired(
     tokens = [np.asarray([row.n_tokens if metric == "nll" else 1 for row in part], dtype=float) for part in rows]
     if len({tuple(row.origin for row in part) for part in rows}) > 1:
         interval = stats.seed_interval([float(d.sum() / n.sum()) for d, n in zip(by_seed, tokens, strict=True)])
-        every = list(dict.fromkeys(row.origin for part in rows for row in part))
-        tested = np.array([np.isin(every, [row.origin for row in part]) for part in rows])
-        wider = math.sqrt(1 + n_seeds * leverage.shared_variance(tested))
+        every = len({row.origin for part in rows for row in part})
+        wider = math.sqrt(1 + n_seeds * leverage.shared_variance(float(np.mean([*map(len, rows)])), every))
         interval = stats.Interval(interval[0], *(interval[0] + wider * (end - interval[0]) for end in interval[1:]))
     else:
         differences, groups = np.asarray(by_seed), [row.group for row in rows[0]]
