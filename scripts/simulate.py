@@ -37,6 +37,7 @@ class Case:
     tell: Curve
     mixed: tuple[int, ...] = MIXED
     on_test: bool = False  # references are selected by their test scores
+    chain: float = CHAIN
     more: int = 0  # further references, as good as SFT with the anchor
 
     @property
@@ -68,6 +69,7 @@ CASES = (
     Case("flat reference", _log(0.0, 0.0), _log(-0.1, 0.0), _log(0.05, 0.0)),
     Case("no gain, references alike, on test", _log(0.0, 0.2), _log(0.0, 0.2), _log(0.0, 0.2), on_test=True),
     Case("no gain, four references alike, on test", _log(0, 0.2), _log(0, 0.2), _log(0, 0.2), on_test=True, more=2),
+    Case("no gain, seeds that move all arms, on test", _log(0, 0.2), _log(-0.5, 0.2), _log(0, 0.2), on_test=True, chain=1.0),
     Case("worse, on test", _log(0.0, 0.2), _log(-0.1, 0.2), _log(-0.15, 0.2), on_test=True),
     Case("saving of 3, on test", _log(0.0, 0.2), _log(-0.05, 0.2), lambda d: _log(0.0, 0.2)(3 * d), on_test=True),
 )  # fmt: skip
@@ -79,7 +81,7 @@ def outcomes(
     """Outcomes (seeds, rows) of one experiment by point, dev scores (seeds,) by point, and the rows' groups."""
     place = np.repeat(np.arange(GROUPS), ROWS // GROUPS)
     difficulty = rng.normal(0, GROUP, GROUPS)[place]
-    chain = rng.normal(0, CHAIN, (seeds, 1))
+    chain = rng.normal(0, case.chain, (seeds, 1))
     test: dict[Point, FloatArray] = {}
     dev: dict[Point, FloatArray] = {}
     for arm, curve in case.curves.items():
