@@ -69,7 +69,9 @@ CASES = (
     Case("flat reference", _log(0.0, 0.0), _log(-0.1, 0.0), _log(0.05, 0.0)),
     Case("no gain, references alike, on test", _log(0.0, 0.2), _log(0.0, 0.2), _log(0.0, 0.2), on_test=True),
     Case("no gain, four references alike, on test", _log(0, 0.2), _log(0, 0.2), _log(0, 0.2), on_test=True, more=2),
-    Case("no gain, seeds that move all arms, on test", _log(0, 0.2), _log(-0.5, 0.2), _log(0, 0.2), on_test=True, chain=1.0),
+    Case(
+        "no gain, seeds that move all arms, on test", _log(0, 0.2), _log(-0.5, 0.2), _log(0, 0.2), on_test=True, chain=1.0
+    ),
     Case("worse, on test", _log(0.0, 0.2), _log(-0.1, 0.2), _log(-0.15, 0.2), on_test=True),
     Case("saving of 3, on test", _log(0.0, 0.2), _log(-0.05, 0.2), lambda d: _log(0.0, 0.2)(3 * d), on_test=True),
 )  # fmt: skip
