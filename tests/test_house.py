@@ -16,6 +16,8 @@ FLOORS = (
     (
         "rows",
         "tables",
+        "clean",
+        "shards",
         "starter",
         "ingest",
         "pool",
@@ -64,7 +66,19 @@ FLOORS = (
         "run",
     ),
     ("preview", "proof", "units", "workers", "comparison", "budget"),
-    ("use", "terminal", "watch", "cli_group", "cli_models", "cli_certificate", "cli_budget", "cli", "__main__", "__init__"),
+    (
+        "use",
+        "terminal",
+        "watch",
+        "cli_group",
+        "cli_models",
+        "cli_pool",
+        "cli_certificate",
+        "cli_budget",
+        "cli",
+        "__main__",
+        "__init__",
+    ),
 )
 ORDER = [name for floor in FLOORS for name in floor]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
@@ -77,6 +91,7 @@ LIGHT = {
     "watch",
     "cli_group",
     "cli_models",
+    "cli_pool",
     "cli_certificate",
     "cli_budget",
     "cli",

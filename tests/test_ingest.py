@@ -366,8 +366,8 @@ def test_hub_failures_say_what_to_do(monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"trian: no such file \(and a hub id is written org/name\); did you mean 'train'"):
         read([DataSource(path="trian")])
     assert calls == [
-        (("org/name", "en"), {"split": "train", "revision": "v1"}),
-        (("org/trian", None), {"split": "train", "revision": None}),
+        (("org/name", "en"), {"split": "train", "revision": "v1", "streaming": False}),
+        (("org/trian", None), {"split": "train", "revision": None, "streaming": False}),
     ]
 
 

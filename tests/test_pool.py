@@ -9,21 +9,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fulcrum.config import DataSource
-from fulcrum.errors import DataError
+from fulcrum.config import GeneralSource
+from fulcrum.errors import DataError, StoreError
 from fulcrum.ingest import read
 from fulcrum.pool import open_pool, select
-from fulcrum.records import Anchor, Example, Message, Reject
+from fulcrum.records import Anchor, Example, Message
 
 
 @pytest.fixture(autouse=True)
 def _own_arrow_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("arrow"))
+    monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def jsonl(path, *pairs):
     path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs), encoding="utf-8")
-    return DataSource(path=str(path))
+    return GeneralSource(path=str(path))
 
 
 def task(prompt, answer):
@@ -41,15 +41,14 @@ def test_the_pool_gives_what_read_gives(tmp_path):
         pa.Table.from_pylist([{"instruction": "q5", "output": "a"}, {"instruction": "q6", "output": "a"}]),
         tmp_path / "c.parquet",
     )
-    sources = [text, DataSource(path=str(tmp_path / "b.csv")), DataSource(path=str(tmp_path / "c.parquet"))]
+    sources = [text, GeneralSource(path=str(tmp_path / "b.csv")), GeneralSource(path=str(tmp_path / "c.parquet"))]
     pool = open_pool(sources, seed=0)
     examples, rejects = read(sources)
-    rows = [pool[i] for i in range(len(pool))]
-    assert [row for row in rows if isinstance(row, Example)] == examples
-    assert [row for row in rows if isinstance(row, Reject)] == rejects
+    assert [pool[i] for i in range(len(pool))] == examples
+    assert (pool.left_out, pool.shown) == ({"empty answer": 1}, rejects)
     assert [examples[1].origin, examples[2].answer] == [f"{text.path}:3", "5"]
     with pytest.raises(IndexError):
-        pool[6]
+        pool[5]
 
 
 def test_a_changed_file_is_parsed_again_and_limits_are_seeded(tmp_path):
@@ -67,23 +66,25 @@ def test_a_changed_file_is_parsed_again_and_limits_are_seeded(tmp_path):
 def test_rows_with_different_columns_share_one_reading(tmp_path):
     rows = [{"query": "q1", "response": "a"}, {"query": "q2", "response": "a", "system": "s", "history": [["x", "y"]]}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [len(row.messages) for row in open_pool([DataSource(path=str(tmp_path / "a.jsonl"))], seed=0)] == [2, 5]
+    assert [len(row.messages) for row in open_pool([GeneralSource(path=str(tmp_path / "a.jsonl"))], seed=0)] == [2, 5]
 
 
 def test_broken_and_empty_files_are_refused_as_when_read(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a"}\n{"prompt"\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: broken JSON"):
-        open_pool([DataSource(path=str(tmp_path / "a.jsonl"))], seed=0)
+        open_pool([GeneralSource(path=str(tmp_path / "a.jsonl"))], seed=0)
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(DataError, match=r"a\.jsonl: is empty"):
-        open_pool([DataSource(path=str(tmp_path / "a.jsonl"))], seed=0)
+        open_pool([GeneralSource(path=str(tmp_path / "a.jsonl"))], seed=0)
     assert len(open_pool([], seed=0)) == 0
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
-    with pytest.raises(DataError, match=r"a\.jsonl: its Arrow cache cannot be written: .*set HF_DATASETS_CACHE"):
+    monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(
+        StoreError, match=r"cannot write: Not a directory; free some space.*FULCRUM_CACHE, for models and pools"
+    ):
         open_pool([jsonl(tmp_path / "a.jsonl", ("q", "a"))], seed=0)
 
 
@@ -123,14 +124,13 @@ def test_every_planted_fault_is_counted_with_its_reason(tmp_path):
     kept = {e.question.strip().casefold().partition(":")[0] for e in chosen.examples}
     assert kept == {"fine", "half here", "near miss", "seven", "capital of iceland"}
     assert Counter(r.reason for r in chosen.rejects) == {
-        "duplicate": 1,
-        "empty answer": 1,
         "shares a 13-gram with task or held-out data": 2,
         "shares an 8-gram with task or held-out data": 2,
         "is a task or held-out row": 1,
         "too long": 1,
     }
-    assert len(chosen.examples) + len(chosen.rejects) == len(pool) == 13
+    assert pool.left_out == {"duplicate": 1, "empty answer": 1}
+    assert len(chosen.examples) + len(chosen.rejects) == len(pool) == 11
     assert chosen.exhausted
 
 
@@ -152,7 +152,8 @@ def test_a_selection_is_seeded_and_the_beginning_of_a_larger_one(tmp_path):
     assert [pool[int(i)] for i in small.ids] == small.examples
     assert pick(pool, 10, seed=1).ids.tolist() != small.ids.tolist()
     everything = pick(pool, 41)
-    assert (len(everything.examples), len(everything.rejects), everything.exhausted) == (40, 10, True)
+    assert (len(everything.examples), len(everything.rejects), everything.exhausted) == (40, 0, True)
+    assert pool.left_out == {"empty answer": 10}
     nothing = pick(pool, 0)
     assert (nothing.examples, nothing.rejects, nothing.exhausted) == ([], [], False)
 

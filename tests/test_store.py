@@ -103,7 +103,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatc
 
     store.write_bytes(tmp_path / "f", b"before")
     monkeypatch.setattr(*((os, "fsync") if step == "fsync" else (Path, "replace")), full)
-    with pytest.raises(StoreError, match="f: cannot write: No space left on device; free space or set another output_dir"):
+    with pytest.raises(StoreError, match="f: cannot write: No space left on device; free some space or set output_dir"):
         store.write_bytes(tmp_path / "f", b"after")
     assert (tmp_path / "f").read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]

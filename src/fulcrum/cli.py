@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fulcrum import cli_certificate, cli_models
+from fulcrum import cli_certificate, cli_models, cli_pool
 from fulcrum.cli_group import DEBUG, Group
 from fulcrum.errors import ConfigError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_pool.app, name="pool")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Settings file; `fulcrum init` writes one.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The output_dir of a finished run.")]

@@ -15,9 +15,9 @@ def models(ctx: typer.Context) -> None:
     """List the built-in models; `pull` fetches one."""
     if ctx.invoked_subcommand is not None:
         return
-    from fulcrum import sources, terminal
+    from fulcrum import sources, store, terminal
 
-    cache = sources.cache_dir()
+    cache = store.cache_dir()
     rows = [
         (
             name,

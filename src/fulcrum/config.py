@@ -71,6 +71,44 @@ class DataSource(Section):
 
 
 Sources = tuple[DataSource, ...]
+Accepted = dict[str, tuple[str, ...]]
+
+
+class GeneralSource(DataSource):
+    """A source of general data: how much of the mix is its, and which of its rows may be used."""
+
+    weight: float | None = Field(
+        None, gt=0, description="its part of the general rows, in mix.unit; none: every source's rows are as likely as others"
+    )
+    include: Accepted = Field(
+        default_factory=dict, description="column -> values, of which a row must have one, as {family: [qa, 'summar*']}"
+    )
+    exclude: Accepted = Field(default_factory=dict, description="column -> values, of which a row must have none")
+    languages: tuple[str, ...] = Field((), description="ISO 639-1 codes, as [en, is]; rows in other languages are left out")
+    min_words: int = Field(0, ge=0, description="rows with fewer words in all are left out")
+    max_words: int | None = Field(None, ge=1, description="rows with more words in all are left out")
+    stream: bool = Field(
+        False, description="read a hub data set row by row until `limit` rows are there, instead of downloading it whole"
+    )
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_value(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        listed = {name: item if isinstance(item, list | tuple) else [item] for name, item in value.items()}
+        return {name: [str(part) for part in items] for name, items in listed.items()}
+
+    @model_validator(mode="after")
+    def _streamed(self) -> "GeneralSource":
+        if self.stream and self.limit is None:
+            raise ValueError(f"{self.path}: a streamed data set needs `limit:`, the number of rows to read")
+        if self.max_words is not None and self.max_words < self.min_words:
+            raise ValueError(f"{self.path}: max_words {self.max_words} is below min_words {self.min_words}")
+        return self
+
+
+GeneralSources = tuple[GeneralSource, ...]
 
 
 def _as_sources(value: Any) -> Any:
@@ -151,6 +189,17 @@ class MixSettings(Section):
         return (1, 2, 4, 8) if self.repeats == "auto" else (self.repeats,)
 
 
+class CleanSettings(Section):
+    """What is removed from general data beside exact duplicates, damaged rows and text shared with task, dev or test rows."""
+
+    near_duplicates: float = Field(
+        0.8,
+        ge=0,
+        lt=1,
+        description="rows are near-duplicates from this Jaccard similarity of word triples on; 0: not looked for",
+    )
+
+
 LEAST_FOLDS = 4  # of rows that seeds hold out
 
 
@@ -206,7 +255,7 @@ class Arm(Section):
         description="general rows: none; the pool's; these with each other's answers, or with the base model's own; or rows "
         "that the base model made from nothing",
     )
-    pool: Sources = Field((), description="general data of its own; none: `general:` of the run")
+    pool: GeneralSources = Field((), description="general data of its own; none: `general:` of the run")
     order: Order | None = Field(None, description="instead of mix.order")
     general_per_task: float | None = Field(None, gt=0, description="in examples, instead of mix.general_per_task")
     shots: bool = Field(False, description="task rows stand in the prompt instead of training")
@@ -329,7 +378,8 @@ class Settings(Section):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with a hub model; off unless you read that code")
     tasks: tuple[TaskSettings, ...] = Field(min_length=1, description="one task (`task:`) or several that share one adapter")
-    general: Sources = Field((DataSource(path="builtin"),), description="general data")
+    general: GeneralSources = Field((GeneralSource(path="builtin"),), description="general data")
+    clean: CleanSettings = CleanSettings()
     mix: MixSettings = MixSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()

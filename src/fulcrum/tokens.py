@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from fulcrum import encode, sources
+from fulcrum import encode, store
 from fulcrum.encode import Format, Tokenizer
 from fulcrum.records import Example, Tokens
 from fulcrum.store import fingerprint
@@ -68,7 +68,7 @@ def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
         return [encode.encode(example, form) for example in examples]
     roles = sorted((name, str(token)) for name, token in form.tokenizer.special_tokens_map.items())  # templates write them
     named = [tokenizer, roles, form.template, form.anchor, form.end_ids, [example.messages for example in examples]]
-    file = sources.cache_dir() / "tokens" / f"{fingerprint(named)[:32]}.arrow"
+    file = store.cache_dir() / "tokens" / f"{fingerprint(named)[:32]}.arrow"
     try:
         if not _whole(file, len(examples)):
             _write(file, examples, form)

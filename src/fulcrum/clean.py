@@ -1,0 +1,195 @@
+"""What may not stand in a mix: damaged rows, other languages and lengths, near-duplicates, and text that task data hold too.
+
+Each check says why a row goes, in words that can be counted. None needs a model. What depends on the pool alone (damage,
+language, length, duplicates) is done once, when a pool is built; what depends on the task, whenever rows are chosen.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fulcrum.config import GeneralSource
+from fulcrum.records import Example, IntArray, Reject
+
+NGRAM, SHORT_NGRAM = 13, 8  # words; 13 as in GPT-3's decontamination (arXiv 2005.14165, appendix C), 8 for short tasks
+NEAR_ROWS = 1_000_000  # rows up to which near-duplicates are looked for; beyond, exact ones only
+WORD = re.compile(r"\w+")
+
+_PERMUTATIONS = 128
+_RECALL = 0.995  # of near-duplicates at the threshold; those beyond it are found more surely
+_RUN = 8  # a row is compared with so many others that share a band with it
+_LETTERS = 24  # in shorter texts a language cannot be told
+_SEEN = 2000  # characters that tell a row's language
+
+# Markers of chat templates and tokenizers, which are ids in a model's input and text only where something went wrong.
+_MARKER = re.compile(
+    r"<\|[\w/ .-]{2,40}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[(?:CLS|SEP|PAD|MASK|UNK)\]"
+    r"|\A<s>|</s>\Z|^### ?(?:Instruction|Response|Input):",
+    re.MULTILINE,
+)
+_BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0e-\x1f]")
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, casefolded. Texts without spaces between words are one run."""
+    return WORD.findall(text.casefold())
+
+
+def unfit(row: Example, source: GeneralSource) -> Reject | None:
+    """Why a row may not stand in any mix, by itself: damage, length, language."""
+    for message in row.messages:
+        if hit := _MARKER.search(message.content):
+            return Reject(row.origin, "holds a template's marker", hit.group())
+        if hit := _BROKEN.search(message.content):
+            around = message.content[max(0, hit.start() - 20) : hit.end() + 20]
+            return Reject(row.origin, "holds broken characters", f"U+{ord(hit.group()):04X} in {around!r}")
+    if source.min_words or source.max_words is not None:
+        count = sum(len(words(message.content)) for message in row.messages)
+        if count < source.min_words:
+            return Reject(row.origin, f"under {source.min_words} words", f"{count} words")
+        if source.max_words is not None and count > source.max_words:
+            return Reject(row.origin, f"over {source.max_words} words", f"{count} words")
+    if source.languages:
+        text = " ".join(message.content for message in row.messages)[:_SEEN]
+        found = language(text)
+        if found is not None and found not in source.languages:
+            return Reject(row.origin, f"not in {' or '.join(source.languages)}", f"{found}: {text[:60]!r}")
+    return None
+
+
+def language(text: str) -> str | None:
+    """The ISO 639-1 code of a text's language (py3langid), None where it is too short to tell."""
+    if sum(map(str.isalpha, text)) < _LETTERS:
+        return None
+    code: str = _identifier().classify(text)[0]
+    return code
+
+
+def languages() -> tuple[str, ...]:
+    """The codes that can be told apart."""
+    return tuple(sorted(str(label) for label in _identifier().labels))
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
+
+
+class TaskText:
+    """The n-grams of task messages: 13 words; 8 words of messages under 13; rows whose every message is under 8, whole.
+
+    Message by message: a short question and its answer must not hide in the n-grams of the two together. With `near` above 0,
+    rows of at least so much Jaccard similarity (of word triples) are found too.
+    """
+
+    def __init__(self, rows: Iterable[Example], near: float = 0.0) -> None:
+        self._known: dict[int, set[str]] = {NGRAM: set(), SHORT_NGRAM: set()}
+        self._whole: set[str] = set()
+        self._near, self._sizes, self._holders = near, list[int](), dict[str, list[int]]()
+        for row in rows:
+            messages = [words(message.content) for message in row.messages]
+            for found in messages:
+                if len(found) >= SHORT_NGRAM:
+                    n = NGRAM if len(found) >= NGRAM else SHORT_NGRAM
+                    self._known[n].update(_ngrams(found, n))
+            if all(len(found) < SHORT_NGRAM for found in messages):
+                self._whole.add(_whole(messages))
+            if near:
+                own = shingles(messages)
+                for shingle in own:
+                    self._holders.setdefault(shingle, []).append(len(self._sizes))
+                self._sizes.append(len(own))
+
+    def shared(self, row: Example) -> Reject | None:
+        """Return why a general row is too near to task data, or None."""
+        messages = [words(message.content) for message in row.messages]
+        for n, known in self._known.items():
+            grams = [gram for found in messages for gram in _ngrams(found, n)] if known else []
+            if not known.isdisjoint(grams):
+                article = "an" if n == SHORT_NGRAM else "a"
+                hit = next(gram for gram in grams if gram in known)
+                return Reject(row.origin, f"shares {article} {n}-gram with task or held-out data", hit)
+        if (text := _whole(messages)) in self._whole:
+            return Reject(row.origin, "is a task or held-out row", text)
+        if self._near:
+            own = shingles(messages)
+            common = Counter(place for shingle in own for place in self._holders.get(shingle, ()))
+            for place, count in common.items():
+                similarity = count / (len(own) + self._sizes[place] - count)
+                if similarity >= self._near:
+                    return Reject(row.origin, "nearly a task or held-out row", f"similarity {similarity:.2f}: {text[:60]}")
+        return None
+
+
+def _whole(messages: Sequence[Sequence[str]]) -> str:
+    return " ".join(word for found in messages for word in found)
+
+
+def _ngrams(found: Sequence[str], n: int) -> list[str]:
+    """All runs of n words, as slices of the joined text: several times faster than joining each run."""
+    text = " ".join(found)
+    starts = [0, *accumulate(len(word) + 1 for word in found)]
+    return [text[start : end - 1] for start, end in zip(starts, starts[n:], strict=False)]
+
+
+def shingles(messages: Sequence[Sequence[str]]) -> set[str]:
+    """The word triples of a row's messages, one after the other; of a row under three words, the row."""
+    found = [word for message in messages for word in message]
+    return set(_ngrams(found, 3)) or {" ".join(found)}
+
+
+def bands(rows: Iterable[set[str]], threshold: float) -> npt.NDArray[np.uint64]:
+    """Hashes of each row's MinHash bands: (rows, bands). Rows that share one are candidates (Leskovec, Rajaraman and Ullman,
+    "Mining of Massive Datasets", 3.4): bands are as wide as still find `_RECALL` of the pairs at `threshold`.
+    """
+    from datasketch import MinHash
+
+    wide = [r for r in range(1, _PERMUTATIONS) if 1 - (1 - threshold**r) ** (_PERMUTATIONS // r) >= _RECALL]
+    width = max(wide, default=1)
+    count = _PERMUTATIONS // width
+    texts = ([shingle.encode() for shingle in row] for row in rows)
+    found = [sketch.hashvalues[: count * width] for sketch in MinHash.generator(texts, num_perm=_PERMUTATIONS)]
+    if not found:
+        return np.empty((0, count), dtype=np.uint64)
+    values = np.array(found, dtype=np.uint64).reshape(len(found), count, width)
+    mixed = np.zeros(values.shape[:2], dtype=np.uint64)
+    for column in range(width):  # FNV-1a over the band's values
+        mixed = (mixed ^ values[:, :, column]) * np.uint64(0x100000001B3) + np.uint64(0x9E3779B97F4A7C15)
+    return mixed
+
+
+def near_duplicates(
+    keys: npt.NDArray[np.uint64], of: Callable[[int], set[str]], threshold: float
+) -> list[tuple[int, int, float]]:
+    """Rows to leave out: (row, the earlier row that stays, their Jaccard similarity), by row. `of(i)` gives row i's shingles.
+
+    A row goes where an earlier one that stays is at least `threshold` like it, exactly computed; which pairs are looked at the
+    `bands` say. Of rows that share a band each is compared with the first `_RUN`.
+    """
+    pairs: set[tuple[int, int]] = set()
+    for band in keys.T:
+        order = np.argsort(band, kind="stable")
+        starts = np.flatnonzero(np.append(True, np.diff(band[order]) != 0))
+        lengths = np.diff(np.append(starts, len(order)))
+        for start, length in zip(starts[lengths > 1], lengths[lengths > 1], strict=True):
+            run: IntArray = order[start : start + length]
+            pairs |= {(int(later), int(run[k])) for n, later in enumerate(run) for k in range(min(n, _RUN))}
+    found: list[tuple[int, int, float]] = []
+    gone: set[int] = set()
+    for later, earlier in sorted(pairs):
+        if later in gone or earlier in gone:
+            continue
+        a, b = of(later), of(earlier)
+        similarity = len(a & b) / len(a | b)
+        if similarity >= threshold:
+            gone.add(later)
+            found.append((later, earlier, similarity))
+    return found
