@@ -1,5 +1,6 @@
 """Certificates: outcomes that any trainer made in, one honest sentence out; every number is checked against the outcomes."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fulcrum import certificate, outcomes, store, verification
+from fulcrum import certificate, outcomes, store, verification, wording
 from fulcrum.certificate import Question
 from fulcrum.errors import DataError, StoreError
 from test_cli import done, refused
@@ -131,6 +132,28 @@ def test_more_rows_are_weighed_against_general_data(tmp_path: Path) -> None:
         assert said["answer"] == answer
         assert said["labelling"]["estimate"] == pytest.approx(np.log2(114 / 64), abs=0.1)
         assert said["advantage"]["estimate"] == pytest.approx(ahead - np.log2(114 / 64), abs=0.1)
+        assert said["by"] == ["sft"]
+
+
+def test_more_rows_are_those_of_the_arms_that_were_measured_with_so_many(tmp_path: Path) -> None:
+    """kshot is the best at 16 rows and sft at 64, so that their curve ends there; sft alone goes on to 256."""
+    sizes = {"sft": (16, 32, 64, 128, 256), "kshot": (16, 64), "tell": (16, 64)}
+
+    def wide() -> Iterator[dict[str, object]]:
+        rng = np.random.default_rng(0)
+        for arm, own in sizes.items():
+            for size, seed, row in itertools.product(own, range(5), range(ROWS)):
+                level = {"sft": np.log2(size), "kshot": 4.5 + 0.1 * np.log2(size), "tell": np.log2(size) + 0.5}[arm]
+                yield {"arm": arm, "size": size, "seed": seed, "row": f"r{row}", "outcome": level + rng.normal(0, 0.1)}
+
+    question = Question("tell", ("kshot", "sft"), ("score",))
+    answer = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", wide())), question)["answers"][0]
+    assert answer["reference_chosen"] == {"16": "kshot", "32": "sft", "64": "sft"}
+    more = answer["more_rows"]
+    assert (more["by"], more["answer"]) == (["sft"], "labelling")
+    assert more["labelling"]["estimate"] == pytest.approx(np.log2(114 / 64), abs=0.1)
+    assert more["advantage"]["estimate"] == pytest.approx(0.5 - np.log2(114 / 64), abs=0.1)
+    assert "50 more labelled rows without it (sft) +0.8" in wording.more_rows_text(answer)[2]
 
 
 def test_slope_is_of_all_sizes_and_tokens_are_means_over_seeds(tmp_path: Path) -> None:

@@ -170,9 +170,10 @@ def test_slope_of_a_flat_reference_is_not_above_zero():
 
 def test_more_rows_reads_the_curve_and_goes_no_further():
     ref = leverage.reference(exact(SFT), ["sft"], 64)  # 1 more with each doubling
-    assert leverage.more_rows(ref, 16, 16) == pytest.approx(np.ones(6))
-    assert leverage.more_rows(ref, 20, 40) == pytest.approx(np.full(6, np.log2(3)))
-    assert leverage.more_rows(ref, 32, 50) is None
+    assert leverage.at(ref, 32) - leverage.at(ref, 16) == pytest.approx(np.ones(6))
+    assert leverage.at(ref, 60) - leverage.at(ref, 20) == pytest.approx(np.full(6, np.log2(3)))
+    assert leverage.at(ref, 82) is None
+    assert leverage.at(ref, 15) is None
 
 
 def test_a_reference_that_has_levelled_off_makes_no_factor_identifiable():
@@ -334,11 +335,11 @@ def test_an_arm_that_is_always_the_best_stands_for_the_reference_at_all_its_size
     curve = leverage.curve(found, ["sft", "sft_anchor"], 64)
     assert curve.sizes == (16, 32, 64, 128, 256)
     assert leverage.row_gain(found, "tell", 64, curve).estimate == pytest.approx(2, rel=0.1)
-    assert leverage.more_rows(curve, 64, 50) is not None
+    assert leverage.at(curve, 114) is not None
 
 
 def test_where_the_best_differs_by_size_only_common_sizes_count() -> None:
     found = noisy({**DENSE, ("kshot", 16): 0.45, ("kshot", 64): 0.38, ("tell", 64): 0.45})
     curve = leverage.curve(found, ["sft", "kshot"], 64)
     assert (curve.sizes, curve.picked) == ((16, 64), {16: "kshot", 64: "sft"})
-    assert leverage.more_rows(curve, 64, 50) is None
+    assert leverage.at(curve, 114) is None

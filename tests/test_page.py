@@ -206,7 +206,7 @@ def test_more_rows_or_general_data(rich: Path) -> None:
     assert short == "General data"
     assert brief.startswith(f"general data over labelling: +{more['advantage']['estimate']:.3f} [+")
     assert f"general data with 64 rows +{answer['difference']['estimate']:.3f} [+" in text
-    assert f"50 more labelled rows without it +{more['labelling']['estimate']:.3f} [+" in text
+    assert f"50 more labelled rows without it (sft) +{more['labelling']['estimate']:.3f} [+" in text
 
 
 def test_one_seed_is_said_and_nothing_is_said_of_side_effects(tmp_path: Path) -> None:

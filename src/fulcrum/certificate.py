@@ -161,7 +161,7 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
         "verdict": _verdict(
             difference, leverage.beaten(draws, question.arm, question.references, n) if on_test else difference.high < 0
         ),
-        "more_rows": _more_rows(whole, n, gained),
+        "more_rows": _more_rows(draws, question, whole, n, gained),
         "attribution": _attribution(draws, n),
         "_saving": savings["rows"],
     }  # fmt: skip
@@ -238,14 +238,24 @@ def _tokens_rise(draws: Draws, question: Question) -> bool:
     return True
 
 
-def _more_rows(ref: Reference, size: int, gained: FloatArray) -> dict[str, Any]:
-    """Would more labelled rows have bought more than the arm's general data?"""
-    brought = leverage.more_rows(ref, size, MORE)
-    if brought is None:
+def _more_rows(draws: Draws, question: Question, ref: Reference, n: int, gained: FloatArray) -> dict[str, Any]:
+    """Would more labelled rows have bought more than the arm's general data?
+
+    The reference's curve says what they would bring; where it does not go so far, that of the references which were measured
+    with so many rows (`by`). These may not be the best there is, so that labelling is worth at least as much.
+    """
+    far = [arm for arm in question.references if max(draws.measured.sizes([arm]), default=0) >= n + MORE]
+    known = ref if ref.sizes[-1] >= n + MORE or not far else leverage.curve(draws, far, max(draws.measured.sizes(far)))
+    reached = leverage.at(known, n + MORE)
+    if reached is None:
         return {"rows": MORE, "answer": "cannot be said: the reference was not measured with so many"}
-    advantage = leverage.interval(leverage.contrast((1, gained), (-1, brought)))
-    answer = "general data" if advantage.low > 0 else "labelling" if advantage.high < 0 else "cannot be told apart"
-    return {"rows": MORE, "answer": answer, "labelling": _ends(leverage.interval(brought)), "advantage": _ends(advantage)}
+    advantage_draws = leverage.contrast((1, draws.of(question.arm, n)), (-1, reached))
+    advantage = leverage.interval(advantage_draws)
+    labelling = leverage.interval(leverage.contrast((1, gained), (-1, advantage_draws)))
+    return {
+        "rows": MORE, "by": sorted(set(known.picked.values())), "labelling": _ends(labelling), "advantage": _ends(advantage),
+        "answer": "general data" if advantage.low > 0 else "labelling" if advantage.high < 0 else "cannot be told apart",
+    }  # fmt: skip
 
 
 def _p(difference: Interval, gained: FloatArray) -> float | None:

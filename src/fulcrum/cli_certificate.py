@@ -47,6 +47,7 @@ def certify(
     """
     from fulcrum import certificate, outcomes, page, store, terminal
     from fulcrum.certificate import Question
+    from fulcrum.wording import more_rows_text
 
     for name in (certificate.FILE, certificate.OUTCOMES, page.REPORT):
         if (out / name).exists():
@@ -66,7 +67,10 @@ def certify(
         for table in terminal.certificate_tables(answer):
             screen.print(table)
         more = answer["more_rows"]
-        terminal.say(screen, f"{more['rows']} more labelled rows, or general data: {more['answer']}")
+        terminal.say(
+            screen,
+            f"{more['rows']} more labelled rows, or general data? {'. '.join(filter(None, more_rows_text(answer)[::2]))}",
+        )
         if answer["selected_on"] != "dev":
             terminal.say(screen, f"The reference was selected on {answer['selected_on']}.")
     terminal.say(screen, f"report: {page.write(out)}")

@@ -415,16 +415,11 @@ def identifiable(ref: Reference, n: int) -> bool:
     return slope(ref).low > 0 and slope_towards(ref, n).low > 0
 
 
-def more_rows(ref: Reference, size: int, more: int) -> FloatArray | None:
-    """Draws of what `more` rows beyond `size` bring the reference, between its measured sizes; None beyond them."""
-    if size < ref.sizes[0] or size + more > ref.sizes[-1]:
+def at(ref: Reference, rows: int) -> FloatArray | None:
+    """Draws of the reference's score with so many rows, between its measured sizes (log-linear); None beyond them."""
+    if len(ref.sizes) < 2 or not ref.sizes[0] <= rows <= ref.sizes[-1]:
         return None
-    logs, curves = np.log(ref.sizes), monotone(ref.score)
-    low, high = (_between(logs, curves, np.log(at)) for at in (size, size + more))
-    return high - low
-
-
-def _between(logs: FloatArray, curves: FloatArray, at: float) -> FloatArray:
+    logs, curves, at = np.log(ref.sizes), monotone(ref.score), np.log(rows)
     upper = int(np.clip(np.searchsorted(logs, at), 1, len(logs) - 1))
     part = (at - logs[upper - 1]) / (logs[upper] - logs[upper - 1])
     between: FloatArray = curves[:, upper - 1] + part * (curves[:, upper] - curves[:, upper - 1])

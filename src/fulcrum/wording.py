@@ -135,7 +135,7 @@ def more_rows_text(answer: Mapping[str, Any]) -> tuple[str, str, str]:
         names.get(more["answer"], _capital(more["answer"])),
         f"general data over labelling: {advantage} in {metric}, above 0 is better",
         f"Improvement of {metric}, above 0 is better: general data with {n:,} rows {brought}; {more['rows']} more labelled "
-        f"rows without it {labelled}; general data over labelling {advantage}.",
+        f"rows without it ({' or '.join(more['by'])}) {labelled}; general data over labelling {advantage}.",
     )
 
 
