@@ -22,6 +22,7 @@ FLOORS = (
         "ingest",
         "pool",
         "anchor",
+        "choose",
         "mix",
         "pack",
         "prefix",
@@ -49,6 +50,7 @@ FLOORS = (
         "export",
         "cell",
         "selfmade",
+        "probe",
     ),
     (
         "summary",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fulcrum import encode, metrics, mix, store, tokens
+from fulcrum import choose, encode, metrics, mix, store, tokens
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError, nearest
 from fulcrum.material import Material
@@ -35,6 +35,9 @@ ARMS: Mapping[str, Arm] = {
         Arm(name="soup", anchored=True, members=3),
         Arm(name="mix", general="pool"),
         Arm(name="tell", anchored=True, general="pool"),
+        Arm(name="tell_similar", anchored=True, general="pool", select="similar"),
+        Arm(name="tell_gradient", anchored=True, general="pool", select="gradient"),
+        Arm(name="tell_diverse", anchored=True, general="pool", select="diverse"),
         # TELL's own rows, one source after the other: what the shuffle brings.
         Arm(name="general_then_task", anchored=True, general="pool", order="general_then_task"),
         Arm(name="task_then_general", anchored=True, general="pool", order="task_then_general"),
@@ -172,7 +175,8 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
         form = encode.make_format(tokenizer, task.anchor) if arm.anchored else plain
         encode.encode_ahead(task.train, form)
         own += [encode.encode(example, form) for example in task.train]
-    count = min(general_count(rows, arm, repeats), len(general_rows(rows, arm)))
+    available = general_rows(rows, arm, settings)
+    count = min(general_count(rows, arm, repeats), len(available))
     mixed_seed = store.seed_for(seed, "mix")
     if own:
         plan = mix.plan(
@@ -181,15 +185,48 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
         )  # fmt: skip
     else:
         plan = Plan(0, count, 1, count, "random", mixed_seed)
-    general = general_rows(rows, arm)[:count]
+    general = available[:count]
     if arm.general == "permuted":
         general = _permuted(general, store.seed_for(seed, "placebo"))
     return Stream(plan, own, tokens.tokenised(general, plain))
 
 
-def general_rows(rows: Material, arm: Arm) -> tuple[Example, ...]:
-    """The general rows that an arm's streams begin with: the run's own, or those of the arm."""
-    return rows.own_general.get(arm.name, rows.general)
+def general_rows(rows: Material, arm: Arm, settings: Settings) -> tuple[Example, ...]:
+    """The general rows that an arm's streams begin with: the run's own, those of the arm, or those that it chooses by the task
+    rows of `rows`."""
+    how = selects(arm, settings)
+    if arm.name in rows.own_general or how == "random":
+        return rows.own_general.get(arm.name, rows.general)
+    task_rows = [row for task in rows.tasks for row in task.train]
+    if how == "diverse":
+        order = choose.diverse(rows.candidates, rows.seed)
+    else:
+        order = choose.similar(rows.candidates, task_rows, rows.seed)
+    if how == "gradient" and rows.gradients:  # previews have no model: they count the most similar rows instead
+        order = order[: choose.SCORED * len(rows.general)]
+        gradients = [np.stack([rows.gradients[row.origin] for row in part])
+                     for part in ([rows.candidates[k] for k in order], task_rows)]  # fmt: skip
+        order = order[choose.by_gradient(*gradients)]
+    return tuple(rows.candidates[k] for k in order[: len(rows.general)])
+
+
+def selects(arm: Arm, settings: Settings) -> str:
+    """How an arm chooses its general rows."""
+    return (arm.select or settings.mix.select) if arm.mixes and arm.general != "self_made" and not arm.pool else "random"
+
+
+def choose_from(arms: Sequence[Arm], settings: Settings) -> int:
+    """How many rows of the pool the arms choose from; 0 where none chooses."""
+    return settings.mix.choose_from if any(selects(arm, settings) != "random" for arm in arms) else 0
+
+
+def to_probe(rows: Material, arm: Arm, settings: Settings) -> list[Example]:
+    """Rows whose gradients decide which general rows an arm trains on: task rows, and the candidates most similar to them."""
+    if selects(arm, settings) != "gradient":
+        return []
+    task_rows = [row for task in rows.tasks for row in task.train]
+    order = choose.similar(rows.candidates, task_rows, rows.seed)[: choose.SCORED * len(rows.general)]
+    return [*task_rows, *(rows.candidates[k] for k in order)]
 
 
 def general_count(rows: Material, arm: Arm, repeats: int) -> int:

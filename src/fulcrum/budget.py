@@ -67,7 +67,8 @@ def plan(settings: Settings, seconds: float, *, quick: bool = False) -> Design:
     speed = measure(rows, loaded, settings)
     found = None
     every = min(len(task.train) for task in rows.tasks)
-    general = len(pool.open_pool(settings.general, seed=settings.seed)) if settings.general else 0
+    near = settings.clean.near_duplicates
+    general = len(pool.open_pool(settings.general, settings.seed, near=near)) if settings.general else 0
     sizes = [every] if settings.compare.sizes is not None else _fewer(every)
     # Rather fewer rows than two seeds, whose intervals hold nearly everything.
     for seeds, most in itertools.product((1,) if quick else (3, 1), sizes):

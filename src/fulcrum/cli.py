@@ -118,7 +118,7 @@ def check(
     from fulcrum import arms, encode, preview, terminal
 
     with terminal.working(screen, "reading data"):
-        seen = preview.open_preview(settings, settings.seed)
+        seen = preview.open_preview(settings, settings.seed, [arms.own_arm(settings)])
         lengths, trials = preview.lengths(seen), preview.trials(seen, [arms.own_arm(settings)])
     terminal.say(screen, f"general rows chosen for the longest plan: {len(seen.rows.general):,}; rows not used, by reason:")
     terminal.say_rejects(screen, seen.rows.rejects)
@@ -229,11 +229,13 @@ def mix(
     if out.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"--out {out}: the name must end in .jsonl or .parquet")
     settings = _settings(run_file, changes, model, None, seed)
+    if settings.mix.select == "gradient":
+        raise ConfigError("mix.select: gradient needs gradients, which only `train` and `compare` take; choose another")
     screen = _model_screen(ctx, settings.model)
     from fulcrum import arms, preview, terminal
 
     with terminal.working(screen, "reading data"):
-        seen = preview.open_preview(settings, settings.seed)
+        seen = preview.open_preview(settings, settings.seed, [arms.own_arm(settings)])
         trials, repeats = preview.trials(seen, [arms.own_arm(settings)]), max(seen.rows.repeats)
         rows = list(preview.stream_rows(seen, repeats))
         preview.write_stream(rows, out)
@@ -311,7 +313,7 @@ def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds
     from fulcrum import config, preview, store, terminal
 
     with terminal.working(screen, "reading data"):
-        seen = preview.open_preview(settings, seeds[0], dev_apart=dev_apart)
+        seen = preview.open_preview(settings, seeds[0], arms, dev_apart=dev_apart)
         trials = preview.trials(seen, arms)
     terminal.say(terminal.console(), config.dump(settings).rstrip())
     screen.print(terminal.trial_table(trials))

@@ -9,11 +9,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fulcrum import cell, scoring, selfmade, store, workers
-from fulcrum.arms import chosen_arms, sizes_of, trials
+from fulcrum import cell, probe, scoring, selfmade, store, workers
+from fulcrum.arms import chosen_arms, selects, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError
+from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.proof import certificates
 from fulcrum.records import ArmResult, Difference, Results, Setting, Tried
@@ -66,6 +67,11 @@ def compare(
         dict(zip(settings.seeds, rows, strict=True)), loaded, arms, settings, folder if writes() else None,
         partial(watcher.count, "general rows that the model makes itself"),
     )  # fmt: skip
+    for seed, material in by_seed.items():
+        by_seed[seed] = probe.with_gradients(
+            material, loaded, _views(material, arms, settings), settings, folder if writes() else None,
+            partial(watcher.count, probe.LABEL),
+        )  # fmt: skip
     study = Study(settings, by_seed, folder)
     with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
         tries = list(plan_trials(study, arms, loaded))
@@ -142,6 +148,17 @@ class _Progress:
             found[unit.name] = result
             self.finished(unit, result, stored=False)
         return [found[unit.name] for unit in units]
+
+
+def _views(rows: Material, arms: Sequence[Arm], settings: Settings) -> list[tuple[Material, Arm]]:
+    """The task rows that arms which choose general rows are ever trained on: every size, and every fold of it."""
+    found = []
+    for arm in (arm for arm in arms if selects(arm, settings) != "random"):
+        for size in sizes_of(settings, arm, rows.longest):
+            own = rows.at(size)
+            folds = own.folds(settings.compare.folds, store.seed_for(rows.seed, "folds"))
+            found += [(view, arm) for view in (own, *folds)]
+    return found
 
 
 def plan_trials(study: Study, arms: Iterable[Arm], loaded: LoadedModel) -> Iterable[Unit]:

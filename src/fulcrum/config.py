@@ -27,6 +27,7 @@ from fulcrum import settings_file
 from fulcrum.errors import ConfigError
 from fulcrum.records import Anchor, Placement
 
+Select = Literal["random", "similar", "gradient", "diverse"]
 Order = Literal["auto", "random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general"]
 
 
@@ -175,6 +176,10 @@ class MixSettings(Section):
     unit: Literal["examples", "tokens"] = Field("examples", description="what `general_per_task` counts")
     repeats: int | Literal["auto"] = Field("auto", description="times each task row is shown; auto: tuned over 1, 2, 4, 8")
     order: Order = Field("auto", description="of mixed arms; auto: epoch_stratified below 200 steps, random from there on")
+    select: Select = Field(
+        "random", description="which general rows: any; with the task's words; whose gradients are the task's; of every kind"
+    )
+    choose_from: int = Field(8192, ge=1, description="rows drawn from the pool, among which the others than random choose")
 
     @field_validator("repeats")
     @classmethod
@@ -257,6 +262,7 @@ class Arm(Section):
     )
     pool: GeneralSources = Field((), description="general data of its own; none: `general:` of the run")
     order: Order | None = Field(None, description="instead of mix.order")
+    select: Select | None = Field(None, description="instead of mix.select")
     general_per_task: float | None = Field(None, gt=0, description="in examples, instead of mix.general_per_task")
     shots: bool = Field(False, description="task rows stand in the prompt instead of training")
     kl: bool = Field(False, description="whether the distance to the base model (KL divergence) is part of the loss, tuned")
@@ -271,8 +277,10 @@ class Arm(Section):
 
     @model_validator(mode="after")
     def _sensible(self) -> "Arm":
-        if not self.mixes and (self.pool or self.order or self.general_per_task or not self.task_rows):
+        if not self.mixes and (self.pool or self.order or self.select or self.general_per_task or not self.task_rows):
             raise ValueError(f"{self.name}: without general rows (general: pool) there is no pool, order or ratio to set")
+        if self.select and (self.pool or self.general == "self_made"):
+            raise ValueError(f"{self.name}: rows are selected from the run's own pool; leave `select:` out")
         if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train or self.settings_of):
             raise ValueError(f"{self.name}: is not trained (trained: false), so nothing of training can be set")
         if self.shots + self.words + self.trained > 1:

@@ -16,7 +16,7 @@ from fulcrum import clean, encode, ingest, metrics, pool
 from fulcrum.anchor import last_answer_only
 from fulcrum.config import DataSource, GeneralSource, Settings, TaskSettings
 from fulcrum.errors import DataError
-from fulcrum.records import Example, Reject, Task, TaskFacts
+from fulcrum.records import Example, FloatArray, Reject, Task, TaskFacts
 from fulcrum.rows import content_key
 from fulcrum.store import fingerprint, seed_for
 
@@ -29,8 +29,10 @@ class Material:
     """All rows of one run at one seed.
 
     `general` are the rows that the longest plan of `general_for` task rows needs, `own_general` those of arms with a pool (or
-    rows made) of their own; `held_out` are general rows that no arm trains on, by source name (forgetting is measured on them);
-    `repeats` are the numbers of repeats that mixed arms try; `rejects` counts the rows not used, by reason.
+    rows made) of their own; `candidates` are the pool's rows among which arms choose, which begin with `general`, and
+    `gradients` what some of them and of the task rows would teach, by origin; `held_out` are general rows that no arm trains on,
+    by source name (forgetting is measured on them); `repeats` are the numbers of repeats that mixed arms try; `rejects` counts
+    the rows not used, by reason.
     """
 
     tasks: tuple[Task, ...]
@@ -42,6 +44,9 @@ class Material:
     batch_size: int
     notes: tuple[str, ...] = ()
     own_general: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    candidates: tuple[Example, ...] = ()
+    gradients: Mapping[str, FloatArray] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def n_task(self) -> int:
@@ -78,7 +83,7 @@ class Material:
     @property
     def fingerprints(self) -> Mapping[str, str]:
         """A hash over every row of each part, by the part's name, so that a refusal can say which data changed."""
-        parts: dict[str, object] = {"general": self.general}
+        parts: dict[str, object] = {"general": self.general, "candidates": self.candidates[len(self.general) :]}
         parts |= {f"general of {name}": rows for name, rows in self.own_general.items()}
         parts |= {f"held out: {name}": rows for name, rows in self.held_out.items()}
         parts |= {f"{task.name} {part}": getattr(task, part) for task in self.tasks for part in ("train", "dev", "test")}
@@ -134,14 +139,15 @@ def read_task(settings: TaskSettings, seed: int, outer: tuple[int, int] | None =
 
 def prepare(
     settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int, *, dev_apart: bool = True,
-    mixed_rows: int | None = None,
+    mixed_rows: int | None = None, choose_from: int = 0,
 ) -> Material:  # fmt: skip
     """Read everything, drop what cannot be trained (counted), and choose the general rows that the longest plan needs.
 
     `context` is the model's longest row in tokens (None: no limit). In a comparison dev rows are task rows like others
     (`dev_apart` False): they join the training rows, in an order drawn by seed; `mixed_rows` of each task (none: all) are in
-    the largest mixture. Where a comparison has no test rows of its own each seed holds out another fold of the rows, so that no
-    row is a test row twice. Raises DataError and ConfigError for what cannot be used.
+    the largest mixture. `choose_from` rows of the pool are candidates for arms that choose theirs. Where a comparison has no
+    test rows of its own each seed holds out another fold of the rows, so that no row is a test row twice. Raises DataError and
+    ConfigError for what cannot be used.
     """
     tasks: list[Task] = []
     rejects: list[Reject] = []
@@ -168,6 +174,7 @@ def prepare(
     own_general: dict[str, tuple[Example, ...]] = {}
     held_out: dict[str, tuple[Example, ...]] = {}
     general: list[Example] = []
+    candidates: tuple[Example, ...] = ()
     if settings.eval.general_rows > 0:
         own, _ = ingest.read([DataSource(path="builtin_eval")])
         held_out["builtin"] = tuple(own[: settings.eval.general_rows])
@@ -179,7 +186,8 @@ def prepare(
         )
         outside |= {content_key(example) for example in held_out["pool"]}
         wanted = cleaner.wanted(tasks, n_task)
-        selection = cleaner.take(max(wanted.values()), seed_for(seed, "general"), outside, held_out["pool"])
+        most = max(max(wanted.values()), choose_from)
+        selection = cleaner.take(most, seed_for(seed, "general"), outside, held_out["pool"])
         left_out = {f"general: {reason}": count for reason, count in cleaner.pool.left_out.items()}
         rejects += [Reject(r.origin, f"general: {r.reason}", r.detail) for r in selection.rejects]
         notes += [f"{name}: too few usable rows for its weight; the other sources gave the rest" for name in selection.dry]
@@ -195,6 +203,7 @@ def prepare(
             tried, all_of = (", ".join(map(str, numbers)) for numbers in (repeats, wanted))
             notes.append(f"mix.repeats: auto tries {tried} instead of {all_of}: the general data have {left:,} usable rows")
         general = selection.examples[: wanted[max(repeats)]]
+        candidates = tuple(selection.examples) if choose_from else ()
         for arm in () if dev_apart else settings.compare.arms:
             if not isinstance(arm, str) and arm.pool:
                 other = _Cleaner(settings, tokenizer, context, [task for task, _ in whole], arm.pool)
@@ -207,15 +216,34 @@ def prepare(
                 own_general[arm.name] = tuple(found.examples)
     counts = dict(Counter(reject.reason for reject in rejects) + Counter(left_out))
     return Material(
-        tuple(tasks), tuple(general), held_out, counts, repeats, n_task, settings.train.batch_size, tuple(notes), own_general
+        tuple(tasks),
+        tuple(general),
+        held_out,
+        counts,
+        repeats,
+        n_task,
+        settings.train.batch_size,
+        tuple(notes),
+        own_general,
+        candidates,
+        seed=seed,
     )
 
 
 def of_seeds(
-    settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seeds: Sequence[int], *, mixed_rows: int | None
+    settings: Settings,
+    tokenizer: encode.Tokenizer,
+    context: int | None,
+    seeds: Sequence[int],
+    *,
+    mixed_rows: int | None,
+    choose_from: int = 0,
 ) -> list[Material]:
     """The rows of a comparison at every seed (`prepare`): of each task as many training rows, since folds differ in size."""
-    rows = [prepare(settings, tokenizer, context, seed, dev_apart=False, mixed_rows=mixed_rows) for seed in seeds]
+    rows = [
+        prepare(settings, tokenizer, context, seed, dev_apart=False, mixed_rows=mixed_rows, choose_from=choose_from)
+        for seed in seeds
+    ]
     most = [max(map(len, parts)) for parts in zip(*([task.train for task in each.tasks] for each in rows), strict=True)]
     fewest = [min(map(len, parts)) for parts in zip(*([task.train for task in each.tasks] for each in rows), strict=True)]
     cut = [

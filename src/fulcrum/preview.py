@@ -47,15 +47,18 @@ class Trial:
     warnings: tuple[str, ...]
 
 
-def open_preview(settings: Settings, seed: int, *, dev_apart: bool = True) -> Preview:
-    """Read the data as a run with this seed would (`dev_apart` False: a comparison). Raises ConfigError, DataError or
-    ModelError."""
+def open_preview(settings: Settings, seed: int, chosen: Sequence[Arm] = (), *, dev_apart: bool = True) -> Preview:
+    """Read the data as a run of the arms `chosen` with this seed would (`dev_apart` False: a comparison).
+
+    Raises ConfigError, DataError or ModelError.
+    """
+    among = arms.choose_from(chosen, settings)
     tokenizer, context = fetch.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
     if dev_apart:
-        rows = material.prepare(settings, tokenizer, context, seed)
+        rows = material.prepare(settings, tokenizer, context, seed, choose_from=among)
     else:
-        seeds = dict.fromkeys((seed, *settings.seeds))
-        rows = material.of_seeds(settings, tokenizer, context, list(seeds), mixed_rows=arms.largest_mixture(settings))[0]
+        seeds, most = list(dict.fromkeys((seed, *settings.seeds))), arms.largest_mixture(settings)
+        rows = material.of_seeds(settings, tokenizer, context, seeds, mixed_rows=most, choose_from=among)[0]
     return Preview(settings, seed, rows, tokenizer, dev_apart)
 
 

@@ -6,6 +6,7 @@ files -> material (rows split and cleaned) -> tokens -> plan -> adapter, once pe
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,24 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from fulcrum import adapter, cell, compiled, config, export, generate, material, mix, model, report, scoring, store, training
+from fulcrum import (
+    adapter,
+    cell,
+    compiled,
+    config,
+    export,
+    generate,
+    material,
+    mix,
+    model,
+    probe,
+    report,
+    scoring,
+    store,
+    training,
+)
 from fulcrum.adapter import State
-from fulcrum.arms import ARMS, arm_of, largest_mixture, own_arm, planned_tokens, sizes_of, stream, trials
+from fulcrum.arms import ARMS, arm_of, choose_from, largest_mixture, own_arm, planned_tokens, sizes_of, stream, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.identity import environment, manifest, peak_memory_bytes
@@ -32,6 +48,8 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     watcher, started = watcher or Silent(), time.perf_counter()
     arm = own_arm(settings)
     loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
+    folder_of_rows = folder if writes() else None
+    rows = probe.with_gradients(rows, loaded, [(rows, arm)], settings, folder_of_rows, partial(watcher.count, probe.LABEL))
     base = ARMS["base_anchor" if arm.anchored else "base"]
     untrained = cell.score(rows, rows.tasks, loaded, base, settings, base.name, watcher)
     results = [replace(untrained, seed=settings.seed), train_arm(rows, loaded, arm, settings, folder, watcher)]
@@ -55,10 +73,12 @@ def begin(
     watcher.stage(f"loading {settings.model}")
     loaded = model.load(settings.model, chosen, trust_remote_code=settings.trust_remote_code)
     watcher.stage("reading data")
+    among = choose_from(arms, settings)
     if apart := kind != "compare":
-        rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed) for seed in seeds]
+        rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed, choose_from=among) for seed in seeds]
     else:
-        rows = material.of_seeds(settings, loaded.tokenizer, loaded.context, seeds, mixed_rows=largest_mixture(settings))
+        most = largest_mixture(settings)
+        rows = material.of_seeds(settings, loaded.tokenizer, loaded.context, seeds, mixed_rows=most, choose_from=among)
     for each in rows:
         for arm in arms:
             for size in (each.longest,) if apart else sizes_of(settings, arm, each.longest):

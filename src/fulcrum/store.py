@@ -127,6 +127,15 @@ def write_array(path: Path, values: Any) -> None:
     write_bytes(path, stream.getvalue())
 
 
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write NumPy arrays by name (.npz), atomically."""
+    import numpy as np
+
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    write_bytes(path, stream.getvalue())
+
+
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write records as JSON lines, atomically."""
     write_bytes(path, "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode())

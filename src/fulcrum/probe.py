@@ -1,0 +1,164 @@
+"""What a row would teach: the gradient of its loss in the adapter's B matrices, sketched.
+
+The gradient of B in a layer is a sum over a row's tokens of (gradient at the layer's output) x (input after A). Both factors of
+every token pass through a hook in the backward pass; there the first is projected to a few dimensions, the products are
+summed over each row's tokens, and a count-sketch of all layers' sums is what is kept: cosines of gradients stay, and a packed
+row of many examples costs one forward and one backward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fulcrum import adapter, encode, loss, mix, store, tokens, training
+from fulcrum.arms import Stream, selects, to_probe
+from fulcrum.config import Arm, Settings
+from fulcrum.lora import LoraLinear
+from fulcrum.material import Material
+from fulcrum.model import LoadedModel
+from fulcrum.records import FloatArray, Tokens
+
+LABEL = "rows whose gradients are taken"
+WARM_UP = 128  # general rows on which an adapter is trained before gradients are taken
+DIMENSIONS = 1024  # of a sketch: cosines are off by about 1 / sqrt(1024)
+_PROJECTED = 8  # dimensions that are left of a layer's output
+
+
+def gradients(
+    loaded: LoadedModel, examples: Sequence[Tokens], *, budget: int = 1536, seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> FloatArray:  # fmt: skip
+    """Sketches of the gradients of examples' mean losses with respect to the present adapter's B matrices: (examples, d).
+
+    Source: LESS (Xia et al. 2024, arXiv 2402.04333), which projects whole gradients; the count-sketch is that of Charikar, Chen
+    and Farach-Colton (2002). `budget` tokens are in a packed row.
+    """
+    layers = [module for module in loaded.peft.modules() if isinstance(module, LoraLinear)]
+    compiled, loaded.compiled = loaded.compiled, ()  # hooks do not reach into compiled layers
+    found = torch.zeros(len(examples), DIMENSIONS)
+    done = 0
+    for row in loss.rows(examples, loaded, budget, share=False):  # shared tokens would belong to several examples
+        counts = torch.bincount(row.owner, minlength=len(examples))
+        owner = _owners(row, len(examples))
+        sketch = _Sketch(found, owner, seed)
+        handles = [hook for place, layer in enumerate(layers) for hook in sketch.listen(layer, place)]
+        try:
+            total, _ = loss.row_loss(loaded, row, 1 / counts[row.owner].float())
+            total.backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        done += int((counts > 0).sum())
+        if progress is not None:
+            progress(done)
+    loaded.compiled = compiled
+    for parameter in loaded.peft.parameters():
+        parameter.grad = None
+    return found.numpy().astype(np.float64)
+
+
+def _owners(row: loss.Row, members: int) -> Tensor:
+    """Which example each token of a row belongs to: (n,). Segments are whole examples here."""
+    starts = torch.tensor([segment.start for segment in row.segments])
+    segment_of = torch.searchsorted(starts, torch.arange(row.ids.shape[1]), right=True) - 1
+    example_of = torch.empty(len(row.segments), dtype=torch.int64)
+    example_of[segment_of[row.where]] = row.owner
+    return example_of[segment_of]
+
+
+@dataclass
+class _Sketch:
+    """Adds every layer's part of the gradients to `into` (examples, d)."""
+
+    into: Tensor
+    owner: Tensor
+    seed: int
+    low: dict[int, Tensor] = field(default_factory=dict)
+
+    def listen(self, layer: LoraLinear, place: int) -> list[Any]:
+        name = layer.active_adapters[0]
+
+        def forward(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:  # a pass whose activations are not kept; it comes again
+                return
+            flat = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+            self.low[place] = flat.float() @ module.lora_A[name].weight.detach().float().t()
+
+            def arrived(gradient: Tensor) -> None:
+                self._add(place, gradient.detach().reshape(-1, gradient.shape[-1]).float())
+
+            output.register_hook(arrived)
+
+        return [layer.register_forward_hook(forward)]
+
+    def _add(self, place: int, gradient: Tensor) -> None:
+        low = self.low.pop(place)
+        projection, buckets, signs = _random(self.seed, place, gradient.shape[1], low.shape[1])
+        parts = torch.einsum("tk,tr->tkr", gradient @ projection, low).reshape(len(low), -1)
+        members, where = torch.unique(self.owner, return_inverse=True)
+        sums = torch.zeros(len(members), parts.shape[1]).index_add_(0, where, parts)
+        added = torch.zeros(len(members), self.into.shape[1]).index_add_(1, buckets, sums * signs)
+        self.into[members] += added
+
+
+@lru_cache(maxsize=1024)
+def _random(seed: int, place: int, width: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's projection (width, k), and where in the sketch its k x rank numbers go, with which signs."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+    signs = torch.randint(0, 2, (width, _PROJECTED), generator=generator) * 2.0 - 1
+    buckets = torch.randint(0, DIMENSIONS, (_PROJECTED * rank,), generator=generator)
+    turned = torch.randint(0, 2, (_PROJECTED * rank,), generator=generator) * 2.0 - 1
+    return signs / _PROJECTED**0.5, buckets, turned
+
+
+Count = Callable[[int, int], None]
+
+
+def with_gradients(
+    rows: Material, loaded: LoadedModel, views: Sequence[tuple[Material, Arm]], settings: Settings, folder: Path | None,
+    count: Count,
+) -> Material:  # fmt: skip
+    """`rows` with the gradients by which arms choose, for every view of them (a size, a fold) that an arm trains on.
+
+    The adapter is warmed up on the pool's own rows, so that one set of gradients serves all views, and none sees what it must
+    not. Task rows are taken with their anchors where the arm has one. Kept in the folder, and read back when resumed.
+    """
+    if not any(selects(arm, settings) == "gradient" for _, arm in views):
+        return rows
+    wanted = {row.origin: (row, arm) for view, arm in views for row in to_probe(view, arm, settings)}
+    file = None if folder is None else folder / "general" / f"gradients-seed{rows.seed}.npz"
+    names = store.fingerprint(sorted(wanted))
+    if file is not None and file.exists():
+        with np.load(file) as kept:
+            if str(kept["names"]) == names:
+                return replace(rows, gradients=dict(zip(sorted(wanted), kept["gradients"], strict=True)))
+    _warm_up(loaded, rows, settings)
+    plain = encode.make_format(loaded.tokenizer, None)
+    forms = {row.origin: encode.make_format(loaded.tokenizer, task.anchor) for task in rows.tasks for row in task.train}
+    examples = [
+        encode.encode(row, forms[origin] if arm.anchored and origin in forms else plain)
+        for origin, (row, arm) in sorted(wanted.items())
+    ]
+    found = gradients(
+        loaded, examples, budget=settings.train.pack_tokens, progress=lambda done: count(done, len(examples))
+    ).astype(np.float16)
+    adapter.drop_adapter(loaded)
+    if file is not None:
+        store.write_arrays(file, names=np.array(names), gradients=found)
+    return replace(rows, gradients=dict(zip(sorted(wanted), found, strict=True)))
+
+
+def _warm_up(loaded: LoadedModel, rows: Material, settings: Settings) -> None:
+    """Train an adapter on the first general rows: gradients of a fresh one say little of where training goes (LESS, 3.1)."""
+    general = rows.candidates[:WARM_UP]
+    plain = encode.make_format(loaded.tokenizer, None)
+    plan = mix.Plan(0, len(general), 1, len(general), "random", store.seed_for(rows.seed, "warm up"))
+    own = settings.train.model_copy(update={"early_stopping_patience": None})
+    stream = Stream(plan, [], tokens.tokenised(general, plain))
+    training.train(loaded, stream, None, own, seed=store.seed_for(rows.seed, "warm up"), repeats=1)
