@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fulcrum import adapter, choose, encode, loss, model, probe
-from fulcrum.config import TrainSettings
+from fulcrum import adapter, arms, choose, encode, loss, material, model, probe
+from fulcrum.comparison import compare
 from fulcrum.lora import LoraLinear
 from fulcrum.records import Example, Message
-from tiny import save_model
+from tiny import CONTEXT, comparison_settings, load_tiny, save_task, tiny_settings, tiny_tokenizer
 
 
 def row(question: str, answer: str, place: int) -> Example:
@@ -62,13 +62,12 @@ def test_by_gradient_goes_by_direction_alone() -> None:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> model.LoadedModel:
-    folder: Path = tmp_path_factory.mktemp("model")
-    return model.load(save_model(folder), TrainSettings(dtype="float32", compile="never"))
+    return load_tiny(tmp_path_factory.mktemp("model"))
 
 
 def test_sketches_are_those_of_each_rows_own_gradient(loaded: model.LoadedModel) -> None:
     """Packed with others or alone, the sketch of a row is that of PyTorch's gradient of its mean loss."""
-    adapter.new_adapter(loaded, TrainSettings(lora_r=4), 0)
+    adapter.new_adapter(loaded, tiny_settings(lora_r=4), 0)
     with torch.no_grad():
         for module in loaded.peft.modules():
             if isinstance(module, LoraLinear):
@@ -88,3 +87,28 @@ def test_sketches_are_those_of_each_rows_own_gradient(loaded: model.LoadedModel)
             expected.index_add_(0, buckets, (projection.t() @ gradient).reshape(-1) * signs)
         torch.testing.assert_close(torch.tensor(packed[place]).float(), expected, rtol=1e-3, atol=1e-5)
     adapter.drop_adapter(loaded)
+
+
+def test_arms_choose_by_the_task_rows_they_train_on_alone(tmp_path: Path) -> None:
+    """Every view (size, fold) chooses anew, by its own rows; what was chosen by gradient is the same when resumed."""
+    save_task(tmp_path, 12, 4)
+    names = ["sft", "tell", "tell_similar", "tell_gradient", "tell_diverse"]
+    settings = comparison_settings(
+        tmp_path, tmp_path / "out", compare={"sizes": [4, 8], "folds": 2, "arms": names},
+        mix={"general_per_task": 2, "repeats": 1, "choose_from": 60},
+    )  # fmt: skip
+    results = compare(settings)
+    assert {arm.arm for arm in results.arms} == set(names)
+    before = (tmp_path / "out" / "certificate.json").read_bytes()
+    for cell in (tmp_path / "out" / "cells").glob("tell_gradient-*"):
+        cell.unlink()
+    compare(settings, resume=True)
+    assert (tmp_path / "out" / "certificate.json").read_bytes() == before
+    tokenizer = tiny_tokenizer()
+    rows = material.prepare(settings, tokenizer, CONTEXT, 0, dev_apart=False, choose_from=60)
+    arm = arms.ARMS["tell_similar"]
+    assert rows.candidates[: len(rows.general)] == rows.general
+    chosen = {size: arms.general_rows(rows.at(size), arm, settings) for size in (4, 8)}
+    assert all(len(own) == len(rows.general) for own in chosen.values())
+    first, *_ = rows.at(8).folds(2, 0)
+    assert arms.general_rows(first, arm, settings) != chosen[8]

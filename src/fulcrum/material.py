@@ -30,9 +30,9 @@ class Material:
 
     `general` are the rows that the longest plan of `general_for` task rows needs, `own_general` those of arms with a pool (or
     rows made) of their own; `candidates` are the pool's rows among which arms choose, which begin with `general`, and
-    `gradients` what some of them and of the task rows would teach, by origin; `held_out` are general rows that no arm trains on,
-    by source name (forgetting is measured on them); `repeats` are the numbers of repeats that mixed arms try; `rejects` counts
-    the rows not used, by reason.
+    `gradients` what some of them and of the task rows would teach, by origin; `held_out` are general rows that no arm trains
+    on, by source name (forgetting is measured on them); `repeats` are the numbers of repeats that mixed arms try; `rejects`
+    counts the rows not used, by reason.
     """
 
     tasks: tuple[Task, ...]
