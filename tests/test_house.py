@@ -64,6 +64,7 @@ FLOORS = (
         "exhibit",
         "page",
         "report",
+        "pilot",
         "identity",
         "run",
     ),

@@ -90,7 +90,7 @@ def chosen_arms(settings: Settings) -> list[Arm]:
             raise ConfigError(
                 f"compare.arms: {', '.join(named)} need an anchor and no task has one; set task.anchor or leave them out"
             )
-    if settings.mix.general_per_task == 0 and (mixed := [arm.name for arm in arms if arm.mixes]):
+    if settings.mix.per_task == 0 and (mixed := [arm.name for arm in arms if arm.mixes]):
         raise ConfigError(
             f"compare: mix.general_per_task is 0, so {', '.join(mixed)} would have no general data; set it above 0 or leave "
             "these arms out"
@@ -161,7 +161,7 @@ class Stream:
 def own_arm(settings: Settings) -> Arm:
     """The arm that the settings describe: TELL where there is an anchor and general data, else what is left of it."""
     anchored = any(task.anchor is not None for task in settings.tasks)
-    general = settings.mix.general_per_task > 0
+    general = settings.mix.per_task > 0
     return ARMS[
         {(False, False): "sft", (True, False): "sft_anchor", (False, True): "mix", (True, True): "tell"}[anchored, general]
     ]
@@ -303,7 +303,7 @@ def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple
             f"compare.arms: {arm.name}: batches of {batch} rows would take more steps than TELL's of "
             f"{settings.train.batch_size}; use larger ones"
         )
-    if (arm.mixes and arm.general_per_task is None) or (settings.mix.general_per_task == 0 and wanted is None):
+    if (arm.mixes and arm.general_per_task is None) or (settings.mix.per_task == 0 and wanted is None):
         return rows.repeats
     shown = rows.n_task * (1 + (arm.general_per_task or 0.0) * arm.mixes) * arm.members
     cap = max(1, math.floor(rows.step_cap * batch / shown))
@@ -311,7 +311,7 @@ def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple
         # At least as many trials as TELL has; a single pass and the cap are always among them.
         count = math.ceil(max(3, len(rows.repeats)) / halves)
         return tuple(sorted({int(n) for n in np.geomspace(1, cap, count + (halves > 1)).round()}))[-count:]
-    if settings.mix.general_per_task > 0 and arm.members == 1 and max(wanted) > cap:
+    if settings.mix.per_task > 0 and arm.members == 1 and max(wanted) > cap:
         raise ConfigError(
             f"compare.sft_epochs: {max(wanted)} epochs of {rows.n_task} rows are over TELL's {rows.step_cap} steps; "
             f"use at most {cap}"

@@ -100,7 +100,7 @@ def _general_rows(settings: Settings, every: int) -> float:
     """About how many general rows a design needs."""
     largest = [max(sizes_of(settings, arm, every)) for arm in chosen_arms(settings) if arm.mixes]
     shown = max(largest, default=0) * max(settings.mix.candidates) * len(settings.tasks)
-    return shown * settings.mix.general_per_task + settings.eval.general_rows
+    return shown * settings.mix.per_task + settings.eval.general_rows
 
 
 def _widest(settings: Settings) -> Settings:
@@ -280,5 +280,5 @@ def _thrifty(settings: Settings, repeats: int) -> Settings:
     repeats = max(settings.mix.candidates)
     if settings.compare.sft_epochs is not None or settings.mix.unit == "tokens":
         return settings
-    most = math.floor(repeats * (1 + settings.mix.general_per_task))
+    most = math.floor(repeats * (1 + settings.mix.per_task))
     return _changed(settings, sft_epochs=tuple(sorted({repeats, min(most, 3 * repeats)})))

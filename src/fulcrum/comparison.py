@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fulcrum import cell, probe, scoring, selfmade, store, workers
+from fulcrum import cell, pilot, probe, scoring, selfmade, store, workers
 from fulcrum.arms import chosen_arms, selects, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
@@ -52,6 +52,7 @@ def compare(
     """
     workers.share_threads(jobs, on)
     watcher, started = watcher or Silent(), time.perf_counter()
+    settings, found = pilot.resolve(settings, resume=resume, watcher=watcher)
     arms = chosen_arms(settings)
     if settings.outer_folds and settings.compare.tune == "first" and len(settings.seeds) > 1:
         raise ConfigError(
@@ -60,6 +61,7 @@ def compare(
         )
     _require_common_size(settings, arms)
     loaded, rows, folder = begin("compare", settings, arms, settings.seeds, resume, watcher)
+    notes = pilot.keep(found, folder if writes() else None)
     if writes() and budget is not None and not (folder / PLAN).exists():
         described = settings.model_dump(mode="json", exclude={"output_dir"})
         store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
@@ -88,9 +90,8 @@ def compare(
             if budget is not None and next_end > budget and number >= 2 and left:
                 left_out = [*left_out, f"seeds after {seed}, for which there was no time"]
                 break
-    notes = (
-        [f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left_out)}."] if budget and left_out else []
-    )
+    if budget and left_out:
+        notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left_out)}.")
     at = shown_size(results, settings)
     shown = [result for result in results if result.size in (0, at)]
     differences = paired_differences(shown, settings)

@@ -169,10 +169,16 @@ class TaskSettings(Section):
         return None if self.anchor is None else Anchor(self.anchor.text, self.anchor.placement)
 
 
+PILOT_RATIOS = (0.0, 1.0, 4.0, 16.0)  # general rows for each shown task row that the pilot of `auto` tries
+
+
 class MixSettings(Section):
     """How task rows and general rows become one stream."""
 
-    general_per_task: float = Field(4.0, ge=0, description="general per shown task row, in `unit`; 0 is plain SFT")
+    general_per_task: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        4.0, description="general per shown task row, in `unit`; 0 is plain SFT; auto: a pilot chooses, 0 included"
+    )
+    pilot_tokens: int = Field(200_000, ge=1000, description="tokens that the pilot of `auto` trains on")
     unit: Literal["examples", "tokens"] = Field("examples", description="what `general_per_task` counts")
     repeats: int | Literal["auto"] = Field("auto", description="times each task row is shown; auto: tuned over 1, 2, 4, 8")
     order: Order = Field("auto", description="of mixed arms; auto: epoch_stratified below 200 steps, random from there on")
@@ -187,6 +193,17 @@ class MixSettings(Section):
         if isinstance(value, int) and value < 1:
             raise ValueError(f"repeats is {value}; every task row must be shown at least once")
         return value
+
+    @model_validator(mode="after")
+    def _counted(self) -> "MixSettings":
+        if self.general_per_task == "auto" and self.unit == "tokens":
+            raise ValueError("general_per_task: auto counts examples; leave `unit: tokens` out, or give a number")
+        return self
+
+    @property
+    def per_task(self) -> float:
+        """`general_per_task` as a number: of `auto`, before a pilot chose, the most that it tries."""
+        return PILOT_RATIOS[-1] if self.general_per_task == "auto" else self.general_per_task
 
     @property
     def candidates(self) -> tuple[int, ...]:
@@ -404,9 +421,9 @@ class Settings(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks need different names, got {names}; set tasks[i].name")
-        if self.mix.general_per_task > 0 and not self.general:
+        if self.mix.per_task > 0 and not self.general:
             raise ValueError(
-                f"mix.general_per_task is {self.mix.general_per_task:g} and `general:` names no data; name some, or set it to 0"
+                f"mix.general_per_task is {self.mix.general_per_task} and `general:` names no data; name some, or set it to 0"
             )
         return self
 

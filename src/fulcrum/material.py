@@ -178,7 +178,7 @@ def prepare(
     if settings.eval.general_rows > 0:
         own, _ = ingest.read([DataSource(path="builtin_eval")])
         held_out["builtin"] = tuple(own[: settings.eval.general_rows])
-    if settings.general and (settings.mix.general_per_task > 0 or settings.eval.general_rows > 0):
+    if settings.general and (settings.mix.per_task > 0 or settings.eval.general_rows > 0):
         cleaner = _Cleaner(settings, tokenizer, context, [task for task, _ in whole])
         outside = {content_key(example) for example in held_out.get("builtin", ())}
         held_out["pool"] = tuple(
@@ -285,7 +285,7 @@ def _last_answer_only(example: Example) -> Example:
 
 def _too_small(settings: Settings, wanted: int, left: int, held_out: int, size: int) -> str:
     """Say that the pool has too few rows, and what can be done about it with these settings."""
-    fewer = np.floor(settings.mix.general_per_task * left / wanted * 100) / 100
+    fewer = np.floor(settings.mix.per_task * left / wanted * 100) / 100
     remedies = [f"set mix.general_per_task to {fewer:g} or less"] if fewer > 0 else []
     remedies += ["lower mix.repeats"] if min(settings.mix.candidates) > 1 else []
     remedies += [f"lower eval.general_rows ({settings.eval.general_rows})"] if held_out else []
@@ -406,7 +406,7 @@ class _Cleaner:
     def wanted(self, tasks: Sequence[Task], once: int) -> dict[int, int]:
         """General rows for `once` task rows, by the number of repeats. In `unit: tokens` the mean lengths of task rows and of a
         sample decide."""
-        per_task = self.settings.mix.general_per_task
+        per_task = self.settings.mix.per_task
         if self.settings.mix.unit == "tokens":
             sample = self.take(_LENGTH_SAMPLE, seed_for(self.settings.seed, "lengths")).examples
             forms = [(task, encode.make_format(self.plain.tokenizer, task.anchor)) for task in tasks]

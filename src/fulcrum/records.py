@@ -287,6 +287,23 @@ class TaskFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Pilot:
+    """How much general data a pilot found best: `losses` (nats per answer token, cross-validated) of `ratios` of general rows
+    to each shown task row, with the standard `errors` of their differences to none, on `rows` task rows shown `repeats` times
+    each.
+    """
+
+    ratios: tuple[float, ...]
+    losses: tuple[float, ...]
+    errors: tuple[float, ...]
+    chosen: float
+    rows: int
+    repeats: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """Everything that results.json holds and the report needs. Predictions are apart, in predictions.jsonl.
 

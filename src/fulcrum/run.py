@@ -24,6 +24,7 @@ from fulcrum import (
     material,
     mix,
     model,
+    pilot,
     probe,
     report,
     scoring,
@@ -46,16 +47,18 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     Raises ConfigError, DataError, ModelError or StoreError, each naming the remedy.
     """
     watcher, started = watcher or Silent(), time.perf_counter()
+    settings, found = pilot.resolve(settings, resume=resume, watcher=watcher)
     arm = own_arm(settings)
     loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
     folder_of_rows = folder if writes() else None
+    notes = pilot.keep(found, folder_of_rows)
     rows = probe.with_gradients(rows, loaded, [(rows, arm)], settings, folder_of_rows, partial(watcher.count, probe.LABEL))
     base = ARMS["base_anchor" if arm.anchored else "base"]
     untrained = cell.score(rows, rows.tasks, loaded, base, settings, base.name, watcher)
     results = [replace(untrained, seed=settings.seed), train_arm(rows, loaded, arm, settings, folder, watcher)]
     if writes():
         export.save_adapter(loaded, folder / "adapter", {t.name: t.anchor if arm.anchored else None for t in rows.tasks})
-    return finish("train", settings, folder, loaded, [rows], results, (), started)
+    return finish("train", settings, folder, loaded, [rows], results, (), started, notes)
 
 
 def begin(

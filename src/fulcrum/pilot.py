@@ -1,0 +1,157 @@
+"""How much general data a task wants, none included: small mixtures are trained, and what they lose on rows held out is fitted.
+
+A mixture is worth another number where its task rows repeat more or less often ("repetition mismatch", arXiv 2606.07597), so
+the pilot takes fewer task rows *and* fewer general ones, and shows every task row as often as the run will. Task rows alone,
+which have the fewest steps that way, may also be shown `_LONGER` times as often: the better of the two stands for none.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from fulcrum import adapter, cell, encode, generate, material, model, store
+from fulcrum.arms import ARMS, arm_of, general_count, own_arm
+from fulcrum.cell import Watcher
+from fulcrum.config import PILOT_RATIOS, Arm, Settings
+from fulcrum.errors import ConfigError
+from fulcrum.material import Material
+from fulcrum.model import LoadedModel
+from fulcrum.records import FloatArray, Pilot, Setting
+
+REPEATS = 4  # where the run's own number is tuned
+FEWEST, MOST = 8, 32  # task rows
+FILE = "pilot.json"
+
+_FOLDS = 2
+_LONGER = 3
+
+
+def resolve(settings: Settings, *, resume: bool, watcher: Watcher) -> tuple[Settings, Pilot | None]:
+    """The settings with `general_per_task: auto` settled by a pilot, and what it found; read back where a run is resumed.
+
+    Dev rows are task rows here, as in a comparison; test rows are never seen. Raises ConfigError, DataError or ModelError.
+    """
+    if settings.mix.general_per_task != "auto":
+        return settings, None
+    folder = Path(settings.output_dir)
+    store.check_free(folder, resume=resume)  # before anything slow
+    if (folder / FILE).exists():
+        found = TypeAdapter(Pilot).validate_python(store.read_json(folder / FILE))
+    else:
+        watcher.stage("a pilot: how much general data?")
+        repeats = REPEATS if settings.mix.repeats == "auto" else settings.mix.repeats
+        small = settings.model_copy(update={"mix": settings.mix.model_copy(update={"repeats": repeats, "select": "random"})})
+        loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+        seed = settings.seeds[0]
+        rows = material.prepare(small, loaded.tokenizer, loaded.context, seed, dev_apart=False, mixed_rows=MOST)
+        found = run(rows, loaded, own_arm(small), small, seed, watcher)
+    arms = settings.compare.arms
+    if found.chosen == 0:  # what mixes would have nothing to mix
+        arms = tuple(arm for arm in arms if not arm_of(settings, arm if isinstance(arm, str) else arm.name).mixes)
+    return settings.model_copy(
+        update={
+            "mix": settings.mix.model_copy(update={"general_per_task": found.chosen}),
+            "compare": settings.compare.model_copy(update={"arms": arms if len(arms) > 1 else ("base", "sft")}),
+        }
+    ), found
+
+
+def keep(found: Pilot | None, folder: Path | None) -> list[str]:
+    """Write what a pilot found beside the run that it settled; and say it."""
+    if found is None:
+        return []
+    if folder is not None:
+        store.write_json(folder / FILE, found)
+    return [sentence(found)]
+
+
+def sentence(found: Pilot) -> str:
+    """What a pilot found, in a sentence."""
+    curve = ", ".join(
+        f"{ratio:g}: {loss:.3f}" + (f" (difference to 0 ± {error:.3f})" if ratio else "")
+        for ratio, loss, error in zip(found.ratios, found.losses, found.errors, strict=True)
+    )
+    return (
+        f"mix.general_per_task: auto chose {found.chosen:g}. Held-out nats per answer token by general rows for each shown "
+        f"task row: {curve}; {found.rows} task rows, {found.repeats} repeats, {found.tokens:,} tokens, {found.seconds:.0f} s."
+    )
+
+
+def run(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed: int, watcher: Watcher) -> Pilot:
+    """Train mixtures of `PILOT_RATIOS` by cross-validation inside some of the task rows, and choose one.
+
+    The most that `mix.pilot_tokens` buy of the task rows are used. Raises ConfigError where they buy fewer than `FEWEST`.
+    """
+    started = time.perf_counter()
+    repeats = REPEATS if settings.mix.repeats == "auto" else settings.mix.repeats
+    count = _affordable(rows, loaded, settings, repeats)
+    small = rows.at(count)
+    alone = ARMS["sft_anchor" if arm.anchored else "sft"]
+    tried = [(alone, repeats), (alone, repeats * _LONGER)]
+    tried += [(arm.model_copy(update={"general_per_task": ratio}), repeats) for ratio in PILOT_RATIOS[1:]]
+    found, tokens = [], 0
+    for own, shown in tried:
+        label = f"pilot of {general_count(small, own, 1) / max(1, small.n_task):g} general rows a task row, {shown} repeats"
+        nats, trained = _held_out(small, loaded, own, settings, Setting(shown), seed, label, watcher)
+        found.append(nats)
+        tokens += trained
+    adapter.drop_adapter(loaded)
+    none = min(found[:2], key=lambda nats: float(nats.mean()))
+    by_ratio = np.stack([none, *found[2:]])
+    losses = by_ratio.mean(axis=1)
+    errors = (by_ratio - none).std(axis=1, ddof=1) / math.sqrt(by_ratio.shape[1])
+    chosen = choose(PILOT_RATIOS, losses, errors)
+    seconds = time.perf_counter() - started
+    return Pilot(PILOT_RATIOS, tuple(losses.tolist()), tuple(errors.tolist()), chosen, count, repeats, tokens, seconds)
+
+
+def choose(ratios: Sequence[float], losses: FloatArray, errors: FloatArray) -> float:
+    """The ratio at the lowest point of a parabola in log2(1 + ratio) through the losses; 0 where no ratio's loss is more than a
+    standard error (of its difference) below that of none."""
+    if not any(losses[k] + errors[k] < losses[0] for k in range(1, len(ratios))):
+        return 0.0
+    logs = np.log2(1 + np.asarray(ratios))
+    best = float(logs[int(np.argmin(losses))])
+    bend, slope, _ = np.polyfit(logs, losses, 2)
+    lowest = -slope / (2 * bend) if bend > 0 else best
+    # Between the neighbours of the best one measured: four points say no more.
+    near = sorted(logs, key=lambda log: abs(log - best))[:3]
+    bounded = min(max(lowest, min(near), float(logs[1])), max(near))
+    return float(round(2**bounded - 1, 1))
+
+
+def _affordable(rows: Material, loaded: LoadedModel, settings: Settings, repeats: int) -> int:
+    """Task rows of each task that the pilot's tokens buy: with two folds every row is trained on once."""
+    plain = encode.make_format(loaded.tokenizer, None)
+
+    def length(part: Sequence[object]) -> float:
+        return float(np.mean([len(encode.encode(row, plain)) for row in part[:64]])) if part else 0.0
+
+    task = sum(length(own.train) for own in rows.tasks)
+    general = length(rows.general) * len(rows.tasks)
+    each = repeats * (sum(task + ratio * general for ratio in PILOT_RATIOS) + _LONGER * task)
+    bought = math.floor(settings.mix.pilot_tokens / each)
+    if bought < FEWEST:
+        raise ConfigError(
+            f"mix.general_per_task: auto: {settings.mix.pilot_tokens:,} pilot tokens buy mixtures of {bought} task rows, "
+            f"{FEWEST} are needed; set mix.pilot_tokens to {math.ceil(each * FEWEST):,}, or general_per_task to a number"
+        )
+    return min(bought, MOST, rows.longest)
+
+
+def _held_out(
+    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, setting: Setting, seed: int, label: str, watcher: Watcher
+) -> tuple[FloatArray, int]:
+    """Nats per answer token of every task row, each held out once: (rows,); and tokens trained on."""
+    nats, tokens = [], 0
+    for place, fold in enumerate(rows.folds(_FOLDS, store.seed_for(seed, "pilot"))):
+        trained = cell.fit(fold, loaded, arm, settings, setting, seed, f"{label}, fold {place + 1}", None, watcher)
+        tokens += sum(result.train_tokens for result in trained)
+        for part in cell.tokenised(loaded, fold.tasks, arm, "dev"):
+            own, counts = generate.nats(loaded, part)
+            nats.append(own / counts)
+    return np.concatenate(nats), tokens
