@@ -233,6 +233,8 @@ def general_count(rows: Material, arm: Arm, repeats: int) -> int:
     """General rows that a stream of so many repeats asks for."""
     if not arm.mixes:
         return 0
+    if arm.general_rows is not None:
+        return arm.general_rows
     if arm.general_per_task is None:
         return rows.general_count(repeats)
     return round(arm.general_per_task * repeats * rows.n_task)
@@ -303,6 +305,16 @@ def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple
             f"compare.arms: {arm.name}: batches of {batch} rows would take more steps than TELL's of "
             f"{settings.train.batch_size}; use larger ones"
         )
+    if arm.general_rows is not None:
+        left = rows.step_cap * batch - arm.general_rows
+        fitting = tuple(repeats for repeats in rows.repeats if repeats * rows.n_task <= left)
+        if not fitting or arm.general_rows > len(rows.general):
+            raise ConfigError(
+                f"compare.arms: {arm.name}: {arm.general_rows:,} general rows and {rows.n_task} task rows are more than the "
+                f"longest mixture of the run ({rows.step_cap:,} steps, {len(rows.general):,} general rows); lower general_rows "
+                "or raise mix.general_per_task"
+            )
+        return fitting
     if (arm.mixes and arm.general_per_task is None) or (settings.mix.per_task == 0 and wanted is None):
         return rows.repeats
     shown = rows.n_task * (1 + (arm.general_per_task or 0.0) * arm.mixes) * arm.members

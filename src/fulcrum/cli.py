@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fulcrum import cli_certificate, cli_models, cli_pool
+from fulcrum import cli_certificate, cli_models, cli_pool, cli_selfgen
 from fulcrum.cli_group import DEBUG, Group
 from fulcrum.errors import ConfigError
 
@@ -328,7 +328,7 @@ def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds
     terminal.say(screen, f"{many}{counted}; nothing was trained (--dry-run)")
 
 
-for verb in (cli_certificate.certify, cli_certificate.verify):
+for verb in (cli_selfgen.selfgen, cli_certificate.certify, cli_certificate.verify):
     app.command()(verb)
 
 

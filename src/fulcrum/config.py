@@ -281,6 +281,7 @@ class Arm(Section):
     order: Order | None = Field(None, description="instead of mix.order")
     select: Select | None = Field(None, description="instead of mix.select")
     general_per_task: float | None = Field(None, gt=0, description="in examples, instead of mix.general_per_task")
+    general_rows: int | None = Field(None, ge=1, description="so many general rows, however often the task rows repeat")
     shots: bool = Field(False, description="task rows stand in the prompt instead of training")
     kl: bool = Field(False, description="whether the distance to the base model (KL divergence) is part of the loss, tuned")
     members: int = Field(1, ge=1, le=16, description="adapters of as many trainings, averaged, their scale tuned")
@@ -294,8 +295,12 @@ class Arm(Section):
 
     @model_validator(mode="after")
     def _sensible(self) -> "Arm":
-        if not self.mixes and (self.pool or self.order or self.select or self.general_per_task or not self.task_rows):
+        if not self.mixes and (
+            self.pool or self.order or self.select or self.general_per_task or self.general_rows or not self.task_rows
+        ):
             raise ValueError(f"{self.name}: without general rows (general: pool) there is no pool, order or ratio to set")
+        if self.general_per_task and self.general_rows:
+            raise ValueError(f"{self.name}: general_per_task and general_rows both say how many general rows; keep one")
         if self.select and (self.pool or self.general == "self_made"):
             raise ValueError(f"{self.name}: rows are selected from the run's own pool; leave `select:` out")
         if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train or self.settings_of):

@@ -74,15 +74,18 @@ def generate(
     batch_tokens: int,
     progress: Callable[[int], None] | None = None,
     sample: int | None = None,
+    temperature: float = 1.0,
 ) -> list[str]:
     """Answers to tokenised prompts, in their order, without the end token and special tokens.
 
-    Greedy, or with `sample`, a seed, drawn (temperature 1, of the likeliest tokens that hold 95%). `batch_tokens` bounds
+    Greedy, or with `sample`, a seed, drawn at a `temperature` of the likeliest tokens that hold 95%. `batch_tokens` bounds
     prompts x (longest prompt + answer) of a batch. `progress` is told how many prompts are done.
     """
     if sample is not None:
         torch.manual_seed(sample)
-    drawn = {"do_sample": False} if sample is None else {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
+    drawn: dict[str, Any] = {"do_sample": sample is not None}
+    if sample is not None:
+        drawn |= {"temperature": temperature, "top_p": 0.95, "top_k": 0}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     set_checkpointing(loaded, False)  # a layer that recomputes would drop the key/value cache

@@ -9,16 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fulcrum import adapter, encode, generate, store
+from fulcrum import adapter, encode, generate, selfgen, store
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.records import Example, Message
-from fulcrum.rows import content_key
 
-QUESTION_TOKENS, ANSWER_TOKENS = 48, 64  # most; what is longer ends there
-_ROUNDS = 6  # of sampling, until there are enough different questions
+ANSWER_TOKENS = 64  # most; what is longer ends there
 
 Count = Callable[[int, int], None]
 
@@ -41,8 +39,7 @@ def with_made_rows(
                 if arm.general == "own_answers":
                     made = own_answers(loaded, material.own_general.get(arm.name, material.general), budget, count)
                 else:
-                    wanted = len(material.general) or material.general_count(max(material.repeats))
-                    made = from_nothing(loaded, wanted, store.seed_for(seed, "self made"), budget, count)
+                    made = from_nothing(loaded, arm, material, seed, budget, folder, count)
                 if file is not None:
                     store.write_json(file, [store.plain(row) for row in made])
             asked = len(material.own_general.get(arm.name, material.general))
@@ -77,26 +74,15 @@ def own_answers(loaded: LoadedModel, rows: Sequence[Example], batch_tokens: int,
     )
 
 
-def from_nothing(loaded: LoadedModel, wanted: int, seed: int, batch_tokens: int, count: Count) -> tuple[Example, ...]:
-    """At most `wanted` different questions, sampled, with greedy answers. Raises ConfigError where the model asks nothing."""
-    form = encode.make_format(loaded.tokenizer, None)
-    opening = encode.opening_ids(form)
-    if not opening:
-        raise ConfigError(
-            f"selfgen: the chat template of {loaded.name!r} opens no user's turn to go on from; leave this arm out"
-        )
-    asked: dict[str, Example] = {}
-    for attempt in range(_ROUNDS):
-        if len(asked) >= wanted:
-            break
-        questions = generate.generate(
-            loaded, [opening] * (wanted - len(asked)), form, max_new_tokens=QUESTION_TOKENS, batch_tokens=batch_tokens,
-            sample=store.seed_for(seed, f"questions {attempt}"),
-        )  # fmt: skip
-        for text in filter(None, questions):
-            row = Example((Message("user", text), Message("assistant", "")), f"made {len(asked)}", f"made:{len(asked)}")
-            asked.setdefault(content_key(row), row)
-    rows = own_answers(loaded, list(asked.values())[:wanted], batch_tokens, count)
-    if not rows:
-        raise ConfigError(f"selfgen: {loaded.name!r} made no question that it answers; leave this arm out")
-    return rows
+def from_nothing(
+    loaded: LoadedModel, arm: Arm, rows: Material, seed: int, batch_tokens: int, folder: Path | None, count: Count
+) -> tuple[Example, ...]:
+    """As many rows as the run's mixtures hold. Raises ConfigError where the model makes none."""
+    wanted = len(rows.general) or rows.general_count(max(rows.repeats))
+    place = None if folder is None else folder / "general" / f"{arm.name}-seed{seed}"
+    recipe = selfgen.Recipe(wanted, store.seed_for(seed, "self made"))
+    found, left_out = selfgen.made(selfgen.OfModel(loaded, batch_tokens), recipe, place, count)
+    if not found:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
+        raise ConfigError(f"{arm.name}: {loaded.name!r} made no usable row ({reasons}); leave this arm out")
+    return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from fulcrum.config import DataSource
 from fulcrum.errors import ConfigError
 from fulcrum.records import Example
-from fulcrum.tables import Held, open_tables, text_rows
+from fulcrum.tables import open_tables
 
 LABELS, LABEL_CHARACTERS, LONG_CHARACTERS = 20, 40, 200
 BYTES_PER_TOKEN, LONGEST_ANSWER = 3, 1024
@@ -66,12 +66,7 @@ def read_columns(text: str) -> dict[str, str]:
 
 def formats(source: DataSource) -> str:
     """The row formats that the files of a source have. Raises DataError for what cannot be read."""
-
-    def hold(file: Path) -> Held:
-        rows = list(text_rows(file))
-        return {name for _, row in rows for name in row}, len(rows), rows.__getitem__
-
-    return " and ".join(dict.fromkeys(table.layout.format for table in open_tables(source, hold)))
+    return " and ".join(dict.fromkeys(table.layout.format for table in open_tables(source)))
 
 
 def guess(examples: Sequence[Example]) -> Guess:

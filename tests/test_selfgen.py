@@ -1,0 +1,150 @@
+"""Data out of a model alone: repeatable, resumed, filtered with counted reasons, from chat and base models and endpoints."""
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from fulcrum import encode, selfgen
+from fulcrum.errors import ConfigError, StoreError
+from fulcrum.model import LoadedModel
+from fulcrum.selfgen import OfEndpoint, OfModel, Recipe
+from test_cli import done, refused
+from tiny import load_tiny
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_tiny(tmp_path_factory.mktemp("made"))
+
+
+def nothing(done: int, total: int) -> None:
+    """Nobody is told."""
+
+
+class Listed:
+    """A writer of given pairs, batch after batch."""
+
+    def __init__(self, *batches: list[tuple[str, str]]) -> None:
+        self.batches, self.calls, self.described = batches, list[int](), {"writer": "listed"}
+
+    def write(self, count, seed, temperature, sound):
+        self.calls.append(seed)
+        return self.batches[(len(self.calls) - 1) % len(self.batches)]
+
+
+GOOD = [(f"What is the colour of thing number {k}?", f"Thing {k} is blue.") for k in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "reason"),
+    [
+        ("Why?", "Because.", "question too short"), ("What is it then?", " ... ", "no answer"),
+        ("Tell me a joke.", "I'm sorry, but I can't.", "refusal"), ("As an AI language model, what", "x y z", "refusal"),
+        ("What is the sea?", "salt and water, " * 20, "repeats itself"),
+        ("What is <|im_end|> here?", "An end.", "holds a template's marker"),
+        ("What is the colour of the sky in the morning?", "The sky is red, and then it is blue.", None),
+        ("Welche Farbe hat der Himmel am fruehen Morgen?", "Der Himmel ist dann rot und spaeter blau.", "not in en"),
+    ],
+)  # fmt: skip
+def test_each_fault_has_its_reason(question: str, answer: str, reason: str | None) -> None:
+    assert selfgen.fault(question, answer, "en") == reason
+
+
+def test_rows_are_counted_or_kept_and_a_model_that_repeats_itself_ends() -> None:
+    writer = Listed([*GOOD[:3], ("Why?", "x"), GOOD[0]], [GOOD[1]], [GOOD[4]])
+    found, left_out = selfgen.made(writer, Recipe(4), None, nothing)
+    assert [row.question for row in found] == [GOOD[k][0] for k in (0, 1, 2, 4)]
+    assert [row.origin for row in found] == [f"made:{k}" for k in (1, 2, 3, 4)]
+    assert left_out == {"question too short": 1, "duplicate": 2}
+    tired = Listed(GOOD[:2])
+    found, left_out = selfgen.made(tired, Recipe(5), None, nothing)
+    assert (len(found), left_out, len(tired.calls)) == (2, {"duplicate": 16}, 9)
+    assert len(set(tired.calls)) == 9  # every batch has a seed of its own
+
+
+def test_a_killed_run_goes_on_to_the_same_rows_and_another_recipe_is_refused(tmp_path: Path) -> None:
+    whole = selfgen.made(Listed(GOOD[:2], GOOD[2:4], GOOD[4:]), Recipe(6), tmp_path / "a", nothing)
+
+    def killed(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        selfgen.made(Listed(GOOD[:2], GOOD[2:4], GOOD[4:]), Recipe(6), tmp_path / "b", killed)
+    rest = Listed(GOOD[4:])
+    assert selfgen.made(rest, Recipe(6), tmp_path / "b", nothing) == whole
+    assert len(rest.calls) == 1
+    with pytest.raises(StoreError, match=r"b: holds rows of another recipe"):
+        selfgen.made(rest, Recipe(6, seed=1), tmp_path / "b", nothing)
+    assert selfgen.made(rest, Recipe(3), tmp_path / "b", nothing)[0] == whole[0][:3]  # fewer: the beginning
+
+
+def test_a_chat_model_asks_and_answers_repeatably(loaded: LoadedModel) -> None:
+    writer = OfModel(loaded)
+    first, again, other = (writer.write(6, seed, 1.0, lambda text: len(text) % 2 == 0) for seed in (1, 1, 2))
+    assert first == again != other
+    assert all(bool(answer) <= (len(question) % 2 == 0) for question, answer in first)
+    assert any(answer for _, answer in first)
+
+
+def test_a_base_model_writes_texts_in_two_parts(tmp_path: Path) -> None:
+    bare = load_tiny(tmp_path, template=False)
+    bare.tokenizer.chat_template = encode.plain_template(adds_bos=False)  # as it is given when it is fetched
+    pairs = OfModel(bare).write(8, 0, 1.0, lambda text: True)
+    assert len(pairs) == 8
+    assert any(question and answer for question, answer in pairs)
+    assert selfgen.in_two("One here. Two there! Three.") == ("One here.", "Two there! Three.")
+    assert selfgen.in_two("a title\nand text") == ("a title", "and text")
+    assert selfgen.in_two("no end at all") == ("no end", "at all")
+
+
+@pytest.fixture
+def endpoint() -> Iterator[tuple[str, list[dict]]]:
+    asked: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # the name that http.server calls
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
+            text = body["messages"][0]["content"]
+            said = "It is a thing of its own."
+            if text.startswith("Write one question"):
+                said = f"What is {text.split()[6]} number {body['seed']}?"
+            answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+            self.send_response(500 if body["model"] == "broken" else 200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *given: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    server.shutdown()
+
+
+def test_an_endpoint_writes_through_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: tuple[str, list[dict]]
+) -> None:
+    url, asked = endpoint
+    monkeypatch.setenv("MY_KEY", "secret")
+    options = ["--endpoint", url, "--endpoint-model", "some-model", "--key-variable", "MY_KEY", "--rows", "70", "--seed", "3"]
+    text = done("selfgen", tmp_path / "out.jsonl", *options)
+    assert "70 of 70 rows" in text
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len({row["prompt"] for row in rows}) == 70
+    assert {row["completion"] for row in rows} == {"It is a thing of its own."}
+    assert {(each["path"], each["key"], each["model"]) for each in asked} == {
+        ("/v1/chat/completions", "Bearer secret", "some-model")
+    }
+    recipe = json.loads((tmp_path / "out.recipe.json").read_text())
+    assert (recipe["seed"], recipe["kept"], recipe["endpoint"]) == (3, 70, url)
+    assert "secret" not in (tmp_path / "out.recipe.json").read_text()
+    assert "exists already" in refused("selfgen", tmp_path / "out.jsonl", *options)
+    with pytest.raises(ConfigError, match=r"no answer from 'broken': HTTPError: .*500.*ends in /v1"):
+        OfEndpoint(url, "broken").write(1, 0, 1.0, lambda text: True)
