@@ -202,7 +202,7 @@ def made(writer: Writer, recipe: Recipe, folder: Path | None, count: Count) -> t
     while len(found) < recipe.rows and dry < _DRY:
         before = len(found)
         for question, answer in _kept(folder, number, partial(batch, writer, recipe, number)):
-            reason = fault(question, answer, recipe.language)
+            reason = fault(question, None, recipe.language) or fault(question, answer, recipe.language)
             row = Example(
                 (Message("user", question), Message("assistant", answer)), f"made {len(found)}", f"made:{len(found) + 1}"
             )
