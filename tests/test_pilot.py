@@ -1,0 +1,72 @@
+"""How much general data: the choice from a curve, and a pilot on a tiny model that is resolved once and kept."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fulcrum import comparison, config, pilot, run, store
+from fulcrum.config import PILOT_RATIOS
+from fulcrum.errors import ConfigError
+from fulcrum.records import Pilot
+from tiny import comparison_settings, save_task
+
+
+@pytest.mark.parametrize(
+    ("losses", "errors", "chosen"),
+    [
+        ([1.0, 0.8, 0.7, 0.9], [0, 0.05, 0.05, 0.05], (2, 6)),  # the bottom of a bowl
+        ([1.0, 0.9, 0.8, 0.7], [0, 0.05, 0.05, 0.05], (16, 16)),  # the most that was tried, and no further
+        ([1.0, 1.2, 1.4, 1.6], [0, 0.05, 0.05, 0.05], (0, 0)),
+        ([1.0, 0.98, 0.99, 1.1], [0, 0.05, 0.05, 0.05], (0, 0)),  # better by less than its error
+        ([1.0, 0.7, 0.9, 1.1], [0, 0.05, 0.05, 0.05], (1, 3)),
+    ],
+)
+def test_the_choice_is_the_bowls_lowest_point_or_none(
+    losses: list[float], errors: list[float], chosen: tuple[float, float]
+) -> None:
+    found = pilot.choose(PILOT_RATIOS, np.array(losses), np.array(errors))
+    assert chosen[0] <= found <= chosen[1]
+
+
+def settings_of(folder: Path, **mix: object) -> config.Settings:
+    compare = {"arms": ["base", "sft", "tell"], "folds": 2, "sizes": [8]}
+    given = {"general_per_task": "auto", "repeats": 1, "pilot_tokens": 8000, **mix}
+    return comparison_settings(save_task(folder, 16, 4, pool=2), folder / "out", compare=compare, mix=given)
+
+
+def test_a_pilot_is_run_once_kept_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(tmp_path)
+    results = comparison.compare(settings)
+    known = json.loads((tmp_path / "out" / pilot.FILE).read_text())
+    assert (known["ratios"], known["repeats"]) == ([0, 1, 4, 16], 1)
+    assert 8 <= known["rows"] <= 16
+    assert 4000 < known["tokens"] <= 8000
+    assert known["errors"][0] == 0 < min(known["errors"][1:])
+    assert results.notes[0].startswith(f"mix.general_per_task: auto chose {known['chosen']:g}. Held-out nats")
+    assert config.load(tmp_path / "out" / "config.yaml").mix.general_per_task == known["chosen"]
+    monkeypatch.setattr(pilot, "run", lambda *_: pytest.fail("run again"))
+    comparison.compare(settings, resume=True)
+
+
+@pytest.mark.parametrize(("chosen", "arms"), [(4.0, {"base", "sft", "tell"}), (0.0, {"base", "sft"})])
+def test_what_it_chose_is_what_is_compared_and_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: float, arms: set[str]
+) -> None:
+    found = Pilot(PILOT_RATIOS, (1.0, 1.0, 1.0, 1.0), (0.0, 0.1, 0.1, 0.1), chosen, 8, 1, 100, 1.0)
+    monkeypatch.setattr(pilot, "run", lambda *_: found)
+    settings = settings_of(tmp_path)
+    results = comparison.compare(settings)
+    assert {arm.arm for arm in results.arms} == arms
+    trained = run.run(settings.model_copy(update={"output_dir": str(tmp_path / "own")}))
+    general = trained.arms[1].training.share.general_examples
+    assert (trained.arms[1].arm, general > 0) == (("tell", True) if chosen else ("sft_anchor", False))
+    assert store.read_json(tmp_path / "own" / pilot.FILE)["chosen"] == chosen
+
+
+def test_too_few_tokens_are_refused_with_how_many_do(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"1,000 pilot tokens buy mixtures of \d task rows, 8 are needed; set mix.pilot_tokens to"
+    ):
+        comparison.compare(settings_of(tmp_path, pilot_tokens=1000))
