@@ -433,6 +433,42 @@ def test_mix_writes_the_stream_that_training_sees(place: Path, tmp_path: Path) -
 
     done("mix", place / "run.yaml", "--out", tmp_path / "s.parquet", *change)
     assert pq.read_table(tmp_path / "s.parquet").to_pylist() == stream
+    facts = json.loads((tmp_path / "s.facts.json").read_text())
+    assert json.loads(pq.read_schema(tmp_path / "s.parquet").metadata[b"fulcrum"]) == facts
+    assert (facts["arm"], facts["plan"]["repeats"], facts["share"]["examples"], facts["steps"]) == ("tell", 2, 0.5, 8)
+    assert facts["plan_sha256"] == plan.fingerprint
+
+
+def test_trl_gets_fulcrums_batches_from_the_stream(place: Path, tmp_path: Path) -> None:
+    """In order, the same tokens with the same ones trained, step by step."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    change = ("--set", "mix.repeats=2", "--set", "mix.general_per_task=1")
+    done("mix", place / "run.yaml", "--out", tmp_path / "s.parquet", *change)
+    rows = Dataset.from_parquet(str(tmp_path / "s.parquet"), cache_dir=str(tmp_path / "arrow"))
+    pairs = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
+    seen = preview.open_preview(config.load(place / "run.yaml", [change[1], change[3]]), 0)
+    stream = arms.stream(seen.rows, seen.tokenizer, arms.ARMS["tell"], seen.settings, 2, 0)
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(place / "model"),
+        SFTConfig(
+            str(tmp_path / "trl"), use_cpu=True, per_device_train_batch_size=6, max_length=None, bf16=False, report_to=[],
+            disable_tqdm=True, train_sampling_strategy="sequential",
+        ),
+        train_dataset=Dataset.from_list(pairs), processing_class=seen.tokenizer,
+    )  # fmt: skip
+    batches = list(trainer.get_train_dataloader())
+    assert len(batches) == stream.steps(6) == 8
+    for step, batch in enumerate(batches):
+        examples, _ = stream.step(step, 6)
+        for place_, example in enumerate(examples):
+            inside = batch["attention_mask"][place_].bool() if "attention_mask" in batch else batch["input_ids"][place_] != 0
+            ids, trained = batch["input_ids"][place_][inside].tolist(), (batch["labels"][place_][inside] != -100).tolist()
+            # TRL trains what the template writes after the end token too, here a line feed; nobody ever generates it.
+            assert seen.tokenizer.decode(ids[len(example) :]) == "\n"
+            assert (ids[: len(example)], trained[: len(example)]) == (example.ids.tolist(), example.loss_mask.tolist())
 
 
 # ---- train, report, eval, chat, compare

@@ -238,7 +238,7 @@ def mix(
         seen = preview.open_preview(settings, settings.seed, [arms.own_arm(settings)])
         trials, repeats = preview.trials(seen, [arms.own_arm(settings)]), max(seen.rows.repeats)
         rows = list(preview.stream_rows(seen, repeats))
-        preview.write_stream(rows, out)
+        preview.write_stream(rows, preview.stream_facts(seen, repeats), out)
     screen.print(terminal.trial_table([trial for trial in trials if trial.repeats == repeats]))
     if settings.mix.repeats == "auto":
         terminal.say(screen, f"mix.repeats is auto: written with {repeats}; choose with --set mix.repeats=N")

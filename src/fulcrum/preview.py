@@ -5,9 +5,10 @@ account of them.
 """
 
 import io
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,14 +168,30 @@ def _plain_message(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": message.content, **({"weight": 0} if silent else {})}
 
 
-def write_stream(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Write stream rows as .parquet or else as JSON lines, atomically. Raises StoreError."""
+def stream_facts(preview: Preview, repeats: int) -> dict[str, Any]:
+    """What belongs to a stream beside its rows: its order, the realised shares of the task, the batches that are its steps."""
+    arm, settings = arms.own_arm(preview.settings), preview.settings
+    stream = arms.stream(preview.rows, preview.tokenizer, arm, settings, repeats, preview.seed)
+    return {
+        "arm": arm.name, "plan": asdict(stream.plan), "plan_sha256": stream.plan.fingerprint, "share": asdict(stream.share()),
+        "batch_size": settings.train.batch_size, "steps": stream.steps(settings.train.batch_size),
+        "anchors": {task.name: None if task.anchor is None else asdict(task.anchor) for task in preview.rows.tasks},
+    }  # fmt: skip
+
+
+def write_stream(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], file: Path) -> None:
+    """Write stream rows as .parquet, `facts` in its metadata, or else as JSON lines, `facts` in a file beside; atomically.
+
+    Raises StoreError.
+    """
     if file.suffix != ".parquet":
         store.write_jsonl(file, rows)
+        store.write_json(file.with_suffix(".facts.json"), facts)
         return
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows)), buffer)
+    table = pa.Table.from_pylist(list(rows))
+    pq.write_table(table.replace_schema_metadata({"fulcrum": json.dumps(store.plain(facts))}), buffer)
     store.write_bytes(file, buffer.getvalue())
