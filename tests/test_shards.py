@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fulcrum import clean, shards, tables
+from fulcrum import clean, config, shards, tables
 from fulcrum.config import GeneralSource
-from fulcrum.errors import DataError
+from fulcrum.errors import ConfigError, DataError
 from fulcrum.pool import open_pool, select
 from fulcrum.records import Example, Message
+from test_cli import done, refused
 
 
 @pytest.fixture(autouse=True)
@@ -279,3 +280,37 @@ def test_rows_of_two_formats_and_broken_tables_are_refused(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"b\.parquet: not readable as parquet: "):
         read(GeneralSource(path=str(tmp_path / "b.parquet")))
     assert tables.suffix(Path("x.JSONL.GZ")) == ".jsonl.gz"
+
+
+def test_the_pool_commands_count_show_and_check(tmp_path: Path) -> None:
+    source = save(tmp_path / "pool.jsonl", [*rows(20), rows(1)[0], {"prompt": "p", "completion": "<|im_end|>"}])
+    text = done("pool", "build", source.path, "--jobs", "1")
+    assert "20 rows; left out: 2" in text
+    assert "1 × duplicate" in text
+    assert "1 × holds a template's marker" in text
+    assert "median 4" in done("pool", "info", source.path)
+    shown = done("pool", "sample", source.path, "-n", "2", "--seed", "1")
+    assert shown.count("user: question") == shown.count("assistant: answer") == 2
+    assert shown != done("pool", "sample", source.path, "-n", "2", "--seed", "2")
+    leak = "which of these many questions was asked in the test of the task today"
+    save(tmp_path / "pool.jsonl", [*rows(20), {"prompt": f"Tell me {leak}", "completion": "that one"}])
+    for name in ("train", "test"):
+        save(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {k}", "completion": "x"} for k in range(4)])
+    save(tmp_path / "test.jsonl", [{"prompt": leak, "completion": "yes"}])
+    (tmp_path / "run.yaml").write_text(
+        f"task: {{train: {tmp_path}/train.jsonl, test: {tmp_path}/test.jsonl, anchor: Say it.}}\ngeneral: {source.path}\n"
+    )
+    text = done("pool", "check", tmp_path / "run.yaml")
+    assert "beside the tasks: 20 rows may stand, 1 may not" in text
+    assert f"shares a 13-gram with task or held-out data: {source.path}:21: which of these" in text
+    assert "which says what the task rows are" in refused("pool", "check", source.path)
+    assert "no such file" in refused("pool", "build", tmp_path / "nothing.jsonl")
+    assert "--set changes a settings file" in refused("pool", "info", source.path, "--set", "seed=1")
+    assert "21 rows" in done("pool", "info", tmp_path / "run.yaml", "--set", "clean.near_duplicates=0", "--set", "seed=3")
+
+
+def test_weights_are_given_to_all_sources_or_to_none(tmp_path: Path) -> None:
+    save(tmp_path / "a.jsonl", rows(3))
+    given = {"task": {"train": "t.jsonl"}, "general": [{"path": "a.jsonl", "weight": 2}, "b.jsonl"]}
+    with pytest.raises(ConfigError, match=r"weight is given for a\.jsonl and not for b\.jsonl; give every source one, or none"):
+        config.from_dict(given)

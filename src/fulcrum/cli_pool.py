@@ -126,8 +126,9 @@ def _open(ctx: typer.Context, given: str, jobs: int | None, changes: list[str] |
 def _show(screen: "Console", opened: "Pool") -> None:
     from fulcrum import clean, terminal
 
-    rows = [(part.source.path, f"{part.stop - part.start:,}", f"{part.source.weight or ''}") for part in opened.stretches]
-    screen.print(terminal.grid("Pool", ("source", "rows", "weight"), rows))
+    for part in opened.stretches:
+        weight = "" if part.source.weight is None else f", weight {part.source.weight:g}"
+        terminal.say(screen, f"{part.source.path}: {part.stop - part.start:,} rows{weight}")
     terminal.say(screen, f"{len(opened):,} rows; left out: {sum(opened.left_out.values()):,}")
     terminal.say_rejects(screen, opened.left_out)
     if opened.exact_only:

@@ -426,6 +426,11 @@ class Settings(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks need different names, got {names}; set tasks[i].name")
+        weighted = {source.weight is not None: source.path for source in self.general}
+        if len(weighted) == 2:
+            raise ValueError(
+                f"general: weight is given for {weighted[True]} and not for {weighted[False]}; give every source one, or none"
+            )
         if self.mix.per_task > 0 and not self.general:
             raise ValueError(
                 f"mix.general_per_task is {self.mix.general_per_task} and `general:` names no data; name some, or set it to 0"
