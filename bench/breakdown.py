@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fulcrum import adapter, attention, compiled, encode, ingest, lora, loss, model
-from fulcrum.config import DataSource, TrainSettings
+from fulcrum.config import TrainSettings
 from fulcrum.records import Example, Tokens
+from fulcrum.sections import DataSource
 
 ROUNDS, STEP = 5, 8
 Way = Callable[[], object]

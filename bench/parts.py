@@ -1,4 +1,4 @@
-"""Fulcrum's own parts, timed against the plain way: generation, shared prefixes, start-up, plan, pool, comparison.
+"""Fulcrum's own parts, timed against the plain way: generation, shared prefixes, start-up, plan, comparison.
 
 python bench/parts.py                       # all of them
 python bench/parts.py generation prefixes   # some
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from fulcrum import adapter, arms, encode, generate, ingest, leverage, loss, mix, model, training
-from fulcrum.config import DataSource, TrainSettings
+from fulcrum.config import TrainSettings
 from fulcrum.records import Anchor, Example, Message
+from fulcrum.sections import DataSource
 
 MODEL = "smollm2-135m-instruct"
 DEMO = Path(__file__).parent.parent / "src/fulcrum/data/demo"
@@ -171,34 +172,6 @@ def plan() -> None:
         print(f"plan of {len(made):,}: {rate / 1e6:.1f} million positions/s, one position {single * 1e6:.0f} us", flush=True)
 
 
-def pool() -> None:
-    """Open a pool of ten million rows: the first time, when its Parquet is made an Arrow file in the cache, and later."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    code = (
-        "import re, sys, time; from pathlib import Path; from fulcrum import pool; from fulcrum.config import DataSource\n"
-        # Not getrusage, which counts the parent's memory from before the exec. Linux only, as the bench is.
-        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
-        "before, started = peak(), time.perf_counter()\n"
-        "found = pool.open_pool([DataSource(path=sys.argv[1])], seed=0); found[len(found) - 1]\n"
-        "print(len(found), time.perf_counter() - started, peak() - before)\n"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "pool.parquet")
-        block = pa.table({"prompt": [f"say {i}" for i in range(100_000)], "completion": [f"so {i}" for i in range(100_000)]})
-        with pq.ParquetWriter(file, block.schema) as writer:
-            for _ in range(100):
-                writer.write_table(block)
-        for when in ("made and opened", "opened", "opened", "opened"):
-            out = subprocess.run([sys.executable, "-c", code, str(file)], check=True, capture_output=True, text=True).stdout
-            rows, seconds, mebibytes = out.split()[-3:]
-            print(
-                f"pool of {int(rows):,} rows, {when}: {float(seconds):.2f} s, {float(mebibytes):.0f} MiB more memory",
-                flush=True,
-            )
-
-
 def comparison() -> None:
     """Six cells of one comparison, against six separate `train` and `eval` commands on the same rows."""
     command = [sys.executable, "-m", "fulcrum"]
@@ -252,7 +225,7 @@ def statistics_of_a_comparison() -> None:
     print(f"statistics, 10,000 examples x 15 arms x 8 seeds, 2,000 draws: {time.perf_counter() - started:.1f} s", flush=True)
 
 
-PARTS = {part.__name__: part for part in (start, plan, pool, generation, prefixes, comparison, statistics_of_a_comparison)}
+PARTS = {part.__name__: part for part in (start, plan, generation, prefixes, comparison, statistics_of_a_comparison)}
 
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or PARTS:

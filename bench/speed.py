@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fulcrum import encode, fetch, ingest
-from fulcrum.config import DataSource
 from fulcrum.records import Example, Message
+from fulcrum.sections import DataSource
 
 HERE = Path(__file__).parent
 LORA = {"lora_r": 16, "lora_alpha": 32.0, "batch": 8, "max_length": 1024}

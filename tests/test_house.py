@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fulcrum"
 # From the ground up: a file imports only files listed before it.
 FLOORS = (
     ("errors",),
-    ("records", "settings_file", "config", "store", "stats", "leverage", "outcomes"),
+    ("records", "settings_file", "sections", "config", "store", "stats", "leverage", "outcomes"),
     (
         "rows",
         "tables",
@@ -52,6 +52,7 @@ FLOORS = (
         "selfgen",
         "selfmade",
         "probe",
+        "pilot",
     ),
     (
         "summary",
@@ -65,7 +66,6 @@ FLOORS = (
         "exhibit",
         "page",
         "report",
-        "pilot",
         "identity",
         "run",
     ),

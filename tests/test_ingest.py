@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fulcrum import tables
-from fulcrum.config import DataSource
 from fulcrum.errors import DataError
 from fulcrum.ingest import check_overlap, read, require_rows, split, subset
 from fulcrum.records import Example, Message, Reject
+from fulcrum.sections import DataSource
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fulcrum.config import GeneralSource
 from fulcrum.errors import DataError, StoreError
 from fulcrum.ingest import read
 from fulcrum.pool import open_pool, select
 from fulcrum.records import Anchor, Example, Message
+from fulcrum.sections import GeneralSource
 
 
 @pytest.fixture(autouse=True)

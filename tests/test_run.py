@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fulcrum import arms, comparison, compiled, config, encode, ingest, material, report, run, scoring, store, training, use
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Message, Prediction, Setting, TrainPoint
+from fulcrum.sections import DataSource
 from tiny import CONTEXT, WORDS, save_tiny, tiny_tokenizer, write_rows
 
 ARMS = ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell")
@@ -474,7 +475,7 @@ def test_general_rows_are_neither_task_rows_nor_held_out_ones(place: Path, tmp_p
 def test_twins_of_held_out_rows_are_not_trained_on(place: Path, tmp_path: Path) -> None:
     """The same texts in another file, and rows of the packaged held-out set in the user's own pool."""
     pairs = [(f"say {i}", "so") for i in range(28)]
-    packaged, _ = ingest.read([config.DataSource(path="builtin_eval")])
+    packaged, _ = ingest.read([DataSource(path="builtin_eval")])
     own = [{"messages": [{"role": m.role, "content": m.content} for m in row.messages]} for row in packaged[:4]]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     pools = [*(write_rows(tmp_path / name, pairs) for name in ("a.jsonl", "b.jsonl")), str(tmp_path / "c.jsonl")]

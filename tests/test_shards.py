@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fulcrum import clean, config, shards, tables
-from fulcrum.config import GeneralSource
 from fulcrum.errors import ConfigError, DataError
 from fulcrum.pool import open_pool, select
 from fulcrum.records import Example, Message
+from fulcrum.sections import GeneralSource
 from test_cli import done, refused
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fulcrum import config, ingest, material, starter
-from fulcrum.config import DataSource
+from fulcrum.sections import DataSource
 from tiny import tiny_tokenizer, write_rows
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fulcrum import ingest, tables
-from fulcrum.config import DataSource
 from fulcrum.errors import DataError
 from fulcrum.records import Example, Reject
 from fulcrum.rows import Layout, convert
+from fulcrum.sections import DataSource
 
 
 def read(path: Path, text: str, **more: object) -> list[Example]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fulcrum.config import GeneralSource
 from fulcrum.records import Example, IntArray, Reject
+from fulcrum.sections import GeneralSource
 
 NGRAM, SHORT_NGRAM = 13, 8  # words; 13 as in GPT-3's decontamination (arXiv 2005.14165, appendix C), 8 for short tasks
 NEAR_ROWS = 1_000_000  # rows up to which near-duplicates are looked for; beyond, exact ones only

@@ -72,7 +72,7 @@ def init(
 ) -> None:
     """Look at a data file and write a settings file to start from."""
     from fulcrum import ingest, sources, starter, store, terminal
-    from fulcrum.config import DataSource
+    from fulcrum.sections import DataSource
 
     out = out or Path(f"{starter.stem(data)}.yaml")
     if out.exists():

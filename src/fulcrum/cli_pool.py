@@ -98,13 +98,13 @@ def check(
 
 
 def _settings(given: str, changes: list[str] | None) -> "Settings":
-    from fulcrum import config
+    from fulcrum import config, sections
 
     if given.lower().endswith((".yaml", ".yml")):
         return config.load(given, changes or ())
     if changes:
         raise ConfigError(f"--set changes a settings file, and {given} is data; write RUN.yaml, or leave --set out")
-    return config.Settings.model_construct(tasks=(), general=(config.GeneralSource(path=given),))
+    return config.Settings.model_construct(tasks=(), general=(sections.GeneralSource(path=given),))
 
 
 def _open(ctx: typer.Context, given: str, jobs: int | None, changes: list[str] | None) -> "tuple[Console, Pool]":

@@ -15,10 +15,10 @@ from itertools import accumulate, zip_longest
 
 import numpy as np
 
-from fulcrum.config import DataSource
 from fulcrum.errors import DataError
 from fulcrum.records import Example, Reject
 from fulcrum.rows import content_key, digest
+from fulcrum.sections import DataSource
 from fulcrum.tables import open_tables
 
 

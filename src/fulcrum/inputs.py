@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fulcrum import config, ingest, store, tables
+from fulcrum import config, ingest, sections, store, tables
 from fulcrum.errors import FulcrumError
 from fulcrum.records import Example
 
@@ -66,6 +66,6 @@ def check(known: Mapping[str, Any], task: str, folder: Path) -> tuple[list[str],
 
 
 def _rows(task: config.TaskSettings, seed: int) -> dict[str, Example]:
-    parts: Sequence[tuple[config.DataSource, ...]] = (task.train, task.dev, task.test)
+    parts: Sequence[tuple[sections.DataSource, ...]] = (task.train, task.dev, task.test)
     examples = [row for sources in parts if sources for row in ingest.read(sources, group=task.group, seed=seed)[0]]
     return {row.origin: row for row in examples}

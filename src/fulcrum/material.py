@@ -14,10 +14,11 @@ import numpy as np
 
 from fulcrum import clean, encode, ingest, metrics, pool
 from fulcrum.anchor import last_answer_only
-from fulcrum.config import DataSource, GeneralSource, Settings, TaskSettings
+from fulcrum.config import Settings, TaskSettings
 from fulcrum.errors import DataError
 from fulcrum.records import Example, FloatArray, Reject, Task, TaskFacts
 from fulcrum.rows import content_key
+from fulcrum.sections import DataSource, GeneralSource
 from fulcrum.store import fingerprint, seed_for
 
 _BLOCK = 4096  # rows that are encoded together

@@ -20,7 +20,7 @@ from fulcrum.config import PILOT_RATIOS, Arm, Settings
 from fulcrum.errors import ConfigError
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
-from fulcrum.records import FloatArray, Pilot, Setting
+from fulcrum.records import Example, FloatArray, Pilot, Setting
 
 REPEATS = 4  # where the run's own number is tuned
 FEWEST, MOST = 8, 32  # task rows
@@ -128,7 +128,7 @@ def _affordable(rows: Material, loaded: LoadedModel, settings: Settings, repeats
     """Task rows of each task that the pilot's tokens buy: with two folds every row is trained on once."""
     plain = encode.make_format(loaded.tokenizer, None)
 
-    def length(part: Sequence[object]) -> float:
+    def length(part: Sequence[Example]) -> float:
         return float(np.mean([len(encode.encode(row, plain)) for row in part[:64]])) if part else 0.0
 
     task = sum(length(own.train) for own in rows.tasks)

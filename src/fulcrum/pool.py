@@ -24,10 +24,10 @@ import pyarrow as pa
 from filelock import FileLock
 
 from fulcrum import clean, shards, store
-from fulcrum.config import GeneralSource
 from fulcrum.errors import DataError
 from fulcrum.records import Anchor, BoolArray, Example, IntArray, Message, Reject
 from fulcrum.rows import normalise
+from fulcrum.sections import GeneralSource
 from fulcrum.shards import Progress, Shard, silent
 
 

@@ -40,7 +40,7 @@ def gradients(
     and Farach-Colton (2002). `budget` tokens are in a packed row.
     """
     layers = [module for module in loaded.peft.modules() if isinstance(module, LoraLinear)]
-    compiled, loaded.compiled = loaded.compiled, ()  # hooks do not reach into compiled layers
+    compiled, loaded.compiled = loaded.compiled, []  # hooks do not reach into compiled layers
     found = torch.zeros(len(examples), DIMENSIONS)
     done = 0
     for row in loss.rows(examples, loaded, budget, share=False):  # shared tokens would belong to several examples
@@ -50,7 +50,7 @@ def gradients(
         handles = [hook for place, layer in enumerate(layers) for hook in sketch.listen(layer, place)]
         try:
             total, _ = loss.row_loss(loaded, row, 1 / counts[row.owner].float())
-            total.backward()
+            torch.autograd.backward(total)
         finally:
             for handle in handles:
                 handle.remove()
@@ -93,7 +93,8 @@ class _Sketch:
             def arrived(gradient: Tensor) -> None:
                 self._add(place, gradient.detach().reshape(-1, gradient.shape[-1]).float())
 
-            output.register_hook(arrived)
+            hook: Any = output.register_hook
+            hook(arrived)
 
         return [layer.register_forward_hook(forward)]
 

@@ -22,11 +22,11 @@ from typing import Any, Protocol
 from urllib.request import Request, urlopen
 
 from fulcrum import adapter, clean, encode, generate, store
-from fulcrum.config import GeneralSource
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.model import LoadedModel
 from fulcrum.records import Example, Message
 from fulcrum.rows import content_key
+from fulcrum.sections import GeneralSource
 
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 96  # most
 BATCH = 64  # rows that are asked for at once
@@ -172,7 +172,7 @@ def fault(question: str, answer: str | None, language: str | None) -> str | None
         return "refusal"
     if any(_repeats(text) for text in texts):
         return "repeats itself"
-    row = Example(tuple(Message(role, text) for role, text in zip(("user", "assistant"), texts, strict=False)), "", "")
+    row = Example(tuple(Message("user", text) for text in texts), "", "")  # who says it does not matter here
     if damage := clean.unfit(row, GeneralSource(path="made", languages=(language,) if language else ())):
         return damage.reason
     return None

@@ -28,10 +28,10 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from fulcrum import clean, store
-from fulcrum.config import GeneralSource
 from fulcrum.errors import DataError, StoreError, nearest
 from fulcrum.records import Reject
 from fulcrum.rows import Layout, content_key, convert
+from fulcrum.sections import GeneralSource
 from fulcrum.tables import Row, files, fitting_layout, hub, require_some, suffix, text_rows, unreadable
 
 VERSION = 1  # raise it where the same file would give other shards

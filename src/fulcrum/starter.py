@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fulcrum.config import DataSource
 from fulcrum.errors import ConfigError
 from fulcrum.records import Example
+from fulcrum.sections import DataSource
 from fulcrum.tables import open_tables
 
 LABELS, LABEL_CHARACTERS, LONG_CHARACTERS = 20, 40, 200

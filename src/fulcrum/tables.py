@@ -20,10 +20,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fulcrum.config import DataSource
 from fulcrum.errors import DataError, nearest
 from fulcrum.records import Example, Reject
 from fulcrum.rows import Layout, convert, layout
+from fulcrum.sections import DataSource
 
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")

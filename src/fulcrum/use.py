@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from fulcrum import adapter as adapters
 from fulcrum import arms, cell, comparison, config, encode, generate, ingest, material, metrics, model, scoring, starter, store
 from fulcrum import run as running
-from fulcrum.config import Arm, DataSource, Settings, TaskSettings, TrainSettings
+from fulcrum.config import Arm, Settings, TaskSettings, TrainSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Results, Score, Setting, Task
+from fulcrum.sections import DataSource
 
 _USED_FIRST = ("tell", "mix", "sft_anchor", "sft")  # of a comparison, where no arm is named
 

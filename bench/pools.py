@@ -1,0 +1,110 @@
+"""A pool of millions of rows: how fast it is built, killed once and gone on with, in how much memory; how fast it opens.
+
+    python bench/pools.py --rows 10000000 --jobs 2 --folder /somewhere/with/10GB
+
+Rows are generated: of every hundred one repeats an earlier row of another file exactly. Every step runs in a process of its
+own, whose memory (its children's too) is watched from outside, twenty times a second: resident memory that is not the file
+cache's.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FILES = 10
+WORDS = [f"word{k}" for k in range(5000)]
+OPEN = (
+    "import sys, time; from fulcrum import mix, pool; from fulcrum.sections import GeneralSource\n"
+    "started = time.perf_counter(); found = pool.open_pool([GeneralSource(path=sys.argv[1])], 0); found[len(found) // 2]\n"
+    "print(len(found), found.left_out, round(time.perf_counter() - started, 3))\n"
+)
+BUILD = (
+    "import sys; from fulcrum import pool; from fulcrum.sections import GeneralSource\n"
+    "if __name__ == '__main__':\n"
+    "    pool.open_pool([GeneralSource(path=sys.argv[1])], 0, jobs=int(sys.argv[2]), "
+    "progress=lambda *told: print(*told, flush=True))\n"
+)
+
+
+def write(folder: Path, rows: int) -> int:
+    """Write the files; returns how many rows repeat another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    each, repeats = rows // FILES, 0
+    for place in range(FILES):
+        with (folder / f"{place:02}.jsonl").open("w", encoding="utf-8") as stream:
+            for k in range(each):
+                number = place * each + k
+                if place and k % 100 == 0:  # as in the file before
+                    number, repeats = number - each + 1, repeats + 1
+                words = " ".join(WORDS[(number * step + step) % len(WORDS)] for step in (7, 11, 13, 17, 19, 23))
+                stream.write(json.dumps({"prompt": f"Say {number}: {words}", "completion": f"{words} {number * 31}"}) + "\n")
+    return repeats
+
+
+def resident(pid: int) -> int:
+    """Anonymous resident memory (bytes) of a process and its children."""
+    total, pids = 0, [pid]
+    while pids:
+        own = pids.pop()
+        try:
+            status = Path(f"/proc/{own}/status").read_text()
+            pids += [int(child) for child in Path(f"/proc/{own}/task/{own}/children").read_text().split()]
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+    return total
+
+
+def watched(code: str, *words: object, kill_after: float | None = None) -> tuple[float, int, str]:
+    """Run a script; returns seconds, peak memory in bytes, and what it printed. It is killed after `kill_after` seconds."""
+    script = Path(f"/tmp/bench-pools-{os.getpid()}.py")
+    script.write_text(code)
+    log = script.with_suffix(".log")
+    with log.open("w") as stream:
+        process = subprocess.Popen([sys.executable, script, *map(str, words)], stdout=stream, start_new_session=True)
+        started, peak = time.monotonic(), 0
+        while process.poll() is None:
+            peak = max(peak, resident(process.pid))
+            if kill_after is not None and time.monotonic() - started > kill_after:
+                os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.05)
+    if kill_after is None and process.returncode:
+        raise SystemExit(f"the script failed with {process.returncode}")
+    return time.monotonic() - started, peak, log.read_text()
+
+
+def main() -> None:
+    """Build, kill, go on, open."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--kill-after", type=float, default=None, help="seconds; default: an eighth of a million rows' time")
+    args = parser.parse_args()
+    os.environ["FULCRUM_CACHE"] = str(args.folder / "cache")
+    data = args.folder / "data"
+    repeats = write(data, args.rows)
+    size = sum(file.stat().st_size for file in data.iterdir())
+    print(f"{args.rows:,} rows, {size / 1e9:.2f} GB, {repeats:,} repeats", flush=True)
+    kill_after = args.kill_after or args.rows / 1_000_000 * 8
+    seconds, peak, text = watched(BUILD, data, args.jobs, kill_after=kill_after)
+    before = sum(1 for _ in (args.folder / "cache").rglob("*.json"))
+    print(
+        f"killed after {seconds:.0f} s ({peak / 2**20:.0f} MiB), {before} small files written; {text.splitlines()[-1]}",
+        flush=True,
+    )
+    more, again, _ = watched(BUILD, data, args.jobs)
+    print(
+        f"gone on for {more:.0f} s, peak {again / 2**20:.0f} MiB; {args.rows / (seconds + more):,.0f} rows/s in all", flush=True
+    )
+    _, memory, text = watched(OPEN, data)
+    print(f"opened: rows, left out, seconds: {text.strip()}; peak {memory / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
