@@ -7,7 +7,7 @@ language, length, duplicates) is done once, when a pool is built; what depends o
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -21,8 +21,9 @@ NGRAM, SHORT_NGRAM = 13, 8  # words; 13 as in GPT-3's decontamination (arXiv 200
 NEAR_ROWS = 1_000_000  # rows up to which near-duplicates are looked for; beyond, exact ones only
 WORD = re.compile(r"\w+")
 
-_PERMUTATIONS = 128
+_PERMUTATIONS = 256
 _RECALL = 0.995  # of near-duplicates at the threshold; those beyond it are found more surely
+_KEPT = 50_000  # rows whose triples are kept while pairs are compared
 _RUN = 8  # a row is compared with so many others that share a band with it
 _LETTERS = 24  # in shorter texts a language cannot be told
 _SEEN = 2000  # characters that tell a row's language
@@ -184,10 +185,11 @@ def near_duplicates(
             pairs |= {(int(later), int(run[k])) for n, later in enumerate(run) for k in range(min(n, _RUN))}
     found: list[tuple[int, int, float]] = []
     gone: set[int] = set()
+    of_row = lru_cache(maxsize=_KEPT)(of)
     for later, earlier in sorted(pairs):
         if later in gone or earlier in gone:
             continue
-        a, b = of(later), of(earlier)
+        a, b = of_row(later), of_row(earlier)
         similarity = len(a & b) / len(a | b)
         if similarity >= threshold:
             gone.add(later)
