@@ -1,7 +1,27 @@
 """Fixtures that several test files share."""
 
+import os
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models are the user's, fetched once; pools that tests convert are theirs, and go with them."""
+    from fulcrum import store
+
+    real, own = store.cache_dir(), tmp_path_factory.mktemp("cache")
+    for name in ("gguf", "models", "terms", "tokens"):
+        (real / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(real / name)
+    before = os.environ.get("FULCRUM_CACHE")
+    os.environ["FULCRUM_CACHE"] = str(own)
+    yield
+    os.environ.pop("FULCRUM_CACHE")
+    if before is not None:
+        os.environ["FULCRUM_CACHE"] = before
 
 
 @pytest.fixture(scope="session")
