@@ -196,6 +196,10 @@ def test_a_contradiction_stands_beside_the_headline(tmp_path: Path) -> None:
     assert view["word"] == "Gain by the first metric, contradicted by another"
     text = page.html({"certificate.json": known(tmp_path)})
     assert "<b>Contradiction:</b> quality is better, and taste is worse." in text
+    _, value, both_of = view["tiles"][1]
+    assert value == "none stated"
+    assert both_of.startswith("quality 2")
+    assert "; taste below 1.0×" in both_of
     assert [answer["verdict"] for answer in view["answers"]] == ["▲ Gain", "▼ Loss"]
 
 

@@ -82,7 +82,7 @@ def view(known: Certificate) -> dict[str, Any]:
     return {
         "task": question["task"], "arm": question["arm"], "headline": known["headline"],
         "contradiction": known["contradiction"], "notes": question["notes"],
-        "glyph": glyph, "kind": kind, "word": word, "tiles": _tiles(answers[0], question),
+        "glyph": glyph, "kind": kind, "word": word, "tiles": _tiles(known, question),
         "answers": [exhibit.answer_of(answer, question) for answer in answers],
         "effects": exhibit.effects_of(known),
         "method": _method(known), "seal": known["sha256"], "hashes": _hashes(known["inputs"]),
@@ -90,8 +90,9 @@ def view(known: Certificate) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tiles(answer: Mapping[str, Any], question: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The three numbers to take away: name, value, and its interval and meaning."""
+def _tiles(known: Certificate, question: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The three numbers to take away: name, value, interval and meaning; no factor where metrics contradict each other."""
+    answer = known["answers"][0]
     n, more, saving = answer["rows"], answer["more_rows"], answer["saving"]["rows"]
     value, span = signed(answer["difference"], exhibit.sign_of(answer))
     better = "lower is better" if answer["lower_is_better"] else "higher is better"
@@ -100,6 +101,9 @@ def _tiles(answer: Mapping[str, Any], question: Mapping[str, Any]) -> list[tuple
     ]
     if not answer["identifiable"]:
         tiles.append(("Row saving", "not identifiable", f"because {not_identifiable(answer)}"))
+    elif known["contradiction"]:
+        each = (f"{exhibit.named(own)} {' '.join(factor_text(own['saving']['rows']))}" for own in known["answers"])
+        tiles.append(("Row saving", "none stated", "; ".join(each)))
     else:
         value, span = factor_text(saving)
         tiles.append(("Row saving", value, f"{span}: {in_rows(saving, n)}"))
