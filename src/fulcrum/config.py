@@ -341,7 +341,7 @@ class Settings(Section):
             )
         if self.mix.per_task > 0 and not self.general:
             raise ValueError(
-                f"mix.general_per_task is {self.mix.general_per_task} and `general:` names no data; name some, or set it to 0"
+                f"mix.general_per_task is {self.mix.per_task:g} and `general:` names no data; name some, or set it to 0"
             )
         return self
 
