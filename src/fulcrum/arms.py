@@ -203,7 +203,7 @@ def general_rows(rows: Material, arm: Arm, settings: Settings) -> tuple[Example,
     else:
         order = choose.similar(rows.candidates, task_rows, rows.seed)
     if how == "gradient" and rows.gradients:  # previews have no model: they count the most similar rows instead
-        order = order[: choose.SCORED * len(rows.general)]
+        order = order[: _scored(rows, arm)]
         gradients = [np.stack([rows.gradients[row.origin] for row in part])
                      for part in ([rows.candidates[k] for k in order], task_rows)]  # fmt: skip
         order = order[choose.by_gradient(*gradients)]
@@ -225,8 +225,13 @@ def to_probe(rows: Material, arm: Arm, settings: Settings) -> list[Example]:
     if selects(arm, settings) != "gradient":
         return []
     task_rows = [row for task in rows.tasks for row in task.train]
-    order = choose.similar(rows.candidates, task_rows, rows.seed)[: choose.SCORED * len(rows.general)]
+    order = choose.similar(rows.candidates, task_rows, rows.seed)[: _scored(rows, arm)]
     return [*task_rows, *(rows.candidates[k] for k in order)]
+
+
+def _scored(rows: Material, arm: Arm) -> int:
+    """How many of the most similar candidates an arm compares by gradient."""
+    return choose.SCORED * (arm.general_rows or len(rows.general))
 
 
 def general_count(rows: Material, arm: Arm, repeats: int) -> int:
@@ -234,7 +239,7 @@ def general_count(rows: Material, arm: Arm, repeats: int) -> int:
     if not arm.mixes:
         return 0
     if arm.general_rows is not None:
-        return arm.general_rows
+        return round(arm.general_rows * rows.kept)  # a fold tries what the whole will be, smaller
     if arm.general_per_task is None:
         return rows.general_count(repeats)
     return round(arm.general_per_task * repeats * rows.n_task)

@@ -152,12 +152,14 @@ class _Progress:
 
 
 def _views(rows: Material, arms: Sequence[Arm], settings: Settings) -> list[tuple[Material, Arm]]:
-    """The task rows that arms which choose general rows are ever trained on: every size, and every fold of it."""
+    """The task rows that arms which choose general rows are ever trained on: every size, and where settings are tried every fold
+    of it."""
     found = []
+    tuned = settings.compare.tune == "each" or rows.seed == settings.seeds[0]
     for arm in (arm for arm in arms if selects(arm, settings) != "random"):
         for size in sizes_of(settings, arm, rows.longest):
             own = rows.at(size)
-            folds = own.folds(settings.compare.folds, store.seed_for(rows.seed, "folds"))
+            folds = own.folds(settings.compare.folds, store.seed_for(rows.seed, "folds")) if tuned else []
             found += [(view, arm) for view in (own, *folds)]
     return found
 

@@ -32,8 +32,8 @@ class Material:
     `general` are the rows that the longest plan of `general_for` task rows needs, `own_general` those of arms with a pool (or
     rows made) of their own; `candidates` are the pool's rows among which arms choose, which begin with `general`, and
     `gradients` what some of them and of the task rows would teach, by origin; `held_out` are general rows that no arm trains
-    on, by source name (forgetting is measured on them); `repeats` are the numbers of repeats that mixed arms try; `rejects`
-    counts the rows not used, by reason.
+    on, by source name (forgetting is measured on them); `repeats` are the numbers of repeats that mixed arms try; `kept` is
+    the part of the training rows that a fold trains on; `rejects` counts the rows not used, by reason.
     """
 
     tasks: tuple[Task, ...]
@@ -48,6 +48,7 @@ class Material:
     candidates: tuple[Example, ...] = ()
     gradients: Mapping[str, FloatArray] = field(default_factory=dict)
     seed: int = 0
+    kept: float = 1.0
 
     @property
     def n_task(self) -> int:
@@ -76,10 +77,12 @@ class Material:
         has a single group.
         """
         cuts = [_folds(task, count, seed) for task in self.tasks]
-        return [
+        whole = self.n_task
+        found = [
             replace(self, tasks=tuple(own or replace(task, dev=()) for task, own in zip(self.tasks, fold, strict=True)))
             for fold in zip_longest(*cuts)
         ]
+        return [replace(fold, kept=fold.n_task / whole) for fold in found]
 
     @property
     def fingerprints(self) -> Mapping[str, str]:

@@ -42,7 +42,7 @@ def with_made_rows(
                     made = from_nothing(loaded, arm, material, seed, budget, folder, count)
                 if file is not None:
                     store.write_json(file, [store.plain(row) for row in made])
-            asked = len(material.own_general.get(arm.name, material.general))
+            asked = arm.general_rows or len(material.own_general.get(arm.name, material.general))
             few = [f"{arm.name}: the model made {len(made)} of {asked} general rows"] if len(made) < asked else []
             own = {**found[seed].own_general, arm.name: made}
             found[seed] = replace(found[seed], own_general=own, notes=(*found[seed].notes, *few))
@@ -78,7 +78,7 @@ def from_nothing(
     loaded: LoadedModel, arm: Arm, rows: Material, seed: int, batch_tokens: int, folder: Path | None, count: Count
 ) -> tuple[Example, ...]:
     """As many rows as the run's mixtures hold. Raises ConfigError where the model makes none."""
-    wanted = len(rows.general) or rows.general_count(max(rows.repeats))
+    wanted = arm.general_rows or len(rows.general) or rows.general_count(max(rows.repeats))
     place = None if folder is None else folder / "general" / f"{arm.name}-seed{seed}"
     recipe = selfgen.Recipe(wanted, store.seed_for(seed, "self made"))
     found, left_out = selfgen.made(selfgen.OfModel(loaded, batch_tokens), recipe, place, count)
