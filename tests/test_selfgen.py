@@ -8,7 +8,8 @@ from threading import Thread
 
 import pytest
 
-from fulcrum import encode, selfgen
+from fulcrum import encode, rows, selfgen
+from fulcrum.endpoint import Endpoint
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.model import LoadedModel
 from fulcrum.selfgen import OfEndpoint, OfModel, Recipe
@@ -97,9 +98,9 @@ def test_a_base_model_writes_texts_in_two_parts(tmp_path: Path) -> None:
     pairs = OfModel(bare).write(8, 0, 1.0, lambda text: True)
     assert len(pairs) == 8
     assert any(question and answer for question, answer in pairs)
-    assert selfgen.in_two("One here. Two there! Three.") == ("One here.", "Two there! Three.")
-    assert selfgen.in_two("a title\nand text") == ("a title", "and text")
-    assert selfgen.in_two("no end at all") == ("no end", "at all")
+    assert rows.in_two("One here. Two there! Three.") == ("One here.", "Two there! Three.")
+    assert rows.in_two("a title\nand text") == ("a title", "and text")
+    assert rows.in_two("no end at all") == ("no end", "at all")
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def endpoint() -> Iterator[tuple[str, list[dict]]]:
             if text.startswith("Write one question"):
                 said = f"What is {text.split()[6]} number {body['seed']}?"
             answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-            self.send_response(500 if body["model"] == "broken" else 200)
+            self.send_response(400 if body["model"] == "broken" else 200)
             self.end_headers()
             self.wfile.write(answer)
 
@@ -146,5 +147,5 @@ def test_an_endpoint_writes_through_the_command(
     assert (recipe["seed"], recipe["kept"], recipe["endpoint"]) == (3, 70, url)
     assert "secret" not in (tmp_path / "out.recipe.json").read_text()
     assert "exists already" in refused("selfgen", tmp_path / "out.jsonl", *options)
-    with pytest.raises(ConfigError, match=r"no answer from 'broken': HTTPError: .*500.*ends in /v1"):
-        OfEndpoint(url, "broken").write(1, 0, 1.0, lambda text: True)
+    with pytest.raises(ConfigError, match=r"no answer from 'broken': status 400: .*ends in /v1"):
+        OfEndpoint(Endpoint(url, "broken")).write(1, 0, 1.0, lambda text: True)

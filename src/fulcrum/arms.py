@@ -15,7 +15,11 @@ from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError, nearest
 from fulcrum.material import Material
 from fulcrum.mix import Plan
-from fulcrum.records import BoolArray, Example, Setting, Share, Tokens
+from fulcrum.records import BoolArray, Example, Message, Setting, Share, Tokens
+from fulcrum.rows import in_two
+
+UNLABELED = ("unlabeled", "pseudo_self", "pseudo_teacher")
+MEMBERS = 3  # adapters that answer unlabelled inputs together
 
 _STRATIFIED = 200  # steps; shorter mixed streams are stratified by epoch
 
@@ -46,6 +50,10 @@ ARMS: Mapping[str, Arm] = {
         Arm(name="placebo_permuted", anchored=True, general="permuted"),
         Arm(name="placebo_own_answers", anchored=True, general="own_answers"),
         Arm(name="selfgen", anchored=True, general="self_made"),
+        # The task's inputs that nobody labelled: as texts, or as rows of the task with answers of adapters, or of a teacher.
+        Arm(name="unlabeled", anchored=True, general="unlabeled"),
+        Arm(name="pseudo_self", anchored=True, general="pseudo_self"),
+        Arm(name="pseudo_teacher", anchored=True, general="pseudo_teacher"),
         Arm(name="general_only", anchored=True, general="pool", task_rows=False),
     )
 }
@@ -76,6 +84,10 @@ def chosen_arms(settings: Settings) -> list[Arm]:
             f"compare.arms: tfidf is for answers that are labels, and {odd[0]} has no metric of labels "
             f"({', '.join(metrics.LABELS)}); add one to task.metrics, or leave this arm out"
         )
+    if (asking := [arm for arm in arms if arm.general in UNLABELED]) and not any(task.unlabeled for task in settings.tasks):
+        raise ConfigError(f"compare.arms: {asking[0].name} needs inputs without answers; give some in task.unlabeled")
+    if settings.teacher is None and (taught := [arm for arm in arms if arm.general == "pseudo_teacher"]):
+        raise ConfigError(f"compare.arms: {taught[0].name} needs somebody to ask; set teacher.endpoint and teacher.model")
     if odd := [name for name in settings.compare.sizes_of if name not in {arm.name for arm in arms}]:
         raise ConfigError(
             f"compare.sizes_of: {odd[0]!r} is not among compare.arms{nearest(odd[0], [arm.name for arm in arms])}"
@@ -188,6 +200,9 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
     general = available[:count]
     if arm.general == "permuted":
         general = _permuted(general, store.seed_for(seed, "placebo"))
+    if arm.anchored and arm.general in ("pseudo_self", "pseudo_teacher"):  # these are rows of the task
+        forms = {row.origin: encode.make_format(tokenizer, task.anchor) for task in rows.tasks for row in task.unlabeled}
+        return Stream(plan, own, [encode.encode(row, forms.get(row.origin, plain)) for row in general])
     return Stream(plan, own, tokens.tokenised(general, plain))
 
 
@@ -195,8 +210,10 @@ def general_rows(rows: Material, arm: Arm, settings: Settings) -> tuple[Example,
     """The general rows that an arm's streams begin with: the run's own, those of the arm, or those that it chooses by the task
     rows of `rows`."""
     how = selects(arm, settings)
-    if arm.name in rows.own_general or how == "random":
-        return rows.own_general.get(arm.name, rows.general)
+    if arm.general == "unlabeled":
+        return _as_texts([row for task in rows.tasks for row in task.unlabeled])
+    if (name := own_name(arm, rows)) in rows.own_general or how == "random":
+        return rows.own_general.get(name, rows.general)  # of what a model has yet to make, a preview counts the pool's
     task_rows = [row for task in rows.tasks for row in task.train]
     if how == "diverse":
         order = choose.diverse(rows.candidates, rows.seed)
@@ -210,9 +227,32 @@ def general_rows(rows: Material, arm: Arm, settings: Settings) -> tuple[Example,
     return tuple(rows.candidates[k] for k in order[: len(rows.general)])
 
 
+def own_name(arm: Arm, rows: Material) -> str:
+    """By which name `Material.own_general` has an arm's rows; answers of adapters are by the task rows that taught them."""
+    if arm.general != "pseudo_self":
+        return arm.name
+    return f"{arm.name} by {store.fingerprint([row.origin for task in rows.tasks for row in task.train])[:16]}"
+
+
+def _as_texts(inputs: Sequence[Example]) -> tuple[Example, ...]:
+    """Inputs as rows of language modelling: what stands first is asked, the rest is the answer."""
+    cut = [(row, *in_two(row.question)) for row in inputs]
+    return tuple(
+        replace(row, messages=(Message("user", first), Message("assistant", rest)))
+        for row, first, rest in cut
+        if first and rest
+    )
+
+
 def selects(arm: Arm, settings: Settings) -> str:
     """How an arm chooses its general rows."""
-    return (arm.select or settings.mix.select) if arm.mixes and arm.general != "self_made" and not arm.pool else "random"
+    chooses = arm.general in ("pool", "permuted", "own_answers") and not arm.pool
+    return (arm.select or settings.mix.select) if chooses else "random"
+
+
+def by_task_rows(arm: Arm, settings: Settings) -> bool:
+    """Whether an arm's general rows depend on the task rows that it is trained on."""
+    return selects(arm, settings) != "random" or arm.general == "pseudo_self"
 
 
 def choose_from(arms: Sequence[Arm], settings: Settings) -> int:
@@ -302,6 +342,16 @@ def trials(rows: Material, arm: Arm, settings: Settings) -> tuple[Setting, ...]:
     )  # fmt: skip
 
 
+def _extra_trials(settings: Settings) -> int:
+    """Settings more that arms without general data try: all that the others' side tries counts as trials.
+
+    To score so many rows for each that is trained on costs about as many trainings; adapters that answer inputs are trained.
+    """
+    arms = [arm_of(settings, arm.name if isinstance(arm, Arm) else arm) for arm in settings.compare.arms]
+    spent = [choose.SCORED * (selects(arm, settings) == "gradient") + MEMBERS * (arm.general == "pseudo_self") for arm in arms]
+    return settings.compare.extra_trials + max(spent)
+
+
 def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple[int, ...]:
     wanted = None if arm.mixes else settings.compare.sft_epochs
     batch = arm.train.get("batch_size", settings.train.batch_size)
@@ -326,7 +376,7 @@ def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple
     cap = max(1, math.floor(rows.step_cap * batch / shown))
     if wanted is None:
         # At least as many trials as TELL has; a single pass and the cap are always among them.
-        count = math.ceil(max(3, len(rows.repeats)) / halves)
+        count = math.ceil((max(3, len(rows.repeats)) + _extra_trials(settings)) / halves)
         return tuple(sorted({int(n) for n in np.geomspace(1, cap, count + (halves > 1)).round()}))[-count:]
     if settings.mix.per_task > 0 and arm.members == 1 and max(wanted) > cap:
         raise ConfigError(

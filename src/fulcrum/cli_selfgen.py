@@ -43,7 +43,9 @@ def selfgen(
         terminal.silence_libraries()
     recipe = making.Recipe(rows, seed, temperature, language)
     if endpoint:
-        writer: making.Writer = making.OfEndpoint(endpoint, endpoint_model, os.environ.get(key))
+        from fulcrum.endpoint import Endpoint
+
+        writer: making.Writer = making.OfEndpoint(Endpoint(endpoint, endpoint_model, os.environ.get(key)))
     else:
         from fulcrum import model as models
         from fulcrum.config import TrainSettings

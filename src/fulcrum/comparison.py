@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fulcrum import cell, pilot, probe, scoring, selfmade, store, workers
-from fulcrum.arms import chosen_arms, selects, sizes_of, trials
+from fulcrum import cell, pilot, probe, pseudo, scoring, selfmade, store, workers
+from fulcrum.arms import by_task_rows, chosen_arms, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError
@@ -27,7 +27,7 @@ PLAN = "budget.json"  # what a time budget planned, for whoever goes on with the
 _REFERENCES = ("sft_anchor", "sft", "sft_kl", "soup", "kshot", "tfidf", "base_anchor", "base")  # without general data
 _RIVALS = (  # with general data, or at TELL's settings
     "sft_matched", "mix", "general_then_task", "task_then_general", "replay_10", "placebo_permuted", "placebo_own_answers",
-    "selfgen", "general_only",
+    "selfgen", "unlabeled", "pseudo_self", "pseudo_teacher", "general_only",
 )  # fmt: skip
 _PAIRS = (
     *(("tell", name) for name in _REFERENCES), *(("tell", name) for name in _RIVALS), *(("mix", name) for name in _REFERENCES),
@@ -70,10 +70,10 @@ def compare(
         partial(watcher.count, "general rows that the model makes itself"),
     )  # fmt: skip
     for seed, material in by_seed.items():
-        by_seed[seed] = probe.with_gradients(
-            material, loaded, _views(material, arms, settings), settings, folder if writes() else None,
-            partial(watcher.count, probe.LABEL),
-        )  # fmt: skip
+        views, kept = _views(material, arms, settings), folder if writes() else None
+        chosen = probe.with_gradients(material, loaded, views, settings, kept, partial(watcher.count, probe.LABEL))
+        by_seed[seed] = pseudo.with_answers(chosen, loaded, views, arms, settings, kept, watcher)
+    rows = list(by_seed.values())
     study = Study(settings, by_seed, folder)
     with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
         tries = list(plan_trials(study, arms, loaded))
@@ -152,11 +152,10 @@ class _Progress:
 
 
 def _views(rows: Material, arms: Sequence[Arm], settings: Settings) -> list[tuple[Material, Arm]]:
-    """The task rows that arms which choose general rows are ever trained on: every size, and where settings are tried every fold
-    of it."""
+    """The task rows by which arms choose or answer general rows: every size, and where settings are tried every fold of it."""
     found = []
     tuned = settings.compare.tune == "each" or rows.seed == settings.seeds[0]
-    for arm in (arm for arm in arms if selects(arm, settings) != "random"):
+    for arm in (arm for arm in arms if by_task_rows(arm, settings)):
         for size in sizes_of(settings, arm, rows.longest):
             own = rows.at(size)
             folds = own.folds(settings.compare.folds, store.seed_for(rows.seed, "folds")) if tuned else []

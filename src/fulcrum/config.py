@@ -46,6 +46,7 @@ class TaskSettings(Section):
         description="rows scored once at the end; none: a quarter of the training groups is held out, in a "
         "comparison another fold of them at each seed",
     )
+    unlabeled: Sources = Field((), description="inputs without answers, for the arms unlabeled, pseudo_self, pseudo_teacher")
     group: str | None = Field(None, description="column whose equal values belong together (document, customer ...)")
     anchor: AnchorSettings | None = Field(None, description="text, {text, placement}, or none")
     metrics: tuple[str, ...] = Field(("nll", "exact_match"), description="see `fulcrum eval --help` for the names")
@@ -54,7 +55,7 @@ class TaskSettings(Section):
     dev_limit: int | None = Field(None, ge=1, description="use at most this many dev rows")
     test_limit: int | None = Field(None, ge=1, description="use at most this many test rows")
 
-    _sources = field_validator("train", "dev", "test", mode="before")(as_sources)
+    _sources = field_validator("train", "dev", "test", "unlabeled", mode="before")(as_sources)
 
     @field_validator("name")
     @classmethod
@@ -180,10 +181,12 @@ class Arm(Section):
     trained: bool = Field(True, description="false: the model stays as it is")
     anchored: bool = Field(False, description="whether task rows carry the anchor, in training and in inference")
     task_rows: bool = Field(True, description="false: trains on general rows alone")
-    general: Literal["none", "pool", "permuted", "own_answers", "self_made"] = Field(
-        "none",
-        description="general rows: none; the pool's; these with each other's answers, or with the base model's own; or rows "
-        "that the base model made from nothing",
+    general: Literal["none", "pool", "permuted", "own_answers", "self_made", "unlabeled", "pseudo_self", "pseudo_teacher"] = (
+        Field(
+            "none",
+            description="general rows: none; the pool's; these with each other's answers, or with the base model's own; rows "
+            "that the base model made from nothing; unlabelled inputs as texts, or answered by adapters or by the teacher",
+        )
     )
     pool: GeneralSources = Field((), description="general data of its own; none: `general:` of the run")
     order: Order | None = Field(None, description="instead of mix.order")
@@ -209,7 +212,7 @@ class Arm(Section):
             raise ValueError(f"{self.name}: without general rows (general: pool) there is no pool, order or ratio to set")
         if self.general_per_task and self.general_rows:
             raise ValueError(f"{self.name}: general_per_task and general_rows both say how many general rows; keep one")
-        if self.select and (self.pool or self.general == "self_made"):
+        if self.select and (self.pool or self.general not in ("pool", "permuted", "own_answers")):
             raise ValueError(f"{self.name}: rows are selected from the run's own pool; leave `select:` out")
         if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train or self.settings_of):
             raise ValueError(f"{self.name}: is not trained (trained: false), so nothing of training can be set")
@@ -277,6 +280,9 @@ class CompareSettings(Section):
         description="epochs tried for arms without general data; none: from 1 to what TELL's steps allow, evenly in the log, "
         "as many as TELL's repeats tried and at least 3",
     )
+    extra_trials: int = Field(
+        0, ge=0, description="settings more that arms without general data try, for what was tried before; auto's pilot sets it"
+    )
     learning_rates: tuple[float, ...] | None = Field(None, min_length=1, description="tried by every arm; none: train's")
     weight_decays: tuple[float, ...] | None = Field(None, min_length=1, description="tried by every arm; none: train's")
 
@@ -308,6 +314,15 @@ class CompareSettings(Section):
         return value
 
 
+class TeacherSettings(Section):
+    """A model behind an OpenAI-compatible endpoint, which answers `task.unlabeled` for the arm pseudo_teacher."""
+
+    endpoint: str = Field(min_length=1, description="address; ends in /v1")
+    model: str = Field(min_length=1, description="the model's name there")
+    instruction: str | None = Field(None, description="what it is told before each input; none: the task's anchor")
+    key_variable: str = Field("OPENAI_API_KEY", description="environment variable with the key; no key is ever written down")
+
+
 class Settings(Section):
     """A whole run."""
 
@@ -317,6 +332,7 @@ class Settings(Section):
     trust_remote_code: bool = Field(False, description="run code that comes with a hub model; off unless you read that code")
     tasks: tuple[TaskSettings, ...] = Field(min_length=1, description="one task (`task:`) or several that share one adapter")
     general: GeneralSources = Field((GeneralSource(path="builtin"),), description="general data")
+    teacher: TeacherSettings | None = Field(None, description="who answers unlabelled inputs, where an arm asks for it")
     clean: CleanSettings = CleanSettings()
     mix: MixSettings = MixSettings()
     train: TrainSettings = TrainSettings()

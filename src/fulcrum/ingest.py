@@ -22,18 +22,21 @@ from fulcrum.sections import DataSource
 from fulcrum.tables import open_tables
 
 
-def read(sources: Sequence[DataSource], *, group: str | None = None, seed: int = 0) -> tuple[list[Example], list[Reject]]:
+def read(
+    sources: Sequence[DataSource], *, group: str | None = None, seed: int = 0, answered: bool = True
+) -> tuple[list[Example], list[Reject]]:
     """Read all rows of the sources, in order: every row is in exactly one of the two lists returned.
 
     `group` names the column whose equal values belong together; without it a column called ``group`` is used, else a hash of
     the prompt's text. A source's `limit` draws rows by `seed` (they stay in file order). A later row with the same normalised
-    texts as an earlier one is rejected as ``duplicate``. Raises DataError for missing, empty or broken files and wrong columns.
+    texts as an earlier one is rejected as ``duplicate``. Rows that are not `answered` are inputs: they end with the user's
+    message. Raises DataError for missing, empty or broken files and wrong columns.
     """
     examples: list[Example] = []
     rejects: list[Reject] = []
     first: dict[str, str] = {}
     for place, source in enumerate(sources):
-        tables = open_tables(source, group=group)
+        tables = open_tables(source, group=group, answered=answered)
         for table, ids in zip(tables, draw([table.size for table in tables], source.limit, (seed, place)), strict=True):
             for row in (table[int(index)] for index in ids):
                 if isinstance(row, Reject):

@@ -19,7 +19,7 @@ def describe(settings: config.Settings, task: str, rows: Iterable[Example]) -> d
     described = settings.model_dump(mode="json")
     described.pop("output_dir")
     own = next(item for item in settings.tasks if item.name == task)
-    sources = [*own.train, *own.dev, *own.test, *settings.general]
+    sources = [*own.train, *own.dev, *own.test, *own.unlabeled, *settings.general]
     files = dict(pair for source in sources for pair in tables.files(source.path) or ())
     return {
         "settings": described,

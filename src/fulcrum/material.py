@@ -89,6 +89,7 @@ class Material:
         """A hash over every row of each part, by the part's name, so that a refusal can say which data changed."""
         parts: dict[str, object] = {"general": self.general, "candidates": self.candidates[len(self.general) :]}
         parts |= {f"general of {name}": rows for name, rows in self.own_general.items()}
+        parts |= {f"{task.name} unlabeled": task.unlabeled for task in self.tasks if task.unlabeled}
         parts |= {f"held out: {name}": rows for name, rows in self.held_out.items()}
         parts |= {f"{task.name} {part}": getattr(task, part) for task in self.tasks for part in ("train", "dev", "test")}
         return {name: fingerprint(rows) for name, rows in parts.items()}
@@ -112,10 +113,13 @@ def _folds(task: Task, count: int, seed: int) -> list[Task]:
     return [replace(task, train=tuple(task.train[k] for k in own), dev=tuple(task.train[k] for k in dev)) for own, dev in folds]
 
 
-def read_task(settings: TaskSettings, seed: int, outer: tuple[int, int] | None = None) -> tuple[Task, list[Reject]]:
+def read_task(
+    settings: TaskSettings, seed: int, outer: tuple[int, int] | None = None, near: float = 0.0
+) -> tuple[Task, list[Reject]]:
     """Read one task whole and split it by content: files, and hold-outs where dev or test are not given (the same for every
     seed; `seed` draws the rows that a source's own `limit` leaves). With `outer`, the number of a fold and how many there are,
-    that fold is the test rows that are not given.
+    that fold is the test rows that are not given. Unlabelled inputs that a row asks too, or that are at least `near` (above 0)
+    like a dev or test row's, are left out.
 
     Raises DataError where rows are missing, unusable, or stand on two sides.
     """
@@ -135,10 +139,31 @@ def read_task(settings: TaskSettings, seed: int, outer: tuple[int, int] | None =
         else:
             train, parts[name] = ingest.split(train, part_of_train, seed=0)
     ingest.check_overlap(parts["dev"], parts["test"], "test", of="dev", by_group=by_group)
+    unlabeled, refused = _unlabeled(settings, seed, train, [*parts["dev"], *parts["test"]], near)
     return Task(
         settings.name, tuple(train), tuple(parts["dev"]), tuple(parts["test"]),
-        settings.anchor_value(), settings.metrics, settings.max_new_tokens,
-    ), rejects  # fmt: skip
+        settings.anchor_value(), settings.metrics, settings.max_new_tokens, unlabeled,
+    ), rejects + refused  # fmt: skip
+
+
+def _unlabeled(
+    settings: TaskSettings, seed: int, train: Sequence[Example], held_out: Sequence[Example], near: float
+) -> tuple[tuple[Example, ...], list[Reject]]:
+    """The inputs without answers, and those not used: no arm may learn the answers that another gives to test rows."""
+    if not settings.unlabeled:
+        return (), []
+    found, rejects = ingest.read(settings.unlabeled, seed=seed, answered=False)
+    ingest.require_rows(found, rejects, minimum=1)
+    asked = clean.TaskText([replace(row, messages=row.prompt) for row in held_out], near)
+    labelled = {content_key(replace(row, messages=row.prompt)) for row in train}
+    kept = []
+    for row in found:
+        refused = Reject(row.origin, "labelled already", row.question) if content_key(row) in labelled else asked.shared(row)
+        if refused is None:
+            kept.append(row)
+        else:
+            rejects.append(replace(refused, reason=f"unlabeled: {refused.reason}"))
+    return tuple(kept), rejects
 
 
 def prepare(
@@ -157,7 +182,7 @@ def prepare(
     rejects: list[Reject] = []
     place = settings.seeds.index(seed) if seed in settings.seeds else 0
     outer = None if dev_apart else (place, settings.outer_folds)
-    whole = [read_task(task, settings.seed, outer) for task in settings.tasks]
+    whole = [read_task(task, settings.seed, outer, settings.clean.near_duplicates) for task in settings.tasks]
     _check_between_tasks([task for task, _ in whole])
     for task_settings, (task, refused) in zip(settings.tasks, whole, strict=True):
         chosen, too_long = choose(task, task_settings, settings, tokenizer, context, seed)
@@ -342,7 +367,16 @@ def choose(
             )
         parts[name] = tuple(kept)
         rejects += [Reject(e.origin, f"{name}: over {limit} tokens (train.too_long: drop)", f"{n} tokens") for e, n in over]
-    return replace(task, train=parts["train"], dev=parts["dev"], test=parts["test"]), rejects
+    inputs = []
+    for row in ingest.subset(task.unlabeled, len(task.unlabeled), seed_for(seed, "unlabeled")):
+        length = len(encode.prompt_ids(row.messages, form)) + task.max_new_tokens
+        if length <= _limit(settings, context):
+            inputs.append(row)
+        else:
+            rejects.append(
+                Reject(row.origin, f"unlabeled: over {_limit(settings, context)} tokens with its answer", f"{length}")
+            )
+    return replace(task, train=parts["train"], dev=parts["dev"], test=parts["test"], unlabeled=tuple(inputs)), rejects
 
 
 def fitting(

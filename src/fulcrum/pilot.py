@@ -55,7 +55,12 @@ def resolve(settings: Settings, *, resume: bool, watcher: Watcher) -> tuple[Sett
     return settings.model_copy(
         update={
             "mix": settings.mix.model_copy(update={"general_per_task": found.chosen}),
-            "compare": settings.compare.model_copy(update={"arms": arms if len(arms) > 1 else ("base", "sft")}),
+            "compare": settings.compare.model_copy(
+                update={
+                    "arms": arms if len(arms) > 1 else ("base", "sft"),
+                    "extra_trials": settings.compare.extra_trials + len(found.ratios),
+                }
+            ),
         }
     ), found
 

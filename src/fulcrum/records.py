@@ -31,7 +31,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One conversation whose last message is the assistant's answer.
+    """One conversation whose last message is the assistant's answer (of an unlabelled input: the user's message).
 
     `group` names the content (equal groups are never split over train, dev and test, and are resampled together);
     `origin` says where the row came from, as ``file:line``.
@@ -81,7 +81,10 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task: its rows, split by content, its anchor and how it is scored. Dev rows count as task data."""
+    """One task: its rows, split by content, its anchor and how it is scored. Dev rows count as task data.
+
+    `unlabeled` are inputs without answers.
+    """
 
     name: str
     train: tuple[Example, ...]
@@ -90,6 +93,7 @@ class Task:
     anchor: Anchor | None = None
     metrics: tuple[str, ...] = ("nll", "exact_match")
     max_new_tokens: int = 64
+    unlabeled: tuple[Example, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

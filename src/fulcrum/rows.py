@@ -14,6 +14,7 @@ at least one answer is trained, and every text is valid Unicode.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -32,6 +33,11 @@ FORMATS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "query": ("query", "question", "problem"),
         "response": ("response", "answer", "output", "target", "solution"),
     },
+}
+# The same for inputs that nobody has answered yet; an answer beside them is not read.
+INPUTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "input": {"prompt": ("prompt", "instruction", "query", "question", "text")},
+    "input messages": {"messages": ("messages", "conversations")},
 }
 OPTIONAL = ("system", "history", "group", "tools", "input")
 SLOTS = (*dict.fromkeys(slot for slots in FORMATS.values() for slot in slots), *OPTIONAL)
@@ -66,6 +72,16 @@ def normalise(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def in_two(text: str) -> tuple[str, str]:
+    """Cut a text after its first sentence, or in its middle where it has one only."""
+    text = text.strip()
+    end = re.search(r"[.!?][\"')]?\s+(?=\S)|\n+(?=\S)", text)
+    if end is None:
+        words = text.split()
+        return " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
+    return text[: end.end()].strip(), text[end.end() :].strip()
+
+
 def digest(*texts: str) -> str:
     """Return a short hash (32 hex digits of SHA-256) of texts in their normalised form."""
     return hashlib.sha256("\0".join(normalise(text) for text in texts).encode()).hexdigest()[:32]
@@ -76,8 +92,11 @@ def content_key(example: Example) -> str:
     return digest(*(part for message in example.messages for part in (message.role, message.content)))
 
 
-def layout(columns: Collection[str], mapping: Mapping[str, str], group: str | None, where: str) -> Layout:
+def layout(
+    columns: Collection[str], mapping: Mapping[str, str], group: str | None, where: str, *, answered: bool = True
+) -> Layout:
     """Find the one format that `columns` fit. `mapping` is our name -> the file's column; `group` names the group column.
+    Where rows are not `answered`, a column with the prompt does.
 
     Mapped names decide; aliases fill only the slots that are left. Raises DataError, beginning with `where`, for unknown or
     missing columns, for names that fit no format, and for names that fit more than one.
@@ -93,20 +112,23 @@ def layout(columns: Collection[str], mapping: Mapping[str, str], group: str | No
     if group is not None and group not in columns:
         raise DataError(f"{where}: no column {group!r} for `group:`; the columns are: {present}")
     free = set(columns) - set(mapping.values())
-    fitting = list(_readings(free, mapping))
+    formats = FORMATS if answered else INPUTS
+    fitting = list(_readings(free, mapping, formats))
     if len(fitting) != 1:
-        raise DataError(f"{where}: " + (_ask(fitting) if fitting else _none_fits(present, free)))
+        raise DataError(f"{where}: " + (_ask(fitting) if fitting else _none_fits(present, free, formats)))
     name, slots = fitting[0]
     extras = {slot: mapping.get(slot, slot) for slot in OPTIONAL if slot in mapping or slot in free}
     return Layout(name, {**extras, **({"group": group} if group else {}), **slots})
 
 
-def _readings(free: set[str], mapping: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
+def _readings(
+    free: set[str], mapping: Mapping[str, str], formats: Mapping[str, Mapping[str, tuple[str, ...]]]
+) -> list[tuple[str, dict[str, str]]]:
     """All ways to fill a format's slots; a format must use every slot that the user mapped."""
     mapped = set(mapping) - {"system", "history", "group", "tools"}  # these go with every format
     found = []
-    for name, slots in FORMATS.items():
-        if mapped <= ({*slots, "input"} if name == "Alpaca" else set(slots)):
+    for name, slots in formats.items():
+        if mapped <= ({*slots, "input"} if name in ("Alpaca", "input") else set(slots)):
             options = [[mapping[slot]] if slot in mapping else [a for a in slots[slot] if a in free] for slot in slots]
             found += [(name, dict(zip(slots, choice, strict=True))) for choice in product(*options)]
     return found
@@ -121,8 +143,13 @@ def _ask(fitting: Sequence[tuple[str, dict[str, str]]]) -> str:
     )
 
 
-def _none_fits(present: str, free: set[str]) -> str:
-    accepted = "; ".join(f"{name} ({', '.join(slots)})" for name, slots in FORMATS.items())
+def _none_fits(present: str, free: set[str], formats: Mapping[str, Mapping[str, tuple[str, ...]]]) -> str:
+    accepted = "; ".join(f"{name} ({', '.join(slots)})" for name, slots in formats.items())
+    if formats is INPUTS:
+        return (
+            f"no column holds inputs; the columns are: {present}. Accepted: {accepted}. For another name, write under the "
+            "source's `path:`: columns: {prompt: YOUR_COLUMN}"
+        )
     if free == {"text"}:
         return (
             "a `text` column is running text, not a conversation, so there is no answer to train on; "
@@ -144,10 +171,9 @@ def convert(row: Mapping[str, Any], shape: Layout, origin: str) -> Example | Rej
     value = {slot: row.get(column) for slot, column in shape.columns.items()}
     try:
         messages = _with_system(_BUILDERS[shape.format](value), value.get("system"))
-        _check(messages)
-        group = (
-            _group(value["group"]) if "group" in value else digest(*(m.content for m in messages[:-1] if m.role != "system"))
-        )
+        _check(messages, answered=shape.format not in INPUTS)
+        asked = messages if shape.format in INPUTS else messages[:-1]
+        group = _group(value["group"]) if "group" in value else digest(*(m.content for m in asked if m.role != "system"))
     except _RowError as error:
         return Reject(origin, error.reason, error.detail)
     return Example(tuple(messages), group, origin)
@@ -234,7 +260,23 @@ def _from_query(value: Mapping[str, Any]) -> list[Message]:
     return _from_question(_string(value["query"], "query"), value["response"], value.get("history"))
 
 
+def _from_input(value: Mapping[str, Any]) -> list[Message]:
+    """A prompt, a text or a message list, up to what the user said last."""
+    if "messages" in value:
+        messages = _history(value.get("history")) + _conversation(value["messages"], "messages")
+    elif isinstance(value["prompt"], list):
+        messages = _history(value.get("history")) + _conversation(value["prompt"], "prompt")
+    else:
+        parts = [_string(value.get(slot), slot) for slot in ("prompt", "input")]
+        text = "\n".join(part for part in parts if part.strip())
+        return [*_history(value.get("history")), Message("user", text)]
+    last = max((place for place, message in enumerate(messages) if message.role == "user"), default=-1)
+    return messages[: last + 1]
+
+
 _BUILDERS = {
+    "input": _from_input,
+    "input messages": _from_input,
     "messages": _from_messages,
     "ShareGPT": _from_messages,
     "prompt+completion": _from_pair,
@@ -252,17 +294,17 @@ def _with_system(messages: list[Message], system: Any) -> list[Message]:
     return [Message("system", text), *messages]
 
 
-def _check(messages: Sequence[Message]) -> None:
+def _check(messages: Sequence[Message], *, answered: bool) -> None:
     if not any(message.role == "user" for message in messages):
         raise _RowError("empty prompt", "no user message")
-    if messages[-1].role != "assistant":
+    if answered and messages[-1].role != "assistant":
         raise _RowError("last message is not the assistant's", f"it is the {messages[-1].role}'s")
     for place, message in enumerate(messages, 1):
         if message.role == "system" and place > 1:
             raise _RowError("system message is not first", f"it is message {place} of {len(messages)}")
         if message.role in ("user", "assistant") and not message.content.strip():
             raise _RowError("empty prompt" if message.role == "user" else "empty answer", f"message {place} of {len(messages)}")
-    if not any(message.train for message in messages if message.role == "assistant"):
+    if answered and not any(message.train for message in messages if message.role == "assistant"):
         raise _RowError("every answer has weight 0")
 
 

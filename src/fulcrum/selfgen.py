@@ -9,7 +9,6 @@ Invariant: batch n is a pure function of (recipe, writer, n), and the rows are o
 killed run goes on with the batches that are there, to the same rows (of an endpoint as far as it keeps its seeds).
 """
 
-import json
 import re
 import zlib
 from collections import Counter
@@ -19,18 +18,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.request import Request, urlopen
 
 from fulcrum import adapter, clean, encode, generate, store
-from fulcrum.errors import ConfigError, StoreError
+from fulcrum.endpoint import WORKERS, Endpoint
+from fulcrum.errors import StoreError
 from fulcrum.model import LoadedModel
 from fulcrum.records import Example, Message
-from fulcrum.rows import content_key
+from fulcrum.rows import content_key, in_two
 from fulcrum.sections import GeneralSource
 
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 96  # most
 BATCH = 64  # rows that are asked for at once
-_PATIENCE = 120  # seconds for an endpoint's answer
 _DRY = 8  # batches in a row without a new row: the model repeats itself
 _FEWEST = 3  # words in a question
 _SQUEEZED = 0.35  # of its length a text of `_LONG` characters may be compressed to; below it repeats itself
@@ -107,29 +105,16 @@ class OfModel:
         return bool(opening) and self.loaded.tokenizer.chat_template not in plain
 
 
-def in_two(text: str) -> Pair:
-    """Cut a text after its first sentence, or in its middle where it has one only."""
-    text = text.strip()
-    end = re.search(r"[.!?][\"')]?\s+(?=\S)|\n+(?=\S)", text)
-    if end is None:
-        words = text.split()
-        return " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
-    return text[: end.end()].strip(), text[end.end() :].strip()
-
-
 @dataclass(frozen=True)
 class OfEndpoint:
-    """A model behind an OpenAI-compatible endpoint: `url` ends in /v1; `key` is sent as a bearer token, where there is one."""
+    """A model behind an OpenAI-compatible endpoint."""
 
-    url: str
-    model: str
-    key: str | None = None
-    workers: int = 8
+    endpoint: Endpoint
 
     @property
     def described(self) -> Mapping[str, str]:
         """Where and who."""
-        return {"endpoint": self.url, "model": self.model}
+        return {"endpoint": self.endpoint.url, "model": self.endpoint.model}
 
     def write(self, count: int, seed: int, temperature: float, sound: Callable[[str], bool]) -> list[Pair]:
         """Questions on subjects in turn, and their answers."""
@@ -137,28 +122,18 @@ class OfEndpoint:
         def pair(number: int) -> Pair:
             subject = _SUBJECTS[(seed + number) % len(_SUBJECTS)]
             wish = f"Write one question or request about {subject} that somebody might put to an assistant. Write nothing else."
-            asked = self._say(wish, QUESTION_TOKENS, temperature, seed + number).strip()
-            return asked, self._say(asked, ANSWER_TOKENS, 0.0, seed + number).strip() if sound(asked) else ""
+            asked = self.endpoint.say([Message("user", wish)], QUESTION_TOKENS, temperature, seed + number)
+            if not sound(asked):
+                return asked, ""
+            return asked, self.endpoint.say([Message("user", asked)], ANSWER_TOKENS, 0.0, seed + number)
 
-        with ThreadPoolExecutor(self.workers) as threads:
+        with ThreadPoolExecutor(WORKERS) as threads:
             return list(threads.map(pair, range(count)))
 
-    def _say(self, text: str, most: int, temperature: float, seed: int) -> str:
-        body = {
-            "model": self.model, "messages": [{"role": "user", "content": text}], "max_tokens": most,
-            "temperature": temperature, "seed": seed,
-        }  # fmt: skip
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
-        try:
-            asked = Request(f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-            with urlopen(asked, timeout=_PATIENCE) as answer:
-                said: str = json.load(answer)["choices"][0]["message"]["content"] or ""
-            return said
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ConfigError(
-                f"{self.url}: no answer from {self.model!r}: {type(error).__name__}: {error}; check the address (it ends in "
-                "/v1), the model's name and the key"
-            ) from error
+
+def refuses(text: str) -> bool:
+    """Whether a text begins as refusals do."""
+    return bool(_REFUSAL.search(text[:200]))
 
 
 def fault(question: str, answer: str | None, language: str | None) -> str | None:
@@ -168,7 +143,7 @@ def fault(question: str, answer: str | None, language: str | None) -> str | None
         return "question too short"
     if answer is not None and not clean.words(answer):
         return "no answer"
-    if any(_REFUSAL.search(text[:200]) for text in texts):
+    if any(map(refuses, texts)):
         return "refusal"
     if any(_repeats(text) for text in texts):
         return "repeats itself"

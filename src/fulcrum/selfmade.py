@@ -32,7 +32,7 @@ def with_made_rows(
             continue
         for seed, material in rows.items():
             file = None if folder is None else folder / "general" / f"{arm.name}-seed{seed}.json"
-            made = _read(file) if file is not None and file.exists() else None
+            made = read_rows(file)[1] if file is not None and file.exists() else None
             if made is None:
                 adapter.drop_adapter(loaded)
                 budget = settings.eval.batch_tokens
@@ -41,7 +41,7 @@ def with_made_rows(
                 else:
                     made = from_nothing(loaded, arm, material, seed, budget, folder, count)
                 if file is not None:
-                    store.write_json(file, [store.plain(row) for row in made])
+                    store.write_json(file, {"note": "", "rows": [store.plain(row) for row in made]})
             asked = arm.general_rows or len(material.own_general.get(arm.name, material.general))
             few = [f"{arm.name}: the model made {len(made)} of {asked} general rows"] if len(made) < asked else []
             own = {**found[seed].own_general, arm.name: made}
@@ -49,11 +49,13 @@ def with_made_rows(
     return found
 
 
-def _read(file: Path) -> tuple[Example, ...]:
+def read_rows(file: Path) -> tuple[str, tuple[Example, ...]]:
+    """A note on rows that were made, and the rows. Raises StoreError."""
     try:
-        return tuple(
+        content = store.read_json(file)
+        return str(content["note"]), tuple(
             Example(tuple(Message(**message) for message in row["messages"]), row["group"], row["origin"])
-            for row in store.read_json(file)
+            for row in content["rows"]
         )
     except (KeyError, TypeError) as error:
         raise StoreError(f"{file}: not the rows that were made, the file was changed or damaged; delete it") from error

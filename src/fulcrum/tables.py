@@ -51,14 +51,16 @@ class Table:
         return convert(row, self.layout, f"{self.name}:{line}")
 
 
-def open_tables(source: DataSource, *, group: str | None = None) -> list[Table]:
-    """Open a source's files (sorted by name) or hub data set; text files are read into memory.
+def open_tables(source: DataSource, *, group: str | None = None, answered: bool = True) -> list[Table]:
+    """Open a source's files (sorted by name) or hub data set; text files are read into memory. Rows are `answered`, or inputs.
 
     Raises DataError for what is missing, empty, broken, or has columns that fit no format.
     """
     found = files(source.path)
     if found is None:
-        return [_arrow_table(source.path, hub(source.path, source.name, source.split, source.revision), source, group)]
+        return [
+            _arrow_table(source.path, hub(source.path, source.name, source.split, source.revision), source, group, answered)
+        ]
     if source.name or source.revision or source.split != "train":
         raise DataError(f"{source.path}: name, split and revision belong to hub data sets, this is a file; use `limit:`")
     tables = []
@@ -67,9 +69,9 @@ def open_tables(source: DataSource, *, group: str | None = None) -> list[Table]:
             rows = list(text_rows(path))
             require_some(name, len(rows))
             shapes = {frozenset(row): line for line, row in reversed(rows)}
-            tables.append(Table(name, len(rows), rows.__getitem__, fitting_layout(name, shapes, source, group)))
+            tables.append(Table(name, len(rows), rows.__getitem__, fitting_layout(name, shapes, source, group, answered)))
         else:
-            tables.append(_arrow_table(name, _arrow(path), source, group))
+            tables.append(_arrow_table(name, _arrow(path), source, group, answered))
     return tables
 
 
@@ -79,18 +81,20 @@ def require_some(name: str, size: int) -> None:
         raise DataError(f"{name}: is empty, it holds no rows; write at least one, or leave it out")
 
 
-def fitting_layout(name: str, shapes: Mapping[frozenset[str], int], source: DataSource, group: str | None = None) -> Layout:
+def fitting_layout(
+    name: str, shapes: Mapping[frozenset[str], int], source: DataSource, group: str | None = None, answered: bool = True
+) -> Layout:
     """The layout of a text file in whose rows these sets of columns occur, each first in that line.
 
     Raises DataError where all columns together fit no one format, or where rows of several formats stand in one file.
     """
     try:
-        return layout(frozenset().union(*shapes), source.columns, group, name)
+        return layout(frozenset().union(*shapes), source.columns, group, name, answered=answered)
     except DataError:
         first: dict[tuple[str, ...], str] = {}
         for names, line in sorted(shapes.items(), key=lambda shape: shape[1]):
             try:
-                found = layout(names, source.columns, None, name)
+                found = layout(names, source.columns, None, name, answered=answered)
             except DataError:
                 continue
             place = f"{found.format} ({', '.join(sorted(names))}; {name}:{line})"
@@ -237,10 +241,10 @@ def _csv(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}:{start}: broken CSV: {error}; quote the field, double the quotes inside") from None
 
 
-def _arrow_table(name: str, data: Any, source: DataSource, group: str | None) -> Table:
+def _arrow_table(name: str, data: Any, source: DataSource, group: str | None, answered: bool) -> Table:
     """Wrap a `datasets.Dataset`. Only the columns in use are kept, so that no other (an image ...) is ever decoded."""
     require_some(name, len(data))
-    shape = layout(data.column_names, source.columns, group, name)
+    shape = layout(data.column_names, source.columns, group, name, answered=answered)
     used = data.select_columns(sorted(set(shape.columns.values())))
     return Table(name, len(used), lambda index: (index + 1, used[index]), shape)
 

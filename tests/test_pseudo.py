@@ -1,0 +1,232 @@
+"""Unlabelled inputs as general data: read and cleaned, as texts, answered by adapters of the arm's own rows or by a teacher."""
+
+import json
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulcrum import arms, comparison, encode, generate, ingest, material, pseudo, store
+from fulcrum.cell import Silent
+from fulcrum.config import Settings
+from fulcrum.endpoint import Endpoint
+from fulcrum.errors import ConfigError, DataError
+from fulcrum.material import Material
+from fulcrum.records import Message
+from fulcrum.sections import DataSource
+from tiny import CONTEXT, WORDS, comparison_settings, load_tiny, save_task, tiny_tokenizer
+
+INPUTS = [f"shade {word} of the {other}" for word in WORDS[:4] for other in WORDS[:3]]
+
+
+def write_inputs(path: Path, texts: Sequence[str], column: str = "prompt") -> str:
+    path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
+    return str(path)
+
+
+def settings_of(folder: Path, names: Sequence[str], texts: Sequence[str] = INPUTS, **changes: Any) -> Settings:
+    save_task(folder, 8, 4)
+    task = {
+        "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "anchor": "Name it.", "metrics": ["nll"],
+        "max_new_tokens": 4, "unlabeled": write_inputs(folder / "inputs.jsonl", texts),
+    }  # fmt: skip
+    compare = {"arms": ["sft", *names], "folds": 2, "sft_epochs": [1]}
+    mix = {"general_per_task": 1, "repeats": 1}
+    return comparison_settings(folder, folder / "out", task=task, compare=compare, mix=mix, **changes)
+
+
+def prepared(settings: Settings) -> Material:
+    return material.prepare(settings, tiny_tokenizer(), CONTEXT, 0, dev_apart=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"prompt": "how far?"}, ["how far?"]),
+        ({"text": "how far?", "completion": "not read"}, ["how far?"]),
+        ({"instruction": "Say how far.", "input": "Oslo", "output": "no"}, ["Say how far.\nOslo"]),
+        ({"question": "how far?", "system": "Be kind."}, ["Be kind.", "how far?"]),
+        ({"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]}, ["a b"]),
+        ({"prompt": [{"role": "user", "content": "a b"}]}, ["a b"]),
+    ],
+)
+def test_inputs_need_no_answers(tmp_path: Path, row: dict[str, Any], asked: list[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (found,), rejects = ingest.read([DataSource(path=str(tmp_path / "rows.jsonl"))], answered=False)
+    assert [message.content for message in found.messages] == asked
+    assert found.messages[-1].role == "user"
+    assert rejects == []
+
+
+def test_a_file_without_inputs_says_which_columns_do(tmp_path: Path) -> None:
+    source = DataSource(path=write_inputs(tmp_path / "rows.jsonl", ["x"], "utterance"))
+    with pytest.raises(
+        DataError, match=r"no column holds inputs; the columns are: utterance\..*columns: \{prompt: YOUR_COLUMN\}"
+    ):
+        ingest.read([source], answered=False)
+    mapped = source.model_copy(update={"columns": {"prompt": "utterance"}})
+    assert [row.question for row in ingest.read([mapped], answered=False)[0]] == ["x"]
+
+
+def test_what_is_labelled_already_or_asked_in_test_is_left_out_and_counted(tmp_path: Path) -> None:
+    save_task(tmp_path, 8, 4)
+    rows = [json.loads(line)["prompt"] for name in ("train", "test") for line in (tmp_path / f"{name}.jsonl").open()]
+    settings = settings_of(tmp_path, ["unlabeled"], [*INPUTS, rows[0].upper(), rows[-1], INPUTS[0], "far " * 600])
+    found = prepared(settings)
+    assert sorted(row.question for row in found.tasks[0].unlabeled) == sorted(INPUTS)
+    reasons = {reason: count for reason, count in found.rejects.items() if "unlabeled" in reason or reason == "duplicate"}
+    assert reasons == {
+        "unlabeled: labelled already": 1, "unlabeled: is a task or held-out row": 1, "duplicate": 1,
+        "unlabeled: over 512 tokens with its answer": 1,
+    }  # fmt: skip
+
+
+def test_inputs_are_texts_in_two_parts_of_an_arm(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, ["unlabeled"])
+    found = prepared(settings)
+    rows = arms.general_rows(found, arms.ARMS["unlabeled"], settings)
+    assert sorted((row.question, row.answer) for row in rows) == sorted(
+        (" ".join(text.split()[:2]), " ".join(text.split()[2:])) for text in INPUTS
+    )
+    stream = arms.stream(found, tiny_tokenizer(), arms.ARMS["unlabeled"], settings, 1, 0)
+    assert stream.plan.general_used == 8  # one for each task row
+
+
+def test_arms_that_need_inputs_or_a_teacher_say_so(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, ["pseudo_teacher"])
+    with pytest.raises(ConfigError, match=r"pseudo_teacher needs somebody to ask; set teacher\.endpoint"):
+        arms.chosen_arms(settings)
+    without = settings.tasks[0].model_copy(update={"unlabeled": ()})
+    with pytest.raises(ConfigError, match=r"pseudo_teacher needs inputs without answers; give some in task\.unlabeled"):
+        arms.chosen_arms(settings.model_copy(update={"tasks": (without,)}))
+
+
+def test_adapters_that_answer_are_trained_on_the_arms_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[set[str]] = []
+    fit = pseudo.cell.fit
+
+    def watched(rows: Material, *given: Any) -> Any:
+        trained.append({row.origin for row in rows.tasks[0].train})
+        return fit(rows, *given)
+
+    monkeypatch.setattr(pseudo.cell, "fit", watched)
+    settings = settings_of(tmp_path, ["pseudo_self"])
+    loaded, found = load_tiny(tmp_path / "other"), prepared(settings)
+    arm = arms.ARMS["pseudo_self"]
+    views = [(view, arm) for view in (found, *found.folds(2, 0))]
+    answered = pseudo.with_answers(found, loaded, views, (arm,), settings, tmp_path / "kept", Silent())
+    own = [{row.origin for row in view.tasks[0].train} for view, _ in views]
+    assert trained == [origins for origins in own for _ in range(3)]
+    for view, _ in views:
+        rows = arms.general_rows(replaced(view, answered), arm, settings)
+        assert {row.question for row in rows} <= set(INPUTS)
+        assert all(row.messages[-1].role == "assistant" and row.answer for row in rows)
+        # They are rows of the task: with its anchor, as in inference.
+        stream = arms.stream(replaced(view, answered), loaded.tokenizer, arm, settings, 1, 0)
+        form = encode.make_format(loaded.tokenizer, found.tasks[0].anchor)
+        assert stream.general[0].ids.tolist() == encode.encode(rows[0], form).ids.tolist()
+    monkeypatch.setattr(pseudo.cell, "fit", lambda *given: pytest.fail("trained again"))
+    again = pseudo.with_answers(found, loaded, views, (arm,), settings, tmp_path / "kept", Silent())
+    assert (again.own_general, again.notes) == (answered.own_general, answered.notes)
+    assert "8 of 8 inputs answered by 3 adapters of 8 epochs" in answered.notes[-3]
+
+
+def replaced(view: Material, answered: Material) -> Material:
+    return Material(**{**vars(view), "own_general": answered.own_general})
+
+
+def test_of_the_adapters_answers_the_likeliest_to_all_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(tmp_path, ["pseudo_self"], INPUTS[:2])
+    loaded, found = load_tiny(tmp_path / "other"), prepared(settings)
+    said = iter([["red", "red"], ["blue", ""], ["green", "red"]])
+    monkeypatch.setattr(pseudo.cell, "fit", lambda rows, loaded, *given: [])
+    monkeypatch.setattr(pseudo.adapter, "adapter_state", lambda loaded: {})
+    monkeypatch.setattr(pseudo.adapter, "use", lambda *given: None)
+    monkeypatch.setattr(generate, "generate", lambda *given, **named: next(said))
+    # Nats of (first: blue, green, red; second: red) by three adapters: blue is no adapter's sure loser, and the sum's best.
+    nats = iter([[2.0, 9.0, 1.0, 1.0], [1.0, 9.0, 8.0, 1.0], [2.0, 1.0, 8.0, 1.0]])
+    monkeypatch.setattr(generate, "nats", lambda *given: (np.array(next(nats)), None))
+    arm = arms.ARMS["pseudo_self"]
+    answered = pseudo.with_answers(found, loaded, [(found, arm)], (arm,), settings, None, Silent())
+    rows = arms.general_rows(answered, arm, settings)
+    assert [row.answer for row in rows] == ["blue", "red"]
+
+
+@pytest.fixture
+def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Answers "blue"; is busy at first; refuses what is asked about cows."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # the name that http.server calls
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            said = "I'm sorry, I cannot." if "cow" in asked[-1]["messages"][-1]["content"] else " blue "
+            answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+            self.send_response(429 if len(asked) == 1 else 200)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *given: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    server.shutdown()
+
+
+def test_a_teacher_answers_once_and_again_after_it_was_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, asked = endpoint
+    monkeypatch.setenv("MY_KEY", "a secret")
+    teacher = {"endpoint": url, "model": "wise", "key_variable": "MY_KEY"}
+    settings = settings_of(tmp_path, ["pseudo_teacher"], teacher=teacher)
+    results = comparison.compare(settings)
+    out = Path(settings.output_dir)
+    rows = store.read_json(out / "general" / "pseudo_teacher-seed0.json")["rows"]
+    assert len(asked) == 8 + 1
+    assert {one["messages"][0]["content"] for one in asked} == {"Name it."}
+    assert {row["messages"][-1]["content"] for row in rows} == {"blue"}
+    refused = sum("cow" in one["messages"][-1]["content"] for one in asked[1:])
+    assert len(rows) == 8 - refused
+    assert any("inputs answered by 'wise' at http://127" in note for note in results.notes)
+    assert all("a secret" not in file.read_text(errors="ignore") for file in out.rglob("*") if file.is_file())
+    for file in (out / "cells").glob("pseudo_teacher*"):
+        file.unlink()
+    (out / "general" / "pseudo_teacher-seed0.json").unlink()
+    comparison.compare(settings, resume=True)
+    assert len(asked) == 8 + 1  # what was answered is not asked again
+
+
+def test_an_endpoint_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fulcrum.endpoint._AGAIN", 0)
+    with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:9/v1: no answer from 'm': .*check the address"):
+        Endpoint("http://127.0.0.1:9/v1", "m").say([Message("user", "x")], 4, 0.0, 0)
+
+
+def test_a_comparison_trains_on_answers_of_its_own_adapters_and_goes_on(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, ["unlabeled", "pseudo_self"])
+    results = comparison.compare(settings)
+    assert {arm.arm for arm in results.arms} == {"sft", "unlabeled", "pseudo_self"}
+    before = (tmp_path / "out" / "certificate.json").read_bytes()
+    for cell in (tmp_path / "out" / "cells").glob("pseudo_self-*"):
+        cell.unlink()
+    comparison.compare(settings, resume=True)
+    assert (tmp_path / "out" / "certificate.json").read_bytes() == before
+
+
+def test_what_the_others_side_spends_gives_sft_more_trials(tmp_path: Path) -> None:
+    def tried(names: Sequence[str], **changes: Any) -> int:
+        settings = settings_of(tmp_path, names)
+        compare = settings.compare.model_copy(update={"sft_epochs": None, **changes})
+        settings = settings.model_copy(update={"compare": compare, "mix": settings.mix.model_copy(update={"repeats": 8})})
+        return len(arms.trials(prepared(settings), arms.ARMS["sft"], settings))
+
+    assert [tried(["tell"]), tried(["tell_gradient"]), tried(["pseudo_self"]), tried(["tell"], extra_trials=4)] == [3, 7, 6, 7]
