@@ -39,7 +39,7 @@ def settings_of(folder: Path, **mix: object) -> config.Settings:
 def test_a_pilot_is_run_once_kept_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(tmp_path)
     results = comparison.compare(settings)
-    known = json.loads((tmp_path / "out" / pilot.FILE).read_text())
+    known = json.loads((tmp_path / "out" / store.PILOT).read_text())
     assert (known["ratios"], known["repeats"]) == ([0, 1, 4, 16], 1)
     assert 8 <= known["rows"] <= 16
     assert 4000 < known["tokens"] <= 8000
@@ -59,10 +59,14 @@ def test_what_it_chose_is_what_is_compared_and_trained(
     settings = settings_of(tmp_path)
     results = comparison.compare(settings)
     assert {arm.arm for arm in results.arms} == arms
+    page = (tmp_path / "out" / "report.html").read_text()
+    said = "It chose 4 general rows for each" if chosen else "It chose none: no amount"
+    assert said in page
+    assert f"chosen: {chosen:g}</text>" in page
     trained = run.run(settings.model_copy(update={"output_dir": str(tmp_path / "own")}))
     general = trained.arms[1].training.share.general_examples
     assert (trained.arms[1].arm, general > 0) == (("tell", True) if chosen else ("sft_anchor", False))
-    assert store.read_json(tmp_path / "own" / pilot.FILE)["chosen"] == chosen
+    assert store.read_json(tmp_path / "own" / store.PILOT)["chosen"] == chosen
 
 
 def test_too_few_tokens_are_refused_with_how_many_do(tmp_path: Path) -> None:

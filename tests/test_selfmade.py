@@ -56,8 +56,8 @@ def test_arms_train_on_made_rows_which_are_made_once(
     out = Path(settings.output_dir)
     for name in ("placebo_own_answers", "selfgen"):
         made = store.read_json(out / "general" / f"{name}-seed0.json")
-        assert 1 <= found[name].training.share.general_examples <= min(len(made), 8)
-    assert all(row["origin"].startswith("made:") for row in store.read_json(out / "general" / "selfgen-seed0.json"))
+        assert 1 <= found[name].training.share.general_examples <= min(len(made["rows"]), 8)
+    assert all(row["origin"].startswith("made:") for row in store.read_json(out / "general" / "selfgen-seed0.json")["rows"])
     assert list((out / "general" / "selfgen-seed0").glob("0*.json"))  # batches, from which a killed run goes on
     for name in ("own_answers", "from_nothing"):
         monkeypatch.setattr(selfmade, name, lambda *given: pytest.fail("made again"))

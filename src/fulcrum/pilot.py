@@ -24,7 +24,6 @@ from fulcrum.records import Example, FloatArray, Pilot, Setting
 
 REPEATS = 4  # where the run's own number is tuned
 FEWEST, MOST = 8, 32  # task rows
-FILE = "pilot.json"
 
 _FOLDS = 2
 _LONGER = 3
@@ -39,8 +38,8 @@ def resolve(settings: Settings, *, resume: bool, watcher: Watcher) -> tuple[Sett
         return settings, None
     folder = Path(settings.output_dir)
     store.check_free(folder, resume=resume)  # before anything slow
-    if (folder / FILE).exists():
-        found = TypeAdapter(Pilot).validate_python(store.read_json(folder / FILE))
+    if (folder / store.PILOT).exists():
+        found = TypeAdapter(Pilot).validate_python(store.read_json(folder / store.PILOT))
     else:
         watcher.stage("a pilot: how much general data?")
         repeats = REPEATS if settings.mix.repeats == "auto" else settings.mix.repeats
@@ -70,7 +69,7 @@ def keep(found: Pilot | None, folder: Path | None) -> list[str]:
     if found is None:
         return []
     if folder is not None:
-        store.write_json(folder / FILE, found)
+        store.write_json(folder / store.PILOT, found)
     return [sentence(found)]
 
 

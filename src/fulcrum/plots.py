@@ -131,6 +131,34 @@ def curves(panels: Sequence[Curves]) -> str:
     return _svg(3.3, draw)
 
 
+def amounts(ratios: Sequence[float], losses: Sequence[float], errors: Sequence[float], chosen: float) -> str:
+    """Draw a pilot's losses over general rows for each shown task row, with the parabola that was fitted and what was chosen,
+    and return one ``<svg>`` element. `errors` are standard errors of the differences to the first.
+    """
+    import numpy as np
+
+    places = np.log2(1 + np.array(ratios))
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        fine = np.linspace(places[0], places[-1], 65)
+        axis.plot(fine, np.polyval(np.polyfit(places, losses, 2), fine), color=COLOURS["base_anchor"], linewidth=1.4)
+        axis.errorbar(places, losses, errors, fmt="o", color=COLOURS["tell"], markersize=6.5, linewidth=2)
+        axis.axhline(losses[0], color="#8a8a8a", linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
+        axis.axvline(math.log2(1 + chosen), color=COLOURS["sft_anchor"], linewidth=1.7, linestyle="-.")
+        axis.annotate(
+            f" chosen: {chosen:g}", (math.log2(1 + chosen), 1), xycoords=("data", "axes fraction"), va="top",
+            ha="right" if chosen == ratios[-1] else "left", color=COLOURS["sft_anchor"],
+        )  # fmt: skip
+        axis.set_xticks(places, [f"{ratio:g}" for ratio in ratios])
+        axis.grid(axis="y", color=_FAINT, linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.set_xlabel("general rows for each shown task row")
+        axis.set_ylabel("nats per answer token")
+
+    return _svg(3.0, draw)
+
+
 def _draw_curve(axis: Any, line: Curve, names: Sequence[str]) -> Any:
     place = names.index(line.arm)
     colour = _colour(line.arm, names)

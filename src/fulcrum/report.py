@@ -203,10 +203,13 @@ def _clip(text: str) -> str:
     return text if rest <= 0 else f"{text[:EXAMPLE_CHARACTERS]} … ({rest:,} more characters)"
 
 
-def html(results: Record, predictions: Sequence[Record], certificates: Mapping[str, page.Certificate] | None = None) -> str:
+def html(
+    results: Record, predictions: Sequence[Record], certificates: Mapping[str, page.Certificate] | None = None,
+    pilot: Record | None = None,
+) -> str:  # fmt: skip
     """Return the report as one page that needs no network and runs no script; equal inputs give equal text.
 
-    It opens with the certificates, where there are any, in place of the claims.
+    It opens with the certificates, where there are any, in place of the claims. A `pilot` chose how much general data.
     """
     import yaml
 
@@ -226,6 +229,8 @@ def html(results: Record, predictions: Sequence[Record], certificates: Mapping[s
         per_task=per_task,
         examples=examples(results, predictions),
         training_plot=training_plot(results),
+        pilot=pilot,
+        pilot_plot=plots.amounts(pilot["ratios"], pilot["losses"], pilot["errors"], pilot["chosen"]) if pilot else "",
         forgetting_plot=forgetting_plot(results),
         settings=yaml.safe_dump(dict(results["settings"]), sort_keys=False, allow_unicode=True),
         views=views,
@@ -244,7 +249,8 @@ def write(folder: Path) -> Path:
     results = load(folder)
     path = folder / "report.html"
     predictions = _read_predictions(folder / "predictions.jsonl")
-    store.write_bytes(path, html(results, predictions, page.find(folder)).encode())
+    pilot = store.read_json(folder / store.PILOT) if (folder / store.PILOT).exists() else None
+    store.write_bytes(path, html(results, predictions, page.find(folder), pilot).encode())
     return path
 
 

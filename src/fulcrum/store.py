@@ -21,6 +21,7 @@ from platformdirs import user_cache_dir
 from fulcrum.errors import StoreError
 
 MANIFEST = "manifest.json"
+PILOT = "pilot.json"
 _ELSEWHERE = "free some space or set output_dir (or FULCRUM_CACHE, for models and pools) to another disk"
 
 
