@@ -166,3 +166,32 @@ def test_a_general_row_with_the_anchors_text_is_refused(tmp_path, place):
     with pytest.raises(DataError, match=r"a\.jsonl:2: .*anchor's text 'answer with one word'.* remove every such row"):
         pick(pool, 2, anchors=[Anchor("Answer with one word")])
     assert len(pick(pool, 2, anchors=[Anchor("Answer with two words"), Anchor(" ")]).examples) == 2
+
+
+def test_all_repeats_and_leaks_planted_in_a_hundred_thousand_rows_are_found(tmp_path):
+    """1,000 exact repeats (other case and spacing), and texts of 60 task and held-out rows in 300 rows; nothing else goes."""
+    rng = np.random.default_rng(0)
+    words = np.array([f"w{k}" for k in range(20_000)])
+    texts = [" ".join(row) for row in words[rng.integers(len(words), size=(98_700, 12))]]
+    rows = [(text, f"answer {k}") for k, text in enumerate(texts)]
+    repeats = [(f" {rows[k][0].upper()}", rows[k][1].title()) for k in rng.choice(len(rows), 1000, replace=False)]
+    own = [task(f"own {' '.join(rng.choice(words, 4 if k % 3 == 0 else 9 if k % 3 == 1 else 20))}", "so") for k in range(60)]
+    leaks = []
+    for k, row in enumerate(own):
+        said = row.question.split()
+        part = {0: said, 1: said[1:9], 2: said[4:17]}[k % 3]  # whole, 8 of 10 words, 13 of 21
+        around = ("", "") if k % 3 == 0 else (f"{rows[k][0]} ", f" {rows[k + 100][0]}")
+        for n in range(5):  # in another case, in another place of the row
+            text = around[0] + " ".join(part).title() + around[1]
+            leaks.append((f"x{k} x{n}", text) if k % 3 and n % 2 else (text, "So" if k % 3 == 0 else f"other {n}"))
+    leaks = [(a, b) if a.casefold() != own[k // 5].question else (a + "?" * (k % 5), b) for k, (a, b) in enumerate(leaks)]
+    everything = [*rows, *repeats, *leaks]
+    where = rng.permutation(len(everything) - len(rows)) + len(rows)  # originals stand before what repeats them
+    pool = open_pool([jsonl(tmp_path / "a.jsonl", *rows, *(everything[k] for k in where))], seed=0)
+    assert len(everything) == 100_000
+    assert pool.left_out == {"duplicate": 1000}
+    chosen = pick(pool, len(everything), task_rows=own[::2], held_out_rows=own[1::2])
+    assert Counter(r.reason.partition(" with ")[0] for r in chosen.rejects) == {
+        "is a task or held-out row": 100, "shares an 8-gram": 100, "shares a 13-gram": 100,
+    }  # fmt: skip
+    assert {e.question for e in chosen.examples} == set(texts)
