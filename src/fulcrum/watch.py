@@ -38,6 +38,7 @@ class Watch:
         self.lines: dict[str, str] = {}
         self.losses: dict[str, dict[str, float]] = {}
         self.since: dict[str, float] = {}
+        self.first: dict[str, int] = {}
         self.said = time.monotonic()
 
     def __enter__(self) -> "Watch":
@@ -67,8 +68,10 @@ class Watch:
     def count(self, label: str, done: int, total: int) -> None:
         """Show how many are done, and the time left."""
         self._begin(label, total)
-        left = (total - done) * (time.monotonic() - self.since[label]) / max(done, 1)
-        self._show(label, done, total, f"{done:,}/{total:,}", [f"{clock(left)} left"])
+        first = self.first.setdefault(label, done)  # what came before anyone watched took no time that is known
+        passed = time.monotonic() - self.since[label]
+        left = [f"{clock((total - done) * passed / (done - first))} left"] if done > first else []
+        self._show(label, done, total, f"{done:,}/{total:,}", left)
 
     def overall(self, done: int, total: int, seconds: float) -> None:
         """Show how far a comparison is, and about how long the rest takes."""
@@ -94,6 +97,7 @@ class Watch:
         self.said = time.monotonic()
 
     def _end(self, label: str) -> None:
+        self.first.pop(label, None)
         self.progress.remove_task(self.bars.pop(label))
         if label in self.lines:
             self._say(label)
