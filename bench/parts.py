@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fulcrum import adapter, arms, encode, generate, ingest, leverage, loss, mix, model, training
+from fulcrum import adapter, arms, choose, encode, generate, ingest, leverage, loss, mix, model, probe, training
 from fulcrum.config import TrainSettings
 from fulcrum.records import Anchor, Example, Message
 from fulcrum.sections import DataSource
@@ -225,7 +225,39 @@ def statistics_of_a_comparison() -> None:
     print(f"statistics, 10,000 examples x 15 arms x 8 seeds, 2,000 draws: {time.perf_counter() - started:.1f} s", flush=True)
 
 
-PARTS = {part.__name__: part for part in (start, plan, generation, prefixes, comparison, statistics_of_a_comparison)}
+def choice() -> None:
+    """50,000 short rows put in order for 32 task rows: by words, by clusters, and 2,048 of them by gradient."""
+    loaded = model.load(MODEL, TrainSettings())
+    packaged, _ = ingest.read([DataSource(path="builtin")])
+    words = " ".join(row.question + " " + row.answer for row in packaged).split()
+
+    def row(k: int) -> Example:
+        start = k * 7919 % (len(words) - 24)
+        turns = (
+            Message("user", " ".join(words[start : start + 16])),
+            Message("assistant", " ".join(words[start + 16 : start + 24])),
+        )
+        return Example(turns, f"g{k}", f"general:{k}")
+
+    rows, (task, _) = [row(k) for k in range(50_000)], ingest.read([DataSource(path=str(DEMO / "train.jsonl"))])
+    started = time.perf_counter()
+    order = choose.similar(rows, task[:32], 0)
+    print(f"similar: {time.perf_counter() - started:.1f} s", flush=True)
+    started = time.perf_counter()
+    choose.diverse(rows, 0)
+    print(f"diverse: {time.perf_counter() - started:.1f} s", flush=True)
+    form = encode.make_format(loaded.tokenizer, None)
+    adapter.new_adapter(loaded, TrainSettings(), 0)
+    examples = [encode.encode(row, form) for row in [*task[:32], *(rows[k] for k in order[:2048])]]
+    started = time.perf_counter()
+    found = probe.gradients(loaded, examples)
+    choose.by_gradient(found[32:], found[:32])
+    seconds, tokens = time.perf_counter() - started, sum(map(len, examples))
+    took = f"{len(examples):,} rows of {tokens / len(examples):.0f} tokens in {seconds:.0f} s"
+    print(f"gradient: {took}, {tokens / seconds:,.0f} tokens/s", flush=True)
+
+
+PARTS = {part.__name__: part for part in (start, plan, generation, prefixes, comparison, statistics_of_a_comparison, choice)}
 
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or PARTS:

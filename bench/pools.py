@@ -16,7 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-FILES = 10
+import numpy as np
+
+from fulcrum import clean, pool
+from fulcrum.sections import GeneralSource
+
+FILES, NEAR = 10, 0.8
 WORDS = [f"word{k}" for k in range(5000)]
 OPEN = (
     "import sys, time; from fulcrum import mix, pool; from fulcrum.sections import GeneralSource\n"
@@ -78,6 +83,30 @@ def watched(code: str, *words: object, kill_after: float | None = None) -> tuple
     return time.monotonic() - started, peak, log.read_text()
 
 
+def near(folder: Path, rows: int, jobs: int) -> None:
+    """Plant near-duplicates (1 to 5 words of 40 changed) in rows that are not alike; print how many are found, and the time."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [[f"w{k}" for k in row] for row in rng.integers(20_000, size=(rows, 40))]
+    planted = range(rows - rows // 50, rows)
+    alike = set()
+    for k in planted:
+        texts[k] = list(texts[k - rows // 2])
+        for place in rng.choice(40, 1 + k % 5, replace=False):
+            texts[k][place] = f"changed{place}"
+        own, other = (clean.shingles([text, ["yes"]]) for text in (texts[k], texts[k - rows // 2]))
+        if len(own & other) / len(own | other) >= NEAR:
+            alike.add(k)
+    file = folder / "near.jsonl"
+    file.write_text("".join(json.dumps({"prompt": " ".join(text), "completion": "yes"}) + "\n" for text in texts))
+    started = time.monotonic()
+    found = pool.open_pool([GeneralSource(path=str(file))], 0, near=NEAR, jobs=jobs)
+    seconds = time.monotonic() - started
+    gone = set(range(rows)) - {int(found[k].origin.rpartition(":")[2]) - 1 for k in range(len(found))}
+    what = f"{rows:,} rows with {len(planted):,} changed copies, {len(alike):,} of them at {NEAR} or more"
+    print(f"{what}: {len(gone & alike):,} found, {len(gone - alike):,} others removed; {seconds:.0f} s")
+
+
 def main() -> None:
     """Build, kill, go on, open."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,8 +114,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--kill-after", type=float, default=None, help="seconds; default: an eighth of a million rows' time")
+    parser.add_argument("--near-rows", type=int, default=0, help="plant near-duplicates in so many rows, and no more than that")
     args = parser.parse_args()
     os.environ["FULCRUM_CACHE"] = str(args.folder / "cache")
+    if args.near_rows:
+        near(args.folder / "near", args.near_rows, args.jobs)
+        return
     data = args.folder / "data"
     repeats = write(data, args.rows)
     size = sum(file.stat().st_size for file in data.iterdir())

@@ -271,6 +271,20 @@ def test_a_hub_data_set_is_converted_whole_or_streamed(tmp_path: Path, monkeypat
     assert any(int(b.question.split()[1]) < int(a.question.split()[1]) for a, b in pairwise(streamed))  # shuffled
     assert asked[-1]
 
+    def unreachable(*given, **named):
+        raise DataError("no network")
+
+    monkeypatch.setattr(shards, "hub", unreachable)  # what was converted stays usable
+    assert read(GeneralSource(path="some/thing", stream=True, limit=12)) == streamed
+    with pytest.raises(DataError, match="no network"):
+        read(GeneralSource(path="some/thing", stream=True, limit=13))
+    monkeypatch.setattr(shards, "hub", load)
+    commits = iter(["one", "one", "two"])
+    monkeypatch.setattr(shards, "hub_commit", lambda name, revision: next(commits))
+    source = GeneralSource(path="some/thing", stream=True, limit=12)
+    (first,), (again,), (moved,) = (shards.origins(source) for _ in range(3))
+    assert first.folder == again.folder != moved.folder
+
 
 def test_rows_of_two_formats_and_broken_tables_are_refused(tmp_path: Path) -> None:
     mixed = save(tmp_path / "a.jsonl", [{"query": "q", "response": "a"}, {"instruction": "i", "output": "o"}])

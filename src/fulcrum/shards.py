@@ -32,7 +32,7 @@ from fulcrum.errors import DataError, StoreError, nearest
 from fulcrum.records import Reject
 from fulcrum.rows import Layout, content_key, convert
 from fulcrum.sections import GeneralSource
-from fulcrum.tables import Row, files, fitting_layout, hub, require_some, suffix, text_rows, unreadable
+from fulcrum.tables import Row, files, fitting_layout, hub, hub_commit, require_some, suffix, text_rows, unreadable
 
 VERSION = 1  # raise it where the same file would give other shards
 SHOWN = 5  # rows left out that are kept as examples, of each reason
@@ -124,11 +124,22 @@ def _content(path: Path) -> str:
 
 
 def _state_on_hub(source: GeneralSource) -> str:
-    data = _hub(source)
-    if not source.stream:
-        return str(data._fingerprint)
-    # What a stream gives depends on how much of it is read.
-    return store.fingerprint([source.path, source.name, source.split, source.revision, source.limit, str(data.info)])
+    """What a hub data set is now: of a stream its commit, and how much of it is read. What is known from earlier does where the
+    hub is out of reach: what was converted stays usable."""
+    asked = [source.path, source.name, source.split, source.revision, source.stream and source.limit]
+    known = store.cache_dir() / "pools" / "known" / f"{store.fingerprint(asked)[:32]}.json"
+    try:
+        data = _hub(source)
+    except DataError:
+        if known.exists():
+            return str(store.read_json(known)["state"])
+        raise
+    if source.stream:
+        state = store.fingerprint([*asked, hub_commit(source.path, source.revision) or str(data.info)])
+    else:
+        state = str(data._fingerprint)
+    store.write_json(known, {"state": state, "path": source.path})
+    return state
 
 
 def _hub(source: GeneralSource) -> Any:

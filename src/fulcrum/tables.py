@@ -290,6 +290,16 @@ def hub(name: str, config: str | None, split: str, revision: str | None, *, stre
         raise DataError(f"{name}: cannot be loaded as a hub data set: {cause}; {remedy}{path}") from error
 
 
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit that a hub data set's revision stands for now; None where the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=10).sha
+    except Exception:  # those of the hub's client and of what it connects by; without a commit a stream goes by its description
+        return None
+
+
 def _cause(error: BaseException) -> str:
     """First line of the innermost error: `datasets` wraps what the reader of a file said."""
     while error.__cause__ is not None:
