@@ -44,7 +44,7 @@ def test_a_pilot_is_run_once_kept_and_said(tmp_path: Path, monkeypatch: pytest.M
     assert 8 <= known["rows"] <= 16
     assert 4000 < known["tokens"] <= 8000
     assert known["errors"][0] == 0 < min(known["errors"][1:])
-    assert results.notes[0].startswith(f"mix.general_per_task: auto chose {known['chosen']:g}. Held-out nats")
+    assert results.notes[0].startswith(f"mix.general_per_task: auto chose {known['chosen']:g}")
     assert config.load(tmp_path / "out" / "config.yaml").mix.general_per_task == known["chosen"]
     monkeypatch.setattr(pilot, "run", lambda *_: pytest.fail("run again"))
     comparison.compare(settings, resume=True)
@@ -62,7 +62,7 @@ def test_what_it_chose_is_what_is_compared_and_trained(
     page = (tmp_path / "out" / "report.html").read_text()
     said = "It chose 4 general rows for each" if chosen else "It chose none: no amount"
     assert said in page
-    assert f"chosen: {chosen:g}</text>" in page
+    assert f"chosen: {chosen:g} </text>" in page
     trained = run.run(settings.model_copy(update={"output_dir": str(tmp_path / "own")}))
     general = trained.arms[1].training.share.general_examples
     assert (trained.arms[1].arm, general > 0) == (("tell", True) if chosen else ("sft_anchor", False))

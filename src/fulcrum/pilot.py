@@ -79,9 +79,11 @@ def sentence(found: Pilot) -> str:
         f"{ratio:g}: {loss:.3f}" + (f" (difference to 0 ± {error:.3f})" if ratio else "")
         for ratio, loss, error in zip(found.ratios, found.losses, found.errors, strict=True)
     )
+    most = ", the most that it tried" if found.chosen >= found.ratios[-1] else ""
     return (
-        f"mix.general_per_task: auto chose {found.chosen:g}. Held-out nats per answer token by general rows for each shown "
-        f"task row: {curve}; {found.rows} task rows, {found.repeats} repeats, {found.tokens:,} tokens, {found.seconds:.0f} s."
+        f"mix.general_per_task: auto chose {found.chosen:g}{most}. Held-out nats per answer token by general rows for each "
+        f"shown task row: {curve}; {found.rows} task rows, {found.repeats} repeats, {found.tokens:,} tokens, "
+        f"{found.seconds:.0f} s."
     )
 
 

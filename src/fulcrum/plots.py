@@ -147,7 +147,7 @@ def amounts(ratios: Sequence[float], losses: Sequence[float], errors: Sequence[f
         axis.axhline(losses[0], color="#8a8a8a", linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
         axis.axvline(math.log2(1 + chosen), color=COLOURS["sft_anchor"], linewidth=1.7, linestyle="-.")
         axis.annotate(
-            f" chosen: {chosen:g}", (math.log2(1 + chosen), 1), xycoords=("data", "axes fraction"), va="top",
+            f" chosen: {chosen:g} ", (math.log2(1 + chosen), 1), xycoords=("data", "axes fraction"), va="top",
             ha="right" if chosen == ratios[-1] else "left", color=COLOURS["sft_anchor"],
         )  # fmt: skip
         axis.set_xticks(places, [f"{ratio:g}" for ratio in ratios])
