@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from fulcrum import comparison, config, pilot, run, store
+from fulcrum.cell import Silent
 from fulcrum.config import PILOT_RATIOS
 from fulcrum.errors import ConfigError
-from fulcrum.records import Pilot
+from fulcrum.records import Pilot, Setting
 from tiny import comparison_settings, save_task
 
 
@@ -32,7 +33,7 @@ def test_the_choice_is_the_bowls_lowest_point_or_none(
 
 def settings_of(folder: Path, **mix: object) -> config.Settings:
     compare = {"arms": ["base", "sft", "tell"], "folds": 2, "sizes": [8]}
-    given = {"general_per_task": "auto", "repeats": 1, "pilot_tokens": 8000, **mix}
+    given = {"general_per_task": "auto", "repeats": 1, "pilot_tokens": 16000, **mix}
     return comparison_settings(save_task(folder, 16, 4, pool=2), folder / "out", compare=compare, mix=given)
 
 
@@ -42,7 +43,7 @@ def test_a_pilot_is_run_once_kept_and_said(tmp_path: Path, monkeypatch: pytest.M
     known = json.loads((tmp_path / "out" / store.PILOT).read_text())
     assert (known["ratios"], known["repeats"]) == ([0, 1, 4, 16], 1)
     assert 8 <= known["rows"] <= 16
-    assert 4000 < known["tokens"] <= 8000
+    assert 8000 < known["tokens"] <= 16000
     assert known["errors"][0] == 0 < min(known["errors"][1:])
     assert results.notes[0].startswith(f"mix.general_per_task: auto chose {known['chosen']:g}")
     assert config.load(tmp_path / "out" / "config.yaml").mix.general_per_task == known["chosen"]
@@ -54,7 +55,7 @@ def test_a_pilot_is_run_once_kept_and_said(tmp_path: Path, monkeypatch: pytest.M
 def test_what_it_chose_is_what_is_compared_and_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: float, arms: set[str]
 ) -> None:
-    found = Pilot(PILOT_RATIOS, (1.0, 1.0, 1.0, 1.0), (0.0, 0.1, 0.1, 0.1), chosen, 8, 1, 100, 1.0)
+    found = Pilot(PILOT_RATIOS, (1.0, 1.0, 1.0, 1.0), (0.0, 0.1, 0.1, 0.1), chosen, 8, 1, 5, 100, 1.0)
     monkeypatch.setattr(pilot, "run", lambda *_: found)
     settings = settings_of(tmp_path)
     results = comparison.compare(settings)
@@ -67,6 +68,25 @@ def test_what_it_chose_is_what_is_compared_and_trained(
     general = trained.arms[1].training.share.general_examples
     assert (trained.arms[1].arm, general > 0) == (("tell", True) if chosen else ("sft_anchor", False))
     assert store.read_json(tmp_path / "own" / store.PILOT)["chosen"] == chosen
+    assert trained.arms[1].setting.repeats == (1 if chosen else 5)  # alone, as often as the pilot found best
+
+
+def test_task_rows_alone_may_use_the_steps_of_the_mixtures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[str, int]] = []
+    held_out = pilot._held_out
+
+    def watched(rows: object, loaded: object, arm: config.Arm, settings: object, setting: Setting, *given: object) -> object:
+        tried.append((arm.name, setting.repeats))
+        return held_out(rows, loaded, arm, settings, setting, *given)
+
+    monkeypatch.setattr(pilot, "_held_out", watched)
+    settings = settings_of(tmp_path, repeats=2, pilot_tokens=30_000)
+    save_task(tmp_path, 16, 4, pool=3)
+    resolved, found = pilot.resolve(settings, resume=False, watcher=Silent())
+    assert tried == [*(("sft_anchor", shown) for shown in (2, 10, 34)), *[("tell", 2)] * 3]
+    assert found.alone in (2, 10, 34)
+    assert resolved.compare.extra_trials == 4
+    assert resolved.mix.repeats == (2 if found.chosen else found.alone)
 
 
 def test_too_few_tokens_are_refused_with_how_many_do(tmp_path: Path) -> None:

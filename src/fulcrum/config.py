@@ -87,7 +87,7 @@ class MixSettings(Section):
     general_per_task: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         4.0, description="general per shown task row, in `unit`; 0 is plain SFT; auto: a pilot chooses, 0 included"
     )
-    pilot_tokens: int = Field(200_000, ge=1000, description="tokens that the pilot of `auto` trains on")
+    pilot_tokens: int = Field(400_000, ge=1000, description="tokens that the pilot of `auto` trains on")
     unit: Literal["examples", "tokens"] = Field("examples", description="what `general_per_task` counts")
     repeats: int | Literal["auto"] = Field("auto", description="times each task row is shown; auto: tuned over 1, 2, 4, 8")
     order: Order = Field("auto", description="of mixed arms; auto: epoch_stratified below 200 steps, random from there on")

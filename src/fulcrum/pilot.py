@@ -1,8 +1,9 @@
 """How much general data a task wants, none included: small mixtures are trained, and what they lose on rows held out is fitted.
 
 A mixture is worth another number where its task rows repeat more or less often ("repetition mismatch", arXiv 2606.07597), so
-the pilot takes fewer task rows *and* fewer general ones, and shows every task row as often as the run will. Task rows alone,
-which have the fewest steps that way, may also be shown `_LONGER` times as often: the better of the two stands for none.
+the pilot takes fewer task rows *and* fewer general ones, and shows every task row as often as the run will. Task rows alone
+would have the fewest steps that way, and whatever is mixed in, permuted answers too, would seem to help: so they may also be
+shown more often, in as many steps as the larger mixtures (`_ALONE`). The best of these stands for none.
 """
 
 import math
@@ -20,17 +21,18 @@ from fulcrum.config import PILOT_RATIOS, Arm, Settings
 from fulcrum.errors import ConfigError
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
-from fulcrum.records import Example, FloatArray, Pilot, Setting
+from fulcrum.records import Anchor, Example, FloatArray, Pilot, Setting
 
 REPEATS = 4  # where the run's own number is tuned
 FEWEST, MOST = 8, 32  # task rows
 
 _FOLDS = 2
-_LONGER = 3
+_ALONE = (0.0, 4.0, 16.0)  # task rows alone are trained in the steps of these ratios
 
 
 def resolve(settings: Settings, *, resume: bool, watcher: Watcher) -> tuple[Settings, Pilot | None]:
     """The settings with `general_per_task: auto` settled by a pilot, and what it found; read back where a run is resumed.
+    Where nothing is to be mixed, task rows are shown as often as was best for them alone.
 
     Dev rows are task rows here, as in a comparison; test rows are never seen. Raises ConfigError, DataError or ModelError.
     """
@@ -53,7 +55,9 @@ def resolve(settings: Settings, *, resume: bool, watcher: Watcher) -> tuple[Sett
         arms = tuple(arm for arm in arms if not arm_of(settings, arm if isinstance(arm, str) else arm.name).mixes)
     return settings.model_copy(
         update={
-            "mix": settings.mix.model_copy(update={"general_per_task": found.chosen}),
+            "mix": settings.mix.model_copy(
+                update={"general_per_task": found.chosen, **({} if found.chosen else {"repeats": found.alone})}
+            ),
             "compare": settings.compare.model_copy(
                 update={
                     "arms": arms if len(arms) > 1 else ("base", "sft"),
@@ -82,8 +86,8 @@ def sentence(found: Pilot) -> str:
     most = ", the most that it tried" if found.chosen >= found.ratios[-1] else ""
     return (
         f"mix.general_per_task: auto chose {found.chosen:g}{most}. Held-out nats per answer token by general rows for each "
-        f"shown task row: {curve}; {found.rows} task rows, {found.repeats} repeats, {found.tokens:,} tokens, "
-        f"{found.seconds:.0f} s."
+        f"shown task row: {curve}; {found.rows} task rows, {found.repeats} repeats (alone: {found.alone}), "
+        f"{found.tokens:,} tokens, {found.seconds:.0f} s."
     )
 
 
@@ -94,10 +98,10 @@ def run(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed:
     """
     started = time.perf_counter()
     repeats = REPEATS if settings.mix.repeats == "auto" else settings.mix.repeats
-    count = _affordable(rows, loaded, settings, repeats)
+    count = _affordable(rows, loaded, arm, settings, repeats)
     small = rows.at(count)
     alone = ARMS["sft_anchor" if arm.anchored else "sft"]
-    tried = [(alone, repeats), (alone, repeats * _LONGER)]
+    tried = [(alone, round(repeats * (1 + ratio))) for ratio in _ALONE]
     tried += [(arm.model_copy(update={"general_per_task": ratio}), repeats) for ratio in PILOT_RATIOS[1:]]
     found, tokens = [], 0
     for own, shown in tried:
@@ -106,13 +110,16 @@ def run(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed:
         found.append(nats)
         tokens += trained
     adapter.drop_adapter(loaded)
-    none = min(found[:2], key=lambda nats: float(nats.mean()))
-    by_ratio = np.stack([none, *found[2:]])
+    best = min(range(len(_ALONE)), key=lambda k: float(found[k].mean()))
+    none = found[best]
+    by_ratio = np.stack([none, *found[len(_ALONE) :]])
     losses = by_ratio.mean(axis=1)
     errors = (by_ratio - none).std(axis=1, ddof=1) / math.sqrt(by_ratio.shape[1])
     chosen = choose(PILOT_RATIOS, losses, errors)
     seconds = time.perf_counter() - started
-    return Pilot(PILOT_RATIOS, tuple(losses.tolist()), tuple(errors.tolist()), chosen, count, repeats, tokens, seconds)
+    return Pilot(
+        PILOT_RATIOS, tuple(losses.tolist()), tuple(errors.tolist()), chosen, count, repeats, tried[best][1], tokens, seconds
+    )
 
 
 def choose(ratios: Sequence[float], losses: FloatArray, errors: FloatArray) -> float:
@@ -130,16 +137,17 @@ def choose(ratios: Sequence[float], losses: FloatArray, errors: FloatArray) -> f
     return float(round(2**bounded - 1, 1))
 
 
-def _affordable(rows: Material, loaded: LoadedModel, settings: Settings, repeats: int) -> int:
+def _affordable(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, repeats: int) -> int:
     """Task rows of each task that the pilot's tokens buy: with two folds every row is trained on once."""
-    plain = encode.make_format(loaded.tokenizer, None)
 
-    def length(part: Sequence[Example]) -> float:
-        return float(np.mean([len(encode.encode(row, plain)) for row in part[:64]])) if part else 0.0
+    def length(part: Sequence[Example], anchor: Anchor | None) -> float:
+        form = encode.make_format(loaded.tokenizer, anchor)
+        return float(np.mean([len(encode.encode(row, form)) for row in part[:64]])) if part else 0.0
 
-    task = sum(length(own.train) for own in rows.tasks)
-    general = length(rows.general) * len(rows.tasks)
-    each = repeats * (sum(task + ratio * general for ratio in PILOT_RATIOS) + _LONGER * task)
+    task = sum(length(own.train, own.anchor if arm.anchored else None) for own in rows.tasks)
+    general = length(rows.general, None) * len(rows.tasks)
+    mixed = sum(task + ratio * general for ratio in PILOT_RATIOS[1:])
+    each = repeats * (mixed + sum(task * (1 + ratio) for ratio in _ALONE))
     bought = math.floor(settings.mix.pilot_tokens / each)
     if bought < FEWEST:
         raise ConfigError(

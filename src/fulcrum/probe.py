@@ -37,7 +37,8 @@ def gradients(
     """Sketches of the gradients of examples' mean losses with respect to the present adapter's B matrices: (examples, d).
 
     Source: LESS (Xia et al. 2024, arXiv 2402.04333), which projects whole gradients; the count-sketch is that of Charikar, Chen
-    and Farach-Colton (2002). `budget` tokens are in a packed row.
+    and Farach-Colton (2002). LESS also divides general rows' gradients by Adam's moments; these are plain ones, of B alone.
+    `budget` tokens are in a packed row.
     """
     layers = [module for module in loaded.peft.modules() if isinstance(module, LoraLinear)]
     compiled, loaded.compiled = loaded.compiled, []  # hooks do not reach into compiled layers

@@ -294,7 +294,7 @@ class TaskFacts:
 class Pilot:
     """How much general data a pilot found best: `losses` (nats per answer token, cross-validated) of `ratios` of general rows
     to each shown task row, with the standard `errors` of their differences to none, on `rows` task rows shown `repeats` times
-    each.
+    each; without general rows they were best shown `alone` times.
     """
 
     ratios: tuple[float, ...]
@@ -303,6 +303,7 @@ class Pilot:
     chosen: float
     rows: int
     repeats: int
+    alone: int
     tokens: int
     seconds: float
 
