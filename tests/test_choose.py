@@ -99,6 +99,8 @@ def test_arms_choose_by_the_task_rows_they_train_on_alone(tmp_path: Path) -> Non
     )  # fmt: skip
     results = compare(settings)
     assert {arm.arm for arm in results.arms} == set(names)
+    (note,) = (note for note in results.notes if "to choose general rows" in note)
+    assert note.startswith("seed 0: to choose general rows the gradients of 68 rows were taken, ")
     before = (tmp_path / "out" / "certificate.json").read_bytes()
     for cell in (tmp_path / "out" / "cells").glob("tell_gradient-*"):
         cell.unlink()

@@ -212,9 +212,10 @@ def test_an_endpoint_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_comparison_trains_on_answers_of_its_own_adapters_and_goes_on(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, ["unlabeled", "pseudo_self"])
+    settings = settings_of(tmp_path, ["unlabeled", "pseudo_self"], [*INPUTS, INPUTS[0]])
     results = comparison.compare(settings)
     assert {arm.arm for arm in results.arms} == {"sft", "unlabeled", "pseudo_self"}
+    assert store.read_json(tmp_path / "out" / "manifest.json")["left_out"][0]["duplicate"] == 1
     before = (tmp_path / "out" / "certificate.json").read_bytes()
     for cell in (tmp_path / "out" / "cells").glob("pseudo_self-*"):
         cell.unlink()

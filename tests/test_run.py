@@ -122,6 +122,7 @@ def test_a_run_fills_its_folder(finished: Path) -> None:
 def test_a_runs_results(finished: Path, place: Path) -> None:
     results = report.load(finished)
     assert results["kind"] == "train"
+    assert json.loads((finished / "manifest.json").read_text())["left_out"] == [results["rejects"]]
     assert [arm["arm"] for arm in results["arms"]] == ["base_anchor", "tell"]
     base, tell = results["arms"]
     assert (base["size"], base["tried"], base["chosen"], base["training"]) == (0, [], None, None)

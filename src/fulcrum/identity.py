@@ -25,6 +25,7 @@ def manifest(kind: str, settings: Settings, loaded: LoadedModel, materials: Sequ
         "kind": kind,
         "settings": described,
         "data": {part: [rows.fingerprints[part] for rows in materials] for part in materials[0].fingerprints},
+        "left_out": [dict(sorted(rows.rejects.items())) for rows in materials],  # rows read and not used, by reason
         "environment": environment(loaded),
     }
 

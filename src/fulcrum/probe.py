@@ -6,6 +6,7 @@ summed over each row's tokens, and a count-sketch of all layers' sums is what is
 row of many examples costs one forward and one backward pass.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -139,7 +140,9 @@ def with_gradients(
     if file is not None and file.exists():
         with np.load(file) as kept:
             if str(kept["names"]) == names:
-                return replace(rows, gradients=dict(zip(sorted(wanted), kept["gradients"], strict=True)))
+                gathered = dict(zip(sorted(wanted), kept["gradients"], strict=True))
+                return replace(rows, gradients=gathered, notes=(*rows.notes, str(kept["note"])))
+    started = time.perf_counter()
     _warm_up(loaded, rows, settings)
     plain = encode.make_format(loaded.tokenizer, None)
     forms = {row.origin: encode.make_format(loaded.tokenizer, task.anchor) for task in rows.tasks for row in task.train}
@@ -151,9 +154,13 @@ def with_gradients(
         loaded, examples, budget=settings.train.pack_tokens, progress=lambda done: count(done, len(examples))
     ).astype(np.float16)
     adapter.drop_adapter(loaded)
+    note = (
+        f"seed {rows.seed}: to choose general rows the gradients of {len(examples):,} rows were taken, "
+        f"{sum(map(len, examples)):,} tokens, {time.perf_counter() - started:.0f} s"
+    )
     if file is not None:
-        store.write_arrays(file, names=np.array(names), gradients=found)
-    return replace(rows, gradients=dict(zip(sorted(wanted), found, strict=True)))
+        store.write_arrays(file, names=np.array(names), gradients=found, note=np.array(note))
+    return replace(rows, gradients=dict(zip(sorted(wanted), found, strict=True)), notes=(*rows.notes, note))
 
 
 def _warm_up(loaded: LoadedModel, rows: Material, settings: Settings) -> None:
