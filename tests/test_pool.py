@@ -60,6 +60,7 @@ def test_a_changed_file_is_parsed_again_and_limits_are_seeded(tmp_path):
     jsonl(tmp_path / "a.jsonl", *[(f"question {i}", "a") for i in range(20)])
     drawn = open_pool([source.model_copy(update={"limit": 5})], seed=0)
     assert [row.origin for row in drawn] == [row.origin for row in read([source.model_copy(update={"limit": 5})])[0]]
+    assert drawn.left_out["not drawn (limit)"] == len(open_pool([source], seed=0)) - 5
     assert len(drawn) == 5
 
 

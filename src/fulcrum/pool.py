@@ -110,6 +110,8 @@ def open_pool(
     ids, repeats, repeated = _without_repeats(found, folders, near, jobs, progress)
     parts = [ids[slice(*np.searchsorted(ids, bound))] for bound in bounds]
     drawn = [_limited(part, source.limit, (seed, k)) for k, (part, source) in enumerate(zip(parts, sources, strict=True))]
+    if undrawn := sum(map(len, parts)) - sum(map(len, drawn)):
+        repeats = {**repeats, "not drawn (limit)": undrawn}
     ends = list(accumulate(map(len, drawn), initial=0))
     stretches = [Stretch(source, *own) for source, own in zip(sources, pairwise(ends), strict=True)]
     kept = ids if all(len(a) == len(b) for a, b in zip(drawn, parts, strict=True)) else np.concatenate(drawn)
