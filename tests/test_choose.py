@@ -9,6 +9,7 @@ import torch
 
 from fulcrum import adapter, arms, choose, encode, loss, material, model, probe
 from fulcrum.comparison import compare
+from fulcrum.errors import ConfigError, ModelError
 from fulcrum.lora import LoraLinear
 from fulcrum.records import Example, Message
 from tiny import CONTEXT, comparison_settings, load_tiny, save_task, tiny_settings, tiny_tokenizer
@@ -37,6 +38,19 @@ def test_similar_takes_the_tasks_kind_first_and_every_candidate_once() -> None:
     # With a task that is like all candidates there is nothing to prefer: close to a random order.
     even = choose.similar(candidates, [*texts(rng, COOKING, 30), *texts(rng, MUSIC, 30)], seed=1)
     assert 20 < np.mean(np.isin(even[:200], range(300))) * 100 < 80
+
+
+def test_similar_is_no_choice_of_short_rows() -> None:
+    """Of rows of 6 and of 60 other words the first half holds both (a fourth of the short share a hashed pair by chance)."""
+    rng = np.random.default_rng(0)
+    words = [*COOKING, *MUSIC]
+    short = [row(" ".join(rng.choice(words, 4)), " ".join(rng.choice(words, 2)), k) for k in range(300)]
+    long = [row(" ".join(rng.choice(words, 40)), " ".join(rng.choice(words, 20)), 300 + k) for k in range(300)]
+    order = choose.similar([*short, *long], texts(rng, WEATHER, 8), seed=0)
+    assert 60 <= np.sum(order[:300] < 300) <= 240
+    # Rows without words say nothing of which rows are like them.
+    silent = choose.similar([*short, *long], [row("!", "?", 0)], seed=0)
+    assert sorted(silent) == list(range(600))
 
 
 def test_diverse_takes_of_every_kind() -> None:
@@ -89,6 +103,71 @@ def test_sketches_are_those_of_each_rows_own_gradient(loaded: model.LoadedModel)
     adapter.drop_adapter(loaded)
 
 
+def test_sketches_keep_cosines(loaded: model.LoadedModel) -> None:
+    """Cosines of sketches are those of whole gradients, off by little and in no direction (over seeds)."""
+    adapter.new_adapter(loaded, tiny_settings(lora_r=4), 0)
+    with torch.no_grad():
+        for module in loaded.peft.modules():
+            if isinstance(module, LoraLinear):
+                torch.nn.init.normal_(module.lora_B["default"].weight, std=0.1)
+    form = encode.make_format(loaded.tokenizer, None)
+    rng = np.random.default_rng(0)
+    examples = [encode.encode(one, form) for one in texts(rng, ["one", "two", "say", "red", "cat", "far"], 12)]
+    layers = [module for module in loaded.peft.modules() if isinstance(module, LoraLinear)]
+    whole = []
+    for example in examples:
+        loaded.peft.zero_grad()
+        (only,) = loss.rows([example], loaded, 10_000)
+        loss.row_loss(loaded, only, torch.full((example.n_loss,), 1 / example.n_loss))[0].backward()
+        parts = [layer.lora_B["default"].weight.grad.reshape(-1) / layer.scaling["default"] for layer in layers]
+        whole.append(torch.cat(parts).numpy().copy())
+
+    def cosines(rows: np.ndarray) -> np.ndarray:
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return (unit @ unit.T)[np.triu_indices(len(rows), 1)]
+
+    off = [cosines(probe.gradients(loaded, examples, seed=seed)) - cosines(np.array(whole)) for seed in range(8)]
+    assert np.sqrt(np.mean(np.square(off))) < 0.1
+    assert np.abs(np.mean(off, axis=0)).mean() < 0.05
+    assert not np.allclose(off[0], off[1])
+    adapter.drop_adapter(loaded)
+
+
+def test_models_without_layers_to_sketch_are_refused(tmp_path: Path) -> None:
+    other = load_tiny(tmp_path, "gpt2")
+    adapter.new_adapter(other, tiny_settings(), 0)
+    with pytest.raises(ModelError, match=r"none of its adapted layers is one whose gradients can be sketched"):
+        probe.gradients(other, [encode.encode(row("a", "b", 0), encode.make_format(other.tokenizer, None))])
+
+
+def test_a_row_with_an_anchor_has_another_gradient_than_without(tmp_path: Path) -> None:
+    save_task(tmp_path, 12, 4)
+    settings = comparison_settings(tmp_path, tmp_path / "out", mix={"select": "gradient", "choose_from": 60, "repeats": 1})
+    rows = material.prepare(settings, tiny_tokenizer(), CONTEXT, 0, dev_apart=False, choose_from=60)
+    plain, anchored = (arms.to_probe(rows, arms.ARMS[name], settings) for name in ("mix", "tell"))
+    assert len(plain) == len(anchored) == 12 + 192
+    assert len({*plain} & {*anchored}) == 192  # the general rows
+
+
+def test_own_answers_are_to_rows_as_drawn(tmp_path: Path) -> None:
+    save_task(tmp_path, 12, 4)
+    compare = {"arms": ["sft", "tell", "placebo_own_answers"]}
+    settings = comparison_settings(tmp_path, tmp_path / "out", mix={"select": "similar"}, compare=compare)
+    with pytest.raises(
+        ConfigError, match=r"placebo_own_answers answers rows of the pool as they are drawn, and mix.select: similar"
+    ):
+        arms.chosen_arms(settings)
+
+
+def test_a_pool_that_leaves_no_choice_says_so(tmp_path: Path) -> None:
+    save_task(tmp_path, 12, 4)
+    settings = comparison_settings(tmp_path, tmp_path / "out", mix={"select": "similar", "general_per_task": 16, "repeats": 1})
+    rows = material.prepare(settings, tiny_tokenizer(), CONTEXT, 0, dev_apart=False, choose_from=10)
+    assert len(rows.general) == 192
+    assert len(rows.candidates) == 254  # all of 256 but those held out, since ten would be no choice
+    assert any("among 254 that are usable, for mixtures of up to 192: that is hardly a choice" in note for note in rows.notes)
+
+
 def test_arms_choose_by_the_task_rows_they_train_on_alone(tmp_path: Path) -> None:
     """Every view (size, fold) chooses anew, by its own rows; what was chosen by gradient is the same when resumed."""
     save_task(tmp_path, 12, 4)
@@ -100,7 +179,9 @@ def test_arms_choose_by_the_task_rows_they_train_on_alone(tmp_path: Path) -> Non
     results = compare(settings)
     assert {arm.arm for arm in results.arms} == set(names)
     (note,) = (note for note in results.notes if "to choose general rows" in note)
-    assert note.startswith("seed 0: to choose general rows the gradients of 68 rows were taken, ")
+    assert note.startswith(
+        "seed 0: to choose general rows the gradients of 72 rows were taken, "
+    )  # 64 of 4 x 16 candidates, 8 task rows
     before = (tmp_path / "out" / "certificate.json").read_bytes()
     for cell in (tmp_path / "out" / "cells").glob("tell_gradient-*"):
         cell.unlink()

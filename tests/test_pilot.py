@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fulcrum import comparison, config, pilot, run, store
+from fulcrum import comparison, config, material, pilot, run, store
 from fulcrum.cell import Silent
 from fulcrum.config import PILOT_RATIOS
 from fulcrum.errors import ConfigError
@@ -20,8 +20,9 @@ from tiny import comparison_settings, save_task
         ([1.0, 0.8, 0.7, 0.9], [0, 0.05, 0.05, 0.05], (2, 6)),  # the bottom of a bowl
         ([1.0, 0.9, 0.8, 0.7], [0, 0.05, 0.05, 0.05], (16, 16)),  # the most that was tried, and no further
         ([1.0, 1.2, 1.4, 1.6], [0, 0.05, 0.05, 0.05], (0, 0)),
-        ([1.0, 0.98, 0.99, 1.1], [0, 0.05, 0.05, 0.05], (0, 0)),  # better by less than its error
+        ([1.0, 0.92, 0.93, 1.1], [0, 0.05, 0.05, 0.05], (0, 0)),  # better by less than two errors
         ([1.0, 0.7, 0.9, 1.1], [0, 0.05, 0.05, 0.05], (1, 3)),
+        ([1.0, 0.6, 0.62, 0.595], [0, 0.05, 0.05, 0.05], (4, 16)),  # its neighbours are those beside it
     ],
 )
 def test_the_choice_is_the_bowls_lowest_point_or_none(
@@ -68,7 +69,8 @@ def test_what_it_chose_is_what_is_compared_and_trained(
     general = trained.arms[1].training.share.general_examples
     assert (trained.arms[1].arm, general > 0) == (("tell", True) if chosen else ("sft_anchor", False))
     assert store.read_json(tmp_path / "own" / store.PILOT)["chosen"] == chosen
-    assert trained.arms[1].setting.repeats == (1 if chosen else 5)  # alone, as often as the pilot found best
+    # Alone, as often as the pilot found best is tried too.
+    assert [tried.setting.repeats for tried in trained.arms[1].tried] == ([1] if chosen else [1, 5])
 
 
 def test_task_rows_alone_may_use_the_steps_of_the_mixtures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,11 +84,11 @@ def test_task_rows_alone_may_use_the_steps_of_the_mixtures(tmp_path: Path, monke
     monkeypatch.setattr(pilot, "_held_out", watched)
     settings = settings_of(tmp_path, repeats=2, pilot_tokens=30_000)
     save_task(tmp_path, 16, 4, pool=3)
-    resolved, found = pilot.resolve(settings, resume=False, watcher=Silent())
+    resolved, found = pilot.resolve(settings, compared=True, resume=False, watcher=Silent())
     assert tried == [*(("sft_anchor", shown) for shown in (2, 10, 34)), *[("tell", 2)] * 3]
     assert found.alone in (2, 10, 34)
     assert resolved.compare.extra_trials == 4
-    assert resolved.mix.repeats == (2 if found.chosen else found.alone)
+    assert resolved.compare.sft_epochs == (None if found.chosen else tuple(sorted({2, min(found.alone, 32)})))
 
 
 def test_too_few_tokens_are_refused_with_how_many_do(tmp_path: Path) -> None:
@@ -94,3 +96,44 @@ def test_too_few_tokens_are_refused_with_how_many_do(tmp_path: Path) -> None:
         ConfigError, match=r"1,000 pilot tokens buy mixtures of \d task rows, 8 are needed; set mix.pilot_tokens to"
     ):
         comparison.compare(settings_of(tmp_path, pilot_tokens=1000))
+
+
+def test_a_pilot_sees_no_test_row_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a test file a training holds out a quarter, a comparison another fold at each seed."""
+    seen: list[set[str]] = []
+    found = Pilot(PILOT_RATIOS, (1.0, 1.0, 1.0, 1.0), (0.0, 0.1, 0.1, 0.1), 1.0, 8, 1, 5, 100, 1.0)
+
+    def watched(rows: material.Material, *given: object) -> Pilot:
+        seen.append({row.origin for task in rows.tasks for row in task.train})
+        return found
+
+    monkeypatch.setattr(pilot, "run", watched)
+    settings = settings_of(tmp_path)
+    save_task(tmp_path, 48, 4, pool=2)
+    task = settings.tasks[0].model_copy(update={"test": ()})
+    alone = settings.model_copy(update={"tasks": (task,), "seed": 3, "output_dir": str(tmp_path / "own")})
+    run.run(alone)
+    tested = {json.loads(line)["origin"] for line in (tmp_path / "own" / "predictions.jsonl").open() if '"task"' in line}
+    assert len(seen[0]) >= 20
+    assert not seen[0] & tested
+    compare = settings.compare.model_copy(update={"seeds": (0, 1)})
+    with pytest.raises(ConfigError, match=r"auto: without a test file the first seed's task rows are the other seeds' test"):
+        comparison.compare(settings.model_copy(update={"tasks": (task,), "compare": compare}))
+
+
+def test_what_is_left_out_for_a_zero_is_said_and_takes_its_settings_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Pilot(PILOT_RATIOS, (1.0, 1.0, 1.0, 1.0), (0.0, 0.1, 0.1, 0.1), 0.0, 8, 1, 5, 100, 1.0)
+    monkeypatch.setattr(pilot, "run", lambda *_: found)
+    settings = settings_of(tmp_path)
+    changes = {"arms": ("base", "sft_anchor", "tell", "sft_matched"), "sizes_of": {"tell": (8,), "sft_anchor": (4, 8)}}
+    results = comparison.compare(settings.model_copy(update={"compare": settings.compare.model_copy(update=changes)}))
+    assert {arm.arm for arm in results.arms} == {"base", "sft_anchor"}
+    assert "Left out, since nothing is to be mixed: tell, sft_matched." in results.notes
+
+
+def test_a_pool_that_cannot_feed_the_pilot_is_named(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, repeats=4)
+    with pytest.raises(ConfigError, match=r"auto: its pilot mixes up to 16 general rows .* and the pool has 512 rows"):
+        comparison.compare(settings)

@@ -164,9 +164,10 @@ def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # the name that http.server calls
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            said = "I'm sorry, I cannot." if "cow" in asked[-1]["messages"][-1]["content"] else " blue "
-            answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-            self.send_response(429 if len(asked) == 1 else 200)
+            text = asked[-1]["messages"][-1]["content"]
+            said = {"long": "It is so. It is"}.get(text, "I'm sorry, I cannot." if "cow" in text else " blue ")
+            answer = json.dumps({"choices": [{"message": {"content": said}, "finish_reason": "length"}]}).encode()
+            self.send_response(400 if text == "forbidden" else 429 if len(asked) == 1 else 200)
             self.send_header("Retry-After", "0")
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
@@ -203,6 +204,22 @@ def test_a_teacher_answers_once_and_again_after_it_was_busy(
     (out / "general" / "pseudo_teacher-seed0.json").unlink()
     comparison.compare(settings, resume=True)
     assert len(asked) == 8 + 1  # what was answered is not asked again
+
+
+def test_an_address_with_a_password_is_refused() -> None:
+    with pytest.raises(ConfigError, match="may hold no password"):
+        Endpoint("http://me:secret@somewhere/v1", "m")
+
+
+def test_a_conversation_that_is_refused_stops_no_others(endpoint: tuple[str, list[dict[str, Any]]]) -> None:
+    url, _ = endpoint
+    teacher = Endpoint(url, "strict")
+    with pytest.raises(ConfigError, match=r"status 400: .*; check the address"):
+        teacher.say([Message("user", "forbidden")], 4, 0.0, 0)  # nothing was answered yet: it may be the address
+    assert teacher.say([Message("user", "fine")], 4, 0.0, 0) == "blue"
+    assert teacher.say([Message("user", "forbidden")], 4, 0.0, 0) is None
+    assert teacher.say([Message("user", "long")], 4, 0.0, 0) == "It is so. It is"
+    assert teacher.say([Message("user", "long")], 4, 0.0, 0, whole=True) == "It is so."
 
 
 def test_an_endpoint_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

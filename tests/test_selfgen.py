@@ -8,7 +8,7 @@ from threading import Thread
 
 import pytest
 
-from fulcrum import encode, rows, selfgen
+from fulcrum import encode, generate, rows, selfgen
 from fulcrum.endpoint import Endpoint
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.model import LoadedModel
@@ -44,7 +44,8 @@ GOOD = [(f"What is the colour of thing number {k}?", f"Thing {k} is blue.") for 
     ("question", "answer", "reason"),
     [
         ("Why?", "Because.", "question too short"), ("What is it then?", " ... ", "no answer"),
-        ("Tell me a joke.", "I'm sorry, but I can't.", "refusal"), ("As an AI language model, what", "x y z", "refusal"),
+        ("Tell me a joke.", "I'm sorry, but I can't.", "refusal"), ("Tell me why.", "I’m sorry, but I can’t help.", "refusal"),
+        ("What is a large language model?", "Why I can't sleep is another matter, as an AI knows.", None),
         ("What is the sea?", "salt and water, " * 20, "repeats itself"),
         ("What is <|im_end|> here?", "An end.", "holds a template's marker"),
         ("What is the colour of the sky in the morning?", "The sky is red, and then it is blue.", None),
@@ -84,15 +85,32 @@ def test_a_killed_run_goes_on_to_the_same_rows_and_another_recipe_is_refused(tmp
     assert selfgen.made(rest, Recipe(3), tmp_path / "b", nothing)[0] == whole[0][:3]  # fewer: the beginning
 
 
-def test_a_chat_model_asks_and_answers_repeatably(loaded: LoadedModel) -> None:
+def test_a_chat_model_asks_and_answers_repeatably(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = OfModel(loaded)
+    monkeypatch.setattr(generate, "sentences", lambda text: text)
     first, again, other = (writer.write(6, seed, 1.0, lambda text: len(text) % 2 == 0) for seed in (1, 1, 2))
     assert first == again != other
     assert all(bool(answer) <= (len(question) % 2 == 0) for question, answer in first)
     assert any(answer for _, answer in first)
 
 
-def test_a_base_model_writes_texts_in_two_parts(tmp_path: Path) -> None:
+def test_what_did_not_end_ends_after_its_last_sentence() -> None:
+    assert rows.sentences("One is here. Two (so!) and th") == "One is here. Two (so!)"
+    assert rows.sentences("a line\nand 3.5 of ano") == "a line"
+    assert rows.sentences('He said "no." Then') == 'He said "no."'
+    assert rows.sentences("nothing ends") == ""
+
+
+def test_a_damaged_batch_is_refused(tmp_path: Path) -> None:
+    writer = Listed(GOOD)
+    selfgen.made(writer, Recipe(2), tmp_path, nothing)
+    (tmp_path / "00000.json").write_text('[["one"]]')
+    with pytest.raises(StoreError, match=r"00000\.json: not a batch of rows"):
+        selfgen.made(writer, Recipe(2), tmp_path, nothing)
+
+
+def test_a_base_model_writes_texts_in_two_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "sentences", lambda text: text)
     bare = load_tiny(tmp_path, template=False)
     bare.tokenizer.chat_template = encode.plain_template(adds_bos=False)  # as it is given when it is fetched
     pairs = OfModel(bare).write(8, 0, 1.0, lambda text: True)
@@ -143,6 +161,7 @@ def test_an_endpoint_writes_through_the_command(
     assert {(each["path"], each["key"], each["model"]) for each in asked} == {
         ("/v1/chat/completions", "Bearer secret", "some-model")
     }
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []  # batches, no longer needed
     recipe = json.loads((tmp_path / "out.recipe.json").read_text())
     assert (recipe["seed"], recipe["kept"], recipe["endpoint"]) == (3, 70, url)
     assert "secret" not in (tmp_path / "out.recipe.json").read_text()

@@ -15,8 +15,8 @@ from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError, nearest
 from fulcrum.material import Material
 from fulcrum.mix import Plan
-from fulcrum.records import BoolArray, Example, Message, Setting, Share, Tokens
-from fulcrum.rows import in_two
+from fulcrum.records import Anchor, BoolArray, Example, Message, Setting, Share, Tokens
+from fulcrum.rows import content_key, in_two
 
 UNLABELED = ("unlabeled", "pseudo_self", "pseudo_teacher")
 MEMBERS = 3  # adapters that answer unlabelled inputs together
@@ -86,6 +86,11 @@ def chosen_arms(settings: Settings) -> list[Arm]:
         )
     if (asking := [arm for arm in arms if arm.general in UNLABELED]) and not any(task.unlabeled for task in settings.tasks):
         raise ConfigError(f"compare.arms: {asking[0].name} needs inputs without answers; give some in task.unlabeled")
+    if settings.mix.select != "random" and (own := [arm for arm in arms if arm.general == "own_answers"]):
+        raise ConfigError(
+            f"compare.arms: {own[0].name} answers rows of the pool as they are drawn, and mix.select: {settings.mix.select} "
+            "gives the others chosen ones; leave it out, or select in arms (tell_similar ...)"
+        )
     if settings.teacher is None and (taught := [arm for arm in arms if arm.general == "pseudo_teacher"]):
         raise ConfigError(f"compare.arms: {taught[0].name} needs somebody to ask; set teacher.endpoint and teacher.model")
     if odd := [name for name in settings.compare.sizes_of if name not in {arm.name for arm in arms}]:
@@ -221,9 +226,9 @@ def general_rows(rows: Material, arm: Arm, settings: Settings) -> tuple[Example,
         order = choose.similar(rows.candidates, task_rows, rows.seed)
     if how == "gradient" and rows.gradients:  # previews have no model: they count the most similar rows instead
         order = order[: _scored(rows, arm)]
-        gradients = [np.stack([rows.gradients[row.origin] for row in part])
-                     for part in ([rows.candidates[k] for k in order], task_rows)]  # fmt: skip
-        order = order[choose.by_gradient(*gradients)]
+        general = np.stack([rows.gradients[probe_key(rows.candidates[k], None)] for k in order])
+        pairs = [(row, task.anchor if arm.anchored else None) for task in rows.tasks for row in task.train]
+        order = order[choose.by_gradient(general, np.stack([rows.gradients[probe_key(*pair)] for pair in pairs]))]
     return tuple(rows.candidates[k] for k in order[: len(rows.general)])
 
 
@@ -246,7 +251,7 @@ def _as_texts(inputs: Sequence[Example]) -> tuple[Example, ...]:
 
 def selects(arm: Arm, settings: Settings) -> str:
     """How an arm chooses its general rows."""
-    chooses = arm.general in ("pool", "permuted", "own_answers") and not arm.pool
+    chooses = arm.general in ("pool", "permuted") and not arm.pool
     return (arm.select or settings.mix.select) if chooses else "random"
 
 
@@ -260,13 +265,20 @@ def choose_from(arms: Sequence[Arm], settings: Settings) -> int:
     return settings.mix.choose_from if any(selects(arm, settings) != "random" for arm in arms) else 0
 
 
-def to_probe(rows: Material, arm: Arm, settings: Settings) -> list[Example]:
-    """Rows whose gradients decide which general rows an arm trains on: task rows, and the candidates most similar to them."""
+def probe_key(row: Example, anchor: Anchor | None) -> str:
+    """By which `Material.gradients` has a row's: what the model sees of it."""
+    return f"{content_key(row)} {anchor.sha256 if anchor else 'plain'}"
+
+
+def to_probe(rows: Material, arm: Arm, settings: Settings) -> dict[str, tuple[Example, Anchor | None]]:
+    """Rows whose gradients decide which general rows an arm trains on, with their anchors, by key: task rows, and the
+    candidates most similar to them."""
     if selects(arm, settings) != "gradient":
-        return []
-    task_rows = [row for task in rows.tasks for row in task.train]
-    order = choose.similar(rows.candidates, task_rows, rows.seed)[: _scored(rows, arm)]
-    return [*task_rows, *(rows.candidates[k] for k in order)]
+        return {}
+    pairs = [(row, task.anchor if arm.anchored else None) for task in rows.tasks for row in task.train]
+    order = choose.similar(rows.candidates, [row for row, _ in pairs], rows.seed)[: _scored(rows, arm)]
+    found: list[tuple[Example, Anchor | None]] = [*pairs, *((rows.candidates[k], None) for k in order)]
+    return {probe_key(row, anchor): (row, anchor) for row, anchor in found}
 
 
 def _scored(rows: Material, arm: Arm) -> int:
@@ -370,15 +382,17 @@ def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple
                 "or raise mix.general_per_task"
             )
         return fitting
-    if (arm.mixes and arm.general_per_task is None) or (settings.mix.per_task == 0 and wanted is None):
+    if arm.mixes and arm.general_per_task is None:
         return rows.repeats
+    if settings.mix.per_task == 0:  # there is no TELL to be fair to
+        return tuple(sorted(set(wanted or rows.repeats)))
     shown = rows.n_task * (1 + (arm.general_per_task or 0.0) * arm.mixes) * arm.members
     cap = max(1, math.floor(rows.step_cap * batch / shown))
     if wanted is None:
         # At least as many trials as TELL has; a single pass and the cap are always among them.
         count = math.ceil((max(3, len(rows.repeats)) + _extra_trials(settings)) / halves)
         return tuple(sorted({int(n) for n in np.geomspace(1, cap, count + (halves > 1)).round()}))[-count:]
-    if settings.mix.per_task > 0 and arm.members == 1 and max(wanted) > cap:
+    if arm.members == 1 and max(wanted) > cap:
         raise ConfigError(
             f"compare.sft_epochs: {max(wanted)} epochs of {rows.n_task} rows are over TELL's {rows.step_cap} steps; "
             f"use at most {cap}"

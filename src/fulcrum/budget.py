@@ -60,6 +60,10 @@ class Design:
 
 def plan(settings: Settings, seconds: float, *, quick: bool = False) -> Design:
     """The richest design that `seconds` buy on this machine. Raises ConfigError where not even the least one fits."""
+    if settings.mix.general_per_task == "auto":
+        raise ConfigError(
+            "--budget plans with a number of general rows, and mix.general_per_task is auto; set one, or leave --budget out"
+        )
     started = time.perf_counter()
     loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
     wide = _widest(settings)

@@ -26,14 +26,17 @@ def similar(candidates: Sequence[Example], task_rows: Sequence[Example], seed: i
     candidates. (candidates,) indices, best first.
 
     Source: DSIR (Xie et al. 2023, arXiv 2302.03169), resampling without replacement by Gumbel noise. A task of few rows says
-    little of most words; so its distribution is that of all candidates, counted as much as its own words, and its words.
+    little of most words; so its distribution is that of all candidates, counted as much as its own words, and its words. DSIR's
+    examples are of one length; these are not, and a sum over words would take the shortest: so weights are means over a row's
+    words and pairs, times the mean number of these.
     """
     counts = _counts(_texts(candidates))
+    lengths = np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64).ravel(), 1)
     pool = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel() + 1
     pool /= pool.sum()
     own = np.asarray(_counts(_texts(task_rows)).sum(axis=0), dtype=np.float64).ravel()
-    target = (own + own.sum() * pool) / (2 * own.sum())
-    weights: FloatArray = counts @ np.log(target / pool)
+    target = (own + own.sum() * pool) / (2 * own.sum()) if own.any() else pool
+    weights: FloatArray = (counts @ np.log(target / pool)) / lengths * lengths.mean()
     noise = np.random.default_rng(seed).gumbel(size=len(candidates))
     return np.argsort(-(weights + noise), kind="stable")
 
@@ -77,7 +80,7 @@ def by_gradient(candidates: FloatArray, task_rows: FloatArray) -> IntArray:
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
         return rows / np.where(lengths > 0, lengths, 1)
 
-    likeness = unit(candidates.astype(np.float64)) @ unit(task_rows.astype(np.float64)).mean(axis=0)
+    likeness = unit(candidates.astype(np.float32)) @ unit(task_rows.astype(np.float32)).mean(axis=0)
     return np.argsort(-likeness, kind="stable")
 
 
@@ -85,7 +88,7 @@ def _texts(rows: Sequence[Example]) -> tuple[str, ...]:
     return tuple("\n".join(message.content for message in row.messages) for row in rows)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _counts(texts: tuple[str, ...]) -> Any:
     """Hashed words and word pairs of each text: a sparse (texts, BUCKETS) matrix."""
     from sklearn.feature_extraction.text import HashingVectorizer

@@ -234,6 +234,10 @@ def mix(
     screen = _model_screen(ctx, settings.model)
     from fulcrum import arms, preview, terminal
 
+    if settings.mix.general_per_task == "auto":
+        raise ConfigError(
+            "mix.general_per_task is auto, which a run settles by a pilot; set a number (config.yaml of a finished run has one)"
+        )
     with terminal.working(screen, "reading data"):
         seen = preview.open_preview(settings, settings.seed, [arms.own_arm(settings)])
         trials, repeats = preview.trials(seen, [arms.own_arm(settings)]), max(seen.rows.repeats)

@@ -1,6 +1,7 @@
 """`fulcrum selfgen`: general data that a model makes itself."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,7 @@ def selfgen(
     with Watch(screen) as watch:
         made, left_out = making.made(writer, recipe, parts, lambda done, total: watch.count("rows made", done, total))
     store.write_jsonl(out, ({"prompt": row.question, "completion": row.answer, "family": "selfgen"} for row in made))
+    shutil.rmtree(parts)
     described = {**writer.described, **store.plain(recipe), "kept": len(made), "left_out": left_out}
     store.write_json(out.with_suffix(".recipe.json"), described)
     terminal.say(screen, f"wrote {out}: {len(made):,} of {rows:,} rows; left out, by reason:")

@@ -52,7 +52,8 @@ def compare(
     """
     workers.share_threads(jobs, on)
     watcher, started = watcher or Silent(), time.perf_counter()
-    settings, found = pilot.resolve(settings, resume=resume, watcher=watcher)
+    asked = settings
+    settings, found = pilot.resolve(settings, compared=True, resume=resume, watcher=watcher)
     arms = chosen_arms(settings)
     if settings.outer_folds and settings.compare.tune == "first" and len(settings.seeds) > 1:
         raise ConfigError(
@@ -61,7 +62,8 @@ def compare(
         )
     _require_common_size(settings, arms)
     loaded, rows, folder = begin("compare", settings, arms, settings.seeds, resume, watcher)
-    notes = pilot.keep(found, folder if writes() else None)
+    gone = pilot.dropped(asked) if found is not None and found.chosen == 0 else ()
+    notes = pilot.keep(found, folder if writes() else None, gone)
     if writes() and budget is not None and not (folder / PLAN).exists():
         described = settings.model_dump(mode="json", exclude={"output_dir"})
         store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})

@@ -212,7 +212,7 @@ class Arm(Section):
             raise ValueError(f"{self.name}: without general rows (general: pool) there is no pool, order or ratio to set")
         if self.general_per_task and self.general_rows:
             raise ValueError(f"{self.name}: general_per_task and general_rows both say how many general rows; keep one")
-        if self.select and (self.pool or self.general not in ("pool", "permuted", "own_answers")):
+        if self.select and (self.pool or self.general not in ("pool", "permuted")):
             raise ValueError(f"{self.name}: rows are selected from the run's own pool; leave `select:` out")
         if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train or self.settings_of):
             raise ValueError(f"{self.name}: is not trained (trained: false), so nothing of training can be set")

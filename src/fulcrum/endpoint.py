@@ -7,9 +7,11 @@ import urllib3
 
 from fulcrum.errors import ConfigError
 from fulcrum.records import Message
+from fulcrum.rows import sentences
 
 WORKERS = 8  # requests at once
 _PATIENCE = 120  # seconds for an answer
+_REFUSED = (400, 413, 422)  # what an endpoint that answers others says of a conversation that it does not take
 _AGAIN = 5  # times, after 0, 2, 4, 8 ... seconds or as long as the endpoint says
 
 
@@ -20,6 +22,7 @@ class Endpoint:
     url: str
     model: str
     key: str | None = field(default=None, repr=False)
+    _answered: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
     _pool: urllib3.PoolManager = field(
         default_factory=lambda: urllib3.PoolManager(
             maxsize=WORKERS, timeout=_PATIENCE,
@@ -31,8 +34,16 @@ class Endpoint:
         init=False, repr=False, compare=False,
     )  # fmt: skip
 
-    def say(self, messages: Sequence[Message], most: int, temperature: float, seed: int) -> str:
-        """The answer to a conversation, of `most` tokens. Raises ConfigError where none comes."""
+    def __post_init__(self) -> None:
+        if urllib3.util.parse_url(self.url).auth:
+            raise ConfigError("an endpoint's address is written down, so it may hold no password; put the key into a variable")
+
+    def say(self, messages: Sequence[Message], most: int, temperature: float, seed: int, *, whole: bool = False) -> str | None:
+        """The answer to a conversation, of `most` tokens; None where an endpoint that answers others refuses this one.
+
+        With `whole`, an answer that did not end within these ends after its last whole sentence. Raises ConfigError where
+        nothing comes.
+        """
         body = {
             "model": self.model, "messages": [{"role": message.role, "content": message.content} for message in messages],
             "max_tokens": most, "temperature": temperature, "seed": seed,
@@ -42,10 +53,14 @@ class Endpoint:
         try:
             answer = self._pool.request("POST", f"{self.url.rstrip('/')}/chat/completions", json=body, headers=headers)
             told = answer.data.decode(errors="replace")
+            if answer.status in _REFUSED and self._answered:
+                return None
             if answer.status != 200:
                 raise ValueError(f"status {answer.status}")
-            said: str = answer.json()["choices"][0]["message"]["content"] or ""
-            return said.strip()
+            choice = answer.json()["choices"][0]
+            said = str(choice["message"]["content"] or "").strip()
+            self._answered.append(True)
+            return sentences(said) if whole and choice.get("finish_reason") == "length" else said
         except (urllib3.exceptions.HTTPError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(
                 f"{self.url}: no answer from {self.model!r}: {error}{f': {told[:200]}' if told else ''}; check the address (it "

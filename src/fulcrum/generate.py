@@ -7,6 +7,7 @@ that a batch holds prompts of like length and an out-of-memory shows at once. Wh
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from fulcrum.loss import Row, row_kl, row_nats, rows, set_checkpointing
 from fulcrum.model import LoadedModel, generation_attention
 from fulcrum.prefix import BLOCK, common
 from fulcrum.records import FloatArray, IntArray, Tokens
+from fulcrum.rows import sentences
 
 
 def nats(loaded: LoadedModel, examples: Sequence[Tokens], *, budget: int = 2048) -> tuple[FloatArray, IntArray]:
@@ -75,14 +77,17 @@ def generate(
     progress: Callable[[int], None] | None = None,
     sample: int | None = None,
     temperature: float = 1.0,
+    whole: bool = False,
 ) -> list[str]:
     """Answers to tokenised prompts, in their order, without the end token and special tokens.
 
     Greedy, or with `sample`, a seed, drawn at a `temperature` of the likeliest tokens that hold 95%. `batch_tokens` bounds
-    prompts x (longest prompt + answer) of a batch. `progress` is told how many prompts are done.
+    prompts x (longest prompt + answer) of a batch. `progress` is told how many prompts are done. With `whole`, an answer
+    that did not end within `max_new_tokens` ends after its last whole sentence (empty where it has none).
     """
     if sample is not None:
         torch.manual_seed(sample)
+    decode = partial(_until_end, loaded, whole=whole)
     drawn: dict[str, Any] = {"do_sample": sample is not None}
     if sample is not None:
         drawn |= {"temperature": temperature, "top_p": 0.95, "top_k": 0}
@@ -101,8 +106,8 @@ def generate(
             size = max(1, batch_tokens // (longest + max_new_tokens))
             batch = order[start : start + size]
             answers = _batch(loaded, [prompts[i] for i in batch], beginning, stop, max_new_tokens, drawn)
-            for index, text in zip(batch, answers, strict=True):
-                texts[index] = text
+            for index, ids in zip(batch, answers, strict=True):
+                texts[index] = decode(ids, stop)
             start += len(batch)
             if progress is not None:
                 progress(start)
@@ -144,7 +149,7 @@ def _beginning(loaded: LoadedModel, prompts: Sequence[Sequence[int]], longest_an
 def _batch(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], beginning: _Beginning, stop: Sequence[int], max_new_tokens: int,
     drawn: Mapping[str, Any],
-) -> list[str]:  # fmt: skip
+) -> list[list[int]]:  # fmt: skip
     longest, done = max(len(prompt) for prompt in prompts), beginning.length
     pad = loaded.tokenizer.pad_token_id
     ids = torch.full((len(prompts), longest), pad, dtype=torch.int64, device=loaded.device)
@@ -163,7 +168,8 @@ def _batch(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **drawn,
             eos_token_id=stop, pad_token_id=pad, **past,
         )  # fmt: skip
-    return [_until_end(loaded, row, stop) for row in output[:, longest:].tolist()]
+    answers: list[list[int]] = output[:, longest:].tolist()
+    return answers
 
 
 def _end_ids(loaded: LoadedModel) -> list[int]:
@@ -173,6 +179,7 @@ def _end_ids(loaded: LoadedModel) -> list[int]:
     return [int(token) for token in configured] if isinstance(configured, list | tuple) else [int(configured)]
 
 
-def _until_end(loaded: LoadedModel, ids: list[int], stop: Sequence[int]) -> str:
+def _until_end(loaded: LoadedModel, ids: list[int], stop: Sequence[int], *, whole: bool) -> str:
     end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
-    return str(loaded.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+    text = str(loaded.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+    return text if end < len(ids) or not whole else sentences(text)

@@ -12,6 +12,7 @@ from itertools import zip_longest
 
 import numpy as np
 
+from fulcrum import choose as choose_rows
 from fulcrum import clean, encode, ingest, metrics, pool
 from fulcrum.anchor import last_answer_only
 from fulcrum.config import Settings, TaskSettings
@@ -168,20 +169,21 @@ def _unlabeled(
 
 def prepare(
     settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int, *, dev_apart: bool = True,
-    mixed_rows: int | None = None, choose_from: int = 0,
+    by_fold: bool | None = None, mixed_rows: int | None = None, choose_from: int = 0,
 ) -> Material:  # fmt: skip
     """Read everything, drop what cannot be trained (counted), and choose the general rows that the longest plan needs.
 
     `context` is the model's longest row in tokens (None: no limit). In a comparison dev rows are task rows like others
     (`dev_apart` False): they join the training rows, in an order drawn by seed; `mixed_rows` of each task (none: all) are in
     the largest mixture. `choose_from` rows of the pool are candidates for arms that choose theirs. Where a comparison has no
-    test rows of its own each seed holds out another fold of the rows, so that no row is a test row twice. Raises DataError and
+    test rows of its own each seed holds out another fold of the rows, so that no row is a test row twice (`by_fold`; None: in a
+    comparison only). Raises DataError and
     ConfigError for what cannot be used.
     """
     tasks: list[Task] = []
     rejects: list[Reject] = []
     place = settings.seeds.index(seed) if seed in settings.seeds else 0
-    outer = None if dev_apart else (place, settings.outer_folds)
+    outer = (place, settings.outer_folds) if (not dev_apart if by_fold is None else by_fold) else None
     whole = [read_task(task, settings.seed, outer, settings.clean.near_duplicates) for task in settings.tasks]
     _check_between_tasks([task for task, _ in whole])
     for task_settings, (task, refused) in zip(settings.tasks, whole, strict=True):
@@ -199,6 +201,10 @@ def prepare(
             _check_sizes(settings, task)
         n_task = sum(len(task.train[:mixed_rows]) for task in tasks)
     repeats, notes = settings.mix.candidates, list[str]()
+    if settings.mix.general_per_task == "auto":
+        notes.append(
+            f"mix.general_per_task: auto is settled by a pilot; this is the most that it tries, {settings.mix.per_task:g}"
+        )
     left_out: dict[str, int] = {}
     own_general: dict[str, tuple[Example, ...]] = {}
     held_out: dict[str, tuple[Example, ...]] = {}
@@ -215,7 +221,8 @@ def prepare(
         )
         outside |= {content_key(example) for example in held_out["pool"]}
         wanted = cleaner.wanted(tasks, n_task)
-        most = max(max(wanted.values()), choose_from)
+        # Where rows are chosen there are always several times as many candidates.
+        most = max(choose_from, choose_rows.SCORED * max(wanted.values())) if choose_from else max(wanted.values())
         selection = cleaner.take(most, seed_for(seed, "general"), outside, held_out["pool"])
         left_out = {f"general: {reason}": count for reason, count in cleaner.pool.left_out.items()}
         rejects += [Reject(r.origin, f"general: {r.reason}", r.detail) for r in selection.rejects]
@@ -233,6 +240,11 @@ def prepare(
             notes.append(f"mix.repeats: auto tries {tried} instead of {all_of}: the general data have {left:,} usable rows")
         general = selection.examples[: wanted[max(repeats)]]
         candidates = tuple(selection.examples) if choose_from else ()
+        if choose_from and len(candidates) < 2 * len(general):
+            notes.append(
+                f"general: rows were chosen among {len(candidates):,} that are usable, for mixtures of up to {len(general):,}: "
+                "that is hardly a choice"
+            )
         for arm in () if dev_apart else settings.compare.arms:
             if not isinstance(arm, str) and arm.pool:
                 other = _Cleaner(settings, tokenizer, context, [task for task, _ in whole], arm.pool)

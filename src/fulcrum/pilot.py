@@ -10,11 +10,12 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
-from fulcrum import adapter, cell, encode, generate, material, model, store
+from fulcrum import adapter, cell, encode, generate, material, model, pool, store
 from fulcrum.arms import ARMS, arm_of, general_count, own_arm
 from fulcrum.cell import Watcher
 from fulcrum.config import PILOT_RATIOS, Arm, Settings
@@ -27,17 +28,24 @@ REPEATS = 4  # where the run's own number is tuned
 FEWEST, MOST = 8, 32  # task rows
 
 _FOLDS = 2
+_MOST_EPOCHS = 32  # that a pilot of few rows speaks for
 _ALONE = (0.0, 4.0, 16.0)  # task rows alone are trained in the steps of these ratios
 
 
-def resolve(settings: Settings, *, resume: bool, watcher: Watcher) -> tuple[Settings, Pilot | None]:
+def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watcher) -> tuple[Settings, Pilot | None]:
     """The settings with `general_per_task: auto` settled by a pilot, and what it found; read back where a run is resumed.
-    Where nothing is to be mixed, task rows are shown as often as was best for them alone.
+    Where nothing is to be mixed, task rows may be shown as often as was best for them alone.
 
-    Dev rows are task rows here, as in a comparison; test rows are never seen. Raises ConfigError, DataError or ModelError.
+    Dev rows are task rows here; test rows are never seen: neither those of a run, nor (`compared`) those of a comparison.
+    Raises ConfigError, DataError or ModelError.
     """
     if settings.mix.general_per_task != "auto":
         return settings, None
+    if compared and settings.outer_folds and len(settings.seeds) > 1:
+        raise ConfigError(
+            "mix.general_per_task: auto: without a test file the first seed's task rows are the other seeds' test rows, which "
+            "must not choose anything; give a test file, use one seed, or set a number"
+        )
     folder = Path(settings.output_dir)
     store.check_free(folder, resume=resume)  # before anything slow
     if (folder / store.PILOT).exists():
@@ -47,34 +55,66 @@ def resolve(settings: Settings, *, resume: bool, watcher: Watcher) -> tuple[Sett
         repeats = REPEATS if settings.mix.repeats == "auto" else settings.mix.repeats
         small = settings.model_copy(update={"mix": settings.mix.model_copy(update={"repeats": repeats, "select": "random"})})
         loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
-        seed = settings.seeds[0]
-        rows = material.prepare(small, loaded.tokenizer, loaded.context, seed, dev_apart=False, mixed_rows=MOST)
+        seed = settings.seeds[0] if compared else settings.seed
+        rows = material.prepare(
+            small, loaded.tokenizer, loaded.context, seed, dev_apart=False, by_fold=compared, mixed_rows=_fed(small, repeats)
+        )
         found = run(rows, loaded, own_arm(small), small, seed, watcher)
-    arms = settings.compare.arms
+    return _settled(settings, found), found
+
+
+def _fed(settings: Settings, repeats: int) -> int:
+    """Task rows whose largest mixture the pool can feed, with room for rows that may not be used, up to `MOST`."""
+    size = len(pool.open_pool(settings.general, settings.seed, near=settings.clean.near_duplicates))
+    rows = int(0.8 * (size - settings.eval.general_rows) / (PILOT_RATIOS[-1] * repeats))
+    if rows < FEWEST:
+        raise ConfigError(
+            f"mix.general_per_task: auto: its pilot mixes up to {PILOT_RATIOS[-1]:g} general rows for each of {FEWEST} task "
+            f"rows shown {repeats} times, and the pool has {size:,} rows; add some, lower mix.repeats, or set a number"
+        )
+    return min(rows, MOST)
+
+
+def _settled(settings: Settings, found: Pilot) -> Settings:
+    """The settings with what a pilot chose: fewer arms where nothing is to be mixed, epochs within TELL's steps as they are."""
+    compare, mix = settings.compare, settings.mix
+    changes: dict[str, Any] = {"extra_trials": compare.extra_trials + len(found.ratios)}
     if found.chosen == 0:  # what mixes would have nothing to mix
-        arms = tuple(arm for arm in arms if not arm_of(settings, arm if isinstance(arm, str) else arm.name).mixes)
+        gone = dropped(settings)
+        arms = tuple(arm for arm in compare.arms if _name(arm) not in gone)
+        changes |= {
+            "arms": arms if len(arms) > 1 else ("base", "sft"),
+            "sizes_of": {name: sizes for name, sizes in compare.sizes_of.items() if name not in gone},
+            "sft_epochs": compare.sft_epochs or tuple(sorted({*mix.candidates, min(found.alone, _MOST_EPOCHS)})),
+        }
+    elif compare.sft_epochs:  # they were set, by a budget perhaps, for the most that might be chosen
+        most = max(1, math.floor(max(mix.candidates) * (1 + found.chosen)))
+        changes["sft_epochs"] = tuple(sorted({min(epochs, most) for epochs in compare.sft_epochs}))
     return settings.model_copy(
         update={
-            "mix": settings.mix.model_copy(
-                update={"general_per_task": found.chosen, **({} if found.chosen else {"repeats": found.alone})}
-            ),
-            "compare": settings.compare.model_copy(
-                update={
-                    "arms": arms if len(arms) > 1 else ("base", "sft"),
-                    "extra_trials": settings.compare.extra_trials + len(found.ratios),
-                }
-            ),
+            "mix": mix.model_copy(update={"general_per_task": found.chosen}), "compare": compare.model_copy(update=changes)
         }
-    ), found
+    )  # fmt: skip
 
 
-def keep(found: Pilot | None, folder: Path | None) -> list[str]:
-    """Write what a pilot found beside the run that it settled; and say it."""
+def _name(arm: str | Arm) -> str:
+    return arm if isinstance(arm, str) else arm.name
+
+
+def dropped(settings: Settings) -> list[str]:
+    """The arms that a comparison cannot have where nothing is to be mixed, by name."""
+    arms = [arm_of(settings, _name(arm)) for arm in settings.compare.arms]
+    mixed = {arm.name for arm in arms if arm.mixes}
+    return [arm.name for arm in arms if arm.name in mixed or arm.settings_of in mixed]
+
+
+def keep(found: Pilot | None, folder: Path | None, gone: Sequence[str] = ()) -> list[str]:
+    """Write what a pilot found beside the run that it settled; and say it, and which arms are `gone` for it."""
     if found is None:
         return []
     if folder is not None:
         store.write_json(folder / store.PILOT, found)
-    return [sentence(found)]
+    return [sentence(found), *([f"Left out, since nothing is to be mixed: {', '.join(gone)}."] if gone else [])]
 
 
 def sentence(found: Pilot) -> str:
@@ -106,7 +146,7 @@ def run(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed:
     found, tokens = [], 0
     for own, shown in tried:
         label = f"pilot of {general_count(small, own, 1) / max(1, small.n_task):g} general rows a task row, {shown} repeats"
-        nats, trained = _held_out(small, loaded, own, settings, Setting(shown), seed, label, watcher)
+        nats, groups, trained = _held_out(small, loaded, own, settings, Setting(shown), seed, label, watcher)
         found.append(nats)
         tokens += trained
     adapter.drop_adapter(loaded)
@@ -114,7 +154,7 @@ def run(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed:
     none = found[best]
     by_ratio = np.stack([none, *found[len(_ALONE) :]])
     losses = by_ratio.mean(axis=1)
-    errors = (by_ratio - none).std(axis=1, ddof=1) / math.sqrt(by_ratio.shape[1])
+    errors = np.array([_error(row - none, groups) for row in by_ratio])
     chosen = choose(PILOT_RATIOS, losses, errors)
     seconds = time.perf_counter() - started
     return Pilot(
@@ -123,17 +163,21 @@ def run(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed:
 
 
 def choose(ratios: Sequence[float], losses: FloatArray, errors: FloatArray) -> float:
-    """The ratio at the lowest point of a parabola in log2(1 + ratio) through the losses; 0 where no ratio's loss is more than a
-    standard error (of its difference) below that of none."""
-    if not any(losses[k] + errors[k] < losses[0] for k in range(1, len(ratios))):
+    """The ratio at the lowest point of a parabola in log2(1 + ratio) through the losses.
+
+    0 where no ratio's loss is more than two standard errors (of its difference) below that of none: there are three looks,
+    and trainings have a noise of their own.
+    """
+    if not any(losses[k] + 2 * errors[k] < losses[0] for k in range(1, len(ratios))):
         return 0.0
     logs = np.log2(1 + np.asarray(ratios))
-    best = float(logs[int(np.argmin(losses))])
+    place = int(np.argmin(losses))
+    best = float(logs[place])
     bend, slope, _ = np.polyfit(logs, losses, 2)
     lowest = -slope / (2 * bend) if bend > 0 else best
     # Between the neighbours of the best one measured: four points say no more.
-    near = sorted(logs, key=lambda log: abs(log - best))[:3]
-    bounded = min(max(lowest, min(near), float(logs[1])), max(near))
+    near = logs[max(1, place - 1) : place + 2]
+    bounded = min(max(lowest, float(near[0])), float(near[-1]))
     return float(round(2**bounded - 1, 1))
 
 
@@ -159,13 +203,22 @@ def _affordable(rows: Material, loaded: LoadedModel, arm: Arm, settings: Setting
 
 def _held_out(
     rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, setting: Setting, seed: int, label: str, watcher: Watcher
-) -> tuple[FloatArray, int]:
-    """Nats per answer token of every task row, each held out once: (rows,); and tokens trained on."""
-    nats, tokens = [], 0
+) -> tuple[FloatArray, list[str], int]:
+    """Nats per answer token of every task row, each held out once: (rows,); their content groups; and tokens trained on."""
+    nats, tokens, groups = [], 0, list[str]()
     for place, fold in enumerate(rows.folds(_FOLDS, store.seed_for(seed, "pilot"))):
         trained = cell.fit(fold, loaded, arm, settings, setting, seed, f"{label}, fold {place + 1}", None, watcher)
         tokens += sum(result.train_tokens for result in trained)
         for part in cell.tokenised(loaded, fold.tasks, arm, "dev"):
             own, counts = generate.nats(loaded, part)
             nats.append(own / counts)
-    return np.concatenate(nats), tokens
+        groups += [row.group for task in fold.tasks for row in task.dev]
+    return np.concatenate(nats), groups, tokens
+
+
+def _error(differences: FloatArray, groups: Sequence[str]) -> float:
+    """Standard error of the mean of rows, which vary by content group."""
+    names, place = np.unique(groups, return_inverse=True)
+    centred = np.bincount(place, differences - differences.mean(), len(names))
+    count = len(names)
+    return math.sqrt(count / (count - 1) * float((centred**2).sum())) / len(differences)

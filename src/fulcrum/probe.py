@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from fulcrum import adapter, encode, loss, mix, store, tokens, training
 from fulcrum.arms import Stream, selects, to_probe
 from fulcrum.config import Arm, Settings
+from fulcrum.errors import ModelError, StoreError
 from fulcrum.lora import LoraLinear
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
@@ -27,8 +29,8 @@ from fulcrum.records import FloatArray, Tokens
 
 LABEL = "rows whose gradients are taken"
 WARM_UP = 128  # general rows on which an adapter is trained before gradients are taken
-DIMENSIONS = 1024  # of a sketch: cosines are off by about 1 / sqrt(1024)
-_PROJECTED = 8  # dimensions that are left of a layer's output
+DIMENSIONS = 4096  # of a sketch
+_PROJECTED = 16  # dimensions that are left of a layer's output: of SmolLM2-135M's gradients cosines are then off by 0.03
 
 
 def gradients(
@@ -42,35 +44,41 @@ def gradients(
     `budget` tokens are in a packed row.
     """
     layers = [module for module in loaded.peft.modules() if isinstance(module, LoraLinear)]
+    if not layers:
+        raise ModelError(
+            f"{loaded.name!r}: none of its adapted layers is one whose gradients can be sketched (linear, not in 4 bits); "
+            "choose rows by mix.select: similar"
+        )
     compiled, loaded.compiled = loaded.compiled, []  # hooks do not reach into compiled layers
     found = torch.zeros(len(examples), DIMENSIONS)
     done = 0
-    for row in loss.rows(examples, loaded, budget, share=False):  # shared tokens would belong to several examples
-        counts = torch.bincount(row.owner, minlength=len(examples))
-        owner = _owners(row, len(examples))
-        sketch = _Sketch(found, owner, seed)
-        handles = [hook for place, layer in enumerate(layers) for hook in sketch.listen(layer, place)]
-        try:
-            total, _ = loss.row_loss(loaded, row, 1 / counts[row.owner].float())
-            torch.autograd.backward(total)
-        finally:
-            for handle in handles:
-                handle.remove()
-        done += int((counts > 0).sum())
-        if progress is not None:
-            progress(done)
-    loaded.compiled = compiled
-    for parameter in loaded.peft.parameters():
-        parameter.grad = None
+    try:
+        for row in loss.rows(examples, loaded, budget, share=False):  # shared tokens would belong to several examples
+            counts = torch.bincount(row.owner, minlength=len(examples))
+            sketch = _Sketch(found, _owners(row), seed)
+            handles = [hook for place, layer in enumerate(layers) for hook in sketch.listen(layer, place)]
+            try:
+                total, _ = loss.row_loss(loaded, row, 1 / counts[row.owner].float())
+                torch.autograd.backward(total)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            done += int((counts > 0).sum())
+            if progress is not None:
+                progress(done)
+    finally:
+        loaded.compiled = compiled
+        for parameter in loaded.peft.parameters():
+            parameter.grad = None
     return found.numpy().astype(np.float64)
 
 
-def _owners(row: loss.Row, members: int) -> Tensor:
-    """Which example each token of a row belongs to: (n,). Segments are whole examples here."""
+def _owners(row: loss.Row) -> Tensor:
+    """Which example each token of a row belongs to: (n,), on the CPU. Segments are whole examples here."""
     starts = torch.tensor([segment.start for segment in row.segments])
     segment_of = torch.searchsorted(starts, torch.arange(row.ids.shape[1]), right=True) - 1
     example_of = torch.empty(len(row.segments), dtype=torch.int64)
-    example_of[segment_of[row.where]] = row.owner
+    example_of[segment_of[row.where.cpu()]] = row.owner.cpu()
     return example_of[segment_of]
 
 
@@ -101,11 +109,11 @@ class _Sketch:
         return [layer.register_forward_hook(forward)]
 
     def _add(self, place: int, gradient: Tensor) -> None:
-        low = self.low.pop(place)
+        low, device = self.low.pop(place), gradient.device
         projection, buckets, signs = _random(self.seed, place, gradient.shape[1], low.shape[1])
-        parts = torch.einsum("tk,tr->tkr", gradient @ projection, low).reshape(len(low), -1)
+        parts = torch.einsum("tk,tr->tkr", gradient @ projection.to(device), low).reshape(len(low), -1)
         members, where = torch.unique(self.owner, return_inverse=True)
-        sums = torch.zeros(len(members), parts.shape[1]).index_add_(0, where, parts)
+        sums = torch.zeros(len(members), parts.shape[1], device=device).index_add_(0, where.to(device), parts).cpu()
         added = torch.zeros(len(members), self.into.shape[1]).index_add_(1, buckets, sums * signs)
         self.into[members] += added
 
@@ -134,24 +142,22 @@ def with_gradients(
     """
     if not any(selects(arm, settings) == "gradient" for _, arm in views):
         return rows
-    wanted = {row.origin: (row, arm) for view, arm in views for row in to_probe(view, arm, settings)}
+    wanted = {key: pair for view, arm in views for key, pair in to_probe(view, arm, settings).items()}
     file = None if folder is None else folder / "general" / f"gradients-seed{rows.seed}.npz"
     names = store.fingerprint(sorted(wanted))
     if file is not None and file.exists():
-        with np.load(file) as kept:
-            if str(kept["names"]) == names:
-                gathered = dict(zip(sorted(wanted), kept["gradients"], strict=True))
-                return replace(rows, gradients=gathered, notes=(*rows.notes, str(kept["note"])))
+        try:
+            with np.load(file) as kept:
+                if str(kept["names"]) == names:
+                    gathered = dict(zip(sorted(wanted), kept["gradients"], strict=True))
+                    return replace(rows, gradients=gathered, notes=(*rows.notes, str(kept["note"])))
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise StoreError(f"{file}: not the gradients that were taken, the file was damaged; delete it") from error
     started = time.perf_counter()
     _warm_up(loaded, rows, settings)
-    plain = encode.make_format(loaded.tokenizer, None)
-    forms = {row.origin: encode.make_format(loaded.tokenizer, task.anchor) for task in rows.tasks for row in task.train}
-    examples = [
-        encode.encode(row, forms[origin] if arm.anchored and origin in forms else plain)
-        for origin, (row, arm) in sorted(wanted.items())
-    ]
+    examples = [encode.encode(row, encode.make_format(loaded.tokenizer, anchor)) for _, (row, anchor) in sorted(wanted.items())]
     found = gradients(
-        loaded, examples, budget=settings.train.pack_tokens, progress=lambda done: count(done, len(examples))
+        loaded, examples, budget=settings.train.pack_tokens, seed=rows.seed, progress=lambda done: count(done, len(examples))
     ).astype(np.float16)
     adapter.drop_adapter(loaded)
     note = (

@@ -136,7 +136,7 @@ def _by_teacher(
         return store.fingerprint([teacher.endpoint, teacher.model, task.max_new_tokens, *conversation(task, row)])
 
     def ask(task: Task, row: Example) -> str:
-        return endpoint.say(conversation(task, row), task.max_new_tokens, 0.0, settings.seed)
+        return endpoint.say(conversation(task, row), task.max_new_tokens, 0.0, settings.seed) or ""
 
     missing = [pair for pair in inputs if key(*pair) not in known]
     with ThreadPoolExecutor(WORKERS) as threads:

@@ -82,6 +82,12 @@ def in_two(text: str) -> tuple[str, str]:
     return text[: end.end()].strip(), text[end.end() :].strip()
 
 
+def sentences(text: str) -> str:
+    """A text up to the end of its last whole sentence or line; empty where none ends."""
+    ends = [match.end() for match in re.finditer(r"[.!?…。！？][\"'”’)\]]*(?=\s|$)|\n", text)]
+    return text[: ends[-1]].strip() if ends else ""
+
+
 def digest(*texts: str) -> str:
     """Return a short hash (32 hex digits of SHA-256) of texts in their normalised form."""
     return hashlib.sha256("\0".join(normalise(text) for text in texts).encode()).hexdigest()[:32]

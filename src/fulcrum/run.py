@@ -47,7 +47,7 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     Raises ConfigError, DataError, ModelError or StoreError, each naming the remedy.
     """
     watcher, started = watcher or Silent(), time.perf_counter()
-    settings, found = pilot.resolve(settings, resume=resume, watcher=watcher)
+    settings, found = pilot.resolve(settings, compared=False, resume=resume, watcher=watcher)
     arm = own_arm(settings)
     loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
     folder_of_rows = folder if writes() else None

@@ -28,6 +28,7 @@ from fulcrum.rows import content_key, in_two
 from fulcrum.sections import GeneralSource
 
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 96  # most
+VERSION = 2  # raise it where the same recipe would give other rows
 BATCH = 64  # rows that are asked for at once
 _DRY = 8  # batches in a row without a new row: the model repeats itself
 _FEWEST = 3  # words in a question
@@ -35,7 +36,9 @@ _SQUEEZED = 0.35  # of its length a text of `_LONG` characters may be compressed
 _LONG = 200
 
 _REFUSAL = re.compile(
-    r"\b(?:as an ai|language model|i'?m sorry|i apologi[sz]e|i can(?:no|')t|i(?:'m| am) (?:unable|not able))\b", re.I
+    r"\W*(?:(?:i'?m |i am )?(?:very |so )?sorry\b|i apologi[sz]e\b|as an? (?:ai|(?:large )?language model)\b"
+    r"|(?:unfortunately,? )?i (?:can(?:no|')t|am (?:unable|not able)|will not|won't)\b|i'm (?:unable|not able)\b)",
+    re.I,
 )
 _SUBJECTS = (
     "cooking", "animals", "travel", "history", "mathematics", "health", "sport", "music", "language", "work", "school",
@@ -78,14 +81,18 @@ class OfModel:
     @property
     def described(self) -> Mapping[str, str]:
         """Name and weights."""
-        return {"model": self.loaded.name, "weights": self.loaded.fingerprint()}
+        dtype, device = str(self.loaded.dtype).removeprefix("torch."), self.loaded.device.type
+        return {
+            "model": self.loaded.name, "weights": self.loaded.fingerprint(), "dtype": dtype, "device": device,
+            "batch_tokens": str(self.batch_tokens),
+        }  # fmt: skip
 
     def write(self, count: int, seed: int, temperature: float, sound: Callable[[str], bool]) -> list[Pair]:
         """Questions with greedy answers, or texts in two parts."""
         adapter.drop_adapter(self.loaded)
         form = encode.make_format(self.loaded.tokenizer, None)
         opening = encode.opening_ids(form)
-        sampled = partial(generate.generate, self.loaded, batch_tokens=self.batch_tokens)
+        sampled = partial(generate.generate, self.loaded, batch_tokens=self.batch_tokens, whole=True)
         if not self._answers(opening):
             tokenizer = self.loaded.tokenizer
             start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
@@ -122,10 +129,10 @@ class OfEndpoint:
         def pair(number: int) -> Pair:
             subject = _SUBJECTS[(seed + number) % len(_SUBJECTS)]
             wish = f"Write one question or request about {subject} that somebody might put to an assistant. Write nothing else."
-            asked = self.endpoint.say([Message("user", wish)], QUESTION_TOKENS, temperature, seed + number)
-            if not sound(asked):
-                return asked, ""
-            return asked, self.endpoint.say([Message("user", asked)], ANSWER_TOKENS, 0.0, seed + number)
+            asked = self.endpoint.say([Message("user", wish)], QUESTION_TOKENS, temperature, seed + number, whole=True)
+            if not asked or not sound(asked):
+                return asked or "", ""
+            return asked, self.endpoint.say([Message("user", asked)], ANSWER_TOKENS, 0.0, seed + number, whole=True) or ""
 
         with ThreadPoolExecutor(WORKERS) as threads:
             return list(threads.map(pair, range(count)))
@@ -133,7 +140,7 @@ class OfEndpoint:
 
 def refuses(text: str) -> bool:
     """Whether a text begins as refusals do."""
-    return bool(_REFUSAL.search(text[:200]))
+    return bool(_REFUSAL.match(text.replace("’", "'")))
 
 
 def fault(question: str, answer: str | None, language: str | None) -> str | None:
@@ -143,7 +150,7 @@ def fault(question: str, answer: str | None, language: str | None) -> str | None
         return "question too short"
     if answer is not None and not clean.words(answer):
         return "no answer"
-    if any(map(refuses, texts)):
+    if answer is not None and refuses(answer):
         return "refusal"
     if any(_repeats(text) for text in texts):
         return "repeats itself"
@@ -170,8 +177,8 @@ def made(writer: Writer, recipe: Recipe, folder: Path | None, count: Count) -> t
     Batches are kept in `folder` and read back. Raises StoreError where it holds another recipe's.
     """
     if folder is not None:
-        _own(folder, {"rows are of": {**writer.described}, "seed": recipe.seed, "temperature": recipe.temperature,
-                      "language": recipe.language})  # fmt: skip
+        _own(folder, {"version": VERSION, "rows are of": {**writer.described}, "seed": recipe.seed,
+                      "temperature": recipe.temperature, "language": recipe.language})  # fmt: skip
     found: dict[str, Example] = {}
     left_out, dry, number = Counter[str](), 0, 0
     while len(found) < recipe.rows and dry < _DRY:
@@ -204,7 +211,10 @@ def _own(folder: Path, identity: Mapping[str, Any]) -> None:
 def _kept(folder: Path | None, number: int, make: Callable[[], list[Pair]]) -> list[Pair]:
     file = None if folder is None else folder / f"{number:05}.json"
     if file is not None and file.exists():
-        return [(question, answer) for question, answer in store.read_json(file)]
+        try:
+            return [(str(question), str(answer)) for question, answer in store.read_json(file)]
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{file}: not a batch of rows, the file was changed or damaged; delete it") from error
     pairs = make()
     if file is not None:
         store.write_json(file, pairs, indent=None)
