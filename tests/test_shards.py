@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -284,6 +285,29 @@ def test_a_hub_data_set_is_converted_whole_or_streamed(tmp_path: Path, monkeypat
     source = GeneralSource(path="some/thing", stream=True, limit=12)
     (first,), (again,), (moved,) = (shards.origins(source) for _ in range(3))
     assert first.folder == again.folder != moved.folder
+
+
+def test_a_file_that_keeps_its_size_and_time_is_read_again(tmp_path: Path) -> None:
+    source = save(tmp_path / "a.jsonl", rows(3))
+    assert read(source)[0].question == "question 0"
+    before = (tmp_path / "a.jsonl").stat()
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace("question 0", "question 7"))
+    os.utime(tmp_path / "a.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert read(source)[0].question == "question 7"
+
+
+def test_a_copy_of_another_kind_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    source = save(tmp_path / "a.jsonl", rows(2))
+    assert len(read(source)) == 2
+    (tmp_path / "a.json").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    with pytest.raises(DataError, match=r"a\.json:2: broken JSON"):
+        read(GeneralSource(path=str(tmp_path / "a.json")))
+
+
+def test_an_unknown_language_is_named_before_anything_is_converted(tmp_path: Path) -> None:
+    source = save(tmp_path / "a.jsonl", rows(2))
+    with pytest.raises(DataError, match=r"languages: 'EN' is no code that can be told"):
+        read(source.model_copy(update={"languages": ("EN",)}))
 
 
 def test_rows_of_two_formats_and_broken_tables_are_refused(tmp_path: Path) -> None:

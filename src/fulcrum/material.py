@@ -255,6 +255,9 @@ def prepare(
                         f"{len(found.examples)} usable (of {len(other.pool)}); lower mix.general_per_task, or add rows"
                     )
                 own_general[arm.name] = tuple(found.examples)
+                left_out |= {f"general of {arm.name}: {reason}": count for reason, count in other.pool.left_out.items()}
+                rejects += [Reject(r.origin, f"general of {arm.name}: {r.reason}", r.detail) for r in found.rejects]
+                notes += [f"{arm.name}: {name}: too few usable rows for its weight" for name in found.dry]
     counts = dict(Counter(reject.reason for reject in rejects) + Counter(left_out))
     return Material(
         tuple(tasks),

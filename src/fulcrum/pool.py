@@ -24,7 +24,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from fulcrum import clean, shards, store
-from fulcrum.errors import DataError
+from fulcrum.errors import DataError, nearest
 from fulcrum.records import Anchor, BoolArray, Example, IntArray, Message, Reject
 from fulcrum.rows import normalise
 from fulcrum.sections import GeneralSource
@@ -98,6 +98,11 @@ def open_pool(
     bounds: list[tuple[int, int]] = []  # of each source, in rows of all shards
     folders: list[str] = []
     for source in sources:
+        if unknown := sorted({*source.languages} - {*clean.languages()} if source.languages else ()):
+            raise DataError(
+                f"{source.path}: languages: {unknown[0]!r} is no code that can be told"
+                f"{nearest(unknown[0], clean.languages())}; codes are those of ISO 639-1, as en"
+            )
         start = sum(shard.kept for _, shard in found)
         for origin in shards.origins(source):
             folders.append(origin.folder)

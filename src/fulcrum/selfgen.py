@@ -27,8 +27,8 @@ from fulcrum.records import Example, Message
 from fulcrum.rows import content_key, in_two
 from fulcrum.sections import GeneralSource
 
-QUESTION_TOKENS, ANSWER_TOKENS = 48, 96  # most
-VERSION = 2  # raise it where the same recipe would give other rows
+QUESTION_TOKENS, ANSWER_TOKENS = 48, 64  # most
+VERSION = 3  # raise it where the same recipe would give other rows
 BATCH = 64  # rows that are asked for at once
 _DRY = 8  # batches in a row without a new row: the model repeats itself
 _FEWEST = 3  # words in a question

@@ -102,20 +102,20 @@ def origins(source: GeneralSource) -> list[Origin]:
         raise DataError(
             f"{source.path}: name, split, revision and stream belong to hub data sets, this is a file; use `limit:`"
         )
-    return [Origin(name, str(path), source, _folder(source, _content(path))) for name, path in found]
+    return [Origin(name, str(path), source, _folder(source, _content(path), suffix(path))) for name, path in found]
 
 
-def _folder(source: GeneralSource, content: str) -> str:
+def _folder(source: GeneralSource, content: str, kind: str | None = None) -> str:
     """Where the shards of this content stand, as these settings use it."""
     used = source.model_dump(mode="json", include={"columns", "include", "exclude", "languages", "min_words", "max_words"})
-    return str(store.cache_dir() / "pools" / "files" / store.fingerprint([VERSION, content, used])[:32])
+    return str(store.cache_dir() / "pools" / "files" / store.fingerprint([VERSION, content, kind, used])[:32])
 
 
 def _content(path: Path) -> str:
     """The SHA-256 of a file, looked up where its size and time of change are those of when it was computed."""
     state = path.stat()
     known = store.cache_dir() / "pools" / "known" / f"{store.fingerprint(str(path.absolute()))[:32]}.json"
-    now = [state.st_size, state.st_mtime_ns]
+    now = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]  # copies may keep size and time
     if known.exists() and (memo := store.read_json(known)).get("state") == now:
         return str(memo["sha256"])
     content = store.file_sha256(path)
@@ -344,7 +344,8 @@ def _shard_of(origin: Origin, shape: Layout, part: Part) -> Shard:
 def _write(origin: Origin, shape: Layout, part: Part, rows: Iterable[Row]) -> Shard:
     """Convert rows into a shard."""
     file = Path(origin.folder) / f"{part.place:05}.arrow"
-    partial_file = file.with_name(f".{file.name}.partial")
+    # By process: what a killed conversion's workers still write must not be another's.
+    partial_file = file.with_name(f".{file.name}.{os.getpid()}.partial")
     left_out, kept = Counter[str](), 0
     shown: dict[str, list[Reject]] = {}
     with partial_file.open("wb") as stream:
