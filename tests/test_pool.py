@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fulcrum.clean import words
 from fulcrum.errors import DataError, StoreError
 from fulcrum.ingest import read
 from fulcrum.pool import open_pool, select
@@ -113,6 +114,7 @@ def test_every_planted_fault_is_counted_with_its_reason(tmp_path):
                 ("seven:", "six seven eight nine ten eleven twelve"),
                 ("Capital of Iceland?", "Reykjavik!"),
                 ("capital of Iceland", "Reykjavik, a city"),
+                ("what is the capital of Iceland", "Reykjavik, a city"),
                 ("held out", "test words that nobody may ever see in any training row at all"),
                 ("a long one", "x " * 50),
             )
@@ -123,15 +125,16 @@ def test_every_planted_fault_is_counted_with_its_reason(tmp_path):
     held = [task("so these are", "test words that nobody may ever see in any training row at all")]
     chosen = pick(pool, 99, task_rows=rows, held_out_rows=held, fits=lambda row: "too long" if len(row.answer) > 90 else None)
     kept = {e.question.strip().casefold().partition(":")[0] for e in chosen.examples}
-    assert kept == {"fine", "half here", "near miss", "seven", "capital of iceland"}
+    assert kept == {"fine", "half here", "near miss", "seven", "what is the capital of iceland"}
     assert Counter(r.reason for r in chosen.rejects) == {
         "shares a 13-gram with task or held-out data": 2,
         "shares an 8-gram with task or held-out data": 2,
         "is a task or held-out row": 1,
+        "asks what a task or held-out row asks": 1,
         "too long": 1,
     }
     assert pool.left_out == {"duplicate": 1, "empty answer": 1}
-    assert len(chosen.examples) + len(chosen.rejects) == len(pool) == 11
+    assert len(chosen.examples) + len(chosen.rejects) == len(pool) == 12
     assert chosen.exhausted
 
 
@@ -142,6 +145,34 @@ def test_a_task_rows_prompt_is_found_whatever_the_answers_are(tmp_path, words):
     pool = open_pool([jsonl(tmp_path / "a.jsonl", (question.title(), "quite another answer"))], seed=0)
     chosen = pick(pool, 1, task_rows=[task(question, "the answer has five words")])
     assert [r.reason.partition(" with ")[2] for r in chosen.rejects] == ["task or held-out data"]
+
+
+@pytest.mark.parametrize(
+    ("held", "general"),
+    [
+        ("café à la crème", "cafe\u0301 a\u0300 la cre\u0300me"),  # composed, decomposed
+        ("plain words", "pla\u00adin wo\u200brds"),  # a soft hyphen, a space of no width
+        ("ABC 12", "ＡＢＣ １２"),  # letters of full width
+        ("हिन्दी भाषा", "हिन्दी, भाषा!"),  # vowel signs are no letters, and belong to words
+    ],
+)
+def test_the_same_text_in_another_form_is_the_same(tmp_path, held, general):
+    """As a leak, and as a repeat within the pool (where it is only punctuation that differs, it is none)."""
+    pool = open_pool([jsonl(tmp_path / "a.jsonl", (general, "yes"), (held, "yes"))], seed=0)
+    assert len(pool) == (2 if "!" in general else 1)
+    chosen = pick(pool, 9, held_out_rows=[task(held, "yes")])
+    assert {r.reason for r in chosen.rejects} == {"is a task or held-out row"}
+    assert chosen.examples == []
+
+
+def test_scripts_without_spaces_are_compared_letter_by_letter(tmp_path):
+    held = "今日はとても天気がいいので公園を散歩します"
+    inside = f"日記：{held}。明日も。"
+    pool = open_pool([jsonl(tmp_path / "a.jsonl", ("書いて", inside), ("書いて", "今日は雨です"), ("พูด", "ประเทศไทย"))], seed=0)
+    chosen = pick(pool, 9, held_out_rows=[task("言って", held)])
+    assert sorted(row.answer for row in chosen.examples) == ["ประเทศไทย", "今日は雨です"]
+    assert chosen.rejects[0].reason == "shares a 13-gram with task or held-out data"
+    assert words("ไทย cafe\u0301 北京2026") == ["ไ", "ท", "ย", "café", "北", "京", "2026"]
 
 
 def test_a_selection_is_seeded_and_the_beginning_of_a_larger_one(tmp_path):

@@ -228,6 +228,29 @@ def test_near_duplicates_are_found_at_the_stated_recall_and_none_is_invented(tmp
     assert len(open_pool([GeneralSource(path=str(tmp_path / "a.jsonl"))], seed=0)) == len(content)
 
 
+def test_near_duplicates_are_found_among_rows_of_one_template() -> None:
+    """All rows are alike by 0.78, and so share bands with hundreds of others: those alike by more than 0.8 are found still."""
+    rng = np.random.default_rng(0)
+    template = [f"t{k}" for k in range(100)]
+    texts = [[*template, *(f"w{k}" for k in rng.integers(0, 50_000, 14))] for _ in range(2500)]
+    for k in range(0, 1000, 10):  # one word of the last 14 changed
+        place = 100 + int(rng.integers(14))
+        texts.append([*texts[k][:place], "changed", *texts[k][place + 1 :]])
+    order = rng.permutation(len(texts))
+    rows = [clean.shingles([texts[k]]) for k in order]
+    found = clean.near_duplicates(clean.bands(rows, 0.8), rows.__getitem__, 0.8)
+    assert 98 <= sum(max(order[later], order[earlier]) >= 2500 for later, earlier, _ in found) <= len(found) == 100
+    assert all(similarity == len(rows[a] & rows[b]) / len(rows[a] | rows[b]) >= 0.8 for a, b, similarity in found)
+    assert {(min(order[a], order[b])) for a, b, _ in found} == set(range(0, 1000, 10))
+
+
+def test_a_cluster_keeps_its_first_row() -> None:
+    """A thousand rows that differ in one word each: all but the first go, though most of their neighbours are gone."""
+    rows = [clean.shingles([[*(f"w{k}" for k in range(40)), f"own{row}"]]) for row in range(1000)]
+    found = clean.near_duplicates(clean.bands(rows, 0.8), rows.__getitem__, 0.8)
+    assert [(later, earlier) for later, earlier, _ in found] == [(row, 0) for row in range(1, 1000)]
+
+
 def test_repeats_within_and_between_sources_keep_the_first(tmp_path: Path) -> None:
     one = save(tmp_path / "a.jsonl", [*rows(5), {"prompt": "QUESTION  1", "completion": "Answer 1"}])
     two = save(tmp_path / "b.jsonl", [*rows(4, start=3), *rows(1, start=9)])

@@ -8,23 +8,26 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import regex
 
-from fulcrum.records import Example, IntArray, Reject
+from fulcrum.records import Example, Reject
+from fulcrum.rows import folded
 from fulcrum.sections import GeneralSource
 
 NGRAM, SHORT_NGRAM = 13, 8  # words; 13 as in GPT-3's decontamination (arXiv 2005.14165, appendix C), 8 for short tasks
 NEAR_ROWS = 1_000_000  # rows up to which near-duplicates are looked for; beyond, exact ones only
-WORD = re.compile(r"\w+")
 
 _PERMUTATIONS = 256
 _RECALL = 0.995  # of near-duplicates at the threshold; those beyond it are found more surely
 _KEPT = 50_000  # rows whose triples are kept while pairs are compared
-_RUN = 8  # a row is compared with so many others that share a band with it
+_RUN = 8  # of the rows that share a band each is compared with the first so many, and with so many of its neighbours
+_FOLLOWING = 3  # bands that order those rows
+_BLOCK = 10_000  # rows whose MinHashes are in memory at a time
 _LETTERS = 24  # in shorter texts a language cannot be told
 _SEEN = 2000  # characters that tell a row's language
 
@@ -36,10 +39,16 @@ _MARKER = re.compile(
 )
 _BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0e-\x1f]")
 
+_ASCII_WORD = re.compile(r"\w+")
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[\w--[{_UNSPACED}]]+", regex.V1)
+
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, casefolded. Texts without spaces between words are one run."""
-    return WORD.findall(text.casefold())
+    """Runs of letters and digits with their marks, folded; in scripts that put no spaces between words, each letter."""
+    text = folded(text)
+    found: list[str] = (_ASCII_WORD if text.isascii() else _WORD).findall(text)
+    return found
 
 
 def unfit(row: Example, source: GeneralSource) -> Reject | None:
@@ -85,7 +94,8 @@ def _identifier() -> Any:
 
 
 class TaskText:
-    """The n-grams of task messages: 13 words; 8 words of messages under 13; rows whose every message is under 8, whole.
+    """The n-grams of task messages: 13 words; 8 words of messages under 13; rows whose every message is under 8, whole; and
+    what the user of a row says, whole: the same question with another answer teaches against the task.
 
     Message by message: a short question and its answer must not hide in the n-grams of the two together. With `near` above 0,
     rows of at least so much Jaccard similarity (of word triples) are found too.
@@ -93,7 +103,7 @@ class TaskText:
 
     def __init__(self, rows: Iterable[Example], near: float = 0.0) -> None:
         self._known: dict[int, set[str]] = {NGRAM: set(), SHORT_NGRAM: set()}
-        self._whole: set[str] = set()
+        self._whole, self._asked = set[str](), set[str]()
         self._near, self._sizes, self._holders = near, list[int](), dict[str, list[int]]()
         for row in rows:
             messages = [words(message.content) for message in row.messages]
@@ -103,6 +113,7 @@ class TaskText:
                     self._known[n].update(_ngrams(found, n))
             if all(len(found) < SHORT_NGRAM for found in messages):
                 self._whole.add(_whole(messages))
+            self._asked.add(_asked(row, messages))
             if near:
                 own = shingles(messages)
                 for shingle in own:
@@ -120,6 +131,8 @@ class TaskText:
                 return Reject(row.origin, f"shares {article} {n}-gram with task or held-out data", hit)
         if (text := _whole(messages)) in self._whole:
             return Reject(row.origin, "is a task or held-out row", text)
+        if (asked := _asked(row, messages)) and asked in self._asked:
+            return Reject(row.origin, "asks what a task or held-out row asks", asked)
         if self._near:
             own = shingles(messages)
             common = Counter(place for shingle in own for place in self._holders.get(shingle, ()))
@@ -132,6 +145,12 @@ class TaskText:
 
 def _whole(messages: Sequence[Sequence[str]]) -> str:
     return " ".join(word for found in messages for word in found)
+
+
+def _asked(row: Example, messages: Sequence[Sequence[str]]) -> str:
+    """The words of all that the user says; a system prompt before it changes nothing."""
+    users = zip(row.messages, messages, strict=True)
+    return " ".join(word for message, found in users if message.role == "user" for word in found)
 
 
 def _ngrams(found: Sequence[str], n: int) -> list[str]:
@@ -157,14 +176,15 @@ def bands(rows: Iterable[set[str]], threshold: float) -> npt.NDArray[np.uint64]:
     width = max(wide, default=1)
     count = _PERMUTATIONS // width
     texts = ([shingle.encode() for shingle in row] for row in rows)
-    found = [sketch.hashvalues[: count * width] for sketch in MinHash.generator(texts, num_perm=_PERMUTATIONS)]
-    if not found:
-        return np.empty((0, count), dtype=np.uint64)
-    values = np.array(found, dtype=np.uint64).reshape(len(found), count, width)
-    mixed = np.zeros(values.shape[:2], dtype=np.uint64)
-    for column in range(width):  # FNV-1a over the band's values
-        mixed = (mixed ^ values[:, :, column]) * np.uint64(0x100000001B3) + np.uint64(0x9E3779B97F4A7C15)
-    return mixed
+    sketches = MinHash.generator(texts, num_perm=_PERMUTATIONS)
+    blocks = [np.empty((0, count), dtype=np.uint64)]
+    while found := [sketch.hashvalues[: count * width] for sketch in islice(sketches, _BLOCK)]:
+        values = np.array(found, dtype=np.uint64).reshape(len(found), count, width)
+        mixed = np.zeros(values.shape[:2], dtype=np.uint64)
+        for column in range(width):  # FNV-1a over the band's values
+            mixed = (mixed ^ values[:, :, column]) * np.uint64(0x100000001B3) + np.uint64(0x9E3779B97F4A7C15)
+        blocks.append(mixed)
+    return np.concatenate(blocks)
 
 
 def near_duplicates(
@@ -173,20 +193,13 @@ def near_duplicates(
     """Rows to leave out: (row, the earlier row that stays, their Jaccard similarity), by row. `of(i)` gives row i's shingles.
 
     A row goes where an earlier one that stays is at least `threshold` like it, exactly computed; which pairs are looked at the
-    `bands` say. Of rows that share a band each is compared with the first `_RUN`.
+    `bands` say (see `_pairs`).
     """
-    pairs: set[tuple[int, int]] = set()
-    for band in keys.T:
-        order = np.argsort(band, kind="stable")
-        starts = np.flatnonzero(np.append(True, np.diff(band[order]) != 0))
-        lengths = np.diff(np.append(starts, len(order)))
-        for start, length in zip(starts[lengths > 1], lengths[lengths > 1], strict=True):
-            run: IntArray = order[start : start + length]
-            pairs |= {(int(later), int(run[k])) for n, later in enumerate(run) for k in range(min(n, _RUN))}
     found: list[tuple[int, int, float]] = []
     gone: set[int] = set()
     of_row = lru_cache(maxsize=_KEPT)(of)
-    for later, earlier in sorted(pairs):
+    for pair in _pairs(keys):
+        later, earlier = divmod(int(pair), len(keys))
         if later in gone or earlier in gone:
             continue
         a, b = of_row(later), of_row(earlier)
@@ -195,3 +208,31 @@ def near_duplicates(
             gone.add(later)
             found.append((later, earlier, similarity))
     return found
+
+
+def _pairs(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """The pairs to compare, ascending: (later row) * (number of rows) + (earlier row).
+
+    Where many rows share a band, as those of one template do, each meets the first `_RUN` of them and its `_RUN` neighbours in
+    the order of the bands that follow: rows that share these too stand side by side (as in an LSH forest; Bawa, Condie and
+    Ganesan, WWW 2005).
+    """
+    rows, count = keys.shape
+    pairs = np.empty(0, dtype=np.int64)
+    for place in range(count):
+        band = keys[:, place]
+        by_row = np.argsort(band, kind="stable")
+        starts = np.append(True, np.diff(band[by_row]) != 0)
+        first = np.flatnonzero(starts)[np.cumsum(starts) - 1]  # where the run of each begins
+        following = [keys[:, (place + step) % count] for step in range(min(_FOLLOWING, count), 0, -1)]
+        alike = np.lexsort((*following, band))
+        own = [pairs]
+        for step in range(_RUN):
+            has = first + step < np.arange(rows)
+            own.append(by_row[has] * rows + by_row[first[has] + step])
+        for step in range(1, _RUN + 1):
+            a, b = alike[step:], alike[:-step]
+            same = band[a] == band[b]
+            own.append(np.maximum(a, b)[same] * rows + np.minimum(a, b)[same])
+        pairs = np.unique(np.concatenate(own))
+    return pairs

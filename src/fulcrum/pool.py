@@ -262,9 +262,9 @@ def select(
 
     Where sources have weights, each next row is of the source that is furthest behind its part, counted in `size` (1 a row, or
     its tokens). A row looked at and not kept is a Reject: sharing text with `task_rows` or `held_out_rows` (dev and test), at
-    least `near` (above 0) like one, or whatever reason `fits` returns (None: it fits). Words are runs of letters and digits,
-    casefolded; texts without spaces between words are compared in whole runs. Raises DataError where a row holds an anchor's
-    text: that would teach the task's behaviour on general data, so it is refused rather than skipped.
+    least `near` (above 0) like one, or whatever reason `fits` returns (None: it fits). Words are those of `clean.words`. Raises
+    DataError where a row holds an anchor's text: that would teach the task's behaviour on general data, so it is refused
+    rather than skipped.
     """
     task_text = clean.TaskText([*task_rows, *held_out_rows], near)
     anchor_texts = [normalise(anchor.text) for anchor in anchors if anchor.text.strip()]

@@ -15,10 +15,13 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
+
+import regex
 
 from fulcrum.errors import DataError, nearest
 from fulcrum.records import Example, Message, Reject, Role
@@ -52,6 +55,9 @@ ROLES: Mapping[str, Role] = {
 }
 
 
+_INVISIBLE = regex.compile(r"\p{Cf}+")
+
+
 class _RowError(Exception):
     """Why a row cannot become an Example; never leaves this module."""
 
@@ -67,9 +73,16 @@ class Layout:
     columns: Mapping[str, str]
 
 
+def folded(text: str) -> str:
+    """Return the text casefolded, in one Unicode form (NFKC) and without characters that nobody sees (category Cf)."""
+    if text.isascii():
+        return text.casefold()
+    return _INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).casefold()
+
+
 def normalise(text: str) -> str:
-    """Return the text casefolded, with white space collapsed: the form in which texts are compared."""
-    return " ".join(text.casefold().split())
+    """Return the text folded, with white space collapsed: the form in which texts are compared."""
+    return " ".join(folded(text).split())
 
 
 def in_two(text: str) -> tuple[str, str]:

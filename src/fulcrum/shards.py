@@ -34,7 +34,7 @@ from fulcrum.rows import Layout, content_key, convert
 from fulcrum.sections import GeneralSource
 from fulcrum.tables import Row, files, fitting_layout, hub, hub_commit, require_some, suffix, text_rows, unreadable
 
-VERSION = 1  # raise it where the same file would give other shards
+VERSION = 2  # raise it where the same file would give other shards
 SHOWN = 5  # rows left out that are kept as examples, of each reason
 
 _PART_BYTES = 16 * 2**20
