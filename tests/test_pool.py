@@ -85,7 +85,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path / "file"))
     with pytest.raises(
-        StoreError, match=r"cannot write: Not a directory; free some space.*FULCRUM_CACHE, for models and pools"
+        StoreError, match=r"the pool's cache cannot be written: Not a directory; free space, or set FULCRUM_CACHE"
     ):
         open_pool([jsonl(tmp_path / "a.jsonl", ("q", "a"))], seed=0)
 

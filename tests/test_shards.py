@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fulcrum import clean, config, shards, tables
+from fulcrum import clean, config, origins, shards, tables
 from fulcrum.errors import ConfigError, DataError
 from fulcrum.pool import open_pool, select
 from fulcrum.records import Example, Message
@@ -62,9 +62,9 @@ def forms(folder: Path, content: list[dict[str, str]]) -> dict[str, Path]:
 def test_every_form_cut_anywhere_gives_the_same_rows_and_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    monkeypatch.setattr(shards, "_PART_ROWS", 8)
-    monkeypatch.setattr(shards, "_PART_BYTES", 300)
-    monkeypatch.setattr(shards, "_BATCH", 3)
+    monkeypatch.setattr(origins, "PART_ROWS", 8)
+    monkeypatch.setattr(origins, "_PART_BYTES", 300)
+    monkeypatch.setattr(origins, "BATCH", 3)
     content = rows(40)
     content[5]["completion"] = ""
     path = forms(tmp_path, content)[form]
@@ -74,27 +74,27 @@ def test_every_form_cut_anywhere_gives_the_same_rows_and_places(
     # A row's number is its line in text, its row in lists and tables; a CSV file has a header.
     assert [found[k].origin.rpartition(":")[2] for k in (0, 38)] == (["2", "41"] if form == "csv" else ["1", "40"])
     assert found.left_out == {"empty answer": 1}
-    assert len(list(Path(shards.origins(GeneralSource(path=str(path)))[0].folder).glob("*.arrow"))) >= 3
+    assert len(list(shards.folder(origins.origins(GeneralSource(path=str(path)))[0]).glob("*.arrow"))) >= 3
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz"])
 def test_a_killed_conversion_goes_on_and_converts_no_part_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(shards, "_PART_BYTES", 200)
-    monkeypatch.setattr(shards, "_PART_ROWS", 6)
+    monkeypatch.setattr(origins, "_PART_BYTES", 200)
+    monkeypatch.setattr(origins, "PART_ROWS", 6)
     content = rows(60)
     save(tmp_path / "a.jsonl", content)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     source = GeneralSource(path=str(tmp_path / name))
     write, written = shards._write, list[int]()
 
-    def counted(origin, shape, part, own):
+    def counted(origin, where, shape, part, *own):
         if len(written) == 4 and not resumed:
-            (Path(origin.folder) / f".{part.place:05}.arrow.partial").write_bytes(b"half a file")
+            (where / f".{part.place:05}.arrow.1.partial").write_bytes(b"half a file")
             raise KeyboardInterrupt
         written.append(part.place)
-        return write(origin, shape, part, own)
+        return write(origin, where, shape, part, *own)
 
     monkeypatch.setattr(shards, "_write", counted)
     resumed = False
@@ -105,17 +105,20 @@ def test_a_killed_conversion_goes_on_and_converts_no_part_twice(
     found = read(source)
     assert read(source) == found  # now from the cache
     assert written == list(range(len(written)))
+    assert not list(Path(os.environ["FULCRUM_CACHE"]).rglob("*.partial"))
     assert len(written) > 6
     assert [row.question for row in found] == [row["prompt"] for row in content]
 
 
 def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_PART_BYTES", 300)
-    source = save(tmp_path / "a.jsonl", rows(30))
+    monkeypatch.setattr(origins, "_PART_BYTES", 300)
+    alike = [{"prompt": "one two three four five six " * 2 + f"word {k}", "completion": "so"} for k in range(2)]
+    source = save(tmp_path / "a.jsonl", [*rows(30), *alike])
     pool = open_pool([source], seed=0, near=0.5, jobs=2)
     monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path / "other"))
     alone = open_pool([source], seed=0, near=0.5)
     assert [pool[k] for k in range(len(pool))] == [alone[k] for k in range(len(alone))]
+    assert pool.left_out == alone.left_out == {"near-duplicate": 1}
     assert [row.origin for row in map(alone.__getitem__, range(30))] == [f"{source.path}:{k}" for k in range(1, 31)]
 
 
@@ -269,10 +272,13 @@ def test_beyond_a_million_rows_exact_repeats_alone_are_looked_for(tmp_path: Path
     text = " ".join(f"w{k}" for k in range(40))
     source = save(tmp_path / "a.jsonl", [{"prompt": f"{text} {k}", "completion": "a"} for k in range(5)])
     pool = open_pool([source], seed=0, near=0.8)
-    assert (len(pool), pool.exact_only) == (5, True)
+    assert len(pool) == 5
+    assert pool.notes == (
+        "near-duplicates are sought in pools of up to 3 rows; this one has 5 (before any limit): exact ones only",
+    )
     monkeypatch.setattr(clean, "NEAR_ROWS", 5)
     pool = open_pool([source], seed=0, near=0.8)
-    assert (len(pool), pool.exact_only) == (1, False)
+    assert (len(pool), pool.notes) == (1, ())
 
 
 def test_a_hub_data_set_is_converted_whole_or_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,12 +290,12 @@ def test_a_hub_data_set_is_converted_whole_or_streamed(tmp_path: Path, monkeypat
         assert (name, split) == ("some/thing", "train")
         return data.to_iterable_dataset() if stream else data
 
-    monkeypatch.setattr(shards, "hub", load)
-    monkeypatch.setattr(shards, "_PART_ROWS", 8)
+    monkeypatch.setattr(origins, "hub", load)
+    monkeypatch.setattr(origins, "PART_ROWS", 8)
     whole = read(GeneralSource(path="some/thing", exclude={"kind": "a"}))
     assert [row.origin for row in whole[:2]] == ["some/thing:2", "some/thing:3"]
     assert (len(whole), any(asked)) == (20, False)
-    monkeypatch.setattr(shards, "_BUFFER", 30)
+    monkeypatch.setattr(origins, "_BUFFER", 30)
     streamed = read(GeneralSource(path="some/thing", stream=True, limit=12))
     assert len(streamed) == 12
     assert any(int(b.question.split()[1]) < int(a.question.split()[1]) for a, b in pairwise(streamed))  # shuffled
@@ -298,16 +304,16 @@ def test_a_hub_data_set_is_converted_whole_or_streamed(tmp_path: Path, monkeypat
     def unreachable(*given, **named):
         raise DataError("no network")
 
-    monkeypatch.setattr(shards, "hub", unreachable)  # what was converted stays usable
+    monkeypatch.setattr(origins, "hub", unreachable)  # what was converted stays usable
     assert read(GeneralSource(path="some/thing", stream=True, limit=12)) == streamed
     with pytest.raises(DataError, match="no network"):
         read(GeneralSource(path="some/thing", stream=True, limit=13))
-    monkeypatch.setattr(shards, "hub", load)
+    monkeypatch.setattr(origins, "hub", load)
     commits = iter(["one", "one", "two"])
-    monkeypatch.setattr(shards, "hub_commit", lambda name, revision: next(commits))
+    monkeypatch.setattr(origins, "hub_commit", lambda name, revision: next(commits))
     source = GeneralSource(path="some/thing", stream=True, limit=12)
-    (first,), (again,), (moved,) = (shards.origins(source) for _ in range(3))
-    assert first.folder == again.folder != moved.folder
+    (first,), (again,), (moved,) = (origins.origins(source) for _ in range(3))
+    assert shards.folder(first) == shards.folder(again) != shards.folder(moved)
 
 
 def test_a_file_that_keeps_its_size_and_time_is_read_again(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def check(
     from fulcrum import config
 
     settings = config.load(run_file, changes or ())
-    screen = _model_screen(ctx, settings.model)
+    screen = _ready_screen(ctx, settings)
     from fulcrum import arms, encode, preview, terminal
 
     with terminal.working(screen, "reading data"):
@@ -157,7 +157,7 @@ def compare(
     if budget or quick:
         from fulcrum import cli_budget
 
-        screen = _model_screen(ctx, settings.model, dry_run=dry_run)
+        screen = _ready_screen(ctx, settings, dry_run=dry_run)
         settings, planned = cli_budget.planned(screen, settings, budget, quick=quick, resume=resume, ask=not (yes or dry_run))
         how |= planned
     _launch(ctx, "compare", settings, resume=resume, dry_run=dry_run, **how)
@@ -231,7 +231,7 @@ def mix(
     settings = _settings(run_file, changes, model, None, seed)
     if settings.mix.select == "gradient":
         raise ConfigError("mix.select: gradient needs gradients, which only `train` and `compare` take; choose another")
-    screen = _model_screen(ctx, settings.model)
+    screen = _ready_screen(ctx, settings)
     from fulcrum import arms, preview, terminal
 
     if settings.mix.general_per_task == "auto":
@@ -277,8 +277,8 @@ def _notes(ctx: typer.Context) -> "Console":
     return terminal.console(stderr=True)
 
 
-def _model_screen(ctx: typer.Context, model: str, *, dry_run: bool = False) -> "Console":
-    """A console on stdout, once the model is there: fetched with a bar where the cache lacks it.
+def _ready_screen(ctx: typer.Context, settings: "Settings", *, dry_run: bool = False) -> "Console":
+    """A console on stdout, once the model is fetched and general data are converted, with bars where the cache lacks them.
 
     Of a dry run only the settings go to stdout where that is piped: the console is then one on stderr.
     """
@@ -287,8 +287,11 @@ def _model_screen(ctx: typer.Context, model: str, *, dry_run: bool = False) -> "
 
     screen = terminal.console()
     screen = notes if dry_run and not screen.is_terminal else screen
-    with terminal.download(screen, model) as progress:
-        fetch.prepare(model, progress)
+    with terminal.download(screen, settings.model) as progress:
+        fetch.prepare(settings.model, progress)
+    arms = [arm for arm in settings.compare.arms if not isinstance(arm, str)]
+    for sources in filter(None, (settings.general, *(arm.pool for arm in arms))):
+        cli_pool.convert(screen, settings, sources)
     return screen
 
 
@@ -296,7 +299,7 @@ def _launch(
     ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool, dry_run: bool, **how: Any
 ) -> None:  # fmt: skip
     """Do what `train` and `compare` do, or print what they would."""
-    screen = _model_screen(ctx, settings.model, dry_run=dry_run)
+    screen = _ready_screen(ctx, settings, dry_run=dry_run)
     if dry_run:
         from fulcrum import arms
 

@@ -13,6 +13,13 @@ from typer.core import TyperGroup
 from fulcrum.errors import FulcrumError
 
 DEBUG = "--debug"
+_RESUMED = "what was finished is kept; go on with --resume"
+_KEPT = {  # what is said after Ctrl-C
+    "train": _RESUMED,
+    "compare": _RESUMED,
+    "pool": "what was converted is kept; the same command goes on with it",
+    "selfgen": "what was made is kept; the same command goes on with it",
+}
 
 
 class Group(TyperGroup):
@@ -38,8 +45,8 @@ class Group(TyperGroup):
         except KeyboardInterrupt:
             from fulcrum import terminal
 
-            kept = ctx.invoked_subcommand in ("train", "compare")
-            terminal.fail("what was finished is kept; go on with --resume" if kept else "nothing was changed", "stopped")
+            kept = _KEPT.get(ctx.invoked_subcommand or "", "nothing was changed")
+            terminal.fail(kept, "stopped")
             raise typer.Exit(130) from None
         except Exception as error:
             if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):  # Typer's own, which it prints

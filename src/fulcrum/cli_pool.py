@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from fulcrum.config import Settings
     from fulcrum.pool import Pool
+    from fulcrum.sections import GeneralSource
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -74,24 +76,25 @@ def check(
     """Say which general rows may stand beside the tasks, and show examples of those that may not."""
     from fulcrum import material, terminal
     from fulcrum import pool as pools
+    from fulcrum.watch import Watch
 
     settings = _settings(run_file, changes)
     if not settings.tasks:
         raise ConfigError(f"{run_file}: is data; `pool check` needs a settings file, which says what the task rows are")
     tasks = [material.read_task(task, settings.seed)[0] for task in settings.tasks]
     screen, opened = _open(ctx, run_file, None, changes)
-    with terminal.working(screen, "comparing with the task's rows"):
-        found = pools.select(
-            opened, min(rows or len(opened), len(opened)), seed=settings.seed, fits=lambda _: None,
+    with Watch(screen) as watch:
+        stand, reasons, refused = pools.check(
+            opened, rows or len(opened), seed=settings.seed, shown=examples, progress=watch.count,
             task_rows=[row for task in tasks for row in task.train],
             held_out_rows=[row for task in tasks for row in (*task.dev, *task.test)],
             anchors=[task.anchor for task in tasks if task.anchor is not None], near=settings.clean.near_duplicates,
         )  # fmt: skip
     _show(screen, opened)
-    terminal.say(screen, f"beside the tasks: {len(found.examples):,} rows may stand, {len(found.rejects):,} may not")
-    terminal.say_rejects(screen, Counter(reject.reason for reject in found.rejects))
+    terminal.say(screen, f"beside the tasks: {stand:,} rows may stand, {sum(reasons.values()):,} may not")
+    terminal.say_rejects(screen, reasons)
     left: Counter[str] = Counter()
-    for reject in (*opened.shown, *found.rejects):
+    for reject in (*opened.shown, *refused):
         left[reject.reason] += 1
         if left[reject.reason] <= examples:
             terminal.say(screen, f"{reject.reason}: {reject.origin}: {reject.detail[:200]}")
@@ -108,31 +111,34 @@ def _settings(given: str, changes: list[str] | None) -> "Settings":
 
 
 def _open(ctx: typer.Context, given: str, jobs: int | None, changes: list[str] | None) -> "tuple[Console, Pool]":
-    from fulcrum import pool as pools
     from fulcrum import terminal
-    from fulcrum.watch import Watch
 
     if not ctx.obj:
         terminal.silence_data_libraries()
     settings, screen = _settings(given, changes), terminal.console()
+    return screen, convert(screen, settings, settings.general, jobs)
+
+
+def convert(screen: "Console", settings: "Settings", sources: "Sequence[GeneralSource]", jobs: int | None = None) -> "Pool":
+    """Open general data as the settings do, with a bar where anything must be converted first."""
+    from fulcrum import pool as pools
+    from fulcrum.watch import Watch
+
+    near, jobs = settings.clean.near_duplicates, jobs or os.cpu_count() or 1
     with Watch(screen) as watch:
-        opened = pools.open_pool(
-            settings.general, settings.seed, near=settings.clean.near_duplicates, jobs=jobs or os.cpu_count() or 1,
-            progress=watch.count,
-        )  # fmt: skip
-    return screen, opened
+        return pools.open_pool(sources, settings.seed, near=near, jobs=jobs, progress=watch.count)
 
 
 def _show(screen: "Console", opened: "Pool") -> None:
-    from fulcrum import clean, terminal
+    from fulcrum import terminal
 
     for part in opened.stretches:
         weight = "" if part.source.weight is None else f", weight {part.source.weight:g}"
         terminal.say(screen, f"{part.source.path}: {part.stop - part.start:,} rows{weight}")
     terminal.say(screen, f"{len(opened):,} rows; left out: {sum(opened.left_out.values()):,}")
     terminal.say_rejects(screen, opened.left_out)
-    if opened.exact_only:
-        terminal.say(screen, f"near-duplicates were not looked for: more than {clean.NEAR_ROWS:,} rows, exact ones only")
+    for note in opened.notes:
+        terminal.say(screen, f"note: {note}", "yellow")
 
 
 def _show_words(screen: "Console", opened: "Pool") -> None:

@@ -227,10 +227,7 @@ def prepare(
         left_out = {f"general: {reason}": count for reason, count in cleaner.pool.left_out.items()}
         rejects += [Reject(r.origin, f"general: {r.reason}", r.detail) for r in selection.rejects]
         notes += [f"{name}: too few usable rows for its weight; the other sources gave the rest" for name in selection.dry]
-        if cleaner.pool.exact_only:
-            notes.append(
-                f"general: near-duplicates are sought in pools of up to {clean.NEAR_ROWS:,} rows; here exact ones only"
-            )
+        notes += [f"general: {note}" for note in cleaner.pool.notes]
         left = len(selection.examples)
         repeats = tuple(number for number in wanted if wanted[number] <= left)
         if not repeats:
@@ -258,6 +255,7 @@ def prepare(
                 left_out |= {f"general of {arm.name}: {reason}": count for reason, count in other.pool.left_out.items()}
                 rejects += [Reject(r.origin, f"general of {arm.name}: {r.reason}", r.detail) for r in found.rejects]
                 notes += [f"{arm.name}: {name}: too few usable rows for its weight" for name in found.dry]
+                notes += [f"{arm.name}: {note}" for note in other.pool.notes]
     counts = dict(Counter(reject.reason for reject in rejects) + Counter(left_out))
     return Material(
         tuple(tasks),

@@ -8,27 +8,22 @@ Invariants: rows of the sources = rows of the pool + rows left out with a reason
 pool repeats another, and no kept one shares an n-gram with task data, or holds an anchor.
 """
 
-import json
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, chain, pairwise, repeat
-from multiprocessing import get_context
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-from filelock import FileLock
 
-from fulcrum import clean, shards, store
+from fulcrum import clean, origins, repeats, shards, tables
 from fulcrum.errors import DataError, nearest
-from fulcrum.records import Anchor, BoolArray, Example, IntArray, Message, Reject
+from fulcrum.records import Anchor, Example, IntArray, Reject
 from fulcrum.rows import normalise
 from fulcrum.sections import GeneralSource
 from fulcrum.shards import Progress, Shard, silent
+
+_TOLD = 1000  # rows between two tellings
 
 
 @dataclass(frozen=True)
@@ -44,18 +39,16 @@ class Pool:
     """Rows of several sources end to end. `len(pool)` counts them; `pool[i]` reads one.
 
     `stretches` are the sources' rows; `left_out` counts the rows that are not here by reason, `shown` are some of them;
-    `exact_only` where near-duplicates were asked for and there are too many rows to look for them.
+    `notes` say what else the user should know, as that there are too many rows to look for near-duplicates.
     """
 
     def __init__(
         self, found: Sequence[tuple[str, Shard]], ids: npt.NDArray[np.int64], stretches: Sequence[Stretch],
-        left_out: Mapping[str, int], shown: Sequence[Reject], *, exact_only: bool = False,
+        left_out: Mapping[str, int], shown: Sequence[Reject], notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Of the shards (with their origins' names), end to end, the rows `ids`, ascending."""
-        self._shards, self._ids = found, ids
-        self._ends = list(accumulate(shard.kept for _, shard in found))
-        self._open: dict[int, pa.Table] = {}
-        self.stretches, self.left_out, self.shown, self.exact_only = stretches, left_out, shown, exact_only
+        self._rows, self._ids = shards.Rows(found), ids
+        self.stretches, self.left_out, self.shown, self.notes = stretches, left_out, shown, tuple(notes)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -64,25 +57,11 @@ class Pool:
         """Read row `index`, 0 <= index < len; IndexError beyond."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a pool of {len(self)}")
-        row = int(self._ids[index])
-        place = bisect_right(self._ends, row)
-        name, shard = self._shards[place]
-        if place not in self._open:
-            self._open[place] = _table(shard).select(["line", "group", "messages"])
-        offset = row - (self._ends[place] - shard.kept)
-        found = self._open[place].slice(offset, 1).to_pylist()[0]
-        messages = tuple(Message(role, content, train) for role, content, train in json.loads(found["messages"]))
-        return Example(messages, found["group"], f"{name}:{found['line']}")
+        return self._rows[int(self._ids[index])]
 
     def words(self) -> IntArray:
         """Words of every row: (len,)."""
-        counts = [_table(shard)["words"].to_numpy() for _, shard in self._shards]
-        return np.concatenate(counts)[self._ids].astype(np.int64) if counts else np.empty(0, dtype=np.int64)
-
-
-def _table(shard: Shard) -> pa.Table:
-    """The rows of a shard, memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(shard.path)).read_all()
+        return self._rows.words()[self._ids]
 
 
 def open_pool(
@@ -97,6 +76,7 @@ def open_pool(
     found: list[tuple[str, Shard]] = []
     bounds: list[tuple[int, int]] = []  # of each source, in rows of all shards
     folders: list[str] = []
+    notes: list[str] = []
     for source in sources:
         if unknown := sorted({*source.languages} - {*clean.languages()} if source.languages else ()):
             raise DataError(
@@ -104,24 +84,32 @@ def open_pool(
                 f"{nearest(unknown[0], clean.languages())}; codes are those of ISO 639-1, as en"
             )
         start = sum(shard.kept for _, shard in found)
-        for origin in shards.origins(source):
-            folders.append(origin.folder)
+        for origin in origins.origins(source):
+            folders.append(str(shards.folder(origin)))
+            notes += [origin.note] if origin.note else []
             found += [(origin.name, shard) for shard in shards.build(origin, jobs=jobs, progress=progress)]
+        if unread := tables.passed_over(source.path):
+            more = f" and {len(unread) - 5:,} more" if len(unread) > 5 else ""
+            notes.append(f"{source.path}: not read, being no data files: {', '.join(unread[:5])}{more}")
         bounds.append((start, sum(shard.kept for _, shard in found)))
     left_out = Counter[str]()
     for _, shard in found:
         left_out.update(shard.left_out)
     shown = list(chain.from_iterable(shard.shown for _, shard in found))
-    ids, repeats, repeated = _without_repeats(found, folders, near, jobs, progress)
+    ids, again, repeated = repeats.without_repeats(found, folders, near, jobs, progress)
     parts = [ids[slice(*np.searchsorted(ids, bound))] for bound in bounds]
     drawn = [_limited(part, source.limit, (seed, k)) for k, (part, source) in enumerate(zip(parts, sources, strict=True))]
     if undrawn := sum(map(len, parts)) - sum(map(len, drawn)):
-        repeats = {**repeats, "not drawn (limit)": undrawn}
+        again = {**again, "not drawn (limit)": undrawn}
     ends = list(accumulate(map(len, drawn), initial=0))
     stretches = [Stretch(source, *own) for source, own in zip(sources, pairwise(ends), strict=True)]
     kept = ids if all(len(a) == len(b) for a, b in zip(drawn, parts, strict=True)) else np.concatenate(drawn)
-    exact_only = near > 0 and (bounds[-1][1] if bounds else 0) > clean.NEAR_ROWS
-    return Pool(found, kept, stretches, dict(left_out + Counter(repeats)), [*shown, *repeated], exact_only=exact_only)
+    if near > 0 and bounds and bounds[-1][1] > clean.NEAR_ROWS:
+        notes.append(
+            f"near-duplicates are sought in pools of up to {clean.NEAR_ROWS:,} rows; this one has {bounds[-1][1]:,} (before "
+            "any limit): exact ones only"
+        )
+    return Pool(found, kept, stretches, dict(left_out + Counter(again)), [*shown, *repeated], notes)
 
 
 def _limited(ids: npt.NDArray[np.int64], limit: int | None, key: tuple[int, ...]) -> npt.NDArray[np.int64]:
@@ -129,106 +117,6 @@ def _limited(ids: npt.NDArray[np.int64], limit: int | None, key: tuple[int, ...]
     if limit is None or limit >= len(ids):
         return ids
     return ids[np.sort(np.random.default_rng(key).permutation(len(ids))[:limit])]
-
-
-def _without_repeats(
-    found: Sequence[tuple[str, Shard]], folders: Sequence[str], near: float, jobs: int, progress: Progress
-) -> tuple[npt.NDArray[np.int64], dict[str, int], list[Reject]]:
-    """Rows of all shards that repeat no earlier one, ascending; how many do, and some of them. Computed once, then kept."""
-    total = sum(shard.kept for _, shard in found)
-    near = near if total <= clean.NEAR_ROWS else 0.0
-    folder = store.cache_dir() / "pools" / "sets" / store.fingerprint([shards.VERSION, list(folders), near])[:32]
-    rows, counts = folder / "rows.npy", folder / "left_out.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        if not counts.exists():
-            stays, same = _exact(found, total, progress)
-            alike = _near(found, stays, near, jobs, progress) if near else []
-            stays[[row for row, *_ in alike]] = False
-            store.write_array(rows, np.flatnonzero(stays))
-            store.write_json(counts, {
-                "duplicate": [total - int(stays.sum()) - len(alike), _some(found, same)],
-                "near-duplicate": [len(alike), _some(found, alike)],
-            })  # fmt: skip
-    described = store.read_json(counts)
-    ids = np.load(rows, mmap_mode="r") if total else np.empty(0, dtype=np.int64)
-    repeats = {reason: count for reason, (count, _) in described.items() if count}
-    shown = [
-        Reject(f"{found[a][0]}:{line}", reason, f"{'same as' if value == 1 else f'{value:.0%} like'} {found[b][0]}:{twin}")
-        for reason, (_, some) in described.items() for a, line, b, twin, value in some
-    ]  # fmt: skip
-    return ids, repeats, shown
-
-
-Twin = tuple[int, int, float]  # a row, the earlier row that stays, their similarity
-
-
-def _exact(found: Sequence[tuple[str, Shard]], total: int, progress: Progress) -> tuple[BoolArray, list[Twin]]:
-    """Whether each row's content is that of no earlier row: (total,); and some of the others."""
-    keys = np.empty((total, 2), dtype=np.uint64)  # 128 bits of SHA-256 each: 16 bytes a row
-    start = 0
-    for place, (_, shard) in enumerate(found, 1):
-        with pa.memory_map(shard.path) as source:
-            for batch in map(pa.ipc.open_file(source).get_batch, range(pa.ipc.open_file(source).num_record_batches)):
-                own = batch.column("key")
-                flat = np.frombuffer(own.buffers()[1], dtype=np.uint64, count=2 * len(own))
-                keys[start : start + len(own)] = flat.reshape(-1, 2)
-                start += len(own)
-        progress("looking for duplicates", place, len(found))
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in the order of their rows
-    same = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
-    stays = np.ones(total, dtype=np.bool_)
-    stays[order[1:][same]] = False
-    some = []
-    for place in np.flatnonzero(same)[: shards.SHOWN]:
-        first = int(place)
-        while first and same[first - 1]:
-            first -= 1
-        some.append((int(order[place + 1]), int(order[first]), 1.0))
-    return stays, some
-
-
-def _near(found: Sequence[tuple[str, Shard]], stays: BoolArray, near: float, jobs: int, progress: Progress) -> list[Twin]:
-    """Rows nearly the same as an earlier one that stays."""
-    label, of_shard = "looking for near-duplicates", [shard for _, shard in found]
-    parts: list[npt.NDArray[np.uint64]] = []
-
-    def collect(results: Iterator[npt.NDArray[np.uint64]]) -> None:
-        for place, part in enumerate(results, 1):
-            parts.append(part)
-            progress(label, place, len(of_shard))
-
-    if jobs == 1 or len(of_shard) == 1:
-        collect(map(partial(_bands, near), of_shard))
-    else:
-        with ProcessPoolExecutor(min(jobs, len(of_shard)), mp_context=get_context("spawn")) as workers:
-            collect(workers.map(_bands, repeat(near), of_shard))
-    keys = np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.uint64)
-    rest = Pool(found, np.flatnonzero(stays), (), {}, ())
-
-    def of(row: int) -> set[str]:
-        return clean.shingles([clean.words(message.content) for message in rest[row].messages])
-
-    pairs = clean.near_duplicates(keys[stays], of, near)
-    everywhere = np.flatnonzero(stays)
-    return [(int(everywhere[row]), int(everywhere[earlier]), similarity) for row, earlier, similarity in pairs]
-
-
-def _bands(near: float, shard: Shard) -> npt.NDArray[np.uint64]:
-    table = _table(shard)
-    texts = (json.loads(row.as_py()) for row in table["messages"])
-    return clean.bands((clean.shingles([clean.words(content) for _, content, _ in text]) for text in texts), near)
-
-
-def _some(found: Sequence[tuple[str, Shard]], twins: Sequence[Twin]) -> list[tuple[int, int, int, int, float]]:
-    """Some pairs as (shard, line, shard of the earlier row, its line, similarity): lines, since a file's name may change."""
-    ends = list(accumulate(shard.kept for _, shard in found))
-
-    def at(row: int) -> tuple[int, int]:
-        place = bisect_right(ends, row)
-        return place, _table(found[place][1])["line"][row - (ends[place] - found[place][1].kept)].as_py()
-
-    return [(*at(row), *at(earlier), similarity) for row, earlier, similarity in sorted(twins)[: shards.SHOWN]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -266,16 +154,14 @@ def select(
     DataError where a row holds an anchor's text: that would teach the task's behaviour on general data, so it is refused
     rather than skipped.
     """
-    task_text = clean.TaskText([*task_rows, *held_out_rows], near)
-    anchor_texts = [normalise(anchor.text) for anchor in anchors if anchor.text.strip()]
     examples: list[Example] = []
     ids: list[int] = []
     rejects: list[Reject] = []
     walk = _Walk(pool, seed)
+    judge = _judge(task_rows, held_out_rows, anchors, near)
     while len(examples) < count and (index := walk.next()) is not None:
         row = pool[index]
-        _refuse_anchors(row, anchor_texts)
-        refused = task_text.shared(row)
+        refused = judge(row)
         if refused is None and (reason := fits(row)) is not None:
             refused = Reject(row.origin, reason)
         if refused is not None:
@@ -286,6 +172,47 @@ def select(
         ids.append(index)
     exhausted = len(examples) < count
     return Selection(examples, np.array(ids, dtype=np.int64), rejects, exhausted, () if exhausted else walk.dry)
+
+
+def check(
+    pool: Pool,
+    rows: int,
+    *,
+    seed: int,
+    task_rows: Sequence[Example],
+    held_out_rows: Sequence[Example],
+    anchors: Sequence[Anchor],
+    near: float = 0.0,
+    shown: int = 3,
+    progress: Progress = silent,
+) -> tuple[int, dict[str, int], list[Reject]]:
+    """Look at the first `rows` rows of a seeded permutation of the pool as `select` does, keeping none in memory: how many may
+    stand beside the tasks, how many may not by reason, and up to `shown` of each reason. Raises DataError as `select` does.
+    """
+    judge = _judge(task_rows, held_out_rows, anchors, near)
+    counts, some, rows = Counter[str](), list[Reject](), min(rows, len(pool))
+    for done, index in enumerate(np.random.default_rng(seed).permutation(len(pool))[:rows]):
+        if done % _TOLD == 0:
+            progress("comparing with the task's rows", done, rows)
+        if (refused := judge(pool[int(index)])) is not None:
+            counts[refused.reason] += 1
+            some += [refused] if counts[refused.reason] <= shown else []
+    progress("comparing with the task's rows", rows, rows)
+    return rows - counts.total(), dict(counts), some
+
+
+def _judge(
+    task_rows: Sequence[Example], held_out_rows: Sequence[Example], anchors: Sequence[Anchor], near: float
+) -> Callable[[Example], Reject | None]:
+    """What says why a row may not stand beside the tasks; None: it may."""
+    task_text = clean.TaskText([*task_rows, *held_out_rows], near)
+    anchor_texts = [normalise(anchor.text) for anchor in anchors if anchor.text.strip()]
+
+    def judge(row: Example) -> Reject | None:
+        _refuse_anchors(row, anchor_texts)
+        return task_text.shared(row)
+
+    return judge
 
 
 class _Walk:

@@ -220,7 +220,12 @@ def _trained(message: Mapping[str, Any]) -> bool:
 
 
 def _conversation(value: Any, what: str) -> list[Message]:
-    """Read [{role, content}] or [{from, value}]."""
+    """Read [{role, content}] or [{from, value}], or the JSON text of such a list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise _RowError("not a list of messages", f"{what} is no JSON: {value!r:.60}") from None
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise _RowError("not a list of messages", f"{what} is {value!r:.60}")
     messages = []

@@ -1,47 +1,41 @@
 """General data -> Arrow shards in the cache: streamed, by several processes, and gone on with after a kill.
 
-Every file (or hub data set) has a folder, named by a hash of its content and of what decides which of its rows are used:
-another weight, or another source beside it, converts nothing anew. A file is cut into *parts*, each of which becomes one shard:
-an Arrow file of usable rows, and a JSON file that counts the others by reason. Both are renamed into place when whole, the JSON
-file last, so that a killed conversion goes on with the parts that lack it. What cannot be cut (.json, .csv, gzipped text, a
-stream from the hub) is read in order, a part being so many rows.
+Every origin (a file or hub data set) has a folder, named by a hash of its content and of what decides which of its rows are
+used: another weight, or another source beside it, converts nothing anew. Each part of it becomes one shard: an Arrow file of
+usable rows, and a JSON file that counts the others by reason. Both are renamed into place when whole, the JSON file last, so
+that a killed conversion goes on with the parts that lack it; a shard that is missing or cut short is converted again.
 
-Invariant: rows of a file = rows of its shards + rows that are counted with a reason.
+Invariant: rows of an origin = rows of its shards + rows that are counted with a reason.
 """
 
 import json
 import os
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import chain, islice
-from multiprocessing import get_context
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from filelock import FileLock
 
-from fulcrum import clean, store
-from fulcrum.errors import DataError, StoreError, nearest
-from fulcrum.records import Reject
+from fulcrum import clean, origins, processes, store
+from fulcrum.errors import DataError, StoreError
+from fulcrum.origins import Origin, Part
+from fulcrum.records import Example, IntArray, Message, Reject
 from fulcrum.rows import Layout, content_key, convert
 from fulcrum.sections import GeneralSource
-from fulcrum.tables import Row, files, fitting_layout, hub, hub_commit, require_some, suffix, text_rows, unreadable
+from fulcrum.tables import Row, require_some, suffix
 
 VERSION = 2  # raise it where the same file would give other shards
 SHOWN = 5  # rows left out that are kept as examples, of each reason
 
-_PART_BYTES = 16 * 2**20
-_PART_ROWS = 50_000
-_BATCH = 10_000  # rows in a record batch: what is in memory at a time
-_SCOUTS = 100  # rows of a stream by which its columns are known
-_BUFFER = 10_000  # rows among which a stream from the hub is shuffled
 _SCHEMA = pa.schema(
     [("line", pa.int64()), ("group", pa.string()), ("messages", pa.string()), ("key", pa.binary(16)), ("words", pa.int32())]
 )
@@ -54,140 +48,103 @@ def silent(label: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """One file or hub data set of a source, and the folder of its shards."""
-
-    name: str
-    path: str  # empty: on the hub
-    source: GeneralSource
-    folder: str
-
-    @property
-    def kind(self) -> str:
-        """How it is read: lines, parquet, arrow, hub; or sequence, which cannot be cut."""
-        if not self.path:
-            return "sequence" if self.source.stream else "hub"
-        ending = suffix(Path(self.path))
-        return {".jsonl": "lines", ".parquet": "parquet", ".arrow": "arrow"}.get(str(ending), "sequence")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch of an origin: bytes of lines, row groups, record batches or rows, `stop` not included; `first` is the number of
-    its first line or row, counted from 1."""
-
-    place: int
-    start: int
-    stop: int
-    first: int
-
-
-@dataclass(frozen=True)
 class Shard:
-    """What became of a part: an Arrow file of `kept` rows, and rows left out by reason, of which some are shown."""
+    """What became of a part: an Arrow file of `kept` rows and `size` bytes, and rows left out by reason, of which some are
+    shown."""
 
     path: str
+    size: int
     kept: int
     left_out: Mapping[str, int]
     shown: Sequence[Reject]
 
-
-def origins(source: GeneralSource) -> list[Origin]:
-    """The files of a source, or its hub data set, each with its folder. Raises DataError for what is not there."""
-    found = files(source.path)
-    if found is None:
-        state = _state_on_hub(source)
-        return [Origin(source.path, "", source, _folder(source, state))]
-    if source.name or source.revision or source.split != "train" or source.stream:
-        raise DataError(
-            f"{source.path}: name, split, revision and stream belong to hub data sets, this is a file; use `limit:`"
-        )
-    return [Origin(name, str(path), source, _folder(source, _content(path), suffix(path))) for name, path in found]
+    @property
+    def read(self) -> int:
+        """Rows of the part."""
+        return self.kept + sum(self.left_out.values())
 
 
-def _folder(source: GeneralSource, content: str, kind: str | None = None) -> str:
-    """Where the shards of this content stand, as these settings use it."""
-    used = source.model_dump(mode="json", include={"columns", "include", "exclude", "languages", "min_words", "max_words"})
-    return str(store.cache_dir() / "pools" / "files" / store.fingerprint([VERSION, content, kind, used])[:32])
-
-
-def _content(path: Path) -> str:
-    """The SHA-256 of a file, looked up where its size and time of change are those of when it was computed."""
-    state = path.stat()
-    known = store.cache_dir() / "pools" / "known" / f"{store.fingerprint(str(path.absolute()))[:32]}.json"
-    now = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]  # copies may keep size and time
-    if known.exists() and (memo := store.read_json(known)).get("state") == now:
-        return str(memo["sha256"])
-    content = store.file_sha256(path)
-    store.write_json(known, {"state": now, "sha256": content, "path": str(path.absolute())})
-    return content
-
-
-def _state_on_hub(source: GeneralSource) -> str:
-    """What a hub data set is now: of a stream its commit, and how much of it is read. What is known from earlier does where the
-    hub is out of reach: what was converted stays usable."""
-    asked = [source.path, source.name, source.split, source.revision, source.stream and source.limit]
-    known = store.cache_dir() / "pools" / "known" / f"{store.fingerprint(asked)[:32]}.json"
-    try:
-        data = _hub(source)
-    except DataError:
-        if known.exists():
-            return str(store.read_json(known)["state"])
-        raise
-    if source.stream:
-        state = store.fingerprint([*asked, hub_commit(source.path, source.revision) or str(data.info)])
-    else:
-        state = str(data._fingerprint)
-    store.write_json(known, {"state": state, "path": source.path})
-    return state
-
-
-def _hub(source: GeneralSource) -> Any:
-    return hub(source.path, source.name, source.split, source.revision, stream=source.stream)
+def folder(origin: Origin) -> Path:
+    """Where the shards of this content stand, as the source's settings use it."""
+    settings = {"columns", "include", "exclude", "languages", "min_words", "max_words"}
+    used = origin.source.model_dump(mode="json", include=settings)
+    kind = suffix(Path(origin.path)) if origin.path else None
+    return store.cache_dir() / "pools" / "files" / store.fingerprint([VERSION, origin.content, kind, used])[:32]
 
 
 def build(origin: Origin, *, jobs: int = 1, progress: Progress = silent) -> list[Shard]:
     """The shards of an origin, converting what is not converted yet in `jobs` processes.
 
-    Raises DataError for what is empty or broken, or has columns that fit no format; StoreError where the disk refuses.
+    Raises DataError for what is empty or broken, changes meanwhile, or has columns that fit no format; StoreError where the
+    disk refuses or a process dies.
     """
-    folder = Path(origin.folder)
-    whole = folder / "whole.json"
+    where = folder(origin)
+    if (found := _whole(where, origin)) is not None:  # before any lock: a cache may be read-only
+        return found
+    label = f"converting {origin.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # another process may be at it
-            if not whole.exists():
+        with store.locked(where, lambda done: progress(f"waiting for another process that is {label}", done, 1)):
+            if (found := _whole(where, origin)) is None:
+                for left in where.glob(".*.partial"):
+                    left.unlink()
                 started = time.time()
-                shards = _convert(origin, jobs, progress)
-                described = [store.plain(replace(shard, path=Path(shard.path).name)) for shard in shards]
-                store.write_json(whole, {"seconds": time.time() - started, "shards": described})
+                shards = _convert(origin, where, jobs, label, progress)
+                described = [store.plain(shard) | {"path": Path(shard.path).name} for shard in shards]
+                about = {"name": origin.name, "commit": origin.commit, "seconds": time.time() - started}
+                store.write_json(where / "whole.json", {**about, "shards": described})
+                found = [_named(shard, origin) for shard in shards]
     except OSError as error:
         raise StoreError(
-            f"{folder}: the pool's cache cannot be written: {error.strerror or error}; free space, or set FULCRUM_CACHE to "
+            f"{where}: the pool's cache cannot be written: {error.strerror or error}; free space, or set FULCRUM_CACHE to "
             "another disk"
         ) from error
-    return [_shard(folder, origin, described) for described in store.read_json(whole)["shards"]]
+    except BrokenProcessPool as error:
+        raise StoreError(
+            f"{origin.name}: a process that converts it died (killed, or out of memory); what is converted is kept: run again, "
+            "with --jobs 1 where memory is short"
+        ) from error
+    return found
 
 
-def _shard(folder: Path, origin: Origin, described: Mapping[str, Any]) -> Shard:
-    shown = [Reject(f"{origin.name}:{own['origin']}", own["reason"], own["detail"]) for own in described["shown"]]
-    return Shard(str(folder / described["path"]), described["kept"], described["left_out"], shown)
+def _whole(where: Path, origin: Origin) -> list[Shard] | None:
+    """All shards, where they are there."""
+    known = store.recalled(where / "whole.json")
+    shards = [_described(where, own) for own in known.get("shards", ())]
+    return [_named(shard, origin) for shard in shards] if known and all(map(_sound, shards)) else None
 
 
-def _convert(origin: Origin, jobs: int, progress: Progress) -> list[Shard]:
+def _described(where: Path, own: Mapping[str, Any]) -> Shard:
+    shown = [Reject(**reject) for reject in own["shown"]]
+    return Shard(str(where / own["path"]), own["size"], own["kept"], own["left_out"], shown)
+
+
+def _named(shard: Shard, origin: Origin) -> Shard:
+    """With the name that the file has now."""
+    shown = [replace(reject, origin=f"{origin.name}:{reject.origin}") for reject in shard.shown]
+    return replace(shard, shown=shown)
+
+
+def _sound(shard: Shard) -> bool:
+    path = Path(shard.path)
+    return path.exists() and path.stat().st_size == shard.size
+
+
+def _convert(origin: Origin, where: Path, jobs: int, label: str, progress: Progress) -> list[Shard]:
     if origin.kind == "sequence":
-        return list(_in_order(origin, progress))
-    parts = list(_parts(origin))
+        return list(_in_order(origin, where, label, progress))
+    parts = list(origins.parts(origin))
     require_some(origin.name, len(parts))
-    label = f"converting {origin.name}"
     if jobs == 1 or len(parts) == 1 or origin.kind == "hub":
-        shape = _layout(origin, map(partial(_shapes, origin), parts))
-        return list(_told((_shard_of(origin, shape, part) for part in parts), label, len(parts), progress))
-    # Started afresh: a forked copy of this process's threads would hang.
-    with ProcessPoolExecutor(min(jobs, len(parts)), mp_context=get_context("spawn")) as pool:
-        shape = _layout(origin, pool.map(partial(_shapes, origin), parts))
-        found = pool.map(partial(_shard_of, origin, shape), parts)
-        return list(_told(found, label, len(parts), progress))
+        shape = origins.layout(origin, map(partial(origins.shapes, origin), parts))
+        return list(_told((_shard_of(origin, where, shape, part) for part in parts), label, len(parts), progress))
+    with processes.start(min(jobs, len(parts))) as pool:
+        try:
+            shape = origins.layout(origin, pool.map(partial(origins.shapes, origin), parts))
+            found = pool.map(partial(_shard_of, origin, where, shape), parts)
+            return list(_told(found, label, len(parts), progress))
+        except BaseException:  # Ctrl-C too: parts that are not begun are not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _told(shards: Iterable[Shard], label: str, total: int, progress: Progress) -> Iterator[Shard]:
@@ -197,168 +154,63 @@ def _told(shards: Iterable[Shard], label: str, total: int, progress: Progress) -
         yield shard
 
 
-def _parts(origin: Origin) -> Iterator[Part]:
-    """Cut an origin that can be cut."""
-    if origin.kind == "lines":
-        start, first = 0, 1
-        with Path(origin.path).open("rb") as stream:
-            for place, block in enumerate(iter(lambda: stream.read(_PART_BYTES), b"")):
-                rest = stream.readline() if not block.endswith(b"\n") else b""
-                stop = start + len(block) + len(rest)
-                yield Part(place, start, stop, first)
-                start, first = stop, first + block.count(b"\n") + rest.count(b"\n")
-        return
-    if origin.kind == "hub":
-        rows = len(_hub(origin.source))
-        for place, start in enumerate(range(0, rows, _PART_ROWS)):
-            yield Part(place, start, min(start + _PART_ROWS, rows), start + 1)
-        return
-    place, start, first, rows = 0, 0, 1, 0
-    sizes = _group_sizes(origin)
-    for group, size in enumerate(sizes):
-        rows += size
-        if rows >= _PART_ROWS or (group == len(sizes) - 1 and rows):
-            yield Part(place, start, group + 1, first)
-            place, start, first, rows = place + 1, group + 1, first + rows, 0
+def _in_order(origin: Origin, where: Path, label: str, progress: Progress) -> Iterator[Shard]:
+    """Convert what cannot be cut: read once for its columns (a stream's first rows say them), then again. Of a stream so many
+    usable rows are taken as its source's limit says."""
+    seen, size = origins.shapes_in_order(origin)
+    shape = origins.layout(origin, [seen])
+    most = origin.source.limit if size is None else None
+    raw, done, kept, place = origins.sequence(origin), 0, 0, 0
+    while (most is None or kept < most) and (head := next(raw, None)) is not None:
+        progress(label, done if most is None else kept, size or most or 0)
+        own = chain([head], islice(raw, origins.PART_ROWS - 1))
+        part = Part(place, done, done + origins.PART_ROWS, done + 1)
+        if (shard := _stored(where, part)) is not None:
+            shard = None if sum(1 for _ in islice(own, shard.read)) < shard.read else shard  # read and passed over
+        if shard is None:
+            shard = _write(origin, where, shape, part, own, None if most is None else most - kept)
+        done, kept, place = done + shard.read, kept + shard.kept, place + 1
+        yield shard
+    progress(label, done if most is None else kept, done if most is None else kept)
 
 
-def _group_sizes(origin: Origin) -> list[int]:
-    """Rows of each row group (parquet) or record batch (arrow)."""
-    with unreadable(origin.path):
-        if origin.kind == "parquet":
-            data = pq.ParquetFile(origin.path).metadata
-            return [data.row_group(k).num_rows for k in range(data.num_row_groups)]
-        return [batch.num_rows for batch in _batches(origin.path)]
-
-
-def _batches(path: str) -> Iterator[pa.RecordBatch]:
-    """Record batches of an Arrow file of either form; memory-mapped."""
-    source = pa.memory_map(path)
-    try:
-        reader = pa.ipc.open_file(source)
-    except pa.ArrowInvalid:
-        yield from pa.ipc.open_stream(source)
-    else:
-        yield from map(reader.get_batch, range(reader.num_record_batches))
-
-
-Shapes = Mapping[frozenset[str], int]  # sets of columns that occur -> the line of the first
-
-
-def _shapes(origin: Origin, part: Part) -> Shapes:
-    """Which columns the rows of a part have; of a table its schema says it."""
-    if origin.kind == "hub":
-        return {frozenset(_hub(origin.source).column_names): 1}
-    if origin.kind == "lines":
-        found: dict[frozenset[str], int] = {}
-        for line, row in text_rows(Path(origin.path), part.start, part.stop, part.first):
-            found.setdefault(frozenset(row), line)
-        return found
-    with unreadable(origin.path):
-        schema = pq.read_schema(origin.path) if origin.kind == "parquet" else next(_batches(origin.path)).schema
-    return {frozenset(schema.names): 1}
-
-
-def _layout(origin: Origin, found: Iterable[Shapes]) -> Layout:
-    """The layout of all rows. Raises DataError where columns fit none, or `include` or `exclude` names one that is missing."""
-    shapes: dict[frozenset[str], int] = {}
-    for part in found:
-        for names, line in part.items():
-            shapes.setdefault(names, line)
-    require_some(origin.name, len(shapes))
-    columns = frozenset().union(*shapes)
-    for option in ("include", "exclude"):
-        for column in getattr(origin.source, option):
-            if column not in columns:
-                raise DataError(f"{origin.name}: `{option}:` names {column!r}, which is no column{nearest(column, columns)}")
-    return fitting_layout(origin.name, shapes, origin.source)
-
-
-def _rows(origin: Origin, shape: Layout, part: Part) -> Iterator[Row]:
-    """The raw rows of a part, with their numbers; of a table only the columns in use."""
-    if origin.kind == "lines":
-        yield from text_rows(Path(origin.path), part.start, part.stop, part.first)
-        return
-    used = sorted({*shape.columns.values(), *origin.source.include, *origin.source.exclude})
-    if origin.kind == "hub":
-        data = _hub(origin.source).select_columns(used)
-        yield from enumerate((data[k] for k in range(part.start, part.stop)), part.first)
-        return
-    with unreadable(origin.path):
-        if origin.kind == "parquet":
-            groups = range(part.start, part.stop)
-            batches = pq.ParquetFile(origin.path).iter_batches(_BATCH, row_groups=list(groups), columns=used)
-        else:
-            batches = (batch.select(used) for batch in islice(_batches(origin.path), part.start, part.stop))
-        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), part.first)
-
-
-def _sequence(origin: Origin) -> Iterator[Row]:
-    """All rows of what cannot be cut, in order."""
-    if origin.path:
-        return text_rows(Path(origin.path))
-    # The first rows of a data set are rarely a fair sample of it.
-    return enumerate(_hub(origin.source).shuffle(seed=0, buffer_size=_BUFFER).take(origin.source.limit), 1)
-
-
-def _in_order(origin: Origin, progress: Progress) -> Iterator[Shard]:
-    """Convert what cannot be cut: read once for its columns (a stream's first rows say them), then again."""
-    seen: dict[frozenset[str], int] = {}
-    total = 0
-    for line, row in _sequence(origin) if origin.path else islice(_sequence(origin), _SCOUTS):
-        seen.setdefault(frozenset(row), line)
-        total += 1
-    shape = _layout(origin, [seen])
-    total = total if origin.path else origin.source.limit or total
-    rows, label, done = _sequence(origin), f"converting {origin.name}", 0
-    for place in range(-(-total // _PART_ROWS)):
-        progress(label, done, total)
-        part = Part(place, done, done + _PART_ROWS, done + 1)
-        own = islice(rows, _PART_ROWS)
-        if (known := _stored(origin, part)) is not None:
-            done += sum(1 for _ in own)  # read and passed over
-            yield known
-        else:
-            shard = _write(origin, shape, part, own)
-            done += shard.kept + sum(shard.left_out.values())
-            yield shard
-    progress(label, total, total)
-
-
-def _stored(origin: Origin, part: Part) -> Shard | None:
+def _stored(where: Path, part: Part) -> Shard | None:
     """The shard of a part, where a conversion before this one finished it."""
-    file = Path(origin.folder) / f"{part.place:05}.json"
-    return _shard_at(file) if file.exists() else None
+    known = store.recalled(where / f"{part.place:05}.json")
+    shard = _described(where, known) if known else None
+    return shard if shard is not None and _sound(shard) else None
 
 
-def _shard_at(file: Path) -> Shard:
-    described = store.read_json(file)
-    shown = [Reject(**own) for own in described["shown"]]
-    return Shard(str(file.with_suffix(".arrow")), described["kept"], described["left_out"], shown)
+def _shard_of(origin: Origin, where: Path, shape: Layout, part: Part) -> Shard:
+    return _stored(where, part) or _write(origin, where, shape, part, origins.rows(origin, shape, part))
 
 
-def _shard_of(origin: Origin, shape: Layout, part: Part) -> Shard:
-    return _stored(origin, part) or _write(origin, shape, part, _rows(origin, shape, part))
-
-
-def _write(origin: Origin, shape: Layout, part: Part, rows: Iterable[Row]) -> Shard:
-    """Convert rows into a shard."""
-    file = Path(origin.folder) / f"{part.place:05}.arrow"
+def _write(
+    origin: Origin, where: Path, shape: Layout, part: Part, rows: Iterable[Row], most: int | None = None
+) -> Shard:  # fmt: skip
+    """Convert rows into a shard, `most` usable ones."""
+    file = where / f"{part.place:05}.arrow"
     # By process: what a killed conversion's workers still write must not be another's.
     partial_file = file.with_name(f".{file.name}.{os.getpid()}.partial")
     left_out, kept = Counter[str](), 0
     shown: dict[str, list[Reject]] = {}
-    with partial_file.open("wb") as stream:
-        with pa.ipc.new_file(stream, _SCHEMA) as writer:
-            usable = _usable(origin, shape, rows, left_out, shown)
-            while batch := list(islice(usable, _BATCH)):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
-                kept += len(batch)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial_file.replace(file)
-    shard = Shard(str(file), kept, dict(left_out), list(chain.from_iterable(shown.values())))
-    store.write_json(file.with_suffix(".json"), shard)
+    try:
+        with partial_file.open("wb") as stream:
+            with pa.ipc.new_file(stream, _SCHEMA) as writer:
+                usable = islice(_usable(origin, shape, rows, left_out, shown), most)
+                while batch := list(islice(usable, origins.BATCH)):
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+                    kept += len(batch)
+            stream.flush()
+            os.fsync(stream.fileno())
+        size = partial_file.stat().st_size
+        origins.check_unchanged(origin)
+        partial_file.replace(file)
+    except BaseException:
+        partial_file.unlink(missing_ok=True)
+        raise
+    shard = Shard(str(file), size, kept, dict(left_out), list(chain.from_iterable(shown.values())))
+    store.write_json(file.with_suffix(".json"), store.plain(shard) | {"path": file.name})
     return shard
 
 
@@ -384,6 +236,9 @@ def _usable(
 
 
 def _excluded(source: GeneralSource, line: int, row: Mapping[str, Any]) -> Reject | None:
+    for option, column in ((name, column) for name in ("include", "exclude") for column in getattr(source, name)):
+        if isinstance(row.get(column), Mapping):
+            raise DataError(f"{option}: {column}: its values are objects, of which no pattern can be true; take a text column")
     for column, patterns in source.include.items():
         if not _fits(row.get(column), patterns):
             return Reject(str(line), f"not among include: {column}", f"{row.get(column)!r:.60}")
@@ -394,4 +249,45 @@ def _excluded(source: GeneralSource, line: int, row: Mapping[str, Any]) -> Rejec
 
 
 def _fits(value: Any, patterns: Sequence[str]) -> bool:
-    return value is not None and any(fnmatchcase(str(value), pattern) for pattern in patterns)
+    """Whether a value, or one of a list's, is like a pattern, in which * and ? stand for others."""
+    if isinstance(value, list | tuple):
+        return any(_fits(own, patterns) for own in value)
+    return value is not None and any(fnmatchcase(str(value), pattern.replace("[", "[[]")) for pattern in patterns)
+
+
+class Rows:
+    """Rows of shards (with their origins' names) end to end, memory-mapped. `rows[i]` reads one."""
+
+    def __init__(self, found: Sequence[tuple[str, Shard]]) -> None:
+        self._found, self._ends = found, list(accumulate(shard.kept for _, shard in found))
+        self._open: dict[int, pa.Table] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, row: int) -> Example:
+        place, own = self._at(row)
+        found = own.to_pylist()[0]
+        messages = tuple(Message(role, content, train) for role, content, train in json.loads(found["messages"]))
+        return Example(messages, found["group"], f"{self._found[place][0]}:{found['line']}")
+
+    def line(self, row: int) -> tuple[int, int]:
+        """The number of a row's shard, and its line."""
+        place, own = self._at(row)
+        return place, own["line"][0].as_py()
+
+    def _at(self, row: int) -> tuple[int, pa.Table]:
+        place = bisect_right(self._ends, row)
+        if place not in self._open:
+            self._open[place] = table(self._found[place][1]).select(["line", "group", "messages"])
+        return place, self._open[place].slice(row - (self._ends[place] - self._found[place][1].kept), 1)
+
+    def words(self) -> IntArray:
+        """Words of every row: (len,)."""
+        counts = [table(shard)["words"].to_numpy() for _, shard in self._found]
+        return np.concatenate(counts).astype(np.int64) if counts else np.empty(0, dtype=np.int64)
+
+
+def table(shard: Shard) -> pa.Table:
+    """The rows of a shard, memory-mapped."""
+    return pa.ipc.open_file(pa.memory_map(shard.path)).read_all()

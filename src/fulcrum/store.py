@@ -11,17 +11,20 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 
 from fulcrum.errors import StoreError
 
 MANIFEST = "manifest.json"
 PILOT = "pilot.json"
+_PATIENCE = 1.0  # seconds between two looks at a lock
 _ELSEWHERE = "free some space or set output_dir (or FULCRUM_CACHE, for models and pools) to another disk"
 
 
@@ -159,6 +162,37 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path}: no such file; is {path.parent} a finished run folder?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StoreError(f"{path}: not readable as JSON ({error}); the file was changed or damaged") from None
+
+
+def recalled(path: Path) -> dict[str, Any]:
+    """Read an object of the cache that can be made anew: empty where it is missing or damaged."""
+    try:
+        found = read_json(path)
+    except (StoreError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def locked(folder: Path, waiting: Callable[[int], None]) -> Iterator[None]:
+    """Hold a folder's lock, making the folder where it is missing. While another process holds it `waiting(0)` is called every
+    second, and `waiting(1)` when it does no more. Raises OSError where the disk refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, waited = FileLock(folder / ".lock"), False
+    while True:
+        try:
+            lock.acquire(timeout=_PATIENCE)
+            break
+        except Timeout:
+            waited = True
+            waiting(0)
+    try:
+        if waited:
+            waiting(1)
+        yield
+    finally:
+        lock.release()
 
 
 def changes(before: Any, after: Any, name: str = "") -> list[str]:

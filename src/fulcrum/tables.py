@@ -33,6 +33,8 @@ SAVED_META = ("dataset_info.json", "state.json", "dataset_dict.json")  # beside 
 # Rows in a batch of the Arrow cache. Opening touches some pages of each batch: 240 MiB for 10^7 rows in batches of 1,000.
 _BATCH_ROWS = 10_000
 
+_LONGEST_FIELD = 2**30  # characters of a CSV field; Python's own limit is 131,072
+
 Row = tuple[int, Mapping[str, Any]]  # line or row number from 1, columns
 
 
@@ -140,7 +142,25 @@ def files(text: str) -> list[tuple[str, Path]] | None:
     for file in found:
         if suffix(file) is None:
             raise DataError(f"{file}: unknown kind of file {file.suffix!r}; give one of {', '.join(SUFFIXES)}")
+        if not _sayable(str(file)):
+            raise DataError(f"{str(file)!r}: its name is not valid UTF-8; rename it")
     return [(str(file), file) for file in found]
+
+
+def _sayable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def passed_over(text: str) -> list[str]:
+    """Names of a folder's entries that are not read, hidden ones aside: other kinds of file, folders, links to nothing."""
+    path = Path(text).expanduser()
+    read = {file.name for _, file in files(text) or ()} if path.is_dir() else set()
+    inside = path.iterdir() if path.is_dir() else ()
+    return sorted(p.name for p in inside if not p.name.startswith(".") and p.name not in {*read, *SAVED_META})
 
 
 def _missing(path: Path, others: Collection[str] = ()) -> str:
@@ -181,7 +201,7 @@ def _lines(path: Path, start: int = 0, stop: int | None = None, first: int = 1) 
     """Yield (number, text) of the lines, which end in a line feed only: JSON strings may hold other separators."""
     number, place = first - 1, start
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
             stream.seek(start)
             for number, raw in enumerate(stream, first):
                 if stop is not None and place >= stop:
@@ -216,6 +236,7 @@ def _object(row: Any, where: str) -> Mapping[str, Any]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     header: list[str] | None = None
     start = 1
@@ -268,7 +289,7 @@ def unreadable(path: Path | str) -> Iterator[None]:
         raise
     except Exception as error:  # whatever the readers of damaged files raise
         kind = Path(path).suffix[1:]
-        raise DataError(f"{path}: not readable as {kind}: {_cause(error)}; write the file again") from error
+        raise DataError(f"{path}: not readable as {kind}: {cause_of(error)}; write the file again") from error
 
 
 def hub(name: str, config: str | None, split: str, revision: str | None, *, stream: bool = False) -> Any:
@@ -300,7 +321,7 @@ def hub_commit(name: str, revision: str | None) -> str | None:
         return None
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """First line of the innermost error: `datasets` wraps what the reader of a file said."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -9,7 +9,7 @@ import queue
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fulcrum import compiled, config, model, store
+from fulcrum import compiled, config, model, processes, store
 from fulcrum.cell import Silent, Watcher
 from fulcrum.errors import ConfigError, FulcrumError, StoreError
 from fulcrum.model import LoadedModel
@@ -130,12 +130,11 @@ def _in_process(unit: Unit) -> Result:
 
 @contextmanager
 def _processes(study: Study, loaded: LoadedModel, jobs: int, watcher: Watcher) -> Iterator[Runner]:
-    """Local processes, started afresh (a forked copy of this one's threads would hang)."""
-    context = get_context("spawn")
-    messages = context.Queue()
+    """Local processes."""
+    messages = get_context("spawn").Queue()
     given = (study, torch.get_num_threads(), messages)
     with (
-        ProcessPoolExecutor(jobs, mp_context=context, initializer=_open, initargs=given) as pool,
+        processes.start(jobs, _open, given) as pool,
         _passing_on(messages, watcher, queue.Empty),
     ):
 

@@ -1,0 +1,283 @@
+"""What general data consist of: files and hub data sets, known by their content, cut into parts, read as raw rows.
+
+A file is cut into *parts*: bytes of lines, row groups, record batches. What cannot be cut (.json, .csv, gzipped text, a stream
+from the hub) is a sequence, which is read in order. Nothing here converts; `shards` does.
+
+Invariant: a row that was read is one of the content that the origin's `content` names: a file that changes while it is read is
+refused.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fulcrum import store
+from fulcrum.errors import DataError, StoreError, nearest
+from fulcrum.rows import Layout
+from fulcrum.sections import GeneralSource
+from fulcrum.tables import Row, cause_of, files, fitting_layout, hub, hub_commit, require_some, suffix, text_rows, unreadable
+
+PART_ROWS = 50_000
+BATCH = 10_000  # rows in memory at a time
+
+_PART_BYTES = 16 * 2**20
+_SCOUTS = 100  # rows of a stream by which its columns are known
+_BUFFER = 10_000  # rows among which a stream from the hub is shuffled
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One file or hub data set of a source.
+
+    `content` is the hash of a file, the fingerprint of a hub data set, or of a stream what it is of; `state` tells whether the
+    file is the one that was hashed. `commit` is the hub's, where it says one; `note` is for the user.
+    """
+
+    name: str
+    path: str  # empty: on the hub
+    source: GeneralSource
+    content: str
+    state: tuple[int, ...] = ()
+    commit: str | None = None
+    note: str = ""
+    data: Any = field(default=None, repr=False, compare=False)  # a hub data set, loaded once
+
+    @property
+    def kind(self) -> str:
+        """How it is read: lines, parquet, arrow, hub; or sequence, which cannot be cut."""
+        if not self.path:
+            return "sequence" if self.source.stream else "hub"
+        ending = suffix(Path(self.path))
+        return {".jsonl": "lines", ".parquet": "parquet", ".arrow": "arrow"}.get(str(ending), "sequence")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of an origin: bytes of lines, row groups, record batches or rows, `stop` not included; `first` is the number of
+    its first line or row, counted from 1."""
+
+    place: int
+    start: int
+    stop: int
+    first: int
+
+
+def origins(source: GeneralSource) -> list[Origin]:
+    """The files of a source, or its hub data set. Raises DataError for what is not there."""
+    found = files(source.path)
+    if found is None:
+        return [_on_hub(source)]
+    if source.name or source.revision or source.split != "train" or source.stream:
+        raise DataError(
+            f"{source.path}: name, split, revision and stream belong to hub data sets, this is a file; use `limit:`"
+        )
+    return [_file(name, path, source) for name, path in found]
+
+
+def _file(name: str, path: Path, source: GeneralSource) -> Origin:
+    """Its SHA-256 is looked up where its state is that of when it was computed."""
+    known = _memo(str(path.absolute()))
+    try:
+        state = _state(path)
+        memo = store.recalled(known)
+        content = memo.get("sha256") if memo.get("state") == list(state) else None
+        if content is None:
+            content = store.file_sha256(path)
+            if _state(path) != state:
+                raise DataError(f"{name}: changed while it was read; wait until it is written, then run again")
+            _remember(known, {"state": list(state), "sha256": content, "path": str(path.absolute())})
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}; check its permissions and its disk") from error
+    return Origin(name, str(path), source, str(content), state)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """A copy may keep size and time, so more than these tell a file from another."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
+
+
+def check_unchanged(origin: Origin) -> None:
+    """Raise DataError where a file is not the one any more that was hashed."""
+    try:
+        same = not origin.path or _state(Path(origin.path)) == origin.state
+    except OSError:
+        same = False
+    if not same:
+        raise DataError(f"{origin.name}: changed or vanished while it was converted; run again once it is written")
+
+
+def _memo(asked: object) -> Path:
+    return store.cache_dir() / "pools" / "known" / f"{store.fingerprint(asked)[:32]}.json"
+
+
+def _remember(known: Path, what: Mapping[str, Any]) -> None:
+    """A cache that cannot be written is said by who needs it."""
+    try:
+        store.write_json(known, what)
+    except StoreError:
+        return
+
+
+def _on_hub(source: GeneralSource) -> Origin:
+    """A hub data set as it is now; a stream is pinned to the commit of now. Where the hub is out of reach, what was known of it
+    last does: what was converted stays usable."""
+    asked = [source.path, source.name, source.split, source.revision, source.stream and source.limit]
+    known = _memo(asked)
+    commit = hub_commit(source.path, source.revision) if source.stream else None
+    try:
+        data = hub(source.path, source.name, source.split, commit or source.revision, stream=source.stream)
+    except DataError:
+        before = store.recalled(known)
+        if "state" not in before:
+            raise
+        at = f" (commit {before['commit']:.12})" if before.get("commit") else ""
+        note = f"{source.path}: the hub cannot be reached; what was last read of it{at} is used"
+        return Origin(source.path, "", source, str(before["state"]), commit=before.get("commit"), note=note)
+    content = store.fingerprint([*asked, commit or str(data.info)]) if source.stream else str(data._fingerprint)
+    _remember(known, {"state": content, "path": source.path, "commit": commit})
+    return Origin(source.path, "", source, content, commit=commit, data=data)
+
+
+def _loaded(origin: Origin) -> Any:
+    """A hub data set; where it could not be reached this says so."""
+    if origin.data is not None:
+        return origin.data
+    source = origin.source
+    return hub(source.path, source.name, source.split, origin.commit or source.revision, stream=source.stream)
+
+
+def parts(origin: Origin) -> Iterator[Part]:
+    """Cut an origin that can be cut."""
+    if origin.kind == "lines":
+        yield from _stretches_of_lines(origin)
+        return
+    if origin.kind == "hub":
+        rows = len(_loaded(origin))
+        for place, start in enumerate(range(0, rows, PART_ROWS)):
+            yield Part(place, start, min(start + PART_ROWS, rows), start + 1)
+        return
+    place, start, first, rows = 0, 0, 1, 0
+    sizes = _group_sizes(origin)
+    for group, size in enumerate(sizes):
+        rows += size
+        if rows >= PART_ROWS or (group == len(sizes) - 1 and rows):
+            yield Part(place, start, group + 1, first)
+            place, start, first, rows = place + 1, group + 1, first + rows, 0
+
+
+def _stretches_of_lines(origin: Origin) -> Iterator[Part]:
+    start, first = 0, 1
+    try:
+        with Path(origin.path).open("rb") as stream:
+            for place, block in enumerate(iter(lambda: stream.read(_PART_BYTES), b"")):
+                rest = stream.readline() if not block.endswith(b"\n") else b""
+                stop = start + len(block) + len(rest)
+                yield Part(place, start, stop, first)
+                start, first = stop, first + block.count(b"\n") + rest.count(b"\n")
+    except OSError as error:
+        raise DataError(f"{origin.name}: cannot be read: {error.strerror or error}; check its disk") from error
+
+
+def _group_sizes(origin: Origin) -> list[int]:
+    """Rows of each row group (parquet) or record batch (arrow)."""
+    with unreadable(origin.path):
+        if origin.kind == "parquet":
+            data = pq.ParquetFile(origin.path).metadata
+            return [data.row_group(k).num_rows for k in range(data.num_row_groups)]
+        return [batch.num_rows for batch in _batches(origin.path)]
+
+
+def _batches(path: str) -> Iterator[pa.RecordBatch]:
+    """Record batches of an Arrow file of either form; memory-mapped."""
+    source = pa.memory_map(path)
+    try:
+        reader = pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        yield from pa.ipc.open_stream(source)
+    else:
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+
+
+Shapes = Mapping[frozenset[str], int]  # sets of columns that occur -> the line of the first
+
+
+def shapes(origin: Origin, part: Part) -> Shapes:
+    """Which columns the rows of a part have; of a table its schema says it."""
+    if origin.kind == "hub":
+        return {frozenset(_loaded(origin).column_names): 1}
+    if origin.kind == "lines":
+        found: dict[frozenset[str], int] = {}
+        for line, row in text_rows(Path(origin.path), part.start, part.stop, part.first):
+            found.setdefault(frozenset(row), line)
+        return found
+    with unreadable(origin.path):
+        schema = pq.read_schema(origin.path) if origin.kind == "parquet" else next(_batches(origin.path)).schema
+    return {frozenset(schema.names): 1}
+
+
+def shapes_in_order(origin: Origin) -> tuple[Shapes, int | None]:
+    """The same of a sequence, and how many rows it has; of a stream its first rows say the columns, and None its size."""
+    seen: dict[frozenset[str], int] = {}
+    total = 0
+    for line, row in sequence(origin) if origin.path else islice(sequence(origin), _SCOUTS):
+        seen.setdefault(frozenset(row), line)
+        total += 1
+    return seen, total if origin.path else None
+
+
+def layout(origin: Origin, found: Iterable[Shapes]) -> Layout:
+    """The layout of all rows. Raises DataError where columns fit none, or `include` or `exclude` names one that is missing."""
+    first: dict[frozenset[str], int] = {}
+    for part in found:
+        for names, line in part.items():
+            first.setdefault(names, line)
+    require_some(origin.name, len(first))
+    columns = frozenset().union(*first)
+    for option in ("include", "exclude"):
+        for column in getattr(origin.source, option):
+            if column not in columns:
+                raise DataError(f"{origin.name}: `{option}:` names {column!r}, which is no column{nearest(column, columns)}")
+    return fitting_layout(origin.name, first, origin.source)
+
+
+def rows(origin: Origin, shape: Layout, part: Part) -> Iterator[Row]:
+    """The raw rows of a part, with their numbers; of a table only the columns in use, a batch in memory at a time."""
+    if origin.kind == "lines":
+        yield from text_rows(Path(origin.path), part.start, part.stop, part.first)
+        return
+    used = sorted({*shape.columns.values(), *origin.source.include, *origin.source.exclude})
+    if origin.kind == "hub":
+        data = _loaded(origin).select_columns(used).with_format("arrow")
+        bounds = range(part.start, part.stop, BATCH)
+        tables = (data[start : min(start + BATCH, part.stop)] for start in bounds)
+        yield from enumerate(chain.from_iterable(table.to_pylist() for table in tables), part.first)
+        return
+    with unreadable(origin.path):
+        if origin.kind == "parquet":
+            groups = range(part.start, part.stop)
+            batches = pq.ParquetFile(origin.path).iter_batches(BATCH, row_groups=list(groups), columns=used)
+        else:
+            whole = (batch.select(used) for batch in islice(_batches(origin.path), part.start, part.stop))
+            batches = (batch.slice(start, BATCH) for batch in whole for start in range(0, batch.num_rows, BATCH))
+        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), part.first)
+
+
+def sequence(origin: Origin) -> Iterator[Row]:
+    """All rows of what cannot be cut, in order; a stream is shuffled in a buffer: its first rows are rarely a fair sample."""
+    if origin.path:
+        yield from text_rows(Path(origin.path))
+        return
+    try:
+        yield from enumerate(_loaded(origin).shuffle(seed=0, buffer_size=_BUFFER), 1)
+    except DataError:
+        raise
+    except Exception as error:  # those of the hub's client and of what it connects by
+        raise DataError(
+            f"{origin.name}: the stream broke off: {cause_of(error)}; run again: what was converted is kept"
+        ) from error

@@ -1,0 +1,148 @@
+"""Rows of general data that repeat an earlier one, exactly or nearly: looked for once in a set of sources, then kept beside
+their shards."""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fulcrum import clean, processes, shards, store
+from fulcrum.errors import StoreError
+from fulcrum.records import BoolArray, Reject
+from fulcrum.shards import Progress, Shard
+
+_ROWS, _COUNTS = "rows.npy", "left_out.json"  # what is kept of a set of sources
+
+
+def without_repeats(
+    found: Sequence[tuple[str, Shard]], folders: Sequence[str], near: float, jobs: int, progress: Progress
+) -> tuple[npt.NDArray[np.int64], dict[str, int], list[Reject]]:
+    """Rows of all shards that repeat no earlier one, ascending; how many do, and some of them. Computed once, then kept."""
+    total = sum(shard.kept for _, shard in found)
+    near = near if total <= clean.NEAR_ROWS else 0.0
+    folder = store.cache_dir() / "pools" / "sets" / store.fingerprint([shards.VERSION, list(folders), near])[:32]
+    known = _kept(folder, total)
+    try:
+        if known is None:  # before any lock: a cache may be read-only
+            label = "waiting for another process that looks for duplicates"
+            with store.locked(folder, lambda done: progress(label, done, 1)):
+                known = _kept(folder, total)
+                if known is None:
+                    known = _look(found, folder, total, near, jobs, progress)
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: the pool's cache cannot be written: {error.strerror or error}; free space, or set FULCRUM_CACHE to "
+            "another disk"
+        ) from error
+    ids, described = known
+    repeats = {reason: count for reason, (count, _) in described.items() if count}
+    shown = [
+        Reject(f"{found[a][0]}:{line}", reason, f"{'same as' if value == 1 else f'{value:.0%} like'} {found[b][0]}:{twin}")
+        for reason, (_, some) in described.items() for a, line, b, twin, value in some
+    ]  # fmt: skip
+    return ids, repeats, shown
+
+
+Known = tuple[npt.NDArray[np.int64], dict[str, Any]]  # rows that stay; the others by reason, with some of them
+
+
+def _kept(folder: Path, total: int) -> Known | None:
+    """What was found of these rows before, where it is whole."""
+    described = store.recalled(folder / _COUNTS)
+    try:
+        ids = np.load(folder / _ROWS, mmap_mode="r") if total and described else np.empty(0, dtype=np.int64)
+    except (OSError, ValueError):  # missing or damaged
+        return None
+    return (ids, described) if described and len(ids) + sum(count for count, _ in described.values()) == total else None
+
+
+def _look(
+    found: Sequence[tuple[str, Shard]], folder: Path, total: int, near: float, jobs: int, progress: Progress
+) -> Known:  # fmt: skip
+    """Look for repeats, and keep what is found."""
+    stays, same = _exact(found, total, progress)
+    alike = _near(found, stays, near, jobs, progress) if near else []
+    stays[[row for row, *_ in alike]] = False
+    ids = np.flatnonzero(stays)
+    described = {
+        "duplicate": [total - len(ids) - len(alike), _some(found, same)],
+        "near-duplicate": [len(alike), _some(found, alike)],
+    }
+    store.write_array(folder / _ROWS, ids)
+    store.write_json(folder / _COUNTS, described)
+    return ids, described
+
+
+Twin = tuple[int, int, float]  # a row, the earlier row that stays, their similarity
+
+
+def _exact(found: Sequence[tuple[str, Shard]], total: int, progress: Progress) -> tuple[BoolArray, list[Twin]]:
+    """Whether each row's content is that of no earlier row: (total,); and some of the others."""
+    keys = np.empty((total, 2), dtype=np.uint64)  # 128 bits of SHA-256 each: 16 bytes a row
+    start = 0
+    for place, (_, shard) in enumerate(found, 1):
+        with pa.memory_map(shard.path) as source:
+            for batch in map(pa.ipc.open_file(source).get_batch, range(pa.ipc.open_file(source).num_record_batches)):
+                own = batch.column("key")
+                flat = np.frombuffer(own.buffers()[1], dtype=np.uint64, count=2 * len(own))
+                keys[start : start + len(own)] = flat.reshape(-1, 2)
+                start += len(own)
+        progress("looking for duplicates", place, len(found))
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in the order of their rows
+    same = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    stays = np.ones(total, dtype=np.bool_)
+    stays[order[1:][same]] = False
+    some = []
+    for place in np.flatnonzero(same)[: shards.SHOWN]:
+        first = int(place)
+        while first and same[first - 1]:
+            first -= 1
+        some.append((int(order[place + 1]), int(order[first]), 1.0))
+    return stays, some
+
+
+def _near(found: Sequence[tuple[str, Shard]], stays: BoolArray, near: float, jobs: int, progress: Progress) -> list[Twin]:
+    """Rows nearly the same as an earlier one that stays."""
+    label, of_shard = "looking for near-duplicates", [shard for _, shard in found]
+    parts: list[npt.NDArray[np.uint64]] = []
+
+    def collect(results: Iterator[npt.NDArray[np.uint64]]) -> None:
+        for place, part in enumerate(results, 1):
+            parts.append(part)
+            progress(label, place, len(of_shard))
+
+    if jobs == 1 or len(of_shard) == 1:
+        collect(map(partial(_bands, near), of_shard))
+    else:
+        try:
+            with processes.start(min(jobs, len(of_shard))) as workers:
+                collect(workers.map(_bands, repeat(near), of_shard))
+        except BrokenProcessPool as error:
+            raise StoreError(f"{label}: a process died (killed, or out of memory); run again, with --jobs 1") from error
+    keys = np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.uint64)
+    rest, everywhere = shards.Rows(found), np.flatnonzero(stays)
+
+    def of(row: int) -> set[str]:
+        return clean.shingles([clean.words(message.content) for message in rest[int(everywhere[row])].messages])
+
+    pairs = clean.near_duplicates(keys[stays], of, near)
+    return [(int(everywhere[row]), int(everywhere[earlier]), similarity) for row, earlier, similarity in pairs]
+
+
+def _bands(near: float, shard: Shard) -> npt.NDArray[np.uint64]:
+    table = shards.table(shard)
+    texts = (json.loads(row.as_py()) for row in table["messages"])
+    return clean.bands((clean.shingles([clean.words(content) for _, content, _ in text]) for text in texts), near)
+
+
+def _some(found: Sequence[tuple[str, Shard]], twins: Sequence[Twin]) -> list[tuple[int, int, int, int, float]]:
+    """Some pairs as (shard, line, shard of the earlier row, its line, similarity): lines, since a file's name may change."""
+    rows = shards.Rows(found)
+    return [(*rows.line(row), *rows.line(earlier), similarity) for row, earlier, similarity in sorted(twins)[: shards.SHOWN]]
