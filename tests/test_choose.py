@@ -149,6 +149,45 @@ def test_a_row_with_an_anchor_has_another_gradient_than_without(tmp_path: Path) 
     assert len({*plain} & {*anchored}) == 192  # the general rows
 
 
+def test_gradients_are_gone_on_with_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are done are not taken again; a damaged one is; all is as if nothing had happened."""
+    monkeypatch.setattr(probe, "_BLOCK", 30)
+    save_task(tmp_path, 12, 4)
+    settings = comparison_settings(tmp_path, tmp_path / "out", mix={"select": "gradient", "choose_from": 60, "repeats": 1})
+    loaded = load_tiny(tmp_path)
+    rows = material.prepare(settings, loaded.tokenizer, CONTEXT, 0, dev_apart=False, choose_from=60)
+    take, taken, told = probe.gradients, list[int](), list[tuple[int, int]]()
+
+    def gradients(loaded, examples, **how):
+        if len(taken) == stop:
+            raise KeyboardInterrupt
+        taken.append(len(examples))
+        return take(loaded, examples, **how)
+
+    def found(folder: Path):
+        views = [(rows, arms.ARMS["tell"])]
+        return probe.with_gradients(rows, loaded, views, settings, folder, lambda done, total: told.append((done, total)))
+
+    monkeypatch.setattr(probe, "gradients", gradients)
+    stop = 99
+    whole = found(tmp_path / "whole")
+    assert taken == [30] * 6 + [24]
+    assert told[-1] == (204, 204)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    taken, stop = [], 2
+    with pytest.raises(KeyboardInterrupt):
+        found(tmp_path / "killed")
+    (tmp_path / "killed" / "general" / "gradients-seed0" / "0001.npz").write_bytes(b"half")
+    taken, stop = [], 99
+    again = found(tmp_path / "killed")
+    assert taken == [30] * 5 + [24]
+    assert list(again.gradients) == list(whole.gradients)
+    assert all(np.array_equal(again.gradients[key], whole.gradients[key]) for key in whole.gradients)
+    taken = []
+    assert found(tmp_path / "killed").notes == again.notes
+    assert taken == []
+
+
 def test_own_answers_are_to_rows_as_drawn(tmp_path: Path) -> None:
     save_task(tmp_path, 12, 4)
     compare = {"arms": ["sft", "tell", "placebo_own_answers"]}

@@ -9,19 +9,20 @@ row of many examples costs one forward and one backward pass.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fulcrum import adapter, encode, loss, mix, store, tokens, training
 from fulcrum.arms import Stream, selects, to_probe
 from fulcrum.config import Arm, Settings
-from fulcrum.errors import ModelError, StoreError
+from fulcrum.errors import ModelError
 from fulcrum.lora import LoraLinear
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
@@ -30,6 +31,7 @@ from fulcrum.records import FloatArray, Tokens
 LABEL = "rows whose gradients are taken"
 WARM_UP = 128  # general rows on which an adapter is trained before gradients are taken
 DIMENSIONS = 4096  # of a sketch
+_BLOCK = 512  # rows whose gradients are kept together: so many are taken again after a kill
 _PROJECTED = 16  # dimensions that are left of a layer's output: of SmolLM2-135M's gradients cosines are then off by 0.03
 
 
@@ -138,35 +140,54 @@ def with_gradients(
     """`rows` with the gradients by which arms choose, for every view of them (a size, a fold) that an arm trains on.
 
     The adapter is warmed up on the pool's own rows, so that one set of gradients serves all views, and none sees what it must
-    not. Task rows are taken with their anchors where the arm has one. Kept in the folder, and read back when resumed.
+    not. Task rows are taken with their anchors where the arm has one. Blocks of rows are kept in the folder as they are done,
+    and read back when resumed.
     """
     if not any(selects(arm, settings) == "gradient" for _, arm in views):
         return rows
     wanted = {key: pair for view, arm in views for key, pair in to_probe(view, arm, settings).items()}
-    file = None if folder is None else folder / "general" / f"gradients-seed{rows.seed}.npz"
-    names = store.fingerprint(sorted(wanted))
-    if file is not None and file.exists():
-        try:
-            with np.load(file) as kept:
-                if str(kept["names"]) == names:
-                    gathered = dict(zip(sorted(wanted), kept["gradients"], strict=True))
-                    return replace(rows, gradients=gathered, notes=(*rows.notes, str(kept["note"])))
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise StoreError(f"{file}: not the gradients that were taken, the file was damaged; delete it") from error
-    started = time.perf_counter()
-    _warm_up(loaded, rows, settings)
-    examples = [encode.encode(row, encode.make_format(loaded.tokenizer, anchor)) for _, (row, anchor) in sorted(wanted.items())]
-    found = gradients(
-        loaded, examples, budget=settings.train.pack_tokens, seed=rows.seed, progress=lambda done: count(done, len(examples))
-    ).astype(np.float16)
-    adapter.drop_adapter(loaded)
+    keys, warm = sorted(wanted), False
+    forms = {id(anchor): encode.make_format(loaded.tokenizer, anchor) for _, anchor in wanted.values()}
+    examples = [encode.encode(row, forms[id(anchor)]) for row, anchor in map(wanted.__getitem__, keys)]
+    found: list[npt.NDArray[np.float16]] = []
+    seconds = 0.0
+    for start in range(0, len(keys), _BLOCK):
+        names = store.fingerprint([keys[start : start + _BLOCK], settings.train.pack_tokens])
+        file = None if folder is None else folder / "general" / f"gradients-seed{rows.seed}" / f"{start // _BLOCK:04}.npz"
+        known = None if file is None else _kept(file, names)
+        if known is None:
+            began = time.perf_counter()
+            if not warm:
+                _warm_up(loaded, rows, settings)
+                warm = True
+            block, budget = examples[start : start + _BLOCK], settings.train.pack_tokens
+            counted = partial(_counted, count, start, len(keys))
+            taken = gradients(loaded, block, budget=budget, seed=rows.seed, progress=counted).astype(np.float16)
+            known = taken, time.perf_counter() - began
+            if file is not None:
+                store.write_arrays(file, names=np.array(names), gradients=taken, seconds=np.array(known[1]))
+        found.append(known[0])
+        seconds += known[1]
+    if warm:
+        adapter.drop_adapter(loaded)
     note = (
         f"seed {rows.seed}: to choose general rows the gradients of {len(examples):,} rows were taken, "
-        f"{sum(map(len, examples)):,} tokens, {time.perf_counter() - started:.0f} s"
+        f"{sum(map(len, examples)):,} tokens, {seconds:.0f} s"
     )
-    if file is not None:
-        store.write_arrays(file, names=np.array(names), gradients=found, note=np.array(note))
-    return replace(rows, gradients=dict(zip(sorted(wanted), found, strict=True)), notes=(*rows.notes, note))
+    return replace(rows, gradients=dict(zip(keys, np.concatenate(found), strict=True)), notes=(*rows.notes, note))
+
+
+def _counted(count: Count, before: int, total: int, done: int) -> None:
+    count(before + done, total)
+
+
+def _kept(file: Path, names: str) -> tuple[npt.NDArray[np.float16], float] | None:
+    """Gradients of these rows that were taken before, and the seconds it took; None where there are none, or no whole ones."""
+    try:
+        with np.load(file) as kept:
+            return (kept["gradients"], float(kept["seconds"])) if str(kept["names"]) == names else None
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return None
 
 
 def _warm_up(loaded: LoadedModel, rows: Material, settings: Settings) -> None:
