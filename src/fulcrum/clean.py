@@ -27,6 +27,7 @@ _RECALL = 0.995  # of near-duplicates at the threshold; those beyond it are foun
 _KEPT = 50_000  # rows whose triples are kept while pairs are compared
 _RUN = 8  # of the rows that share a band each is compared with the first so many, and with so many of its neighbours
 _FOLLOWING = 3  # bands that order those rows
+_TOLD = 10_000  # pairs between two tellings
 _BLOCK = 10_000  # rows whose MinHashes are in memory at a time
 _LETTERS = 24  # in shorter texts a language cannot be told
 _SEEN = 2000  # characters that tell a row's language
@@ -188,7 +189,10 @@ def bands(rows: Iterable[set[str]], threshold: float) -> npt.NDArray[np.uint64]:
 
 
 def near_duplicates(
-    keys: npt.NDArray[np.uint64], of: Callable[[int], set[str]], threshold: float
+    keys: npt.NDArray[np.uint64],
+    of: Callable[[int], set[str]],
+    threshold: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[int, int, float]]:
     """Rows to leave out: (row, the earlier row that stays, their Jaccard similarity), by row. `of(i)` gives row i's shingles.
 
@@ -198,7 +202,10 @@ def near_duplicates(
     found: list[tuple[int, int, float]] = []
     gone: set[int] = set()
     of_row = lru_cache(maxsize=_KEPT)(of)
-    for pair in _pairs(keys):
+    pairs = _pairs(keys)
+    for done, pair in enumerate(pairs):
+        if done % _TOLD == 0:
+            progress(done, len(pairs))
         later, earlier = divmod(int(pair), len(keys))
         if later in gone or earlier in gone:
             continue
@@ -207,6 +214,7 @@ def near_duplicates(
         if similarity >= threshold:
             gone.add(later)
             found.append((later, earlier, similarity))
+    progress(len(pairs), len(pairs))
     return found
 
 

@@ -1,15 +1,16 @@
 """What general data consist of: files and hub data sets, known by their content, cut into parts, read as raw rows.
 
-A file is cut into *parts*: bytes of lines, row groups, record batches. What cannot be cut (.json, .csv, gzipped text, a stream
+A file is cut into *parts*: stretches of whole lines, or of so many rows. What cannot be (.json, .csv, gzipped text, a stream
 from the hub) is a sequence, which is read in order. Nothing here converts; `shards` does.
 
 Invariant: a row that was read is one of the content that the origin's `content` names: a file that changes while it is read is
 refused.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from fulcrum.rows import Layout
 from fulcrum.sections import GeneralSource
 from fulcrum.tables import Row, cause_of, files, fitting_layout, hub, hub_commit, require_some, suffix, text_rows, unreadable
 
-PART_ROWS = 50_000
+PART_ROWS = 20_000
 BATCH = 10_000  # rows in memory at a time
 
-_PART_BYTES = 16 * 2**20
+_PART_BYTES = 4 * 2**20
 _SCOUTS = 100  # rows of a stream by which its columns are known
 _BUFFER = 10_000  # rows among which a stream from the hub is shuffled
 
@@ -58,8 +59,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of an origin: bytes of lines, row groups, record batches or rows, `stop` not included; `first` is the number of
-    its first line or row, counted from 1."""
+    """A stretch of an origin: bytes of lines, or rows, `stop` not included; `first` is the number of its first line or row,
+    counted from 1."""
 
     place: int
     start: int
@@ -157,18 +158,9 @@ def parts(origin: Origin) -> Iterator[Part]:
     if origin.kind == "lines":
         yield from _stretches_of_lines(origin)
         return
-    if origin.kind == "hub":
-        rows = len(_loaded(origin))
-        for place, start in enumerate(range(0, rows, PART_ROWS)):
-            yield Part(place, start, min(start + PART_ROWS, rows), start + 1)
-        return
-    place, start, first, rows = 0, 0, 1, 0
-    sizes = _group_sizes(origin)
-    for group, size in enumerate(sizes):
-        rows += size
-        if rows >= PART_ROWS or (group == len(sizes) - 1 and rows):
-            yield Part(place, start, group + 1, first)
-            place, start, first, rows = place + 1, group + 1, first + rows, 0
+    rows = _count(origin)
+    for place, start in enumerate(range(0, rows, PART_ROWS)):
+        yield Part(place, start, min(start + PART_ROWS, rows), start + 1)
 
 
 def _stretches_of_lines(origin: Origin) -> Iterator[Part]:
@@ -184,13 +176,14 @@ def _stretches_of_lines(origin: Origin) -> Iterator[Part]:
         raise DataError(f"{origin.name}: cannot be read: {error.strerror or error}; check its disk") from error
 
 
-def _group_sizes(origin: Origin) -> list[int]:
-    """Rows of each row group (parquet) or record batch (arrow)."""
+def _count(origin: Origin) -> int:
+    """Rows of a table."""
+    if origin.kind == "hub":
+        return len(_loaded(origin))
     with unreadable(origin.path):
         if origin.kind == "parquet":
-            data = pq.ParquetFile(origin.path).metadata
-            return [data.row_group(k).num_rows for k in range(data.num_row_groups)]
-        return [batch.num_rows for batch in _batches(origin.path)]
+            return int(pq.read_metadata(origin.path).num_rows)
+        return sum(batch.num_rows for batch in _batches(origin.path))
 
 
 def _batches(path: str) -> Iterator[pa.RecordBatch]:
@@ -260,12 +253,32 @@ def rows(origin: Origin, shape: Layout, part: Part) -> Iterator[Row]:
         return
     with unreadable(origin.path):
         if origin.kind == "parquet":
-            groups = range(part.start, part.stop)
-            batches = pq.ParquetFile(origin.path).iter_batches(BATCH, row_groups=list(groups), columns=used)
+            batches, before = _of_groups(origin.path, used, part)
         else:
-            whole = (batch.select(used) for batch in islice(_batches(origin.path), part.start, part.stop))
-            batches = (batch.slice(start, BATCH) for batch in whole for start in range(0, batch.num_rows, BATCH))
-        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), part.first)
+            batches, before = (batch.select(used) for batch in _batches(origin.path)), 0
+        own = _between(batches, part.start - before, part.stop - before)
+        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in own), part.first)
+
+
+def _of_groups(path: str, used: list[str], part: Part) -> tuple[Iterator[pa.RecordBatch], int]:
+    """Batches of the row groups that hold a part's rows, and how many rows come before these."""
+    file = pq.ParquetFile(path)
+    ends = list(accumulate(file.metadata.row_group(k).num_rows for k in range(file.metadata.num_row_groups)))
+    first, last = bisect_right(ends, part.start), bisect_left(ends, part.stop)
+    before = ends[first - 1] if first else 0
+    return file.iter_batches(BATCH, row_groups=list(range(first, last + 1)), columns=used), before
+
+
+def _between(batches: Iterable[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    """The rows `start` to `stop` (not included) of batches, in slices of at most `BATCH`."""
+    place = 0
+    for batch in batches:
+        for low in range(max(start, place), min(stop, place + batch.num_rows), BATCH):
+            high = min(low + BATCH, stop, place + batch.num_rows)
+            yield batch.slice(low - place, high - low)
+        place += batch.num_rows
+        if place >= stop:
+            return
 
 
 def sequence(origin: Origin) -> Iterator[Row]:

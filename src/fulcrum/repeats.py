@@ -132,7 +132,10 @@ def _near(found: Sequence[tuple[str, Shard]], stays: BoolArray, near: float, job
     def of(row: int) -> set[str]:
         return clean.shingles([clean.words(message.content) for message in rest[int(everywhere[row])].messages])
 
-    pairs = clean.near_duplicates(keys[stays], of, near)
+    def told(done: int, total: int) -> None:
+        progress("comparing rows that may be near-duplicates", done, total)
+
+    pairs = clean.near_duplicates(keys[stays], of, near, told)
     return [(int(everywhere[row]), int(everywhere[earlier]), similarity) for row, earlier, similarity in pairs]
 
 

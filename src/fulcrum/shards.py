@@ -33,7 +33,7 @@ from fulcrum.rows import Layout, content_key, convert
 from fulcrum.sections import GeneralSource
 from fulcrum.tables import Row, require_some, suffix
 
-VERSION = 2  # raise it where the same file would give other shards
+VERSION = 3  # raise it where the same file would give other shards
 SHOWN = 5  # rows left out that are kept as examples, of each reason
 
 _SCHEMA = pa.schema(
