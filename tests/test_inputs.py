@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fulcrum import comparison, store, verification
+from fulcrum import comparison, inputs, store, verification
 from tiny import comparison_settings, save_task
 
 
@@ -87,3 +87,25 @@ def test_a_certificate_elsewhere_says_what_it_could_not_check(copied: Path, tmp_
         f"settings: no {store.MANIFEST} of the run beside the certificate",
         f"data file {copied.parent / 'pool.jsonl'}: not here (paths are as they were given to the run)",
     ]
+
+
+def test_rows_that_a_model_made_and_an_arms_own_pool_are_inputs_too(tmp_path: Path) -> None:
+    folder = save_task(tmp_path / "data", 10, 6)
+    (folder / "own.jsonl").write_text((folder / "pool.jsonl").read_text())
+    arm = {"name": "other", "general": "pool", "pool": [{"path": str(folder / "own.jsonl")}]}
+    settings = comparison_settings(folder, folder / "out", compare={"arms": ["sft", "tell", arm]})
+    store.write_json(folder / "out" / store.MADE / "selfgen-seed0.json", {"rows": ["one"]})
+    store.write_json(folder / "out" / store.MANIFEST, {"settings": settings.model_dump(mode="json", exclude={"output_dir"})})
+    known = inputs.describe(settings, settings.tasks[0].name, ())
+    assert list(known["made"]) == ["selfgen-seed0.json"]
+
+    def checked() -> tuple[list[str], list[str]]:
+        return inputs.check(known, settings.tasks[0].name, folder / "out")
+
+    assert checked() == ([], [])
+    store.write_json(folder / "out" / store.MADE / "selfgen-seed0.json", {"rows": ["two"]})
+    (folder / "own.jsonl").write_text("{}")
+    changed = f"data file {folder / 'own.jsonl'}: changed"
+    assert checked() == (["made rows general/selfgen-seed0.json: changed", changed], [])
+    (folder / "out" / store.MADE / "selfgen-seed0.json").unlink()
+    assert checked() == ([changed], ["made rows general/selfgen-seed0.json: not here"])

@@ -15,16 +15,20 @@ def row_hash(example: Example) -> str:
 
 
 def describe(settings: config.Settings, task: str, rows: Iterable[Example]) -> dict[str, Any]:
-    """Settings, a hash of every task row by its place, and of every local file of task and general data by its path."""
+    """Settings, a hash of every task row by its place, of every local file of task and general data by its path (those of arms'
+    own pools too), and of every file in the run folder that holds rows which a model made or answered.
+    """
     described = settings.model_dump(mode="json")
     described.pop("output_dir")
     own = next(item for item in settings.tasks if item.name == task)
-    sources = [*own.train, *own.dev, *own.test, *own.unlabeled, *settings.general]
+    pools = [source for arm in settings.compare.arms if not isinstance(arm, str) for source in arm.pool]
+    sources = [*own.train, *own.dev, *own.test, *own.unlabeled, *settings.general, *pools]
     files = dict(pair for source in sources for pair in tables.files(source.path) or ())
     return {
         "settings": described,
         "rows": {row.origin: row_hash(row) for row in sorted(rows, key=lambda row: row.origin)},
         "files": {name: store.file_sha256(path) for name, path in sorted(files.items())},
+        "made": {file.name: store.file_sha256(file) for file in sorted(Path(settings.output_dir, store.MADE).glob("*.json"))},
     }
 
 
@@ -43,6 +47,12 @@ def check(known: Mapping[str, Any], task: str, folder: Path) -> tuple[list[str],
         run = store.read_json(manifest / store.MANIFEST)
         changed = store.changes(run.get("settings"), known["settings"])
         wrong += [f"settings.{name}: the run's {store.MANIFEST} and the certificate differ" for name in changed]
+    for name, stated in known.get("made", {}).items():
+        file = (manifest or folder) / store.MADE / name
+        if not file.exists():
+            open_questions.append(f"made rows {store.MADE}/{name}: not here")
+        elif store.file_sha256(file) != stated:
+            wrong.append(f"made rows {store.MADE}/{name}: changed")
     try:
         settings = config.Settings.model_validate({**known["settings"], "output_dir": str(folder)})
         found = _rows(next(item for item in settings.tasks if item.name == task), settings.seed)

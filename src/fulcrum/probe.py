@@ -153,7 +153,7 @@ def with_gradients(
     seconds = 0.0
     for start in range(0, len(keys), _BLOCK):
         names = store.fingerprint([keys[start : start + _BLOCK], settings.train.pack_tokens])
-        file = None if folder is None else folder / "general" / f"gradients-seed{rows.seed}" / f"{start // _BLOCK:04}.npz"
+        file = None if folder is None else folder / store.MADE / f"gradients-seed{rows.seed}" / f"{start // _BLOCK:04}.npz"
         known = None if file is None else _kept(file, names)
         if known is None:
             began = time.perf_counter()

@@ -46,7 +46,7 @@ def with_answers(
     asked += [(rows, arm) for arm in arms if arm.general == "pseudo_teacher"]
     for view, arm in asked:
         name, started = own_name(arm, view), time.perf_counter()
-        file = None if folder is None else folder / "general" / f"{name.replace(' ', '-')}-seed{rows.seed}.json"
+        file = None if folder is None else folder / store.MADE / f"{name.replace(' ', '-')}-seed{rows.seed}.json"
         if file is None or not file.exists():
             inputs = list(_inputs(view, arm))
             if arm.general == "pseudo_self":
@@ -125,7 +125,7 @@ def _by_teacher(
     teacher = settings.teacher
     assert teacher is not None  # chosen_arms refuses the arm without one
     endpoint = Endpoint(teacher.endpoint, teacher.model, os.environ.get(teacher.key_variable))
-    file = None if folder is None else folder / "general" / "teacher.json"
+    file = None if folder is None else folder / store.MADE / "teacher.json"
     known: dict[str, str] = store.read_json(file) if file is not None and file.exists() else {}
 
     def conversation(task: Task, row: Example) -> list[Message]:

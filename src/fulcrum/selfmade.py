@@ -31,7 +31,7 @@ def with_made_rows(
         if arm.general not in ("own_answers", "self_made"):
             continue
         for seed, material in rows.items():
-            file = None if folder is None else folder / "general" / f"{arm.name}-seed{seed}.json"
+            file = None if folder is None else folder / store.MADE / f"{arm.name}-seed{seed}.json"
             made = read_rows(file)[1] if file is not None and file.exists() else None
             if made is None:
                 adapter.drop_adapter(loaded)
@@ -81,7 +81,7 @@ def from_nothing(
 ) -> tuple[Example, ...]:
     """As many rows as the run's mixtures hold. Raises ConfigError where the model makes none."""
     wanted = arm.general_rows or len(rows.general) or rows.general_count(max(rows.repeats))
-    place = None if folder is None else folder / "general" / f"{arm.name}-seed{seed}"
+    place = None if folder is None else folder / store.MADE / f"{arm.name}-seed{seed}"
     recipe = selfgen.Recipe(wanted, store.seed_for(seed, "self made"))
     found, left_out = selfgen.made(selfgen.OfModel(loaded, batch_tokens), recipe, place, count)
     if not found:
