@@ -40,6 +40,21 @@ def test_similar_takes_the_tasks_kind_first_and_every_candidate_once() -> None:
     assert 20 < np.mean(np.isin(even[:200], range(300))) * 100 < 80
 
 
+def test_similar_reads_scripts_without_spaces(tmp_path: Path) -> None:
+    """No text repeats another as a whole: their letters tell which are of the task's kind."""
+    rng = np.random.default_rng(0)
+
+    def written(letters: str, count: int, start: int) -> list[Example]:
+        return [
+            row("".join(rng.choice(list(letters), 20)), "".join(rng.choice(list(letters), 8)), start + k) for k in range(count)
+        ]
+
+    weather, food = "雨雪風雲晴曇嵐霧雷空", "米魚肉茶塩油卵豆酒麺"
+    candidates = [*written(food, 60, 0), *written(weather, 40, 60)]
+    order = choose.similar(candidates, written(weather, 8, 100), seed=0)
+    assert sum(k >= 60 for k in order[:40]) >= 38
+
+
 def test_similar_is_no_choice_of_short_rows() -> None:
     """Of rows of 6 and of 60 other words the first half holds both (a fourth of the short share a hashed pair by chance)."""
     rng = np.random.default_rng(0)

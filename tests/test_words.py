@@ -99,3 +99,12 @@ def test_answers_in_the_tasks_form_are_told_from_general_ones() -> None:
     assert words.in_form_of(task, general, asked)[:3] == [True, False, True]
     many = general * 20  # rare answers are not drowned by many general ones
     assert words.in_form_of(task, many, asked)[:2] == [True, False]
+
+
+def test_labels_are_learnt_in_scripts_without_spaces() -> None:
+    """Whole texts never repeat; their letters tell the label."""
+    rng = np.random.default_rng(0)
+    letters = {"天気": "雨雪風雲晴曇嵐霧雷空", "食": "米魚肉茶塩油卵豆酒麺"}
+    texts = [("".join(rng.choice(list(own), 6)), label) for label, own in letters.items() for _ in range(20)]
+    found, _ = words.classify(rows(texts[::2]), rows(texts[1::2]))
+    assert found == [label for _, label in texts[1::2]]

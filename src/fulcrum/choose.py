@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fulcrum import clean
 from fulcrum.records import Example, FloatArray, IntArray
 
 SCORED = 4  # of the most similar candidates so many times the rows wanted are compared by gradient
@@ -94,6 +95,12 @@ def _counts(texts: tuple[str, ...]) -> Any:
     from sklearn.feature_extraction.text import HashingVectorizer
 
     hashing = HashingVectorizer(
-        n_features=BUCKETS, ngram_range=(1, 2), token_pattern=r"\w+", alternate_sign=False, norm=None, lowercase=True
+        n_features=BUCKETS,
+        ngram_range=(1, 2),
+        tokenizer=clean.words,
+        token_pattern=None,
+        alternate_sign=False,
+        norm=None,
+        lowercase=False,
     )
     return hashing.transform(texts)

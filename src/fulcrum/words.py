@@ -3,17 +3,15 @@
 On few rows of an easy topic the rival is hard to beat, and it costs milliseconds; a comparison without it flatters everyone.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from fulcrum import clean
 from fulcrum.records import Example, FloatArray, IntArray, Prediction, Task
 
 Length = Callable[[Example], int]  # answer tokens, by which a loss is divided in every arm
-
-_WORD = r"(?u)\b\w+\b"
 
 
 def classify(train: Sequence[Example], rows: Sequence[Example]) -> tuple[list[str], FloatArray]:
@@ -30,8 +28,8 @@ def classify(train: Sequence[Example], rows: Sequence[Example]) -> tuple[list[st
 
     labels = [row.answer.strip() for row in train]
     known_share = len(train) / (len(train) + 1)
-    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD)
-    has_words = any(re.search(_WORD, _text(row)) for row in train)
+    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, tokenizer=clean.words, token_pattern=None, lowercase=False)
+    has_words = any(clean.words(_text(row)) for row in train)
     if len(set(labels)) < 2 or not has_words:
         model: Any = DummyClassifier(strategy="prior")
     else:
