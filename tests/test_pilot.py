@@ -1,7 +1,9 @@
 """How much general data: the choice from a curve, and a pilot on a tiny model that is resolved once and kept."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,12 @@ from fulcrum.config import PILOT_RATIOS
 from fulcrum.errors import ConfigError
 from fulcrum.records import Pilot, Setting
 from tiny import comparison_settings, save_task
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pilot tried is kept in the cache; no test may live on another's."""
+    monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +97,39 @@ def test_task_rows_alone_may_use_the_steps_of_the_mixtures(tmp_path: Path, monke
     assert found.alone in (2, 10, 34)
     assert resolved.compare.extra_trials == 4
     assert resolved.compare.sft_epochs == (None if found.chosen else tuple(sorted({2, min(found.alone, 32)})))
+
+
+def test_a_killed_pilot_goes_on_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixtures that were tried are not tried again, wherever the run is to stand; another seed tries its own."""
+    settings = settings_of(tmp_path)
+    held_out, tried = pilot._held_out, list[int]()
+
+    def watched(*given: Any) -> object:
+        if len(tried) == stop:
+            raise KeyboardInterrupt
+        tried.append(given[4].repeats)
+        return held_out(*given)
+
+    def found(**changes: object) -> Pilot:
+        resolved = pilot.resolve(settings.model_copy(update=changes), compared=True, resume=False, watcher=Silent())[1]
+        assert resolved is not None
+        return resolved
+
+    monkeypatch.setattr(pilot, "_held_out", watched)
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        found()
+    tried, stop = [], 99
+    again = found(output_dir=str(tmp_path / "elsewhere"))
+    assert len(tried) == 4
+    monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path / "empty"))
+    tried = []
+    whole = found()
+    assert len(tried) == 6
+    assert replace(again, seconds=0) == replace(whole, seconds=0)
+    tried = []
+    found(compare=settings.compare.model_copy(update={"seeds": (5,)}))
+    assert len(tried) == 6
 
 
 def test_too_few_tokens_are_refused_with_how_many_do(tmp_path: Path) -> None:

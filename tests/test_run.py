@@ -826,7 +826,7 @@ def test_other_weights_or_code_are_no_resume(place: Path, tmp_path: Path, monkey
         run.run(given, resume=True)
     shutil.copy(place / "model" / "model.safetensors", weights)
     run.run(given, resume=True)
-    monkeypatch.setattr("fulcrum.identity._code", lambda: "edited")
+    monkeypatch.setattr("fulcrum.store.code", lambda: "edited")
     with pytest.raises(StoreError, match=r"cannot resume, environment\.code \("):
         run.run(given, resume=True)
 

@@ -4,9 +4,7 @@ import platform
 import resource
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +33,8 @@ def environment(loaded: LoadedModel) -> dict[str, str]:
     libraries = ("fulcrum-llm", "torch", "transformers", "peft", "accelerate", "numpy")
     return {
         "python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads()),
-        **{name: version(name) for name in libraries}, "code": _code(), "model": loaded.name, "weights": loaded.fingerprint(),
-        "parameters": str(loaded.parameters),
+        **{name: version(name) for name in libraries}, "code": store.code(), "model": loaded.name,
+        "weights": loaded.fingerprint(), "parameters": str(loaded.parameters),
         "prompt": _prompt(loaded), "device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch."),
         "probes": f"packed {loaded.packed}, prefixes shared {loaded.shares}, head apart {loaded.split_head}, "
         f"layers compiled {bool(loaded.compiled)}",
@@ -47,13 +45,6 @@ def _prompt(loaded: LoadedModel) -> str:
     """A hash of a rendered prompt: some templates write the date, and then tomorrow's tokens are others."""
     turns = [{"role": "user", "content": "x"}]
     return store.fingerprint(loaded.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
-@lru_cache
-def _code() -> str:
-    """A hash over this package's source: a development version changes without a new number."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return store.fingerprint([(file.name, store.file_sha256(file)) for file in files])
 
 
 def peak_memory_bytes() -> int:

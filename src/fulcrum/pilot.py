@@ -136,19 +136,18 @@ def run(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed:
 
     The most that `mix.pilot_tokens` buy of the task rows are used. Raises ConfigError where they buy fewer than `FEWEST`.
     """
-    started = time.perf_counter()
     repeats = REPEATS if settings.mix.repeats == "auto" else settings.mix.repeats
     count = _affordable(rows, loaded, arm, settings, repeats)
     small = rows.at(count)
     alone = ARMS["sft_anchor" if arm.anchored else "sft"]
     tried = [(alone, round(repeats * (1 + ratio))) for ratio in _ALONE]
     tried += [(arm.model_copy(update={"general_per_task": ratio}), repeats) for ratio in PILOT_RATIOS[1:]]
-    found, tokens = [], 0
+    found, tokens, seconds = [], 0, 0.0
     for own, shown in tried:
         label = f"pilot of {general_count(small, own, 1) / max(1, small.n_task):g} general rows a task row, {shown} repeats"
-        nats, groups, trained = _held_out(small, loaded, own, settings, Setting(shown), seed, label, watcher)
+        nats, groups, trained, took = _once(small, loaded, own, settings, Setting(shown), seed, label, watcher)
         found.append(nats)
-        tokens += trained
+        tokens, seconds = tokens + trained, seconds + took
     adapter.drop_adapter(loaded)
     best = min(range(len(_ALONE)), key=lambda k: float(found[k].mean()))
     none = found[best]
@@ -156,7 +155,6 @@ def run(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, seed:
     losses = by_ratio.mean(axis=1)
     errors = np.array([_error(row - none, groups) for row in by_ratio])
     chosen = choose(PILOT_RATIOS, losses, errors)
-    seconds = time.perf_counter() - started
     return Pilot(
         PILOT_RATIOS, tuple(losses.tolist()), tuple(errors.tolist()), chosen, count, repeats, tried[best][1], tokens, seconds
     )
@@ -199,6 +197,29 @@ def _affordable(rows: Material, loaded: LoadedModel, arm: Arm, settings: Setting
             f"{FEWEST} are needed; set mix.pilot_tokens to {math.ceil(each * FEWEST):,}, or general_per_task to a number"
         )
     return min(bought, MOST, rows.longest)
+
+
+def _once(
+    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, setting: Setting, seed: int, label: str, watcher: Watcher
+) -> tuple[FloatArray, list[str], int, float]:
+    """What `_held_out` gives, and its seconds; kept in the cache, so that a pilot that was killed goes on with what is left."""
+    about: list[Any] = [
+        store.code(),
+        loaded.fingerprint(),
+        str(loaded.dtype),
+        str(loaded.device),
+        settings.train.model_dump(mode="json"),
+    ]
+    about += [settings.mix.model_dump(mode="json"), arm.model_dump(mode="json"), setting, seed, rows.fingerprints]
+    key = store.fingerprint([*about, [task.anchor for task in rows.tasks]])
+    file = store.cache_dir() / "pilots" / f"{key[:32]}.json"
+    if known := store.recalled(file):
+        return np.array(known["nats"]), known["groups"], known["tokens"], known["seconds"]
+    started = time.perf_counter()
+    nats, groups, tokens = _held_out(rows, loaded, arm, settings, setting, seed, label, watcher)
+    seconds = time.perf_counter() - started
+    store.write_json(file, {"nats": nats.tolist(), "groups": groups, "tokens": tokens, "seconds": seconds})
+    return nats, groups, tokens, seconds
 
 
 def _held_out(

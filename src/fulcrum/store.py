@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,6 +83,13 @@ def file_sha256(path: Path) -> str:
     """Return a file's SHA-256 (hex)."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@lru_cache
+def code() -> str:
+    """A hash over this package's source: a development version changes without a new number."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return fingerprint([(file.name, file_sha256(file)) for file in files])
 
 
 def cache_dir() -> Path:
