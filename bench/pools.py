@@ -94,7 +94,7 @@ def near(folder: Path, rows: int, jobs: int) -> None:
         texts[k] = list(texts[k - rows // 2])
         for place in rng.choice(40, 1 + k % 5, replace=False):
             texts[k][place] = f"changed{place}"
-        own, other = (clean.shingles([text, ["yes"]]) for text in (texts[k], texts[k - rows // 2]))
+        own, other = (clean.shingles([" ".join(text), "yes"]) for text in (texts[k], texts[k - rows // 2]))
         if len(own & other) / len(own | other) >= NEAR:
             alike.add(k)
     file = folder / "near.jsonl"

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fulcrum.clean import words
+from fulcrum import clean
+from fulcrum import pool as pools
 from fulcrum.errors import DataError, StoreError
 from fulcrum.ingest import read
 from fulcrum.pool import open_pool, select
@@ -31,8 +32,12 @@ def task(prompt, answer):
     return Example((Message("user", prompt), Message("assistant", answer)), prompt, "task:1")
 
 
-def pick(pool, count, *, seed=0, fits=lambda row: None, task_rows=(), held_out_rows=(), anchors=()):
-    return select(pool, count, seed=seed, fits=fits, task_rows=task_rows, held_out_rows=held_out_rows, anchors=anchors)
+def pick(pool, count, *, seed=0, fits=lambda row: None, task_rows=(), held_out_rows=(), anchors=(), near=0.0):
+    given = {"task_rows": task_rows, "held_out_rows": held_out_rows, "anchors": anchors}
+    return select(pool, count, seed=seed, fits=fits, near=near, **given)
+
+
+LEAKS = {13: "shares a 13-gram with task or held-out data", "asked": "asks what a task or held-out row asks"}
 
 
 def test_the_pool_gives_what_read_gives(tmp_path):
@@ -84,9 +89,7 @@ def test_broken_and_empty_files_are_refused_as_when_read(tmp_path):
 def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(
-        StoreError, match=r"the pool's cache cannot be written: Not a directory; free space, or set FULCRUM_CACHE"
-    ):
+    with pytest.raises(StoreError, match=r"the pool's cache cannot be used: Not a directory; set FULCRUM_CACHE to another"):
         open_pool([jsonl(tmp_path / "a.jsonl", ("q", "a"))], seed=0)
 
 
@@ -172,7 +175,75 @@ def test_scripts_without_spaces_are_compared_letter_by_letter(tmp_path):
     chosen = pick(pool, 9, held_out_rows=[task("言って", held)])
     assert sorted(row.answer for row in chosen.examples) == ["ประเทศไทย", "今日は雨です"]
     assert chosen.rejects[0].reason == "shares a 13-gram with task or held-out data"
-    assert words("ไทย cafe\u0301 北京2026") == ["ไ", "ท", "ย", "café", "北", "京", "2026"]
+    assert clean.words("ไทย cafe\u0301 北京2026") == ["ไ", "ท", "ย", "café", "北", "京", "2026"]
+
+
+SHARED = "You are a helpful assistant who answers every question with great care and in full sentences, as its user asks."
+
+
+def spoken(*texts, system=None):
+    roles = ("user", "assistant") * (len(texts) // 2)
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *({"role": role, "content": text} for role, text in zip(roles, texts, strict=True))]
+
+
+def example(*texts, system=None):
+    return Example(tuple(Message(**turn) for turn in spoken(*texts, system=system)), "g", "o")
+
+
+def conversations(path, *rows):
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return GeneralSource(path=str(path))
+
+
+def test_a_system_text_that_rows_share_makes_them_no_repeats_and_no_leaks(tmp_path):
+    rows = [spoken(f"what is {k}", f"it is {k}", system=SHARED) for k in range(4)]
+    pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0, near=0.5)
+    assert (len(pool), pool.left_out) == (4, {})
+    task_rows = [example(f"how old is {k}", f"{k} years", system=SHARED) for k in range(3)]
+    assert len(pick(pool, 4, task_rows=task_rows, near=0.5).examples) == 4
+
+
+def test_a_system_text_that_one_row_alone_has_is_content(tmp_path):
+    pages = [" ".join(f"{word}{k}" for word in WORDS) for k in range(3)]
+    rows = [spoken("what is this about", "it is about letters", system=page) for page in pages]
+    pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0, near=0.5)
+    assert len(pool) == 3
+    held = [example("tell me what this page says", "letters and numbers", system=page) for page in pages[:2]]
+    found = pick(pool, 3, held_out_rows=held)
+    assert (len(found.examples), {reject.reason for reject in found.rejects}) == (1, {LEAKS[13]})
+
+
+def test_a_question_is_found_inside_a_longer_conversation(tmp_path):
+    rows = [spoken("good morning", "hello", "where is Oslo", "up north"), spoken("good morning", "hello", "and where", "there")]
+    found = pick(
+        open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0), 2, held_out_rows=[task("Where is Oslo?", "x")]
+    )
+    assert [(reject.origin[-2:], reject.reason) for reject in found.rejects] == [(":1", LEAKS["asked"])]
+
+
+def test_what_holds_no_words_is_compared_as_it_is(tmp_path):
+    pool = open_pool([jsonl(tmp_path / "a.jsonl", ("🙂", "👍"), ("🙁", "👎"), ("🙂", " 👍"))], seed=0, near=0.5)
+    assert (len(pool), pool.left_out) == (2, {"duplicate": 1})
+    assert len(pick(pool, 2, held_out_rows=[task("?", "!")]).examples) == 2
+    assert pick(pool, 2, anchors=[Anchor("\u200b")]).rejects == []
+
+
+def test_underscores_part_words():
+    assert clean.words("the_cat __sat__ on_2") == clean.words("the cat sat on 2") == ["the", "cat", "sat", "on", "2"]
+    assert clean.words("snake_där 今_日") == ["snake", "där", "今", "日"]
+
+
+def test_a_check_looks_at_rows_as_the_weights_say(tmp_path):
+    one = jsonl(tmp_path / "a.jsonl", *[(f"leak {k}", "a") for k in range(50)]).model_copy(update={"weight": 1.0})
+    two = jsonl(tmp_path / "b.jsonl", *[(f"fine {k}", "a") for k in range(50)]).model_copy(update={"weight": 9.0})
+    pool = open_pool([one, two], seed=0)
+    asked = {"seed": 0, "task_rows": [], "anchors": []}
+    none_leak = pools.check(pool, 20, held_out_rows=[], **asked)
+    assert none_leak == (20, {}, [])
+    held = [task(f"fine {k}", "b") for k in range(50)]  # of the heavier source none may stand: it stays behind its part
+    assert pools.check(pool, 40, held_out_rows=held, **asked)[1] == {LEAKS["asked"]: 40 - 1}
+    assert pools.check(pool, 1000, held_out_rows=held, **asked)[:2] == (50, {LEAKS["asked"]: 50})
 
 
 def test_a_selection_is_seeded_and_the_beginning_of_a_larger_one(tmp_path):

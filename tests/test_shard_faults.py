@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from fulcrum import origins, processes, shards, store
+from fulcrum import origins, processes, shards, store, tables
 from fulcrum.errors import DataError, StoreError
 from fulcrum.pool import open_pool, select
 from fulcrum.sections import GeneralSource
@@ -105,7 +105,7 @@ def test_a_file_that_changes_while_it_is_converted_is_refused(tmp_path: Path, mo
     assert len(read(source)) == 6
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "whole.json", "00000.json", "rows.npy", "left_out.json", "known"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "whole.json", "00000.json", "rows.npy", "empty", "left_out.json", "known"])
 def test_what_is_damaged_in_the_cache_is_made_anew(tmp_path: Path, damage: str) -> None:
     source = save(tmp_path / "a.jsonl", [*rows(5), rows(1)[0]])
     whole = read(source)
@@ -114,12 +114,50 @@ def test_what_is_damaged_in_the_cache_is_made_anew(tmp_path: Path, damage: str) 
         arrow.write_bytes(arrow.read_bytes()[:-9])
     elif damage == "gone":
         arrow.unlink()
+    elif damage == "empty":
+        cached("rows.npy")[0].write_bytes(b"")
     else:
         (file,) = cached("known/*.json") if damage == "known" else cached(damage)
         file.write_text("{")
     assert read(source) == whole
     assert len(whole) == 5
     assert len(open_pool([source], seed=0)) == 5
+
+
+@pytest.mark.parametrize("what", ["duplicates are looked for", "a row is read"])
+def test_a_shard_that_is_damaged_at_its_full_size_is_said_and_then_made_anew(tmp_path: Path, what: str) -> None:
+    source = save(tmp_path / "a.jsonl", rows(5))
+    whole = read(source)
+    (arrow,) = cached("*.arrow")
+    arrow.write_bytes(bytes(arrow.stat().st_size))
+    if what == "duplicates are looked for":
+        cached("rows.npy")[0].unlink()
+    with pytest.raises(StoreError, match=r"00000\.arrow: damaged \(.*\); run again, it is converted anew then"):
+        read(source)
+    assert read(source) == whole
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(28, "No space left on device"), "free some space, or set FULCRUM_CACHE to another folder"),
+        (OSError(13, "Permission denied"), "mend its permissions, or set FULCRUM_CACHE to another folder"),
+        (OSError(30, "Read-only file system"), "; set FULCRUM_CACHE to another folder"),
+        (OSError(24, "Too many open files"), "Too many open files"),
+    ],
+)
+def test_remedies_are_those_of_the_error(tmp_path: Path, error: OSError, remedy: str) -> None:
+    assert str(shards.unwritable(tmp_path, error)).endswith(remedy)
+
+
+def test_long_rows_fill_smaller_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_BATCH_CHARACTERS", 300)
+    texts = ["a" * length for length in (100, 100, 400, 1, 1, 1)]
+    source = save(tmp_path / "a.jsonl", [{"prompt": f"p{k}", "completion": text} for k, text in enumerate(texts)])
+    assert [row.answer for row in read(source)] == texts
+    (arrow,) = cached("*.arrow")
+    reader = pa.ipc.open_file(arrow)
+    assert [reader.get_batch(k).num_rows for k in range(reader.num_record_batches)] == [2, 1, 3]
 
 
 def test_a_whole_pool_is_opened_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +167,7 @@ def test_a_whole_pool_is_opened_where_nothing_can_be_written(tmp_path: Path, mon
     def refused(*_: Any) -> None:
         raise StoreError("read-only")
 
-    monkeypatch.setattr(store, "write_bytes", refused)
+    monkeypatch.setattr(store, "_write", refused)
     monkeypatch.setattr(store, "locked", refused)
     assert read(source) == whole
     for known in cached("known/*.json"):
@@ -151,7 +189,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(pa.ipc, "new_file", lambda *_: Full())
-        with pytest.raises(StoreError, match=r"cannot be written: No space left on device; free space, or set FULCRUM_CACHE"):
+        with pytest.raises(StoreError, match=r"cannot be used: No space left on device; free some space, or set FULCRUM_CACHE"):
             read(source)
     assert cached("*.arrow") == cached("*.partial") == []
     assert len(read(source)) == 5
@@ -228,18 +266,61 @@ def test_a_stream_is_pinned_and_its_limit_counts_usable_rows(tmp_path: Path, mon
     everything = open_pool([source.model_copy(update={"limit": 500})], seed=0)
     assert (len(everything), everything.left_out) == (30, {"empty answer": 60})
 
+    # The hub answers without saying the commit: the one that is known is read, and stays known.
+    monkeypatch.setattr(origins, "hub_commit", lambda name, revision: None)
+    assert open_pool([source], seed=0).notes == (
+        "some/thing: the hub does not say its commit; the last one known is read, abc123",
+    )
+    assert asked[-1] == ("abc123", True)
+
     def unreachable(*given: Any, **named: Any) -> None:
-        raise DataError("no network")
+        raise tables.UnreachableError("no network")
 
     monkeypatch.setattr(origins, "hub", unreachable)
-    monkeypatch.setattr(origins, "hub_commit", lambda name, revision: None)
     assert open_pool([source], seed=0).notes == (
         "some/thing: the hub cannot be reached; what was last read of it (commit abc123) is used",
     )
+
+    def gone(*given: Any, **named: Any) -> None:
+        raise DataError("some/thing: gated")
+
+    monkeypatch.setattr(origins, "hub", gone)  # an answer, if no welcome one: what was known must not hide it
+    with pytest.raises(DataError, match="some/thing: gated"):
+        open_pool([source], seed=0)
     monkeypatch.setattr(origins, "hub", lambda *_, **__: Broken())
     with pytest.raises(DataError, match=r"some/thing: the stream broke off: reset by peer; run again: what was converted is"):
         open_pool([source.model_copy(update={"limit": 300})], seed=0)
     assert len(cached("00004.json")) == 2  # the other is of the stream of 90 rows
+
+
+def test_a_stream_that_became_shorter_is_refused_and_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = rows(90)
+    monkeypatch.setattr(origins, "hub", lambda *_, **__: datasets.Dataset.from_list(given).to_iterable_dataset())
+    monkeypatch.setattr(origins, "hub_commit", lambda name, revision: "abc123")
+    monkeypatch.setattr(origins, "PART_ROWS", 20)
+    source = GeneralSource(path="some/thing", stream=True, limit=80)
+    assert len(open_pool([source], seed=0)) == 80
+    cached("whole.json")[0].unlink()
+    given = rows(30)
+    with pytest.raises(DataError, match=r"some/thing: gives fewer rows than when its conversion began; run again"):
+        open_pool([source], seed=0)
+    assert len(open_pool([source], seed=0)) == 30
+
+
+def test_what_a_limit_leaves_undrawn_makes_no_other_row_a_repeat(tmp_path: Path) -> None:
+    one = save(tmp_path / "a.jsonl", rows(50)).model_copy(update={"limit": 10})
+    two = save(tmp_path / "b.jsonl", rows(50))
+    for near in (0.0, 0.9):
+        found = open_pool([one, two], seed=0, near=near)
+        assert len({found[k].question for k in range(len(found))}) == len(found) == 50
+        assert found.left_out == {"not drawn (limit)": 40, "duplicate": 10}
+        assert [part.stop - part.start for part in found.stretches] == [10, 40]
+    more = open_pool([one.model_copy(update={"limit": 20})], seed=0)
+    assert {found[k].origin for k in range(10)} < {more[k].origin for k in range(20)}  # nested
+
+
+def test_no_general_data_is_a_pool_of_none_for_several_processes_too() -> None:
+    assert len(open_pool([], seed=0, near=0.8, jobs=2)) == 0
 
 
 def test_patterns_are_stars_and_question_marks_and_fit_any_of_a_list(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_every_form_cut_anywhere_gives_the_same_rows_and_places(
 ) -> None:
     monkeypatch.setattr(origins, "PART_ROWS", 8)
     monkeypatch.setattr(origins, "_PART_BYTES", 300)
-    monkeypatch.setattr(origins, "BATCH", 3)
+    monkeypatch.setattr(origins, "_BATCH", 3)
+    monkeypatch.setattr(shards, "_BATCH_ROWS", 3)
     content = rows(40)
     content[5]["completion"] = ""
     path = forms(tmp_path, content)[form]
@@ -152,6 +153,10 @@ def test_rows_are_chosen_by_columns_language_and_length(tmp_path: Path) -> None:
     assert left(exclude={"family": "qa"}) == ([3, 4, 5], {"among exclude: family": 2})
     assert left(languages=["en"]) == ([1, 3, 4, 5], {"not in en": 1})  # two words tell no language
     assert left(languages=["is", "en"]) == ([1, 2, 3, 4, 5], {})
+    told = "You are a helpful assistant who answers in the language of the question, briefly and with great care, as asked."
+    save(tmp_path / "a.jsonl", [{**row, "system": told} for row in content])  # a system text tells no row's language
+    assert left(languages=["is"]) == ([2, 4], {"not in is": 3})
+    save(tmp_path / "a.jsonl", content)
     assert left(min_words=5, max_words=13) == ([1, 2, 3], {"under 5 words": 1, "over 13 words": 1})
     with pytest.raises(DataError, match=r"a\.jsonl: `include:` names 'famly', which is no column; did you mean 'family'\?"):
         left(include={"famly": "qa"})
@@ -219,7 +224,7 @@ def test_near_duplicates_are_found_at_the_stated_recall_and_none_is_invented(tmp
     gone = set(range(len(content))) - {int(pool[k].origin.rpartition(":")[2]) - 1 for k in range(len(pool))}
 
     def similarity(k: int) -> float:
-        a, b = (clean.shingles([clean.words(text), ["same", "answer"]]) for text in map(" ".join, pairs[k]))
+        a, b = (clean.shingles([text, "same answer"]) for text in map(" ".join, pairs[k]))
         return len(a & b) / len(a | b)
 
     alike = {len(pairs) + k for k in range(len(pairs)) if similarity(k) >= 0.8}
@@ -240,8 +245,8 @@ def test_near_duplicates_are_found_among_rows_of_one_template() -> None:
         place = 100 + int(rng.integers(14))
         texts.append([*texts[k][:place], "changed", *texts[k][place + 1 :]])
     order = rng.permutation(len(texts))
-    rows = [clean.shingles([texts[k]]) for k in order]
-    found = clean.near_duplicates(clean.bands(rows, 0.8), rows.__getitem__, 0.8)
+    rows = [clean.shingles([" ".join(texts[k])]) for k in order]
+    found = clean.near_duplicates(clean.bands(rows, 0.8), lambda row: (rows[row],), 0.8)
     assert 98 <= sum(max(order[later], order[earlier]) >= 2500 for later, earlier, _ in found) <= len(found) == 100
     assert all(similarity == len(rows[a] & rows[b]) / len(rows[a] | rows[b]) >= 0.8 for a, b, similarity in found)
     assert {(min(order[a], order[b])) for a, b, _ in found} == set(range(0, 1000, 10))
@@ -249,8 +254,8 @@ def test_near_duplicates_are_found_among_rows_of_one_template() -> None:
 
 def test_a_cluster_keeps_its_first_row() -> None:
     """A thousand rows that differ in one word each: all but the first go, though most of their neighbours are gone."""
-    rows = [clean.shingles([[*(f"w{k}" for k in range(40)), f"own{row}"]]) for row in range(1000)]
-    found = clean.near_duplicates(clean.bands(rows, 0.8), rows.__getitem__, 0.8)
+    rows = [clean.shingles([" ".join([*(f"w{k}" for k in range(40)), f"own{row}"])]) for row in range(1000)]
+    found = clean.near_duplicates(clean.bands(rows, 0.8), lambda row: (rows[row],), 0.8)
     assert [(later, earlier) for later, earlier, _ in found] == [(row, 0) for row in range(1, 1000)]
 
 
@@ -273,9 +278,9 @@ def test_beyond_a_million_rows_exact_repeats_alone_are_looked_for(tmp_path: Path
     source = save(tmp_path / "a.jsonl", [{"prompt": f"{text} {k}", "completion": "a"} for k in range(5)])
     pool = open_pool([source], seed=0, near=0.8)
     assert len(pool) == 5
-    assert pool.notes == (
-        "near-duplicates are sought in pools of up to 3 rows; this one has 5 (before any limit): exact ones only",
-    )
+    assert pool.notes == ("near-duplicates are sought in pools of up to 3 rows; this one has 5: exact ones only",)
+    drawn = open_pool([source.model_copy(update={"limit": 3})], seed=0, near=0.8)
+    assert (len(drawn), drawn.left_out) == (1, {"not drawn (limit)": 2, "near-duplicate": 2})
     monkeypatch.setattr(clean, "NEAR_ROWS", 5)
     pool = open_pool([source], seed=0, near=0.8)
     assert (len(pool), pool.notes) == (1, ())
@@ -302,7 +307,7 @@ def test_a_hub_data_set_is_converted_whole_or_streamed(tmp_path: Path, monkeypat
     assert asked[-1]
 
     def unreachable(*given, **named):
-        raise DataError("no network")
+        raise tables.UnreachableError("no network")
 
     monkeypatch.setattr(origins, "hub", unreachable)  # what was converted stays usable
     assert read(GeneralSource(path="some/thing", stream=True, limit=12)) == streamed
@@ -372,6 +377,10 @@ def test_the_pool_commands_count_show_and_check(tmp_path: Path) -> None:
     assert f"shares a 13-gram with task or held-out data: {source.path}:21: which of these" in text
     assert "which says what the task rows are" in refused("pool", "check", source.path)
     assert "no such file" in refused("pool", "build", tmp_path / "nothing.jsonl")
+    for command in ("build", "info", "sample", "check"):
+        assert "run.yaml: `general:` names no data" in refused(
+            "pool", command, tmp_path / "run.yaml", "--set", "general=[]", "--set", "mix.general_per_task=0"
+        )
     assert "--set changes a settings file" in refused("pool", "info", source.path, "--set", "seed=1")
     assert "21 rows" in done("pool", "info", tmp_path / "run.yaml", "--set", "clean.near_duplicates=0", "--set", "seed=3")
 

@@ -5,9 +5,9 @@ language, length, duplicates) is done once, when a pool is built; what depends o
 """
 
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from itertools import accumulate, islice
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import regex
 
 from fulcrum.records import Example, Reject
-from fulcrum.rows import folded
+from fulcrum.rows import folded, normalise
 from fulcrum.sections import GeneralSource
 
 NGRAM, SHORT_NGRAM = 13, 8  # words; 13 as in GPT-3's decontamination (arXiv 2005.14165, appendix C), 8 for short tasks
@@ -24,7 +24,7 @@ NEAR_ROWS = 1_000_000  # rows up to which near-duplicates are looked for; beyond
 
 _PERMUTATIONS = 256
 _RECALL = 0.995  # of near-duplicates at the threshold; those beyond it are found more surely
-_KEPT = 50_000  # rows whose triples are kept while pairs are compared
+_KEPT = 2**24  # hashes of triples, of 8 bytes each, that are kept while pairs are compared
 _RUN = 8  # of the rows that share a band each is compared with the first so many, and with so many of its neighbours
 _FOLLOWING = 3  # bands that order those rows
 _TOLD = 10_000  # pairs between two tellings
@@ -40,9 +40,9 @@ _MARKER = re.compile(
 )
 _BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0e-\x1f]")
 
-_ASCII_WORD = re.compile(r"\w+")
+_ASCII_WORD = re.compile(r"[^\W_]+")
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[\w--[{_UNSPACED}]]+", regex.V1)
+_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[\w--[_{_UNSPACED}]]+", regex.V1)
 
 
 def words(text: str) -> list[str]:
@@ -50,6 +50,11 @@ def words(text: str) -> list[str]:
     text = folded(text)
     found: list[str] = (_ASCII_WORD if text.isascii() else _WORD).findall(text)
     return found
+
+
+def spoken(row: Example) -> list[str]:
+    """What a row's messages say, without its system's: many rows that have nothing else in common share that."""
+    return [message.content for message in row.messages if message.role != "system"]
 
 
 def unfit(row: Example, source: GeneralSource) -> Reject | None:
@@ -67,7 +72,7 @@ def unfit(row: Example, source: GeneralSource) -> Reject | None:
         if source.max_words is not None and count > source.max_words:
             return Reject(row.origin, f"over {source.max_words} words", f"{count} words")
     if source.languages:
-        text = " ".join(message.content for message in row.messages)[:_SEEN]
+        text = " ".join(spoken(row))[:_SEEN]
         found = language(text)
         if found is not None and found not in source.languages:
             return Reject(row.origin, f"not in {' or '.join(source.languages)}", f"{found}: {text[:60]!r}")
@@ -98,7 +103,8 @@ class TaskText:
     """The n-grams of task messages: 13 words; 8 words of messages under 13; rows whose every message is under 8, whole; and
     what the user of a row says, whole: the same question with another answer teaches against the task.
 
-    Message by message: a short question and its answer must not hide in the n-grams of the two together. With `near` above 0,
+    Message by message: a short question and its answer must not hide in the n-grams of the two together. A system's text counts
+    where no other row has it: what several rows share is an instruction, which general rows may have too. With `near` above 0,
     rows of at least so much Jaccard similarity (of word triples) are found too.
     """
 
@@ -106,36 +112,47 @@ class TaskText:
         self._known: dict[int, set[str]] = {NGRAM: set(), SHORT_NGRAM: set()}
         self._whole, self._asked = set[str](), set[str]()
         self._near, self._sizes, self._holders = near, list[int](), dict[str, list[int]]()
+        instructions = Counter[str]()
         for row in rows:
-            messages = [words(message.content) for message in row.messages]
-            for found in messages:
-                if len(found) >= SHORT_NGRAM:
-                    n = NGRAM if len(found) >= NGRAM else SHORT_NGRAM
-                    self._known[n].update(_ngrams(found, n))
-            if all(len(found) < SHORT_NGRAM for found in messages):
-                self._whole.add(_whole(messages))
-            self._asked.add(_asked(row, messages))
+            messages = [(message.role, words(message.content)) for message in row.messages]
+            instructions.update(message.content for message in row.messages if message.role == "system")
+            said = [found for role, found in messages if role != "system"]
+            for found in said:
+                self._learn(found)
+            if all(len(found) < SHORT_NGRAM for found in said):
+                self._whole.add(_joined(said))
+            self._asked.add(_joined(found for role, found in messages if role == "user"))
             if near:
-                own = shingles(messages)
+                own = shingles(spoken(row))
                 for shingle in own:
                     self._holders.setdefault(shingle, []).append(len(self._sizes))
                 self._sizes.append(len(own))
+        for text, count in instructions.items():
+            if count == 1:
+                self._learn(words(text))
+
+    def _learn(self, found: Sequence[str]) -> None:
+        if len(found) >= SHORT_NGRAM:
+            n = NGRAM if len(found) >= NGRAM else SHORT_NGRAM
+            self._known[n].update(_ngrams(found, n))
 
     def shared(self, row: Example) -> Reject | None:
         """Return why a general row is too near to task data, or None."""
-        messages = [words(message.content) for message in row.messages]
+        messages = [(message.role, words(message.content)) for message in row.messages]
         for n, known in self._known.items():
-            grams = [gram for found in messages for gram in _ngrams(found, n)] if known else []
+            grams = [gram for _, found in messages for gram in _ngrams(found, n)] if known else []
             if not known.isdisjoint(grams):
                 article = "an" if n == SHORT_NGRAM else "a"
                 hit = next(gram for gram in grams if gram in known)
                 return Reject(row.origin, f"shares {article} {n}-gram with task or held-out data", hit)
-        if (text := _whole(messages)) in self._whole:
+        if (text := _joined(found for role, found in messages if role != "system")) and text in self._whole:
             return Reject(row.origin, "is a task or held-out row", text)
-        if (asked := _asked(row, messages)) and asked in self._asked:
-            return Reject(row.origin, "asks what a task or held-out row asks", asked)
+        questions = [found for role, found in messages if role == "user"]
+        for asked in (_joined(questions), *map(" ".join, questions)):  # also inside a longer conversation
+            if asked and asked in self._asked:
+                return Reject(row.origin, "asks what a task or held-out row asks", asked)
         if self._near:
-            own = shingles(messages)
+            own = shingles(spoken(row))
             common = Counter(place for shingle in own for place in self._holders.get(shingle, ()))
             for place, count in common.items():
                 similarity = count / (len(own) + self._sizes[place] - count)
@@ -144,14 +161,8 @@ class TaskText:
         return None
 
 
-def _whole(messages: Sequence[Sequence[str]]) -> str:
+def _joined(messages: Iterable[Sequence[str]]) -> str:
     return " ".join(word for found in messages for word in found)
-
-
-def _asked(row: Example, messages: Sequence[Sequence[str]]) -> str:
-    """The words of all that the user says; a system prompt before it changes nothing."""
-    users = zip(row.messages, messages, strict=True)
-    return " ".join(word for message, found in users if message.role == "user" for word in found)
 
 
 def _ngrams(found: Sequence[str], n: int) -> list[str]:
@@ -161,10 +172,11 @@ def _ngrams(found: Sequence[str], n: int) -> list[str]:
     return [text[start : end - 1] for start, end in zip(starts, starts[n:], strict=False)]
 
 
-def shingles(messages: Sequence[Sequence[str]]) -> set[str]:
-    """The word triples of a row's messages, one after the other; of a row under three words, the row."""
-    found = [word for message in messages for word in message]
-    return set(_ngrams(found, 3)) or {" ".join(found)}
+def shingles(texts: Iterable[str]) -> set[str]:
+    """The word triples of texts, one after the other; of fewer than three words, the words; of none, the texts."""
+    texts = list(texts)
+    found = [word for text in texts for word in words(text)]
+    return set(_ngrams(found, 3)) or {" ".join(found) or normalise(" ".join(texts))}
 
 
 def bands(rows: Iterable[set[str]], threshold: float) -> npt.NDArray[np.uint64]:
@@ -190,18 +202,19 @@ def bands(rows: Iterable[set[str]], threshold: float) -> npt.NDArray[np.uint64]:
 
 def near_duplicates(
     keys: npt.NDArray[np.uint64],
-    of: Callable[[int], set[str]],
+    of: Callable[[int], tuple[set[str], ...]],
     threshold: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[int, int, float]]:
-    """Rows to leave out: (row, the earlier row that stays, their Jaccard similarity), by row. `of(i)` gives row i's shingles.
+    """Rows to leave out: (row, the earlier row that stays, their similarity), by row.
 
-    A row goes where an earlier one that stays is at least `threshold` like it, exactly computed; which pairs are looked at the
-    `bands` say (see `_pairs`).
+    `of(i)` gives the shingles of row i, as often as there are ways to see it; the similarity of two rows is the least of their
+    Jaccard similarities, exactly computed. A row goes where an earlier one that stays is at least `threshold` like it; which
+    pairs are looked at the `bands` say (see `_pairs`).
     """
     found: list[tuple[int, int, float]] = []
     gone: set[int] = set()
-    of_row = lru_cache(maxsize=_KEPT)(of)
+    of_row = _Hashed(of)
     pairs = _pairs(keys)
     for done, pair in enumerate(pairs):
         if done % _TOLD == 0:
@@ -209,13 +222,38 @@ def near_duplicates(
         later, earlier = divmod(int(pair), len(keys))
         if later in gone or earlier in gone:
             continue
-        a, b = of_row(later), of_row(earlier)
-        similarity = len(a & b) / len(a | b)
+        similarity = min(map(_jaccard, of_row[later], of_row[earlier]))
         if similarity >= threshold:
             gone.add(later)
             found.append((later, earlier, similarity))
     progress(len(pairs), len(pairs))
     return found
+
+
+Hashes = npt.NDArray[np.int64]  # ascending, none twice
+
+
+class _Hashed:
+    """Rows' shingles as hashes of 64 bits; the latest stay in memory, up to `_KEPT` numbers."""
+
+    def __init__(self, of: Callable[[int], tuple[set[str], ...]]) -> None:
+        self._of, self._known, self._size = of, OrderedDict[int, tuple[Hashes, ...]](), 0
+
+    def __getitem__(self, row: int) -> tuple[Hashes, ...]:
+        if row in self._known:
+            self._known.move_to_end(row)
+            return self._known[row]
+        own = tuple(np.sort(np.fromiter(map(hash, view), dtype=np.int64)) for view in self._of(row))
+        self._known[row] = own
+        self._size += sum(map(len, own))
+        while self._size > _KEPT and len(self._known) > 1:
+            self._size -= sum(map(len, self._known.popitem(last=False)[1]))
+        return own
+
+
+def _jaccard(a: Hashes, b: Hashes) -> float:
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    return common / (len(a) + len(b) - common)
 
 
 def _pairs(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:

@@ -116,6 +116,8 @@ def _open(ctx: typer.Context, given: str, jobs: int | None, changes: list[str] |
     if not ctx.obj:
         terminal.silence_data_libraries()
     settings, screen = _settings(given, changes), terminal.console()
+    if not settings.general:
+        raise ConfigError(f"{given}: `general:` names no data; write `general: FILE`, or give the file itself")
     return screen, convert(screen, settings, settings.general, jobs)
 
 

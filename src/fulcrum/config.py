@@ -34,6 +34,13 @@ class AnchorSettings(Section):
     text: str = Field(min_length=1, description="the anchor's words")
     placement: Placement = Field("user_prefix", description="where it stands in every row of the task")
 
+    @field_validator("text")
+    @classmethod
+    def _visible(cls, value: str) -> str:
+        if not any(character.isprintable() and not character.isspace() for character in value):
+            raise ValueError(f"an anchor needs words, {value!r} shows none; leave it out, or write some")
+        return value
+
 
 class TaskSettings(Section):
     """The user's few rows and how they are scored."""

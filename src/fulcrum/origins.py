@@ -21,10 +21,22 @@ from fulcrum import store
 from fulcrum.errors import DataError, StoreError, nearest
 from fulcrum.rows import Layout
 from fulcrum.sections import GeneralSource
-from fulcrum.tables import Row, cause_of, files, fitting_layout, hub, hub_commit, require_some, suffix, text_rows, unreadable
+from fulcrum.tables import (
+    Row,
+    UnreachableError,
+    cause_of,
+    files,
+    fitting_layout,
+    hub,
+    hub_commit,
+    require_some,
+    suffix,
+    text_rows,
+    unreadable,
+)
 
 PART_ROWS = 20_000
-BATCH = 10_000  # rows in memory at a time
+_BATCH = 1000  # rows in memory at a time, of whatever length
 
 _PART_BYTES = 4 * 2**20
 _SCOUTS = 100  # rows of a stream by which its columns are known
@@ -126,23 +138,28 @@ def _remember(known: Path, what: Mapping[str, Any]) -> None:
 
 
 def _on_hub(source: GeneralSource) -> Origin:
-    """A hub data set as it is now; a stream is pinned to the commit of now. Where the hub is out of reach, what was known of it
-    last does: what was converted stays usable."""
+    """A hub data set as it is now; a stream is pinned to the commit of now. Where the hub is out of reach, or does not say the
+    commit, what was known of it last does: what was converted stays usable."""
     asked = [source.path, source.name, source.split, source.revision, source.stream and source.limit]
     known = _memo(asked)
+    before = store.recalled(known)
+    last = before.get("commit")
     commit = hub_commit(source.path, source.revision) if source.stream else None
+    note = (
+        f"{source.path}: the hub does not say its commit; the last one known is read, {last:.12}" if last and not commit else ""
+    )
+    commit = commit or last
     try:
         data = hub(source.path, source.name, source.split, commit or source.revision, stream=source.stream)
-    except DataError:
-        before = store.recalled(known)
+    except UnreachableError:
         if "state" not in before:
             raise
-        at = f" (commit {before['commit']:.12})" if before.get("commit") else ""
+        at = f" (commit {last:.12})" if last else ""
         note = f"{source.path}: the hub cannot be reached; what was last read of it{at} is used"
-        return Origin(source.path, "", source, str(before["state"]), commit=before.get("commit"), note=note)
+        return Origin(source.path, "", source, str(before["state"]), commit=last, note=note)
     content = store.fingerprint([*asked, commit or str(data.info)]) if source.stream else str(data._fingerprint)
     _remember(known, {"state": content, "path": source.path, "commit": commit})
-    return Origin(source.path, "", source, content, commit=commit, data=data)
+    return Origin(source.path, "", source, content, commit=commit, note=note, data=data)
 
 
 def _loaded(origin: Origin) -> Any:
@@ -247,8 +264,8 @@ def rows(origin: Origin, shape: Layout, part: Part) -> Iterator[Row]:
     used = sorted({*shape.columns.values(), *origin.source.include, *origin.source.exclude})
     if origin.kind == "hub":
         data = _loaded(origin).select_columns(used).with_format("arrow")
-        bounds = range(part.start, part.stop, BATCH)
-        tables = (data[start : min(start + BATCH, part.stop)] for start in bounds)
+        bounds = range(part.start, part.stop, _BATCH)
+        tables = (data[start : min(start + _BATCH, part.stop)] for start in bounds)
         yield from enumerate(chain.from_iterable(table.to_pylist() for table in tables), part.first)
         return
     with unreadable(origin.path):
@@ -266,15 +283,15 @@ def _of_groups(path: str, used: list[str], part: Part) -> tuple[Iterator[pa.Reco
     ends = list(accumulate(file.metadata.row_group(k).num_rows for k in range(file.metadata.num_row_groups)))
     first, last = bisect_right(ends, part.start), bisect_left(ends, part.stop)
     before = ends[first - 1] if first else 0
-    return file.iter_batches(BATCH, row_groups=list(range(first, last + 1)), columns=used), before
+    return file.iter_batches(_BATCH, row_groups=list(range(first, last + 1)), columns=used), before
 
 
 def _between(batches: Iterable[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
-    """The rows `start` to `stop` (not included) of batches, in slices of at most `BATCH`."""
+    """The rows `start` to `stop` (not included) of batches, in slices of at most `_BATCH`."""
     place = 0
     for batch in batches:
-        for low in range(max(start, place), min(stop, place + batch.num_rows), BATCH):
-            high = min(low + BATCH, stop, place + batch.num_rows)
+        for low in range(max(start, place), min(stop, place + batch.num_rows), _BATCH):
+            high = min(low + _BATCH, stop, place + batch.num_rows)
             yield batch.slice(low - place, high - low)
         place += batch.num_rows
         if place >= stop:

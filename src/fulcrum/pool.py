@@ -11,14 +11,14 @@ pool repeats another, and no kept one shares an n-gram with task data, or holds 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from fulcrum import clean, origins, repeats, shards, tables
 from fulcrum.errors import DataError, nearest
-from fulcrum.records import Anchor, Example, IntArray, Reject
+from fulcrum.records import Anchor, BoolArray, Example, IntArray, Reject
 from fulcrum.rows import normalise
 from fulcrum.sections import GeneralSource
 from fulcrum.shards import Progress, Shard, silent
@@ -71,7 +71,8 @@ def open_pool(
 
     What was not opened before is converted first, in `jobs` processes, and cleaned: damaged rows and repeats go (and, with
     `near` above 0, rows of at least so much Jaccard similarity to an earlier one, in pools of up to `clean.NEAR_ROWS` rows).
-    Raises DataError for missing, empty or broken files, and for columns that fit no format; StoreError where the disk refuses.
+    Rows that a limit leaves undrawn make no other row a repeat. Raises DataError for missing, empty or broken files, and for
+    columns that fit no format; StoreError where the disk refuses.
     """
     found: list[tuple[str, Shard]] = []
     bounds: list[tuple[int, int]] = []  # of each source, in rows of all shards
@@ -96,27 +97,27 @@ def open_pool(
     for _, shard in found:
         left_out.update(shard.left_out)
     shown = list(chain.from_iterable(shard.shown for _, shard in found))
-    ids, again, repeated = repeats.without_repeats(found, folders, near, jobs, progress)
-    parts = [ids[slice(*np.searchsorted(ids, bound))] for bound in bounds]
-    drawn = [_limited(part, source.limit, (seed, k)) for k, (part, source) in enumerate(zip(parts, sources, strict=True))]
-    if undrawn := sum(map(len, parts)) - sum(map(len, drawn)):
-        again = {**again, "not drawn (limit)": undrawn}
-    ends = list(accumulate(map(len, drawn), initial=0))
+    drawn = _drawn(sources, bounds, seed)
+    count = int(drawn.sum())
+    left_out["not drawn (limit)"] = len(drawn) - count
+    ids, again, repeated = repeats.without_repeats(found, folders, drawn, near, jobs, progress)
+    ends = [0, *(int(np.searchsorted(ids, stop)) for _, stop in bounds)]
     stretches = [Stretch(source, *own) for source, own in zip(sources, pairwise(ends), strict=True)]
-    kept = ids if all(len(a) == len(b) for a, b in zip(drawn, parts, strict=True)) else np.concatenate(drawn)
-    if near > 0 and bounds and bounds[-1][1] > clean.NEAR_ROWS:
+    if near > 0 and count > clean.NEAR_ROWS:
         notes.append(
-            f"near-duplicates are sought in pools of up to {clean.NEAR_ROWS:,} rows; this one has {bounds[-1][1]:,} (before "
-            "any limit): exact ones only"
+            f"near-duplicates are sought in pools of up to {clean.NEAR_ROWS:,} rows; this one has {count:,}: exact ones only"
         )
-    return Pool(found, kept, stretches, dict(left_out + Counter(again)), [*shown, *repeated], notes)
+    return Pool(found, ids, stretches, dict(+left_out + Counter(again)), [*shown, *repeated], notes)
 
 
-def _limited(ids: npt.NDArray[np.int64], limit: int | None, key: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """`limit` of a source's rows, seeded by `key`: nested in `limit`."""
-    if limit is None or limit >= len(ids):
-        return ids
-    return ids[np.sort(np.random.default_rng(key).permutation(len(ids))[:limit])]
+def _drawn(sources: Sequence[GeneralSource], bounds: Sequence[tuple[int, int]], seed: int) -> BoolArray:
+    """Which rows the sources' limits let in, drawn by the seed and the source's place: nested in the limit."""
+    drawn = np.ones(bounds[-1][1] if bounds else 0, dtype=np.bool_)
+    for place, (source, (start, stop)) in enumerate(zip(sources, bounds, strict=True)):
+        if source.limit is not None:
+            order = np.random.default_rng((seed, place)).permutation(stop - start)
+            drawn[start + order[source.limit :]] = False
+    return drawn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,17 +187,23 @@ def check(
     shown: int = 3,
     progress: Progress = silent,
 ) -> tuple[int, dict[str, int], list[Reject]]:
-    """Look at the first `rows` rows of a seeded permutation of the pool as `select` does, keeping none in memory: how many may
-    stand beside the tasks, how many may not by reason, and up to `shown` of each reason. Raises DataError as `select` does.
+    """Look at up to `rows` rows of the pool in the order in which `select` does (weights count rows), keeping none in memory:
+    how many may stand beside the tasks, how many may not by reason, and up to `shown` of each reason. Raises DataError as
+    `select` does.
     """
     judge = _judge(task_rows, held_out_rows, anchors, near)
     counts, some, rows = Counter[str](), list[Reject](), min(rows, len(pool))
-    for done, index in enumerate(np.random.default_rng(seed).permutation(len(pool))[:rows]):
+    walk = _Walk(pool, seed)
+    for done in range(rows):
         if done % _TOLD == 0:
             progress("comparing with the task's rows", done, rows)
-        if (refused := judge(pool[int(index)])) is not None:
+        index = walk.next()
+        assert index is not None  # sources have weights all or none: the walk passes every row
+        if (refused := judge(pool[index])) is not None:
             counts[refused.reason] += 1
             some += [refused] if counts[refused.reason] <= shown else []
+        else:
+            walk.took(1)
     progress("comparing with the task's rows", rows, rows)
     return rows - counts.total(), dict(counts), some
 
@@ -206,7 +213,7 @@ def _judge(
 ) -> Callable[[Example], Reject | None]:
     """What says why a row may not stand beside the tasks; None: it may."""
     task_text = clean.TaskText([*task_rows, *held_out_rows], near)
-    anchor_texts = [normalise(anchor.text) for anchor in anchors if anchor.text.strip()]
+    anchor_texts = [text for text in (normalise(anchor.text) for anchor in anchors) if text]
 
     def judge(row: Example) -> Reject | None:
         _refuse_anchors(row, anchor_texts)

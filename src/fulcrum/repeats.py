@@ -1,6 +1,7 @@
 """Rows of general data that repeat an earlier one, exactly or nearly: looked for once in a set of sources, then kept beside
 their shards."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from fulcrum import clean, processes, shards, store
 from fulcrum.errors import StoreError
@@ -19,15 +19,19 @@ from fulcrum.records import BoolArray, Reject
 from fulcrum.shards import Progress, Shard
 
 _ROWS, _COUNTS = "rows.npy", "left_out.json"  # what is kept of a set of sources
+_BLOCK = 2**20  # keys that are compared at a time
 
 
 def without_repeats(
-    found: Sequence[tuple[str, Shard]], folders: Sequence[str], near: float, jobs: int, progress: Progress
+    found: Sequence[tuple[str, Shard]], folders: Sequence[str], drawn: BoolArray, near: float, jobs: int, progress: Progress
 ) -> tuple[npt.NDArray[np.int64], dict[str, int], list[Reject]]:
-    """Rows of all shards that repeat no earlier one, ascending; how many do, and some of them. Computed once, then kept."""
-    total = sum(shard.kept for _, shard in found)
+    """The `drawn` ones (of all shards' rows end to end) that repeat no earlier one of these, ascending; how many do, and some
+    of them. Computed once, then kept. Raises StoreError where the disk refuses."""
+    total = int(drawn.sum())
     near = near if total <= clean.NEAR_ROWS else 0.0
-    folder = store.cache_dir() / "pools" / "sets" / store.fingerprint([shards.VERSION, list(folders), near])[:32]
+    some_only = None if drawn.all() else hashlib.sha256(np.packbits(drawn).tobytes()).hexdigest()
+    known_by = [shards.VERSION, list(folders), some_only, near]
+    folder = store.cache_dir() / "pools" / "sets" / store.fingerprint(known_by)[:32]
     known = _kept(folder, total)
     try:
         if known is None:  # before any lock: a cache may be read-only
@@ -35,12 +39,9 @@ def without_repeats(
             with store.locked(folder, lambda done: progress(label, done, 1)):
                 known = _kept(folder, total)
                 if known is None:
-                    known = _look(found, folder, total, near, jobs, progress)
+                    known = _look(found, folder, drawn, near, jobs, progress)
     except OSError as error:
-        raise StoreError(
-            f"{folder}: the pool's cache cannot be written: {error.strerror or error}; free space, or set FULCRUM_CACHE to "
-            "another disk"
-        ) from error
+        raise shards.unwritable(folder, error) from error
     ids, described = known
     repeats = {reason: count for reason, (count, _) in described.items() if count}
     shown = [
@@ -58,21 +59,21 @@ def _kept(folder: Path, total: int) -> Known | None:
     described = store.recalled(folder / _COUNTS)
     try:
         ids = np.load(folder / _ROWS, mmap_mode="r") if total and described else np.empty(0, dtype=np.int64)
-    except (OSError, ValueError):  # missing or damaged
+    except (OSError, ValueError, EOFError):  # missing, damaged, empty
         return None
     return (ids, described) if described and len(ids) + sum(count for count, _ in described.values()) == total else None
 
 
 def _look(
-    found: Sequence[tuple[str, Shard]], folder: Path, total: int, near: float, jobs: int, progress: Progress
+    found: Sequence[tuple[str, Shard]], folder: Path, drawn: BoolArray, near: float, jobs: int, progress: Progress
 ) -> Known:  # fmt: skip
     """Look for repeats, and keep what is found."""
-    stays, same = _exact(found, total, progress)
+    stays, same = _exact(found, drawn, progress)
     alike = _near(found, stays, near, jobs, progress) if near else []
     stays[[row for row, *_ in alike]] = False
     ids = np.flatnonzero(stays)
     described = {
-        "duplicate": [total - len(ids) - len(alike), _some(found, same)],
+        "duplicate": [int(drawn.sum()) - len(ids) - len(alike), _some(found, same)],
         "near-duplicate": [len(alike), _some(found, alike)],
     }
     store.write_array(folder / _ROWS, ids)
@@ -83,28 +84,32 @@ def _look(
 Twin = tuple[int, int, float]  # a row, the earlier row that stays, their similarity
 
 
-def _exact(found: Sequence[tuple[str, Shard]], total: int, progress: Progress) -> tuple[BoolArray, list[Twin]]:
-    """Whether each row's content is that of no earlier row: (total,); and some of the others."""
-    keys = np.empty((total, 2), dtype=np.uint64)  # 128 bits of SHA-256 each: 16 bytes a row
-    start = 0
+def _exact(found: Sequence[tuple[str, Shard]], drawn: BoolArray, progress: Progress) -> tuple[BoolArray, list[Twin]]:
+    """Which of the drawn rows have a content that no earlier one has: as long as `drawn`; and some of the others."""
+    total = int(drawn.sum())
+    keys = np.empty((2, total), dtype=np.uint64)  # 128 bits of SHA-256 a row
+    start = seen = 0
     for place, (_, shard) in enumerate(found, 1):
-        with pa.memory_map(shard.path) as source:
-            for batch in map(pa.ipc.open_file(source).get_batch, range(pa.ipc.open_file(source).num_record_batches)):
-                own = batch.column("key")
-                flat = np.frombuffer(own.buffers()[1], dtype=np.uint64, count=2 * len(own))
-                keys[start : start + len(own)] = flat.reshape(-1, 2)
-                start += len(own)
+        for batch in shards.batches(shard):
+            own, taken = batch.column("key"), drawn[seen : seen + batch.num_rows]
+            flat = np.frombuffer(own.buffers()[1], dtype=np.uint64, count=2 * len(own)).reshape(-1, 2)[taken]
+            keys[:, start : start + len(flat)] = flat.T
+            start, seen = start + len(flat), seen + batch.num_rows
         progress("looking for duplicates", place, len(found))
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in the order of their rows
-    same = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
-    stays = np.ones(total, dtype=np.bool_)
-    stays[order[1:][same]] = False
+    order = np.lexsort(keys)  # stable: equal keys stay in the order of their rows
+    same = np.empty(max(total - 1, 0), dtype=np.bool_)
+    for start in range(0, len(same), _BLOCK):  # in blocks: at its peak all this takes some 32 bytes a row
+        ordered = keys[:, order[start : start + _BLOCK + 1]]
+        same[start : start + _BLOCK] = (ordered[:, 1:] == ordered[:, :-1]).all(axis=0)
+    del keys
+    rows, stays = np.flatnonzero(drawn), drawn.copy()
+    stays[rows[order[1:][same]]] = False
     some = []
     for place in np.flatnonzero(same)[: shards.SHOWN]:
         first = int(place)
         while first and same[first - 1]:
             first -= 1
-        some.append((int(order[place + 1]), int(order[first]), 1.0))
+        some.append((int(rows[order[place + 1]]), int(rows[order[first]]), 1.0))
     return stays, some
 
 
@@ -118,7 +123,7 @@ def _near(found: Sequence[tuple[str, Shard]], stays: BoolArray, near: float, job
             parts.append(part)
             progress(label, place, len(of_shard))
 
-    if jobs == 1 or len(of_shard) == 1:
+    if jobs == 1 or len(of_shard) < 2:
         collect(map(partial(_bands, near), of_shard))
     else:
         try:
@@ -129,8 +134,12 @@ def _near(found: Sequence[tuple[str, Shard]], stays: BoolArray, near: float, job
     keys = np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.uint64)
     rest, everywhere = shards.Rows(found), np.flatnonzero(stays)
 
-    def of(row: int) -> set[str]:
-        return clean.shingles([clean.words(message.content) for message in rest[int(everywhere[row])].messages])
+    def of(row: int) -> tuple[set[str], ...]:
+        found = rest[int(everywhere[row])]
+        everything = clean.shingles(message.content for message in found.messages)
+        # The less like of both: a long system text that all rows share makes none a repeat of another, nor does the same short
+        # question about another text in the system's place.
+        return everything, clean.shingles(clean.spoken(found)) if found.messages[0].role == "system" else everything
 
     def told(done: int, total: int) -> None:
         progress("comparing rows that may be near-duplicates", done, total)
@@ -140,9 +149,8 @@ def _near(found: Sequence[tuple[str, Shard]], stays: BoolArray, near: float, job
 
 
 def _bands(near: float, shard: Shard) -> npt.NDArray[np.uint64]:
-    table = shards.table(shard)
-    texts = (json.loads(row.as_py()) for row in table["messages"])
-    return clean.bands((clean.shingles([clean.words(content) for _, content, _ in text]) for text in texts), near)
+    texts = (json.loads(row.as_py()) for row in shards.table(shard)["messages"])
+    return clean.bands((clean.shingles(text for role, text, _ in row if role != "system") for row in texts), near)
 
 
 def _some(found: Sequence[tuple[str, Shard]], twins: Sequence[Twin]) -> list[tuple[int, int, int, int, float]]:

@@ -45,7 +45,7 @@ class DataSource(Section):
     split: str = Field("train", description="split of a hub data set, slices as in `train[:1%]`")
     revision: str | None = Field(None, description="commit or tag of a hub data set")
     columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the file's, e.g. {prompt: text}")
-    limit: int | None = Field(None, ge=1, description="use at most this many rows, drawn by `seed`")
+    limit: int | None = Field(None, ge=1, description="use at most this many rows, drawn by `seed` before repeats go")
 
 
 Sources = tuple[DataSource, ...]

@@ -15,7 +15,9 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate, chain, islice
@@ -33,8 +35,10 @@ from fulcrum.rows import Layout, content_key, convert
 from fulcrum.sections import GeneralSource
 from fulcrum.tables import Row, require_some, suffix
 
-VERSION = 3  # raise it where the same file would give other shards
+VERSION = 4  # raise it where the same file would give other shards
 SHOWN = 5  # rows left out that are kept as examples, of each reason
+
+_BATCH_ROWS, _BATCH_CHARACTERS = 10_000, 2**26  # of a shard's batches
 
 _SCHEMA = pa.schema(
     [("line", pa.int64()), ("group", pa.string()), ("messages", pa.string()), ("key", pa.binary(16)), ("words", pa.int32())]
@@ -86,7 +90,7 @@ def build(origin: Origin, *, jobs: int = 1, progress: Progress = silent) -> list
         with store.locked(where, lambda done: progress(f"waiting for another process that is {label}", done, 1)):
             if (found := _whole(where, origin)) is None:
                 for left in where.glob(".*.partial"):
-                    left.unlink()
+                    left.unlink(missing_ok=True)
                 started = time.time()
                 shards = _convert(origin, where, jobs, label, progress)
                 described = [store.plain(shard) | {"path": Path(shard.path).name} for shard in shards]
@@ -94,10 +98,7 @@ def build(origin: Origin, *, jobs: int = 1, progress: Progress = silent) -> list
                 store.write_json(where / "whole.json", {**about, "shards": described})
                 found = [_named(shard, origin) for shard in shards]
     except OSError as error:
-        raise StoreError(
-            f"{where}: the pool's cache cannot be written: {error.strerror or error}; free space, or set FULCRUM_CACHE to "
-            "another disk"
-        ) from error
+        raise unwritable(where, error) from error
     except BrokenProcessPool as error:
         raise StoreError(
             f"{origin.name}: a process that converts it died (killed, or out of memory); what is converted is kept: run again, "
@@ -156,7 +157,7 @@ def _told(shards: Iterable[Shard], label: str, total: int, progress: Progress) -
 
 def _in_order(origin: Origin, where: Path, label: str, progress: Progress) -> Iterator[Shard]:
     """Convert what cannot be cut: read once for its columns (a stream's first rows say them), then again. Of a stream so many
-    usable rows are taken as its source's limit says."""
+    usable rows are taken as its source's limit says. Rows of parts that are converted already are read and passed over."""
     seen, size = origins.shapes_in_order(origin)
     shape = origins.layout(origin, [seen])
     most = origin.source.limit if size is None else None
@@ -165,8 +166,10 @@ def _in_order(origin: Origin, where: Path, label: str, progress: Progress) -> It
         progress(label, done if most is None else kept, size or most or 0)
         own = chain([head], islice(raw, origins.PART_ROWS - 1))
         part = Part(place, done, done + origins.PART_ROWS, done + 1)
-        if (shard := _stored(where, part)) is not None:
-            shard = None if sum(1 for _ in islice(own, shard.read)) < shard.read else shard  # read and passed over
+        if (shard := _stored(where, part)) is not None and sum(1 for _ in islice(own, shard.read)) < shard.read:
+            for stale in (*where.glob("*.json"), *where.glob("*.arrow")):
+                stale.unlink()
+            raise DataError(f"{origin.name}: gives fewer rows than when its conversion began; run again, it begins anew then")
         if shard is None:
             shard = _write(origin, where, shape, part, own, None if most is None else most - kept)
         done, kept, place = done + shard.read, kept + shard.kept, place + 1
@@ -197,8 +200,7 @@ def _write(
     try:
         with partial_file.open("wb") as stream:
             with pa.ipc.new_file(stream, _SCHEMA) as writer:
-                usable = islice(_usable(origin, shape, rows, left_out, shown), most)
-                while batch := list(islice(usable, origins.BATCH)):
+                for batch in _batched(islice(_usable(origin, shape, rows, left_out, shown), most)):
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
                     kept += len(batch)
             stream.flush()
@@ -212,6 +214,21 @@ def _write(
     shard = Shard(str(file), size, kept, dict(left_out), list(chain.from_iterable(shown.values())))
     store.write_json(file.with_suffix(".json"), store.plain(shard) | {"path": file.name})
     return shard
+
+
+def _batched(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Lists of at most `_BATCH_ROWS` rows, and of one row or less than `_BATCH_CHARACTERS`: an Arrow column ends at 2 GiB."""
+    batch: list[dict[str, Any]] = []
+    characters = 0
+    for row in rows:
+        own = len(row["messages"])
+        if batch and (len(batch) == _BATCH_ROWS or characters + own > _BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append(row)
+        characters += own
+    if batch:
+        yield batch
 
 
 def _usable(
@@ -289,5 +306,27 @@ class Rows:
 
 
 def table(shard: Shard) -> pa.Table:
-    """The rows of a shard, memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(shard.path)).read_all()
+    """The rows of a shard, memory-mapped. Raises StoreError where it is damaged."""
+    return pa.Table.from_batches(batches(shard), _SCHEMA)
+
+
+def batches(shard: Shard) -> Iterator[pa.RecordBatch]:
+    """The same in batches."""
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(shard.path))
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    except (pa.ArrowException, OSError) as error:
+        path = Path(shard.path)
+        for known in (path.with_suffix(".json"), path.with_name("whole.json")):
+            with suppress(OSError):  # a cache may be read-only
+                known.unlink()
+        raise StoreError(f"{path}: damaged ({error}); run again, it is converted anew then") from error
+
+
+def unwritable(folder: Path, error: OSError) -> StoreError:
+    """What to say where the pools' cache refuses."""
+    remedies = dict.fromkeys((EROFS, EPERM, ENOTDIR), "") | {EACCES: "mend its permissions, or "}
+    remedies |= dict.fromkeys((ENOSPC, EDQUOT), "free some space, or ")
+    what = f"{folder}: the pool's cache cannot be used: {error.strerror or error}"
+    known = remedies.get(error.errno or 0)
+    return StoreError(what if known is None else f"{what}; {known}set FULCRUM_CACHE to another folder")

@@ -5,7 +5,6 @@ fingerprint is the SHA-256 of canonical JSON; a value without a canonical form i
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
@@ -110,12 +109,16 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write atomically: all of `data` or the file as it was. Raises StoreError where the disk or folder refuses."""
+    _write(path, lambda stream: stream.write(data))
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
+                fill(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
             Path(name).replace(path)
@@ -135,18 +138,14 @@ def write_array(path: Path, values: Any) -> None:
     """Write a NumPy array, atomically."""
     import numpy as np
 
-    stream = io.BytesIO()
-    np.save(stream, values)
-    write_bytes(path, stream.getvalue())
+    _write(path, lambda stream: np.save(stream, values))
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
     """Write NumPy arrays by name (.npz), atomically."""
     import numpy as np
 
-    stream = io.BytesIO()
-    np.savez(stream, **arrays)
-    write_bytes(path, stream.getvalue())
+    _write(path, lambda stream: np.savez(stream, **arrays))
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:

@@ -280,6 +280,10 @@ def _arrow(path: Path) -> Any:
         return datasets.load_dataset(kind, data_files=str(path), split="train", writer_batch_size=_BATCH_ROWS)
 
 
+class UnreachableError(DataError):
+    """The hub does not answer; what it has may still be known."""
+
+
 @contextmanager
 def unreadable(path: Path | str) -> Iterator[None]:
     """Turn what the readers of tables raise for a damaged file into a DataError."""
@@ -295,7 +299,7 @@ def unreadable(path: Path | str) -> Iterator[None]:
 def hub(name: str, config: str | None, split: str, revision: str | None, *, stream: bool = False) -> Any:
     """Load a hub data set as a `datasets.Dataset`, to `stream` it as an `IterableDataset`. Code in it is never run.
 
-    Raises DataError with what to do.
+    Raises DataError with what to do; UnreachableError where there is no connection.
     """
     import datasets
 
@@ -308,7 +312,8 @@ def hub(name: str, config: str | None, split: str, revision: str | None, *, stre
         if "gated" in cause.lower() or "authenticated" in cause.lower():
             remedy = "accept its terms on its hub page, then run `hf auth login`"
         path = "" if Path(name).exists() else f"; as a path: {_missing(Path(name))}"
-        raise DataError(f"{name}: cannot be loaded as a hub data set: {cause}; {remedy}{path}") from error
+        kind = UnreachableError if isinstance(error, ConnectionError | TimeoutError) else DataError
+        raise kind(f"{name}: cannot be loaded as a hub data set: {cause}; {remedy}{path}") from error
 
 
 def hub_commit(name: str, revision: str | None) -> str | None:
