@@ -31,6 +31,8 @@ FLOORS = (
         "prefix",
         "encode",
         "metrics",
+        "labelled",
+        "general_rows",
         "material",
         "sources",
         "endpoint",

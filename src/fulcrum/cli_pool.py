@@ -74,14 +74,14 @@ def check(
     changes: Changes = None,
 ) -> None:
     """Say which general rows may stand beside the tasks, and show examples of those that may not."""
-    from fulcrum import material, terminal
+    from fulcrum import labelled, terminal
     from fulcrum import pool as pools
     from fulcrum.watch import Watch
 
     settings = _settings(run_file, changes)
     if not settings.tasks:
         raise ConfigError(f"{run_file}: is data; `pool check` needs a settings file, which says what the task rows are")
-    tasks = [material.read_task(task, settings.seed)[0] for task in settings.tasks]
+    tasks = [labelled.read(task, settings.seed)[0] for task in settings.tasks]
     screen, opened = _open(ctx, run_file, None, changes)
     with Watch(screen) as watch:
         stand, reasons, refused = pools.check(

@@ -13,7 +13,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fulcrum import adapter as adapters
-from fulcrum import arms, cell, comparison, config, encode, generate, ingest, material, metrics, model, scoring, starter, store
+from fulcrum import (
+    arms,
+    cell,
+    comparison,
+    config,
+    encode,
+    generate,
+    ingest,
+    labelled,
+    material,
+    metrics,
+    model,
+    scoring,
+    starter,
+    store,
+)
 from fulcrum import run as running
 from fulcrum.config import Arm, Settings, TaskSettings, TrainSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
@@ -155,7 +170,7 @@ def evaluation(
     else:
         examples = _test_rows(folder, adapter, wanted)
     room = wanted.max_new_tokens if metrics.needs_generation(names) else 0
-    over = material.fitting(examples, form, adapter.loaded.context or sys.maxsize, len(examples), room)[1]
+    over = labelled.fitting(examples, form, adapter.loaded.context or sys.maxsize, len(examples), room)[1]
     if over:
         raise DataError(
             f"{over[0][0].origin}: needs {over[0][1]} tokens with its answer, the model's context is {adapter.loaded.context} "

@@ -1,0 +1,182 @@
+"""Labelled rows: files -> tasks, split by content, short enough, as many as asked for.
+
+Needs a tokenizer (to know how long a row is) and no model. Invariant: no training row's content stands among dev or test rows,
+of its own task or another.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fulcrum import clean, encode, ingest, metrics
+from fulcrum.config import Settings, TaskSettings
+from fulcrum.errors import DataError
+from fulcrum.records import Example, Reject, Task
+from fulcrum.rows import content_key
+from fulcrum.store import seed_for
+
+_BLOCK = 4096  # rows that are encoded together
+
+
+def read(
+    settings: TaskSettings, seed: int, outer: tuple[int, int] | None = None, near: float = 0.0
+) -> tuple[Task, list[Reject]]:
+    """Read one task whole and split it by content: files, and hold-outs where dev or test are not given (the same for every
+    seed; `seed` draws the rows that a source's own `limit` leaves). With `outer`, the number of a fold and how many there are,
+    that fold is the test rows that are not given. Unlabelled inputs that a row asks too, or that are at least `near` (above 0)
+    like a dev or test row's, are left out.
+
+    Raises DataError where rows are missing, unusable, or stand on two sides.
+    """
+    metrics.needs_generation(settings.metrics)  # unknown names are refused before anything is read
+    by_group = settings.group is not None  # files that number their groups from 0 each do not mean the same groups
+    train, rejects = ingest.read(settings.train, group=settings.group, seed=seed)
+    ingest.require_rows(train, rejects, minimum=2)
+    parts: dict[str, list[Example]] = {}
+    for name, sources, part_of_train in (("test", settings.test, 0.25), ("dev", settings.dev, 0.2)):
+        if sources:
+            parts[name], refused = ingest.read(sources, group=settings.group, seed=seed)
+            ingest.require_rows(parts[name], refused, minimum=1)
+            rejects += refused
+            ingest.check_overlap(train, parts[name], name, by_group=by_group)
+        elif name == "test" and outer is not None:
+            train, parts[name] = ingest.fold(train, *outer)
+        else:
+            train, parts[name] = ingest.split(train, part_of_train, seed=0)
+    ingest.check_overlap(parts["dev"], parts["test"], "test", of="dev", by_group=by_group)
+    unlabeled, refused = _unlabeled(settings, seed, train, [*parts["dev"], *parts["test"]], near)
+    return Task(
+        settings.name, tuple(train), tuple(parts["dev"]), tuple(parts["test"]),
+        settings.anchor_value(), settings.metrics, settings.max_new_tokens, unlabeled,
+    ), rejects + refused  # fmt: skip
+
+
+def _unlabeled(
+    settings: TaskSettings, seed: int, train: Sequence[Example], held_out: Sequence[Example], near: float
+) -> tuple[tuple[Example, ...], list[Reject]]:
+    """The inputs without answers, and those not used: no arm may learn the answers that another gives to test rows."""
+    if not settings.unlabeled:
+        return (), []
+    found, rejects = ingest.read(settings.unlabeled, seed=seed, answered=False)
+    ingest.require_rows(found, rejects, minimum=1)
+    asked = clean.TaskText([replace(row, messages=row.prompt) for row in held_out], near)
+    labelled = {content_key(replace(row, messages=row.prompt)) for row in train}
+    kept = []
+    for row in found:
+        refused = Reject(row.origin, "labelled already", row.question) if content_key(row) in labelled else asked.shared(row)
+        if refused is None:
+            kept.append(row)
+        else:
+            rejects.append(replace(refused, reason=f"unlabeled: {refused.reason}"))
+    return tuple(kept), rejects
+
+
+def check_between(tasks: Sequence[Task]) -> None:
+    """Tasks share one adapter: what one trains on must not be what another is scored on."""
+    for task in tasks:
+        for other in tasks:
+            if other is not task:
+                for name, rows in (("dev", other.dev), ("test", other.test)):
+                    ingest.check_overlap(task.train, rows, f"{other.name} {name}", of=f"{task.name} training", by_group=False)
+
+
+def longest(settings: Settings, context: int | None) -> int:
+    """Tokens that a training row may have."""
+    return min(settings.train.max_length, context or settings.train.max_length)
+
+
+def limited(
+    task: Task, limits: TaskSettings, settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int
+) -> tuple[Task, list[Reject]]:
+    """The rows of a task that a run uses: short enough, then as many as its limits say, in seeded nested order.
+
+    Training and dev rows follow `too_long`; test rows are bounded by the model's context only.
+    """
+    form = encode.make_format(tokenizer, task.anchor)
+    rejects: list[Reject] = []
+    parts: dict[str, tuple[Example, ...]] = {}
+    for name, rows, wanted, order in (
+        ("train", task.train, limits.train_limit, seed_for(seed, "data")),
+        ("dev", task.dev, limits.dev_limit, 0),
+        ("test", task.test, limits.test_limit, 0),
+    ):
+        limit = longest(settings, context) if name != "test" else context or sys.maxsize
+        answer_room = task.max_new_tokens if name == "test" and metrics.needs_generation(task.metrics) else 0
+        kept, over = fitting(ingest.subset(rows, len(rows), order), form, limit, wanted or len(rows), answer_room)
+        minimum = 2 if name == "train" else 1
+        if over and (settings.train.too_long == "error" or len(kept) < minimum):
+            example, length = max(over, key=lambda pair: pair[1])
+            raise DataError(
+                f"{example.origin}: {name} row of {length} tokens is over the limit of {limit} ({len(over)} of "
+                f"{len(over) + len(kept)} rows are); set train.max_length to {length} or more (the model's context is "
+                f"{context}), or shorten them"
+            )
+        parts[name] = tuple(kept)
+        rejects += [Reject(e.origin, f"{name}: over {limit} tokens (train.too_long: drop)", f"{n} tokens") for e, n in over]
+    inputs = []
+    for row in ingest.subset(task.unlabeled, len(task.unlabeled), seed_for(seed, "unlabeled")):
+        length = len(encode.prompt_ids(row.messages, form)) + task.max_new_tokens
+        if length <= longest(settings, context):
+            inputs.append(row)
+        else:
+            rejects.append(
+                Reject(row.origin, f"unlabeled: over {longest(settings, context)} tokens with its answer", f"{length}")
+            )
+    return replace(task, train=parts["train"], dev=parts["dev"], test=parts["test"], unlabeled=tuple(inputs)), rejects
+
+
+def fitting(
+    examples: Sequence[Example], form: encode.Format, limit: int, wanted: int, answer_room: int
+) -> tuple[list[Example], list[tuple[Example, int]]]:
+    """The first `wanted` examples of at most `limit` tokens, and the longer ones met on the way with their lengths.
+
+    `answer_room`: tokens that a generated answer may need beside the prompt.
+    """
+    kept: list[Example] = []
+    over: list[tuple[Example, int]] = []
+    for place, example in enumerate(examples):
+        if len(kept) == wanted:
+            break
+        if place % _BLOCK == 0:
+            block = examples[place : place + min(_BLOCK, wanted - len(kept))]
+            encode.encode_ahead([encode.scored(row) for row in block] if answer_room else block, form)
+        tokens = encode.final_answer(example, form) if answer_room else encode.encode(example, form)
+        length = max(len(tokens), len(tokens) - tokens.n_loss + answer_room)
+        if length > limit:
+            over.append((example, length))
+        else:
+            kept.append(example)
+    return kept, over
+
+
+def last_trained(example: Example) -> Example:
+    """The row with the last of its trained answers as the only one."""
+    trained = [place for place, message in enumerate(example.messages) if message.role == "assistant" and message.train]
+    messages = (replace(m, train=m.train and place in trained[-1:]) for place, m in enumerate(example.messages))
+    return replace(example, messages=tuple(messages))
+
+
+def joined(task: Task, seed: int) -> Task:
+    """The task with its dev rows among the training rows, in an order drawn by seed."""
+    rows = (*task.train, *task.dev)
+    order = np.random.default_rng(seed_for(seed, "sizes")).permutation(len(rows))
+    return replace(task, train=tuple(rows[k] for k in order), dev=())
+
+
+def folds(task: Task, count: int, seed: int) -> list[Task]:
+    """Cut the training rows `count` times into rows to train on and dev rows, by content group; each is a dev row once. Fewer
+    groups are fewer folds. Raises DataError where there is a single group.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    groups = [row.group for row in task.train]
+    count = min(count, len(set(groups)))
+    if count < 2:
+        raise DataError(
+            f"{task.name}: its {len(groups)} rows are one content group ({groups[0]!r:.60}), so none can be set apart to "
+            "choose settings by; name another column in task.group, or use more rows"
+        )
+    cuts = GroupKFold(count, shuffle=True, random_state=seed).split(groups, groups=groups)
+    return [replace(task, train=tuple(task.train[k] for k in own), dev=tuple(task.train[k] for k in dev)) for own, dev in cuts]
