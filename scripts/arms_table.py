@@ -3,7 +3,8 @@
     python scripts/arms_table.py certificates/map/*/ --size 32
 
 A row an arm: its score, what it is better by than the best arm without general data (above 0 is better), p adjusted over
-the run's arms (Holm), how many rows that reference needs to be as good, and the repeats that were chosen for it.
+the run's arms (Holm), how many rows that reference needs to be as good (where it clearly gets better with its rows), and the
+repeats that were chosen for it.
 """
 
 import argparse
@@ -52,7 +53,8 @@ def print_table(answers: dict[str, dict[str, Any]], references: list[str], size:
         score = next(point["score"] for point in answer["points"] if (point["arm"], point["size"]) == (arm, size))
         gain = next((gain["rows"] for gain in answer["gain"] if gain["size"] == size), None)
         p = f"{adjusted[arm]:.3f}" if arm in adjusted else ""
-        worth = "" if gain is None else rows_of(gain, size)
+        rises = (answer["slope"]["low"] or 0) > 0
+        worth = "" if gain is None else rows_of(gain, size) if rises else "not identifiable"
         cells = (f"`{arm}`", size, span(score, sign), span(answer["difference"], 1), p, worth, repeats.get(arm, ""))
         print(f"| {' | '.join(map(str, cells))} |")
 

@@ -1,6 +1,7 @@
 """The loss at a temperature that is fitted inside the task rows: a gain that it does not show is one of calibration."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 import torch.nn.functional as functional
 from scipy.special import log_softmax
 
-from fulcrum import adapter, cell, certificate, comparison, config, generate, outcomes, verification
+from fulcrum import adapter, cell, certificate, comparison, config, generate, outcomes, proof, verification
 from fulcrum.errors import ConfigError
-from fulcrum.records import Tokens
+from fulcrum.records import ArmResult, Setting, Tokens, Tried
 from tiny import comparison_settings, load_tiny, save_task
 
 
@@ -99,6 +100,40 @@ def test_the_matched_arm_takes_what_tell_chose_and_tries_nothing(done):
     assert part["estimate"] == pytest.approx(points["tell"] - points["sft_matched"])
     tried = next(note for note in known["question"]["notes"] if note.startswith("Settings tried"))
     assert tried == "Settings tried: base 1, sft 1, tell 4."
+    assert known["question"]["notes"][0].startswith(
+        "Settings were chosen by 2-fold cross-validation inside the task rows of each"
+    )
+    assert "so on 1/2 of the rows" in known["question"]["notes"][0]
+
+
+def chosen(
+    arm: str, size: int, repeats: int, rate: float | None = None, *, of: Sequence[tuple[int, float | None]]
+) -> ArmResult:
+    tried = tuple(Tried(Setting(passes, own), 0.0, 0, 0.0) for passes, own in of)
+    return ArmResult(
+        arm, size, 0, tried, [one.setting for one in tried].index(Setting(repeats, rate)), None, {}, {}, {}, {}, 0.0
+    )
+
+
+def test_settings_chosen_at_an_end_of_those_tried_are_said():
+    passes = [(n, None) for n in (2, 4, 8)]
+    rates = [(1, rate) for rate in (1e-4, 5e-4, 1e-3)]
+    found = proof.at_an_end(
+        [
+            chosen("sft", 32, 2, of=passes),
+            chosen("sft", 32, 2, of=passes),  # another seed
+            chosen("sft", 64, 4, of=passes),
+            chosen("tell", 32, 8, of=passes),
+            chosen("mix", 32, 1, of=[(1, None), (2, None)]),
+            chosen("sft", 128, 1, 1e-3, of=rates),
+            chosen("base", 0, 1, of=[(1, None)]),
+        ]
+    )
+    assert found == [
+        "sft at 32 rows, passes 2 of 2 to 8",
+        "tell at 32 rows, passes 8 of 2 to 8",
+        "sft at 128 rows, learning rate 0.001 of 0.0001 to 0.001",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
     found = [
         f"Settings were chosen by {compare.folds}-fold cross-validation inside the task rows "
         + ("of the first seed, for all seeds" if compare.tune == "first" else "of each seed")
-        + "; test rows were scored once."
+        + f", so on {compare.folds - 1}/{compare.folds} of the rows; test rows were scored once."
     ]
     found.append(
         "The reference is the best arm without general data by its test scores, selected anew in each draw: that favours it, "
@@ -177,6 +177,8 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
     if trained and min(trained.values()) < max(trained.values()):
         more = [arm for arm, number in trained.items() if number == max(trained.values())]
         found.append(f"More settings were tried for {', '.join(more)} than for other trained arms, which favours them.")
+    if ends := at_an_end(own):
+        found.append(f"What was chosen is an end of what was tried, beyond which may be better: {'; '.join(ends)}.")
     for result in results:
         best = min(result.tried, key=lambda one: one.dev_nll, default=None)
         if best is not None and result.setting != best.setting:
@@ -190,6 +192,19 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
     if (number := len({result.seed for result in results})) < 5:
         found.append(f"{number} seed{'s' if number > 1 else ''}: fewer than the 5 that intervals need to be narrow.")
     return [*found, *first.notes]
+
+
+def at_an_end(results: Sequence[ArmResult]) -> list[str]:
+    """Where the passes or the learning rate that were chosen are the least or the most that were tried; a single pass is the
+    least that there is."""
+    found = []
+    for result in results:
+        for what, unit in (("repeats", "passes"), ("learning_rate", "learning rate")):
+            tried = sorted({getattr(one.setting, what) for one in result.tried} - {None})
+            chosen = getattr(result.setting, what, None)
+            if len(tried) > 1 and chosen in (tried[0], tried[-1]) and (what, chosen) != ("repeats", 1):
+                found.append(f"{result.arm} at {result.size} rows, {unit} {chosen:g} of {tried[0]:g} to {tried[-1]:g}")
+    return list(dict.fromkeys(found))
 
 
 def _folded(settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], name: str) -> list[str]:
