@@ -204,12 +204,13 @@ def test_a_system_text_that_rows_share_makes_them_no_repeats_and_no_leaks(tmp_pa
     assert len(pick(pool, 4, task_rows=task_rows, near=0.5).examples) == 4
 
 
-def test_a_system_text_that_one_row_alone_has_is_content(tmp_path):
+def test_a_system_text_that_few_rows_share_is_content(tmp_path):
     pages = [" ".join(f"{word}{k}" for word in WORDS) for k in range(3)]
     rows = [spoken("what is this about", "it is about letters", system=page) for page in pages]
     pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0, near=0.5)
     assert len(pool) == 3
-    held = [example("tell me what this page says", "letters and numbers", system=page) for page in pages[:2]]
+    held = [example(f"tell me {what}", "letters and numbers", system=page) for page in pages[:2] for what in ("this", "that")]
+    held += [example(f"how old is {k}", f"{k} years") for k in range(20)]
     found = pick(pool, 3, held_out_rows=held)
     assert (len(found.examples), {reject.reason for reject in found.rejects}) == (1, {LEAKS[13]})
 

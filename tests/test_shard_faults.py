@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from fulcrum import origins, processes, shards, store, tables
-from fulcrum.errors import DataError, StoreError
+from fulcrum import origins, processes, shards, store
+from fulcrum.errors import DataError, StoreError, UnreachableError
 from fulcrum.pool import open_pool, select
 from fulcrum.sections import GeneralSource
 from test_shards import read, rows, save
@@ -274,7 +274,7 @@ def test_a_stream_is_pinned_and_its_limit_counts_usable_rows(tmp_path: Path, mon
     assert asked[-1] == ("abc123", True)
 
     def unreachable(*given: Any, **named: Any) -> None:
-        raise tables.UnreachableError("no network")
+        raise UnreachableError("no network")
 
     monkeypatch.setattr(origins, "hub", unreachable)
     assert open_pool([source], seed=0).notes == (

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fulcrum import clean, config, origins, shards, tables
-from fulcrum.errors import ConfigError, DataError
+from fulcrum.errors import ConfigError, DataError, UnreachableError
 from fulcrum.pool import open_pool, select
 from fulcrum.records import Example, Message
 from fulcrum.sections import GeneralSource
@@ -307,7 +307,7 @@ def test_a_hub_data_set_is_converted_whole_or_streamed(tmp_path: Path, monkeypat
     assert asked[-1]
 
     def unreachable(*given, **named):
-        raise tables.UnreachableError("no network")
+        raise UnreachableError("no network")
 
     monkeypatch.setattr(origins, "hub", unreachable)  # what was converted stays usable
     assert read(GeneralSource(path="some/thing", stream=True, limit=12)) == streamed

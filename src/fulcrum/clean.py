@@ -31,6 +31,7 @@ _TOLD = 10_000  # pairs between two tellings
 _BLOCK = 10_000  # rows whose MinHashes are in memory at a time
 _LETTERS = 24  # in shorter texts a language cannot be told
 _SEEN = 2000  # characters that tell a row's language
+_SHARED = 0.1  # of a task's rows have a system's text that is an instruction
 
 # Markers of chat templates and tokenizers, which are ids in a model's input and text only where something went wrong.
 _MARKER = re.compile(
@@ -103,19 +104,19 @@ class TaskText:
     """The n-grams of task messages: 13 words; 8 words of messages under 13; rows whose every message is under 8, whole; and
     what the user of a row says, whole: the same question with another answer teaches against the task.
 
-    Message by message: a short question and its answer must not hide in the n-grams of the two together. A system's text counts
-    where no other row has it: what several rows share is an instruction, which general rows may have too. With `near` above 0,
-    rows of at least so much Jaccard similarity (of word triples) are found too.
+    Message by message: a short question and its answer must not hide in the n-grams of the two together. A system's text that
+    many of the rows share is an instruction, which general rows may have too; one that few share (a page that several are asked
+    about) is content. With `near` above 0, rows of at least so much Jaccard similarity (of word triples) are found too.
     """
 
     def __init__(self, rows: Iterable[Example], near: float = 0.0) -> None:
         self._known: dict[int, set[str]] = {NGRAM: set(), SHORT_NGRAM: set()}
         self._whole, self._asked = set[str](), set[str]()
         self._near, self._sizes, self._holders = near, list[int](), dict[str, list[int]]()
-        instructions = Counter[str]()
+        rows = list(rows)
+        systems = Counter(message.content for row in rows for message in row.messages if message.role == "system")
         for row in rows:
             messages = [(message.role, words(message.content)) for message in row.messages]
-            instructions.update(message.content for message in row.messages if message.role == "system")
             said = [found for role, found in messages if role != "system"]
             for found in said:
                 self._learn(found)
@@ -127,8 +128,8 @@ class TaskText:
                 for shingle in own:
                     self._holders.setdefault(shingle, []).append(len(self._sizes))
                 self._sizes.append(len(own))
-        for text, count in instructions.items():
-            if count == 1:
+        for text, sharing in systems.items():
+            if sharing < max(2, _SHARED * len(rows)):
                 self._learn(words(text))
 
     def _learn(self, found: Sequence[str]) -> None:

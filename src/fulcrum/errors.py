@@ -20,6 +20,10 @@ class DataError(FulcrumError):
     """A data file or a row cannot be used as it is."""
 
 
+class UnreachableError(DataError):
+    """The hub does not answer; what was read of it before may do."""
+
+
 class ModelError(FulcrumError):
     """A model cannot be found, fetched, trusted or loaded."""
 

@@ -18,12 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fulcrum import store
-from fulcrum.errors import DataError, StoreError, nearest
+from fulcrum.errors import DataError, StoreError, UnreachableError, nearest
 from fulcrum.rows import Layout
 from fulcrum.sections import GeneralSource
 from fulcrum.tables import (
     Row,
-    UnreachableError,
     cause_of,
     files,
     fitting_layout,

@@ -193,19 +193,18 @@ def check(
     """
     judge = _judge(task_rows, held_out_rows, anchors, near)
     counts, some, rows = Counter[str](), list[Reject](), min(rows, len(pool))
-    walk = _Walk(pool, seed)
-    for done in range(rows):
+    walk, done = _Walk(pool, seed), 0
+    while done < rows and (index := walk.next()) is not None:
         if done % _TOLD == 0:
             progress("comparing with the task's rows", done, rows)
-        index = walk.next()
-        assert index is not None  # sources have weights all or none: the walk passes every row
+        done += 1
         if (refused := judge(pool[index])) is not None:
             counts[refused.reason] += 1
             some += [refused] if counts[refused.reason] <= shown else []
         else:
             walk.took(1)
-    progress("comparing with the task's rows", rows, rows)
-    return rows - counts.total(), dict(counts), some
+    progress("comparing with the task's rows", done, done)
+    return done - counts.total(), dict(counts), some
 
 
 def _judge(

@@ -208,7 +208,7 @@ def _write(
         size = partial_file.stat().st_size
         origins.check_unchanged(origin)
         partial_file.replace(file)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: no half-written shard stays
         partial_file.unlink(missing_ok=True)
         raise
     shard = Shard(str(file), size, kept, dict(left_out), list(chain.from_iterable(shown.values())))

@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fulcrum.errors import DataError, nearest
+from fulcrum.errors import DataError, UnreachableError, nearest
 from fulcrum.records import Example, Reject
 from fulcrum.rows import Layout, convert, layout
 from fulcrum.sections import DataSource
@@ -278,10 +278,6 @@ def _arrow(path: Path) -> Any:
     with unreadable(path):
         kind = path.suffix[1:].lower()
         return datasets.load_dataset(kind, data_files=str(path), split="train", writer_batch_size=_BATCH_ROWS)
-
-
-class UnreachableError(DataError):
-    """The hub does not answer; what it has may still be known."""
 
 
 @contextmanager
