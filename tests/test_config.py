@@ -133,7 +133,10 @@ def test_settings_given_are_not_changed() -> None:
         ({"task": TASK, "train": {"repeats": 1}}, r"unknown setting 'train\.repeats'; did you mean 'mix\.repeats'\?"),
         ({"task": TASK, "metrics": "nll"}, r"unknown setting 'metrics'; did you mean 'task\.metrics'\?"),
         ({"task": TASK, "learnin_rate": 1}, r"unknown setting 'learnin_rate'; did you mean 'train\.learning_rate'"),
-        ({"task": TASK, "eval": {"zzz": 1}}, r"unknown setting 'eval\.zzz'; known: batch_tokens, draws, general_rows$"),
+        (
+            {"task": TASK, "eval": {"zzz": 1}},
+            r"unknown setting 'eval\.zzz'; known: anchored, batch_tokens, draws, general_rows$",
+        ),
         ({"tasks": [TASK, {**TASK, "name": "b", "dev_limit": 0}]}, r"tasks\[1\]\.dev_limit: must be at least 1 \(got 0\)"),
         ({"task": {"train": {"path": "a", "columns": {"prompt": 5}}}}, r"task\.train\[0\]\.columns: expected a text \(got 5\)"),
         ({"task": TASK, "mix": {"order": "sorted"}}, r"mix\.order: .*'epoch_stratified'.*got 'sorted'"),

@@ -102,6 +102,6 @@ def test_the_best_number_is_used_on_test_rows(tmp_path: Path) -> None:
     assert (found.arm, found.size, found.seed) == ("kshot", 6, 7)
     prompted = shots.prompted(material().tasks[0], 2)
     expected = scoring.predict(
-        loaded, prompted, prompted.test, anchored=False, batch_tokens=settings.eval.batch_tokens
+        loaded, prompted, prompted.test, batch_tokens=settings.eval.batch_tokens
     )  # fmt: skip
     assert [row.nll_sum for row in found.predictions["task"]] == [row.nll_sum for row in expected]

@@ -7,12 +7,14 @@ trainers with templates of their own.
 """
 
 import json
+import re
 from dataclasses import replace
 
 from fulcrum.errors import ConfigError
 from fulcrum.records import Anchor, Message
 
 SEPARATOR = "\n\n"
+ANOTHER = "Name the river that flows through the city below."  # some other task's anchor, where there is no other task
 
 # Walks the messages once and rebuilds them. `users` counts its user turns; a system anchor joins the row's own
 # system text, or becomes it.
@@ -83,6 +85,31 @@ def answer_lead(anchor: Anchor | None) -> str:
 def last_answer_only(anchor: Anchor | None) -> bool:
     """True where only the last answer of a multi-turn row sees the anchor, so that only it may be trained."""
     return anchor is not None and anchor.placement in ("user_suffix", "response_prefix")
+
+
+_SYNONYMS = (
+    ("answer", "reply"), ("give", "provide"), ("write", "produce"), ("read", "look at"), ("sort", "classify"),
+    ("choose", "pick"), ("translate", "render"), ("find", "determine"), ("say", "state"), ("return", "output"),
+    ("only", "nothing but"), ("exactly", "precisely"), ("with", "using"), ("below", "that follows"), ("for", "regarding"),
+)  # fmt: skip
+
+
+def reworded(text: str) -> str:
+    """An anchor in other words, by rule: sentences change places, common words give way to others; where none is there,
+    "In other words" stands before it.
+
+    Tells whether a trained model needs the anchor's wording or its meaning. Languages other than English keep their words.
+    """
+    swapped = {old: new for pair in _SYNONYMS for old, new in (pair, pair[::-1])}
+
+    def other(found: re.Match[str]) -> str:
+        word = swapped[found.group().lower()]
+        return word[0].upper() + word[1:] if found.group()[0].isupper() else word
+
+    sentences = re.split(r"(?<=[.!?])\s+", text.strip())
+    words = re.compile(r"\b(?:" + "|".join(sorted(map(re.escape, swapped), key=len, reverse=True)) + r")\b", re.IGNORECASE)
+    found = words.sub(other, " ".join(sentences[::-1]))
+    return found if found != text.strip() else f"In other words: {text.strip()}"
 
 
 def apply(messages: tuple[Message, ...], anchor: Anchor | None) -> tuple[Message, ...]:

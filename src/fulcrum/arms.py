@@ -15,7 +15,7 @@ from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError, nearest
 from fulcrum.material import Material
 from fulcrum.mix import Plan
-from fulcrum.records import Anchor, BoolArray, Example, Message, Setting, Share, Tokens
+from fulcrum.records import Anchor, BoolArray, Example, Message, Setting, Share, Task, Tokens
 from fulcrum.rows import content_key, in_two
 
 UNLABELED = ("unlabeled", "pseudo_self", "pseudo_teacher")
@@ -42,6 +42,9 @@ ARMS: Mapping[str, Arm] = {
         Arm(name="tell_similar", anchored=True, general="pool", select="similar"),
         Arm(name="tell_gradient", anchored=True, general="pool", select="gradient"),
         Arm(name="tell_diverse", anchored=True, general="pool", select="diverse"),
+        # TELL whose anchor is not needed once it is trained: some showings lack it, or all of the last part; asked without it.
+        Arm(name="tell_dropout", anchored=True, general="pool", anchor_dropout=0.1, asked_anchored=False),
+        Arm(name="tell_cooldown", anchored=True, general="pool", anchor_cooldown=0.1, asked_anchored=False),
         # TELL's own rows, one source after the other: what the shuffle brings.
         Arm(name="general_then_task", anchored=True, general="pool", order="general_then_task"),
         Arm(name="task_then_general", anchored=True, general="pool", order="task_then_general"),
@@ -102,7 +105,7 @@ def chosen_arms(settings: Settings) -> list[Arm]:
     if len(arms) < 2:
         raise ConfigError(f"compare.arms: {arms[0].name} alone has nothing to be compared with; name a second arm")
     if not any(task.anchor for task in settings.tasks):
-        named = [arm.name for arm in arms if arm.anchored]
+        named = [arm.name for arm in arms if arm.anchored and arm.anchor is None]
         if named:
             raise ConfigError(
                 f"compare.arms: {', '.join(named)} need an anchor and no task has one; set task.anchor or leave them out"
@@ -144,17 +147,34 @@ def largest_mixture(settings: Settings) -> int | None:
 
 @dataclass(frozen=True)
 class Stream:
-    """A plan with the tokens of the rows that it orders. `task` and `general` are indexed by the plan's row ids."""
+    """A plan with the tokens of the rows that it orders. `task` and `general` are indexed by the plan's row ids.
+
+    `bare` are the task rows without their anchor: so a share of `dropout` of their showings is, and all of the last part,
+    `cooldown`, of the stream.
+    """
 
     plan: Plan
     task: Sequence[Tokens]
     general: Sequence[Tokens]
+    bare: Sequence[Tokens] = ()
+    dropout: float = 0.0
+    cooldown: float = 0.0
 
     def step(self, index: int, batch_size: int) -> tuple[list[Tokens], BoolArray]:
         """The examples of one optimizer step in order, and which of them are task rows."""
         start = index * batch_size
-        is_task, ids = self.plan.slice(start, min(start + batch_size, len(self.plan)))
-        return [(self.task if own else self.general)[row] for own, row in zip(is_task, ids, strict=True)], is_task
+        return self._shown(start, min(start + batch_size, len(self.plan)))
+
+    def _shown(self, start: int, stop: int) -> tuple[list[Tokens], BoolArray]:
+        is_task, ids = self.plan.slice(start, stop)
+        sources = {(True, False): self.task, (True, True): self.bare, (False, False): self.general, (False, True): self.general}
+        bare = self.is_bare(start, stop)
+        return [sources[bool(own), bool(lacks)][row] for own, lacks, row in zip(is_task, bare, ids, strict=True)], is_task
+
+    def is_bare(self, start: int, stop: int) -> BoolArray:
+        """Whether a task row at each of these positions lacks its anchor: (stop - start,)."""
+        dropped = mix.chances(start, stop, self.plan.seed, "anchor") < self.dropout
+        return dropped | (np.arange(start, stop) >= round(len(self.plan) * (1 - self.cooldown)))
 
     def steps(self, batch_size: int) -> int:
         """Number of optimizer steps; the last may be smaller."""
@@ -170,8 +190,7 @@ class Stream:
 
     def share(self, positions: int | None = None) -> Share:
         """Realised task shares in examples, tokens and loss tokens, counted over the first `positions` (none: all)."""
-        is_task, ids = self.plan.slice(0, len(self.plan) if positions is None else min(positions, len(self.plan)))
-        examples = [(self.task if own else self.general)[row] for own, row in zip(is_task, ids, strict=True)]
+        examples, is_task = self._shown(0, len(self.plan) if positions is None else min(positions, len(self.plan)))
         return mix.share(is_task, np.array([len(e) for e in examples]), np.array([e.n_loss for e in examples]))
 
 
@@ -187,11 +206,15 @@ def own_arm(settings: Settings) -> Arm:
 def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Settings, repeats: int, seed: int) -> Stream:
     """The token stream of one training: the same task rows in every arm, with or without anchor and general rows."""
     plain = encode.make_format(tokenizer, None)
+    dropout, cooldown = lacking(arm, settings)
     own: list[Tokens] = []
+    bare: list[Tokens] = []
     for task in rows.tasks if arm.task_rows else ():
-        form = encode.make_format(tokenizer, task.anchor) if arm.anchored else plain
-        encode.encode_ahead(task.train, form)
-        own += [encode.encode(example, form) for example in task.train]
+        form = encode.make_format(tokenizer, anchor_of(arm, task))
+        for wanted, found in ((form, own), (plain, bare if dropout or cooldown else None)):
+            if found is not None:
+                encode.encode_ahead(task.train, wanted)
+                found += [encode.encode(example, wanted) for example in task.train]
     available = general_rows(rows, arm, settings)
     count = min(general_count(rows, arm, repeats), len(available))
     mixed_seed = store.seed_for(seed, "mix")
@@ -206,9 +229,33 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
     if arm.general == "permuted":
         general = _permuted(general, store.seed_for(seed, "placebo"))
     if arm.anchored and arm.general in ("pseudo_self", "pseudo_teacher"):  # these are rows of the task
-        forms = {row.origin: encode.make_format(tokenizer, task.anchor) for task in rows.tasks for row in task.unlabeled}
-        return Stream(plan, own, [encode.encode(row, forms.get(row.origin, plain)) for row in general])
-    return Stream(plan, own, tokens.tokenised(general, plain))
+        forms = {
+            row.origin: encode.make_format(tokenizer, anchor_of(arm, task)) for task in rows.tasks for row in task.unlabeled
+        }
+        answered = [encode.encode(row, forms.get(row.origin, plain)) for row in general]
+        return Stream(plan, own, answered, bare, dropout, cooldown)
+    return Stream(plan, own, tokens.tokenised(general, plain), bare, dropout, cooldown)
+
+
+def anchor_of(arm: Arm, task: Task) -> Anchor | None:
+    """The anchor that an arm's rows of a task are trained with."""
+    if not arm.anchored:
+        return None
+    return task.anchor if arm.anchor is None else arm.anchor.value
+
+
+def asked_anchor(arm: Arm, task: Task, settings: Settings) -> Anchor | None:
+    """The anchor that a trained arm is asked with: its own, unless it is to do without."""
+    asked = settings.eval.anchored if arm.asked_anchored is None else arm.asked_anchored
+    return anchor_of(arm, task) if asked or not arm.trained else None
+
+
+def lacking(arm: Arm, settings: Settings) -> tuple[float, float]:
+    """Which share of an arm's showings of task rows lacks the anchor, and of which last part of its stream all do."""
+    mixed = settings.mix
+    dropout = mixed.anchor_dropout if arm.anchor_dropout is None else arm.anchor_dropout
+    cooldown = mixed.anchor_cooldown if arm.anchor_cooldown is None else arm.anchor_cooldown
+    return (dropout, cooldown) if arm.anchored else (0.0, 0.0)
 
 
 def general_rows(rows: Material, arm: Arm, settings: Settings) -> tuple[Example, ...]:
@@ -227,7 +274,7 @@ def general_rows(rows: Material, arm: Arm, settings: Settings) -> tuple[Example,
     if how == "gradient" and rows.gradients:  # previews have no model: they count the most similar rows instead
         order = order[: _scored(rows, arm)]
         general = np.stack([rows.gradients[probe_key(rows.candidates[k], None)] for k in order])
-        pairs = [(row, task.anchor if arm.anchored else None) for task in rows.tasks for row in task.train]
+        pairs = [(row, anchor_of(arm, task)) for task in rows.tasks for row in task.train]
         order = order[choose.by_gradient(general, np.stack([rows.gradients[probe_key(*pair)] for pair in pairs]))]
     return tuple(rows.candidates[k] for k in order[: len(rows.general)])
 
@@ -275,7 +322,7 @@ def to_probe(rows: Material, arm: Arm, settings: Settings) -> dict[str, tuple[Ex
     candidates most similar to them."""
     if selects(arm, settings) != "gradient":
         return {}
-    pairs = [(row, task.anchor if arm.anchored else None) for task in rows.tasks for row in task.train]
+    pairs = [(row, anchor_of(arm, task)) for task in rows.tasks for row in task.train]
     order = choose.similar(rows.candidates, [row for row, _ in pairs], rows.seed)[: _scored(rows, arm)]
     found: list[tuple[Example, Anchor | None]] = [*pairs, *((rows.candidates[k], None) for k in order)]
     return {probe_key(row, anchor): (row, anchor) for row, anchor in found}

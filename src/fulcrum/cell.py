@@ -18,19 +18,32 @@ import torch
 
 from fulcrum import adapter, encode, generate, metrics, scoring, shots, store, training, words
 from fulcrum.adapter import State
-from fulcrum.arms import stream
+from fulcrum.anchor import ANOTHER, reworded
+from fulcrum.arms import anchor_of, asked_anchor, stream
 from fulcrum.config import Arm, Settings, TrainSettings
 from fulcrum.errors import ConfigError
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
-from fulcrum.records import ArmResult, Example, FloatArray, Prediction, Setting, Task, Tokens, TrainPoint, TrialResult, Tried
+from fulcrum.records import (
+    Anchor,
+    ArmResult,
+    Example,
+    FloatArray,
+    Prediction,
+    Setting,
+    Task,
+    Tokens,
+    TrainPoint,
+    TrialResult,
+    Tried,
+)
 
 PROBED = 32  # general prompts
 TEMPERATURES = tuple(2 ** (k / 3) for k in range(-3, 7))  # 0.5 to 4
 GENERAL_PROMPTS = "general prompts"
 DRIFT = "drift"
+OTHER_ANCHORS = ("without", "with", "wrong", "reworded")  # than an arm is asked with
 _SAMPLED = 64  # tokens of the base model's own text, by which drift is measured
-_ANOTHER = "Name the river that flows through the city below."
 
 
 class Watcher(Protocol):
@@ -76,9 +89,9 @@ def tell(watcher: Watcher, label: str, events: Path | None) -> training.Progress
     return told
 
 
-def tokenised(loaded: LoadedModel, tasks: Sequence[Task], arm: Arm, part: str) -> list[list[Tokens]]:
+def tokenised(loaded: LoadedModel, tasks: Sequence[Task], arm: Arm, settings: Settings, part: str) -> list[list[Tokens]]:
     """The dev or test rows of every task as an arm is scored on them."""
-    forms = [encode.make_format(loaded.tokenizer, task.anchor if arm.anchored else None) for task in tasks]
+    forms = [encode.make_format(loaded.tokenizer, asked_anchor(arm, task, settings)) for task in tasks]
     return [
         [encode.final_answer(example, form) for example in getattr(task, part)] for task, form in zip(tasks, forms, strict=True)
     ]
@@ -169,7 +182,7 @@ def tune(
             results = fit(fold, loaded, arm, settings, setting, seed, f"{label}-fold{place}", folder, watcher)
             tokens += sum(result.train_tokens for result in results)
             seconds += sum(result.seconds for result in results)
-            losses = [generate.nats_at(loaded, part, TEMPERATURES) for part in tokenised(loaded, tasks, arm, "dev")]
+            losses = [generate.nats_at(loaded, part, TEMPERATURES) for part in tokenised(loaded, tasks, arm, settings, "dev")]
         nats += [own.sum(axis=0) for own, _ in losses]
         counts += [[number.sum()] for _, number in losses]
     by_temperature = (nats / counts).mean(axis=0)
@@ -231,29 +244,44 @@ def final(
 def probe(
     rows: Material, tasks: Sequence[Task], loaded: LoadedModel, arm: Arm, settings: Settings
 ) -> dict[str, tuple[Prediction, ...]]:
-    """What the anchor ties, what leaks, how far the model drifted: test rows without the anchor and with another's, answers to
-    general prompts without any, and (as `nll_sum`) KL(base || adapted) on texts that the base model sampled for these.
+    """What the anchor ties, what leaks, how far the model drifted: test rows with other anchors than the arm is asked with
+    (`other_anchors`), answers to general prompts without any, and (as `nll_sum`) KL(base || adapted) on texts that the base
+    model sampled for these.
 
     A model that answers general prompts in the task's form has not learned when the task is asked for.
     """
     found: dict[str, tuple[Prediction, ...]] = {}
     for task in tasks:
-        if task.anchor is None or not arm.anchored:
-            continue
-        other = next((own.anchor.text for own in tasks if own.anchor not in (None, task.anchor)), _ANOTHER)
-        for name, changed in (("without", None), ("wrong", replace(task.anchor, text=other))):
+        for name, changed in other_anchors(task, tasks, arm, settings).items():
             asked = replace(task, anchor=changed, metrics=("nll",))
             found[f"{task.name}: {name} anchor"] = scoring.predict(
-                loaded, asked, asked.test, anchored=True, batch_tokens=settings.eval.batch_tokens
+                loaded, asked, asked.test, batch_tokens=settings.eval.batch_tokens
             )
     general = next((part for part in rows.held_out.values() if part), ())[:PROBED]
     if general:
         asked = Task("general", (), (), general, None, ("exact_match",), max(task.max_new_tokens for task in tasks))
-        found[GENERAL_PROMPTS] = scoring.predict(
-            loaded, asked, general, anchored=False, batch_tokens=settings.eval.batch_tokens
-        )
+        found[GENERAL_PROMPTS] = scoring.predict(loaded, asked, general, batch_tokens=settings.eval.batch_tokens)
     if general and loaded.peft is not None:
         found[DRIFT] = drift(loaded, general, settings.eval.batch_tokens)
+    return found
+
+
+def other_anchors(task: Task, tasks: Sequence[Task], arm: Arm, settings: Settings) -> dict[str, Anchor | None]:
+    """What an arm that was trained with an anchor is asked with to see what hangs on it: none, another task's, the same in
+    other words; and its own, where it is asked without one."""
+    own = anchor_of(arm, task)
+    if own is None:
+        return {}
+    given = next(one.anchor for one in settings.tasks if one.name == task.name) if arm.anchor is None else arm.anchor
+    wording = given.paraphrase if given is not None and given.value == own else None
+    another = next((other.anchor.text for other in tasks if other.anchor not in (None, own)), ANOTHER)
+    found: dict[str, Anchor | None] = {
+        "without": None, "wrong": replace(own, text=another),
+        "reworded": replace(own, text=wording or reworded(own.text)),
+    }  # fmt: skip
+    if asked_anchor(arm, task, settings) is None:
+        found["with"] = own
+        del found["without"]
     return found
 
 
@@ -292,8 +320,9 @@ def score(
             predictions[task.name] = words.predict(task, _length(loaded))
         else:
             predictions[task.name] = scoring.predict(
-                loaded, task, task.test, anchored=arm.anchored, batch_tokens=settings.eval.batch_tokens,
-                temperature=temperature, count=partial(watcher.count, f"{label}: answers to {task.name}"),
+                loaded, replace(task, anchor=asked_anchor(arm, task, settings)), task.test,
+                batch_tokens=settings.eval.batch_tokens, temperature=temperature,
+                count=partial(watcher.count, f"{label}: answers to {task.name}"),
             )  # fmt: skip
         scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
     general: Mapping[str, tuple[Prediction, ...]] = {}

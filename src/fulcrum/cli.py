@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fulcrum import cli_certificate, cli_models, cli_pool, cli_selfgen
+from fulcrum import cli_anchor, cli_certificate, cli_models, cli_pool, cli_selfgen
 from fulcrum.cli_group import DEBUG, Group
 from fulcrum.errors import ConfigError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_pool.app, name="pool")
+app.add_typer(cli_anchor.app, name="anchor")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Settings file; `fulcrum init` writes one.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The output_dir of a finished run.")]
@@ -234,6 +235,10 @@ def mix(
     screen = _ready_screen(ctx, settings)
     from fulcrum import arms, preview, terminal
 
+    if any(task.anchor is not None and task.anchor.is_auto for task in settings.tasks):
+        raise ConfigError(
+            "task.anchor is auto, which a run settles; write one (`fulcrum anchor score` names it, config.yaml of a run has it)"
+        )
     if settings.mix.general_per_task == "auto":
         raise ConfigError(
             "mix.general_per_task is auto, which a run settles by a pilot; set a number (config.yaml of a finished run has one)"

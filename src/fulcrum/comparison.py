@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fulcrum import cell, pilot, probe, pseudo, scoring, selfmade, store, workers
+from fulcrum import candidates, cell, pilot, probe, pseudo, scoring, selfmade, store, workers
 from fulcrum.arms import by_task_rows, chosen_arms, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
@@ -53,6 +53,7 @@ def compare(
     workers.share_threads(jobs, on)
     watcher, started = watcher or Silent(), time.perf_counter()
     asked = settings
+    settings, anchors = candidates.resolve(settings, compared=True, resume=resume, watcher=watcher)
     settings, found = pilot.resolve(settings, compared=True, resume=resume, watcher=watcher)
     arms = chosen_arms(settings)
     if settings.outer_folds and settings.compare.tune == "first" and len(settings.seeds) > 1:
@@ -63,7 +64,7 @@ def compare(
     _require_common_size(settings, arms)
     loaded, rows, folder = begin("compare", settings, arms, settings.seeds, resume, watcher)
     gone = pilot.dropped(asked) if found is not None and found.chosen == 0 else ()
-    notes = pilot.keep(found, folder if writes() else None, gone)
+    notes = [*candidates.keep(anchors, folder if writes() else None), *pilot.keep(found, folder if writes() else None, gone)]
     if writes() and budget is not None and not (folder / PLAN).exists():
         described = settings.model_dump(mode="json", exclude={"output_dir"})
         store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})

@@ -21,25 +21,11 @@ from pydantic import (
 
 from fulcrum import settings_file
 from fulcrum.errors import ConfigError
-from fulcrum.records import Anchor, Placement
-from fulcrum.sections import GeneralSource, GeneralSources, Section, Sources, as_sources
+from fulcrum.records import Anchor
+from fulcrum.sections import AnchorSettings, GeneralSource, GeneralSources, Section, Sources, as_anchor, as_sources
 
 Select = Literal["random", "similar", "gradient", "diverse"]
 Order = Literal["auto", "random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general"]
-
-
-class AnchorSettings(Section):
-    """The anchor prompt of a task."""
-
-    text: str = Field(min_length=1, description="the anchor's words")
-    placement: Placement = Field("user_prefix", description="where it stands in every row of the task")
-
-    @field_validator("text")
-    @classmethod
-    def _visible(cls, value: str) -> str:
-        if not any(character.isprintable() and not character.isspace() for character in value):
-            raise ValueError(f"an anchor needs words, {value!r} shows none; leave it out, or write some")
-        return value
 
 
 class TaskSettings(Section):
@@ -55,7 +41,7 @@ class TaskSettings(Section):
     )
     unlabeled: Sources = Field((), description="inputs without answers, for the arms unlabeled, pseudo_self, pseudo_teacher")
     group: str | None = Field(None, description="column whose equal values belong together (document, customer ...)")
-    anchor: AnchorSettings | None = Field(None, description="text, {text, placement}, or none")
+    anchor: AnchorSettings | None = Field(None, description="text, {text, placement}, auto, or none")
     metrics: tuple[str, ...] = Field(("nll", "exact_match"), description="see `fulcrum eval --help` for the names")
     max_new_tokens: int = Field(64, ge=1, description="longest generated answer, in tokens")
     train_limit: int | None = Field(None, ge=1, description="use this many training rows (nested subsets, drawn by seed)")
@@ -71,18 +57,11 @@ class TaskSettings(Section):
             raise ValueError("a name is letters, digits, '_', '-', '.' and spaces, and not 'default'; it names a chat template")
         return value
 
-    @field_validator("anchor", mode="before")
-    @classmethod
-    def _anchor(cls, value: Any) -> Any:
-        if value in (None, "", "none"):
-            return None
-        if isinstance(value, Anchor):
-            return {"text": value.text, "placement": value.placement}
-        return {"text": value} if isinstance(value, str) else value
+    _given = field_validator("anchor", mode="before")(as_anchor)
 
     def anchor_value(self) -> Anchor | None:
-        """Return the anchor as a plain record."""
-        return None if self.anchor is None else Anchor(self.anchor.text, self.anchor.placement)
+        """The anchor as a plain record; of one yet to be chosen (`auto`) none."""
+        return None if self.anchor is None or self.anchor.is_auto else self.anchor.value
 
 
 PILOT_RATIOS = (0.0, 1.0, 4.0, 16.0)  # general rows for each shown task row that the pilot of `auto` tries
@@ -102,6 +81,13 @@ class MixSettings(Section):
         "random", description="which general rows: any; with the task's words; whose gradients are the task's; of every kind"
     )
     choose_from: int = Field(8192, ge=1, description="rows drawn from the pool, among which the others than random choose")
+    anchor_dropout: float = Field(0.0, ge=0, lt=1, description="share of the showings of task rows that lack the anchor")
+    anchor_cooldown: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="last part of the stream, whose task rows all lack the anchor (after MeCo, arXiv 2501.01956)",
+    )
 
     @field_validator("repeats")
     @classmethod
@@ -179,6 +165,11 @@ class EvalSettings(Section):
         64, ge=0, description="held-out rows of the pool, and as many of a packaged set, to measure forgetting"
     )
     draws: int = Field(2000, ge=100, description="bootstrap draws")
+    anchored: bool = Field(
+        True,
+        description="whether a model trained with an anchor is asked with it; false: it is scored, used and saved without, for "
+        "which anchor_dropout or anchor_cooldown prepare it",
+    )
 
 
 class Arm(Section):
@@ -187,6 +178,12 @@ class Arm(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="small letters, digits and _; used in tables and file names")
     trained: bool = Field(True, description="false: the model stays as it is")
     anchored: bool = Field(False, description="whether task rows carry the anchor, in training and in inference")
+    anchor: AnchorSettings | None = Field(
+        None, description="instead of the task's own (of every task, where there are several)"
+    )
+    anchor_dropout: float | None = Field(None, ge=0, lt=1, description="instead of mix.anchor_dropout")
+    anchor_cooldown: float | None = Field(None, ge=0, lt=1, description="instead of mix.anchor_cooldown")
+    asked_anchored: bool | None = Field(None, description="instead of eval.anchored")
     task_rows: bool = Field(True, description="false: trains on general rows alone")
     general: Literal["none", "pool", "permuted", "own_answers", "self_made", "unlabeled", "pseudo_self", "pseudo_teacher"] = (
         Field(
@@ -210,9 +207,17 @@ class Arm(Section):
     train: dict[str, Any] = Field(default_factory=dict, description="trainer settings of its own, as in `train:`")
 
     _sources = field_validator("pool", mode="before")(as_sources)
+    _given = field_validator("anchor", mode="before")(as_anchor)
 
     @model_validator(mode="after")
     def _sensible(self) -> "Arm":
+        own = (self.anchor, self.anchor_dropout, self.anchor_cooldown, self.asked_anchored)
+        if not self.anchored and any(value is not None for value in own):
+            raise ValueError(f"{self.name}: carries no anchor, so nothing of anchors can be set; add anchored: true")
+        if self.anchor is not None and self.anchor.is_auto:
+            raise ValueError(f"{self.name}: an arm's own anchor is a text; auto is for the task's")
+        if not self.trained and (self.anchor_dropout or self.anchor_cooldown):
+            raise ValueError(f"{self.name}: is not trained, so no showing of a row can lack the anchor")
         if not self.mixes and (
             self.pool or self.order or self.select or self.general_per_task or self.general_rows or not self.task_rows
         ):

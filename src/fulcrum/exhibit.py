@@ -22,6 +22,13 @@ READ = {
     "these. SFT was not tuned here, so this is no comparison of methods.",
     "transfer": "Against general rows whose answers teach nothing: what is left comes of the content of the general rows.",
 }
+# What a dependency on the anchor is the rise of: test rows asked ...
+ASKED = {
+    "without anchor": "without the anchor",
+    "with anchor": "with the anchor, by an arm that is asked without it",
+    "wrong anchor": "with another anchor",
+    "reworded anchor": "with the anchor in other words",
+}
 _SELECTED = 0.05  # share of draws from which on an arm counts as a reference that was used
 
 
@@ -202,8 +209,8 @@ def _effect(effect: Mapping[str, Any], n: int, order: Sequence[str]) -> dict[str
 
     limits = {"leakage": (0.0, 1.0), "drift": (0.0, math.inf)}.get(kind, (-math.inf, math.inf))
     return {
-        "kind": kind, "what": what.strip(), "base": base, "rises": rises, "seeds": effect["seeds"],
-        "groups": f"{effect['groups']:g}", "apart": any(arm["size"] not in (0, n) for arm in shown),
+        "kind": kind, "what": what.strip(), "asked": ASKED.get(what.strip(), what.strip()), "base": base, "rises": rises,
+        "seeds": effect["seeds"], "groups": f"{effect['groups']:g}", "apart": any(arm["size"] not in (0, n) for arm in shown),
         "plot": _bars(rows, 1, show, slots=slots_of(order), limits=limits),
         "level": next((ends(arm["score"]) for arm in arms if arm["arm"] == base), ""),
     }  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 from fulcrum import choose, encode, ingest, labelled, pool
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import DataError
-from fulcrum.records import Example, Reject, Task
+from fulcrum.records import Anchor, Example, Reject, Task
 from fulcrum.rows import content_key
 from fulcrum.sections import DataSource, GeneralSource
 from fulcrum.store import seed_for
@@ -51,8 +51,8 @@ def draw(
     on which forgetting is measured.
 
     No row shares text with those of `whole`, the tasks with all rows that a limit leaves out of `tasks`. `choose_from` rows or
-    more are candidates, where arms choose; `arms` with a pool of their own get as many rows of it. Raises DataError where there
-    are too few.
+    more are candidates, where arms choose; of a file's own `arms` those with a pool get as many rows of it. Raises
+    DataError where there are too few.
     """
     drawn = Drawn(settings.mix.candidates)
     if settings.eval.general_rows > 0:
@@ -60,7 +60,8 @@ def draw(
         drawn.held_out["builtin"] = tuple(own[: settings.eval.general_rows])
     if not settings.general or (settings.mix.per_task == 0 and settings.eval.general_rows == 0):
         return drawn
-    drawer = _Drawer(settings, tokenizer, context, whole)
+    anchors = [own.value for own in (arm.anchor for arm in arms) if own is not None]
+    drawer = _Drawer(settings, tokenizer, context, whole, anchors)
     outside = {content_key(example) for example in drawn.held_out.get("builtin", ())}
     apart = tuple(drawer.take(settings.eval.general_rows, seed_for(settings.seed, "held out"), outside).examples)
     drawn.held_out["pool"] = apart
@@ -84,8 +85,8 @@ def draw(
             f"general: rows were chosen among {left:,} that are usable, for mixtures of up to {len(drawn.general):,}: that is "
             "hardly a choice"
         )
-    for arm in arms:
-        other = _Drawer(settings, tokenizer, context, whole, arm.pool)
+    for arm in (arm for arm in arms if arm.pool):
+        other = _Drawer(settings, tokenizer, context, whole, anchors, arm.pool)
         found = other.take(len(drawn.general), seed_for(seed, "general"), outside, apart)
         if len(found.examples) < len(drawn.general):
             raise DataError(
@@ -116,10 +117,11 @@ class _Drawer:
 
     def __init__(
         self, settings: Settings, tokenizer: encode.Tokenizer, context: int | None, tasks: Sequence[Task],
-        sources: Sequence[GeneralSource] = (),
+        anchors: Sequence[Anchor] = (), sources: Sequence[GeneralSource] = (),
     ) -> None:  # fmt: skip
         # All rows of the tasks, also those that a limit leaves out: an arm must not meet them in the pool.
         self.settings, self.tasks = settings, tasks
+        self.anchors = [*(task.anchor for task in tasks if task.anchor is not None), *anchors]
         self.limit = labelled.longest(settings, context)
         self.plain = encode.make_format(tokenizer, None)
         near = settings.clean.near_duplicates
@@ -141,7 +143,7 @@ class _Drawer:
             self.pool, count, seed=seed, fits=fits,
             task_rows=[row for task in self.tasks for row in task.train],
             held_out_rows=[*(row for task in self.tasks for row in (*task.dev, *task.test)), *apart],
-            anchors=[task.anchor for task in self.tasks if task.anchor is not None],
+            anchors=self.anchors,
             near=self.settings.clean.near_duplicates, size=self._size,
         )  # fmt: skip
 

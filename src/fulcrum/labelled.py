@@ -12,11 +12,12 @@ import numpy as np
 
 from fulcrum import clean, encode, ingest, metrics
 from fulcrum.config import Settings, TaskSettings
-from fulcrum.errors import DataError
-from fulcrum.records import Example, Reject, Task
+from fulcrum.errors import ConfigError, DataError
+from fulcrum.records import Anchor, Example, Reject, Task
 from fulcrum.rows import content_key
 from fulcrum.store import seed_for
 
+ANCHOR_TOKENS = 64  # beyond which an anchor is long
 _BLOCK = 4096  # rows that are encoded together
 
 
@@ -71,6 +72,42 @@ def _unlabeled(
         else:
             rejects.append(replace(refused, reason=f"unlabeled: {refused.reason}"))
     return tuple(kept), rejects
+
+
+def check_anchor(anchor: Anchor, task: Task, settings: Settings, tokenizer: encode.Tokenizer, where: str) -> list[str]:
+    """What to know of an anchor on a task's rows. `where` names the setting that gave it.
+
+    Raises ConfigError where it holds a special token, leaves no room for a row, stands in most rows already, or takes a part
+    of the answers that the metrics would miss.
+    """
+    plain, text = encode.make_format(tokenizer, None), anchor.text.strip()
+    if found := plain.special.search(anchor.text):
+        raise ConfigError(f"{where}: holds {found.group()!r}, a special token of the model; write it without")
+    rows = (*task.train, *task.dev, *task.test)
+    at_answer = anchor.placement == "response_prefix"
+    holding = [
+        row for row in rows
+        if (row.answer.lstrip().startswith(text) if at_answer else any(text in message.content for message in row.prompt))
+    ]  # fmt: skip
+    told = (
+        f"{len(holding):,} of {task.name}'s {len(rows):,} rows {'begin their answers with' if at_answer else 'hold'} its text"
+    )
+    if 2 * len(holding) >= len(rows):
+        raise ConfigError(
+            f"{where}: {told} already ({holding[0].origin}), and would have it twice; take it out of them, or out"
+        )
+    if at_answer and set(task.metrics) & {"json_valid", "json_fields"} and any(mark in text for mark in "{["):
+        raise ConfigError(
+            f"{where}: begins the JSON of the answers, which json_valid and json_fields would judge without it; use a prefix "
+            "without brackets, or another placement"
+        )
+    length = len(plain.tokenizer(anchor.text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
+    if length >= settings.train.max_length:
+        raise ConfigError(f"{where}: of {length:,} tokens, train.max_length ({settings.train.max_length:,}) leaves no room")
+    notes = [f"{where}: {told}; there it stands twice"] if holding else []
+    if length > ANCHOR_TOKENS:
+        notes.append(f"{where}: {length:,} tokens, which every row of {task.name} pays for; 8 to {ANCHOR_TOKENS} are usual")
+    return notes
 
 
 def check_between(tasks: Sequence[Task]) -> None:

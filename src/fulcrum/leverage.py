@@ -371,6 +371,7 @@ def row_gain(draws: Draws, arm: str, size: int, ref: Reference, *, tokens: bool 
     units = []
     for at, shares in ref.chosen.items():
         there = {name: share for name, share in shares.items() if (name, at) in draws.measured.points}
+        there = there or {name: 0.0 for name, own_size in draws.measured.points if own_size == at}  # an untrained reference
         units += _units(draws, max(there, key=there.__getitem__), [at], tokens)
     needed = np.exp(reach(units, monotone(ref.score), draws.of(arm, size)))
     return _factor(needed / own, units[0] / own, units[-1] / own)

@@ -11,7 +11,7 @@ from itertools import zip_longest
 
 from fulcrum import encode, general_rows, labelled, metrics
 from fulcrum.anchor import last_answer_only
-from fulcrum.config import Settings
+from fulcrum.config import Arm, Settings
 from fulcrum.errors import DataError
 from fulcrum.records import Example, FloatArray, Reject, Task, TaskFacts
 from fulcrum.store import fingerprint
@@ -114,7 +114,12 @@ def prepare(
         metrics.check_gold(task.metrics, chosen.test)
         tasks.append(chosen)
         rejects += refused + too_long
-    if any(last_answer_only(task.anchor) for task in tasks):
+    own = [(f"compare.arms: {arm.name}: anchor", arm.anchor.value) for arm in _arms(settings, dev_apart) if arm.anchor]
+    notes = [
+        note for task in tasks for where, anchor in ((f"{task.name}: anchor", task.anchor), *own) if anchor is not None
+        for note in labelled.check_anchor(anchor, task, settings, tokenizer, where)
+    ]  # fmt: skip
+    if any(map(last_answer_only, (*(task.anchor for task in tasks), *(anchor for _, anchor in own)))):
         # Where some anchor lets only last answers be trained, no arm and no task trains on others.
         tasks = [replace(task, train=tuple(map(labelled.last_trained, task.train))) for task in tasks]
     n_task = sum(len(task.train) for task in tasks)
@@ -123,12 +128,15 @@ def prepare(
         for task in tasks:
             _check_sizes(settings, task)
         n_task = sum(len(task.train[:mixed_rows]) for task in tasks)
-    arms = [arm for arm in settings.compare.arms if not isinstance(arm, str) and arm.pool and not dev_apart]
     drawn = general_rows.draw(
         settings, tokenizer, context, tasks, seed,
-        whole=[task for task, _ in whole], once=n_task, choose_from=choose_from, arms=arms,
+        whole=[task for task, _ in whole], once=n_task, choose_from=choose_from, arms=_arms(settings, dev_apart),
     )  # fmt: skip
-    notes = list(drawn.notes)
+    notes = [*drawn.notes, *dict.fromkeys(notes)]
+    notes += [
+        f"{task.name}: anchor: auto is chosen by a run; here rows stand without one"
+        for task in settings.tasks if task.anchor is not None and task.anchor.is_auto
+    ]  # fmt: skip
     if settings.mix.general_per_task == "auto":
         notes.insert(
             0, f"mix.general_per_task: auto is settled by a pilot; this is the most that it tries, {settings.mix.per_task:g}"
@@ -138,6 +146,11 @@ def prepare(
         tuple(tasks), drawn.general, drawn.held_out, dict(counts), drawn.repeats, n_task, settings.train.batch_size,
         tuple(notes), drawn.own, drawn.candidates, seed=seed,
     )  # fmt: skip
+
+
+def _arms(settings: Settings, dev_apart: bool) -> list[Arm]:
+    """The arms that a file describes itself, in a comparison."""
+    return [] if dev_apart else [arm for arm in settings.compare.arms if isinstance(arm, Arm)]
 
 
 def of_seeds(

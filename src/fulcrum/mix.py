@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fulcrum.errors import ConfigError, DataError, nearest
-from fulcrum.records import BoolArray, IntArray, Share, SourceKind
+from fulcrum.records import BoolArray, FloatArray, IntArray, Share, SourceKind
 
 Words = npt.NDArray[np.uint64]
 
@@ -193,6 +193,12 @@ def _pool_too_small(n_task: int, n_general: int, repeats: int, general_per_task:
         f"rows, but the pool has {n_general:,} and none is shown twice. "
         f"Set {', or '.join(remedies)}, or add {asked - n_general:,} general rows."
     )
+
+
+def chances(start: int, stop: int, seed: int, stream: str) -> FloatArray:
+    """A number in [0, 1) for each position from `start` to `stop`, the same whichever part of a stream is asked for."""
+    positions = np.arange(start, stop, dtype=np.uint64) + np.uint64(_key(seed, stream, 0) & _WORD)
+    return _splitmix64(positions).astype(np.float64) / 2.0**64
 
 
 def share(is_task: BoolArray, n_tokens: IntArray, n_loss: IntArray) -> Share:

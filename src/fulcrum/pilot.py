@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from fulcrum import adapter, cell, encode, generate, material, model, pool, store
-from fulcrum.arms import ARMS, arm_of, general_count, own_arm
+from fulcrum.arms import ARMS, anchor_of, arm_of, general_count, own_arm
 from fulcrum.cell import Watcher
 from fulcrum.config import PILOT_RATIOS, Arm, Settings
 from fulcrum.errors import ConfigError
@@ -186,7 +186,7 @@ def _affordable(rows: Material, loaded: LoadedModel, arm: Arm, settings: Setting
         form = encode.make_format(loaded.tokenizer, anchor)
         return float(np.mean([len(encode.encode(row, form)) for row in part[:64]])) if part else 0.0
 
-    task = sum(length(own.train, own.anchor if arm.anchored else None) for own in rows.tasks)
+    task = sum(length(own.train, anchor_of(arm, own)) for own in rows.tasks)
     general = length(rows.general, None) * len(rows.tasks)
     mixed = sum(task + ratio * general for ratio in PILOT_RATIOS[1:])
     each = repeats * (mixed + sum(task * (1 + ratio) for ratio in _ALONE))
@@ -230,7 +230,7 @@ def _held_out(
     for place, fold in enumerate(rows.folds(_FOLDS, store.seed_for(seed, "pilot"))):
         trained = cell.fit(fold, loaded, arm, settings, setting, seed, f"{label}, fold {place + 1}", None, watcher)
         tokens += sum(result.train_tokens for result in trained)
-        for part in cell.tokenised(loaded, fold.tasks, arm, "dev"):
+        for part in cell.tokenised(loaded, fold.tasks, arm, settings, "dev"):
             own, counts = generate.nats(loaded, part)
             nats.append(own / counts)
         groups += [row.group for task in fold.tasks for row in task.dev]

@@ -143,15 +143,16 @@ def stream_rows(preview: Preview, repeats: int) -> Iterator[dict[str, Any]]:
     answer is not trained.
     """
     arm, rows = arms.own_arm(preview.settings), preview.rows
-    plan = arms.stream(rows, preview.tokenizer, arm, preview.settings, repeats, preview.seed).plan
+    stream = arms.stream(rows, preview.tokenizer, arm, preview.settings, repeats, preview.seed)
+    plan, bare = stream.plan, stream.is_bare(0, len(stream.plan))
     general = arms.general_rows(rows, arm, preview.settings)
-    own = [(task.name, task.anchor if arm.anchored else None, example) for task in rows.tasks for example in task.train]
+    own = [(task.name, arms.anchor_of(arm, task), example) for task in rows.tasks for example in task.train]
     shown: Counter[int] = Counter()
     for position, (is_task, row) in enumerate(zip(*plan.slice(0, len(plan)), strict=True)):
         task, anchor, example = own[row] if is_task else (None, None, general[row])
         yield {
             "position": position, "source": "task" if is_task else "general", "task": task, "origin": example.origin,
-            "repeat": shown[row] if is_task else 0, "messages": _plain_messages(example, anchor),
+            "repeat": shown[row] if is_task else 0, "messages": _plain_messages(example, None if bare[position] else anchor),
         }  # fmt: skip
         shown[int(row)] += bool(is_task)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fulcrum import certificate, encode, inputs, leverage, metrics, outcomes, scoring, store, words
 from fulcrum.arms import arm_of
-from fulcrum.cell import DRIFT, GENERAL_PROMPTS
+from fulcrum.cell import DRIFT, GENERAL_PROMPTS, OTHER_ANCHORS
 from fulcrum.certificate import Question
 from fulcrum.config import Settings
 from fulcrum.identity import environment
@@ -125,7 +125,8 @@ def side_effects(
 ) -> Iterator[tuple[str, Cell, list[float], Sequence[Prediction]]]:
     """Outcomes beside the task: metric, cell, an outcome a row, and these rows.
 
-    Forgetting: nats on held-out general rows. Dependency: the rise of a test row's nats without the anchor, or with another.
+    Forgetting: nats on held-out general rows. Dependency: the rise of a test row's nats without the anchor, with another, or
+    with the same in other words.
     Drift: KL(base || adapted) on texts of the base model. Leakage: whether the answer to a general prompt, asked without
     anchor, has the form of the task's answers.
     """
@@ -133,7 +134,7 @@ def side_effects(
         cell = cell_of(result, rows, task)
         for source, found in result.general.items():
             yield f"forgetting: {source}", cell, [row.nll_sum for row in found], found
-        for what in ("without", "wrong"):
+        for what in OTHER_ANCHORS:
             if changed := result.probes.get(f"{task}: {what} anchor"):
                 pairs = zip(changed, result.predictions[task], strict=True)
                 yield f"dependency: {what} anchor", cell, [new.nll_sum - own.nll_sum for new, own in pairs], changed

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fulcrum import adapter, cell, encode, generate, selfgen, store
-from fulcrum.arms import ARMS, MEMBERS, own_name
+from fulcrum.arms import ARMS, MEMBERS, anchor_of, own_name
 from fulcrum.cell import Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.endpoint import WORKERS, Endpoint
@@ -80,8 +80,8 @@ def _by_adapters(
     inputs: Sequence[Asked], view: Material, loaded: LoadedModel, arm: Arm, settings: Settings, watcher: Watcher
 ) -> tuple[list[Example], str]:
     """Of the answers that `MEMBERS` adapters give, each input's that all of them together find likeliest."""
-    alone = ARMS["sft_anchor" if arm.anchored else "sft"]
-    forms = {task.name: encode.make_format(loaded.tokenizer, task.anchor if arm.anchored else None) for task in view.tasks}
+    alone = ARMS["sft_anchor" if arm.anchored else "sft"].model_copy(update={"anchor": arm.anchor})
+    forms = {task.name: encode.make_format(loaded.tokenizer, anchor_of(arm, task)) for task in view.tasks}
     states, tokens = [], 0
     given: list[set[str]] = [set() for _ in inputs]
     for member in range(MEMBERS):

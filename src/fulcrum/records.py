@@ -309,6 +309,49 @@ class Pilot:
 
 
 @dataclass(frozen=True, slots=True)
+class AnchorScore:
+    """What the frozen model makes of an anchor, before any training; `text` is empty for the control without one.
+
+    `source` says who made it: "given", "template", "model", "endpoint", or "control". `loss`: nats per answer token (S_loss),
+    with the ends of the interval of its difference to no anchor. `separation`: Fisher ratio of task prompts' and general
+    prompts' hidden states (S_sep), `percentile`: the share of random strings of this length that separate less, `separates`:
+    whether it is above that without an anchor. `agreement`: cosine of the task rows' mean gradient and that of general rows
+    (S_conf).
+    """
+
+    text: str
+    placement: Placement
+    source: str
+    tokens: int
+    loss: float
+    low: float | None
+    high: float | None
+    separation: float
+    percentile: float | None
+    separates: bool
+    agreement: float | None
+    chosen: bool = False
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it stands there to be compared with, and cannot be chosen."""
+        return self.source.startswith("control")
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorScores:
+    """The scores of a task's anchors on `rows` training rows and `general` general rows, and what it cost to make and score
+    them; `left_out` counts proposals that were no anchors, by reason."""
+
+    task: str
+    scores: tuple[AnchorScore, ...]
+    rows: int
+    general: int
+    left_out: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """Everything that results.json holds and the report needs. Predictions are apart, in predictions.jsonl.
 

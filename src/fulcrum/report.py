@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import certificate, page, plots, sources, store, summary
+from fulcrum import anchor_outcomes, certificate, page, plots, sources, stats, store, summary
 from fulcrum.errors import ModelError, StoreError
 from fulcrum.records import Results
 from fulcrum.summary import Grid, Record, headline
@@ -161,6 +161,17 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
 
 
+def anchor_plot(anchors: Record) -> str:
+    """Return the SVG of a task's anchors: the loss before training of each, with the interval of its difference to none."""
+    none = next(score["loss"] for score in anchors["scores"] if score["source"] == "control: none")
+    rows = []
+    for place, score in enumerate(anchors["scores"], 1):
+        ends = [none + end if end is not None else math.nan for end in (score["low"], score["high"])]
+        label = f"{place}. {' '.join(score['text'].split())[:28] or 'none'}"
+        rows.append((label, stats.Interval(score["loss"], *ends), [score["loss"]]))
+    return plots.dots([plots.Dots("Loss before training", "nats per answer token, lower is better", rows, none)])
+
+
 def examples(results: Record, predictions: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
     """Return for each task the test rows on which the arms differ most, in nats per answer token, in either direction.
 
@@ -205,11 +216,12 @@ def _clip(text: str) -> str:
 
 def html(
     results: Record, predictions: Sequence[Record], certificates: Mapping[str, page.Certificate] | None = None,
-    pilot: Record | None = None,
+    pilot: Record | None = None, anchors: Sequence[Record] = (),
 ) -> str:  # fmt: skip
     """Return the report as one page that needs no network and runs no script; equal inputs give equal text.
 
-    It opens with the certificates, where there are any, in place of the claims. A `pilot` chose how much general data.
+    It opens with the certificates, where there are any, in place of the claims. A `pilot` chose how much general data;
+    `anchors` were scored before training.
     """
     import yaml
 
@@ -230,6 +242,7 @@ def html(
         examples=examples(results, predictions),
         training_plot=training_plot(results),
         pilot=pilot,
+        anchors=[{**each, "plot": anchor_plot(each)} for each in anchor_outcomes.rows(results, anchors)],
         pilot_plot=plots.amounts(pilot["ratios"], pilot["losses"], pilot["errors"], pilot["chosen"]) if pilot else "",
         forgetting_plot=forgetting_plot(results),
         settings=yaml.safe_dump(dict(results["settings"]), sort_keys=False, allow_unicode=True),
@@ -249,8 +262,10 @@ def write(folder: Path) -> Path:
     results = load(folder)
     path = folder / "report.html"
     predictions = _read_predictions(folder / "predictions.jsonl")
-    pilot = store.read_json(folder / store.PILOT) if (folder / store.PILOT).exists() else None
-    store.write_bytes(path, html(results, predictions, page.find(folder), pilot).encode())
+    pilot, anchors = (
+        store.read_json(file) if file.exists() else None for file in (folder / store.PILOT, folder / store.ANCHORS)
+    )
+    store.write_bytes(path, html(results, predictions, page.find(folder), pilot, anchors or ()).encode())
     return path
 
 
@@ -268,7 +283,7 @@ def card(results: Record, adapter_note: str) -> str:
     folder = "adapter" if results["kind"] == "train" else f"adapters/{'tell' if 'tell' in trained else (trained or ['sft'])[0]}"
     return _render(
         "card.md.j2", results, adapter_note=adapter_note, anchors=anchors, grids=grids, max_new_tokens=longest, folder=folder,
-        base=_kind_of_base(results["settings"]["model"]),
+        base=_kind_of_base(results["settings"]["model"]), asked=results["settings"].get("eval", {}).get("anchored", True),
     )  # fmt: skip
 
 

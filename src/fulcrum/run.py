@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 from fulcrum import (
     adapter,
+    candidates,
     cell,
     compiled,
     config,
@@ -32,7 +33,18 @@ from fulcrum import (
     training,
 )
 from fulcrum.adapter import State
-from fulcrum.arms import ARMS, arm_of, choose_from, largest_mixture, own_arm, planned_tokens, sizes_of, stream, trials
+from fulcrum.arms import (
+    ARMS,
+    arm_of,
+    asked_anchor,
+    choose_from,
+    largest_mixture,
+    own_arm,
+    planned_tokens,
+    sizes_of,
+    stream,
+    trials,
+)
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.identity import environment, manifest, peak_memory_bytes
@@ -47,17 +59,18 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     Raises ConfigError, DataError, ModelError or StoreError, each naming the remedy.
     """
     watcher, started = watcher or Silent(), time.perf_counter()
+    settings, anchors = candidates.resolve(settings, compared=False, resume=resume, watcher=watcher)
     settings, found = pilot.resolve(settings, compared=False, resume=resume, watcher=watcher)
     arm = own_arm(settings)
     loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
     folder_of_rows = folder if writes() else None
-    notes = pilot.keep(found, folder_of_rows)
+    notes = [*candidates.keep(anchors, folder_of_rows), *pilot.keep(found, folder_of_rows)]
     rows = probe.with_gradients(rows, loaded, [(rows, arm)], settings, folder_of_rows, partial(watcher.count, probe.LABEL))
     base = ARMS["base_anchor" if arm.anchored else "base"]
     untrained = cell.score(rows, rows.tasks, loaded, base, settings, base.name, watcher)
     results = [replace(untrained, seed=settings.seed), train_arm(rows, loaded, arm, settings, folder, watcher)]
     if writes():
-        export.save_adapter(loaded, folder / "adapter", {t.name: t.anchor if arm.anchored else None for t in rows.tasks})
+        export.save_adapter(loaded, folder / "adapter", {t.name: asked_anchor(arm, t, settings) for t in rows.tasks})
     return finish("train", settings, folder, loaded, [rows], results, (), started, notes)
 
 
@@ -121,7 +134,7 @@ def train_arm(
 ) -> ArmResult:  # fmt: skip
     """Train every trial of an arm, put the adapter on the model that was best on dev, and score it once on test."""
     started, seed = time.perf_counter(), settings.seed
-    dev = cell.tokenised(loaded, rows.tasks, arm, "dev")
+    dev = cell.tokenised(loaded, rows.tasks, arm, settings, "dev")
     found: list[tuple[State, TrialResult]] = []
     results: list[Tried] = []
     for setting in trials(rows, arm, settings):

@@ -18,14 +18,13 @@ def predict(
     task: Task,
     examples: Sequence[Example],
     *,
-    anchored: bool,
     batch_tokens: int,
     temperature: float | None = None,
     count: Count | None = None,
 ) -> tuple[Prediction, ...]:
-    """The final answer's loss on every row (with a `temperature` at that too), and the generated answer where a metric of the
-    task needs one."""
-    form = encode.make_format(loaded.tokenizer, task.anchor if anchored else None)
+    """The final answer's loss on every row, asked with the task's anchor (with a `temperature` at that too), and the generated
+    answer where a metric of the task needs one."""
+    form = encode.make_format(loaded.tokenizer, task.anchor)
     at = (1.0,) if temperature is None else (1.0, temperature)
     nats, _ = generate.nats_at(loaded, [encode.final_answer(example, form) for example in examples], at)
     outputs: Sequence[str | None] = [None] * len(examples)

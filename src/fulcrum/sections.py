@@ -7,6 +7,10 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from fulcrum.records import Anchor, Placement
+
+AUTO = "auto"  # in place of an anchor's text
+
 
 def _is_list(kind: Any) -> bool:
     """Whether a field takes a list of names or numbers, and no single text."""
@@ -32,9 +36,62 @@ class Section(BaseModel):
         if _is_list(kind) and isinstance(value, str | int | float) and not isinstance(value, bool):
             value = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
         # Python takes True for 1: `repeats: yes` would be one repeat.
-        if kind is not bool and any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value])):
+        if bool not in (kind, *get_args(kind)) and any(
+            isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value])
+        ):
             raise ValueError("takes no truth value (YAML reads yes, no, on and off as such; quote them where they are text)")
         return value
+
+
+class AnchorSettings(Section):
+    """The anchor prompt of a task."""
+
+    text: str = Field(
+        min_length=1, description="the anchor's words; auto: some are proposed, scored without any training, and one is chosen"
+    )
+    placement: Placement = Field("user_prefix", description="where it stands in every row of the task")
+    candidates: tuple[str, ...] = Field((), description="of auto: texts of yours among which it may choose too")
+    paraphrase: str | None = Field(
+        None, min_length=1, description="the same in other words, in which the trained model is asked too; none: made by rule"
+    )
+
+    @field_validator("candidates", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value  # a sentence with commas is one anchor
+
+    @field_validator("text", "paraphrase", "candidates")
+    @classmethod
+    def _visible(cls, value: Any) -> Any:
+        for text in value if isinstance(value, tuple) else [value]:
+            if text is not None and not any(character.isprintable() and not character.isspace() for character in text):
+                raise ValueError(f"an anchor needs words, {text!r} shows none; leave it out, or write some")
+        return value
+
+    @model_validator(mode="after")
+    def _chosen_among(self) -> "AnchorSettings":
+        if self.candidates and not self.is_auto:
+            raise ValueError("candidates are for `text: auto`, which chooses among them; this anchor has its text")
+        return self
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the text is yet to be chosen."""
+        return self.text == AUTO
+
+    @property
+    def value(self) -> Anchor:
+        """The anchor as a plain record."""
+        return Anchor(self.text, self.placement)
+
+
+def as_anchor(value: Any) -> Any:
+    """Accept a text or a plain record wherever an anchor is asked for; `none` is none."""
+    if value in (None, "", "none"):
+        return None
+    if isinstance(value, Anchor):
+        return {"text": value.text, "placement": value.placement}
+    return {"text": value} if isinstance(value, str) else value
 
 
 class DataSource(Section):

@@ -74,7 +74,7 @@ def guess(examples: Sequence[Example]) -> Guess:
     answers = [example.answer.strip() for example in examples]
     longest = max(len(answer.encode()) for answer in answers) / BYTES_PER_TOKEN
     tokens = min(math.ceil((1.25 * longest + 8) / 16) * 16, LONGEST_ANSWER)
-    if (keys := _json_keys(answers)) is not None:
+    if (keys := json_keys(answers)) is not None:
         named = f" with the keys {_listed(keys)}" if 0 < len(keys) <= LABELS else ""
         anchor = f"Read the input and answer with one JSON object{named}."
         return Guess("all are JSON objects", ("nll", "json_valid", "json_fields", "exact_match"), anchor, tokens)
@@ -95,7 +95,7 @@ def guess(examples: Sequence[Example]) -> Guess:
     return Guess("short text", ("nll", "exact_match", "token_f1"), anchor, tokens)
 
 
-def _json_keys(answers: Sequence[str]) -> list[str] | None:
+def json_keys(answers: Sequence[str]) -> list[str] | None:
     """The keys in order of appearance where every answer is a JSON object, else None."""
     keys: dict[str, None] = {}
     for answer in answers:

@@ -24,6 +24,7 @@ from fulcrum.errors import StoreError
 
 MANIFEST = "manifest.json"
 PILOT = "pilot.json"
+ANCHORS = "anchors.json"
 MADE = "general"  # folder of a run with the rows that a model made or answered, and what they were chosen by
 _PATIENCE = 1.0  # seconds between two looks at a lock
 _ELSEWHERE = "free some space or set output_dir (or FULCRUM_CACHE, for models and pools) to another disk"

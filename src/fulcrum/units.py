@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fulcrum import cell, export, metrics, store
-from fulcrum.arms import general_count, sizes_of
+from fulcrum.arms import asked_anchor, general_count, sizes_of
 from fulcrum.cell import Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import StoreError
@@ -88,7 +88,7 @@ class Study:
         answers = sum(number for task, number in tests if metrics.needs_generation(task.metrics))
         scored = sum(number for _, number in tests) + sum(map(len, rows.held_out.values()))
         if self.is_probed(unit):
-            scored += 2 * sum(number for _, number in tests) * unit.arm.anchored
+            scored += 3 * sum(number for _, number in tests) * unit.arm.anchored
             prompts = max((min(len(part), cell.PROBED) for part in rows.held_out.values()), default=0)
             answers += prompts * (2 if unit.arm.trained else 1)
         return trainings * (trained + speed.start) + scored * speed.scored + answers * speed.answered
@@ -112,7 +112,7 @@ def perform(study: Study, loaded: LoadedModel, unit: Unit, watcher: Watcher, fol
     kept = study.is_probed(unit)
     result = cell.final(rows, loaded, unit.arm, settings, unit.tried, unit.seed, unit.name, folder, watcher, probed=kept)
     if folder is not None and unit.arm.trained and kept:
-        anchors = {task.name: task.anchor if unit.arm.anchored else None for task in rows.tasks}
+        anchors = {task.name: asked_anchor(unit.arm, task, settings) for task in rows.tasks}
         export.save_adapter(loaded, folder / "adapters" / unit.arm.name, anchors)
     return result
 
@@ -152,7 +152,7 @@ def read(study: Study, unit: Unit) -> Tried | ArmResult | None:
     rows = study.rows[unit.seed]
     tests = {task.name: task.test for task in rows.tasks}
     general = next((part for part in rows.held_out.values() if part), ())
-    probed = {f"{name}: {what} anchor": own for name, own in tests.items() for what in ("without", "wrong")}
+    probed = {f"{name}: {what} anchor": own for name, own in tests.items() for what in cell.OTHER_ANCHORS}
     known: dict[str, Mapping[str, Sequence[Example]]] = {
         "predictions": tests, "general": rows.held_out, "probes": {**probed, cell.GENERAL_PROMPTS: general, cell.DRIFT: general}
     }  # fmt: skip

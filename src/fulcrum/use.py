@@ -90,8 +90,12 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{file}: not a whole adapter ({error}); run the training again with --resume") from error
     adapters.use(loaded, state, _as_saved(weights, settings.train, own))
-    anchors = {task.name: task.anchor_value() if own.anchored else None for task in settings.tasks}
+    anchors = {task.name: _asked(task, own, settings) for task in settings.tasks}
     return Adapter(loaded, settings, own.name, anchors)
+
+
+def _asked(task: TaskSettings, own: Arm, settings: Settings) -> Anchor | None:
+    return arms.asked_anchor(own, Task(task.name, (), (), (), task.anchor_value()), settings)
 
 
 def _as_saved(weights: Path, settings: TrainSettings, own: Arm) -> TrainSettings:
@@ -177,9 +181,7 @@ def evaluation(
             f"({len(over)} such rows); shorten or remove them, or lower task.max_new_tokens ({wanted.max_new_tokens})"
         )
     scored = Task(wanted.name, (), (), tuple(examples), anchor, names, wanted.max_new_tokens)
-    predictions = scoring.predict(
-        adapter.loaded, scored, examples, anchored=anchor is not None, batch_tokens=adapter.settings.eval.batch_tokens
-    )
+    predictions = scoring.predict(adapter.loaded, scored, examples, batch_tokens=adapter.settings.eval.batch_tokens)
     file = Path(out) if out is not None else _new_file(folder / "eval", data, adapter.arm, wanted.name)
     store.write_jsonl(file, predictions)  # before they are scored: a metric that fails loses no answers
     scores = metrics.score(predictions, names, draws=adapter.settings.eval.draws)

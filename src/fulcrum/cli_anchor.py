@@ -1,0 +1,243 @@
+"""`fulcrum anchor`: propose anchors, score them without training, and see whether the scores told what training brought."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+
+from fulcrum.errors import ConfigError, DataError
+from fulcrum.records import Placement
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fulcrum.config import Settings
+    from fulcrum.records import AnchorScores
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Settings file, with the task's training rows.")]
+TaskName = Annotated[str | None, typer.Option("--task", help="Task (default: the first).")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as a.b=c; repeatable.")
+]
+SOURCES = ("template", "model", "endpoint")
+
+
+@app.callback()
+def anchor() -> None:
+    """Anchors: proposed, scored, measured."""
+
+
+@app.command()
+def propose(
+    ctx: typer.Context,
+    run_file: RunFile,
+    out: Annotated[Path, typer.Option("--out", help="File to write, .jsonl: one anchor a line.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many, in each placement.")] = 12,
+    placement: Annotated[
+        list[str] | None, typer.Option("--placement", help="system, user_prefix, user_suffix, response_prefix; repeatable.")
+    ] = None,
+    by: Annotated[str, typer.Option("--by", metavar="A,B", help="Who: template, model, endpoint.")] = "template,model",
+    text: Annotated[list[str] | None, typer.Option("--text", help="An anchor of your own; repeatable.")] = None,
+    task: TaskName = None,
+    endpoint: Annotated[str, typer.Option("--endpoint", metavar="URL", help="OpenAI-compatible; ends in /v1.")] = "",
+    endpoint_model: Annotated[str, typer.Option("--endpoint-model", help="The model's name there.")] = "",
+    key: Annotated[
+        str, typer.Option("--key-variable", help="Environment variable with the endpoint's key.")
+    ] = "OPENAI_API_KEY",
+    changes: Changes = None,
+) -> None:
+    """Write anchors for a task: filled from its training rows, written by the model, by an endpoint, or by you."""
+    who, placements = [name.strip() for name in by.split(",") if name.strip()], placement or ["user_prefix"]
+    for name, known in [*((name, SOURCES) for name in who), *((name, get_args(Placement)) for name in placements)]:
+        if name not in known:
+            raise ConfigError(f"{name!r} is not known here; known: {', '.join(known)}")
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"--out {out}: the name must end in .jsonl")
+    if "endpoint" in who and not (endpoint and endpoint_model):
+        raise ConfigError("--by endpoint needs --endpoint, its address, and --endpoint-model, the model's name there")
+    settings, screen = _settings(ctx, run_file, changes)
+    from fulcrum import anchor_scores, candidates, store, terminal
+    from fulcrum.anchor_scores import Candidate
+    from fulcrum.endpoint import Endpoint
+    from fulcrum.records import Anchor
+    from fulcrum.watch import Watch
+
+    asked = Endpoint(endpoint, endpoint_model, os.environ.get(key)) if endpoint else None
+    with terminal.working(screen, f"loading {settings.model}, reading data"):
+        loaded, tasks, _, seed = candidates.rows_to_score(settings, compared=False)
+    chosen = _task(tasks, task)
+    wheres, sources = [cast("Placement", name) for name in placements], [cast("candidates.Source", name) for name in who]
+    found = [Candidate(Anchor(own, where), "given") for where in wheres for own in text or ()]
+    left_out: dict[str, int] = {}
+    with Watch(screen) as watch:
+        for where in wheres:
+            made, refused = candidates.proposals(
+                chosen, chosen.train, where, loaded, wanted=count, seed=seed, by=sources, endpoint=asked, watcher=watch
+            )
+            found += made
+            left_out |= {reason: number + left_out.get(reason, 0) for reason, number in refused.items()}
+    lines = [
+        {**store.plain(one.anchor), "source": one.source, "tokens": anchor_scores.tokens_of(one.anchor, loaded)}
+        for one in found
+    ]
+    store.write_jsonl(out, lines)
+    rows = [(line["text"], line["placement"], line["source"], str(line["tokens"])) for line in lines]
+    screen.print(terminal.grid(f"Anchors for {chosen.name}", ("anchor", "placement", "by", "tokens"), rows, numbers=False))
+    terminal.say(screen, "proposals that were no anchors, by reason:")
+    terminal.say_rejects(screen, left_out)
+    wanted = len(placements) * (count + len(text or ()))
+    if len(found) < wanted:
+        terminal.say(
+            screen, f"{len(found)} of {wanted}: write some yourself (--text), or ask a larger model (--by endpoint)", "yellow"
+        )
+    terminal.say(screen, f"wrote {out}; next: fulcrum anchor score {run_file} {out}")
+
+
+@app.command()
+def score(
+    ctx: typer.Context,
+    run_file: RunFile,
+    anchors: Annotated[
+        Path | None, typer.Argument(metavar="ANCHORS.jsonl", help="Of `anchor propose`, or your own: lines with a `text`.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the scores there too, as .json.")] = None,
+    task: TaskName = None,
+    changes: Changes = None,
+) -> None:
+    """Score anchors on the model as it is, and name the one that the rule chooses. Nothing is trained.
+
+    Without ANCHORS.jsonl anchors are proposed first. The task's own anchor and controls always stand in the table.
+    """
+    given = [] if anchors is None else _read(anchors)
+    settings, screen = _settings(ctx, run_file, changes)
+    from fulcrum import candidates, store, terminal
+    from fulcrum.anchor_scores import Candidate
+    from fulcrum.watch import Watch
+
+    began = time.perf_counter()
+    with terminal.working(screen, f"loading {settings.model}, reading data"):
+        loaded, tasks, general, seed = candidates.rows_to_score(settings, compared=False)
+    chosen = _task(tasks, task)
+    found = [Candidate(chosen.anchor, "the task's")] if chosen.anchor is not None else []
+    found += [Candidate(one, source) for one, source in given if one != chosen.anchor]
+    left_out: dict[str, int] = {}
+    with Watch(screen) as watch:
+        if anchors is None:
+            where: Placement = chosen.anchor.placement if chosen.anchor is not None else "user_prefix"
+            made, left_out = candidates.proposals(chosen, chosen.train, where, loaded, seed=seed, watcher=watch)
+            found += made
+        other = next((one.anchor.text for one in tasks if one.anchor is not None and one is not chosen), None)
+        scores = candidates.scored(
+            found, chosen, chosen.train, general, loaded, settings, seed=seed, other=other, left_out=left_out, started=began,
+            choose=True, watcher=watch,
+        )  # fmt: skip
+    show(screen, scores)
+    if out is not None:
+        store.write_json(out, [scores])
+        terminal.say(screen, f"wrote {out}")
+
+
+@app.command()
+def outcome(
+    run_folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN_FOLDER...", help="Comparisons with arms that differ in their `anchor:`.")
+    ],
+) -> None:
+    """Say whether the scores before training told which anchors trained best, over all folders together."""
+    from fulcrum import anchor_outcomes, terminal
+
+    screen = terminal.console()
+    trained = [one for folder in run_folders for one in anchor_outcomes.trained(folder)]
+    if not trained:
+        raise ConfigError(
+            f"{run_folders[0]}: no arms that differ in their anchor alone; give arms an `anchor:` of their own and compare them"
+        )
+    for group in trained:
+        rows = [
+            (one.arm, one.text, f"{one.tokens}", f"{one.loss:.3f}", f"{one.separation:.2f}",
+             "–" if one.agreement is None else f"{one.agreement:.3f}", f"{one.outcome:.3f}")
+            for one in group.anchors
+        ]  # fmt: skip
+        head = ("arm", "anchor", "tokens", "S_loss", "S_sep", "S_conf", f"test NLL, {group.seeds} seeds")
+        screen.print(terminal.grid(f"{group.task} ({group.folder})", head, rows, numbers=False))
+    terminal.say(screen, anchor_outcomes.verdict(trained), "bold")
+
+
+def show(screen: "Console", scores: "AnchorScores") -> None:
+    """Print the scores of a task's anchors, the best first, the chosen one marked."""
+    from fulcrum import candidates, terminal
+
+    rows = []
+    for one in scores.scores:
+        ends = "" if one.low is None or one.high is None else f"[{one.low:+.3f}, {one.high:+.3f}]"
+        rows.append(
+            (
+                "→" if one.chosen else "", one.text or "(none)", one.placement if one.text else "", one.source, f"{one.tokens}",
+                f"{one.loss:.3f}", ends, f"{one.separation:.2f}{'' if one.separates or one.is_control else ' !'}",
+                "" if one.percentile is None else f"{one.percentile:.0%}",
+                "–" if one.agreement is None else f"{one.agreement:.3f}",
+            )
+        )  # fmt: skip
+    head = ("", "anchor", "placement", "by", "tokens", "S_loss", "to no anchor", "S_sep", "of random", "S_conf")
+    title = f"Anchors of {scores.task}, scored on {scores.rows} training rows and {scores.general} general rows"
+    screen.print(terminal.grid(title, head, rows, numbers=False))
+    terminal.say(
+        screen,
+        "S_loss: nats per answer token before training, with the 95% interval of its difference to no anchor. S_sep: how far "
+        "task prompts lie from general ones, and the share of random strings of this length that lie nearer (!: not above no "
+        "anchor). S_conf: cosine of the gradients of task and general rows.",
+    )
+    if any(one.chosen for one in scores.scores):
+        terminal.say(screen, candidates.sentence(scores), "bold")
+
+
+def _settings(ctx: typer.Context, run_file: Path, changes: list[str] | None) -> "tuple[Settings, Console]":
+    from fulcrum import config, fetch, terminal
+
+    settings, screen = config.load(run_file, changes or ()), terminal.console()
+    if not ctx.obj:
+        terminal.silence_libraries()
+    with terminal.download(screen, settings.model) as progress:
+        fetch.prepare(settings.model, progress)
+    return settings, screen
+
+
+def _task(tasks: Any, name: str | None) -> Any:
+    from fulcrum.errors import nearest
+
+    found = next((task for task in tasks if name in (None, task.name)), None)
+    if found is None:
+        raise ConfigError(f"--task {name}: no such task{nearest(str(name), [task.name for task in tasks])}")
+    return found
+
+
+def _read(file: Path) -> list[tuple[Any, str]]:
+    """Anchors of a file. Raises DataError for lines that are none."""
+    from fulcrum.records import Anchor
+
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); give a file of `fulcrum anchor propose`") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            text, where = str(row["text"]), row.get("placement", "user_prefix")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(
+                f'{file}:{number}: no anchor: {line[:80]!r}; a line is {{"text": "...", "placement": "user_prefix"}}'
+            ) from None
+        if where not in get_args(Placement) or not text.strip():
+            raise DataError(
+                f"{file}:{number}: placement {where!r} or text {text!r:.40} is none; known: {', '.join(get_args(Placement))}"
+            )
+        found.append((Anchor(text, where), str(row.get("source", "given"))))
+    if not found:
+        raise DataError(f"{file}: holds no anchor; write some with `fulcrum anchor propose`")
+    return found

@@ -1,0 +1,233 @@
+"""`anchor: auto`: proposed, scored and chosen from training rows alone, kept, read back, and shown; and the commands for it."""
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from fulcrum import anchor_outcomes, anchor_scores, candidates, config, report, use
+from fulcrum.cell import Silent
+from fulcrum.comparison import compare
+from fulcrum.errors import ConfigError, DataError
+from fulcrum.run import run
+from test_cli import done, refused
+from tiny import comparison_settings, save_task, write_rows
+
+AUTO = {
+    "text": "auto",
+    "placement": "user_suffix",
+    "candidates": ["Say red, green or blue, whichever it is, and nothing else."],
+}
+
+
+@pytest.fixture(autouse=True)
+def _few_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is scored here is scored quickly, and in a cache of its own."""
+    monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(anchor_scores, "RANDOM", 2)
+
+
+def settings_of(folder: Path, anchor: Any = AUTO, **more: Any) -> config.Settings:
+    place = folder if (folder / "train.jsonl").exists() else save_task(folder, 32, 4)
+    task = {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl"), "anchor": anchor, "metrics": ["nll"],
+            "max_new_tokens": 4}  # fmt: skip
+    return comparison_settings(place, place / "out", task=task, **more)
+
+
+def test_a_run_chooses_keeps_says_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = run(settings_of(tmp_path))
+    (known,) = json.loads((tmp_path / "out" / "anchors.json").read_text())
+    own = [score for score in known["scores"] if not score["source"].startswith("control")]
+    (chosen,) = [score for score in own if score["chosen"]]
+    able = [score for score in own if score["separates"]] or own
+    assert round(chosen["loss"], 2) == min(round(score["loss"], 2) for score in able)
+    assert {score["placement"] for score in own} == {"user_suffix"}
+    assert AUTO["candidates"][0] in {score["text"] for score in own if score["source"] == "given"}
+    assert sum(score["source"] == "template" for score in own) == 6
+    assert sorted(score["source"] for score in known["scores"] if score not in own) == [
+        "control: another task's", "control: none", "control: random tokens",
+    ]  # fmt: skip
+    assert (known["rows"], known["general"]) == (26 - 6, 52)  # a fifth of 32 rows are dev rows; a quarter of the rest was shown
+    assert results.notes[0].startswith(f"task: anchor: auto chose {chosen['text']!r}")
+    kept = config.load(tmp_path / "out" / "config.yaml").tasks[0].anchor
+    assert kept is not None
+    assert (kept.text, kept.placement, kept.candidates) == (chosen["text"], "user_suffix", ())
+    assert use.load_adapter(tmp_path / "out").anchor().text == chosen["text"]
+    page = report.write(tmp_path / "out").read_text()
+    assert '<h2 id="anchors">Anchors</h2>' in page
+    assert page.count("<strong>(chosen)</strong>") == 1
+    monkeypatch.setattr(anchor_scores, "score", lambda *_, **__: pytest.fail("scored again"))
+    run(settings_of(tmp_path), resume=True)
+
+
+def test_a_comparison_chooses_by_its_smallest_size_and_sees_no_test_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    score = anchor_scores.score
+
+    def spied(*given: Any, **more: Any) -> Any:
+        seen.append([row.origin for row in given[1]])
+        return score(*given, **more)
+
+    monkeypatch.setattr(anchor_scores, "score", spied)
+    one = {"name": "one", "anchored": True, "general": "pool", "anchor": "Is it red or blue or green?"}
+    compared = {"arms": ["base", "tell", one], "sizes": [16], "sizes_of": {"tell": [12, 16]}, "folds": 2}
+    settings = settings_of(tmp_path, compare=compared)
+    results = compare(settings)
+    (rows,) = seen
+    assert len(rows) == 9  # of twelve, three were shown to whoever proposes
+    assert not {row.origin for arm in results.arms for row in arm.predictions.get("task", ())} & set(rows)
+    assert all("train.jsonl" in origin for origin in rows)
+    (known,) = json.loads((tmp_path / "out" / "anchors.json").read_text())
+    assert "given: arm one" in {score["source"] for score in known["scores"]}
+    (group,) = anchor_outcomes.trained(tmp_path / "out")
+    assert [one.arm for one in group.anchors] == ["tell", "one"]
+    text = done("anchor", "outcome", tmp_path / "out")
+    assert "Selection unproven: 2 trained anchors, and 4 of one task are needed to rank them." in text
+    assert "Selection unproven" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_arms_with_anchors_of_their_own_are_scored_without_auto(tmp_path: Path) -> None:
+    one = {"name": "one", "anchored": True, "anchor": "Is it red or blue or green?"}
+    settings = settings_of(tmp_path, "Name it.", compare={"arms": ["base", one], "sizes": [16], "folds": 2})
+    resolved, (found,) = candidates.resolve(settings, compared=True, resume=False, watcher=Silent())
+    assert resolved == settings  # nothing was to be chosen
+    assert [score.source for score in found.scores if not score.is_control] == ["given", "given: arm one"] or [
+        score.source for score in found.scores if not score.is_control
+    ] == ["given: arm one", "given"]
+    assert not any(score.chosen for score in found.scores)
+
+
+def test_too_few_rows_and_rows_that_are_others_test_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="anchors are scored on training rows that none was made from; 6 of 8 are left"):
+        compare(settings_of(tmp_path, compare={"arms": ["base", "tell"], "sizes": [8], "folds": 2}))
+    task = {"train": str(tmp_path / "train.jsonl"), "anchor": "auto", "metrics": ["nll"]}
+    compared = {"arms": ["base", "tell"], "seeds": [0, 1], "folds": 2}
+    with pytest.raises(ConfigError, match=r"task\.anchor: auto: without a test file the first seed's task rows are the other"):
+        compare(comparison_settings(tmp_path, tmp_path / "other", task=task, compare=compared))
+
+
+def test_candidates_are_for_auto() -> None:
+    with pytest.raises(ConfigError, match="candidates are for `text: auto`"):
+        config.from_dict({"task": {"train": "x.jsonl", "anchor": {"text": "Name it.", "candidates": ["Say it."]}}})
+    given = config.from_dict({"task": {"train": "x.jsonl", "anchor": {"text": "auto", "candidates": "Say it, then stop."}}})
+    assert given.tasks[0].anchor is not None
+    assert given.tasks[0].anchor.candidates == ("Say it, then stop.",)  # a sentence with a comma is one
+    assert given.tasks[0].anchor_value() is None
+
+
+def yaml_of(folder: Path, **task: Any) -> Path:
+    given = settings_of(folder, task.pop("anchor", "Name it."))
+    (folder / "run.yaml").write_text(config.dump(given))
+    return folder / "run.yaml"
+
+
+def test_propose_and_score_on_the_command_line(tmp_path: Path) -> None:
+    file, out = yaml_of(tmp_path), tmp_path / "anchors.jsonl"
+    text = done(
+        "anchor", "propose", file, "--out", out, "-n", 3, "--by", "template", "--placement", "system",
+        "--placement", "response_prefix", "--text", "Say which colour the animal has.",
+    )  # fmt: skip
+    assert f"next: fulcrum anchor score {file} {out}" in text
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["placement"] for row in rows] == ["system", "response_prefix", *["system"] * 3, *["response_prefix"] * 3]
+    assert [row["source"] for row in rows] == ["given", "given", *["template"] * 6]
+    assert rows[0].keys() == {"text", "placement", "source", "tokens"}
+    text = done("anchor", "score", file, out, "--out", tmp_path / "scores.json")
+    assert "Name it." in text  # the task's own stands among them
+    assert "control: random tokens" in text
+    assert "anchor: auto chose" in text
+    (known,) = json.loads((tmp_path / "scores.json").read_text())
+    assert len(known["scores"]) == 8 + 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--by", "oracle"], "'oracle' is not known here; known: template, model, endpoint"),
+        (["--placement", "middle"], "'middle' is not known here; known: system"),
+        (["--by", "endpoint"], "--by endpoint needs --endpoint, its address"),
+        (["--task", "nothing", "--by", "template"], "--task nothing: no such task; known: task"),
+    ],
+)
+def test_a_wrong_proposal_is_one_line(tmp_path: Path, words: list[str], said: str) -> None:
+    assert said in refused("anchor", "propose", yaml_of(tmp_path), "--out", tmp_path / "a.jsonl", *words)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "a.jsonl:1: no anchor: '{'"),
+        ('{"words": "x"}', "a.jsonl:1: no anchor"),
+        ('{"text": "x", "placement": "middle"}', "a.jsonl:1: placement 'middle'"),
+        ('{"text": " "}', "or text ' ' is none"),
+        ("", "holds no anchor"),
+    ],
+)
+def test_a_file_that_holds_no_anchors_is_refused(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "a.jsonl").write_text(line)
+    assert said in refused("anchor", "score", yaml_of(tmp_path), tmp_path / "a.jsonl")
+
+
+def test_what_a_run_has_to_settle_cannot_be_written_before(tmp_path: Path) -> None:
+    file = yaml_of(tmp_path, anchor="auto")
+    assert "task.anchor is auto, which a run settles" in refused("mix", file, "--out", tmp_path / "stream.jsonl")
+    assert "anchor: auto is chosen by a run; here rows stand without one" in done("check", file)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[tuple[str, list[str]]]:
+    asked: list[str] = []
+    texts = [
+        "Name the colour that this animal has today.", "- Name the colour that this animal has today.",
+        "I'm sorry, but I cannot do that for you today.", "Tell which of three colours goes with the animal.",
+    ]  # fmt: skip
+    said = iter(texts * 9)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # the name that http.server calls
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body["messages"][0]["content"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": next(said)}}]}).encode())
+
+        def log_message(self, *given: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    server.shutdown()
+
+
+def test_an_endpoint_proposes(tmp_path: Path, endpoint: tuple[str, list[str]]) -> None:
+    url, asked = endpoint
+    out = tmp_path / "a.jsonl"
+    options = ["--by", "endpoint", "--endpoint", url, "--endpoint-model", "m", "-n", 2]
+    text = done("anchor", "propose", yaml_of(tmp_path), "--out", out, *options)
+    assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == [
+        "Name the colour that this animal has today.", "Tell which of three colours goes with the animal.",
+    ]  # fmt: skip
+    assert "1 × endpoint: proposed twice" in text
+    assert "1 × endpoint: refusal" in text
+    train = [json.loads(line)["prompt"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    test = [json.loads(line)["prompt"] for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    assert all(any(f"Input: {prompt}\n" in question for prompt in train) for question in asked)
+    assert not any(f"Input: {prompt}\n" in question for prompt in test for question in asked)
+
+
+def test_answers_that_all_begin_with_the_prefix_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    place = save_task(tmp_path, 32, 4)
+    write_rows(place / "train.jsonl", ((f"q {k}", f"The answer: {k}") for k in range(32)))
+    task = {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl"), "metrics": ["nll"],
+            "anchor": {"text": "The answer: ", "placement": "response_prefix"}}  # fmt: skip
+    with pytest.raises(ConfigError, match="begin their answers with its text already"):
+        run(comparison_settings(place, place / "out", task=task))
+    assert not (place / "out").exists()
