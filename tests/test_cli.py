@@ -99,7 +99,8 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_lists_every_verb() -> None:
     output = done("--help")
     assert {line.split()[0] for line in output.partition("Commands:")[2].splitlines() if line.strip()} == {
-        "init", "check", "train", "compare", "eval", "chat", "mix", "report", "models", "pool", "selfgen", "certify", "verify",
+        "init", "check", "train", "compare", "eval", "chat", "mix", "report", "models", "pool", "anchor", "selfgen", "certify",
+        "verify",
     }  # fmt: skip
 
 

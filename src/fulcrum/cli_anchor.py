@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 
 from fulcrum.errors import ConfigError, DataError
-from fulcrum.records import Placement
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fulcrum.config import Settings
-    from fulcrum.records import AnchorScores
+    from fulcrum.records import AnchorScores, Placement
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -52,6 +51,8 @@ def propose(
     changes: Changes = None,
 ) -> None:
     """Write anchors for a task: filled from its training rows, written by the model, by an endpoint, or by you."""
+    from fulcrum.records import Placement
+
     who, placements = [name.strip() for name in by.split(",") if name.strip()], placement or ["user_prefix"]
     for name, known in [*((name, SOURCES) for name in who), *((name, get_args(Placement)) for name in placements)]:
         if name not in known:
@@ -218,7 +219,7 @@ def _task(tasks: Any, name: str | None) -> Any:
 
 def _read(file: Path) -> list[tuple[Any, str]]:
     """Anchors of a file. Raises DataError for lines that are none."""
-    from fulcrum.records import Anchor
+    from fulcrum.records import Anchor, Placement
 
     try:
         lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]

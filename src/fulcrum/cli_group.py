@@ -18,6 +18,7 @@ _KEPT = {  # what is said after Ctrl-C
     "train": _RESUMED,
     "compare": _RESUMED,
     "pool": "what was converted is kept; the same command goes on with it",
+    "anchor": "what was scored is kept; the same command goes on with it",
     "selfgen": "what was made is kept; the same command goes on with it",
 }
 
