@@ -81,6 +81,23 @@ def test_nothing_that_varies_is_not_called_no_gain(tmp_path: Path) -> None:
     assert found["answers"][0]["difference"]["p"] is None
 
 
+def test_untrained_references_alone_have_no_curve_and_no_factor(tmp_path: Path) -> None:
+    """They cost no rows, so nothing can be worth so many of them; the difference is said all the same."""
+
+    def against_base() -> Iterator[dict[str, object]]:
+        yield from ({**line, "arm": "base", "size": 0} for line in lines() if line["arm"] == "sft" and line["size"] == 16)
+        yield from (line for line in lines() if line["arm"] == "tell")
+
+    found = certificate.certify(
+        outcomes.read(save(tmp_path / "in.jsonl", against_base())), Question("tell", ("base",), ("quality",))
+    )
+    (answer,) = found["answers"]
+    assert found["headline"].startswith("A gain whose worth in rows is not identifiable")
+    assert answer["difference"]["estimate"] == pytest.approx(3.0, abs=0.1)  # two doublings more rows, and one ahead
+    assert answer["identifiable"] is False
+    assert answer["reference_chosen"]["64"] == "base"
+
+
 def test_a_metric_that_is_worse_contradicts_one_that_is_better(tmp_path: Path) -> None:
     def both() -> Iterator[dict[str, object]]:
         yield from lines(1.0)
