@@ -77,6 +77,13 @@ def test_too_few_anchors_prove_nothing() -> None:
     assert anchor_outcomes.correlation([group([1, 2, 3, 4], [1, 2, 3, 4])], "agreement") is None
 
 
+def test_each_score_is_said() -> None:
+    said = anchor_outcomes.sentences([group([1, 2, 3, 4], [2, 1, 4, 3])])
+    assert said[0].startswith("S_loss with the test loss after training: Spearman +0.60 [")
+    assert said[0].endswith("permutation p 0.417")  # 10 of 24 orders have a correlation of 0.6 or more, either way
+    assert said[1:] == ["S_sep with the test loss after training: –", "S_conf with the test loss after training: –"]
+
+
 def results(arms: list[dict], losses: dict[str, list[float]]) -> dict:
     cells = [
         {"arm": name, "size": 8, "seed": seed, "training": {"steps": 1}, "scores": {"t": [{"metric": "nll", "value": value}]}}

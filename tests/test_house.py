@@ -30,6 +30,7 @@ FLOORS = (
         "pack",
         "prefix",
         "encode",
+        "modelfile",
         "propose",
         "metrics",
         "labelled",

@@ -160,6 +160,16 @@ def verdict(groups: Sequence[Group]) -> str:
     return f"Selection unproven: the loss before training did not tell the test loss after it ({told}, {where})."
 
 
+def sentences(groups: Sequence[Group]) -> list[str]:
+    """How each score went with the test loss after training, over all groups; a dash where too few anchors were trained."""
+    found = []
+    for score, name in (("loss", "S_loss"), ("separation", "S_sep"), ("agreement", "S_conf")):
+        told, p = correlation(groups, score), permutation_p(groups, score)
+        ends = "–" if told is None else f"Spearman {told.estimate:+.2f} [{told.low:+.2f}, {told.high:+.2f}]"
+        found.append(f"{name} with the test loss after training: {ends}" + ("" if p is None else f", permutation p {p:.3f}"))
+    return found
+
+
 def rows(results: Record, anchors: Sequence[Record]) -> list[dict[str, Any]]:
     """What a report shows: each task's anchors, with the outcomes of the arms that trained with them, and a verdict."""
     groups = of_results(results, anchors, "")

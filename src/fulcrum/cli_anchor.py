@@ -166,6 +166,8 @@ def outcome(
         ]  # fmt: skip
         head = ("arm", "anchor", "tokens", "S_loss", "S_sep", "S_conf", f"test NLL, {group.seeds} seeds")
         screen.print(terminal.grid(f"{group.task} ({group.folder})", head, rows, numbers=False))
+    for sentence in anchor_outcomes.sentences(trained):
+        terminal.say(screen, sentence)
     terminal.say(screen, anchor_outcomes.verdict(trained), "bold")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fulcrum import anchor as anchors
+from fulcrum import encode, modelfile
 from fulcrum.errors import StoreError
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor
@@ -22,9 +23,10 @@ NOTE = (
 
 
 def save_adapter(loaded: LoadedModel, folder: Path, task_anchors: Mapping[str, Anchor | None]) -> Path:
-    """Write adapter_model.safetensors, adapter_config.json, tokenizer and generation_config.json into `folder`, atomically.
+    """Write adapter_model.safetensors, adapter_config.json, tokenizer, generation_config.json and (where the chat template
+    allows it) a Modelfile into `folder`, atomically.
 
-    One task: its anchor is in the default chat template. Several: one named template a task. Raises StoreError.
+    One task: its anchor is in the default chat template. Several: one named template and Modelfile a task. Raises StoreError.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     template = loaded.tokenizer.chat_template
@@ -34,6 +36,11 @@ def save_adapter(loaded: LoadedModel, folder: Path, task_anchors: Mapping[str, A
         _finish_config(partial / "adapter_config.json", _base_of(loaded))
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run folder has a full one
         loaded.causal.generation_config.save_pretrained(str(partial))
+        for name, anchor in task_anchors.items():
+            text = modelfile.modelfile(_base_of(loaded), encode.make_format(loaded.tokenizer, anchor))
+            if text is not None:
+                file = partial / ("Modelfile" if len(task_anchors) == 1 else f"Modelfile.{name}")
+                file.write_text(text, encoding="utf-8")
         baked = {name: anchors.bake(template, anchor) for name, anchor in task_anchors.items()}
         loaded.tokenizer.chat_template = next(iter(baked.values())) if len(baked) == 1 else {"default": template, **baked}
         loaded.tokenizer.save_pretrained(str(partial))

@@ -1,0 +1,122 @@
+"""A Modelfile: the chat template, anchor included, in the language that Ollama reads (Go's text/template).
+
+Jinja templates cannot be translated in general. Most chat templates have one shape, though: what opens the first question, what
+stands between turns, what opens an answer. Those pieces are found by rendering, held against what the Jinja template itself
+renders of other conversations, and written in Go's language; a template of another shape gets no Modelfile.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from jinja2 import TemplateError
+
+from fulcrum.encode import Format
+from fulcrum.records import Message
+
+_SYSTEM, _USERS, _ANSWERS = "fulcrumsystem", ("fulcrumfirst", "fulcrumnext", "fulcrumlast"), ("fulcrumsaid", "fulcrumtold")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The constant texts of a chat template around what is said.
+
+    `start`: before the first question where there is no system text; else `before_system` and `after_system` stand around that.
+    `answered` stands between a question and its answer in the past, `last` after the last question; `asked` between an answer
+    and the next question.
+    """
+
+    start: str
+    before_system: str
+    after_system: str
+    answered: str
+    asked: str
+    last: str
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """A conversation that ends with a question, put together of these pieces."""
+        system = next((message.content for message in messages if message.role == "system"), None)
+        found = self.start if system is None else self.before_system + system + self.after_system
+        turns = [message for message in messages if message.role != "system"]
+        for place, message in enumerate(turns):
+            if message.role == "user":
+                found += (self.asked if place else "") + message.content
+                found += self.last if place == len(turns) - 1 else self.answered
+            else:
+                found += message.content
+        return found
+
+
+def pieces(form: Format) -> Pieces | None:
+    """The pieces of a format's template; None where it has another shape."""
+    first, second, third = (Message("user", text) for text in _USERS)
+    said, told = (Message("assistant", text) for text in _ANSWERS)
+    system = Message("system", _SYSTEM)
+    try:
+        alone, asked = _rendered([first], form), _rendered([system, first], form)
+        long = _rendered([first, said, second, told, third], form)
+        answered, next_asked = _between(long, first, said), _between(long, said, second)
+        before, _, rest = asked.partition(_SYSTEM)
+        found = Pieces(
+            alone.partition(first.content)[0], before, rest.partition(first.content)[0], answered, next_asked,
+            alone.partition(first.content)[2],
+        )  # fmt: skip
+        tries = ([first], [system, first], [first, said, second, told, third], [system, first, said, second])
+        return found if all(found.render(messages) == _rendered(messages, form) for messages in tries) else None
+    except (TemplateError, ValueError):
+        return None
+
+
+def _rendered(messages: Sequence[Message], form: Format) -> str:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    text = str(
+        form.tokenizer.apply_chat_template(turns, chat_template=form.template, add_generation_prompt=True, tokenize=False)
+    )
+    if any(text.count(message.content) != 1 for message in messages):
+        raise ValueError("a message is missing, or stands there twice")
+    return text
+
+
+def _between(text: str, one: Message, other: Message) -> str:
+    return text.partition(one.content)[2].partition(other.content)[0]
+
+
+def template(found: Pieces) -> str:
+    """The pieces in Go's template language. Constant texts are quoted, so that nothing in them is read as template."""
+
+    def quoted(text: str) -> str:
+        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
+
+    return (
+        '{{- $last := -1 }}{{ range $i, $m := .Messages }}{{ if eq $m.Role "user" }}{{ $last = $i }}{{ end }}{{ end }}'
+        f"{{{{ if .System }}}}{quoted(found.before_system)}{{{{ .System }}}}{quoted(found.after_system)}"
+        f"{{{{ else }}}}{quoted(found.start)}{{{{ end }}}}"
+        "{{ $first := true }}{{ range $i, $m := .Messages }}"
+        '{{ if eq $m.Role "user" }}'
+        f"{{{{ if $first }}}}{{{{ $first = false }}}}{{{{ else }}}}{quoted(found.asked)}{{{{ end }}}}"
+        "{{ $m.Content }}"
+        f"{{{{ if eq $i $last }}}}{quoted(found.last)}{{{{ else }}}}{quoted(found.answered)}{{{{ end }}}}"
+        '{{ else if eq $m.Role "assistant" }}{{ $m.Content }}{{ end }}{{ end }}'
+    )
+
+
+def modelfile(base: str, form: Format) -> str | None:
+    """The text of a Modelfile that stands beside a saved adapter; None where the template has a shape that it cannot have.
+
+    The first token of the sequence is left out where the tokenizer adds it by itself: Ollama's runner then does too.
+    """
+    found = pieces(form)
+    if found is None:
+        return None
+    begin = str(form.tokenizer.special_tokens_map.get("bos_token", ""))
+    adds = bool(begin) and form.tokenizer("x")["input_ids"][:1] == [form.tokenizer.convert_tokens_to_ids(begin)]
+    if adds:
+        found = replace(found, start=found.start.removeprefix(begin), before_system=found.before_system.removeprefix(begin))
+    return (
+        "# ollama create NAME -f Modelfile\n"
+        "# FROM is the model that this adapter was trained on: its .gguf file, or a folder with its safetensors.\n"
+        f"FROM {base}\nADAPTER .\n"
+        f'TEMPLATE """{template(found)}"""\n'
+        f"PARAMETER stop {json.dumps(form.end_text, ensure_ascii=False)}\n"
+        "PARAMETER temperature 0\n"
+    )
