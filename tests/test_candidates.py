@@ -52,7 +52,7 @@ def test_a_run_chooses_keeps_says_and_shows(tmp_path: Path, monkeypatch: pytest.
         "control: another task's", "control: none", "control: random tokens",
     ]  # fmt: skip
     assert (known["rows"], known["general"]) == (26 - 6, 52)  # a fifth of 32 rows are dev rows; a quarter of the rest was shown
-    assert results.notes[0].startswith(f"task: anchor: auto chose {chosen['text']!r}")
+    assert results.notes[0].startswith(f"task: of {len(own)} anchors {chosen['text']!r}")
     kept = config.load(tmp_path / "out" / "config.yaml").tasks[0].anchor
     assert kept is not None
     assert (kept.text, kept.placement, kept.candidates) == (chosen["text"], "user_suffix", ())
@@ -141,7 +141,7 @@ def test_propose_and_score_on_the_command_line(tmp_path: Path) -> None:
     text = done("anchor", "score", file, out, "--out", tmp_path / "scores.json")
     assert "Name it." in text  # the task's own stands among them
     assert "control: random tokens" in text
-    assert "anchor: auto chose" in text
+    assert "is chosen, by its loss before training" in text
     (known,) = json.loads((tmp_path / "scores.json").read_text())
     assert len(known["scores"]) == 8 + 1 + 3
 

@@ -222,7 +222,7 @@ def sentence(found: AnchorScores) -> str:
     floor = "" if chosen.separates else ", though none sets the task apart from general prompts better than no anchor does"
     worse = "; no anchor at all has a lower loss" if none.loss < chosen.loss else ""
     return (
-        f"{found.task}: anchor: auto chose {chosen.text!r} ({chosen.source}) of {len(own)} candidates by its loss before "
-        f"training, {chosen.loss:.3f} nats per answer token on {found.rows} training rows ({none.loss:.3f} without anchor)"
+        f"{found.task}: of {len(own)} anchors {chosen.text!r} ({chosen.source}) is chosen, by its loss before training, "
+        f"{chosen.loss:.3f} nats per answer token on {found.rows} training rows ({none.loss:.3f} without anchor)"
         f"{floor}{worse}. {found.seconds:.0f} s."
     )
