@@ -78,6 +78,7 @@ def test_a_written_response_prefix_ends_with_a_colon() -> None:
         ("Short.", "shorter than 8 tokens"),
         ("Sort every ticket that comes in. " * 20, "longer than 64 tokens"),
         ("Stop after <|im_end|> and go on then with the rest of it.", "holds a special token"),
+        ("Answer the quest\ufffdion that somebody asks with one command.", "garbled"),
         ("go go go go go go go go go go go go go go", "repeats itself"),
         ("find files in directory number 3", "stands in the rows"),
         ("You should please find files in old directory number 7 now.", None),

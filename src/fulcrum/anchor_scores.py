@@ -73,16 +73,18 @@ def random_strings(loaded: LoadedModel, length: int, count: int, seed: int) -> l
         best, off = "", length + 1
         for _ in range(8):
             ids = [int(k) for k in rng.integers(size // 2, size, 2 * length) if int(k) not in special][:length]
-            text = " ".join(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).replace("\ufffd", "").split())
-            read = tokenizer(text, add_special_tokens=False)["input_ids"]
-            cut = " ".join(
-                str(tokenizer.decode(read[:length], clean_up_tokenization_spaces=False)).replace("\ufffd", "").split()
-            )
+            read = tokenizer(_printable(tokenizer.decode(ids)), add_special_tokens=False)["input_ids"]
+            cut = _printable(tokenizer.decode(read[:length]))
             miss = abs(len(tokenizer(cut, add_special_tokens=False)["input_ids"]) - length)
             if cut and miss < off:
                 best, off = cut, miss
         found.append(best or "?")
     return found
+
+
+def _printable(text: Any) -> str:
+    """A decoded text in one line, without what shows nothing or was half a character."""
+    return " ".join("".join(c if c.isprintable() and c != "\ufffd" else " " for c in str(text)).split())
 
 
 def score(

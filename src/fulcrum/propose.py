@@ -132,6 +132,8 @@ def fault(anchor: Anchor, rows: Sequence[Example], form: encode.Format, *, writt
     words = clean.words(anchor.text)
     if form.special.search(anchor.text):
         return "holds a special token"
+    if "\ufffd" in anchor.text or not anchor.text.replace("\n", " ").isprintable():
+        return "garbled"
     if len(tokens) < FEWEST:
         return f"shorter than {FEWEST} tokens"
     if len(tokens) > MOST:

@@ -167,8 +167,7 @@ def anchor_plot(anchors: Record) -> str:
     rows = []
     for place, score in enumerate(anchors["scores"], 1):
         ends = [none + end if end is not None else math.nan for end in (score["low"], score["high"])]
-        label = f"{place}. {' '.join(score['text'].split())[:28] or 'none'}"
-        rows.append((label, stats.Interval(score["loss"], *ends), [score["loss"]]))
+        rows.append((f"{place}: {score['source']}", stats.Interval(score["loss"], *ends), [score["loss"]]))
     return plots.dots([plots.Dots("Loss before training", "nats per answer token, lower is better", rows, none)])
 
 
