@@ -271,6 +271,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict) ->
         train(tmp_path, checkpoint=tmp_path / "c", **change)
 
 
+@pytest.mark.parametrize("asked", [{"device": "auto"}, {"compile": "never"}])
+def test_what_auto_became_is_what_a_checkpoint_belongs_to(tmp_path: Path, asked: dict) -> None:
+    """A worker is told what the first process found out, and goes on with what that one began."""
+    with pytest.raises(Killed):
+        train(tmp_path, checkpoint=tmp_path / "c", progress=killed_at(4), **asked)
+    resumed, _ = train(tmp_path, checkpoint=tmp_path / "c")
+    whole, _ = train(tmp_path)
+    assert same(resumed, whole)
+
+
 def test_a_checkpoint_whose_identity_was_changed_is_refused(tmp_path: Path) -> None:
     state = killed_checkpoint(tmp_path) / "state.json"
     state.write_text(state.read_text().replace('"identity": "', '"identity": "0'))

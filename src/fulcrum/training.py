@@ -101,7 +101,9 @@ def train(
     Raises StoreError where a checkpoint belongs to other settings or another stream or is damaged, ConfigError where the loss
     is no longer a number.
     """
-    identity = fingerprint([plain(settings.model_dump(mode="json")), stream.plan.fingerprint, seed, loaded.name, kl])
+    # What `auto` became, and not how it was asked for: a worker is told, and goes on with what this process began.
+    settled = {"dtype": str(loaded.dtype), "device": loaded.device.type, "compile": bool(loaded.compiled)}
+    identity = fingerprint([{**settings.model_dump(mode="json"), **settled}, stream.plan.fingerprint, seed, loaded.name, kl])
     new_adapter(loaded, settings, seed)
     module = _Loss(loaded)
     parameters = [p for p in module.parameters() if p.requires_grad]
