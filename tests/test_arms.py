@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fulcrum import arms, config, encode
+from fulcrum.errors import ConfigError
 from fulcrum.material import Material
 from fulcrum.records import Anchor, Example, Message, Setting, Task
 from tiny import tiny_tokenizer
@@ -144,3 +145,15 @@ def test_an_arm_of_ones_own_has_its_order_ratio_and_pool(material: Material, giv
         assert (stream.plan.order, stream.share().task_examples, stream.share().general_examples) == ("ramp", 12, 24)
         assert all(f"{kind} answer" in text for text in texts(stream)[1])
     assert [setting.repeats for setting in arms.trials(material, mine, given)] == [1, 2, 6, 13]  # 240 rows hold 13 x 18
+
+
+def test_a_ratio_that_is_asked_for_is_kept_or_refused(material: Material, given: config.Settings) -> None:
+    """192 rows were drawn: of a ratio of 12 they feed two repeats of six rows, of 40 none."""
+    more = config.Arm(name="more", general="pool", general_per_task=12.0)
+    tried = [setting.repeats for setting in arms.trials(material, more, given)]
+    assert tried == [1, 2]
+    for repeats in tried:
+        share = arms.stream(material, tiny_tokenizer(), more, given, repeats, 0).share()
+        assert share.general_examples == 12 * share.task_examples
+    with pytest.raises(ConfigError, match="more: 40 general rows for each task row are more than the 192 drawn"):
+        arms.trials(material, more.model_copy(update={"name": "more", "general_per_task": 40.0}), given)

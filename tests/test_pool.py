@@ -33,7 +33,7 @@ def task(prompt, answer):
 
 
 def pick(pool, count, *, seed=0, fits=lambda row: None, task_rows=(), held_out_rows=(), anchors=(), near=0.0):
-    given = {"task_rows": task_rows, "held_out_rows": held_out_rows, "anchors": anchors}
+    given = {"tasks": [[*task_rows, *held_out_rows]], "anchors": anchors}
     return select(pool, count, seed=seed, fits=fits, near=near, **given)
 
 
@@ -239,12 +239,12 @@ def test_a_check_looks_at_rows_as_the_weights_say(tmp_path):
     one = jsonl(tmp_path / "a.jsonl", *[(f"leak {k}", "a") for k in range(50)]).model_copy(update={"weight": 1.0})
     two = jsonl(tmp_path / "b.jsonl", *[(f"fine {k}", "a") for k in range(50)]).model_copy(update={"weight": 9.0})
     pool = open_pool([one, two], seed=0)
-    asked = {"seed": 0, "task_rows": [], "anchors": []}
-    none_leak = pools.check(pool, 20, held_out_rows=[], **asked)
+    asked = {"seed": 0, "anchors": []}
+    none_leak = pools.check(pool, 20, tasks=[], **asked)
     assert none_leak == (20, {}, [])
     held = [task(f"fine {k}", "b") for k in range(50)]  # of the heavier source none may stand: it stays behind its part
-    assert pools.check(pool, 40, held_out_rows=held, **asked)[1] == {LEAKS["asked"]: 40 - 1}
-    assert pools.check(pool, 1000, held_out_rows=held, **asked)[:2] == (50, {LEAKS["asked"]: 50})
+    assert pools.check(pool, 40, tasks=[held], **asked)[1] == {LEAKS["asked"]: 40 - 1}
+    assert pools.check(pool, 1000, tasks=[held], **asked)[:2] == (50, {LEAKS["asked"]: 50})
 
 
 def test_a_selection_is_seeded_and_the_beginning_of_a_larger_one(tmp_path):
@@ -299,3 +299,70 @@ def test_all_repeats_and_leaks_planted_in_a_hundred_thousand_rows_are_found(tmp_
         "is a task or held-out row": 100, "shares an 8-gram": 100, "shares a 13-gram": 100,
     }  # fmt: skip
     assert {e.question for e in chosen.examples} == set(texts)
+
+
+HEADER = "below is an instruction that describes what is wanted so write a response that fits it well:"
+SYSTEMS = [
+    f"you are a helpful assistant of kind {k} who thinks step by step and explains every answer very carefully"
+    for k in range(3)
+]
+
+
+def test_rows_held_out_of_a_pool_do_not_take_it_with_them(tmp_path):
+    """What most rows of a pool begin with is in the held-out ones too."""
+    rows = [spoken(f"{HEADER} name thing {k}", f"thing {k}", system=SYSTEMS[k % 3]) for k in range(200)]
+    pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0)
+    apart = [pool[k] for k in range(40)]
+    own = [task(f"which colour has {word}", "red") for word in WORDS]
+    given = {"seed": 0, "fits": lambda row: None, "anchors": [], "apart": apart, "near": 0.8}
+    found = select(pool, 160, tasks=[own], **given)
+    assert len(found.examples) == 160
+    twin = example("which song is it that the old sailor sings every evening at the harbour", "a shanty of the sea")
+    near = example("which song is it that the old sailor sings every evening at the harbour", "a shanty of the seas")
+    pool = open_pool([conversations(tmp_path / "b.jsonl", spoken(*(m.content for m in near.messages)))], seed=0)
+    found = select(pool, 1, tasks=[own], **{**given, "apart": [twin]})
+    assert [reject.reason for reject in found.rejects] == ["nearly a row held out for measuring forgetting"]
+
+
+def test_an_instruction_before_each_question_is_no_content_and_a_page_is(tmp_path):
+    page = "the harbour was built by forty men in the year of the great storm and stood for two hundred years"
+    rows = [spoken(f"{HEADER} what is number {k} good for", f"for {k}") for k in range(5)]
+    rows.append(spoken(f"{page} who built it", "men"))
+    pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0)
+    own = [task(f"{HEADER} which way leads to town {k}", f"way {k}") for k in range(40)]
+    own += [task(f"{HEADER} {page} {what}", "x") for what in ("how many men", "which year", "how long")]
+    found = pick(pool, 6, held_out_rows=own)
+    assert [row.messages[0].content[-5:] for row in found.examples].count("d for") == 5
+    assert {reject.reason for reject in found.rejects} == {LEAKS[13]}
+
+
+def test_instructions_are_those_of_a_task_and_parts_of_a_system_text(tmp_path):
+    dated = "you answer for the shop of the old town as kindly as you can and today is the day {k}"
+    pool = open_pool([conversations(tmp_path / "a.jsonl", spoken("hello you there", "hi", system=dated.format(k=900)))], seed=0)
+    small = [example(f"where is {word}", "there", system=dated.format(k=k)) for k, word in enumerate(WORDS)]
+    large = [task(f"count to {k} please", f"{k}") for k in range(1000)]
+    found = select(pool, 1, seed=0, fits=lambda row: None, tasks=[small, large], anchors=[])
+    assert len(found.examples) == 1
+
+
+def test_the_end_of_a_longer_test_conversation_is_found(tmp_path):
+    rows = [spoken("and where is Oslo", "in Norway"), spoken("thanks", "you are welcome"), spoken("where to", "go there now")]
+    pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0)
+    held = [
+        example("good morning", "hello", "and where is Oslo", "up north"),
+        example("hello", "hi", "thanks", "welcome"),
+        example("hello", "hi", "where to", "go there now"),
+    ]
+    found = pick(pool, 3, held_out_rows=held)
+    assert [row.question for row in found.examples] == ["thanks"]
+    assert sorted(reject.reason for reject in found.rejects) == [LEAKS["asked"], "is a task or held-out row"]
+
+
+def test_sources_that_end_before_others_are_said_also_where_all_end(tmp_path):
+    one = jsonl(tmp_path / "a.jsonl", *[(f"one {k}", "a") for k in range(30)]).model_copy(update={"weight": 1.0})
+    two = jsonl(tmp_path / "b.jsonl", *[(f"two {k}", "a") for k in range(10)]).model_copy(update={"weight": 1.0})
+    pool = open_pool([one, two], seed=0)
+    assert pick(pool, 99).dry == (two.path,)
+    assert pick(pool, 30).dry == (two.path,)
+    assert pick(pool, 20).dry == ()
+    assert pick(open_pool([jsonl(tmp_path / "c.jsonl", ("q", "a"))], seed=0), 9).dry == ()

@@ -375,7 +375,7 @@ def test_rows_that_may_not_stand_beside_the_task_take_no_part_of_a_weight(tmp_pa
     ]
     chosen = select(
         open_pool(sources, seed=0), 60, seed=0, fits=lambda row: "leak" if "leak" in row.question else None,
-        task_rows=(), held_out_rows=(), anchors=(),
+        tasks=(), anchors=(),
     )  # fmt: skip
     assert sum(row.origin.startswith(sources[0].path) for row in chosen.examples) == 30
 

@@ -187,7 +187,7 @@ def test_weights_divide_the_mix_by_rows_or_tokens_and_nest(tmp_path: Path) -> No
     pool = open_pool(sources, seed=0)
 
     def pick(count: int, size=lambda row: 1):
-        return select(pool, count, seed=4, fits=lambda _: None, task_rows=(), held_out_rows=(), anchors=(), size=size)
+        return select(pool, count, seed=4, fits=lambda _: None, tasks=(), anchors=(), size=size)
 
     names = [row.origin.split("/")[-1][0] for row in pick(100).examples]
     assert Counter(names) == {"a": 75, "b": 25}

@@ -21,6 +21,7 @@ from fulcrum.rows import content_key, in_two
 UNLABELED = ("unlabeled", "pseudo_self", "pseudo_teacher")
 MEMBERS = 3  # adapters that answer unlabelled inputs together
 
+_DRAWN = ("pool", "permuted", "own_answers", "self_made")  # kinds of general rows of which there are as many as TELL's
 _STRATIFIED = 200  # steps; shorter mixed streams are stratified by epoch
 
 
@@ -411,6 +412,11 @@ def _extra_trials(settings: Settings) -> int:
     return settings.compare.extra_trials + max(spent)
 
 
+def _fed(rows: Material, arm: Arm, repeats: int) -> bool:
+    """Whether there are general rows enough for a mixture with so many repeats."""
+    return general_count(rows, arm, repeats) <= len(rows.general)
+
+
 def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple[int, ...]:
     wanted = None if arm.mixes else settings.compare.sft_epochs
     batch = arm.train.get("batch_size", settings.train.batch_size)
@@ -431,10 +437,17 @@ def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple
         return fitting
     if arm.mixes and arm.general_per_task is None:
         return rows.repeats
+    if arm.general in _DRAWN and not _fed(rows, arm, 1):
+        raise ConfigError(
+            f"compare.arms: {arm.name}: {arm.general_per_task:g} general rows for each task row are more than the "
+            f"{len(rows.general):,} drawn for the longest mixture; lower general_per_task, or raise mix.general_per_task"
+        )
     if settings.mix.per_task == 0:  # there is no TELL to be fair to
         return tuple(sorted(set(wanted or rows.repeats)))
     shown = rows.n_task * (1 + (arm.general_per_task or 0.0) * arm.mixes) * arm.members
     cap = max(1, math.floor(rows.step_cap * batch / shown))
+    if arm.general in _DRAWN:  # none is shown twice, and a ratio that is asked for is kept
+        cap = max((epochs for epochs in range(1, cap + 1) if _fed(rows, arm, epochs)), default=1)
     if wanted is None:
         # At least as many trials as TELL has; a single pass and the cap are always among them.
         count = math.ceil((max(3, len(rows.repeats)) + _extra_trials(settings)) / halves)

@@ -8,7 +8,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ _TOLD = 10_000  # pairs between two tellings
 _BLOCK = 10_000  # rows whose MinHashes are in memory at a time
 _LETTERS = 24  # in shorter texts a language cannot be told
 _SEEN = 2000  # characters that tell a row's language
-_SHARED = 0.1  # of a task's rows have a system's text that is an instruction
+_SHARED = 0.1  # of a task's rows have what is an instruction in a system's text
+_SPOKEN, _FEWEST_SHARING = 0.2, 4  # of its content groups, and how many at least, have one that a user says
+_TELLING = 3  # words of a turn, or a pair of turns, that is a question of the task also inside another conversation
 
 # Markers of chat templates and tokenizers, which are ids in a model's input and text only where something went wrong.
 _MARKER = re.compile(
@@ -101,41 +103,67 @@ def _identifier() -> Any:
 
 
 class TaskText:
-    """The n-grams of task messages: 13 words; 8 words of messages under 13; rows whose every message is under 8, whole; and
-    what the user of a row says, whole: the same question with another answer teaches against the task.
+    """What of a task's text a general row may not hold: n-grams of its messages (13 words; 8 words of messages under 13), rows
+    whose every message is under 8 words, whole, and what the user of a row says, whole: the same question with another answer
+    teaches against the task.
 
-    Message by message: a short question and its answer must not hide in the n-grams of the two together. A system's text that
-    many of the rows share is an instruction, which general rows may have too; one that few share (a page that several are asked
-    about) is content. With `near` above 0, rows of at least so much Jaccard similarity (of word triples) are found too.
+    Message by message: a short question and its answer must not hide in the n-grams of the two together. What many content
+    groups of one task have in common (an instruction before each question, a system's text) is no content, and general rows
+    may have it too; what few share (a page that several are asked about) is. With `near` above 0, rows of at least so much
+    Jaccard similarity (of word triples, those in common apart) are found too; `near_only`: nothing else is.
     """
 
-    def __init__(self, rows: Iterable[Example], near: float = 0.0) -> None:
+    def __init__(self, tasks: Iterable[Sequence[Example]], near: float = 0.0, *, near_only: bool = False) -> None:
         self._known: dict[int, set[str]] = {NGRAM: set(), SHORT_NGRAM: set()}
-        self._whole, self._asked = set[str](), set[str]()
+        self._whole, self._asked, self._common = set[str](), set[str](), set[str]()
         self._near, self._sizes, self._holders = near, list[int](), dict[str, list[int]]()
-        rows = list(rows)
-        systems = Counter(message.content for row in rows for message in row.messages if message.role == "system")
+        for rows in tasks:
+            if not near_only:
+                self._learn(rows)
+            if near:
+                self._learn_triples(rows)
+
+    def _learn(self, rows: Sequence[Example]) -> None:
+        spoken_by, system_of = dict[tuple[int, str], set[str]](), Counter[tuple[int, str]]()
         for row in rows:
             messages = [(message.role, words(message.content)) for message in row.messages]
+            for role, found in messages:
+                if len(found) >= SHORT_NGRAM:
+                    n = NGRAM if len(found) >= NGRAM else SHORT_NGRAM
+                    grams = {(n, gram) for gram in _ngrams(found, n)}
+                    if role == "system":
+                        system_of.update(grams)
+                    else:
+                        for gram in grams:
+                            spoken_by.setdefault(gram, set()).add(row.group)
             said = [found for role, found in messages if role != "system"]
-            for found in said:
-                self._learn(found)
-            if all(len(found) < SHORT_NGRAM for found in said):
+            questions = [found for role, found in messages if role == "user"]
+            if _short(said):
                 self._whole.add(_joined(said))
-            self._asked.add(_joined(found for role, found in messages if role == "user"))
-            if near:
-                own = shingles(spoken(row))
-                for shingle in own:
-                    self._holders.setdefault(shingle, []).append(len(self._sizes))
-                self._sizes.append(len(own))
-        for text, sharing in systems.items():
-            if sharing < max(2, _SHARED * len(rows)):
-                self._learn(words(text))
+            self._asked.add(_joined(questions))
+            if len(questions) > 1:  # what is scored of a longer conversation is its end
+                last = [questions[-1], *(found for role, found in messages[-1:] if role == "assistant")]
+                self._asked.update({_joined(questions[-1:])} if len(questions[-1]) >= _TELLING else ())
+                self._whole.update({_joined(last)} if sum(map(len, last)) >= _TELLING and _short(last) else ())
+        limit = _instruction(rows)
+        own = [key for key, groups in spoken_by.items() if len(groups) < limit]
+        own += [key for key, count in system_of.items() if count < max(2, _SHARED * len(rows))]
+        for n, text in own:
+            self._known[n].add(text)
 
-    def _learn(self, found: Sequence[str]) -> None:
-        if len(found) >= SHORT_NGRAM:
-            n = NGRAM if len(found) >= NGRAM else SHORT_NGRAM
-            self._known[n].update(_ngrams(found, n))
+    def _learn_triples(self, rows: Sequence[Example]) -> None:
+        held = [shingles(spoken(row)) for row in rows]
+        groups: dict[str, set[str]] = {}
+        for row, own in zip(rows, held, strict=True):
+            for shingle in own:
+                groups.setdefault(shingle, set()).add(row.group)
+        limit = _instruction(rows)
+        common = {shingle for shingle, of in groups.items() if len(of) >= limit}
+        self._common |= common
+        for own in held:
+            for shingle in own - common:
+                self._holders.setdefault(shingle, []).append(len(self._sizes))
+            self._sizes.append(len(own - common))
 
     def shared(self, row: Example) -> Reject | None:
         """Return why a general row is too near to task data, or None."""
@@ -146,20 +174,38 @@ class TaskText:
                 article = "an" if n == SHORT_NGRAM else "a"
                 hit = next(gram for gram in grams if gram in known)
                 return Reject(row.origin, f"shares {article} {n}-gram with task or held-out data", hit)
-        if (text := _joined(found for role, found in messages if role != "system")) and text in self._whole:
-            return Reject(row.origin, "is a task or held-out row", text)
+        said = [(role, found) for role, found in messages if role != "system"]
+        pairs = [[one, other] for (role, one), (_, other) in pairwise(said) if role == "user"]  # inside a longer conversation
+        for text in map(_joined, ([found for _, found in said], *(pair for pair in pairs if sum(map(len, pair)) >= _TELLING))):
+            if text and text in self._whole:
+                return Reject(row.origin, "is a task or held-out row", text)
         questions = [found for role, found in messages if role == "user"]
-        for asked in (_joined(questions), *map(" ".join, questions)):  # also inside a longer conversation
+        for asked in (_joined(questions), *(" ".join(found) for found in questions if len(found) >= _TELLING)):
             if asked and asked in self._asked:
                 return Reject(row.origin, "asks what a task or held-out row asks", asked)
-        if self._near:
-            own = shingles(spoken(row))
-            common = Counter(place for shingle in own for place in self._holders.get(shingle, ()))
-            for place, count in common.items():
-                similarity = count / (len(own) + self._sizes[place] - count)
-                if similarity >= self._near:
-                    return Reject(row.origin, "nearly a task or held-out row", f"similarity {similarity:.2f}: {text[:60]}")
+        return self.near(row)
+
+    def near(self, row: Example) -> Reject | None:
+        """Return that a general row is nearly one of these, or None."""
+        if not self._near:
+            return None
+        own = shingles(spoken(row)) - self._common
+        common = Counter(place for shingle in own for place in self._holders.get(shingle, ()))
+        for place, count in common.items():
+            similarity = count / (len(own) + self._sizes[place] - count)
+            if similarity >= self._near:
+                text = " ".join(spoken(row))
+                return Reject(row.origin, "nearly a task or held-out row", f"similarity {similarity:.2f}: {text[:60]}")
         return None
+
+
+def _instruction(rows: Sequence[Example]) -> float:
+    """In how many content groups a text must stand to be an instruction."""
+    return max(_FEWEST_SHARING, _SPOKEN * len({row.group for row in rows}))
+
+
+def _short(messages: Sequence[Sequence[str]]) -> bool:
+    return all(len(found) < SHORT_NGRAM for found in messages)
 
 
 def _joined(messages: Iterable[Sequence[str]]) -> str:

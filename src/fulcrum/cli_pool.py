@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from fulcrum.config import Settings
     from fulcrum.pool import Pool
+    from fulcrum.records import Anchor, Task
     from fulcrum.sections import GeneralSource
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -58,6 +59,7 @@ def sample(
     from fulcrum import terminal
 
     screen, opened = _open(ctx, given, None, changes)
+    _show(screen, opened)
     for index in np.random.default_rng(seed).permutation(len(opened))[:rows]:
         row = opened[int(index)]
         terminal.say(screen, f"\n{row.origin}", "bold")
@@ -86,9 +88,8 @@ def check(
     with Watch(screen) as watch:
         stand, reasons, refused = pools.check(
             opened, rows or len(opened), seed=settings.seed, shown=examples, progress=watch.count,
-            task_rows=[row for task in tasks for row in task.train],
-            held_out_rows=[row for task in tasks for row in (*task.dev, *task.test)],
-            anchors=[task.anchor for task in tasks if task.anchor is not None], near=settings.clean.near_duplicates,
+            tasks=[(*task.train, *task.dev, *task.test) for task in tasks], anchors=_anchors(settings, tasks),
+            near=settings.clean.near_duplicates,
         )  # fmt: skip
     _show(screen, opened)
     terminal.say(screen, f"beside the tasks: {stand:,} rows may stand, {sum(reasons.values()):,} may not")
@@ -98,6 +99,12 @@ def check(
         left[reject.reason] += 1
         if left[reject.reason] <= examples:
             terminal.say(screen, f"{reject.reason}: {reject.origin}: {reject.detail[:200]}")
+
+
+def _anchors(settings: "Settings", tasks: "Sequence[Task]") -> "list[Anchor]":
+    """The anchors of tasks and of the file's own arms, whose text no general row may hold."""
+    own = [arm.anchor.value for arm in settings.compare.arms if not isinstance(arm, str) and arm.anchor is not None]
+    return [*(task.anchor for task in tasks if task.anchor is not None), *own]
 
 
 def _settings(given: str, changes: list[str] | None) -> "Settings":

@@ -141,9 +141,7 @@ class _Drawer:
 
         return pool.select(
             self.pool, count, seed=seed, fits=fits,
-            task_rows=[row for task in self.tasks for row in task.train],
-            held_out_rows=[*(row for task in self.tasks for row in (*task.dev, *task.test)), *apart],
-            anchors=self.anchors,
+            tasks=[(*task.train, *task.dev, *task.test) for task in self.tasks], anchors=self.anchors, apart=apart,
             near=self.settings.clean.near_duplicates, size=self._size,
         )  # fmt: skip
 

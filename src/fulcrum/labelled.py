@@ -5,6 +5,7 @@ of its own task or another.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +15,6 @@ from fulcrum import clean, encode, ingest, metrics
 from fulcrum.config import Settings, TaskSettings
 from fulcrum.errors import ConfigError, DataError
 from fulcrum.records import Anchor, Example, Reject, Task
-from fulcrum.rows import content_key
 from fulcrum.store import seed_for
 
 ANCHOR_TOKENS = 64  # beyond which an anchor is long
@@ -62,16 +62,27 @@ def _unlabeled(
         return (), []
     found, rejects = ingest.read(settings.unlabeled, seed=seed, answered=False)
     ingest.require_rows(found, rejects, minimum=1)
-    asked = clean.TaskText([replace(row, messages=row.prompt) for row in held_out], near)
-    labelled = {content_key(replace(row, messages=row.prompt)) for row in train}
+    asked = clean.TaskText([[replace(row, messages=row.prompt) for row in held_out]], near)
+    labelled = {said for row in train if (said := _question(row))}
     kept = []
     for row in found:
-        refused = Reject(row.origin, "labelled already", row.question) if content_key(row) in labelled else asked.shared(row)
+        refused = Reject(row.origin, "labelled already", row.question) if _question(row) in labelled else asked.shared(row)
         if refused is None:
             kept.append(row)
         else:
             rejects.append(replace(refused, reason=f"unlabeled: {refused.reason}"))
+    if not kept:
+        reason, count = Counter(reject.reason for reject in rejects).most_common(1)[0]
+        raise DataError(
+            f"task.unlabeled: none of {len(rejects):,} inputs is left, mostly since: {reason} ({count:,}); give inputs that "
+            "are not asked in labelled, dev or test rows"
+        )
     return tuple(kept), rejects
+
+
+def _question(row: Example) -> str:
+    """What a row's user says, in words: the same question with another system text, or other punctuation, is the same."""
+    return " ".join(word for message in row.messages if message.role == "user" for word in clean.words(message.content))
 
 
 def check_anchor(anchor: Anchor, task: Task, settings: Settings, tokenizer: encode.Tokenizer, where: str) -> list[str]:

@@ -10,7 +10,7 @@ pool repeats another, and no kept one shares an n-gram with task data, or holds 
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 
 import numpy as np
@@ -141,25 +141,25 @@ def select(
     *,
     seed: int,
     fits: Callable[[Example], str | None],
-    task_rows: Sequence[Example],
-    held_out_rows: Sequence[Example],
+    tasks: Sequence[Sequence[Example]],
     anchors: Sequence[Anchor],
+    apart: Sequence[Example] = (),
     near: float = 0.0,
     size: Callable[[Example], int] = lambda _: 1,
 ) -> Selection:
     """Keep the first `count` rows of a seeded permutation of the pool that may stand beside the tasks.
 
     Where sources have weights, each next row is of the source that is furthest behind its part, counted in `size` (1 a row, or
-    its tokens). A row looked at and not kept is a Reject: sharing text with `task_rows` or `held_out_rows` (dev and test), at
-    least `near` (above 0) like one, or whatever reason `fits` returns (None: it fits). Words are those of `clean.words`. Raises
-    DataError where a row holds an anchor's text: that would teach the task's behaviour on general data, so it is refused
-    rather than skipped.
+    its tokens). A row looked at and not kept is a Reject: sharing text with a row of `tasks` (all rows of each, dev and test
+    among them), at least `near` (above 0) like one, or like one of `apart` (general rows that are held out), or whatever
+    reason `fits` returns (None: it fits). Words are those of `clean.words`. Raises DataError where a row holds an anchor's
+    text: that would teach the task's behaviour on general data, so it is refused rather than skipped.
     """
     examples: list[Example] = []
     ids: list[int] = []
     rejects: list[Reject] = []
     walk = _Walk(pool, seed)
-    judge = _judge(task_rows, held_out_rows, anchors, near)
+    judge = _judge(tasks, anchors, near, apart)
     while len(examples) < count and (index := walk.next()) is not None:
         row = pool[index]
         refused = judge(row)
@@ -172,7 +172,9 @@ def select(
         examples.append(row)
         ids.append(index)
     exhausted = len(examples) < count
-    return Selection(examples, np.array(ids, dtype=np.int64), rejects, exhausted, () if exhausted else walk.dry)
+    # Where all sources ended, those that did so before the last one broke the weights.
+    dry = tuple(filter(None, walk.dry[:-1] if exhausted else walk.dry))
+    return Selection(examples, np.array(ids, dtype=np.int64), rejects, exhausted, dry)
 
 
 def check(
@@ -180,8 +182,7 @@ def check(
     rows: int,
     *,
     seed: int,
-    task_rows: Sequence[Example],
-    held_out_rows: Sequence[Example],
+    tasks: Sequence[Sequence[Example]],
     anchors: Sequence[Anchor],
     near: float = 0.0,
     shown: int = 3,
@@ -191,7 +192,7 @@ def check(
     how many may stand beside the tasks, how many may not by reason, and up to `shown` of each reason. Raises DataError as
     `select` does.
     """
-    judge = _judge(task_rows, held_out_rows, anchors, near)
+    judge = _judge(tasks, anchors, near)
     counts, some, rows = Counter[str](), list[Reject](), min(rows, len(pool))
     walk, done = _Walk(pool, seed), 0
     while done < rows and (index := walk.next()) is not None:
@@ -208,15 +209,17 @@ def check(
 
 
 def _judge(
-    task_rows: Sequence[Example], held_out_rows: Sequence[Example], anchors: Sequence[Anchor], near: float
+    tasks: Sequence[Sequence[Example]], anchors: Sequence[Anchor], near: float, apart: Sequence[Example] = ()
 ) -> Callable[[Example], Reject | None]:
     """What says why a row may not stand beside the tasks; None: it may."""
-    task_text = clean.TaskText([*task_rows, *held_out_rows], near)
+    task_text, held_out = clean.TaskText(tasks, near), clean.TaskText([apart], near, near_only=True)
     anchor_texts = [text for text in (normalise(anchor.text) for anchor in anchors) if text]
 
     def judge(row: Example) -> Reject | None:
         _refuse_anchors(row, anchor_texts)
-        return task_text.shared(row)
+        if (refused := task_text.shared(row)) is None and (twin := held_out.near(row)) is not None:
+            refused = replace(twin, reason="nearly a row held out for measuring forgetting")
+        return refused
 
     return judge
 

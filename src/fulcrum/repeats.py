@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from itertools import repeat
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,8 @@ def _exact(found: Sequence[tuple[str, Shard]], drawn: BoolArray, progress: Progr
 def _near(found: Sequence[tuple[str, Shard]], stays: BoolArray, near: float, jobs: int, progress: Progress) -> list[Twin]:
     """Rows nearly the same as an earlier one that stays."""
     label, of_shard = "looking for near-duplicates", [shard for _, shard in found]
+    ends = [0, *accumulate(shard.kept for shard in of_shard)]
+    wanted = [stays[start:stop] for start, stop in pairwise(ends)]  # others are not drawn, or gone: a limit saves their time
     parts: list[npt.NDArray[np.uint64]] = []
 
     def collect(results: Iterator[npt.NDArray[np.uint64]]) -> None:
@@ -124,11 +126,11 @@ def _near(found: Sequence[tuple[str, Shard]], stays: BoolArray, near: float, job
             progress(label, place, len(of_shard))
 
     if jobs == 1 or len(of_shard) < 2:
-        collect(map(partial(_bands, near), of_shard))
+        collect(map(partial(_bands, near), of_shard, wanted))
     else:
         try:
             with processes.start(min(jobs, len(of_shard))) as workers:
-                collect(workers.map(_bands, repeat(near), of_shard))
+                collect(workers.map(_bands, repeat(near), of_shard, wanted))
         except BrokenProcessPool as error:
             raise StoreError(f"{label}: a process died (killed, or out of memory); run again, with --jobs 1") from error
     keys = np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.uint64)
@@ -144,12 +146,14 @@ def _near(found: Sequence[tuple[str, Shard]], stays: BoolArray, near: float, job
     def told(done: int, total: int) -> None:
         progress("comparing rows that may be near-duplicates", done, total)
 
-    pairs = clean.near_duplicates(keys[stays], of, near, told)
+    pairs = clean.near_duplicates(keys, of, near, told)
     return [(int(everywhere[row]), int(everywhere[earlier]), similarity) for row, earlier, similarity in pairs]
 
 
-def _bands(near: float, shard: Shard) -> npt.NDArray[np.uint64]:
-    texts = (json.loads(row.as_py()) for row in shards.table(shard)["messages"])
+def _bands(near: float, shard: Shard, wanted: BoolArray) -> npt.NDArray[np.uint64]:
+    """The bands of a shard's rows that are wanted."""
+    rows = zip(shards.table(shard)["messages"], wanted.tolist(), strict=True)
+    texts = (json.loads(row.as_py()) for row, is_wanted in rows if is_wanted)
     return clean.bands((clean.shingles(text for role, text, _ in row if role != "system") for row in texts), near)
 
 

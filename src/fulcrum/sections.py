@@ -132,6 +132,11 @@ class GeneralSource(DataSource):
         if not isinstance(value, Mapping):
             return value
         listed = {name: item if isinstance(item, list | tuple) else [item] for name, item in value.items()}
+        for name, items in listed.items():
+            if any(isinstance(part, bool) for part in items):
+                raise ValueError(
+                    f"{name}: YAML reads yes, no, on, off and true, false as truth values; quote them: 'no', 'true'"
+                )
         return {name: [str(part) for part in items] for name, items in listed.items()}
 
     @model_validator(mode="after")
