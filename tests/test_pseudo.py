@@ -85,6 +85,45 @@ def test_what_is_labelled_already_or_asked_in_test_is_left_out_and_counted(tmp_p
     }  # fmt: skip
 
 
+HEADER = "You are asked for the colour of a thing that is named after this sentence, which all inputs begin with:"
+
+
+def headed(folder: Path, inputs: Sequence[str], **columns: str) -> Settings:
+    """Settings of a task whose prompts all begin alike; `columns` are further ones of its labelled rows."""
+    settings = settings_of(folder, ["unlabeled"], inputs)
+    for name in ("train", "test"):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        lines = (json.dumps({**row, "prompt": f"{HEADER} {row['prompt']}", **columns}) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return settings
+
+
+def test_an_instruction_before_all_inputs_leaves_none_out(tmp_path: Path) -> None:
+    found = prepared(headed(tmp_path, [f"{HEADER} {text}" for text in INPUTS]))
+    assert len(found.tasks[0].unlabeled) == len(INPUTS)
+
+
+def test_what_is_labelled_under_a_system_text_is_labelled(tmp_path: Path) -> None:
+    settings = headed(tmp_path, [], system="Answer in one word.")
+    rows = [json.loads(line)["prompt"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    write_inputs(tmp_path / "inputs.jsonl", [*INPUTS, *(f"{text}!" for text in rows)])
+    found = prepared(settings)
+    assert len(found.tasks[0].unlabeled) == len(INPUTS)
+    refused = {reason: count for reason, count in found.rejects.items() if reason.startswith("unlabeled")}
+    assert refused["unlabeled: labelled already"] == 6
+    assert sum(refused.values()) == len(rows)  # two of them are dev rows
+
+
+def test_inputs_of_which_none_is_left_are_an_error(tmp_path: Path) -> None:
+    settings = headed(tmp_path, [])
+    rows = [json.loads(line)["prompt"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    write_inputs(tmp_path / "inputs.jsonl", rows)
+    with pytest.raises(
+        DataError, match=r"task\.unlabeled: none of 8 inputs is left, mostly since: unlabeled: labelled already \(6\)"
+    ):
+        prepared(settings)
+
+
 def test_inputs_are_texts_in_two_parts_of_an_arm(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, ["unlabeled"])
     found = prepared(settings)

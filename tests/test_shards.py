@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from fulcrum import clean, config, origins, shards, tables
 from fulcrum.errors import ConfigError, DataError, UnreachableError
@@ -158,6 +159,12 @@ def test_rows_are_chosen_by_columns_language_and_length(tmp_path: Path) -> None:
     assert left(languages=["is"]) == ([2, 4], {"not in is": 3})
     save(tmp_path / "a.jsonl", content)
     assert left(min_words=5, max_words=13) == ([1, 2, 3], {"under 5 words": 1, "over 13 words": 1})
+    with pytest.raises(ValidationError, match="lang: YAML reads yes, no, on, off and true, false as truth values; quote them"):
+        left(include={"lang": ["en", False]})
+    save(tmp_path / "a.jsonl", [{**row, "keep": k % 2 == 0, "year": 2020.0 + k} for k, row in enumerate(content)])
+    assert left(include={"keep": "true"}) == ([1, 3, 5], {"not among include: keep": 2})
+    assert left(exclude={"keep": "false", "year": 2020}) == ([3, 5], {"among exclude: keep": 2, "among exclude: year": 1})
+    save(tmp_path / "a.jsonl", content)
     with pytest.raises(DataError, match=r"a\.jsonl: `include:` names 'famly', which is no column; did you mean 'family'\?"):
         left(include={"famly": "qa"})
 
@@ -390,3 +397,19 @@ def test_weights_are_given_to_all_sources_or_to_none(tmp_path: Path) -> None:
     given = {"task": {"train": "t.jsonl"}, "general": [{"path": "a.jsonl", "weight": 2}, "b.jsonl"]}
     with pytest.raises(ConfigError, match=r"weight is given for a\.jsonl and not for b\.jsonl; give every source one, or none"):
         config.from_dict(given)
+
+
+def test_near_duplicates_are_sought_among_drawn_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit saves the time that the other rows would take."""
+    source = save(tmp_path / "a.jsonl", rows(60)).model_copy(update={"limit": 20})
+    looked: list[int] = []
+    bands = clean.bands
+
+    def spied(given, threshold):
+        given = list(given)
+        looked.append(len(given))
+        return bands(given, threshold)
+
+    monkeypatch.setattr(clean, "bands", spied)
+    pool = open_pool([source], seed=0, near=0.8)
+    assert (sum(looked), len(pool)) == (20, 20)
