@@ -321,7 +321,28 @@ def test_rows_held_out_of_a_pool_do_not_take_it_with_them(tmp_path):
     near = example("which song is it that the old sailor sings every evening at the harbour", "a shanty of the seas")
     pool = open_pool([conversations(tmp_path / "b.jsonl", spoken(*(m.content for m in near.messages)))], seed=0)
     found = select(pool, 1, tasks=[own], **{**given, "apart": [twin]})
-    assert [reject.reason for reject in found.rejects] == ["nearly a row held out for measuring forgetting"]
+    assert [reject.reason for reject in found.rejects] == ["shares a 13-gram with held-out general data"]
+
+
+def test_what_a_held_out_row_alone_says_is_kept_out_of_the_mix(tmp_path):
+    page = "the lighthouse was lit in the year of the great storm by a keeper who had come from the north"
+    apart = [
+        example(f"{page} what was lit", "the lighthouse"),
+        example(f"{HEADER} where is it", "there"),
+        example("who goes", "we"),
+    ]
+    apart += [example(f"{HEADER} what is {word}", word) for word in WORDS]
+    apart = [Example(row.messages, f"g{k}", f"o{k}") for k, row in enumerate(apart)]
+    rows = [
+        spoken(f"{page} when was that", "then"), spoken("who goes", "they"), spoken(f"{HEADER} who is {WORDS[0]}", "me"),
+        spoken("where to", "home", "who goes there now", "nobody"),
+    ]  # fmt: skip
+    pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0)
+    found = select(pool, 4, seed=0, fits=lambda row: None, tasks=[], anchors=[], apart=apart)
+    assert sorted(reject.reason for reject in found.rejects) == [
+        "asks what a held-out general row asks", "shares a 13-gram with held-out general data",
+    ]  # fmt: skip
+    assert len(found.examples) == 2
 
 
 def test_an_instruction_before_each_question_is_no_content_and_a_page_is(tmp_path):

@@ -110,21 +110,25 @@ class TaskText:
     Message by message: a short question and its answer must not hide in the n-grams of the two together. What many content
     groups of one task have in common (an instruction before each question, a system's text) is no content, and general rows
     may have it too; what few share (a page that several are asked about) is. With `near` above 0, rows of at least so much
-    Jaccard similarity (of word triples, those in common apart) are found too; `near_only`: nothing else is.
+    Jaccard similarity (of word triples, those in common apart) are found too.
+
+    With `sampled` the rows are no task's but some of a pool, held out of it: what two of them share, many of the pool's have,
+    and is no content.
     """
 
-    def __init__(self, tasks: Iterable[Sequence[Example]], near: float = 0.0, *, near_only: bool = False) -> None:
+    def __init__(self, tasks: Iterable[Sequence[Example]], near: float = 0.0, *, sampled: bool = False) -> None:
         self._known: dict[int, set[str]] = {NGRAM: set(), SHORT_NGRAM: set()}
         self._whole, self._asked, self._common = set[str](), set[str](), set[str]()
         self._near, self._sizes, self._holders = near, list[int](), dict[str, list[int]]()
+        self._sampled, self._whose = sampled, "held-out general" if sampled else "task or held-out"
         for rows in tasks:
-            if not near_only:
-                self._learn(rows)
+            self._learn(rows)
             if near:
                 self._learn_triples(rows)
 
     def _learn(self, rows: Sequence[Example]) -> None:
         spoken_by, system_of = dict[tuple[int, str], set[str]](), Counter[tuple[int, str]]()
+        asked, whole = Counter[str](), Counter[str]()
         for row in rows:
             messages = [(message.role, words(message.content)) for message in row.messages]
             for role, found in messages:
@@ -138,18 +142,19 @@ class TaskText:
                             spoken_by.setdefault(gram, set()).add(row.group)
             said = [found for role, found in messages if role != "system"]
             questions = [found for role, found in messages if role == "user"]
-            if _short(said):
-                self._whole.add(_joined(said))
-            self._asked.add(_joined(questions))
+            whole.update({_joined(said)} if _short(said) else ())
+            asked[_joined(questions)] += 1
             if len(questions) > 1:  # what is scored of a longer conversation is its end
                 last = [questions[-1], *(found for role, found in messages[-1:] if role == "assistant")]
-                self._asked.update({_joined(questions[-1:])} if len(questions[-1]) >= _TELLING else ())
-                self._whole.update({_joined(last)} if sum(map(len, last)) >= _TELLING and _short(last) else ())
-        limit = _instruction(rows)
+                asked.update({_joined(questions[-1:])} if len(questions[-1]) >= _TELLING else ())
+                whole.update({_joined(last)} if sum(map(len, last)) >= _TELLING and _short(last) else ())
+        limit, of_system = self._instruction(rows), 2 if self._sampled else max(2, _SHARED * len(rows))
         own = [key for key, groups in spoken_by.items() if len(groups) < limit]
-        own += [key for key, count in system_of.items() if count < max(2, _SHARED * len(rows))]
+        own += [key for key, count in system_of.items() if count < of_system]
         for n, text in own:
             self._known[n].add(text)
+        for texts, found_in in ((self._asked, asked), (self._whole, whole)):
+            texts.update(text for text, count in found_in.items() if count < 2 or not self._sampled)
 
     def _learn_triples(self, rows: Sequence[Example]) -> None:
         held = [shingles(spoken(row)) for row in rows]
@@ -157,7 +162,7 @@ class TaskText:
         for row, own in zip(rows, held, strict=True):
             for shingle in own:
                 groups.setdefault(shingle, set()).add(row.group)
-        limit = _instruction(rows)
+        limit = self._instruction(rows)
         common = {shingle for shingle, of in groups.items() if len(of) >= limit}
         self._common |= common
         for own in held:
@@ -165,43 +170,37 @@ class TaskText:
                 self._holders.setdefault(shingle, []).append(len(self._sizes))
             self._sizes.append(len(own - common))
 
+    def _instruction(self, rows: Sequence[Example]) -> float:
+        """In how many content groups a text must stand to be an instruction."""
+        return 2 if self._sampled else max(_FEWEST_SHARING, _SPOKEN * len({row.group for row in rows}))
+
     def shared(self, row: Example) -> Reject | None:
-        """Return why a general row is too near to task data, or None."""
+        """Return why a general row is too near to these rows, or None."""
         messages = [(message.role, words(message.content)) for message in row.messages]
         for n, known in self._known.items():
             grams = [gram for _, found in messages for gram in _ngrams(found, n)] if known else []
             if not known.isdisjoint(grams):
                 article = "an" if n == SHORT_NGRAM else "a"
                 hit = next(gram for gram in grams if gram in known)
-                return Reject(row.origin, f"shares {article} {n}-gram with task or held-out data", hit)
+                return Reject(row.origin, f"shares {article} {n}-gram with {self._whose} data", hit)
         said = [(role, found) for role, found in messages if role != "system"]
         pairs = [[one, other] for (role, one), (_, other) in pairwise(said) if role == "user"]  # inside a longer conversation
         for text in map(_joined, ([found for _, found in said], *(pair for pair in pairs if sum(map(len, pair)) >= _TELLING))):
             if text and text in self._whole:
-                return Reject(row.origin, "is a task or held-out row", text)
+                return Reject(row.origin, f"is a {self._whose} row", text)
         questions = [found for role, found in messages if role == "user"]
         for asked in (_joined(questions), *(" ".join(found) for found in questions if len(found) >= _TELLING)):
             if asked and asked in self._asked:
-                return Reject(row.origin, "asks what a task or held-out row asks", asked)
-        return self.near(row)
-
-    def near(self, row: Example) -> Reject | None:
-        """Return that a general row is nearly one of these, or None."""
-        if not self._near:
-            return None
-        own = shingles(spoken(row)) - self._common
-        common = Counter(place for shingle in own for place in self._holders.get(shingle, ()))
-        for place, count in common.items():
-            similarity = count / (len(own) + self._sizes[place] - count)
-            if similarity >= self._near:
-                text = " ".join(spoken(row))
-                return Reject(row.origin, "nearly a task or held-out row", f"similarity {similarity:.2f}: {text[:60]}")
+                return Reject(row.origin, f"asks what a {self._whose} row asks", asked)
+        if self._near:
+            own = shingles(spoken(row)) - self._common
+            common = Counter(place for shingle in own for place in self._holders.get(shingle, ()))
+            for place, count in common.items():
+                similarity = count / (len(own) + self._sizes[place] - count)
+                if similarity >= self._near:
+                    detail = f"similarity {similarity:.2f}: {' '.join(spoken(row))[:60]}"
+                    return Reject(row.origin, f"nearly a {self._whose} row", detail)
         return None
-
-
-def _instruction(rows: Sequence[Example]) -> float:
-    """In how many content groups a text must stand to be an instruction."""
-    return max(_FEWEST_SHARING, _SPOKEN * len({row.group for row in rows}))
 
 
 def _short(messages: Sequence[Sequence[str]]) -> bool:

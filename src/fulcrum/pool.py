@@ -10,7 +10,7 @@ pool repeats another, and no kept one shares an n-gram with task data, or holds 
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, pairwise
 
 import numpy as np
@@ -151,7 +151,7 @@ def select(
 
     Where sources have weights, each next row is of the source that is furthest behind its part, counted in `size` (1 a row, or
     its tokens). A row looked at and not kept is a Reject: sharing text with a row of `tasks` (all rows of each, dev and test
-    among them), at least `near` (above 0) like one, or like one of `apart` (general rows that are held out), or whatever
+    among them) or of `apart` (general rows that are held out), at least `near` (above 0) like one, or whatever
     reason `fits` returns (None: it fits). Words are those of `clean.words`. Raises DataError where a row holds an anchor's
     text: that would teach the task's behaviour on general data, so it is refused rather than skipped.
     """
@@ -212,14 +212,12 @@ def _judge(
     tasks: Sequence[Sequence[Example]], anchors: Sequence[Anchor], near: float, apart: Sequence[Example] = ()
 ) -> Callable[[Example], Reject | None]:
     """What says why a row may not stand beside the tasks; None: it may."""
-    task_text, held_out = clean.TaskText(tasks, near), clean.TaskText([apart], near, near_only=True)
+    task_text, held_out = clean.TaskText(tasks, near), clean.TaskText([apart], near, sampled=True)
     anchor_texts = [text for text in (normalise(anchor.text) for anchor in anchors) if text]
 
     def judge(row: Example) -> Reject | None:
         _refuse_anchors(row, anchor_texts)
-        if (refused := task_text.shared(row)) is None and (twin := held_out.near(row)) is not None:
-            refused = replace(twin, reason="nearly a row held out for measuring forgetting")
-        return refused
+        return task_text.shared(row) or held_out.shared(row)
 
     return judge
 
