@@ -103,6 +103,27 @@ def test_arms_with_anchors_of_their_own_are_scored_without_auto(tmp_path: Path) 
     assert not any(score.chosen for score in found.scores)
 
 
+def test_scores_that_choose_nothing_stop_no_comparison_of_few_rows(tmp_path: Path) -> None:
+    one = {"name": "one", "anchored": True, "anchor": "Is it red or blue or green?"}
+    said: list[str] = []
+
+    class Told(Silent):
+        def stage(self, text: str) -> None:
+            said.append(text)
+
+    settings = settings_of(tmp_path, "Name it.", compare={"arms": ["base", one], "sizes": [8], "folds": 2})
+    compare(settings, watcher=Told())
+    assert "task: its anchors are not scored, which takes 8 training rows and an anchor" in said
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
+    assert not (tmp_path / "out" / "anchors.json").exists()
+
+
+def test_where_nothing_is_proposed_the_reasons_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates.propose, "fault", lambda *_, **__: "garbled")
+    with pytest.raises(DataError, match=r"task: no anchor to score; proposals were none, by reason: 8 × template: garbled, "):
+        run(settings_of(tmp_path, "auto"))
+
+
 def test_too_few_rows_and_rows_that_are_others_test_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="anchors are scored on training rows that none was made from; 6 of 8 are left"):
         compare(settings_of(tmp_path, compare={"arms": ["base", "tell"], "sizes": [8], "folds": 2}))

@@ -35,14 +35,15 @@ _SHOWN = (5, 8)  # rows in a prompt that asks for an anchor: at least, at most
 
 
 def proposals(
-    task: Task, rows: Sequence[Example], placement: Placement, loaded: LoadedModel, *, wanted: int = COUNT, seed: int = 0,
+    task: Task, placement: Placement, loaded: LoadedModel, *, wanted: int = COUNT, seed: int = 0,
     by: Sequence[Source] = ("template", "model"), endpoint: Endpoint | None = None, watcher: Watcher | None = None,
 ) -> tuple[list[Candidate], dict[str, int]]:  # fmt: skip
     """Up to `wanted` anchors for a task, from every source in turn, and those that were none by reason.
 
-    Templates are filled from `rows`, training rows; whoever writes sees `propose.shown` of these. Fewer come back where a small
+    Templates are filled from its training rows; whoever writes sees `propose.shown` of these. Fewer come back where a small
     model writes nothing better.
     """
+    rows = task.train
     form = encode.make_format(loaded.tokenizer, None)
     found: dict[str, Candidate] = {}
     left_out = Counter[str]()
@@ -95,20 +96,24 @@ def _questions(rows: Sequence[Example], placement: Placement, count: int, seed: 
 
 
 def scored(
-    candidates: Sequence[Candidate], task: Task, rows: Sequence[Example], general: Sequence[Example], loaded: LoadedModel,
-    settings: Settings, *, seed: int, other: str | None, left_out: dict[str, int], started: float, choose: bool,
-    watcher: Watcher,
+    candidates: Sequence[Candidate], task: Task, tasks: Sequence[Task], general: Sequence[Example], loaded: LoadedModel,
+    settings: Settings, *, seed: int, left_out: dict[str, int], started: float, choose: bool, watcher: Watcher,
 ) -> AnchorScores:  # fmt: skip
-    """Scores of candidates and controls on rows that no proposal was made from, and which of them is chosen (`choose`).
+    """Scores of candidates and controls on training rows that no proposal was made from, and (`choose`) which is chosen.
 
-    `other` is another task's anchor. Raises DataError where too few rows are left.
+    Another of the `tasks` lends its anchor as a control. Raises DataError where too few rows are left, or no candidate is.
     """
-    left = list(rows[len(propose.shown(rows)) :])
-    if len(left) < FEWEST or len({row.group for row in left}) < 2:
+    left = to_score(task)
+    if not _enough(left):
         raise DataError(
-            f"{task.name}: anchors are scored on training rows that none was made from; {len(left)} of {len(rows)} are left "
-            f"({len({row.group for row in left})} content groups); {FEWEST} are needed: write the anchor by hand, or add rows"
+            f"{task.name}: anchors are scored on training rows that none was made from; {len(left)} of {len(task.train)} are "
+            f"left ({len({row.group for row in left})} content groups); {FEWEST} are needed: write the anchor by hand, or add "
+            "rows"
         )
+    if not candidates:
+        why = ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
+        raise DataError(f"{task.name}: no anchor to score; proposals were none, by reason: {why}; write one by hand")
+    other = next((one.anchor.text for one in tasks if one.anchor is not None and one.name != task.name), None)
     every = [*candidates, *anchor_scores.controls(candidates, loaded, other, seed)]
     found = anchor_scores.score(
         every, left, general, loaded, settings.train, seed=seed, count=partial(watcher.count, anchor_scores.LABEL)
@@ -118,6 +123,15 @@ def scored(
         task.name, ordered, min(len(left), anchor_scores.LOSS_ROWS), min(len(general), anchor_scores.GENERAL_ROWS), left_out,
         time.perf_counter() - started,
     )  # fmt: skip
+
+
+def to_score(task: Task) -> list[Example]:
+    """The training rows of a task that no anchor is made from."""
+    return list(task.train[len(propose.shown(task.train)) :])
+
+
+def _enough(rows: Sequence[Example]) -> bool:
+    return len(rows) >= FEWEST and len({row.group for row in rows}) > 1
 
 
 def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watcher) -> tuple[Settings, tuple[AnchorScores, ...]]:
@@ -145,22 +159,23 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
     result = []
     for task in tasks:
         started, given = time.perf_counter(), next(one.anchor for one in settings.tasks if one.name == task.name)
-        others = [one.anchor.text for one in tasks if one.anchor is not None and one is not task]
         candidates = [Candidate(task.anchor, "given")] if task.anchor is not None else []
         candidates += [Candidate(anchor, f"given: arm {name}") for name, anchor in own if anchor != task.anchor]
         left_out: dict[str, int] = {}
-        if auto := given is not None and given.is_auto:
-            assert given is not None
+        if given is not None and given.is_auto:
             candidates += [Candidate(Anchor(text, given.placement), "given") for text in given.candidates]
-            made, left_out = proposals(task, task.train, given.placement, loaded, seed=seed, watcher=watcher)
+            made, left_out = proposals(task, given.placement, loaded, seed=seed, watcher=watcher)
             candidates += made
-        if candidates:
-            result.append(
-                scored(
-                    candidates, task, task.train, general, loaded, settings, seed=seed, other=others[0] if others else None,
-                    left_out=left_out, started=started, choose=auto, watcher=watcher,
-                )
-            )  # fmt: skip
+        elif not candidates or not _enough(to_score(task)):  # nothing hangs on these scores
+            watcher.stage(f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and an anchor")
+            continue
+        result.append(
+            scored(
+                candidates, task, tasks, general, loaded, settings, seed=seed, left_out=left_out, started=started,
+                choose=given is not None and given.is_auto,
+                watcher=watcher,
+            )
+        )  # fmt: skip
     adapter.drop_adapter(loaded)
     return settled(settings, result), tuple(result)
 

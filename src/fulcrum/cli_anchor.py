@@ -78,7 +78,7 @@ def propose(
     with Watch(screen) as watch:
         for where in wheres:
             made, refused = candidates.proposals(
-                chosen, chosen.train, where, loaded, wanted=count, seed=seed, by=sources, endpoint=asked, watcher=watch
+                chosen, where, loaded, wanted=count, seed=seed, by=sources, endpoint=asked, watcher=watch
             )
             found += made
             left_out |= {reason: number + left_out.get(reason, 0) for reason, number in refused.items()}
@@ -130,12 +130,11 @@ def score(
     with Watch(screen) as watch:
         if anchors is None:
             where: Placement = chosen.anchor.placement if chosen.anchor is not None else "user_prefix"
-            made, left_out = candidates.proposals(chosen, chosen.train, where, loaded, seed=seed, watcher=watch)
+            made, left_out = candidates.proposals(chosen, where, loaded, seed=seed, watcher=watch)
             found += made
-        other = next((one.anchor.text for one in tasks if one.anchor is not None and one is not chosen), None)
         scores = candidates.scored(
-            found, chosen, chosen.train, general, loaded, settings, seed=seed, other=other, left_out=left_out, started=began,
-            choose=True, watcher=watch,
+            found, chosen, tasks, general, loaded, settings, seed=seed, left_out=left_out, started=began, choose=True,
+            watcher=watch,
         )  # fmt: skip
     show(screen, scores)
     if out is not None:

@@ -198,7 +198,7 @@ def _pool_too_small(n_task: int, n_general: int, repeats: int, general_per_task:
 def chances(start: int, stop: int, seed: int, stream: str) -> FloatArray:
     """A number in [0, 1) for each position from `start` to `stop`, the same whichever part of a stream is asked for."""
     positions = np.arange(start, stop, dtype=np.uint64) + np.uint64(_key(seed, stream, 0) & _WORD)
-    return _splitmix64(positions).astype(np.float64) / 2.0**64
+    return (_splitmix64(positions) >> np.uint64(11)).astype(np.float64) / 2.0**53  # as many bits as a float has
 
 
 def share(is_task: BoolArray, n_tokens: IntArray, n_loss: IntArray) -> Share:
