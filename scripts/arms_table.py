@@ -51,10 +51,9 @@ def print_table(answers: dict[str, dict[str, Any]], references: list[str], size:
     adjusted = dict(zip(known, leverage.holm(list(known.values())), strict=True))
     for arm, answer in sorted(answers.items(), key=lambda item: -item[1]["difference"]["estimate"]):
         score = next(point["score"] for point in answer["points"] if (point["arm"], point["size"]) == (arm, size))
-        gain = next((gain["rows"] for gain in answer["gain"] if gain["size"] == size), None)
+        gain = next((gain for gain in answer["gain"] if gain["size"] == size), None)
         p = f"{adjusted[arm]:.3f}" if arm in adjusted else ""
-        rises = (answer["slope"]["low"] or 0) > 0
-        worth = "" if gain is None else rows_of(gain, size) if rises else "not identifiable"
+        worth = "" if gain is None else rows_of(gain["rows"], size) if gain["identifiable"] else "not identifiable"
         cells = (f"`{arm}`", size, span(score, sign), span(answer["difference"], 1), p, worth, repeats.get(arm, ""))
         print(f"| {' | '.join(map(str, cells))} |")
 

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fulcrum import certificate, outcomes, store, verification, wording
+from fulcrum import certificate, outcomes, store, terminal, verification, wording
 from fulcrum.certificate import Question
 from fulcrum.errors import DataError, StoreError
 from test_cli import done, refused
@@ -298,6 +299,37 @@ def test_a_reference_that_knows_larger_sizes_shows_what_rows_were_worth(tmp_path
     assert [gain["size"] for gain in answer["gain"]] == [16, 32]
     assert answer["gain"][1]["rows"]["estimate"] == pytest.approx(2.0, rel=0.1)  # 32 rows were worth 64
     assert answer["saving"]["rows"]["most"] == 2.0
+
+
+def test_rows_whose_worth_is_read_above_them_need_no_smaller_size(tmp_path: Path) -> None:
+    """The arm at 16 rows alone, the reference from 16 rows on: no saving can be known, the gain can."""
+    fewer = (line for line in lines() if line["arm"] == "sft" or line["size"] == 16)
+    found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", fewer)), QUESTION)
+    (answer,) = found["answers"]
+    assert (answer["rows"], answer["identifiable"]) == (16, False)
+    assert [(gain["size"], gain["identifiable"]) for gain in answer["gain"]] == [(16, True)]
+    assert re.match(
+        r"Your 16 rows were worth 3\d without general data: row gain [12]\.\dx \(95% interval 1\.\d to 2\.\d\); "
+        r"quality \+[01]\.\d{3} ",
+        found["headline"],
+    )
+    assert wording.verdict_of(answer, None) == ("▲", "gain", "Gain")
+    saving, gain = map(str, terminal.certificate_tables(answer)[1].columns[2].cells)
+    assert saving == "not identifiable"
+    assert re.match(r"[12]\.\d\d \[1\.", gain)
+
+
+def test_row_gains_that_lie_apart_contradict_each_other(tmp_path: Path) -> None:
+    def both() -> Iterator[dict[str, object]]:
+        for metric, ahead in (("quality", 0.5), ("taste", 1.8)):
+            for line in lines(ahead):
+                if "row" in line and (line["arm"] == "sft" or line["size"] == 16):
+                    yield {**line, "metric": metric}
+
+    asked = Question("tell", ("sft",), ("quality", "taste"))
+    found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", both())), asked)
+    assert found["contradiction"] == "the row gains by quality and by taste contradict each other"
+    assert found["headline"].startswith("A gain, of which no factor can be stated: the row gains by quality and by taste")
 
 
 def test_verify_is_silent_about_an_untouched_certificate(made: Path) -> None:

@@ -183,10 +183,12 @@ def test_a_reference_that_has_levelled_off_makes_no_factor_identifiable():
     def found(*levels):
         outcomes = {("sft", 16 * 2**k): level + rng.normal(0, 0.02, (5, 40)) for k, level in enumerate(levels)}
         ref = leverage.reference(leverage.draw(leverage.measure(outcomes, groups)), ["sft"], 256)
-        return leverage.identifiable(ref, 256), leverage.slope(ref).low > 0
+        gains = tuple(leverage.gain_identifiable(ref, size) for size in (16, 64, 256))
+        return leverage.identifiable(ref, 256), leverage.slope(ref).low > 0, gains
 
-    assert found(0, 1, 2, 3, 4) == (True, True)
-    assert found(0, 1, 1, 1, 1) == (False, True)
+    assert found(0, 1, 2, 3, 4) == (True, True, (True, True, False))  # beyond 256 nothing is known
+    assert found(0, 1, 1, 1, 1) == (False, True, (True, False, False))
+    assert found(1, 0, 0, 0, 0.2) == (False, False, (False, False, False))
 
 
 def test_ties_are_no_censoring():

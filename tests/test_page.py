@@ -187,6 +187,21 @@ def test_verdicts(tmp_path: Path, tell: float, sft: float, kind: str, word: str,
     )
 
 
+def test_a_gain_is_read_where_a_saving_cannot_be(tmp_path: Path) -> None:
+    view = shown((line for line in lines() if line["arm"] == "sft" or line["size"] == 16), tmp_path)
+    assert (view["kind"], view["word"]) == ("gain", "Gain")
+    name, value, text = view["tiles"][1]
+    assert (name, re.sub(r"\d", "0", value)) == ("Row gain", "0.0×")
+    assert re.fullmatch(r"\[1\.\d, 2\.\d\]: 16 rows of tell were worth 3\d \(\d\d to \d\d\) rows without general data", text)
+    saving, gain = view["answers"][0]["factors"]
+    assert (saving["factors"], saving["words"]) == (["not identifiable"] * 2, "")
+    assert gain["factors"][0].startswith(value)
+    assert "The row saving is not identifiable, because the reference was measured" not in (
+        text := page.html({"certificate.json": known(tmp_path)})
+    )
+    assert "The row saving is not identifiable, because the reference, which gets better as a whole (quality" in text
+
+
 def test_a_contradiction_stands_beside_the_headline(tmp_path: Path) -> None:
     def both() -> Iterator[dict[str, object]]:
         yield from lines(1.0)
@@ -303,7 +318,7 @@ def test_a_damaged_certificate_is_refused_in_one_line(rich: Path, change: Any) -
 def test_what_is_no_certificate_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no certificate\.json in it"):
         page.write(tmp_path)
-    (tmp_path / "certificate.json").write_text('{"format": 2}')
+    (tmp_path / "certificate.json").write_text('{"format": 1}')
     with pytest.raises(StoreError, match="not a certificate of a format that this version knows"):
         page.write(tmp_path)
 

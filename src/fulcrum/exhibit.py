@@ -66,7 +66,8 @@ def answer_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> dict[st
             "narrow": curves.learning(lines, reading, width=400, height=430, narrow=True),
         },
         "sizes": sizes, "scores": shown, "reading": reading, "legend": [(line, curves.shape(line.place)) for line in lines],
-        "factors": _factors(answer, question), "units": list(answer["saving"]), "identifiable": answer["identifiable"],
+        "factors": _factors(answer, question), "units": list(answer["saving"]),
+        "identifiable": any(found["identifiable"] for found in (answer, *answer["gain"])),
         "why": "" if answer["identifiable"] else not_identifiable(answer),
         "more": more_rows_text(answer), "more_rows": answer["more_rows"]["rows"],
         "slope": " ".join(signed(answer["slope"], sign_of(answer))) if answer["slope"]["estimate"] is not None else "",
@@ -151,12 +152,16 @@ def _factors(answer: Mapping[str, Any], question: Mapping[str, Any]) -> list[dic
     """The row saving and each row gain: name, a factor for each unit, and in words."""
     n, arm = answer["rows"], question["arm"]
     units = list(answer["saving"])
-    rows = [("row saving", n, answer["saving"], in_rows(answer["saving"]["rows"], n))]
-    rows += [("row gain", gain["size"], gain, in_rows(gain["rows"], gain["size"], gain=arm)) for gain in answer["gain"]]
+    saving = {**answer["saving"], "size": n, "identifiable": answer["identifiable"]}
+    rows = [("row saving", saving, in_rows(answer["saving"]["rows"], n))]
+    rows += [("row gain", gain, in_rows(gain["rows"], gain["size"], gain=arm)) for gain in answer["gain"]]
     return [
-        {"name": name, "size": size, "factors": [" ".join(factor_text(found[unit])) for unit in units], "words": words}
-        for name, size, found, words in rows
-    ]
+        {
+            "name": name, "size": found["size"], "words": words if found["identifiable"] else "",
+            "factors": [" ".join(factor_text(found[unit])) if found["identifiable"] else "not identifiable" for unit in units],
+        }
+        for name, found, words in rows
+    ]  # fmt: skip
 
 
 def _bars(

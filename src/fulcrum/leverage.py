@@ -408,12 +408,17 @@ def slope_towards(ref: Reference, n: int) -> Interval:
 
 
 def identifiable(ref: Reference, n: int) -> bool:
-    """Whether the reference rises clearly, as a whole and where it comes to `n` rows.
+    """Whether the reference rises clearly, as a whole and where it comes to `n` rows, as a row saving needs.
 
     A reference that has levelled off is as good with few rows as with all: what it then takes few rows to reach is no merit
     of general data.
     """
     return slope(ref).low > 0 and slope_towards(ref, n).low > 0
+
+
+def gain_identifiable(ref: Reference, size: int) -> bool:
+    """Whether the reference rises clearly, as a whole and from `size` rows on, where the gain of so many rows is read off."""
+    return slope(ref).low > 0 and slope(ref, since=size).low > 0
 
 
 def at(ref: Reference, rows: int) -> FloatArray | None:

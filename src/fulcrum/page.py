@@ -13,7 +13,7 @@ from typing import Any
 
 from fulcrum import certificate, curves, exhibit, store, summary
 from fulcrum.errors import StoreError
-from fulcrum.wording import factor_text, in_rows, more_rows_text, not_identifiable, percent, signed, verdict_of
+from fulcrum.wording import factor_text, gain_of, in_rows, more_rows_text, not_identifiable, percent, signed, verdict_of
 
 REPORT = "report.html"
 Certificate = Mapping[str, Any]
@@ -99,11 +99,15 @@ def _tiles(known: Certificate, question: Mapping[str, Any]) -> list[tuple[str, s
     tiles = [
         (f"{exhibit.named(answer)}, {better}: {question['arm']} − {exhibit.reference_at(answer, n)} at {n} rows", value, span)
     ]
-    if not answer["identifiable"]:
+    gain = gain_of(answer)
+    if not answer["identifiable"] and gain is None:
         tiles.append(("Row saving", "not identifiable", f"because {not_identifiable(answer)}"))
     elif known["contradiction"]:
         each = (f"{exhibit.named(own)} {' '.join(factor_text(own['saving']['rows']))}" for own in known["answers"])
         tiles.append(("Row saving", "none stated", "; ".join(each)))
+    elif gain is not None and (not answer["identifiable"] or saving["most"] <= 1):
+        value, span = factor_text(gain["rows"])
+        tiles.append(("Row gain", value, f"{span}: {in_rows(gain['rows'], n, gain=question['arm'])}"))
     else:
         value, span = factor_text(saving)
         tiles.append(("Row saving", value, f"{span}: {in_rows(saving, n)}"))

@@ -224,11 +224,12 @@ def certificate_tables(answer: Mapping[str, Any]) -> list[Table]:
     title = f"{answer['metric']} by task rows ({'lower' if answer['lower_is_better'] else 'higher'} is better), 95% intervals"
     rows = [[arm, *(_ends(scores.get((arm, size)), sign) for size in sizes)] for arm in arms]
     found = [grid(title, ["arm", *map(str, sizes)], rows)]
-    factors = [["row saving", str(answer["rows"]), *(_factor(factor) for factor in answer["saving"].values())]]
-    for gain in answer["gain"]:
-        factors.append(["row gain", str(gain["size"]), *(_factor(gain[unit]) for unit in answer["saving"])])
-    if not answer["identifiable"]:
-        factors = [[*row[:2], *("not identifiable" for _ in row[2:])] for row in factors]
+    of_all = {**answer["saving"], "size": answer["rows"], "identifiable": answer["identifiable"]}
+    factors = [
+        [name, str(found["size"])]
+        + [_factor(found[unit]) if found["identifiable"] else "not identifiable" for unit in answer["saving"]]
+        for name, found in (("row saving", of_all), *(("row gain", gain) for gain in answer["gain"]))
+    ]
     found.append(grid("How far the rows went", ["factor", "at", *(f"in {unit}" for unit in answer["saving"])], factors))
     contrasts = [["difference to the reference", _ends(answer["difference"], sign)]]
     contrasts += [[part["name"], _ends(part, sign)] for part in answer["attribution"]]

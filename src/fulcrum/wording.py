@@ -50,12 +50,17 @@ def verdict_of(answer: Mapping[str, Any], contradiction: str | None) -> tuple[st
     if answer["verdict"] == "gain":
         if contradiction:
             return "≠", "unclear", "Gain by the first metric, contradicted by another"
-        if not answer["identifiable"]:
+        if not answer["identifiable"] and gain_of(answer) is None:
             return "▲", "unclear", "Gain, its worth in rows not identifiable"
         return "▲", "gain", "Gain"
     if answer["verdict"] == "loss":
         return "▼", "loss", "Loss"
     return ("?", "unknown", "Cannot be said") if answer["verdict"] == "cannot be said" else ("=", "none", "No gain shown")
+
+
+def gain_of(answer: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The row gain of all rows, where the reference was measured with more and rises there."""
+    return next((gain for gain in answer["gain"] if gain["size"] == answer["rows"] and gain["identifiable"]), None)
 
 
 def not_identifiable(answer: Mapping[str, Any]) -> str:
