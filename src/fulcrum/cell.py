@@ -274,7 +274,8 @@ def other_anchors(task: Task, tasks: Sequence[Task], arm: Arm, settings: Setting
         return {}
     given = next(one.anchor for one in settings.tasks if one.name == task.name) if arm.anchor is None else arm.anchor
     wording = given.paraphrase if given is not None and given.value == own else None
-    another = next((other.anchor.text for other in tasks if other.anchor not in (None, own)), ANOTHER)
+    others = (other.anchor for other in tasks if other.name != task.name)
+    another = next((one.text for one in others if one is not None and one.text != own.text), ANOTHER)
     found: dict[str, Anchor | None] = {
         "without": None, "wrong": replace(own, text=another),
         "reworded": replace(own, text=wording or reworded(own.text)),
