@@ -148,9 +148,8 @@ def test_what_hangs_on_the_anchor_is_asked_for_with_others(material: Material) -
     assert cell.other_anchors(task, [task], arms.ARMS["mix"], settings) == {}
     own = config.from_dict({"task": {"train": "x.jsonl", "anchor": {"text": "Name it.", "paraphrase": "Call it."}}})
     assert cell.other_anchors(task, [task], arms.ARMS["tell"], own)["reworded"] == Anchor("Call it.")
-    arm = replace(
-        arms.ARMS["tell"], anchor=config.from_dict({"task": {"train": "x.jsonl", "anchor": "Say it."}}).tasks[0].anchor
-    )
+    said = config.from_dict({"task": {"train": "x.jsonl", "anchor": "Say it."}}).tasks[0].anchor
+    arm = arms.ARMS["tell"].model_copy(update={"anchor": said})
     assert cell.anchor_of(arm, task) == Anchor("Say it.")
     assert cell.other_anchors(task, [task], arm, settings)["wrong"] == Anchor(cell.ANOTHER)  # the task's own is not wrong
     assert cell.other_anchors(task, [task, other], arm, settings)["wrong"] == Anchor("Count it.")
