@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 
+import answering
+from answering import Asked
 from fulcrum import anchor_outcomes, anchor_scores, candidates, config, report, use
 from fulcrum.cell import Silent
 from fulcrum.comparison import compare
@@ -203,32 +203,17 @@ def test_what_a_run_has_to_settle_cannot_be_written_before(tmp_path: Path) -> No
 
 
 @pytest.fixture
-def endpoint() -> Iterator[tuple[str, list[str]]]:
-    asked: list[str] = []
+def endpoint() -> Iterator[tuple[str, Asked]]:
     texts = [
         "Name the colour that this animal has today.", "- Name the colour that this animal has today.",
         "I'm sorry, but I cannot do that for you today.", "Tell which of three colours goes with the animal.",
     ]  # fmt: skip
     said = iter(texts * 9)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # the name that http.server calls
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body["messages"][0]["content"])
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": next(said)}}]}).encode())
-
-        def log_message(self, *given: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    server.shutdown()
+    with answering.endpoint(lambda asked: (200, next(said))) as (url, asked):
+        yield url, asked
 
 
-def test_an_endpoint_proposes(tmp_path: Path, endpoint: tuple[str, list[str]]) -> None:
+def test_an_endpoint_proposes(tmp_path: Path, endpoint: tuple[str, Asked]) -> None:
     url, asked = endpoint
     out = tmp_path / "a.jsonl"
     options = ["--by", "endpoint", "--endpoint", url, "--endpoint-model", "m", "-n", 2]
@@ -238,10 +223,11 @@ def test_an_endpoint_proposes(tmp_path: Path, endpoint: tuple[str, list[str]]) -
     ]  # fmt: skip
     assert "1 × endpoint: proposed twice" in text
     assert "1 × endpoint: refusal" in text
+    questions = [each["messages"][0]["content"] for each in asked]
     train = [json.loads(line)["prompt"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     test = [json.loads(line)["prompt"] for line in (tmp_path / "test.jsonl").read_text().splitlines()]
-    assert all(any(f"Input: {prompt}\n" in question for prompt in train) for question in asked)
-    assert not any(f"Input: {prompt}\n" in question for prompt in test for question in asked)
+    assert all(any(f"Input: {prompt}\n" in question for prompt in train) for question in questions)
+    assert not any(f"Input: {prompt}\n" in question for prompt in test for question in questions)
 
 
 def test_answers_that_all_begin_with_the_prefix_are_refused_before_anything_is_scored(tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 
+import answering
+from answering import Asked
 from fulcrum import arms, comparison, encode, generate, ingest, material, pseudo, store
 from fulcrum.cell import Silent
 from fulcrum.config import Settings
@@ -196,33 +196,20 @@ def test_of_the_adapters_answers_the_likeliest_to_all_is_taken(tmp_path: Path, m
 
 
 @pytest.fixture
-def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def endpoint() -> Iterator[tuple[str, Asked]]:
     """Answers "blue"; is busy at first; refuses what is asked about cows."""
-    asked: list[dict[str, Any]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # the name that http.server calls
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            text = asked[-1]["messages"][-1]["content"]
-            said = {"long": "It is so. It is"}.get(text, "I'm sorry, I cannot." if "cow" in text else " blue ")
-            answer = json.dumps({"choices": [{"message": {"content": said}, "finish_reason": "length"}]}).encode()
-            self.send_response(400 if text == "forbidden" else 429 if len(asked) == 1 else 200)
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+    def said(asked: Asked) -> tuple[int, str]:
+        text = asked[-1]["messages"][-1]["content"]
+        answer = {"long": "It is so. It is"}.get(text, "I'm sorry, I cannot." if "cow" in text else " blue ")
+        return 400 if text == "forbidden" else 429 if len(asked) == 1 else 200, answer
 
-        def log_message(self, *given: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    server.shutdown()
+    with answering.endpoint(said) as (url, asked):
+        yield url, asked
 
 
 def test_a_teacher_answers_once_and_again_after_it_was_busy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: tuple[str, list[dict[str, Any]]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: tuple[str, Asked]
 ) -> None:
     url, asked = endpoint
     monkeypatch.setenv("MY_KEY", "a secret")
@@ -250,7 +237,7 @@ def test_an_address_with_a_password_is_refused() -> None:
         Endpoint("http://me:secret@somewhere/v1", "m")
 
 
-def test_a_conversation_that_is_refused_stops_no_others(endpoint: tuple[str, list[dict[str, Any]]]) -> None:
+def test_a_conversation_that_is_refused_stops_no_others(endpoint: tuple[str, Asked]) -> None:
     url, _ = endpoint
     teacher = Endpoint(url, "strict")
     with pytest.raises(ConfigError, match=r"status 400: .*; check the address"):

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
+import answering
+from answering import Asked
 from fulcrum import encode, generate, rows, selfgen
 from fulcrum.endpoint import Endpoint
 from fulcrum.errors import ConfigError, StoreError
@@ -122,33 +122,19 @@ def test_a_base_model_writes_texts_in_two_parts(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.fixture
-def endpoint() -> Iterator[tuple[str, list[dict]]]:
-    asked: list[dict] = []
+def endpoint() -> Iterator[tuple[str, Asked]]:
+    def said(asked: Asked) -> tuple[int, str]:
+        text, status = asked[-1]["messages"][0]["content"], 400 if asked[-1]["model"] == "broken" else 200
+        if text.startswith("Write one question"):
+            return status, f"What is {text.split()[6]} number {asked[-1]['seed']}?"
+        return status, "It is a thing of its own."
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # the name that http.server calls
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
-            text = body["messages"][0]["content"]
-            said = "It is a thing of its own."
-            if text.startswith("Write one question"):
-                said = f"What is {text.split()[6]} number {body['seed']}?"
-            answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-            self.send_response(400 if body["model"] == "broken" else 200)
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, *given: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    server.shutdown()
+    with answering.endpoint(said) as (url, asked):
+        yield url, asked
 
 
 def test_an_endpoint_writes_through_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: tuple[str, list[dict]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: tuple[str, Asked]
 ) -> None:
     url, asked = endpoint
     monkeypatch.setenv("MY_KEY", "secret")

@@ -144,11 +144,8 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
     wanting = [task.name for task in settings.tasks if task.anchor is not None and task.anchor.is_auto]
     if not wanting and not own:
         return settings, ()
-    if wanting and compared and settings.outer_folds and len(settings.seeds) > 1:
-        raise ConfigError(
-            "task.anchor: auto: without a test file the first seed's task rows are the other seeds' test rows, which must not "
-            "choose anything; give a test file, use one seed, or write an anchor"
-        )
+    if wanting and compared:
+        settings.refuse_choosing_by("task.anchor: auto", "anything", "use one seed, write an anchor")
     folder = Path(settings.output_dir)
     store.check_free(folder, resume=resume)  # before anything slow
     if (folder / store.ANCHORS).exists():

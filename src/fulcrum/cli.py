@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fulcrum import cli_anchor, cli_certificate, cli_models, cli_pool, cli_selfgen
+from fulcrum import cli_anchor, cli_certificate, cli_models, cli_pool, cli_selfgen, cli_start
 from fulcrum.cli_group import DEBUG, Group
+from fulcrum.cli_start import Changes, RunFile, RunFolder, TaskName
 from fulcrum.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,18 +29,12 @@ app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_pool.app, name="pool")
 app.add_typer(cli_anchor.app, name="anchor")
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Settings file; `fulcrum init` writes one.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The output_dir of a finished run.")]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as a.b=c; repeatable.")
-]
 Model = Annotated[str | None, typer.Option("--model", help="Override `model`.")]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Override `output_dir`.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Override `seed`; `compare` takes compare.seeds where set.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that output_dir holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, shares and steps, and train nothing.")]
 ArmName = Annotated[str | None, typer.Option("--arm", help="Arm (default: the first there of tell, mix, sft_anchor, sft).")]
-TaskName = Annotated[str | None, typer.Option("--task", help="Task (default: the first).")]
 
 
 def _version(wanted: bool) -> None:
@@ -115,7 +110,7 @@ def check(
     from fulcrum import config
 
     settings = config.load(run_file, changes or ())
-    screen = _ready_screen(ctx, settings)
+    screen = cli_start.ready(ctx, settings)
     from fulcrum import arms, encode, preview, terminal
 
     with terminal.working(screen, "reading data"):
@@ -158,7 +153,7 @@ def compare(
     if budget or quick:
         from fulcrum import cli_budget
 
-        screen = _ready_screen(ctx, settings, dry_run=dry_run)
+        screen = cli_start.ready(ctx, settings, dry_run=dry_run)
         settings, planned = cli_budget.planned(screen, settings, budget, quick=quick, resume=resume, ask=not (yes or dry_run))
         how |= planned
     _launch(ctx, "compare", settings, resume=resume, dry_run=dry_run, **how)
@@ -187,7 +182,7 @@ def evaluate(
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     scoring.needs_generation(names)  # a misspelt name is said before the model is loaded
-    notes = _notes(ctx)
+    notes = cli_start.notes(ctx)
     from fulcrum import use
 
     with terminal.working(notes, "loading the model and scoring"):
@@ -207,7 +202,7 @@ def chat(ctx: typer.Context, run_folder: RunFolder, arm: ArmName = None, task: T
 
     One question a line, typed or piped in; `/reset` begins anew, `/quit` ends.
     """
-    notes = _notes(ctx)
+    notes = cli_start.notes(ctx)
     from fulcrum import terminal, use
 
     with terminal.working(notes, "loading the model"):
@@ -232,7 +227,7 @@ def mix(
     settings = _settings(run_file, changes, model, None, seed)
     if settings.mix.select == "gradient":
         raise ConfigError("mix.select: gradient needs gradients, which only `train` and `compare` take; choose another")
-    screen = _ready_screen(ctx, settings)
+    screen = cli_start.ready(ctx, settings)
     from fulcrum import arms, preview, terminal
 
     if any(task.anchor is not None and task.anchor.is_auto for task in settings.tasks):
@@ -273,38 +268,11 @@ def _settings(
     return config.load(run_file, changes or (), {key: value for key, value in given.items() if value is not None})
 
 
-def _notes(ctx: typer.Context) -> "Console":
-    """A console on stderr; unless `--debug` is on, libraries are silenced."""
-    from fulcrum import terminal
-
-    if not ctx.obj:
-        terminal.silence_libraries()
-    return terminal.console(stderr=True)
-
-
-def _ready_screen(ctx: typer.Context, settings: "Settings", *, dry_run: bool = False) -> "Console":
-    """A console on stdout, once the model is fetched and general data are converted, with bars where the cache lacks them.
-
-    Of a dry run only the settings go to stdout where that is piped: the console is then one on stderr.
-    """
-    notes = _notes(ctx)
-    from fulcrum import fetch, terminal
-
-    screen = terminal.console()
-    screen = notes if dry_run and not screen.is_terminal else screen
-    with terminal.download(screen, settings.model) as progress:
-        fetch.prepare(settings.model, progress)
-    arms = [arm for arm in settings.compare.arms if not isinstance(arm, str)]
-    for sources in filter(None, (settings.general, *(arm.pool for arm in arms))):
-        cli_pool.convert(screen, settings, sources)
-    return screen
-
-
 def _launch(
     ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool, dry_run: bool, **how: Any
 ) -> None:  # fmt: skip
     """Do what `train` and `compare` do, or print what they would."""
-    screen = _ready_screen(ctx, settings, dry_run=dry_run)
+    screen = cli_start.ready(ctx, settings, dry_run=dry_run)
     if dry_run:
         from fulcrum import arms
 

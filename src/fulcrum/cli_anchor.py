@@ -8,21 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from fulcrum import cli_start
+from fulcrum.cli_start import Changes, EndpointModel, EndpointUrl, KeyVariable, RunFile, TaskName
 from fulcrum.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fulcrum.config import Settings
     from fulcrum.records import AnchorScores, Placement
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Settings file, with the task's training rows.")]
-TaskName = Annotated[str | None, typer.Option("--task", help="Task (default: the first).")]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as a.b=c; repeatable.")
-]
 SOURCES = ("template", "model", "endpoint")
 
 
@@ -43,14 +39,13 @@ def propose(
     by: Annotated[str, typer.Option("--by", metavar="A,B", help="Who: template, model, endpoint.")] = "template,model",
     text: Annotated[list[str] | None, typer.Option("--text", help="An anchor of your own; repeatable.")] = None,
     task: TaskName = None,
-    endpoint: Annotated[str, typer.Option("--endpoint", metavar="URL", help="OpenAI-compatible; ends in /v1.")] = "",
-    endpoint_model: Annotated[str, typer.Option("--endpoint-model", help="The model's name there.")] = "",
-    key: Annotated[
-        str, typer.Option("--key-variable", help="Environment variable with the endpoint's key.")
-    ] = "OPENAI_API_KEY",
+    endpoint: EndpointUrl = "",
+    endpoint_model: EndpointModel = "",
+    key: KeyVariable = "OPENAI_API_KEY",
     changes: Changes = None,
 ) -> None:
     """Write anchors for a task: filled from its training rows, written by the model, by an endpoint, or by you."""
+    from fulcrum import config
     from fulcrum.records import Placement
 
     who, placements = [name.strip() for name in by.split(",") if name.strip()], placement or ["user_prefix"]
@@ -61,7 +56,8 @@ def propose(
         raise ConfigError(f"--out {out}: the name must end in .jsonl")
     if "endpoint" in who and not (endpoint and endpoint_model):
         raise ConfigError("--by endpoint needs --endpoint, its address, and --endpoint-model, the model's name there")
-    settings, screen = _settings(ctx, run_file, changes)
+    settings = config.load(run_file, changes or ())
+    screen = cli_start.ready(ctx, settings)
     from fulcrum import anchor_scores, candidates, store, terminal
     from fulcrum.anchor_scores import Candidate
     from fulcrum.endpoint import Endpoint
@@ -114,8 +110,11 @@ def score(
 
     Without ANCHORS.jsonl anchors are proposed first. The task's own anchor and controls always stand in the table.
     """
+    from fulcrum import config
+
     given = [] if anchors is None else _read(anchors)
-    settings, screen = _settings(ctx, run_file, changes)
+    settings = config.load(run_file, changes or ())
+    screen = cli_start.ready(ctx, settings)
     from fulcrum import candidates, store, terminal
     from fulcrum.anchor_scores import Candidate
     from fulcrum.watch import Watch
@@ -196,17 +195,6 @@ def show(screen: "Console", scores: "AnchorScores") -> None:
     )
     if any(one.chosen for one in scores.scores):
         terminal.say(screen, candidates.sentence(scores), "bold")
-
-
-def _settings(ctx: typer.Context, run_file: Path, changes: list[str] | None) -> "tuple[Settings, Console]":
-    from fulcrum import config, fetch, terminal
-
-    settings, screen = config.load(run_file, changes or ()), terminal.console()
-    if not ctx.obj:
-        terminal.silence_libraries()
-    with terminal.download(screen, settings.model) as progress:
-        fetch.prepare(settings.model, progress)
-    return settings, screen
 
 
 def _task(tasks: Any, name: str | None) -> Any:

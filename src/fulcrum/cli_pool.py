@@ -1,12 +1,13 @@
 """`fulcrum pool`: convert, describe, sample and check general data."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fulcrum import cli_start
+from fulcrum.cli_start import Changes
 from fulcrum.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,15 +16,11 @@ if TYPE_CHECKING:
     from fulcrum.config import Settings
     from fulcrum.pool import Pool
     from fulcrum.records import Anchor, Task
-    from fulcrum.sections import GeneralSource
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Given = Annotated[str, typer.Argument(metavar="RUN.yaml|DATA", help="A settings file, or a file, folder, glob or hub id.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Processes that convert (default: as many as processors).")]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of RUN.yaml; repeatable.")
-]
 
 
 @app.callback()
@@ -125,17 +122,7 @@ def _open(ctx: typer.Context, given: str, jobs: int | None, changes: list[str] |
     settings, screen = _settings(given, changes), terminal.console()
     if not settings.general:
         raise ConfigError(f"{given}: `general:` names no data; write `general: FILE`, or give the file itself")
-    return screen, convert(screen, settings, settings.general, jobs)
-
-
-def convert(screen: "Console", settings: "Settings", sources: "Sequence[GeneralSource]", jobs: int | None = None) -> "Pool":
-    """Open general data as the settings do, with a bar where anything must be converted first."""
-    from fulcrum import pool as pools
-    from fulcrum.watch import Watch
-
-    near, jobs = settings.clean.near_duplicates, jobs or os.cpu_count() or 1
-    with Watch(screen) as watch:
-        return pools.open_pool(sources, settings.seed, near=near, jobs=jobs, progress=watch.count)
+    return screen, cli_start.convert(screen, settings, settings.general, jobs)
 
 
 def _show(screen: "Console", opened: "Pool") -> None:

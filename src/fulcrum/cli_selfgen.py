@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fulcrum.cli_start import EndpointModel, EndpointUrl, KeyVariable
 from fulcrum.errors import ConfigError
 
 
@@ -20,11 +21,9 @@ def selfgen(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed makes other rows.")] = 0,
     temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="Of what is asked; answers are greedy.")] = 1.0,
     language: Annotated[str | None, typer.Option("--language", help="Keep rows in this language only, as en.")] = None,
-    endpoint: Annotated[str, typer.Option("--endpoint", metavar="URL", help="OpenAI-compatible; ends in /v1.")] = "",
-    endpoint_model: Annotated[str, typer.Option("--endpoint-model", help="The model's name there.")] = "",
-    key: Annotated[
-        str, typer.Option("--key-variable", help="Environment variable with the endpoint's key.")
-    ] = "OPENAI_API_KEY",
+    endpoint: EndpointUrl = "",
+    endpoint_model: EndpointModel = "",
+    key: KeyVariable = "OPENAI_API_KEY",
 ) -> None:
     """Let a model write general data: questions and its own answers, or, of a base model, texts in two parts."""
     from fulcrum import clean, store, terminal

@@ -56,11 +56,8 @@ def compare(
     settings, anchors = candidates.resolve(settings, compared=True, resume=resume, watcher=watcher)
     settings, found = pilot.resolve(settings, compared=True, resume=resume, watcher=watcher)
     arms = chosen_arms(settings)
-    if settings.outer_folds and settings.compare.tune == "first" and len(settings.seeds) > 1:
-        raise ConfigError(
-            "compare.tune: first: without a test file the first seed's task rows are the other seeds' test rows, which must "
-            "not choose settings; use `tune: each`, or give a test file"
-        )
+    if settings.compare.tune == "first":
+        settings.refuse_choosing_by("compare.tune: first", "settings", "use `tune: each`")
     _require_common_size(settings, arms)
     loaded, rows, folder = begin("compare", settings, arms, settings.seeds, resume, watcher)
     gone = pilot.dropped(asked) if found is not None and found.chosen == 0 else ()

@@ -383,6 +383,14 @@ class Settings(Section):
         """Folds of the rows that seeds hold out one each, where a comparison has no test file; 0 where each task has one."""
         return 0 if all(task.test for task in self.tasks) else max(LEAST_FOLDS, len(self.seeds))
 
+    def refuse_choosing_by(self, key: str, what: str, remedy: str) -> None:
+        """Raise ConfigError where a comparison's seeds hold out each other's rows: none of them may choose for the rest."""
+        if self.outer_folds and len(self.seeds) > 1:
+            raise ConfigError(
+                f"{key}: without a test file the first seed's task rows are the other seeds' test rows, which must not choose "
+                f"{what}; {remedy}, or give a test file"
+            )
+
 
 def from_dict(data: Mapping[str, Any], where: str = "settings", flags: Mapping[str, str] | None = None) -> Settings:
     """Validate nested settings; `flags` says by which flag a dotted name was set.

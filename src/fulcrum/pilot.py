@@ -41,11 +41,8 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
     """
     if settings.mix.general_per_task != "auto":
         return settings, None
-    if compared and settings.outer_folds and len(settings.seeds) > 1:
-        raise ConfigError(
-            "mix.general_per_task: auto: without a test file the first seed's task rows are the other seeds' test rows, which "
-            "must not choose anything; give a test file, use one seed, or set a number"
-        )
+    if compared:
+        settings.refuse_choosing_by("mix.general_per_task: auto", "anything", "use one seed, set a number")
     folder = Path(settings.output_dir)
     store.check_free(folder, resume=resume)  # before anything slow
     if (folder / store.PILOT).exists():

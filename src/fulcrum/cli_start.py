@@ -1,0 +1,62 @@
+"""What commands share before they begin: their arguments, the settings, a console, and a model and general data made ready."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fulcrum.config import Settings
+    from fulcrum.pool import Pool
+    from fulcrum.sections import GeneralSource
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Settings file; `fulcrum init` writes one.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The output_dir of a finished run.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as a.b=c; repeatable.")
+]
+TaskName = Annotated[str | None, typer.Option("--task", help="Task (default: the first).")]
+EndpointUrl = Annotated[str, typer.Option("--endpoint", metavar="URL", help="OpenAI-compatible; ends in /v1.")]
+EndpointModel = Annotated[str, typer.Option("--endpoint-model", help="The model's name there.")]
+KeyVariable = Annotated[str, typer.Option("--key-variable", help="Environment variable with the endpoint's key.")]
+
+
+def notes(ctx: typer.Context) -> "Console":
+    """A console on stderr; unless `--debug` is on, libraries are silenced."""
+    from fulcrum import terminal
+
+    if not ctx.obj:
+        terminal.silence_libraries()
+    return terminal.console(stderr=True)
+
+
+def ready(ctx: typer.Context, settings: "Settings", *, dry_run: bool = False) -> "Console":
+    """A console on stdout, once the model is fetched and general data are converted, with bars where the cache lacks them.
+
+    Of a dry run only the settings go to stdout where that is piped: the console is then one on stderr.
+    """
+    aside = notes(ctx)
+    from fulcrum import fetch, terminal
+
+    screen = terminal.console()
+    screen = aside if dry_run and not screen.is_terminal else screen
+    with terminal.download(screen, settings.model) as progress:
+        fetch.prepare(settings.model, progress)
+    arms = [arm for arm in settings.compare.arms if not isinstance(arm, str)]
+    for sources in filter(None, (settings.general, *(arm.pool for arm in arms))):
+        convert(screen, settings, sources)
+    return screen
+
+
+def convert(screen: "Console", settings: "Settings", sources: "Sequence[GeneralSource]", jobs: int | None = None) -> "Pool":
+    """Open general data as the settings do, with a bar where anything must be converted first."""
+    from fulcrum import pool as pools
+    from fulcrum.watch import Watch
+
+    near, jobs = settings.clean.near_duplicates, jobs or os.cpu_count() or 1
+    with Watch(screen) as watch:
+        return pools.open_pool(sources, settings.seed, near=near, jobs=jobs, progress=watch.count)
