@@ -455,7 +455,7 @@ def test_certify_and_verify_from_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = done("certify", file, "--out", out, "--reference", "sft")
     assert "of your 64 rows would have sufficed: row saving" in said
-    assert "every number follows from the outcomes beside it." in done("verify", out / "certificate.json")
+    assert "every number follows from the outcomes beside it" in done("verify", out / "certificate.json")
     assert "exists already and is not overwritten" in refused("certify", file, "--out", out)
     text = (out / "outcomes.jsonl").read_text()
     (out / "outcomes.jsonl").write_text(text.replace('"seed": 2', '"seed": 9'))

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fulcrum"
 # From the ground up: a file imports only files listed before it.
 FLOORS = (
     ("errors",),
-    ("records", "settings_file", "sections", "config", "store", "stats", "leverage", "outcomes"),
+    ("records", "settings_file", "sections", "config", "store", "run_folder", "stopping", "stats", "leverage", "outcomes"),
     (
         "rows",
         "tables",
@@ -50,6 +50,7 @@ FLOORS = (
         "model",
         "lora",
         "adapter",
+        "checkpoint",
         "loss",
         "compiled",
         "training",
@@ -84,6 +85,7 @@ FLOORS = (
     ("preview", "proof", "units", "workers", "comparison", "budget"),
     (
         "use",
+        "repeat",
         "terminal",
         "watch",
         "cli_group",

@@ -297,7 +297,11 @@ def test_an_empty_pool_leaves_plain_sft():
         ({"n_task": 0}, DataError, "at least 1 task row, got 0"),
         ({"order": "randm"}, ConfigError, "unknown order 'randm'; did you mean 'random'"),
         ({"repeats": 0}, ConfigError, "repeats must be at least 1, got 0"),
-        ({"general_per_task": -1.0}, ConfigError, "general_per_task must be 0 .plain SFT. or a positive number, got -1.0"),
+        (
+            {"general_per_task": -1.0},
+            ConfigError,
+            "general_per_task must be 0 .plain SFT. or a positive number up to 1e.09, got -1.0",
+        ),
         ({"general_per_task": float("nan")}, ConfigError, "got nan"),
         ({"n_task": 10**10, "general_per_task": 0}, ConfigError, "20,000,000,000 of 20,000,000,000 positions exceed 64-bit"),
     ],

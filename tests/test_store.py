@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import shutil
-from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,64 +133,3 @@ def test_a_damaged_file_says_so(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f.json").write_bytes(content)
     with pytest.raises(StoreError, match=r"f\.json: not readable as JSON .*the file was changed or damaged"):
         store.read_json(tmp_path / "f.json")
-
-
-# Run folders.
-
-
-def test_a_new_folder_is_taken_and_goes_on_only_when_asked(tmp_path: Path) -> None:
-    folder = store.open_run(tmp_path / "a" / "run", IDENTITY, resume=False)
-    assert store.read_json(folder / "manifest.json") == store.plain(IDENTITY)
-    assert store.open_run(folder, IDENTITY, resume=True) == folder
-    with pytest.raises(StoreError, match="already holds a run; go on with it"):
-        store.open_run(folder, IDENTITY, resume=False)
-
-
-def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    store.open_run(tmp_path, IDENTITY, resume=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
-
-
-def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
-    store.open_run(tmp_path, IDENTITY, resume=False)
-    other = {**IDENTITY, "data": ["abd"]}
-    with pytest.raises(StoreError, match="already holds a run; go on with it"):
-        store.open_run(tmp_path, other, resume=False)
-    with pytest.raises(StoreError, match="cannot resume, data changed since it started; choose another output_dir"):
-        store.open_run(tmp_path, other, resume=True)
-
-
-def test_changed_data_is_named(tmp_path: Path) -> None:
-    store.open_run(tmp_path, {"data": {"general": ["a"], "tickets train": ["b", "c"]}}, resume=False)
-    with pytest.raises(StoreError, match=r"cannot resume, data\.tickets train changed since"):
-        store.open_run(tmp_path, {"data": {"general": ["a"], "tickets train": ["b", "d"]}}, resume=True)
-
-
-def test_a_changed_setting_is_named(tmp_path: Path) -> None:
-    store.open_run(tmp_path, {"settings": {"seed": 0, "train": {"lora_r": 16, "beta2": 0.99}}}, resume=False)
-    with pytest.raises(StoreError, match=r"settings\.train\.lora_r \(16 -> 8\)"):
-        store.open_run(tmp_path, {"settings": {"seed": 0, "train": {"lora_r": 8, "beta2": 0.99}}}, resume=True)
-
-
-def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.docx").touch()
-    with pytest.raises(StoreError, match="not empty and not a run folder"):
-        store.open_run(tmp_path, IDENTITY, resume=True)
-    with pytest.raises(StoreError, match="is a file; set output_dir to a folder"):
-        store.open_run(tmp_path / "thesis.docx", IDENTITY, resume=False)
-
-
-def test_a_damaged_manifest_is_not_taken_for_another_run(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"settings')
-    with pytest.raises(StoreError, match="not readable as JSON"):
-        store.open_run(tmp_path, IDENTITY, resume=True)
-
-
-def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 5 * 2**20))
-    with pytest.raises(
-        StoreError, match=r"a run folder needs 64 MiB, the disk has 5 MiB free; free some space or set output_dir"
-    ):
-        store.open_run(tmp_path / "new" / "run", IDENTITY, resume=False)
-    assert list(tmp_path.iterdir()) == []

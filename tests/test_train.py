@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulcrum import adapter, arms, encode, export, generate, loss, mix, model, training
-from fulcrum.errors import ConfigError, StoreError
+from fulcrum.errors import ConfigError
 from fulcrum.records import Anchor, Message, Tokens, TrainPoint
 from tiny import FORGETFUL, TRIMMING, load_tiny, tiny_settings, tiny_tokenizer
 
@@ -37,7 +36,7 @@ def stream(repeats: int = 2, general: int = 16, seed: int = 0) -> arms.Stream:
 
 def train(folder: Path, *, seed: int = 0, rows: arms.Stream | None = None, **options: Any) -> tuple[adapter.State, Any]:
     """Train on a fresh copy of the tiny model, so that runs share nothing."""
-    run = {name: options.pop(name) for name in ("checkpoint", "progress") if name in options}
+    run = {name: options.pop(name) for name in ("checkpoint", "progress", "say") if name in options}
     kind = options.pop("kind", "llama")
     settings = tiny_settings(**{"learning_rate": 5e-3, "evaluations": 3, "save_every": 1, **options})
     loaded = load_tiny(folder, kind)
@@ -156,7 +155,10 @@ def test_early_stopping_counts_evaluations_without_a_better_one(tmp_path: Path) 
 
 
 def test_a_run_that_diverges_is_an_error_and_not_an_untrained_adapter(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"diverged: the dev loss is nan after step 2 of 6; lower train\.learning_rate"):
+    with pytest.raises(
+        ConfigError,
+        match=r"diverged at step 2 of 6: task loss nan, .*; rows of this step: general row 13, .*learning_rate \(1e\+20\)",
+    ):
         train(tmp_path, learning_rate=1e20, max_grad_norm=1e30)
 
 
@@ -187,126 +189,6 @@ def test_a_second_run_on_one_model_starts_from_the_untouched_base(tmp_path: Path
     first, _ = training.train(loaded, stream(), lambda: generate.mean_nats(loaded, DEV), settings, seed=0, repeats=2)
     again, _ = training.train(loaded, stream(), lambda: generate.mean_nats(loaded, DEV), settings, seed=0, repeats=2)
     assert same(first, again)
-
-
-# Resumed = uninterrupted.
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(step: int) -> training.Progress:
-    def progress(point: TrainPoint, steps: int, dev: float | None) -> None:
-        if point.step == step:
-            raise Killed
-
-    return progress
-
-
-@pytest.mark.parametrize(
-    ("options", "at"),
-    [
-        ({}, 4),
-        ({"save_every": 2}, 6),  # killed after step 6, before its checkpoint: goes on from step 4
-        ({"lora_dropout": 0.3}, 3),
-        ({"kind": "lfm2", "weight_decay": 0.1}, 4),
-        ({"early_stopping_patience": 1, "evaluations": 6}, 3),
-    ],
-)
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, options: dict, at: int) -> None:
-    whole, expected = train(tmp_path, batch_size=3, **options)
-    with pytest.raises(Killed):
-        train(tmp_path, batch_size=3, checkpoint=tmp_path / "c", progress=killed_at(at), **options)
-    assert len(list((tmp_path / "c").glob("checkpoint-*"))) == 1
-    steps: list[int] = []
-    torch.manual_seed(12345)  # whatever else drew random numbers
-    resumed, found = train(
-        tmp_path, batch_size=3, checkpoint=tmp_path / "c", progress=lambda p, *_: steps.append(p.step), **options
-    )
-    assert steps[0] > 1
-    assert same(whole, resumed)
-    timeless = [replace(point, seconds=0) for point in expected.history]
-    assert [replace(point, seconds=0) for point in found.history] == timeless
-    assert replace(found, history=(), seconds=0) == replace(expected, history=(), seconds=0)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"save_every": 50}, {"save_every": 50, "evaluations": 6, "early_stopping_patience": 1, "learning_rate": 1.0}],
-)
-def test_a_finished_run_is_not_trained_again(tmp_path: Path, options: dict) -> None:
-    """Also where no step of it is a multiple of `save_every`, and where it stopped early."""
-    whole, expected = train(tmp_path, checkpoint=tmp_path / "c", **options)
-    assert (expected.steps < 6) == ("early_stopping_patience" in options)
-    steps: list[int] = []
-    again, found = train(tmp_path, checkpoint=tmp_path / "c", progress=lambda p, *_: steps.append(p.step), **options)
-    assert steps == []
-    assert same(whole, again)
-    assert found.dev_nll == expected.dev_nll
-
-
-def test_a_half_written_checkpoint_is_not_read(tmp_path: Path) -> None:
-    whole, _ = train(tmp_path)
-    with pytest.raises(Killed):
-        train(tmp_path, checkpoint=tmp_path / "c", progress=killed_at(4))
-    half = tmp_path / "c" / ".checkpoint-5.partial"
-    half.mkdir()
-    (half / "state.json").write_text('{"identity": ')
-    resumed, _ = train(tmp_path, checkpoint=tmp_path / "c")
-    assert same(whole, resumed)
-
-
-def killed_checkpoint(folder: Path) -> Path:
-    with pytest.raises(Killed):
-        train(folder, checkpoint=folder / "c", progress=killed_at(4))
-    (newest,) = (folder / "c").glob("checkpoint-*")
-    return newest
-
-
-@pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"seed": 7}, {"rows": stream(seed=9)}])
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict) -> None:
-    killed_checkpoint(tmp_path)
-    with pytest.raises(StoreError, match=r"checkpoint-3: made with other settings, data or model; choose another output_dir"):
-        train(tmp_path, checkpoint=tmp_path / "c", **change)
-
-
-@pytest.mark.parametrize("asked", [{"device": "auto"}, {"compile": "never"}])
-def test_what_auto_became_is_what_a_checkpoint_belongs_to(tmp_path: Path, asked: dict) -> None:
-    """A worker is told what the first process found out, and goes on with what that one began."""
-    with pytest.raises(Killed):
-        train(tmp_path, checkpoint=tmp_path / "c", progress=killed_at(4), **asked)
-    resumed, _ = train(tmp_path, checkpoint=tmp_path / "c")
-    whole, _ = train(tmp_path)
-    assert same(resumed, whole)
-
-
-def test_a_checkpoint_whose_identity_was_changed_is_refused(tmp_path: Path) -> None:
-    state = killed_checkpoint(tmp_path) / "state.json"
-    state.write_text(state.read_text().replace('"identity": "', '"identity": "0'))
-    with pytest.raises(StoreError, match="made with other settings"):
-        train(tmp_path, checkpoint=tmp_path / "c")
-
-
-@pytest.mark.parametrize("name", ["adapter.safetensors", "best.safetensors", "optimizer.pt", "state.json"])
-@pytest.mark.parametrize("content", [None, b"{}"], ids=["missing", "other"])
-def test_a_damaged_checkpoint_says_so(tmp_path: Path, name: str, content: bytes | None) -> None:
-    file = killed_checkpoint(tmp_path) / name
-    file.unlink()
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(StoreError, match=r"checkpoint-3"):
-        train(tmp_path, checkpoint=tmp_path / "c")
-
-
-def test_a_full_disk_says_so_and_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(training, "save_file", full)
-    with pytest.raises(StoreError, match=r"checkpoint-1: cannot save: No space left on device; free space or set another"):
-        train(tmp_path, checkpoint=tmp_path / "c")
-    assert list((tmp_path / "c").iterdir()) == []
 
 
 # The same loss as TRL.

@@ -172,7 +172,8 @@ def test_the_device_is_this_machines_own(run: Path, monkeypatch: pytest.MonkeyPa
 def test_the_default_arm_is_the_nearest_to_tell(finished: Path, tmp_path: Path) -> None:
     for name in ("adapters/sft", "adapters/sft_anchor"):
         shutil.copytree(finished / "adapter", tmp_path / name)
-    shutil.copy(finished / "config.yaml", tmp_path)
+    for name in ("config.yaml", "manifest.json"):
+        shutil.copy(finished / name, tmp_path)
     assert use.load_adapter(tmp_path).arm == "sft_anchor"
     assert use.load_adapter(tmp_path, arm="sft").anchor() is None
     shutil.copytree(finished / "adapter", tmp_path / "adapters" / "mix")

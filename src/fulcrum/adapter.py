@@ -49,6 +49,13 @@ def set_dropout(loaded: LoadedModel, on: bool) -> None:
             module.train(on)
 
 
+def no_dropout(loaded: LoadedModel) -> None:
+    """Switch every dropout off, the base's own too: whoever scores does not trust what stood before (`model.train()`)."""
+    for module in (loaded.peft or loaded.causal).modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+
+
 def lora_config(loaded: LoadedModel, settings: TrainSettings) -> LoraConfig:
     """The PEFT configuration that the settings describe. Raises ConfigError for target modules that the model lacks."""
     kind = loaded.causal.config.model_type

@@ -160,6 +160,7 @@ class Stream:
     bare: Sequence[Tokens] = ()
     dropout: float = 0.0
     cooldown: float = 0.0
+    shown: tuple[Sequence[Example], Sequence[Example]] | None = None  # the rows that `task` and `general` are the tokens of
 
     def step(self, index: int, batch_size: int) -> tuple[list[Tokens], BoolArray]:
         """The examples of one optimizer step in order, and which of them are task rows."""
@@ -171,6 +172,15 @@ class Stream:
         sources = {(True, False): self.task, (True, True): self.bare, (False, False): self.general, (False, True): self.general}
         bare = self.is_bare(start, stop)
         return [sources[bool(own), bool(lacks)][row] for own, lacks, row in zip(is_task, bare, ids, strict=True)], is_task
+
+    def origins(self, index: int, batch_size: int) -> list[str]:
+        """Where the rows of one optimizer step come from, in order."""
+        is_task, ids = self.plan.slice(index * batch_size, min((index + 1) * batch_size, len(self.plan)))
+        pairs = zip(is_task.tolist(), ids.tolist(), strict=True)
+        if self.shown is None:
+            return [f"{'task' if of_task else 'general'} row {row}" for of_task, row in pairs]
+        own, general = self.shown
+        return [(own if of_task else general)[row].origin for of_task, row in pairs]
 
     def is_bare(self, start: int, stop: int) -> BoolArray:
         """Whether a task row at each of these positions lacks its anchor: (stop - start,)."""
@@ -210,6 +220,7 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
     dropout, cooldown = lacking(arm, settings)
     own: list[Tokens] = []
     bare: list[Tokens] = []
+    shown = [example for task in rows.tasks if arm.task_rows for example in task.train]
     for task in rows.tasks if arm.task_rows else ():
         form = encode.make_format(tokenizer, anchor_of(arm, task))
         for wanted, found in ((form, own), (plain, bare if dropout or cooldown else None)):
@@ -234,8 +245,8 @@ def stream(rows: Material, tokenizer: encode.Tokenizer, arm: Arm, settings: Sett
             row.origin: encode.make_format(tokenizer, anchor_of(arm, task)) for task in rows.tasks for row in task.unlabeled
         }
         answered = [encode.encode(row, forms.get(row.origin, plain)) for row in general]
-        return Stream(plan, own, answered, bare, dropout, cooldown)
-    return Stream(plan, own, tokens.tokenised(general, plain), bare, dropout, cooldown)
+        return Stream(plan, own, answered, bare, dropout, cooldown, (shown, general))
+    return Stream(plan, own, tokens.tokenised(general, plain), bare, dropout, cooldown, (shown, general))
 
 
 def anchor_of(arm: Arm, task: Task) -> Anchor | None:

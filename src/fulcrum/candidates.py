@@ -147,7 +147,6 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
     if wanting and compared:
         settings.refuse_choosing_by("task.anchor: auto", "anything", "use one seed, write an anchor")
     folder = Path(settings.output_dir)
-    store.check_free(folder, resume=resume)  # before anything slow
     if (folder / store.ANCHORS).exists():
         found = TypeAdapter(tuple[AnchorScores, ...]).validate_python(store.read_json(folder / store.ANCHORS))
         return settled(settings, found), found

@@ -21,7 +21,7 @@ from fulcrum.adapter import State
 from fulcrum.anchor import ANOTHER, reworded
 from fulcrum.arms import anchor_of, asked_anchor, stream
 from fulcrum.config import Arm, Settings, TrainSettings
-from fulcrum.errors import ConfigError
+from fulcrum.errors import ConfigError, DivergedError
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.records import (
@@ -43,6 +43,7 @@ TEMPERATURES = tuple(2 ** (k / 3) for k in range(-3, 7))  # 0.5 to 4
 GENERAL_PROMPTS = "general prompts"
 DRIFT = "drift"
 OTHER_ANCHORS = ("without", "with", "wrong", "reworded")  # than an arm is asked with
+EVENTS = 500  # lines of a training in the file of events, and one for each dev loss: it stays small however long a run is
 _SAMPLED = 64  # tokens of the base model's own text, by which drift is measured
 
 
@@ -79,11 +80,12 @@ class Silent:
 
 
 def tell(watcher: Watcher, label: str, events: Path | None) -> training.Progress:
-    """Report steps to the watcher, and to a file of events for anyone who looks on from outside."""
+    """Report steps to the watcher, and some `EVENTS` of them, evenly spaced, to a file for anyone who looks on from outside."""
 
     def told(point: TrainPoint, steps: int, newest: float | None) -> None:
         watcher.step(label, point, steps, newest)
-        if events is not None:
+        shown = newest is not None or point.step in (1, steps) or point.step % math.ceil(steps / EVENTS) == 0
+        if events is not None and shown:
             store.append_jsonl(events, {"run": label, "steps": steps, "dev_nll": newest, **store.plain(point)})
 
     return told
@@ -122,7 +124,7 @@ def fit(
             loaded, stream(rows, loaded.tokenizer, arm, settings, setting.repeats, order), None, trained,
             seed=store.seed_for(seed, purpose), repeats=setting.repeats, kl=setting.kl,
             checkpoint=None if folder is None else folder / "checkpoints" / name,
-            progress=tell(watcher, name, None if folder is None else folder / "events.jsonl"),
+            progress=tell(watcher, name, None if folder is None else folder / store.EVENTS), say=watcher.stage,
         )  # fmt: skip
         states.append(state)
         results.append(result)
@@ -179,7 +181,11 @@ def tune(
             losses = [(np.repeat(own[:, None], len(TEMPERATURES), axis=1), number) for own, number in pairs]
         else:
             tasks = [shots.prompted(task, setting.shots) for task in tasks] if setting.shots else tasks
-            results = fit(fold, loaded, arm, settings, setting, seed, f"{label}-fold{place}", folder, watcher)
+            try:
+                results = fit(fold, loaded, arm, settings, setting, seed, f"{label}-fold{place}", folder, watcher)
+            except DivergedError as error:  # worse than any other setting: no other fold need show it
+                watcher.stage(f"{label}: {error}")
+                return Tried(setting, math.inf, tokens, time.perf_counter() - started)
             tokens += sum(result.train_tokens for result in results)
             seconds += sum(result.seconds for result in results)
             losses = [generate.nats_at(loaded, part, TEMPERATURES) for part in tokenised(loaded, tasks, arm, settings, "dev")]
@@ -220,7 +226,11 @@ def final(
     usable = [k for k in range(len(tried)) if not math.isinf(tried[k].dev_nll)]
     for attempt, chosen in enumerate(sorted(usable, key=lambda k: tried[k].dev_nll)):
         setting, name = tried[chosen].setting, f"{label}-attempt{attempt}" if attempt else label
-        results = [] if arm.words else fit(rows, loaded, arm, settings, setting, seed, name, folder, watcher)
+        try:
+            results = [] if arm.words else fit(rows, loaded, arm, settings, setting, seed, name, folder, watcher)
+        except DivergedError as error:
+            watcher.stage(f"{name}, {setting.name}: {error}")
+            continue
         if arm.words or adapter.is_finite(loaded):
             break
         watcher.stage(f"{name}: training diverged with {setting.name}")
@@ -304,7 +314,7 @@ def drift(loaded: LoadedModel, general: Sequence[Example], batch_tokens: int) ->
 
 
 def thinned(history: Sequence[TrainPoint], points: int = 64) -> tuple[TrainPoint, ...]:
-    """At most `points` of a history, evenly spaced, the last among them; events.jsonl has all."""
+    """At most `points` of a history, evenly spaced, the last among them."""
     every = math.ceil(len(history) / points)
     return tuple(history[::-1][::every][::-1])
 

@@ -33,6 +33,9 @@ Model = Annotated[str | None, typer.Option("--model", help="Override `model`.")]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Override `output_dir`.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Override `seed`; `compare` takes compare.seeds where set.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that output_dir holds.")]
+ForceNew = Annotated[
+    bool, typer.Option("--force-new", help="Where output_dir is taken, begin a new run in output_dir-2, -3 ... beside it.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, shares and steps, and train nothing.")]
 ArmName = Annotated[str | None, typer.Option("--arm", help="Arm (default: the first there of tell, mix, sft_anchor, sft).")]
 
@@ -131,16 +134,17 @@ def check(
 @app.command()
 def train(
     ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
-    seed: Seed = None, resume: Resume = False, dry_run: DryRun = False,
+    seed: Seed = None, resume: Resume = False, force_new: ForceNew = False, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Train one adapter and score it beside the untouched model."""
-    _launch(ctx, "train", _settings(run_file, changes, model, output_dir, seed), resume=resume, dry_run=dry_run)
+    settings = _settings(run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume))
+    _launch(ctx, "train", settings, resume=resume, dry_run=dry_run)
 
 
 @app.command()
 def compare(
     ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
-    seed: Seed = None, resume: Resume = False, dry_run: DryRun = False,
+    seed: Seed = None, resume: Resume = False, force_new: ForceNew = False, dry_run: DryRun = False,
     budget: Annotated[str, typer.Option("--budget", metavar="TIME", help="As 2h or 90m: plan what it buys, keep to it.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Ten minutes: is anything identifiable, does the pool help?")] = False,
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a planned comparison.")] = False,
@@ -148,7 +152,7 @@ def compare(
     on: Annotated[str, typer.Option("--on", metavar="local|ray", help="Local processes, or a Ray cluster.")] = "local",
 ) -> None:  # fmt: skip
     """Train every arm on the same rows and say what mixing brought."""
-    settings = _settings(run_file, changes, model, output_dir, seed)
+    settings = _settings(run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume))
     how: dict[str, Any] = {"jobs": jobs, "on": on}
     if budget or quick:
         from fulcrum import cli_budget
@@ -208,6 +212,8 @@ def chat(ctx: typer.Context, run_folder: RunFolder, arm: ArmName = None, task: T
     with terminal.working(notes, "loading the model"):
         adapter = use.load_adapter(run_folder, arm=arm)
         anchor = adapter.anchor(task)
+    for text in adapter.notes:
+        terminal.say(notes, f"warning: {text}", "yellow")
     terminal.say(notes, "no anchor is applied" if anchor is None else f"anchor ({anchor.placement}): {anchor.text}")
     terminal.converse(notes, lambda history: adapter.reply([history], task=task)[0])
 
@@ -260,12 +266,20 @@ def report(run_folder: RunFolder) -> None:
 
 
 def _settings(
-    run_file: Path, changes: Sequence[str] | None, model: str | None, output_dir: str | None, seed: int | None
-) -> "Settings":
-    from fulcrum import config
+    run_file: Path, changes: Sequence[str] | None, model: str | None, output_dir: str | None, seed: int | None, *,
+    force_new: bool = False,
+) -> "Settings":  # fmt: skip
+    from fulcrum import config, run_folder
 
     given = {"model": model, "output_dir": output_dir, "seed": seed}
-    return config.load(run_file, changes or (), {key: value for key, value in given.items() if value is not None})
+    found = config.load(run_file, changes or (), {key: value for key, value in given.items() if value is not None})
+    return found.model_copy(update={"output_dir": str(run_folder.beside(Path(found.output_dir)))}) if force_new else found
+
+
+def _forced(force_new: bool, resume: bool) -> bool:
+    if force_new and resume:
+        raise ConfigError("--resume goes on with a run and --force-new begins another; give one of them")
+    return force_new
 
 
 def _launch(

@@ -21,7 +21,7 @@ def planned(
 
     A resumed comparison goes on with the design that was agreed to. Raises ConfigError where nothing fits, or nobody agrees.
     """
-    from fulcrum import budget, comparison, config, store, terminal
+    from fulcrum import budget, comparison, config, run_folder, store, terminal
 
     seconds = budget.parse(text) if text else budget.QUICK_SECONDS
     file = Path(settings.output_dir) / comparison.PLAN
@@ -29,7 +29,7 @@ def planned(
         known = store.read_json(file)
         agreed = config.Settings.model_validate({**known["settings"], "output_dir": settings.output_dir})
         return agreed, {"budget": known["seconds"], "left_out": known["left_out"]}
-    store.check_free(Path(settings.output_dir), resume=resume)
+    run_folder.check_free(Path(settings.output_dir), resume=resume)
     with terminal.working(screen, "measuring what the budget buys"):
         design = budget.plan(settings, seconds, quick=quick)
     compare, test = design.settings.compare, [task.test_limit for task in design.settings.tasks]

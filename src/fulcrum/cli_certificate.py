@@ -92,25 +92,45 @@ def _references(found: "Outcomes") -> list[str]:
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="CERTIFICATE.json", help="A certificate, its outcomes beside it.")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_FOLDER|CERTIFICATE.json", help="A run folder, or a certificate beside its outcomes."),
+    ],
+    again: Annotated[
+        bool, typer.Option("--again", help="Make the run again, in a folder that is then dropped, and compare the bits.")
+    ] = False,
 ) -> None:
-    """Compute every number of a certificate again from the stored outcomes, and say what does not match."""
-    from fulcrum import certificate, terminal, verification
+    """Compare what a run made with its manifest, and compute every number of certificates again from their outcomes."""
+    from fulcrum import certificate, store, terminal, verification
 
-    file = file / certificate.FILE if file.is_dir() else file
+    is_run = (path / store.MANIFEST).is_file()
+    if again and not is_run:
+        raise ConfigError(f"--again: {path} is not a run folder; give the output_dir of `fulcrum train` or `compare`")
     screen = terminal.console()
-    with terminal.working(screen, "computing intervals"):
-        wrong, unchecked = verification.verify(file)
+    with terminal.working(screen, "reading hashes, computing intervals"):
+        file = path / certificate.FILE if path.is_dir() else path
+        wrong, unchecked = verification.of_run(path) if is_run else verification.verify(file)
+    if again:
+        from fulcrum import repeat
+        from fulcrum.watch import Watch
+
+        with Watch(screen) as watch:
+            found = repeat.again(path, watch)
+        wrong, unchecked = wrong + found.wrong, unchecked + found.unchecked
     for text in unchecked:
         terminal.say(screen, f"not checked: {text}", "yellow")
     for text in wrong:
         terminal.say(screen, text, "red")
     if wrong:
         terminal.fail(
-            f"{file}: {len(wrong)} thing{'s' if len(wrong) > 1 else ''} that do{'' if len(wrong) > 1 else 'es'} not match"
+            f"{path}: {len(wrong)} thing{'s' if len(wrong) > 1 else ''} that do{'' if len(wrong) > 1 else 'es'} not match"
         )
         raise typer.Exit(2)
-    terminal.say(
-        screen,
-        f"{file}: every number follows from the outcomes beside it. (The seal is no signature: it does not say who made it.)",
-    )
+    said = []
+    if is_run:
+        said.append("weights, predictions and results are those that the run made")
+    if not is_run or any(path.rglob(certificate.FILE)):
+        said.append("every number follows from the outcomes beside it (the seal is no signature: it does not say who made it)")
+    if again:
+        said.insert(0, "made again, it gave the same bits")
+    terminal.say(screen, f"{path}: {'; '.join(said)}")

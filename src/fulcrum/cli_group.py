@@ -1,15 +1,17 @@
 """Where every error of the command line ends.
 
 One that a user can mend is one line on stderr and exit code 2; any other is a bug of ours: a line that says so and exit code 1.
-With `--debug` the traceback stands before the line. Ctrl-C is exit code 130.
+With `--debug` the traceback stands before the line. Ctrl-C is exit code 130, SIGTERM 143.
 """
 
+import signal
 import traceback
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from fulcrum import stopping
 from fulcrum.errors import FulcrumError
 
 DEBUG = "--debug"
@@ -32,6 +34,7 @@ class Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; turn what a user can mend into one line."""
+        signal.signal(signal.SIGTERM, stopping.at_once)
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -43,12 +46,12 @@ class Group(TyperGroup):
                 traceback.print_exc()
             terminal.fail(terminal.explain(error) if isinstance(error, OSError) else str(error))
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             from fulcrum import terminal
 
             kept = _KEPT.get(ctx.invoked_subcommand or "", "nothing was changed")
             terminal.fail(kept, "stopped")
-            raise typer.Exit(130) from None
+            raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
         except Exception as error:
             if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):  # Typer's own, which it prints
                 raise

@@ -18,7 +18,7 @@ from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.proof import certificates
 from fulcrum.records import ArmResult, Difference, Results, Setting, Tried
-from fulcrum.run import begin, finish, shown_size, writes
+from fulcrum.run import begin, claimed, finish, shown_size, writes
 from fulcrum.units import Study, Unit, keep, read
 
 PLAN = "budget.json"  # what a time budget planned, for whoever goes on with the comparison
@@ -52,52 +52,54 @@ def compare(
     """
     workers.share_threads(jobs, on)
     watcher, started = watcher or Silent(), time.perf_counter()
-    asked = settings
-    settings, anchors = candidates.resolve(settings, compared=True, resume=resume, watcher=watcher)
-    settings, found = pilot.resolve(settings, compared=True, resume=resume, watcher=watcher)
-    arms = chosen_arms(settings)
-    if settings.compare.tune == "first":
-        settings.refuse_choosing_by("compare.tune: first", "settings", "use `tune: each`")
-    _require_common_size(settings, arms)
-    loaded, rows, folder = begin("compare", settings, arms, settings.seeds, resume, watcher)
-    gone = pilot.dropped(asked) if found is not None and found.chosen == 0 else ()
-    notes = [*candidates.keep(anchors, folder if writes() else None), *pilot.keep(found, folder if writes() else None, gone)]
-    if writes() and budget is not None and not (folder / PLAN).exists():
-        described = settings.model_dump(mode="json", exclude={"output_dir"})
-        store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
-    by_seed = selfmade.with_made_rows(
-        dict(zip(settings.seeds, rows, strict=True)), loaded, arms, settings, folder if writes() else None,
-        partial(watcher.count, "general rows that the model makes itself"),
-    )  # fmt: skip
-    for seed, material in by_seed.items():
-        views, kept = _views(material, arms, settings), folder if writes() else None
-        chosen = probe.with_gradients(material, loaded, views, settings, kept, partial(watcher.count, probe.LABEL))
-        by_seed[seed] = pseudo.with_answers(chosen, loaded, views, arms, settings, kept, watcher)
-    rows = list(by_seed.values())
-    study = Study(settings, by_seed, folder)
-    with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
-        tries = list(plan_trials(study, arms, loaded))
-        watcher.stage(f"{len(tries)} trials, by cross-validation inside the task rows")
-        tuning = _Progress(study, tries, watcher, jobs)
-        finals = list(plan_finals(study, arms, list(zip(tries, tuning.run(tries, runner), strict=True))))
-        watcher.stage(f"{len(finals)} trainings on all task rows, each with its test")
-        spent, testing, results = tuning.seconds, _Progress(study, finals, watcher, jobs), list[ArmResult]()
-        for number, seed in enumerate(study.seeds, 1):
-            before = testing.seconds
-            results += testing.run([unit for unit in finals if unit.seed == seed], runner)
-            next_end = spent + testing.seconds + (testing.seconds - before)
-            left = [unit for unit in finals if unit.seed not in study.seeds[:number] and read(study, unit) is None]
-            if budget is not None and next_end > budget and number >= 2 and left:
-                left_out = [*left_out, f"seeds after {seed}, for which there was no time"]
-                break
-    if budget and left_out:
-        notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left_out)}.")
-    at = shown_size(results, settings)
-    shown = [result for result in results if result.size in (0, at)]
-    differences = paired_differences(shown, settings)
-    if writes():
-        certificates(folder, settings, study.rows, results, loaded, notes)
-    return finish("compare", settings, folder, loaded, rows, results, differences, started, notes)
+    with claimed(settings, resume=resume):
+        asked = settings
+        settings, anchors = candidates.resolve(settings, compared=True, resume=resume, watcher=watcher)
+        settings, found = pilot.resolve(settings, compared=True, resume=resume, watcher=watcher)
+        arms = chosen_arms(settings)
+        if settings.compare.tune == "first":
+            settings.refuse_choosing_by("compare.tune: first", "settings", "use `tune: each`")
+        _require_common_size(settings, arms)
+        loaded, rows, folder = begin("compare", settings, arms, settings.seeds, resume, watcher)
+        gone = pilot.dropped(asked) if found is not None and found.chosen == 0 else ()
+        kept_in = folder if writes() else None
+        notes = [*candidates.keep(anchors, kept_in), *pilot.keep(found, kept_in, gone)]
+        if writes() and budget is not None and not (folder / PLAN).exists():
+            described = settings.model_dump(mode="json", exclude={"output_dir"})
+            store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
+        by_seed = selfmade.with_made_rows(
+            dict(zip(settings.seeds, rows, strict=True)), loaded, arms, settings, kept_in,
+            partial(watcher.count, "general rows that the model makes itself"),
+        )  # fmt: skip
+        for seed, material in by_seed.items():
+            views = _views(material, arms, settings)
+            chosen = probe.with_gradients(material, loaded, views, settings, kept_in, partial(watcher.count, probe.LABEL))
+            by_seed[seed] = pseudo.with_answers(chosen, loaded, views, arms, settings, kept_in, watcher)
+        rows = list(by_seed.values())
+        study = Study(settings, by_seed, folder)
+        with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
+            tries = list(plan_trials(study, arms, loaded))
+            watcher.stage(f"{len(tries)} trials, by cross-validation inside the task rows")
+            tuning = _Progress(study, tries, watcher, jobs)
+            finals = list(plan_finals(study, arms, list(zip(tries, tuning.run(tries, runner), strict=True))))
+            watcher.stage(f"{len(finals)} trainings on all task rows, each with its test")
+            spent, testing, results = tuning.seconds, _Progress(study, finals, watcher, jobs), list[ArmResult]()
+            for number, seed in enumerate(study.seeds, 1):
+                before = testing.seconds
+                results += testing.run([unit for unit in finals if unit.seed == seed], runner)
+                next_end = spent + testing.seconds + (testing.seconds - before)
+                left = [unit for unit in finals if unit.seed not in study.seeds[:number] and read(study, unit) is None]
+                if budget is not None and next_end > budget and number >= 2 and left:
+                    left_out = [*left_out, f"seeds after {seed}, for which there was no time"]
+                    break
+        if budget and left_out:
+            notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left_out)}.")
+        at = shown_size(results, settings)
+        shown = [result for result in results if result.size in (0, at)]
+        differences = paired_differences(shown, settings)
+        if writes():
+            certificates(folder, settings, study.rows, results, loaded, notes)
+        return finish("compare", settings, folder, loaded, rows, results, differences, started, notes)
 
 
 def _require_common_size(settings: Settings, arms: Sequence[Arm]) -> None:

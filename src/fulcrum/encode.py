@@ -101,7 +101,9 @@ def _markers(tokenizer: Tokenizer, size: int, template: str) -> tuple[tuple[int,
         sorted({str(token) for token in (*tokenizer.all_special_tokens, *added) if str(token)}, key=len, reverse=True)
     )
     special = re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
-    return *_end_of_turn(tokenizer, special), special, names
+    end = _end_of_turn(tokenizer, special)
+    _check_start(tokenizer)
+    return *end, special, names
 
 
 def _end_of_turn(tokenizer: Tokenizer, special: re.Pattern[str]) -> tuple[tuple[int, ...], str]:
@@ -125,16 +127,23 @@ def _end_of_turn(tokenizer: Tokenizer, special: re.Pattern[str]) -> tuple[tuple[
     return (tokenizer.eos_token_id,), str(tokenizer.decode([tokenizer.eos_token_id]))
 
 
+def _check_start(tokenizer: Tokenizer) -> None:
+    """Raise ModelError where the template begins a conversation with the beginning-of-text token twice: nobody trained that."""
+    start = tokenizer.special_tokens_map.get("bos_token")
+    text = str(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True))
+    if start and text.startswith(2 * str(start)):
+        raise ModelError(f"the model's chat template begins with {start!r} twice; take one out of it and save the tokenizer")
+
+
 def _hide(text: str, form: Format) -> str:
+    """The text with its special-token texts, and what would be read as the mark of one, marked by their numbers."""
+    text = text.replace(_OPEN, f"{_OPEN}{len(form.special_names)}{_CLOSE}")
     return form.special.sub(lambda found: f"{_OPEN}{form.special_names.index(found.group())}{_CLOSE}", text)
 
 
 def _show(text: str, form: Format) -> str:
-    def name(found: re.Match[str]) -> str:
-        index = int(found.group(1))
-        return form.special_names[index] if index < len(form.special_names) else found.group()
-
-    return _MARKED.sub(name, text)
+    names = (*form.special_names, _OPEN)
+    return _MARKED.sub(lambda found: names[int(found.group(1))] if int(found.group(1)) < len(names) else found.group(), text)
 
 
 def _ids(text: str, form: Format, *, plain: bool = False) -> list[int]:

@@ -16,6 +16,10 @@ class ConfigError(FulcrumError):
     """A setting is unknown, of the wrong type or contradicts another."""
 
 
+class DivergedError(ConfigError):
+    """A training's loss or gradient is no number: its learning rate is too high, or a row is broken."""
+
+
 class DataError(FulcrumError):
     """A data file or a row cannot be used as it is."""
 

@@ -4,13 +4,13 @@ Whoever loads the two with plain Transformers and PEFT and calls `apply_chat_tem
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fulcrum import anchor as anchors
-from fulcrum import encode, modelfile
-from fulcrum.errors import StoreError
+from fulcrum import encode, modelfile, store
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor
 from fulcrum.sources import BUILTIN
@@ -28,29 +28,27 @@ def save_adapter(loaded: LoadedModel, folder: Path, task_anchors: Mapping[str, A
 
     One task: its anchor is in the default chat template. Several: one named template and Modelfile a task. Raises StoreError.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
     template = loaded.tokenizer.chat_template
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        loaded.peft.save_pretrained(str(partial), save_embedding_layers=False)
-        _finish_config(partial / "adapter_config.json", _base_of(loaded))
-        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run folder has a full one
-        loaded.causal.generation_config.save_pretrained(str(partial))
+
+    def fill(place: Path) -> None:
+        try:
+            loaded.peft.save_pretrained(str(place), save_embedding_layers=False)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error  # what the disk refused, in its library's words
+        _finish_config(place / "adapter_config.json", _base_of(loaded))
+        (place / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run folder has a full one
+        loaded.causal.generation_config.save_pretrained(str(place))
         for name, anchor in task_anchors.items():
             text = modelfile.modelfile(_base_of(loaded), encode.make_format(loaded.tokenizer, anchor))
             if text is not None:
-                file = partial / ("Modelfile" if len(task_anchors) == 1 else f"Modelfile.{name}")
+                file = place / ("Modelfile" if len(task_anchors) == 1 else f"Modelfile.{name}")
                 file.write_text(text, encoding="utf-8")
         baked = {name: anchors.bake(template, anchor) for name, anchor in task_anchors.items()}
         loaded.tokenizer.chat_template = next(iter(baked.values())) if len(baked) == 1 else {"default": template, **baked}
-        loaded.tokenizer.save_pretrained(str(partial))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StoreError(
-            f"{folder}: cannot save the adapter: {error.strerror or error}; free space or set output_dir"
-        ) from error
+        loaded.tokenizer.save_pretrained(str(place))
+
+    try:
+        store.write_folder(folder, fill)
     finally:
         loaded.tokenizer.chat_template = template
     return folder

@@ -106,8 +106,8 @@ def complete(tokenizer: Any) -> list[str]:
         starts = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = encode.plain_template(adds_bos=starts)
         facts.append("the tokenizer has no chat template: the plain one is used")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # where there is neither, generation pads with the template's end token
     return facts
 
 

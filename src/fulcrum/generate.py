@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
+from fulcrum.adapter import no_dropout
 from fulcrum.encode import Format
 from fulcrum.loss import Row, row_kl, row_nats, row_states, rows, set_checkpointing
 from fulcrum.model import LoadedModel, generation_attention
@@ -62,6 +63,7 @@ def divergence(loaded: LoadedModel, examples: Sequence[Tokens], *, budget: int =
 def _summed(
     loaded: LoadedModel, examples: Sequence[Tokens], measure: Callable[[Row], Tensor], width: int, budget: int
 ) -> tuple[FloatArray, IntArray]:
+    no_dropout(loaded)
     budget = max(budget, 2 * common([example.ids for example in examples]))
     total = np.zeros((len(examples), width))
     count = np.zeros(len(examples), dtype=np.int64)
@@ -106,6 +108,7 @@ def generate(
         drawn |= {"temperature": temperature, "top_p": 1.0, "top_k": 0, "epsilon_cutoff": 3e-4}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
+    no_dropout(loaded)
     set_checkpointing(loaded, False)  # a layer that recomputes would drop the key/value cache
     training = generation_attention(loaded)
     stop = sorted({*form.end_ids, *_end_ids(loaded)})
@@ -164,7 +167,7 @@ def _batch(
     drawn: Mapping[str, Any],
 ) -> list[list[int]]:  # fmt: skip
     longest, done = max(len(prompt) for prompt in prompts), beginning.length
-    pad = loaded.tokenizer.pad_token_id
+    pad = stop[0] if loaded.tokenizer.pad_token_id is None else loaded.tokenizer.pad_token_id
     ids = torch.full((len(prompts), longest), pad, dtype=torch.int64, device=loaded.device)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):

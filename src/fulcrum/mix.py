@@ -36,6 +36,7 @@ _WORD = 2**64 - 1
 _BLOCK = 16_384  # items a Feistel pass works on: 128 KiB of uint64 stay in the cache
 _RAMP_CELLS = 64  # steps that approximate the ramp's density; inside a step rows are shuffled freely
 
+_MOST_GENERAL = 1e9  # general rows for each task row
 # Passes over the task rows beyond which a warning is due. Advice, never a limit: in long-CoT SFT 128 epochs won.
 _MANY_REPEATS_MIXED = 20
 _MANY_REPEATS_UNMIXED = 8
@@ -168,8 +169,10 @@ def plan(n_task: int, n_general: int, *, repeats: int, general_per_task: float, 
         raise ConfigError(f"mix: unknown order {order!r}{nearest(order, ORDERS)}")
     if repeats < 1:
         raise ConfigError(f"mix: repeats must be at least 1, got {repeats}")
-    if not (math.isfinite(general_per_task) and general_per_task >= 0):
-        raise ConfigError(f"mix: general_per_task must be 0 (plain SFT) or a positive number, got {general_per_task}")
+    if not 0 <= general_per_task <= _MOST_GENERAL:  # NaN is not either
+        raise ConfigError(
+            f"mix: general_per_task must be 0 (plain SFT) or a positive number up to {_MOST_GENERAL:g}, got {general_per_task}"
+        )
     task_positions = n_task * repeats
     general_used = round(general_per_task * task_positions)
     if general_used > n_general:

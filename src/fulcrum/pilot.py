@@ -44,7 +44,6 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
     if compared:
         settings.refuse_choosing_by("mix.general_per_task: auto", "anything", "use one seed, set a number")
     folder = Path(settings.output_dir)
-    store.check_free(folder, resume=resume)  # before anything slow
     if (folder / store.PILOT).exists():
         found = TypeAdapter(Pilot).validate_python(store.read_json(folder / store.PILOT))
     else:

@@ -5,6 +5,7 @@ files -> material (rows split and cleaned) -> tokens -> plan -> adapter, once pe
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from fulcrum import (
     pilot,
     probe,
     report,
+    run_folder,
     scoring,
     store,
     training,
@@ -59,19 +61,30 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     Raises ConfigError, DataError, ModelError or StoreError, each naming the remedy.
     """
     watcher, started = watcher or Silent(), time.perf_counter()
-    settings, anchors = candidates.resolve(settings, compared=False, resume=resume, watcher=watcher)
-    settings, found = pilot.resolve(settings, compared=False, resume=resume, watcher=watcher)
-    arm = own_arm(settings)
-    loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
-    folder_of_rows = folder if writes() else None
-    notes = [*candidates.keep(anchors, folder_of_rows), *pilot.keep(found, folder_of_rows)]
-    rows = probe.with_gradients(rows, loaded, [(rows, arm)], settings, folder_of_rows, partial(watcher.count, probe.LABEL))
-    base = ARMS["base_anchor" if arm.anchored else "base"]
-    untrained = cell.score(rows, rows.tasks, loaded, base, settings, base.name, watcher)
-    results = [replace(untrained, seed=settings.seed), train_arm(rows, loaded, arm, settings, folder, watcher)]
+    with claimed(settings, resume=resume):
+        settings, anchors = candidates.resolve(settings, compared=False, resume=resume, watcher=watcher)
+        settings, found = pilot.resolve(settings, compared=False, resume=resume, watcher=watcher)
+        arm = own_arm(settings)
+        loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
+        kept = folder if writes() else None
+        notes = [*candidates.keep(anchors, kept), *pilot.keep(found, kept)]
+        rows = probe.with_gradients(rows, loaded, [(rows, arm)], settings, kept, partial(watcher.count, probe.LABEL))
+        base = ARMS["base_anchor" if arm.anchored else "base"]
+        untrained = cell.score(rows, rows.tasks, loaded, base, settings, base.name, watcher)
+        results = [replace(untrained, seed=settings.seed), train_arm(rows, loaded, arm, settings, folder, watcher)]
+        if writes():
+            export.save_adapter(loaded, folder / "adapter", {t.name: asked_anchor(arm, t, settings) for t in rows.tasks})
+        return finish("train", settings, folder, loaded, [rows], results, (), started, notes)
+
+
+@contextmanager
+def claimed(settings: Settings, *, resume: bool) -> Iterator[None]:
+    """Inside, the output folder is this run's alone. Raises StoreError where it cannot be."""
+    folder = Path(settings.output_dir)
     if writes():
-        export.save_adapter(loaded, folder / "adapter", {t.name: asked_anchor(arm, t, settings) for t in rows.tasks})
-    return finish("train", settings, folder, loaded, [rows], results, (), started, notes)
+        run_folder.check_free(folder, resume=resume)  # before a lock is put into somebody else's folder
+    with run_folder.held(folder) if writes() else nullcontext():
+        yield
 
 
 def begin(
@@ -82,8 +95,6 @@ def begin(
     What the probes chose is written to the folder's config.yaml, and a resumed run takes it from there.
     """
     folder = Path(settings.output_dir)
-    if writes():
-        store.check_free(folder, resume=resume)  # before anything slow
     kept = config.load(folder / "config.yaml") if (folder / "config.yaml").exists() else settings
     chosen = settings.train.model_copy(update={name: getattr(kept.train, name) for name in ("dtype", "device", "compile")})
     watcher.stage(f"loading {settings.model}")
@@ -109,7 +120,7 @@ def begin(
         shortest = min(rows[0].tasks[0].train, key=lambda row: sum(len(message.content) for message in row.messages))
         compiled.switch_on(loaded, chosen, shortest)
     if writes():
-        store.open_run(folder, manifest(kind, settings, loaded, rows), resume=resume)
+        run_folder.open_run(folder, manifest(kind, settings, loaded, rows), resume=resume)
         probed = {
             "dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type,
             "compile": "always" if loaded.compiled else "never",
@@ -144,7 +155,7 @@ def train_arm(
                 loaded, stream(rows, loaded.tokenizer, arm, settings, setting.repeats, seed), lambda: dev_loss(loaded, dev),
                 cell.own_settings(settings.train, arm, setting), seed=store.seed_for(seed, "train"), repeats=setting.repeats,
                 checkpoint=folder / "checkpoints" / label,
-                progress=cell.tell(watcher, label, folder / "events.jsonl" if writes() else None),
+                progress=cell.tell(watcher, label, folder / store.EVENTS if writes() else None), say=watcher.stage,
             )
         )  # fmt: skip
         tried = Tried(setting, min(loss for _, loss in found[-1][1].dev_nll), found[-1][1].train_tokens, found[-1][1].seconds)
@@ -179,6 +190,7 @@ def finish(
         *more_notes,
         *(fact for fact in loaded.facts if "one example per row" in fact or "could not be compiled" in fact),
     ]
+    notes += idle(arms)
     notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
     shots: dict[tuple[str, int], list[int]] = {}
     for result in arms:
@@ -205,8 +217,26 @@ def finish(
         store.write_json(folder / "results.json", results)
         report.write(folder)
         store.write_bytes(folder / "README.md", report.card(report.load(folder), export.NOTE).encode())
+        run_folder.seal(folder)
     _processes().wait_for_everyone()
     return results
+
+
+def idle(arms: Sequence[ArmResult]) -> Iterator[str]:
+    """Warnings about trained arms whose test rows all have an untrained arm's very losses: no adapter was at work there."""
+    for arm in arms:
+        own = losses(arm)
+        for other in arms if arm.training is not None and own else ():
+            if other.training is None and losses(other) == own:
+                yield (
+                    f"{arm.arm} (seed {arm.seed}) has the loss of {other.arm}, untrained, in every test row: its adapter "
+                    "was not applied, or learned nothing"
+                )
+
+
+def losses(arm: ArmResult) -> list[float]:
+    """The summed nats of every test row of every task."""
+    return [row.nll_sum for rows in arm.predictions.values() for row in rows]
 
 
 def shown_size(arms: Sequence[ArmResult], settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""The run folder: fingerprints, atomic writes, and the rule that one folder holds one run.
+"""What is kept: fingerprints, atomic writes of files and folders, locks.
 
 A file is written beside its final place, flushed to disk and renamed, so that a half-written file is never read as whole. A
 fingerprint is the SHA-256 of canonical JSON; a value without a canonical form is refused rather than guessed.
@@ -23,11 +23,14 @@ from platformdirs import user_cache_dir
 from fulcrum.errors import StoreError
 
 MANIFEST = "manifest.json"
+EVENTS = "events.jsonl"
 PILOT = "pilot.json"
 ANCHORS = "anchors.json"
+SUMS = "SHA256SUMS"
+PARTIAL = ".partial"  # how the names of half-written files end
 MADE = "general"  # folder of a run with the rows that a model made or answered, and what they were chosen by
 _PATIENCE = 1.0  # seconds between two looks at a lock
-_ELSEWHERE = "free some space or set output_dir (or FULCRUM_CACHE, for models and pools) to another disk"
+ELSEWHERE = "free some space or set output_dir (or FULCRUM_CACHE, for models and pools) to another disk"
 
 
 def plain(value: Any) -> Any:
@@ -104,7 +107,7 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise StoreError(
-            f"{folder}: {purpose} needs {needed_bytes / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; {_ELSEWHERE}"
+            f"{folder}: {purpose} needs {needed_bytes / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; {ELSEWHERE}"
         )
 
 
@@ -116,18 +119,61 @@ def write_bytes(path: Path, data: bytes) -> None:
 def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 fill(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
             Path(name).replace(path)
+            _flush(path.parent)
         except BaseException:  # Ctrl-C too: no half-written file stays beside the whole one
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise StoreError(f"{path}: cannot write: {error.strerror or error}; {_ELSEWHERE}") from error
+        raise StoreError(f"{path}: cannot write: {error.strerror or error}; {ELSEWHERE}") from error
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder atomically, in place of one that is there: `fill` writes files into one beside it, which gets their hashes
+    (SHA256SUMS, as `sha256sum -c` reads them) and is renamed. Raises StoreError where the disk or folder refuses.
+    """
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        fill(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        sums = "".join(f"{file_sha256(file)}  {file.relative_to(partial).as_posix()}\n" for file in files)
+        (partial / SUMS).write_text(sums, encoding="utf-8")
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot write: {error.strerror or error}; {ELSEWHERE}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def damaged(folder: Path) -> list[str]:
+    """The names of what is missing or changed in a folder that `write_folder` wrote."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return [SUMS]
+    pairs = [line.partition("  ") for line in lines]
+    return [name for sha256, _, name in pairs if not (folder / name).is_file() or file_sha256(folder / name) != sha256]
+
+
+def _flush(path: Path) -> None:
+    """Have the disk write a file, or a folder's names, before anything hangs on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
@@ -160,7 +206,7 @@ def append_jsonl(path: Path, row: Any) -> None:
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
-        raise StoreError(f"{path}: cannot write: {error.strerror or error}; {_ELSEWHERE}") from error
+        raise StoreError(f"{path}: cannot write: {error.strerror or error}; {ELSEWHERE}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -215,32 +261,7 @@ def changes(before: Any, after: Any, name: str = "") -> list[str]:
     return [f"{name} ({before!r:.40} -> {after!r:.40})" if single else name or MANIFEST]
 
 
-def check_free(folder: Path, *, resume: bool) -> None:
-    """Raise StoreError where `folder` cannot become a run's: a file, another run's, or full of other things."""
-    if folder.is_file():
-        raise StoreError(f"{folder}: is a file; set output_dir to a folder")
-    if (folder / MANIFEST).exists():
-        if not resume:
-            raise StoreError(f"{folder}: already holds a run; go on with it (--resume) or choose another output_dir")
-    elif folder.exists() and any(folder.iterdir()):
-        raise StoreError(f"{folder}: not empty and not a run folder; choose another output_dir")
-
-
-def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path:
-    """Make `folder` the place of the run that `identity` (settings, data hashes, versions) describes.
-
-    A new or empty folder is taken. A folder with a manifest goes on only with `resume` and the same identity. Raises
-    StoreError as `check_free` does, where the identity differs (naming what), or where there is no space.
-    """
-    check_free(folder, resume=resume)
-    manifest = folder / MANIFEST
-    if manifest.exists():
-        changed = changes(read_json(manifest), plain(identity))
-        if changed:
-            raise StoreError(
-                f"{folder}: cannot resume, {', '.join(changed)} changed since it started; choose another output_dir"
-            )
-        return folder
-    require_space(folder, 64 * 2**20, "a run folder")
-    write_json(manifest, identity)
-    return folder
+def mend_log(path: Path) -> None:
+    """Drop the last line of a log where a killed process, or a full disk, left it without its end."""
+    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)

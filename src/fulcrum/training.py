@@ -5,34 +5,33 @@ weighted by source, whatever rows and processes the step is cut into. At equal s
 adapter is what the run returns; in a comparison, where dev rows are task rows, the last step's.
 """
 
-import json
 import math
-import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fulcrum import checkpoint as checkpoints
+from fulcrum import stopping
 from fulcrum.adapter import State, adapter_state, new_adapter, set_adapter_state, set_dropout
 from fulcrum.arms import Stream
 from fulcrum.config import TrainSettings
-from fulcrum.errors import ConfigError, StoreError
+from fulcrum.errors import DivergedError
 from fulcrum.loss import Row, row_loss, rows
 from fulcrum.model import LoadedModel
 from fulcrum.records import TrainPoint, TrialResult
-from fulcrum.store import fingerprint, plain, read_json
+from fulcrum.store import fingerprint
 
 Progress = Callable[[TrainPoint, int, float | None], None]  # log line, total steps, newest dev loss
+_NAMED = 8  # rows of a step that an error names
 
 
 def learning_rate(step: int, phases: Sequence[int], settings: TrainSettings) -> float:
@@ -66,20 +65,6 @@ class _Loss(nn.Module):
         return row_loss(self.loaded, row, weights, kl=kl)
 
 
-@dataclass
-class _Progress:
-    """All that a resumed run needs beside weights and optimizer. `done` steps are finished."""
-
-    done: int
-    best_step: int
-    best_dev: float
-    dev: list[tuple[int, float]]
-    history: list[TrainPoint]
-    tokens: int
-    seconds: float
-    stale: int = 0
-
-
 def train(
     loaded: LoadedModel,
     stream: Stream,
@@ -91,15 +76,17 @@ def train(
     kl: float = 0.0,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[State, TrialResult]:
     """Train a fresh adapter on the stream; returns the weights that were best on dev, and the run's record.
 
     `dev_loss` gives nats per token on the dev rows with the present adapter; without it the last step's weights are kept. `kl`
     weighs the divergence from the base model (KL of it to the adapted one, nats per supervised token) in the loss. With a
     `checkpoint` folder the run saves itself every `save_every` steps, and goes on from the newest whole checkpoint found there:
-    the result is the same, bit for bit.
-    Raises StoreError where a checkpoint belongs to other settings or another stream or is damaged, ConfigError where the loss
-    is no longer a number.
+    the result is the same, bit for bit. `say` is told of damaged ones.
+    Raises StoreError where a checkpoint belongs to other settings or another stream, DivergedError where the loss or its
+    gradient is no longer a number (the last checkpoint is of a step before), and Stopped where a signal asked for it, once the
+    step is finished and saved.
     """
     # What `auto` became, and not how it was asked for: a worker is told, and goes on with what this process began.
     settled = {"dtype": str(loaded.dtype), "device": loaded.device.type, "compile": bool(loaded.compiled)}
@@ -116,35 +103,43 @@ def train(
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     torch.manual_seed(seed)  # adapter dropout
     steps, phases = stream.steps(settings.batch_size), stream.phases(settings.batch_size)
-    state = _Progress(0, 0, math.inf, [], [], 0, 0.0)
-    best: State = adapter_state(loaded)
-    if checkpoint is not None:
-        restored = _restore(checkpoint, identity, loaded, optimizer)
-        state, best = restored if restored is not None else (state, best)
+    state, best = checkpoints.Progress(), adapter_state(loaded)
+    restored = None if checkpoint is None else checkpoints.newest(checkpoint, identity, say)
+    if restored is not None:
+        state, best = restored.progress, restored.best
+        set_adapter_state(loaded, restored.adapter)
+        optimizer.load_state_dict(restored.optimizer)
     evaluations = settings.evaluations if dev_loss is not None else 0
     measured = {max(1, round(steps * k / evaluations)) for k in range(1, evaluations + 1)}
     before, started = state.seconds, time.perf_counter()
     batches = _batches(accelerator, loaded, stream, settings, state.done, steps)
-    for step, batch in zip(range(state.done, steps), batches, strict=True):
-        if _stop_early(state, settings):
-            break
-        rate = learning_rate(step, phases, settings)
-        point = _step(accelerator, wrapped, optimizer, parameters, loaded, batch, settings, step, rate, kl)
-        state.tokens += point.tokens
-        state.seconds = before + time.perf_counter() - started
-        point = TrainPoint(step + 1, point.task_loss, point.general_loss, rate, state.tokens, state.seconds)
-        state.history.append(point)
-        state.done = step + 1
-        newest = None
-        if dev_loss is not None and step + 1 in measured:
-            newest = dev_loss()
-            if _note_dev(state, newest, steps, settings):
-                best = adapter_state(loaded)
-        if progress is not None:
-            progress(point, steps, newest)
-        ends = step + 1 == steps or _stop_early(state, settings)
-        if checkpoint is not None and accelerator.is_main_process and (ends or (step + 1) % settings.save_every == 0):
-            _save(checkpoint, identity, loaded, optimizer, best, state)
+    with stopping.deferred() as asked:
+        for step, batch in zip(range(state.done, steps), batches, strict=True):
+            if _stop_early(state, settings):
+                break
+            rate = learning_rate(step, phases, settings)
+            taken = _step(accelerator, wrapped, optimizer, parameters, loaded, batch, settings, rate, kl, asked)
+            if not taken.is_finite:
+                raise _diverged(taken, stream, step, steps, settings)
+            state.tokens += batch.tokens
+            state.seconds = before + time.perf_counter() - started
+            point = TrainPoint(step + 1, taken.task_loss, taken.general_loss, rate, state.tokens, state.seconds)
+            state.history.append(point)
+            state.done = step + 1
+            newest = None
+            if dev_loss is not None and step + 1 in measured:
+                newest = dev_loss()
+                if _note_dev(state, newest, steps, settings):
+                    best = adapter_state(loaded)
+            if progress is not None:
+                progress(point, steps, newest)
+            ends = step + 1 == steps or _stop_early(state, settings)
+            due = ends or taken.stop or (step + 1) % settings.save_every == 0
+            if checkpoint is not None and accelerator.is_main_process and due:
+                now = checkpoints.Checkpoint(adapter_state(loaded), best, optimizer.state_dict(), state)
+                checkpoints.write(checkpoint, identity, now)
+            if taken.stop and not ends:
+                raise stopping.Stopped(taken.stop)
     if dev_loss is None:
         best, state.best_step = adapter_state(loaded), state.done
     set_adapter_state(loaded, best)
@@ -155,10 +150,10 @@ def train(
     )  # fmt: skip
 
 
-def _note_dev(state: _Progress, newest: float, steps: int, settings: TrainSettings) -> bool:
-    """Write a dev loss down; returns whether it is the best so far. Raises ConfigError where it is no number."""
+def _note_dev(state: checkpoints.Progress, newest: float, steps: int, settings: TrainSettings) -> bool:
+    """Write a dev loss down; returns whether it is the best so far. Raises DivergedError where it is no number."""
     if not math.isfinite(newest):
-        raise ConfigError(
+        raise DivergedError(
             f"training diverged: the dev loss is {newest} after step {state.done} of {steps}; "
             f"lower train.learning_rate ({settings.learning_rate:g})"
         )
@@ -170,7 +165,7 @@ def _note_dev(state: _Progress, newest: float, steps: int, settings: TrainSettin
     return True
 
 
-def _stop_early(state: _Progress, settings: TrainSettings) -> bool:
+def _stop_early(state: checkpoints.Progress, settings: TrainSettings) -> bool:
     return settings.early_stopping_patience is not None and state.stale >= settings.early_stopping_patience
 
 
@@ -219,12 +214,27 @@ def _batches(
             yield batch
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """What a step measured over all processes: mean nats per supervised token by source (None: it had none), the gradient's
+    norm before clipping, and the signal that asked any process to stop (0: none)."""
+
+    task_loss: float | None
+    general_loss: float | None
+    norm: float
+    stop: int
+
+    @property
+    def is_finite(self) -> bool:
+        return all(math.isfinite(value) for value in (self.task_loss or 0.0, self.general_loss or 0.0, self.norm))
+
+
 def _step(
-    accelerator: Accelerator, wrapped: nn.Module, optimizer: Any, parameters: list[nn.Parameter],
-    loaded: LoadedModel, batch: _Batch, settings: TrainSettings, step: int, rate: float, kl: float,
-) -> TrainPoint:  # fmt: skip
-    """One optimizer step."""
-    sums = torch.zeros(4, dtype=torch.float64)  # task nats, task targets, general nats, general targets
+    accelerator: Accelerator, wrapped: nn.Module, optimizer: Any, parameters: list[nn.Parameter], loaded: LoadedModel,
+    batch: _Batch, settings: TrainSettings, rate: float, kl: float, asked: Callable[[], int],
+) -> _Taken:  # fmt: skip
+    """One optimizer step; it is not taken where what it measured is not finite."""
+    sums = torch.zeros(5, dtype=torch.float64)  # task nats, task targets, general nats, general targets, signal
     set_dropout(loaded, True)
     for place, row in enumerate(batch.packed):
         weights = batch.weight_of[row.owner] / batch.divisor
@@ -236,58 +246,33 @@ def _step(
             sums[2 * kind] += batch.counts * float(nats[chosen].sum(dtype=torch.float64))
             sums[2 * kind + 1] += batch.counts * int(chosen.sum())
     set_dropout(loaded, False)
-    accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
+    norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
+    sums[4] = bool(asked())  # one process may know of it before the others do
     sums = accelerator.reduce(sums, reduction="sum")
     task = float(sums[0] / sums[1]) if sums[1] else None
     general = float(sums[2] / sums[3]) if sums[3] else None
-    return TrainPoint(step, task, general, rate, batch.tokens, 0.0)
+    taken = _Taken(task, general, norm, (asked() or signal.SIGTERM) if sums[4] else 0)
+    if taken.is_finite:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad()
+    return taken
+
+
+def _diverged(taken: _Taken, stream: Stream, step: int, steps: int, settings: TrainSettings) -> DivergedError:
+    rows = stream.origins(step, settings.batch_size)
+    named = ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
+    losses = ", ".join(
+        f"{name} {value:g}"
+        for name, value in (("task loss", taken.task_loss), ("general loss", taken.general_loss), ("gradient norm", taken.norm))
+        if value is not None
+    )
+    return DivergedError(
+        f"training diverged at step {step + 1} of {steps}: {losses}; rows of this step: {named}; the step was not taken, and "
+        f"the last checkpoint stands; lower train.learning_rate ({settings.learning_rate:g}), or look at these rows"
+    )
 
 
 def _sync(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> Any:
     return torch.enable_grad() if last else accelerator.no_sync(wrapped)
-
-
-def _save(folder: Path, identity: str, loaded: LoadedModel, optimizer: Any, best: State, state: _Progress) -> None:
-    """Write checkpoint-N beside its place and rename it; then drop the older ones."""
-    final = folder / f"checkpoint-{state.done}"
-    partial = folder / f".{final.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(adapter_state(loaded), partial / "adapter.safetensors")
-        save_file(best, partial / "best.safetensors")
-        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, partial / "optimizer.pt")
-        (partial / "state.json").write_text(json.dumps({"identity": identity, "best_dev": state.best_dev, **plain(state)}))
-        partial.rename(final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StoreError(f"{final}: cannot save: {error.strerror or error}; free space or set another output_dir") from error
-    for old in folder.glob("checkpoint-*"):
-        if old != final:
-            shutil.rmtree(old)
-
-
-def _restore(folder: Path, identity: str, loaded: LoadedModel, optimizer: Any) -> tuple[_Progress, State] | None:
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    if not found:
-        return None
-    newest = found[-1]
-    data = read_json(newest / "state.json")
-    if not isinstance(data, dict) or data.pop("identity", None) != identity:
-        raise StoreError(f"{newest}: made with other settings, data or model; choose another output_dir")
-    try:
-        set_adapter_state(loaded, load_file(newest / "adapter.safetensors"))
-        saved = torch.load(newest / "optimizer.pt", weights_only=True)
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
-        best = load_file(newest / "best.safetensors")
-    except (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
-        raise StoreError(f"{newest}: cannot be read, the files were changed or damaged; delete this folder") from error
-    data["best_dev"] = math.inf if data["best_dev"] is None else data["best_dev"]
-    data["dev"] = [(step, value) for step, value in data["dev"]]
-    data["history"] = [TrainPoint(**point) for point in data["history"]]
-    return _Progress(**data), best

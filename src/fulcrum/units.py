@@ -111,15 +111,24 @@ def perform(study: Study, loaded: LoadedModel, unit: Unit, watcher: Watcher, fol
         return cell.tune(rows, loaded, unit.arm, settings, unit.setting, unit.seed, unit.name, folder, watcher)
     kept = study.is_probed(unit)
     result = cell.final(rows, loaded, unit.arm, settings, unit.tried, unit.seed, unit.name, folder, watcher, probed=kept)
-    if folder is not None and unit.arm.trained and kept:
+    if folder is not None and _keeps_adapter(study, unit):
         anchors = {task.name: asked_anchor(unit.arm, task, settings) for task in rows.tasks}
-        export.save_adapter(loaded, folder / "adapters" / unit.arm.name, anchors)
+        export.save_adapter(loaded, _adapter(folder, unit), anchors)
     return result
+
+
+def _keeps_adapter(study: Study, unit: Unit) -> bool:
+    return unit.setting is None and unit.arm.trained and study.is_probed(unit)
+
+
+def _adapter(folder: Path, unit: Unit) -> Path:
+    return folder / "adapters" / unit.arm.name
 
 
 def keep(study: Study, unit: Unit, result: Tried | ArmResult) -> None:
     """Store a finished unit, atomically, and drop its checkpoints: it is never trained again."""
-    store.write_json(_file(study, unit), _shortened(result), indent=None)
+    content = _shortened(result)
+    store.write_json(_file(study, unit), {"sha256": store.fingerprint(content), **content}, indent=None)
     for part in ("fold", "member", "attempt"):  # no more: another unit's name may begin like this one's
         for training in (study.folder / "checkpoints").glob(f"{unit.name}-{part}*"):
             shutil.rmtree(training)
@@ -142,12 +151,13 @@ def _shortened(result: Tried | ArmResult) -> dict[str, Any]:
 
 
 def read(study: Study, unit: Unit) -> Tried | ArmResult | None:
-    """A stored result, its predictions with the texts of their rows again; None where there is none.
+    """A stored result, its predictions with the texts of their rows again; None where there is none, or where the adapter that
+    it kept is no longer whole.
 
     Raises StoreError for anything else.
     """
     file = _file(study, unit)
-    if not file.exists():
+    if not file.exists() or (_keeps_adapter(study, unit) and store.damaged(_adapter(study.folder, unit))):
         return None
     rows = study.rows[unit.seed]
     tests = {task.name: task.test for task in rows.tasks}
@@ -158,6 +168,8 @@ def read(study: Study, unit: Unit) -> Tried | ArmResult | None:
     }  # fmt: skip
     content = store.read_json(file)
     try:
+        if content.pop("sha256") != store.fingerprint(content):
+            raise KeyError("sha256")
         for tried in content["tried"] if unit.setting is None else [content]:
             tried["dev_nll"] = math.inf if tried["dev_nll"] is None else tried["dev_nll"]  # JSON has no infinity
         if unit.setting is not None:

@@ -3,13 +3,12 @@
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fulcrum import adapter as adapters
@@ -32,10 +31,12 @@ from fulcrum import (
 from fulcrum import run as running
 from fulcrum.config import Arm, Settings, TaskSettings, TrainSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
+from fulcrum.identity import environment
 from fulcrum.model import LoadedModel
-from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Results, Score, Setting, Task
+from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Results, Score, Setting, Task, Tokens
 from fulcrum.sections import DataSource
 
+_ASKED = 8  # rows by which an adapter is seen to be at work
 _USED_FIRST = ("tell", "mix", "sft_anchor", "sft")  # of a comparison, where no arm is named
 
 
@@ -47,6 +48,7 @@ class Adapter:
     settings: Settings
     arm: str
     anchors: dict[str, Anchor | None]
+    notes: tuple[str, ...] = ()  # what differs from the run's training, in words
 
     def anchor(self, task: str | None = None) -> Anchor | None:
         """The anchor of a task (the only or first one by default). Raises ConfigError for an unknown task."""
@@ -75,23 +77,29 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
     """Load the base model and the adapter of a run folder; of a comparison, the adapter of `arm` (default: the first of tell,
     mix, sft_anchor, sft in it). The device is this machine's own: a GPU where there is one.
 
-    Raises StoreError where the folder holds no finished run or no such arm.
+    Raises StoreError where the folder holds no finished run or no such arm, or where its files were changed.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").exists():
         raise StoreError(f"{folder}: not a run folder (no config.yaml); give the output_dir of `fulcrum train` or `compare`")
     settings = config.load(folder / "config.yaml")
     weights, own = _adapter_folder(folder, arm, settings)
+    if damaged := store.damaged(weights):
+        raise StoreError(f"{weights}: {', '.join(damaged)} changed or missing since training; make it again with --resume")
     here = settings.train.model_copy(update={"device": "auto"})  # the run's device may have been another machine's GPU
     loaded = model.load(settings.model, here, trust_remote_code=settings.trust_remote_code)
-    file = weights / "adapter_model.safetensors"
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{file}: not a whole adapter ({error}); run the training again with --resume") from error
+    state = load_file(weights / "adapter_model.safetensors")
     adapters.use(loaded, state, _as_saved(weights, settings.train, own))
     anchors = {task.name: _asked(task, own, settings) for task in settings.tasks}
-    return Adapter(loaded, settings, own.name, anchors)
+    return Adapter(loaded, settings, own.name, anchors, tuple(_other_base(folder, loaded)))
+
+
+def _other_base(folder: Path, loaded: LoadedModel) -> Iterator[str]:
+    """What the run's manifest says of the base model and is not so here."""
+    known, here = store.read_json(folder / store.MANIFEST)["environment"], environment(loaded)
+    for name, what in (("weights", "files"), ("prompt", "chat template, or the date that it writes,")):
+        if known[name] != here[name]:
+            yield f"{loaded.name}: its {what} differ here from those of training: answers may be others"
 
 
 def _asked(task: TaskSettings, own: Arm, settings: Settings) -> Anchor | None:
@@ -165,12 +173,12 @@ def evaluation(
     names = tuple(metric_names) or wanted.metrics
     form = encode.make_format(adapter.loaded.tokenizer, anchor)
     rejects: list[Reject] = []
-    notes: list[str] = []
+    notes = [*adapter.notes]
     if data:
         source = DataSource(path=data, columns=(wanted.test or wanted.train)[0].columns)
         examples, rejects = ingest.read((source,), group=wanted.group)
         ingest.require_rows(examples, rejects, minimum=1)
-        notes = _known_rows(folder, adapter, wanted, examples, data)
+        notes += _known_rows(folder, adapter, wanted, examples, data)
     else:
         examples = _test_rows(folder, adapter, wanted)
     room = wanted.max_new_tokens if metrics.needs_generation(names) else 0
@@ -182,10 +190,19 @@ def evaluation(
         )
     scored = Task(wanted.name, (), (), tuple(examples), anchor, names, wanted.max_new_tokens)
     predictions = scoring.predict(adapter.loaded, scored, examples, batch_tokens=adapter.settings.eval.batch_tokens)
+    if _is_idle(adapter.loaded, [encode.final_answer(example, form) for example in examples[:_ASKED]]):
+        notes.append(f"{folder}: with the adapter these rows have the base model's very losses: it is not applied, or idle")
     file = Path(out) if out is not None else _new_file(folder / "eval", data, adapter.arm, wanted.name)
     store.write_jsonl(file, predictions)  # before they are scored: a metric that fails loses no answers
     scores = metrics.score(predictions, names, draws=adapter.settings.eval.draws)
     return Evaluation(scores, predictions, file, Counter(reject.reason for reject in rejects), tuple(notes))
+
+
+def _is_idle(loaded: LoadedModel, rows: Sequence[Tokens]) -> bool:
+    """Whether the adapter changes no loss of some rows."""
+    with adapters.without(loaded):
+        base, _ = generate.nats(loaded, rows)
+    return bool((base == generate.nats(loaded, rows)[0]).all())
 
 
 def _new_file(folder: Path, data: str | None, arm: str, task: str) -> Path:

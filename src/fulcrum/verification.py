@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from fulcrum import certificate, inputs, outcomes, store
+from fulcrum import certificate, inputs, outcomes, run_folder, store
 from fulcrum.certificate import Question
 from fulcrum.errors import StoreError
 
@@ -19,6 +19,18 @@ class Verification(NamedTuple):
 
     wrong: list[str]
     unchecked: list[str]
+
+
+def of_run(folder: Path) -> Verification:
+    """Compare what a finished run made with the hashes in its manifest, and verify its certificates.
+
+    Raises StoreError where the run is not finished or a certificate cannot be read.
+    """
+    wrong, unchecked = [f"{folder / text}" for text in run_folder.unsealed(folder)], list[str]()
+    for file in sorted(folder.rglob(certificate.FILE)):
+        found = verify(file)
+        wrong, unchecked = wrong + found.wrong, unchecked + found.unchecked
+    return Verification(wrong, unchecked)
 
 
 def verify(file: Path) -> Verification:

@@ -1,0 +1,111 @@
+"""The rule that one folder holds one run, and that one process at a time works on it; and the seal of what a run made."""
+
+import itertools
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fulcrum import store
+from fulcrum.errors import StoreError
+from fulcrum.store import EVENTS, MANIFEST, PARTIAL, file_sha256, read_json, write_json
+
+OUTPUTS = "outputs"  # in a finished run's manifest: the hashes of what it made
+_MADE = ("adapter_model.safetensors", "predictions.jsonl", "results.json", "certificate.json", "outcomes.jsonl")
+_LOCK, _OWNER = ".lock", ".owner.json"
+
+
+def check_free(folder: Path, *, resume: bool) -> None:
+    """Raise StoreError where `folder` cannot become a run's: a file, another run's, or full of other things."""
+    if folder.is_file():
+        raise StoreError(f"{folder}: is a file; set output_dir to a folder")
+    if (folder / MANIFEST).exists():
+        if not resume:
+            raise StoreError(
+                f"{folder}: already holds a run; go on with it (--resume) or begin another beside it (--force-new)"
+            )
+    elif folder.exists() and any(path.name not in (_LOCK, _OWNER) for path in folder.iterdir()):
+        raise StoreError(f"{folder}: not empty and not a run folder; choose another output_dir")
+
+
+def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path:
+    """Make `folder` the place of the run that `identity` (settings, data hashes, versions) describes.
+
+    A new or empty folder is taken. A folder with a manifest goes on only with `resume` and the same identity. Raises
+    StoreError as `check_free` does, where the identity differs (naming what), or where there is no space.
+    """
+    check_free(folder, resume=resume)
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        known = read_json(manifest)
+        known.pop(OUTPUTS, None)
+        changed = store.changes(known, store.plain(identity))
+        if changed:
+            raise StoreError(
+                f"{folder}: cannot resume, {', '.join(changed)} changed since it started; undo that, or begin another run "
+                "beside it (--force-new)"
+            )
+        return folder
+    store.require_space(folder, 64 * 2**20, "a run folder")
+    write_json(manifest, identity)
+    return folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run folder, making it where it is missing: inside, no other process may take it. What killed processes left half
+    written is dropped first. Raises StoreError, naming the process that holds it, or where the disk refuses.
+    """
+    lock, owner = FileLock(folder / _LOCK), folder / _OWNER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        known = store.recalled(owner)
+        raise StoreError(
+            f"{folder}: process {known.get('pid', '?')} on {known.get('host', '?')} has been at work on it since "
+            f"{known.get('since', '?')}; wait for it or stop it, or choose another output_dir (--force-new)"
+        ) from None
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot write: {error.strerror or error}; {store.ELSEWHERE}") from error
+    try:
+        for left in [*folder.rglob(f".*{PARTIAL}")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        write_json(owner, {"pid": os.getpid(), "host": platform.node(), "since": since})
+        store.mend_log(folder / EVENTS)
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        only = [path.name for path in folder.iterdir()] == [_LOCK]
+        lock.release()
+        if only:  # no run came of it
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def beside(folder: Path) -> Path:
+    """The folder, or where something stands there already, the first of `folder-2`, `folder-3` ... that is free."""
+    names = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def seal(folder: Path) -> None:
+    """Write the hashes of what a finished run made into its manifest: weights, predictions, results, certificates."""
+    made = (path for name in _MADE for path in folder.rglob(name) if "checkpoints" not in path.parts)
+    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(made)}
+    write_json(folder / MANIFEST, {**read_json(folder / MANIFEST), OUTPUTS: hashes})
+
+
+def unsealed(folder: Path) -> list[str]:
+    """What a finished run made and is no longer as it was, in words. Raises StoreError for an unfinished run."""
+    known = read_json(folder / MANIFEST).get(OUTPUTS)
+    if not isinstance(known, dict):
+        raise StoreError(f"{folder}: its manifest names no outputs: the run is not finished; go on with it (--resume)")
+    found = {name: file_sha256(folder / name) if (folder / name).is_file() else "" for name in known}
+    return [f"{name}: {'changed' if sha256 else 'missing'}" for name, sha256 in found.items() if sha256 != known[name]]

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM: at once, or, where a step that can be finished and kept is under way, right after it."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_WAIT = b"\nstopping after this step, which is then saved; once more: at once\n"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop: SIGINT (Ctrl-C) or SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def at_once(number: int, frame: FrameType | None = None) -> NoReturn:
+    """A signal handler. Raises Stopped."""
+    raise Stopped(number)
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], int]]:
+    """Inside, the first signal is only noted: the yielded function returns its number (0: none came), and whoever asks then
+    saves and raises `Stopped`. A second signal raises it at once. Outside the main thread, which alone may, nothing is changed.
+    """
+    noted = 0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal noted
+        if noted:
+            raise Stopped(number)
+        noted = number
+        os.write(2, _WAIT)  # printing is not safe in a handler
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield lambda: noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
