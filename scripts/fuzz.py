@@ -24,21 +24,17 @@ def main() -> None:
     drawn = random.Random(seed[0] if seed else "1")
     for number in range(_SEEDS):  # from nothing, a fuzzer needs hours to reach inputs of some length
         Path(corpus, f"seed-{number}").write_bytes(drawn.randbytes(drawn.randrange(1, 512)))
-    arguments = [
-        f"-runs={runs}",
-        f"-seed={(seed or ['1'])[0]}",
-        "-max_len=512",
-        "-len_control=0",
-        "-timeout=20",
-        "-rss_limit_mb=4096",
-    ]
+    options = {
+        "runs": runs, "seed": (seed or ["1"])[0], "max_len": 512, "len_control": 0, "timeout": 20, "rss_limit_mb": 4096,
+        "print_final_stats": 1, "artifact_prefix": f"{corpus}/",
+    }  # fmt: skip
     target = TARGETS[name]
 
     def quiet(data: bytes) -> None:
         with contextlib.redirect_stderr(None):  # libraries may say what they like
             target(data)
 
-    atheris.Setup([sys.argv[0], *arguments], quiet)
+    atheris.Setup([sys.argv[0], *(f"-{name}={value}" for name, value in options.items()), corpus], quiet)
     atheris.Fuzz()
 
 

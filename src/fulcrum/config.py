@@ -362,6 +362,8 @@ class Settings(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks need different names, got {names}; set tasks[i].name")
+        if self.teacher is not None and "@" in self.teacher.endpoint.partition("//")[2].partition("/")[0]:
+            raise ValueError("teacher.endpoint is written down, so it may hold no password; put the key into a variable")
         weighted = {source.weight is not None: source.path for source in self.general}
         if len(weighted) == 2:
             raise ValueError(

@@ -62,6 +62,7 @@ class Endpoint:
             self._answered.append(True)
             return sentences(said) if whole and choice.get("finish_reason") == "length" else said
         except (urllib3.exceptions.HTTPError, ValueError, LookupError, TypeError) as error:
+            told = told.replace(self.key, "(the key)") if self.key else told  # some say what they were given
             raise ConfigError(
                 f"{self.url}: no answer from {self.model!r}: {error}{f': {told[:200]}' if told else ''}; check the address (it "
                 "ends in /v1), the model's name and the key"

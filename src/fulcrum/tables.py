@@ -275,6 +275,7 @@ def _arrow(path: Path) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell the hub of every local file that is read
     with unreadable(path):
         kind = path.suffix[1:].lower()
         return datasets.load_dataset(kind, data_files=str(path), split="train", writer_batch_size=_BATCH_ROWS)
