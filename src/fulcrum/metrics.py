@@ -9,7 +9,7 @@ Names. An asterisk marks metrics that need generated outputs; the scale is [0, 1
 - ``nll``: nats per token of the gold answer, sum over sum; lower is better. Its outcomes are nats per token of each row.
 - ``exact_match`` *: output equals gold after Unicode NFC and stripping outer white space; nothing else is forgiven.
 - ``token_f1`` *: bag-of-words F1 after SQuAD normalisation (lower case; ASCII punctuation and a/an/the dropped).
-- ``rouge_l`` *: ROUGE-L F-measure of rouge-score, no stemmer. Its tokens are ASCII letters and digits only.
+- ``rouge_l`` *: ROUGE-L F-measure as rouge-score computes it, no stemmer. Its tokens are ASCII letters and digits only.
 - ``chrf`` *: mean of sentence chrF2 of sacrebleu, 0 to 100.
 - ``bleu`` *: corpus BLEU of sacrebleu (tokenizer 13a, exponential smoothing), 0 to 100.
 - ``json_valid`` *: share of outputs that are one strict JSON value and nothing else but outer white space.
@@ -145,13 +145,22 @@ def _token_f1(rows: Sequence[_Row]) -> Iterable[float]:
 
 
 def _rouge_l(rows: Sequence[_Row]) -> Iterable[float]:
-    from rouge_score.rouge_scorer import RougeScorer
-
     if not any(re.search("[a-z0-9]", row.gold.lower()) for row in rows):
         where = f"no gold answer has any (the first: {rows[0].origin})"
         raise DataError(f"rouge_l reads ASCII letters and digits only, and {where}: it would always be 0. Use chrf")
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    return (scorer.score(row.gold, row.output)["rougeL"].fmeasure for row in rows)
+    return (_lcs_f1(*(re.findall("[a-z0-9]+", text.lower()) for text in (row.output, row.gold))) for row in rows)
+
+
+def _lcs_f1(output: Sequence[str], gold: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence (Lin 2004): 2 L / (m + n)."""
+    longest = [0] * (len(gold) + 1)  # of the output so far and of the gold up to each word
+    for word in output:
+        before = longest
+        longest = [0]
+        for k, other in enumerate(gold):
+            longest.append(before[k] + 1 if word == other else max(before[k + 1], longest[k]))
+    precision, recall = longest[-1] / max(len(output), 1), longest[-1] / max(len(gold), 1)
+    return 2 * precision * recall / (precision + recall) if longest[-1] else 0.0
 
 
 def _chrf(rows: Sequence[_Row]) -> Iterable[float]:
