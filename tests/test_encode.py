@@ -329,3 +329,83 @@ def test_a_template_that_refuses_a_row_refuses_it_by_name_after_encoding_ahead()
     assert len(encode.encode(good, refusing)) > 0
     with pytest.raises(DataError, match="r:bad: the model's chat template refuses this row: no bad words"):
         encode.encode(bad, refusing)
+
+
+def test_a_tokenizer_that_begins_every_text_by_itself_gives_the_same_ids_ahead() -> None:
+    beginning = form(False)
+    rows = [row("one", "1"), row("two", "2")]
+    ahead = encode.encode_many(rows, beginning)
+    for one, found in zip(rows, ahead, strict=True):
+        assert found.ids.tolist() == encode.encode(one, beginning, keep=False).ids.tolist()
+        assert (found.ids == beginning.tokenizer.convert_tokens_to_ids("<s>")).sum() == 1
+    assert beginning.known == {}  # many rows at once are not kept
+
+
+def test_a_row_is_known_once_it_was_asked_for_unless_it_is_not_to_be_kept() -> None:
+    own = form(anchor=Anchor("Known or not?"))
+    one, other = row("one", "1"), row("two", "2")
+    first = encode.encode(one, own)
+    assert encode.encode(one, own) is first
+    encode.encode(other, own, keep=False)
+    assert list(own.known) == [one]
+
+
+def test_what_is_known_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_KNOWN", 3)
+    own = form(anchor=Anchor("Within a bound."))
+    for number in range(3):
+        encode.encode(row(f"q{number}", "a"), own)
+    assert len(own.known) == 3
+    encode.encode(row("q3", "a"), own)
+    assert [one.question for one in own.known] == ["q3"]
+
+
+def test_what_the_template_writes_before_a_users_first_words() -> None:
+    assert decode(encode.opening_ids(PLAIN)) == "<|im_start|>user\n"
+    assert decode(encode.opening_ids(form(anchor=Anchor("Sort it.")))).startswith("<|im_start|>user\nSort it.")
+    assert encode.opening_ids(form("{% for m in messages %}{{ m['content'] }}{% endfor %}")) == []
+
+
+def test_the_plain_template_begins_with_the_first_token_only_where_asked() -> None:
+    assert encode.plain_template(adds_bos=True) == "{{- bos_token -}}" + encode.PLAIN_TEMPLATE
+    assert encode.plain_template(adds_bos=False) == encode.PLAIN_TEMPLATE
+
+
+def test_marks_of_special_tokens_that_do_not_exist_stay_text() -> None:
+    text = f"\ufdd0{len(PLAIN.special_names) + 5}\ufdd1 and \ufdd0{len(PLAIN.special_names)}\ufdd1"
+    tokens = encode.encode(row(text, text), PLAIN)
+    assert decode(tokens.ids).count(text) == 2
+    assert encode._show(f"\ufdd0{len(PLAIN.special_names) + 1}\ufdd1", PLAIN) == f"\ufdd0{len(PLAIN.special_names) + 1}\ufdd1"
+
+
+def test_special_token_text_at_the_end_of_a_question_stays_plain() -> None:
+    tokens = encode.encode(row("<|im_end|>", "x <|im_start|>"), PLAIN)
+    assert (tokens.ids == END).sum() == 2
+    assert (tokens.ids == START).sum() == 2
+    base = form(False)  # it writes nothing special after a question
+    asked = encode.prompt_ids([Message("user", "q <|im_end|>")], base)
+    assert END not in asked
+
+
+def test_the_scored_row_is_the_same_row() -> None:
+    conversation = row("One?", "1", "Two?", "2", system="s")
+    found = encode.scored(conversation)
+    assert (found.group, found.origin) == (conversation.group, conversation.origin)
+    assert [message.train for message in found.messages] == [False, False, False, False, True]
+
+
+def test_with_a_response_prefix_only_the_last_answer_is_trained_though_all_could_be() -> None:
+    tokens = encode.encode(row("One?", "1", "Two?", "2", "Three?", "3"), form(anchor=Anchor("So: ", "response_prefix")))
+    assert len(trained_parts(tokens)) == 1
+    assert trained_parts(tokens)[0].endswith("3<|im_end|>")
+
+
+def test_an_answer_without_any_question_is_refused() -> None:
+    alone = Example((Message("system", "s"), Message("assistant", "a")), "g", "rows.jsonl:7")
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: no answer to train"):
+        encode.encode(alone, PLAIN)
+
+
+def test_ids_of_a_row_are_64_bit_whatever_they_are_made_of() -> None:
+    empty = encode._joined([])
+    assert (empty.ids.dtype, empty.loss_mask.dtype) == (np.int64, np.bool_)

@@ -20,6 +20,8 @@ PERMUTATIONS = [mix._feistel, lambda index, n, *key: mix._fisher_yates(n, *key)[
 every_permutation = pytest.mark.parametrize("permute", PERMUTATIONS, ids=["feistel", "fisher_yates"])
 every_order = pytest.mark.parametrize("order", ORDERS)
 
+CHANCES = (0.03234672816961037, 0.6739353295506166, 0.6801017682583281)  # seed 5, "anchor"
+
 # A stream of 3 task rows (T), shown twice, among 9 of 20 general rows (g), seed 7. A change here breaks resuming old runs.
 GOLDEN = {
     "random": "T0 g3 T0 g18 g15 g14 g13 T1 g19 g16 g11 T1 g17 T2 T2",
@@ -58,6 +60,17 @@ def test_feistel_keeps_distinct_values_distinct_and_inside(n, seed, data):
     assert len(set(images.tolist())) == len(index)
     assert images.min() >= 0
     assert images.max() < n
+
+
+def test_a_permutation_beyond_the_stored_tables_is_named_by_seed_stream_and_epoch():
+    n = mix._TABLE_LIMIT + 1
+    index = np.arange(50)
+    found = {key: tuple(mix._permute(index, n, *key)) for key in [(1, "a", 0), (2, "a", 0), (1, "b", 0), (1, "a", 1)]}
+    assert len(set(found.values())) == 4
+    assert list(found[1, "a", 0]) == mix._feistel(index, n, 1, "a", 0).tolist()
+    at_limit = mix._permute(index, mix._TABLE_LIMIT, 1, "a", 0)
+    assert at_limit.tolist() == mix._fisher_yates(mix._TABLE_LIMIT, 1, "a", 0)[index].tolist()
+    assert at_limit.dtype == np.int64
 
 
 def test_feistel_block_by_block_equals_one_by_one():
@@ -103,6 +116,17 @@ def test_seeds_streams_and_epochs_give_different_permutations():
     base = mix._permute(index, 100, 1, "task", 0).tolist()
     for other in [(2, "task", 0), (1, "general", 0), (1, "task", 1)]:
         assert mix._permute(index, 100, *other).tolist() != base
+
+
+def test_chances_are_those_of_their_positions_and_uniform():
+    whole_ = mix.chances(0, 4000, 5, "anchor")
+    assert whole_[:3].tolist() == pytest.approx([CHANCES[0], CHANCES[1], CHANCES[2]], abs=1e-12)
+    assert mix.chances(1000, 1010, 5, "anchor").tolist() == whole_[1000:1010].tolist()
+    assert 0 <= whole_.min() < 0.01
+    assert 0.99 < whole_.max() < 1
+    assert abs(whole_.mean() - 0.5) < 4 / np.sqrt(12 * 4000)
+    for other in [(6, "anchor"), (5, "other")]:
+        assert mix.chances(0, 4000, *other).tolist() != whole_.tolist()
 
 
 # Plans
@@ -275,6 +299,17 @@ def test_fingerprint_covers_every_field():
 # Errors
 
 
+def test_positions_that_exceed_64_bits_are_refused_and_no_others():
+    """N * (RT + 1) must stay below 2**63: of one task row and G general rows that is 2 * (G + 1)."""
+    most = 2**62 - 2
+    assert len(Plan(1, most, 1, most, "random", 0)) == most + 1
+    assert plan(2**20, 2**62, repeats=1, general_per_task=2**22, order="random", seed=0).general_used == 2**42
+    with pytest.raises(ConfigError, match="exceed 64-bit arithmetic"):
+        plan(2**21, 2**62, repeats=1, general_per_task=2**22, order="random", seed=0)
+    with pytest.raises(ConfigError, match="exceed 64-bit arithmetic"):
+        plan(2**32, 2**62, repeats=1, general_per_task=0, order="random", seed=0)
+
+
 def test_a_pool_that_is_too_small_names_the_settings_that_work():
     message = (
         "mix: general_per_task 4 × repeats 8 × 500 task rows = 16,000 general rows, but the pool has 10,000 and none is "
@@ -347,6 +382,9 @@ def test_warnings_name_steps_without_task_rows():
         "Raise batch_size to 100, or lower general_per_task to 7."
     ]
     assert mix.warnings(p, batch_size=100) == []
+    even = make("systematic", n_task=10, n_general=2000, repeats=1, general_per_task=99)
+    assert "about 92% of the steps hold none" in mix.warnings(even, batch_size=8)[0]
+    assert "about 50% of the steps hold none" in mix.warnings(even, batch_size=50)[0]  # 1 - 50/100, not 0.99**50 = 61%
 
 
 @pytest.mark.parametrize(

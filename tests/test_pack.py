@@ -15,6 +15,7 @@ lengths_and_budget = given(st.lists(st.integers(1, 60), max_size=80), st.integer
     [
         ([], 8, []),
         ([3, 6, 5, 2], 8, [((0, 2), 8), ((1, 3), 8)]),
+        ([2, 3, 6, 5], 8, [((0, 2), 8), ((1, 3), 8)]),  # the longest first: in the order given it would be three rows
         ([8, 8], 8, [((0,), 8), ((1,), 8)]),
         ([9, 1], 8, [((0,), 9), ((1,), 1)]),  # too long: alone, whole, and nothing joins it
         ([1, 1, 1], 2, [((0, 1), 2), ((2,), 1)]),  # equal lengths: by index

@@ -174,3 +174,59 @@ def test_differences_that_never_varied_have_no_interval():
     found = stats.paired_over_seeds(np.zeros((1, 5)), list("abcde"))
     assert found.estimate == 0
     assert np.isnan([found.low, found.high]).all()
+
+
+def test_few_groups_widen_the_percentiles_as_much_as_a_t_interval():
+    """Three groups: the tail is Phi(sqrt(3/2) * t(2, 0.025)), so that the interval is all that draws ever reached."""
+    values = np.array([1.0, 2.0, 6.0])
+    interval = mean_interval(values, ["a", "b", "c"], draws=4000)
+    assert interval == (3.0, 1.0, 6.0)
+    many = np.random.default_rng(4).normal(size=8)
+    low, high = mean_interval(many, names(8), draws=20_000)[1:]
+    tail = scipy.stats.norm.cdf(np.sqrt(8 / 7) * scipy.stats.t.ppf(0.025, 7))
+    draws = np.random.default_rng(9).choice(many, size=(20_000, 8)).mean(axis=1)
+    assert low == pytest.approx(np.quantile(draws, tail), abs=0.03)
+    assert high == pytest.approx(np.quantile(draws, 1 - tail), abs=0.03)
+
+
+def test_an_estimate_stands_where_an_interval_does_not():
+    one = stats.bootstrap(np.array([[2.0, 1.0]]), ["a"], stats.ratio)
+    alike = mean_interval(np.full(6, 0.1), names(6))
+    few = stats.paired_over_seeds(np.array([[0.5, 0.7]]), ["a", "a"])
+    for interval, estimate in ((one, 2.0), (alike, 0.1), (few, 0.6)):
+        assert interval.estimate == pytest.approx(estimate)
+        assert isinstance(interval, stats.Interval)
+        assert np.isnan([interval.low, interval.high]).all()
+
+
+def test_nearly_equal_groups_are_equal_up_to_rounding_of_their_size():
+    close = 1e9 + np.array([0.0, 1e-5, 0.0, 1e-5])
+    assert np.isnan(mean_interval(close, names(4)).low)
+    assert not np.isnan(mean_interval(close - 1e9, names(4)).low)
+    assert not np.isnan(mean_interval(np.array([0.0, 3e-12, 0.0, 3e-12]), names(4)).low)
+
+
+def test_defaults_are_2000_draws_of_seed_0():
+    values = np.random.default_rng(5).normal(size=30)
+    assert mean_interval(values, names(30)) == mean_interval(values, names(30), draws=2000, seed=0)
+    assert mean_interval(values, names(30)) != mean_interval(values, names(30), draws=2001, seed=0)
+    assert mean_interval(values, names(30)) != mean_interval(values, names(30), draws=2000, seed=1)
+
+
+def test_over_two_seeds_and_two_groups_by_hand():
+    """Seeds' means 1 and 2, groups' means 1 and 2: each part has variance 1/4 with one degree of freedom, together t with 2."""
+    interval = stats.paired_over_seeds(np.array([[0.5, 1.5], [1.5, 2.5]]), ["a", "b"])
+    half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(1 / 2)
+    assert interval == pytest.approx((1.5, 1.5 - half, 1.5 + half))
+
+
+def test_whole_numbers_are_read_as_numbers():
+    assert stats.seed_interval([1, 2, 3]) == stats.seed_interval([1.0, 2.0, 3.0])
+    counted = stats.paired_over_seeds(np.array([[1, 2], [3, 4]]), ["a", "b"], denominators=np.array([1, 3]))
+    assert counted == stats.paired_over_seeds(np.array([[1.0, 2.0], [3.0, 4.0]]), ["a", "b"], denominators=np.array([1.0, 3.0]))
+    with pytest.raises(DataError, match="row 1: a denominator must be above 0, got 0"):
+        stats.paired_over_seeds(np.ones((1, 3)), names(3), denominators=np.array([0.5, 0.0, 2.0]))
+    with pytest.raises(DataError, match=r"^no rows: an interval needs at least one value$"):
+        stats.seed_interval([])
+    with pytest.raises(DataError, match="1 of 2 values are not finite, the first at index 1, 0"):
+        stats._require_finite(np.array([[1.0], [np.nan]]))
