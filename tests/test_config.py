@@ -106,6 +106,7 @@ def test_settings_given_are_not_changed() -> None:
             {"task": {**TASK, "anchor": {"text": "x", "placement": "middle"}}},
             r"task\.anchor\.placement: .*'system'.*got 'middle'",
         ),
+        ({"task": {**TASK, "anchor": ""}}, r"task\.anchor\.text: must not be empty"),
         ({"task": {**TASK, "anchor": " \u200b"}}, r"task\.anchor\.text: an anchor needs words, ' \\u200b' shows none"),
         ({"task": TASK, "mix": {"repeats": 0}}, r"mix\.repeats: repeats is 0; every task row must be shown at least once"),
         (

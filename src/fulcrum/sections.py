@@ -87,7 +87,7 @@ class AnchorSettings(Section):
 
 def as_anchor(value: Any) -> Any:
     """Accept a text or a plain record wherever an anchor is asked for; `none` is none."""
-    if value in (None, "", "none"):
+    if value in (None, "none"):
         return None
     if isinstance(value, Anchor):
         return {"text": value.text, "placement": value.placement}
