@@ -48,7 +48,6 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     [
         (None, None),
         ("none", None),
-        ("", None),
         ("Sort.", Anchor("Sort.")),
         ({"text": "Sort.", "placement": "system"}, Anchor("Sort.", "system")),
         (Anchor("Sort.", "response_prefix"), Anchor("Sort.", "response_prefix")),
