@@ -2,9 +2,12 @@
 
 import json
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import zipfile
 from dataclasses import replace
@@ -221,6 +224,16 @@ def test_test_rows_are_kept_out_of_training_whatever_they_come_in_by(place: Path
         run(config.from_dict(settings))
 
 
+def test_answers_that_cannot_be_generated_whole_are_said(place: Path, tmp_path: Path) -> None:
+    settings = settings_of(place, tmp_path / "r").model_dump(mode="json")
+    settings["tasks"][0] |= {"metrics": ["nll", "exact_match"], "max_new_tokens": 2}
+    notes = run(config.from_dict(settings)).notes
+    lengths = [len(tiny_tokenizer()(word)["input_ids"]) for word in ("red", "blue", "green")]
+    assert max(lengths) > 2
+    (note,) = [text for text in notes if "max_new_tokens" in text]
+    assert note.endswith(f"so that none generated can equal them; set task.max_new_tokens to {max(lengths)} or more")
+
+
 def test_answers_are_never_cut_to_fit(place: Path, tmp_path: Path) -> None:
     long = write_rows(tmp_path / "long.jsonl", [("q", "red " * 600), *((f"colour {k}", "red") for k in range(12))])
     settings = settings_of(place, tmp_path / "r").model_dump(mode="json")
@@ -302,6 +315,45 @@ def test_a_full_disk_loses_nothing_that_was_written(
         assert all(json.loads(line) for line in (disk / "run" / "events.jsonl").read_text().splitlines())
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_may_only_be_read_is_said(place: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    if not has_mount(disk, 1024):
+        pytest.skip("may not mount a file system here")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(StoreError, match=r"run: cannot write: Read-only file system; free some space or set output_dir"):
+            run(settings_of(place, disk / "run"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("verb", "number", "options"),
+    [("train", signal.SIGINT, ()), ("train", signal.SIGTERM, ()), ("compare", signal.SIGTERM, ("--jobs", "2"))],
+)
+def test_a_signal_ends_a_process_with_its_code_and_says_how_to_go_on(
+    place: Path, tmp_path: Path, verb: str, number: int, options: tuple[str, ...]
+) -> None:
+    mixed = {"general_per_task": 1, "repeats": 15 if verb == "train" else 3}
+    settings = settings_of(place, tmp_path / "r", mix=mixed, compare={"arms": ["base", "tell"]})
+    (tmp_path / "run.yaml").write_text(config.dump(settings))
+    command = [sys.executable, "-m", "fulcrum", verb, str(tmp_path / "run.yaml"), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "r" / "events.jsonl").exists() and process.poll() is None:
+        select.select([], [], [], 0.01)  # training has begun when its first step stands there
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, said
+    assert "stopped: what was finished is kept; go on with --resume" in said
+    assert "Traceback" not in said
+    done(verb, tmp_path / "run.yaml", "--resume", *options)
+    whole = settings.model_copy(update={"output_dir": str(tmp_path / "whole")})
+    (run if verb == "train" else compare)(whole)
+    made = ("adapter/" if verb == "train" else "adapters/tell/") + "adapter_model.safetensors"
+    for name in (made, "predictions.jsonl"):
+        assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_run_that_another_process_works_on_is_refused(place: Path, finished: Path) -> None:

@@ -121,6 +121,21 @@ def check_anchor(anchor: Anchor, task: Task, settings: Settings, tokenizer: enco
     return notes
 
 
+def check_answers(task: Task, tokenizer: encode.Tokenizer) -> list[str]:
+    """What to say of test rows whose answers cannot be given within `max_new_tokens`: they are wrong, whatever is learned."""
+    if not metrics.needs_generation(task.metrics):
+        return []
+    form = encode.make_format(tokenizer, None)
+    lengths = [encode.answer_length(row, form) - len(form.end_ids) for row in task.test]
+    cut = [length for length in lengths if length > task.max_new_tokens]
+    if not cut:
+        return []
+    return [
+        f"{task.name}: {len(cut):,} of {len(lengths):,} test answers are longer than max_new_tokens ({task.max_new_tokens}), "
+        f"so that none generated can equal them; set task.max_new_tokens to {max(cut)} or more"
+    ]
+
+
 def check_between(tasks: Sequence[Task]) -> None:
     """Tasks share one adapter: what one trains on must not be what another is scored on."""
     for task in tasks:

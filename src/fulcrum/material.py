@@ -132,7 +132,7 @@ def prepare(
         settings, tokenizer, context, tasks, seed,
         whole=[task for task, _ in whole], once=n_task, choose_from=choose_from, arms=_arms(settings, dev_apart),
     )  # fmt: skip
-    notes = [*drawn.notes, *dict.fromkeys(notes)]
+    notes = [*drawn.notes, *dict.fromkeys(notes), *(text for task in tasks for text in labelled.check_answers(task, tokenizer))]
     notes += [
         f"{task.name}: anchor: auto is chosen by a run; here rows stand without one"
         for task in settings.tasks if task.anchor is not None and task.anchor.is_auto

@@ -6,6 +6,7 @@ stand in the run's manifest. Workers return values; the driver alone stores them
 
 import os
 import queue
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fulcrum.errors import ConfigError, FulcrumError, StoreError
 from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, TrainPoint, Tried
 from fulcrum.run import writes
+from fulcrum.stopping import Stopped
 from fulcrum.units import Study, Unit, perform
 
 Result = Tried | ArmResult
@@ -151,8 +153,11 @@ def _processes(study: Study, loaded: LoadedModel, jobs: int, watcher: Watcher) -
 
         try:
             yield run
-        except BaseException:  # Ctrl-C too: what has not begun is not waited for
+        except BaseException as error:  # Ctrl-C too: what has not begun is not waited for
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, Stopped) and error.number == signal.SIGTERM:  # Ctrl-C reaches the workers by itself
+                for worker in active_children():
+                    worker.terminate()
             raise
 
 
