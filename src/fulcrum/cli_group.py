@@ -34,7 +34,7 @@ class Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; turn what a user can mend into one line."""
-        signal.signal(signal.SIGTERM, stopping.at_once)
+        stopping.at_once()
         try:
             return super().invoke(ctx)
         except BrokenPipeError:

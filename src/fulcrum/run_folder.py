@@ -83,7 +83,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        only = [path.name for path in folder.iterdir()] == [_LOCK]
+        only = folder.exists() and [path.name for path in folder.iterdir()] == [_LOCK]
         lock.release()
         if only:  # no run came of it
             shutil.rmtree(folder, ignore_errors=True)

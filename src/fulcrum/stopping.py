@@ -20,8 +20,13 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def at_once(number: int, frame: FrameType | None = None) -> NoReturn:
-    """A signal handler. Raises Stopped."""
+def at_once() -> None:
+    """From now on SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt. Only the main thread may ask for it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
