@@ -18,6 +18,14 @@ START, END = TOKENIZER.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
 PLAIN = encode.make_format(TOKENIZER, None)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_known() -> None:
+    """Formats are kept by the process, and rows by them: no test rests on what another one encoded."""
+    encode._format.cache_clear()
+    encode._markers.cache_clear()
+    PLAIN.known.clear()
+
+
 def row(*texts: str, system: str = "", untrained: tuple[int, ...] = ()) -> Example:
     """A conversation: user, assistant, user, assistant ...; answers numbered in `untrained` (from 0) have weight 0."""
     turns = [
@@ -409,3 +417,25 @@ def test_an_answer_without_any_question_is_refused() -> None:
 def test_ids_of_a_row_are_64_bit_whatever_they_are_made_of() -> None:
     empty = encode._joined([])
     assert (empty.ids.dtype, empty.loss_mask.dtype) == (np.int64, np.bool_)
+
+
+def test_a_template_that_begins_twice_is_refused_and_once_is_not() -> None:
+    with pytest.raises(
+        ModelError, match=r"^the model's chat template begins with '<s>' twice; take one out of it and save the"
+    ):
+        encode.make_format(tiny_tokenizer("{{ bos_token }}{{ bos_token }}" + CHATML), None)
+    once = encode.make_format(tiny_tokenizer("{{ bos_token }}" + CHATML), None)
+    assert encode.prompt_ids([Message("user", "q")], once)[:2] == [1, START]
+
+
+def test_an_opening_is_what_stands_before_the_first_of_the_users_words() -> None:
+    """Also where the template writes them twice."""
+    twice = form("{% for m in messages %}[{{ m['content'] }}|{{ m['content'] }}]{% endfor %}")
+    assert decode(encode.opening_ids(twice)) == "["
+
+
+def test_a_prompt_that_the_template_refuses_says_so() -> None:
+    refusing = form("{% if messages|length > 1 %}{{ messages[0]['content'] }}{{ messages[1]['content'] }}{% else %}"
+                    "{{ raise_exception('no') if messages[0]['content'] == 'bad' else 'x' }}{% endif %}")  # fmt: skip
+    with pytest.raises(DataError, match="the model's chat template refuses these messages: no"):
+        encode.prompt_ids([Message("user", "bad")], refusing)

@@ -230,3 +230,12 @@ def test_whole_numbers_are_read_as_numbers():
         stats.seed_interval([])
     with pytest.raises(DataError, match="1 of 2 values are not finite, the first at index 1, 0"):
         stats._require_finite(np.array([[1.0], [np.nan]]))
+
+
+def test_the_tail_is_that_of_the_expanded_percentile_interval():
+    """The same draws, and the quantiles that Hesterberg (2015) gives for five groups."""
+    values = np.array([0.0, 1.0, 3.0, 7.0, 20.0])
+    draws = np.random.default_rng(0).multinomial(5, np.full(5, 1 / 5), size=2000) @ values / 5
+    tail = scipy.stats.norm.cdf(np.sqrt(5 / 4) * scipy.stats.t.ppf(0.025, 4))
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    assert mean_interval(values, names(5))[1:] == pytest.approx((low, high), rel=1e-12)
