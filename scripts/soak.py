@@ -28,6 +28,7 @@ from fulcrum import store
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+import answering  # noqa: E402
 from tiny import WORDS, save_task, tiny_settings, write_rows  # noqa: E402
 
 _TIMED = re.compile(r"seconds|memory|^sha256$|^outputs$|dev_nll_seconds")  # names of what differs between equal runs
@@ -74,8 +75,8 @@ def bits(folder: Path, *patterns: str) -> dict[str, str]:
     return found
 
 
-def jobs(place: Path) -> list[Job]:
-    """Every verb that takes long, on a tiny model."""
+def jobs(place: Path, url: str) -> list[Job]:
+    """Every verb that takes long, on a tiny model; at `url` somebody answers."""
     data = {
         "model": str(place / "model"),
         "task": {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl"), "anchor": "Name it.",
@@ -109,12 +110,21 @@ def jobs(place: Path) -> list[Job]:
         Job("compare", verb("compare"), lambda out: bits(out, *made), checkpoints=True),
         Job("pool build", lambda out: ["pool", "build", str(place / "big.jsonl"), "--jobs", "2"],
             lambda out: bits(out, "cache/pools/**/*.arrow", "cache/pools/**/*.npy", "cache/pools/**/*.parquet")),
-        Job("selfgen", lambda out: ["selfgen", str(out / "made.jsonl"), "--model", str(place / "model"), "-n", "200"],
+        Job("selfgen", lambda out: ["selfgen", str(out / "made.jsonl"), "-n", "1500", "--endpoint", url, "--endpoint-model", "m"],
             lambda out: bits(out, "made.*")),
         Job("anchor score", lambda out: ["anchor", "score", str(run_file), str(place / "anchors.jsonl"), "--out",
                                        str(out / "s.json")],
             lambda out: bits(out, "s.json")),
     ]  # fmt: skip
+
+
+def said(body: dict[str, Any], number: int) -> tuple[int, str]:
+    """What a model says that takes its time, and says the same to the same question of the same seed."""
+    time.sleep(0.01)
+    return (
+        200,
+        f"What may a {WORDS[body['seed'] % 16]} of {body['seed'] % 997} years do on a day like number {body['seed'] % 7919}?",
+    )
 
 
 def start(job: Job, out: Path) -> "subprocess.Popen[bytes]":
@@ -200,6 +210,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--kills", type=int, default=8, help="of each command")
     asked.add_argument("--fuzzed", type=int, default=1_000_000, help="inputs over all targets")
+    asked.add_argument("--only", help="kill this command alone, as selfgen")
     asked.add_argument("--seed", type=int, default=0)
     asked.add_argument("--work", type=Path, help="folder to work in, kept (default: one that goes)")
     given = asked.parse_args()
@@ -208,8 +219,9 @@ def main() -> None:
         work = given.work or Path(name)
         place = save_task(work / "task", 24, 16)
         rng, rows, began = random.Random(given.seed), list[Row](), time.monotonic()
-        for job in jobs(place) if given.kills else ():
-            rows.append(kill_often(job, work, given.kills, rng, screen.print))
+        with answering.endpoint(said) as (url, _):
+            for job in (job for job in jobs(place, url) if given.kills and given.only in (None, job.name)):
+                rows.append(kill_often(job, work, given.kills, rng, screen.print))
         screen.print("planted faults")
         rows.append(faults())
         for target, share in _SHARES.items() if given.fuzzed else ():

@@ -4,22 +4,27 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 Asked = list[dict[str, Any]]
+Said = Callable[[dict[str, Any], int], tuple[int, str]]
 
 
 @contextmanager
-def endpoint(said: Callable[[Asked], tuple[int, str]]) -> Iterator[tuple[str, Asked]]:
-    """Its address and what it was asked so far, each with `path` and `key`; `said` gives the status and answer to the last."""
+def endpoint(said: Said) -> Iterator[tuple[str, Asked]]:
+    """Its address and what it was asked so far, each with `path` and `key`; `said` gives status and answer to a question, the
+    how-manieth (from 1) is told too.
+    """
     asked: Asked = []
+    lock = Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # the name that http.server calls
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
-            status, text = said(asked)
+            with lock:
+                asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
+                status, text = said(body, len(asked))
             answer = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "length"}]}).encode()
             self.send_response(status)
             self.send_header("Retry-After", "0")

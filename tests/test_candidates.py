@@ -209,7 +209,7 @@ def endpoint() -> Iterator[tuple[str, Asked]]:
         "I'm sorry, but I cannot do that for you today.", "Tell which of three colours goes with the animal.",
     ]  # fmt: skip
     said = iter(texts * 9)
-    with answering.endpoint(lambda asked: (200, next(said))) as (url, asked):
+    with answering.endpoint(lambda *_: (200, next(said))) as (url, asked):
         yield url, asked
 
 

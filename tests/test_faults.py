@@ -546,12 +546,12 @@ def test_secrets_stand_in_no_file_and_no_output(place: Path, tmp_path: Path, mon
     (tmp_path / "inputs.jsonl").write_text("".join(json.dumps({"prompt": f"shade {k} of what"}) + "\n" for k in range(8)))
     settings = settings_of(place, tmp_path / "r", compare={"arms": ["base", "pseudo_teacher"]}).model_dump(mode="json")
     settings["tasks"][0]["unlabeled"] = [{"path": inputs}]
-    with answering.endpoint(lambda asked: (200, "blue")) as (url, asked):
+    with answering.endpoint(lambda *_: (200, "blue")) as (url, asked):
         settings["teacher"] = {"endpoint": url, "model": "wise", "key_variable": "MY_KEY"}
         (tmp_path / "run.yaml").write_text(json.dumps(settings))
         said = done("--debug", "compare", tmp_path / "run.yaml")
         assert {one["key"] for one in asked} == {f"Bearer {secrets['MY_KEY']}"}
-    with answering.endpoint(lambda asked: (401, f"the key {secrets['MY_KEY']} is wrong")) as (url, _):
+    with answering.endpoint(lambda *_: (401, f"the key {secrets['MY_KEY']} is wrong")) as (url, _):
         settings["teacher"]["endpoint"] = url
         (tmp_path / "run.yaml").write_text(json.dumps(settings))
         said += refused("compare", tmp_path / "run.yaml", "--output-dir", tmp_path / "again")

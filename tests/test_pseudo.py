@@ -199,10 +199,10 @@ def test_of_the_adapters_answers_the_likeliest_to_all_is_taken(tmp_path: Path, m
 def endpoint() -> Iterator[tuple[str, Asked]]:
     """Answers "blue"; is busy at first; refuses what is asked about cows."""
 
-    def said(asked: Asked) -> tuple[int, str]:
-        text = asked[-1]["messages"][-1]["content"]
+    def said(body: dict[str, Any], number: int) -> tuple[int, str]:
+        text = body["messages"][-1]["content"]
         answer = {"long": "It is so. It is"}.get(text, "I'm sorry, I cannot." if "cow" in text else " blue ")
-        return 400 if text == "forbidden" else 429 if len(asked) == 1 else 200, answer
+        return 400 if text == "forbidden" else 429 if number == 1 else 200, answer
 
     with answering.endpoint(said) as (url, asked):
         yield url, asked

@@ -1,20 +1,22 @@
 """Data out of a model alone: repeatable, resumed, filtered with counted reasons, from chat and base models and endpoints."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import answering
 from answering import Asked
-from fulcrum import encode, generate, rows, selfgen
+from fulcrum import encode, generate, rows, selfgen, store
 from fulcrum.endpoint import Endpoint
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.model import LoadedModel
 from fulcrum.selfgen import OfEndpoint, OfModel, Recipe
-from test_cli import done, refused
-from tiny import load_tiny
+from test_cli import done, fulcrum, refused
+from tiny import load_tiny, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +125,10 @@ def test_a_base_model_writes_texts_in_two_parts(tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture
 def endpoint() -> Iterator[tuple[str, Asked]]:
-    def said(asked: Asked) -> tuple[int, str]:
-        text, status = asked[-1]["messages"][0]["content"], 400 if asked[-1]["model"] == "broken" else 200
+    def said(body: dict[str, Any], number: int) -> tuple[int, str]:
+        text, status = body["messages"][0]["content"], 400 if body["model"] == "broken" else 200
         if text.startswith("Write one question"):
-            return status, f"What is {text.split()[6]} number {asked[-1]['seed']}?"
+            return status, f"What is {text.split()[6]} number {body['seed']}?"
         return status, "It is a thing of its own."
 
     with answering.endpoint(said) as (url, asked):
@@ -154,3 +156,30 @@ def test_an_endpoint_writes_through_the_command(
     assert "exists already" in refused("selfgen", tmp_path / "out.jsonl", *options)
     with pytest.raises(ConfigError, match=r"no answer from 'broken': status 400: .*ends in /v1"):
         OfEndpoint(Endpoint(url, "broken")).write(1, 0, 1.0, lambda text: True)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("moment", ["recipe", "rows", "cleaning"])
+def test_a_kill_between_the_last_writes_leaves_nothing_that_cannot_be_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Found by killing real processes: rows without their recipe, and a refusal to go on."""
+    model = str(save_tiny(tmp_path / "model"))
+    words = ["--model", model, "--rows", "8"]
+    done("selfgen", tmp_path / "whole.jsonl", *words)
+
+    def killed(*given: object, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        where = {"recipe": (store, "write_json"), "rows": (store, "write_jsonl"), "cleaning": (shutil, "rmtree")}[moment]
+        kept = getattr(*where)
+        late = killed if moment != "recipe" else lambda path, *given, **how: (
+            killed() if path.name.endswith(".recipe.json") and path.parent == tmp_path else kept(path, *given, **how)
+        )  # fmt: skip
+        patched.setattr(*where, late)
+        assert fulcrum("selfgen", tmp_path / "made.jsonl", *words).exit_code == 130
+    done("selfgen", tmp_path / "made.jsonl", *words)
+    assert (tmp_path / "made.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert (tmp_path / "made.recipe.json").read_bytes() == (tmp_path / "whole.recipe.json").read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".parts")] == []

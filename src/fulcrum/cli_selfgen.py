@@ -32,6 +32,11 @@ def selfgen(
 
     if out.suffix != ".jsonl":
         raise ConfigError(f"{out}: the name must end in .jsonl")
+    parts = out.with_name(f".{out.name}.parts")
+    if out.exists() and parts.exists():  # a kill after the last write: all rows are there
+        shutil.rmtree(parts)
+        terminal.say(terminal.console(), f"{out}: was finished already")
+        return
     if out.exists():
         raise ConfigError(f"{out}: exists already and is not overwritten; name another file")
     if endpoint and not endpoint_model:
@@ -52,13 +57,12 @@ def selfgen(
 
         with terminal.working(screen, f"loading {model}"):
             writer = making.OfModel(models.load(model, TrainSettings()))
-    parts = out.with_name(f".{out.name}.parts")
     with Watch(screen) as watch:
         made, left_out = making.made(writer, recipe, parts, lambda done, total: watch.count("rows made", done, total))
-    store.write_jsonl(out, ({"prompt": row.question, "completion": row.answer, "family": "selfgen"} for row in made))
-    shutil.rmtree(parts)
     described = {**writer.described, **store.plain(recipe), "kept": len(made), "left_out": left_out}
     store.write_json(out.with_suffix(".recipe.json"), described)
+    store.write_jsonl(out, ({"prompt": row.question, "completion": row.answer, "family": "selfgen"} for row in made))
+    shutil.rmtree(parts)  # last: while it is there, the command may be given again
     terminal.say(screen, f"wrote {out}: {len(made):,} of {rows:,} rows; left out, by reason:")
     terminal.say_rejects(screen, left_out)
     if len(made) < rows:
