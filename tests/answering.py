@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from typing import Any
@@ -26,11 +26,12 @@ def endpoint(said: Said) -> Iterator[tuple[str, Asked]]:
                 asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
                 status, text = said(body, len(asked))
             answer = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "length"}]}).encode()
-            self.send_response(status)
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+            with suppress(ConnectionError):  # whoever asked may have been killed since
+                self.send_response(status)
+                self.send_header("Retry-After", "0")
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
 
         def log_message(self, *given: object) -> None:
             pass
