@@ -246,3 +246,19 @@ def test_a_gradient_that_is_no_number_stops_before_the_step_and_keeps_the_last_c
     resumed, _ = train(tmp_path, checkpoint=tmp_path / "c", pack_tokens=60)
     whole, _ = train(tmp_path, pack_tokens=60)
     assert same(whole, resumed)
+
+
+# Long trainings.
+
+
+def test_what_is_written_down_of_a_training_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(training.is_shown(step, 10**6) for step in range(1, 10**6 + 1)) == 501  # and the first
+    assert all(training.is_shown(step, 500) for step in range(1, 501))
+    monkeypatch.setattr(training, "POINTS", 2)
+    whole, expected = train(tmp_path)
+    assert [point.step for point in expected.history] == [1, 3, 6]
+    with pytest.raises(Killed):
+        train(tmp_path, checkpoint=tmp_path / "c", progress=killed_at(5))
+    resumed, found = train(tmp_path, checkpoint=tmp_path / "c")
+    assert same(whole, resumed)
+    assert [(point.step, point.task_loss) for point in found.history] == [(p.step, p.task_loss) for p in expected.history]

@@ -43,7 +43,6 @@ TEMPERATURES = tuple(2 ** (k / 3) for k in range(-3, 7))  # 0.5 to 4
 GENERAL_PROMPTS = "general prompts"
 DRIFT = "drift"
 OTHER_ANCHORS = ("without", "with", "wrong", "reworded")  # than an arm is asked with
-EVENTS = 500  # lines of a training in the file of events, and one for each dev loss: it stays small however long a run is
 _SAMPLED = 64  # tokens of the base model's own text, by which drift is measured
 
 
@@ -80,11 +79,11 @@ class Silent:
 
 
 def tell(watcher: Watcher, label: str, events: Path | None) -> training.Progress:
-    """Report steps to the watcher, and some `EVENTS` of them, evenly spaced, to a file for anyone who looks on from outside."""
+    """Report steps to the watcher, and some of them, and every dev loss, to a file for anyone who looks on from outside."""
 
     def told(point: TrainPoint, steps: int, newest: float | None) -> None:
         watcher.step(label, point, steps, newest)
-        shown = newest is not None or point.step in (1, steps) or point.step % math.ceil(steps / EVENTS) == 0
+        shown = newest is not None or training.is_shown(point.step, steps)
         if events is not None and shown:
             store.append_jsonl(events, {"run": label, "steps": steps, "dev_nll": newest, **store.plain(point)})
 

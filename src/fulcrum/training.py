@@ -31,6 +31,7 @@ from fulcrum.records import TrainPoint, TrialResult
 from fulcrum.store import fingerprint
 
 Progress = Callable[[TrainPoint, int, float | None], None]  # log line, total steps, newest dev loss
+POINTS = 500  # of a training's steps that are written down, evenly spaced: files stay small however long it is
 _NAMED = 8  # rows of a step that an error names
 
 
@@ -94,21 +95,13 @@ def train(
     new_adapter(loaded, settings, seed)
     module = _Loss(loaded)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
-        fused=loaded.device.type in ("cpu", "cuda"),
-    )  # fmt: skip
+    optimizer = _adamw(parameters, settings, loaded)
     # The model stands where it belongs; Accelerate's own choice of a device may be another (a GPU beside `device: cpu`).
     accelerator = Accelerator(cpu=loaded.device.type == "cpu", device_placement=False)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     torch.manual_seed(seed)  # adapter dropout
     steps, phases = stream.steps(settings.batch_size), stream.phases(settings.batch_size)
-    state, best = checkpoints.Progress(), adapter_state(loaded)
-    restored = None if checkpoint is None else checkpoints.newest(checkpoint, identity, say)
-    if restored is not None:
-        state, best = restored.progress, restored.best
-        set_adapter_state(loaded, restored.adapter)
-        optimizer.load_state_dict(restored.optimizer)
+    state, best = _begun(checkpoint, identity, loaded, optimizer, say)
     evaluations = settings.evaluations if dev_loss is not None else 0
     measured = {max(1, round(steps * k / evaluations)) for k in range(1, evaluations + 1)}
     before, started = state.seconds, time.perf_counter()
@@ -124,7 +117,6 @@ def train(
             state.tokens += batch.tokens
             state.seconds = before + time.perf_counter() - started
             point = TrainPoint(step + 1, taken.task_loss, taken.general_loss, rate, state.tokens, state.seconds)
-            state.history.append(point)
             state.done = step + 1
             newest = None
             if dev_loss is not None and step + 1 in measured:
@@ -134,6 +126,8 @@ def train(
             if progress is not None:
                 progress(point, steps, newest)
             ends = step + 1 == steps or _stop_early(state, settings)
+            if ends or is_shown(step + 1, steps):
+                state.history.append(point)
             due = ends or taken.stop or (step + 1) % settings.save_every == 0
             if checkpoint is not None and accelerator.is_main_process and due:
                 now = checkpoints.Checkpoint(adapter_state(loaded), best, optimizer.state_dict(), state)
@@ -148,6 +142,30 @@ def train(
         share=stream.share(state.done * settings.batch_size),
         train_tokens=state.tokens, seconds=state.seconds,
     )  # fmt: skip
+
+
+def is_shown(step: int, steps: int) -> bool:
+    """Whether step `step` (from 1) of `steps` is one of those that are written down."""
+    return step in (1, steps) or step % math.ceil(steps / POINTS) == 0
+
+
+def _adamw(parameters: list[nn.Parameter], settings: TrainSettings, loaded: LoadedModel) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
+        fused=loaded.device.type in ("cpu", "cuda"),
+    )  # fmt: skip
+
+
+def _begun(
+    folder: Path | None, identity: str, loaded: LoadedModel, optimizer: Any, say: Callable[[str], None]
+) -> tuple[checkpoints.Progress, State]:
+    """How far a training is, and its best weights so far; a checkpoint is put on the model and the optimizer."""
+    found = None if folder is None else checkpoints.newest(folder, identity, say)
+    if found is None:
+        return checkpoints.Progress(), adapter_state(loaded)
+    set_adapter_state(loaded, found.adapter)
+    optimizer.load_state_dict(found.optimizer)
+    return found.progress, found.best
 
 
 def _note_dev(state: checkpoints.Progress, newest: float, steps: int, settings: TrainSettings) -> bool:
