@@ -117,6 +117,19 @@ def test_a_folder_that_no_run_came_of_is_gone_again(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "manifest.json"]
 
 
+def test_a_kill_before_there_is_a_manifest_leaves_a_folder_that_a_run_may_take(tmp_path: Path) -> None:
+    for name in (".lock", ".owner.json", ".manifest.json.x1y2.partial"):
+        (tmp_path / name).write_text("{")
+    run_folder.check_free(tmp_path, resume=False)
+    with run_folder.held(tmp_path):
+        run_folder.open_run(tmp_path, IDENTITY, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "manifest.json"]
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "notes.partial").touch()  # somebody's own
+    with pytest.raises(StoreError, match="not empty and not a run folder"):
+        run_folder.check_free(tmp_path, resume=False)
+
+
 def test_what_a_killed_process_left_half_written_is_dropped(tmp_path: Path) -> None:
     half = tmp_path / "checkpoints" / "a" / ".checkpoint-3.partial"
     half.mkdir(parents=True)

@@ -30,8 +30,13 @@ def check_free(folder: Path, *, resume: bool) -> None:
             raise StoreError(
                 f"{folder}: already holds a run; go on with it (--resume) or begin another beside it (--force-new)"
             )
-    elif folder.exists() and any(path.name not in (_LOCK, _OWNER) for path in folder.iterdir()):
+    elif folder.exists() and not all(map(_is_ours, folder.iterdir())):
         raise StoreError(f"{folder}: not empty and not a run folder; choose another output_dir")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is one that a process leaves which is killed before its run has a manifest."""
+    return path.name in (_LOCK, _OWNER) or (path.name.startswith(".") and path.name.endswith(PARTIAL))
 
 
 def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path:
