@@ -46,7 +46,7 @@ def whole(p: Plan):
 
 @every_permutation
 def test_permutation_is_a_bijection_for_every_size(permute):
-    for n in range(1, 5001):
+    for n in [*range(1, 2100), 4095, 4096, 4097, 5000]:
         seen = np.zeros(n, dtype=bool)
         seen[permute(np.arange(n), n, 0, "test", 0)] = True
         assert seen.all(), n
