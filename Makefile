@@ -76,4 +76,4 @@ data: venv
 	$(BIN)/python scripts/make_builtin_pool.py
 
 clean:
-	rm -rf .venv bench/.venv-* runs build dist
+	rm -rf .venv bench/.venv-* runs build dist mutants
