@@ -12,7 +12,19 @@ SOURCE = Path(__file__).parent.parent / "src" / "fulcrum"
 # From the ground up: a file imports only files listed before it.
 FLOORS = (
     ("errors",),
-    ("records", "settings_file", "sections", "config", "store", "run_folder", "stopping", "stats", "leverage", "outcomes"),
+    (
+        "records",
+        "settings_file",
+        "sections",
+        "experiments",
+        "config",
+        "store",
+        "run_folder",
+        "stopping",
+        "stats",
+        "leverage",
+        "outcomes",
+    ),
     (
         "rows",
         "tables",
@@ -40,6 +52,7 @@ FLOORS = (
         "endpoint",
         "tokens",
         "arms",
+        "ladder",
         "shots",
         "words",
     ),
@@ -82,7 +95,7 @@ FLOORS = (
         "identity",
         "run",
     ),
-    ("preview", "proof", "units", "workers", "comparison", "budget"),
+    ("preview", "proof", "units", "workers", "comparison", "budget", "scale"),
     (
         "use",
         "repeat",

@@ -436,6 +436,14 @@ def _repeats(rows: Material, arm: Arm, settings: Settings, halves: int) -> tuple
             f"compare.arms: {arm.name}: batches of {batch} rows would take more steps than TELL's of "
             f"{settings.train.batch_size}; use larger ones"
         )
+    if arm.repeats is not None:
+        every = arm.repeats * rows.n_task * arm.task_rows + general_count(rows, arm, arm.repeats)
+        if every * arm.members > rows.step_cap * batch or (arm.general in _DRAWN and not _fed(rows, arm, arm.repeats)):
+            raise ConfigError(
+                f"compare.arms: {arm.name}: {arm.repeats} repeats make {every:,} rows in all, the run's longest mixture has "
+                f"{rows.step_cap * batch:,}, {len(rows.general):,} of them general; lower them, or raise mix.general_per_task"
+            )
+        return (arm.repeats,)
     if arm.general_rows is not None:
         left = rows.step_cap * batch - arm.general_rows
         fitting = tuple(repeats for repeats in rows.repeats if repeats * rows.n_task <= left)

@@ -27,7 +27,7 @@ from fulcrum.units import Speed, Study, Unit
 QUICK_SECONDS = 600
 _FEWEST = 8  # task rows of a design
 _SAMPLE = 32  # rows of each kind by which speed is measured
-_PLANNED = 0.92  # of the budget: what is left over is for reading, writing and the unforeseen
+PLANNED = 0.92  # of the budget: what is left over is for reading, writing and the unforeseen
 _OPTIONAL = (
     "sft_matched",
     "replay_10",
@@ -85,11 +85,11 @@ def plan(settings: Settings, seconds: float, *, quick: bool = False) -> Design:
                 continue  # what these settings ask of SFT does not fit into so few steps
             beyond = [f"task rows beyond {most} of {every}"] if most < every else []
             found = Design(design, cost, (*beyond, *left_out), units)
-            if cost <= seconds * _PLANNED - (time.perf_counter() - started):
+            if cost <= seconds * PLANNED - (time.perf_counter() - started):
                 return found
     least = 0.0 if found is None else found.seconds
     raise ConfigError(
-        f"--budget: the least design takes about {least / _PLANNED / 60:.0f} minutes with this model on this machine, the "
+        f"--budget: the least design takes about {least / PLANNED / 60:.0f} minutes with this model on this machine, the "
         f"budget has {seconds / 60:.0f}; raise it, or lower mix.general_per_task, train.max_length or task.test_limit"
     )
 
@@ -211,7 +211,7 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
         )
     design = _changed(settings, **changes)
     if quick:
-        design = _few_rows(_thrifty(design, 4), 100)
+        design = few_rows(_thrifty(design, 4), 100)
         tasks = tuple(task.model_copy(update={"metrics": _few_metrics(task.metrics)}) for task in design.tasks)
         design = design.model_copy(update={"tasks": tasks, "eval": design.eval.model_copy(update={"general_rows": 0})})
         if "arms" not in fixed:
@@ -231,7 +231,7 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
     for limit in (300, 200, 100):
         if any((task.test_limit or limit + 1) > limit for task in settings.tasks):
             left_out["test"] = f"test rows beyond {limit}"
-            design = _few_rows(design, limit)
+            design = few_rows(design, limit)
             yield design, list(left_out.values())
     if "sizes" not in fixed and len(design.compare.sizes or ()) > 1:
         left_out["mixtures"] = "mixtures of fewer than all rows, and so every row saving"
@@ -272,7 +272,8 @@ def _few_metrics(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name == first or name in metrics.LABELS)
 
 
-def _few_rows(settings: Settings, limit: int) -> Settings:
+def few_rows(settings: Settings, limit: int) -> Settings:
+    """The settings with at most `limit` test rows of each task."""
     tasks = [task.model_copy(update={"test_limit": min(limit, task.test_limit or limit)}) for task in settings.tasks]
     return settings.model_copy(update={"tasks": tuple(tasks)})
 

@@ -212,19 +212,29 @@ def best_temperature(losses: FloatArray) -> float:
     return float(TEMPERATURES[least] * 2 ** (step / 3))
 
 
+def best_first(arm: Arm, tried: Sequence[Tried]) -> list[tuple[int | None, Setting, float | None]]:
+    """The settings that a final training may have, each with its place in `tried` and its temperature: those that did not
+    diverge, the best first; of an arm of which nothing was tried, what it says itself."""
+    if not tried:
+        return [(None, Setting(repeats=arm.repeats or 1), None)]
+    usable = [k for k in range(len(tried)) if not math.isinf(tried[k].dev_nll)]
+    return [(k, tried[k].setting, tried[k].temperature) for k in sorted(usable, key=lambda k: tried[k].dev_nll)]
+
+
 def final(
     rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, tried: Sequence[Tried], seed: int, label: str,
     folder: Path | None, watcher: Watcher, *, probed: bool = False,
 ) -> ArmResult:  # fmt: skip
     """Train on all rows with the setting that was best, and score test, once; with `probed`, look for side effects too.
+    Of an arm of which nothing was `tried` the setting is what it says itself.
 
     A training that diverges, before any test row is seen, gives way to the next best setting. Raises ConfigError where none is
     left.
     """
     started, results = time.perf_counter(), list[TrialResult]()
-    usable = [k for k in range(len(tried)) if not math.isinf(tried[k].dev_nll)]
-    for attempt, chosen in enumerate(sorted(usable, key=lambda k: tried[k].dev_nll)):
-        setting, name = tried[chosen].setting, f"{label}-attempt{attempt}" if attempt else label
+    for attempt, choice in enumerate(best_first(arm, tried)):
+        chosen, setting, temperature = choice
+        name = f"{label}-attempt{attempt}" if attempt else label
         try:
             results = [] if arm.words else fit(rows, loaded, arm, settings, setting, seed, name, folder, watcher)
         except DivergedError as error:
@@ -240,7 +250,7 @@ def final(
     tasks: Sequence[Task] = rows.tasks
     if setting.shots:
         tasks = [shots.prompted(task, setting.shots) for task in tasks]
-    found = score(rows, tasks, loaded, arm, settings, label, watcher, tried[chosen].temperature)
+    found = score(rows, tasks, loaded, arm, settings, label, watcher, temperature)
     probes = probe(rows, tasks, loaded, arm, settings) if probed and not arm.words else {}
     seconds = max(time.perf_counter() - started, sum(result.seconds for result in results))
     size = rows.longest if arm.seeded else 0

@@ -37,6 +37,10 @@ ForceNew = Annotated[
     bool, typer.Option("--force-new", help="Where output_dir is taken, begin a new run in output_dir-2, -3 ... beside it.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, shares and steps, and train nothing.")]
+Budget = Annotated[str, typer.Option("--budget", metavar="TIME", help="As 2h or 90m: plan what it buys, keep to it.")]
+Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before what a budget planned.")]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Units run at once, each with its part of the threads.")]
+On = Annotated[str, typer.Option("--on", metavar="local|ray", help="Local processes, or a Ray cluster.")]
 ArmName = Annotated[str | None, typer.Option("--arm", help="Arm (default: the first there of tell, mix, sft_anchor, sft).")]
 
 
@@ -145,11 +149,9 @@ def train(
 def compare(
     ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
     seed: Seed = None, resume: Resume = False, force_new: ForceNew = False, dry_run: DryRun = False,
-    budget: Annotated[str, typer.Option("--budget", metavar="TIME", help="As 2h or 90m: plan what it buys, keep to it.")] = "",
+    budget: Budget = "",
     quick: Annotated[bool, typer.Option("--quick", help="Ten minutes: is anything identifiable, does the pool help?")] = False,
-    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a planned comparison.")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Units run at once, each with its part of the threads.")] = 1,
-    on: Annotated[str, typer.Option("--on", metavar="local|ray", help="Local processes, or a Ray cluster.")] = "local",
+    yes: Yes = False, jobs: Jobs = 1, on: On = "local",
 ) -> None:  # fmt: skip
     """Train every arm on the same rows and say what mixing brought."""
     settings = _settings(run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume))
@@ -163,6 +165,27 @@ def compare(
     _launch(ctx, "compare", settings, resume=resume, dry_run=dry_run, **how)
     if quick and not dry_run:
         cli_budget.answer(screen, Path(settings.output_dir))
+
+
+@app.command()
+def scale(
+    ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
+    seed: Seed = None, resume: Resume = False, force_new: ForceNew = False, dry_run: DryRun = False,
+    budget: Budget = "", yes: Yes = False, jobs: Jobs = 1, on: On = "local",
+) -> None:  # fmt: skip
+    """Train with more and more general data: does the gain grow smoothly, jump, or not at all?"""
+    from fulcrum import ladder
+
+    settings = _settings(run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume))
+    ladder.prepared(settings)  # what cannot be scaled is said before anything is read
+    how: dict[str, Any] = {"jobs": jobs, "on": on}
+    if budget:
+        from fulcrum import cli_budget
+
+        screen = cli_start.ready(ctx, settings, dry_run=dry_run)
+        settings, planned = cli_budget.planned_scale(screen, settings, budget, resume=resume, ask=not (yes or dry_run))
+        how |= planned
+    _launch(ctx, "scale", settings, resume=resume, dry_run=dry_run, **how)
 
 
 @app.command("eval")
@@ -285,29 +308,29 @@ def _forced(force_new: bool, resume: bool) -> bool:
 def _launch(
     ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool, dry_run: bool, **how: Any
 ) -> None:  # fmt: skip
-    """Do what `train` and `compare` do, or print what they would."""
+    """Do what `train`, `compare` and `scale` do, or print what they would."""
     screen = cli_start.ready(ctx, settings, dry_run=dry_run)
     if dry_run:
-        from fulcrum import arms
+        from fulcrum import arms, ladder
 
+        settings = ladder.prepared(settings) if verb == "scale" else settings
         one = [arms.own_arm(settings)], [settings.seed]
-        apart = verb == "train"
-        _dry_run(screen, settings, *(one if apart else (arms.chosen_arms(settings), settings.seeds)), dev_apart=apart)
+        _dry_run(screen, settings, *(one if verb == "train" else (arms.chosen_arms(settings), settings.seeds)), verb=verb)
         return
-    from fulcrum import comparison, run, terminal
+    from fulcrum import run, terminal, use
     from fulcrum.watch import Watch
 
     with Watch(screen) as watch:
-        (run.run if verb == "train" else comparison.compare)(settings, resume=resume, watcher=watch, **how)
+        use.VERBS[verb](settings, resume=resume, watcher=watch, **how)
     if run.writes():
         terminal.conclude(screen, Path(settings.output_dir))
 
 
-def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds: Sequence[int], *, dev_apart: bool) -> None:
+def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds: Sequence[int], *, verb: str) -> None:
     from fulcrum import config, preview, store, terminal
 
     with terminal.working(screen, "reading data"):
-        seen = preview.open_preview(settings, seeds[0], arms, dev_apart=dev_apart)
+        seen = preview.open_preview(settings, seeds[0], arms, dev_apart=verb == "train")
         trials = preview.trials(seen, arms)
     terminal.say(terminal.console(), config.dump(settings).rstrip())
     screen.print(terminal.trial_table(trials))
@@ -316,7 +339,7 @@ def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds
         terminal.say(screen, f"warning: {settings.output_dir} holds a run already; --resume goes on with it", "yellow")
     many = f"{len(seeds)} seeds: " if len(seeds) > 1 else ""
     runs, steps = len(trials) * len(seeds), sum(trial.steps for trial in trials) * len(seeds)
-    if not dev_apart:
+    if verb == "compare":
         many += f"each tried by {settings.compare.folds}-fold cross-validation, the best trained on all rows: up to "
     counted = f"{runs:,} training run{'s' if runs != 1 else ''}, {steps:,} step{'s' if steps != 1 else ''} in all"
     terminal.say(screen, f"{many}{counted}; nothing was trained (--dry-run)")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fulcrum.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from fulcrum.config import Settings
@@ -21,36 +23,80 @@ def planned(
 
     A resumed comparison goes on with the design that was agreed to. Raises ConfigError where nothing fits, or nobody agrees.
     """
-    from fulcrum import budget, comparison, config, run_folder, store, terminal
+    from fulcrum import budget, terminal
 
     seconds = budget.parse(text) if text else budget.QUICK_SECONDS
+    if (known := _agreed(settings, resume=resume)) is not None:
+        return known
+    with terminal.working(screen, "measuring what the budget buys"):
+        design = budget.plan(settings, seconds, quick=quick)
+    compare = design.settings.compare
+    rows = [
+        ("arms", ", ".join(arm if isinstance(arm, str) else arm.name for arm in compare.arms)),
+        ("task rows", ", ".join(map(str, compare.sizes or ("all",)))),
+        *((f"task rows of {name}", ", ".join(map(str, sizes))) for name, sizes in compare.sizes_of.items()),
+        ("repeats tried", str(design.settings.mix.repeats) if design.settings.mix.repeats != "auto" else "1, 2, 4, 8"),
+        ("trials and trainings", f"{design.units}"),
+    ]
+    _agree(screen, rows, design.settings, design.left_out, design.seconds, seconds, ask=ask)
+    return design.settings, {"budget": seconds, "left_out": design.left_out}
+
+
+def planned_scale(
+    screen: "Console", settings: "Settings", text: str, *, resume: bool, ask: bool
+) -> tuple["Settings", dict[str, Any]]:
+    """The same for `scale`."""
+    from fulcrum import budget, ladder, scale, terminal
+
+    seconds = budget.parse(text)
+    if (known := _agreed(settings, resume=resume)) is not None:
+        return known
+    with terminal.working(screen, "measuring what the budget buys"):
+        design = scale.plan(settings, seconds)
+    levels = ladder.levels(design.settings)
+    rows = [
+        (f"ratios, {name}", ", ".join(f"{level.ratio:.3g}" for level in levels if level.design == name))
+        for name in design.settings.scale.designs
+    ]
+    rows.append(("trainings", f"{design.trainings}"))
+    _agree(screen, rows, design.settings, design.left_out, design.seconds, seconds, ask=ask)
+    return design.settings, {"budget": seconds, "left_out": design.left_out}
+
+
+def _agreed(settings: "Settings", *, resume: bool) -> tuple["Settings", dict[str, Any]] | None:
+    """The design that was agreed to, where a run is resumed that has one."""
+    from fulcrum import comparison, config, run_folder, store
+
     file = Path(settings.output_dir) / comparison.PLAN
     if resume and file.exists():
         known = store.read_json(file)
         agreed = config.Settings.model_validate({**known["settings"], "output_dir": settings.output_dir})
         return agreed, {"budget": known["seconds"], "left_out": known["left_out"]}
     run_folder.check_free(Path(settings.output_dir), resume=resume)
-    with terminal.working(screen, "measuring what the budget buys"):
-        design = budget.plan(settings, seconds, quick=quick)
-    compare, test = design.settings.compare, [task.test_limit for task in design.settings.tasks]
-    rows = [
-        ("arms", ", ".join(arm if isinstance(arm, str) else arm.name for arm in compare.arms)),
-        ("task rows", ", ".join(map(str, compare.sizes or ("all",)))),
-        *((f"task rows of {name}", ", ".join(map(str, sizes))) for name, sizes in compare.sizes_of.items()),
-        ("seeds", f"{len(design.settings.seeds)}"),
+    return None
+
+
+def _agree(
+    screen: "Console", rows: list[tuple[str, str]], settings: "Settings", left_out: "Sequence[str]", expected: float,
+    seconds: float, *, ask: bool,
+) -> None:  # fmt: skip
+    """Show a design, and have it agreed to where somebody is to be asked."""
+    from fulcrum import terminal
+
+    test = [task.test_limit for task in settings.tasks]
+    shown = [
+        *rows,
+        ("seeds", f"{len(settings.seeds)}"),
         ("test rows", ", ".join("all" if limit is None else str(limit) for limit in test)),
-        ("repeats tried", str(design.settings.mix.repeats) if design.settings.mix.repeats != "auto" else "1, 2, 4, 8"),
-        ("trials and trainings", f"{design.units}"),
-        ("left out", "; ".join(design.left_out) or "nothing"),
-        ("expected", f"{design.seconds / 60:.0f} of {seconds / 60:.0f} minutes"),
+        ("left out", "; ".join(left_out) or "nothing"),
+        ("expected", f"{expected / 60:.0f} of {seconds / 60:.0f} minutes"),
     ]
-    screen.print(terminal.grid("What the budget buys", ("", ""), rows, numbers=False))
+    screen.print(terminal.grid("What the budget buys", ("", ""), shown, numbers=False))
     if ask:
         if not sys.stdin.isatty():
             raise ConfigError("--budget asks before it starts, and nobody can answer here; give -y, or --dry-run to look only")
         if input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
             raise ConfigError("not started; change the budget or the settings")
-    return design.settings, {"budget": seconds, "left_out": design.left_out}
 
 
 def answer(screen: "Console", folder: Path) -> None:

@@ -19,6 +19,8 @@ _RESUMED = "what was finished is kept; go on with --resume"
 _KEPT = {  # what is said after Ctrl-C
     "train": _RESUMED,
     "compare": _RESUMED,
+    "scale": _RESUMED,
+    "quanta": _RESUMED,
     "pool": "what was converted is kept; the same command goes on with it",
     "anchor": "what was scored is kept; the same command goes on with it",
     "selfgen": "what was made is kept; the same command goes on with it",

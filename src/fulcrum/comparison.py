@@ -80,18 +80,12 @@ def compare(
         with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
             tries = list(plan_trials(study, arms, loaded))
             watcher.stage(f"{len(tries)} trials, by cross-validation inside the task rows")
-            tuning = _Progress(study, tries, watcher, jobs)
+            tuning = Progress(study, tries, watcher, jobs)
             finals = list(plan_finals(study, arms, list(zip(tries, tuning.run(tries, runner), strict=True))))
             watcher.stage(f"{len(finals)} trainings on all task rows, each with its test")
-            spent, testing, results = tuning.seconds, _Progress(study, finals, watcher, jobs), list[ArmResult]()
-            for number, seed in enumerate(study.seeds, 1):
-                before = testing.seconds
-                results += testing.run([unit for unit in finals if unit.seed == seed], runner)
-                next_end = spent + testing.seconds + (testing.seconds - before)
-                left = [unit for unit in finals if unit.seed not in study.seeds[:number] and read(study, unit) is None]
-                if budget is not None and next_end > budget and number >= 2 and left:
-                    left_out = [*left_out, f"seeds after {seed}, for which there was no time"]
-                    break
+            left = None if budget is None else budget - tuning.seconds
+            results, unrun = by_seeds(study, finals, Progress(study, finals, watcher, jobs), runner, left)
+            left_out = [*left_out, *unrun]
         if budget and left_out:
             notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left_out)}.")
         at = shown_size(results, settings)
@@ -100,6 +94,22 @@ def compare(
         if writes():
             certificates(folder, settings, study.rows, results, loaded, notes)
         return finish("compare", settings, folder, loaded, rows, results, differences, started, notes)
+
+
+def by_seeds(
+    study: Study, units: Sequence[Unit], progress: "Progress", runner: workers.Runner, budget: float | None
+) -> tuple[list[ArmResult], list[str]]:
+    """The results of final trainings, seed by seed, and what was left out, in words: of a `budget` in seconds whole seeds (two
+    remain at least) rather than overrun it."""
+    results: list[ArmResult] = []
+    for number, seed in enumerate(study.seeds, 1):
+        before = progress.seconds
+        results += progress.run([unit for unit in units if unit.seed == seed], runner)
+        next_end = progress.seconds + (progress.seconds - before)
+        left = [unit for unit in units if unit.seed not in study.seeds[:number] and read(study, unit) is None]
+        if budget is not None and next_end > budget and number >= 2 and left:
+            return results, [f"seeds after {seed}, for which there was no time"]
+    return results, []
 
 
 def _require_common_size(settings: Settings, arms: Sequence[Arm]) -> None:
@@ -113,7 +123,7 @@ def _require_common_size(settings: Settings, arms: Sequence[Arm]) -> None:
         )
 
 
-class _Progress:
+class Progress:
     """How far some units are, and the time that all of them took so far, in earlier sittings too."""
 
     def __init__(self, study: Study, units: Sequence[Unit], watcher: Watcher, jobs: int) -> None:

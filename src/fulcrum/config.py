@@ -21,6 +21,7 @@ from pydantic import (
 
 from fulcrum import settings_file
 from fulcrum.errors import ConfigError
+from fulcrum.experiments import QuantaSettings, ScaleSettings
 from fulcrum.records import Anchor
 from fulcrum.sections import AnchorSettings, GeneralSource, GeneralSources, Section, Sources, as_anchor, as_sources
 
@@ -197,6 +198,7 @@ class Arm(Section):
     select: Select | None = Field(None, description="instead of mix.select")
     general_per_task: float | None = Field(None, gt=0, description="in examples, instead of mix.general_per_task")
     general_rows: int | None = Field(None, ge=1, description="so many general rows, however often the task rows repeat")
+    repeats: int | None = Field(None, ge=1, description="times each task row is shown; none: tuned, as the other arms' are")
     shots: bool = Field(False, description="task rows stand in the prompt instead of training")
     kl: bool = Field(False, description="whether the distance to the base model (KL divergence) is part of the loss, tuned")
     members: int = Field(1, ge=1, le=16, description="adapters of as many trainings, averaged, their scale tuned")
@@ -226,13 +228,13 @@ class Arm(Section):
             raise ValueError(f"{self.name}: general_per_task and general_rows both say how many general rows; keep one")
         if self.select and (self.pool or self.general not in ("pool", "permuted")):
             raise ValueError(f"{self.name}: rows are selected from the run's own pool; leave `select:` out")
-        if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train or self.settings_of):
+        if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train or self.settings_of or self.repeats):
             raise ValueError(f"{self.name}: is not trained (trained: false), so nothing of training can be set")
         if self.shots + self.words + self.trained > 1:
             raise ValueError(f"{self.name}: is trained, or has shots, or counts words, one of these (add trained: false)")
-        if self.settings_of and (self.mixes or self.kl or self.members > 1 or self.train):
+        if self.settings_of and (self.mixes or self.kl or self.members > 1 or self.train or self.repeats):
             raise ValueError(
-                f"{self.name}: takes another arm's settings, so it has no general rows, KL, members, or train of its own"
+                f"{self.name}: takes another arm's settings, so it has no general rows, KL, members, repeats, train of its own"
             )
         try:
             TrainSettings.model_validate(self.train)
@@ -350,6 +352,8 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
     compare: CompareSettings = CompareSettings()
+    scale: ScaleSettings = ScaleSettings()
+    quanta: QuantaSettings = QuantaSettings()
     output_dir: str = Field("runs/run", min_length=1, description="run folder")
     seed: int = Field(
         0, ge=0, description="root of all seeds: data, mix, initialisation, training; a comparison may have several"

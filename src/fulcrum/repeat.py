@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fulcrum import comparison, config, run, run_folder, store
+from fulcrum import comparison, config, run_folder, store, use
 from fulcrum.cell import Silent, Watcher
 from fulcrum.run_folder import OUTPUTS
 from fulcrum.verification import Verification
@@ -18,7 +18,7 @@ def again(folder: Path, watcher: Watcher | None = None) -> Verification:
     """Make a finished run again, with its number of threads, and compare weights and predictions with what its manifest says.
 
     What else differs here (machine, versions, code) is named as unchecked: other bits are then no fault. Raises StoreError
-    where the run is not finished, and what `run.run` and `comparison.compare` raise.
+    where the run is not finished, and what made it raises.
     """
     known = store.read_json(folder / store.MANIFEST)
     run_folder.unsealed(folder)  # it must be finished
@@ -26,7 +26,7 @@ def again(folder: Path, watcher: Watcher | None = None) -> Verification:
     with tempfile.TemporaryDirectory() as name:
         new = Path(name) / "again"
         settings = config.load(folder / "config.yaml").model_copy(update={"output_dir": str(new)})
-        (run.run if known["kind"] == "train" else comparison.compare)(settings, watcher=watcher or Silent())
+        use.VERBS[known["kind"]](settings, watcher=watcher or Silent())
         made = store.read_json(new / store.MANIFEST)
     differs = store.changes(known["environment"], made["environment"])
     unchecked = [f"made elsewhere, where the bits may be others: {', '.join(differs)}"] if differs else []

@@ -101,20 +101,22 @@ def begin(
     loaded = model.load(settings.model, chosen, trust_remote_code=settings.trust_remote_code)
     watcher.stage("reading data")
     among = choose_from(arms, settings)
-    if apart := kind != "compare":
+    if apart := kind == "train":
         rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed, choose_from=among) for seed in seeds]
     else:
         most = largest_mixture(settings)
         rows = material.of_seeds(settings, loaded.tokenizer, loaded.context, seeds, mixed_rows=most, choose_from=among)
-    for each in rows:
-        for arm in arms:
-            for size in (each.longest,) if apart else sizes_of(settings, arm, each.longest):
-                trials(each.at(size), arm, settings)  # wrong epochs are refused now, not hours later
+    cells = [
+        (each.at(size), arm)
+        for each in rows for arm in arms for size in ((each.longest,) if apart else sizes_of(settings, arm, each.longest))
+    ]  # fmt: skip
+    for each, arm in cells:
+        trials(each, arm, settings)  # wrong epochs are refused now, not hours later
     if any(arm.trained for arm in arms):
         for arm in arms:  # as are modules that the model does not have
             adapter.new_adapter(loaded, cell.own_settings(settings.train, arm, Setting()), 0)
         adapter.drop_adapter(loaded)
-    tokens = sum(planned_tokens(each, loaded.tokenizer, arms, settings) for each in rows)
+    tokens = sum(planned_tokens(each, loaded.tokenizer, [arm], settings) for each, arm in cells)
     if compiled.wanted(loaded, chosen, tokens):
         watcher.stage("compiling the model's layers")
         shortest = min(rows[0].tasks[0].train, key=lambda row: sum(len(message.content) for message in row.messages))
@@ -216,7 +218,8 @@ def finish(
         store.write_jsonl(folder / "predictions.jsonl", lines)
         store.write_json(folder / "results.json", results)
         report.write(folder)
-        store.write_bytes(folder / "README.md", report.card(report.load(folder), export.NOTE).encode())
+        if kind != "scale":  # which keeps no adapter that anybody would use
+            store.write_bytes(folder / "README.md", report.card(report.load(folder), export.NOTE).encode())
         run_folder.seal(folder)
     _processes().wait_for_everyone()
     return results

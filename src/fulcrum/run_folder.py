@@ -17,7 +17,7 @@ from fulcrum.errors import StoreError
 from fulcrum.store import EVENTS, MANIFEST, PARTIAL, file_sha256, read_json, write_json
 
 OUTPUTS = "outputs"  # in a finished run's manifest: the hashes of what it made
-_MADE = ("adapter_model.safetensors", "predictions.jsonl", "results.json", "certificate.json", "outcomes.jsonl")
+_MADE = ("adapter_model.safetensors", "predictions.jsonl", "results.json", "certificate.json", "outcomes.jsonl", store.QUANTA)
 _LOCK, _OWNER = ".lock", ".owner.json"
 
 

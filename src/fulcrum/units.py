@@ -25,7 +25,8 @@ from fulcrum.records import ArmResult, Example, Setting, Tried
 
 @dataclass(frozen=True)
 class Unit:
-    """One arm at a size and a seed: a trial of `setting`, or (without one) the training on all rows after these `tried`."""
+    """One arm at a size and a seed: a trial of `setting`, or (without one) the training on all rows after these `tried`; after
+    none, as the arm itself says."""
 
     arm: Arm
     size: int
@@ -61,6 +62,7 @@ class Study:
     rows: Mapping[int, Material]  # by seed
     folder: Path
     speed: Speed = Speed()
+    probed: bool = True  # whether side effects are looked for, and adapters kept
 
     def sizes(self, arm: Arm) -> tuple[int, ...]:
         """The sizes of an arm; 0, all rows, for one that does not depend on them."""
@@ -78,7 +80,7 @@ class Study:
     def cost(self, unit: Unit) -> float:
         """About how many seconds a unit takes at the study's speed."""
         rows, speed = self.at(unit), self.speed
-        setting = unit.setting or min(unit.tried, key=lambda tried: tried.dev_nll).setting
+        setting = unit.setting or next((found for _, found, _ in cell.best_first(unit.arm, unit.tried)), Setting())
         task = rows.n_task * unit.arm.task_rows * setting.repeats
         trained = task * speed.task + general_count(rows, unit.arm, setting.repeats) * speed.general
         folds, trainings = self.settings.compare.folds, unit.arm.members if unit.arm.trained else 0
@@ -95,7 +97,7 @@ class Study:
 
     def is_probed(self, unit: Unit) -> bool:
         """Whether its side effects are looked for, and its adapter kept: the first seed's largest sizes."""
-        return unit.seed == self.seeds[0] and unit.size == max(self.sizes(unit.arm))
+        return self.probed and unit.seed == self.seeds[0] and unit.size == max(self.sizes(unit.arm))
 
     def at(self, unit: Unit) -> Material:
         """The rows of a unit: what does not depend on their number is measured on the most that any arm is given."""

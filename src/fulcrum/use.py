@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -29,6 +29,7 @@ from fulcrum import (
     store,
 )
 from fulcrum import run as running
+from fulcrum import scale as scaling_runs
 from fulcrum.config import Arm, Settings, TaskSettings, TrainSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
 from fulcrum.identity import environment
@@ -268,6 +269,11 @@ def _test_rows(folder: Path, adapter: Adapter, task: TaskSettings) -> list[Examp
     return list(own.test)
 
 
+VERBS: Mapping[str, Callable[..., Results]] = {  # what fills a run folder, by its kind
+    "train": running.run, "compare": comparison.compare, "scale": scaling_runs.scale,
+}  # fmt: skip
+
+
 def train(*, resume: bool = False, **settings: Any) -> Results:
     """Train one adapter; the keywords are the keys of the YAML file (`model=`, `task=`, `general=`, `mix=` ...).
 
@@ -284,3 +290,12 @@ def compare(*, resume: bool = False, **settings: Any) -> Results:
     ModelError or StoreError, each naming the remedy; all are FulcrumErrors.
     """
     return comparison.compare(config.from_dict(settings), resume=resume)
+
+
+def scale(*, resume: bool = False, **settings: Any) -> Results:
+    """Train with more and more general data; the keywords are the keys of the YAML file (`model=`, `task=`, `scale=` ...).
+
+    What the curves say stands in `scaling.json` and the report of `output_dir`; `fulcrum.emergence` has its tests for arrays of
+    one's own. `resume` goes on with the run that `output_dir` holds. Raises ConfigError, DataError, ModelError or StoreError.
+    """
+    return scaling_runs.scale(config.from_dict(settings), resume=resume)

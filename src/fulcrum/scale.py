@@ -1,0 +1,134 @@
+"""How the loss on a task falls with the amount of general data: one training for each amount, design and seed.
+
+The machinery is a comparison's: same nested task rows, stored units, workers, resuming. Nothing is tuned: along a curve only
+the amount of general data changes, and what a design holds fixed does not.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fulcrum import budget as planning
+from fulcrum import ladder, material, model, store, workers
+from fulcrum.arms import chosen_arms
+from fulcrum.cell import Silent, Watcher
+from fulcrum.comparison import PLAN, Progress, by_seeds
+from fulcrum.config import Settings
+from fulcrum.errors import ConfigError
+from fulcrum.records import Results
+from fulcrum.run import begin, claimed, finish, writes
+from fulcrum.units import Study, Unit
+
+_FEWEST_LEVELS = 7  # with fewer the verdict is "not enough data" whatever comes
+
+
+def scale(
+    settings: Settings, *, resume: bool = False, watcher: Watcher | None = None, jobs: int = 1, on: str = "local",
+    budget: float | None = None, left_out: Sequence[str] = (),
+) -> Results:  # fmt: skip
+    """Train at every amount of general data of `settings.scale`, and fill the run folder with results, verdicts and report.
+
+    The arguments are those of `comparison.compare`. What the curves say is computed from results and predictions, here and
+    whenever the report is written (`scaling.analyse`).
+    Raises ConfigError, DataError, ModelError or StoreError.
+    """
+    workers.share_threads(jobs, on)
+    watcher, started = watcher or Silent(), time.perf_counter()
+    settings = ladder.prepared(settings)
+    with claimed(settings, resume=resume):
+        arms = chosen_arms(settings)
+        loaded, rows, folder = begin("scale", settings, arms, settings.seeds, resume, watcher)
+        if writes() and budget is not None and not (folder / PLAN).exists():
+            described = settings.model_dump(mode="json", exclude={"output_dir"})
+            store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
+        study = Study(settings, dict(zip(settings.seeds, rows, strict=True)), folder, probed=False)
+        units = _units(study)
+        watcher.stage(f"{len(units)} trainings, each with its test")
+        with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
+            results, unrun = by_seeds(study, units, Progress(study, units, watcher, jobs), runner, budget)
+        notes = []
+        if budget and (left := [*left_out, *unrun]):
+            notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left)}.")
+        return finish("scale", settings, folder, loaded, rows, results, (), started, notes)
+
+
+def _units(study: Study) -> list[Unit]:
+    """A training for each arm and seed."""
+    return [
+        Unit(arm, size, seed)
+        for seed in study.seeds for arm in chosen_arms(study.settings) for size in study.sizes(arm)
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings that a budget allows, the seconds they are expected to take, what had to be left out, and how many trainings."""
+
+    settings: Settings
+    seconds: float
+    left_out: tuple[str, ...]
+    trainings: int
+
+
+def plan(settings: Settings, seconds: float) -> Plan:
+    """The richest experiment that `seconds` buy on this machine. Left out, in this order: seeds beyond the third, test rows
+    beyond 200 and 100, the largest ratios down to seven, the design of fixed steps, seeds beyond the second.
+
+    Raises ConfigError where not even that fits.
+    """
+    began = time.perf_counter()
+    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    wide = ladder.prepared(settings)
+    (rows,) = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds[:1], mixed_rows=settings.scale.rows)
+    speed = planning.measure(rows, loaded, wide)
+    cost = 0.0
+    for design, left_out in _designs(settings):
+        ready = ladder.prepared(design)
+        tasks = tuple(
+            replace(task, test=task.test[: own.test_limit]) for task, own in zip(rows.tasks, ready.tasks, strict=True)
+        )
+        shown = replace(rows, tasks=tasks)
+        study = Study(ready, dict.fromkeys(ready.seeds, shown), Path(ready.output_dir), speed, probed=False)
+        units = _units(study)
+        cost = sum(study.cost(unit) for unit in units)
+        if cost <= planning.PLANNED * seconds - (time.perf_counter() - began):
+            return Plan(ready, cost, left_out, len(units))
+    raise ConfigError(
+        f"--budget: the least experiment takes about {cost / planning.PLANNED / 60:.0f} minutes with this model on this "
+        f"machine, the budget has {seconds / 60:.0f}; raise it, or lower scale.rows, scale.repeats or train.max_length"
+    )
+
+
+def _designs(settings: Settings) -> Iterator[tuple[Settings, tuple[str, ...]]]:
+    """Experiments from the richest to the least, each with what it leaves out; what the settings fix themselves is kept."""
+    left_out: dict[str, str] = {}  # by what is left out: the last word counts
+    yield settings, ()
+
+    def without(what: str, why: str, found: Settings) -> tuple[Settings, tuple[str, ...]]:
+        left_out[what] = why
+        return found, tuple(left_out.values())
+
+    def seeds(number: int) -> Settings:
+        chosen = tuple(range(settings.seed, settings.seed + number))
+        return settings.model_copy(update={"compare": settings.compare.model_copy(update={"seeds": chosen})})
+
+    fixed = settings.compare.seeds is not None
+    if not fixed:
+        settings = seeds(3)
+        yield without("seeds", "seeds beyond the third", settings)
+    for limit in (200, 100):
+        if any((task.test_limit or limit + 1) > limit for task in settings.tasks):
+            settings = planning.few_rows(settings, limit)
+            yield without("test", f"test rows beyond {limit}", settings)
+    while len(settings.scale.ratios) > _FEWEST_LEVELS:
+        fewer = settings.scale.model_copy(update={"ratios": settings.scale.ratios[:-1]})
+        settings = settings.model_copy(update={"scale": fewer})
+        yield without("ratios", f"ratios beyond {fewer.ratios[-1]:g}", settings)
+    if len(settings.scale.designs) > 1 and "designs" not in settings.scale.model_fields_set:
+        only = settings.scale.model_copy(update={"designs": settings.scale.designs[:1]})
+        settings = settings.model_copy(update={"scale": only})
+        yield without("designs", "the design of fixed steps", settings)
+    if not fixed:
+        settings = seeds(2)
+        yield without("seeds", "seeds beyond the second", settings)
