@@ -188,6 +188,19 @@ def scale(
     _launch(ctx, "scale", settings, resume=resume, dry_run=dry_run, **how)
 
 
+@app.command()
+def quanta(
+    ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
+    seed: Seed = None, resume: Resume = False, force_new: ForceNew = False, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Cluster answers by what they would teach: does general data help where it is dense?"""
+    from fulcrum import ladder
+
+    settings = _settings(run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume))
+    ladder.paired(settings)  # what cannot be asked is said before anything is read
+    _launch(ctx, "quanta", settings, resume=resume, dry_run=dry_run)
+
+
 @app.command("eval")
 def evaluate(
     ctx: typer.Context,
@@ -313,7 +326,7 @@ def _launch(
     if dry_run:
         from fulcrum import arms, ladder
 
-        settings = ladder.prepared(settings) if verb == "scale" else settings
+        settings = {"scale": ladder.prepared, "quanta": ladder.paired}.get(verb, lambda given: given)(settings)
         one = [arms.own_arm(settings)], [settings.seed]
         _dry_run(screen, settings, *(one if verb == "train" else (arms.chosen_arms(settings), settings.seeds)), verb=verb)
         return

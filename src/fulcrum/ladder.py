@@ -1,4 +1,5 @@
-"""The trainings of a scaling experiment as arms of a comparison: one for each amount of general data, and what is held fixed.
+"""The trainings of an experiment on the mechanism as arms of a comparison: of `quanta` two, of `scale` one for each amount of
+general data.
 
 With *fixed exposures* each task row is shown as often at every ratio, so that trainings grow; with *fixed steps* all trainings
 are as long, so that task rows are shown less often. A jump in one alone may come of the length of training, or of the task's
@@ -9,7 +10,7 @@ Invariant: general rows are nested, a larger ratio has those of the smaller ones
 from dataclasses import dataclass
 from typing import Any
 
-from fulcrum.arms import chosen_arms
+from fulcrum.arms import ARMS, chosen_arms, own_arm
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError
 from fulcrum.experiments import Design
@@ -96,3 +97,28 @@ def prepared(settings: Settings) -> Settings:
     found = settings.model_copy(update={"tasks": tasks, "mix": mix, "compare": settings.compare.model_copy(update=changes)})
     chosen_arms(found)
     return found
+
+
+def paired(settings: Settings) -> Settings:
+    """The settings of `quanta`: SFT and TELL in place of `compare`'s arms, and held-out general rows enough. Raises ConfigError
+    for what leaves nothing to ask."""
+    mixed = own_arm(settings)
+    if not mixed.mixes:
+        raise ConfigError("quanta asks what general data bring; set mix.general_per_task above 0 and name `general:`")
+    if settings.mix.general_per_task == "auto":
+        raise ConfigError("quanta: mix.general_per_task is auto, which a pilot settles; set a number")
+    plain = ARMS["sft_anchor" if mixed.anchored else "sft"]
+    compare = settings.compare.model_copy(
+        update={
+            "arms": (plain.name, mixed.name), "seeds": (settings.seed,), "sizes_of": {},
+            "sizes": None if settings.quanta.rows is None else (settings.quanta.rows,),
+        }
+    )  # fmt: skip
+    # Answers of some ten tokens: a quarter of the items' number in rows is plenty, and a smaller pool gives what it has.
+    general_rows = max(settings.eval.general_rows, settings.quanta.items // (2 if settings.quanta.unit == "rows" else 8))
+    return settings.model_copy(
+        update={
+            "compare": compare, "mix": settings.mix.model_copy(update={"repeats": settings.quanta.repeats}),
+            "eval": settings.eval.model_copy(update={"general_rows": general_rows}),
+        }
+    )  # fmt: skip

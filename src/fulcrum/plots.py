@@ -1,6 +1,7 @@
 """Plots of the report, drawn by matplotlib as SVG text that is put straight into the page.
 
-Two shapes are enough: dots with intervals, one line an arm (`dots`), and curves over optimizer steps (`curves`). Colours are
+Dots with intervals, one line an arm (`dots`); curves over optimizer steps (`curves`); a value over amounts of general data
+(`amounts`, `scaling`); counts (`bars`); clusters by what they have in common with general data (`spots`). Colours are
 the Okabe-Ito palette, which people with colour-blindness can tell apart; arms also differ by label, marker or dashes.
 
 Invariant: the same values give the same bytes, and no text of the caller's is read as markup or mathematics.
@@ -9,11 +10,11 @@ Invariant: the same values give the same bytes, and no text of the caller's is r
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fulcrum.stats import Interval
+from fulcrum.stats import Interval, seed_interval
 
 # Okabe & Ito 2008, "Color Universal Design"; its yellow is left out, as it cannot be seen on white.
 COLOURS = {
@@ -157,6 +158,136 @@ def amounts(ratios: Sequence[float], losses: Sequence[float], errors: Sequence[f
         axis.set_ylabel("nats per answer token")
 
     return _svg(3.0, draw)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """One panel: a metric by general rows for each shown task row, one line of values for each seed, and fitted curves by name
+    over `fine` ratios."""
+
+    title: str
+    y_label: str
+    ratios: Sequence[float]
+    by_seed: Sequence[Sequence[float]]
+    fine: Sequence[float]
+    fitted: Mapping[str, Sequence[float]]
+    jump: float | None = None
+
+
+def scaling(panels: Sequence[Amounts]) -> str:
+    """Draw a metric over the amount of general data, two panels in a line, and return one ``<svg>`` element.
+
+    Small dots are seeds, large ones their means with t intervals.
+    """
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.fitted))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(lines, columns, squeeze=False).flatten()
+        handles: dict[str, Any] = {}
+        for axis, panel in zip(axes, panels, strict=False):
+            handles |= _draw_amounts(axis, panel, names)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False)
+
+    return _svg(0.4 + 2.9 * lines, draw)
+
+
+def _draw_amounts(axis: Any, panel: Amounts, names: Sequence[str]) -> dict[str, Any]:
+    import numpy as np
+
+    places, values = np.log2(1 + np.array(panel.ratios)), np.array(panel.by_seed, dtype=float)
+    found = [seed_interval(column) for column in values.T]
+    handles: dict[str, Any] = {}
+    for name, curve in panel.fitted.items():
+        place = names.index(name)
+        line = {"color": (COLOURS["sft"], COLOURS["sft_anchor"], *OTHERS)[place % 5], "linestyle": _DASHES[place % 4]}
+        (handles[name],) = axis.plot(np.log2(1 + np.array(panel.fine)), curve, linewidth=1.6, **line)
+    for place, column in zip(places, values.T, strict=True):
+        if len(column) > 1:
+            axis.plot([place] * len(column), column, "o", markersize=3.2, color=COLOURS["mix"], zorder=3)
+    ends = np.array([[i.estimate - i.low, i.high - i.estimate] for i in found]).T
+    means = [i.estimate for i in found]
+    style: dict[str, Any] = {"fmt": "o", "color": COLOURS["tell"], "markersize": 6.5, "linewidth": 1.8, "zorder": 4}
+    axis.errorbar(places, means, None if np.isnan(ends).any() else ends, **style)
+    if panel.jump is not None:
+        axis.axvline(math.log2(1 + panel.jump), color="#8a8a8a", linewidth=1.2, linestyle=(0, (4, 3)), zorder=0.5)
+        axis.annotate(
+            f" jump at {panel.jump:.3g} ", (math.log2(1 + panel.jump), 1), xycoords=("data", "axes fraction"), va="top"
+        )
+    axis.set_xticks(places, [f"{ratio:.2g}" for ratio in panel.ratios])
+    axis.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.set_title(panel.title, loc="left")
+    axis.set_xlabel("general rows for each shown task row")
+    axis.set_ylabel(panel.y_label)
+    return handles
+
+
+def bars(labels: Sequence[str], counts: Sequence[int], x_label: str, y_label: str) -> str:
+    """Draw counts as bars, and return one ``<svg>`` element."""
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        axis.bar(range(len(labels)), counts, color=COLOURS["tell"], width=0.7)
+        for place, count in enumerate(counts):
+            axis.annotate(f"{count}", (place, count), ha="center", va="bottom")
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        axis.locator_params(axis="y", integer=True)
+
+    return _svg(2.4, draw)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A cluster in a plot of gain by density, with its number of items and its name."""
+
+    x: float
+    y: float
+    size: int
+    name: str
+
+
+def spots(points: Sequence[Spot], x_label: str, y_label: str) -> str:
+    """Draw clusters as circles, their areas by their sizes, with a line at no gain, and return one ``<svg>`` element."""
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        axis.axhline(0, color="#8a8a8a", linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
+        most = max((point.size for point in points), default=1)
+        axis.scatter(
+            [p.x for p in points], [p.y for p in points], s=[40 + 360 * p.size / most for p in points],
+            color=COLOURS["tell"], alpha=0.45, edgecolor=COLOURS["tell"],
+        )  # fmt: skip
+        for point in points:
+            axis.annotate(point.name, (point.x, point.y), ha="center", va="center", fontsize=8)
+        axis.grid(color=_FAINT, linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+
+    return _svg(3.4, draw)
+
+
+def eigenvalues(values: Sequence[float], chosen: int) -> str:
+    """Draw descending eigenvalues, with a line after the `chosen` ones (0: none), and return one ``<svg>`` element."""
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        axis.plot(range(1, len(values) + 1), values, "o-", markersize=4, linewidth=1, color=COLOURS["tell"])
+        if chosen:
+            axis.axvline(chosen + 0.5, color=COLOURS["sft_anchor"], linewidth=1.7, linestyle="-.")
+        axis.grid(axis="y", color=_FAINT, linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.set_xlabel("number")
+        axis.set_ylabel("eigenvalue")
+        axis.locator_params(axis="x", integer=True)
+
+    return _svg(2.5, draw)
 
 
 def _draw_curve(axis: Any, line: Curve, names: Sequence[str]) -> Any:

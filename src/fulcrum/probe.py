@@ -146,35 +146,50 @@ def with_gradients(
     if not any(selects(arm, settings) == "gradient" for _, arm in views):
         return rows
     wanted = {key: pair for view, arm in views for key, pair in to_probe(view, arm, settings).items()}
-    keys, warm = sorted(wanted), False
+    keys = sorted(wanted)
     forms = {id(anchor): encode.make_format(loaded.tokenizer, anchor) for _, anchor in wanted.values()}
     examples = [encode.encode(row, forms[id(anchor)]) for row, anchor in map(wanted.__getitem__, keys)]
-    found: list[npt.NDArray[np.float16]] = []
-    seconds = 0.0
-    for start in range(0, len(keys), _BLOCK):
-        names = store.fingerprint([keys[start : start + _BLOCK], settings.train.pack_tokens])
-        file = None if folder is None else folder / store.MADE / f"gradients-seed{rows.seed}" / f"{start // _BLOCK:04}.npz"
-        known = None if file is None else _kept(file, names)
-        if known is None:
-            began = time.perf_counter()
-            if not warm:
-                _warm_up(loaded, rows, settings)
-                warm = True
-            block, budget = examples[start : start + _BLOCK], settings.train.pack_tokens
-            counted = partial(_counted, count, start, len(keys))
-            taken = gradients(loaded, block, budget=budget, seed=rows.seed, progress=counted).astype(np.float16)
-            known = taken, time.perf_counter() - began
-            if file is not None:
-                store.write_arrays(file, names=np.array(names), gradients=taken, seconds=np.array(known[1]))
-        found.append(known[0])
-        seconds += known[1]
-    if warm:
-        adapter.drop_adapter(loaded)
+    place = None if folder is None else folder / store.MADE / f"gradients-seed{rows.seed}"
+    budget, warm_up = settings.train.pack_tokens, partial(_warm_up, loaded, rows, settings)
+    found, seconds = in_blocks(loaded, examples, keys, warm_up, place, budget=budget, seed=rows.seed, count=count)
     note = (
         f"seed {rows.seed}: to choose general rows the gradients of {len(examples):,} rows were taken, "
         f"{sum(map(len, examples)):,} tokens, {seconds:.0f} s"
     )
-    return replace(rows, gradients=dict(zip(keys, np.concatenate(found), strict=True)), notes=(*rows.notes, note))
+    return replace(rows, gradients=dict(zip(keys, found, strict=True)), notes=(*rows.notes, note))
+
+
+def in_blocks(
+    loaded: LoadedModel, examples: Sequence[Tokens], keys: Sequence[str], begin: Callable[[], object], place: Path | None, *,
+    budget: int, seed: int, count: Count, unit: bool = False,
+) -> tuple[npt.NDArray[np.float16], float]:  # fmt: skip
+    """`gradients` of examples, and the seconds they took; blocks of them are kept in `place` as they are done, by their `keys`,
+    and read back when a run is resumed. `begin` puts the adapter on the model, if there is anything to take. With `unit`, each
+    is divided by its length, for cosines (of gradients that are small, half precision would keep nothing).
+    """
+    found: list[npt.NDArray[np.float16]] = []
+    seconds, begun = 0.0, False
+    for start in range(0, len(keys), _BLOCK):
+        names = store.fingerprint([keys[start : start + _BLOCK], budget])
+        file = None if place is None else place / f"{start // _BLOCK:04}.npz"
+        known = None if file is None else _kept(file, names)
+        if known is None:
+            began = time.perf_counter()
+            if not begun:
+                begin()
+                begun = True
+            counted = partial(_counted, count, start, len(keys))
+            taken = gradients(loaded, examples[start : start + _BLOCK], budget=budget, seed=seed, progress=counted)
+            if unit:
+                taken /= np.maximum(np.linalg.norm(taken, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+            known = taken.astype(np.float16), time.perf_counter() - began
+            if file is not None:
+                store.write_arrays(file, names=np.array(names), gradients=known[0], seconds=np.array(known[1]))
+        found.append(known[0])
+        seconds += known[1]
+    if begun:
+        adapter.drop_adapter(loaded)
+    return np.concatenate(found), seconds
 
 
 def _counted(count: Count, before: int, total: int, done: int) -> None:

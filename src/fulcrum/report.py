@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import anchor_outcomes, certificate, page, plots, sources, stats, store, summary
+from fulcrum import anchor_outcomes, certificate, page, plots, quanta_page, sources, stats, store, summary
 from fulcrum.errors import ModelError, StoreError
 from fulcrum.records import Results
 from fulcrum.summary import Grid, Record, headline
@@ -264,6 +264,8 @@ def write(folder: Path) -> Path:
     pilot, anchors = (
         store.read_json(file) if file.exists() else None for file in (folder / store.PILOT, folder / store.ANCHORS)
     )
+    if results["kind"] == "quanta":
+        quanta_page.write(folder, ", ".join(facts["name"] for facts in results["tasks"]))
     store.write_bytes(path, html(results, predictions, page.find(folder), pilot, anchors or ()).encode())
     return path
 

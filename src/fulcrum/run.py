@@ -218,7 +218,7 @@ def finish(
         store.write_jsonl(folder / "predictions.jsonl", lines)
         store.write_json(folder / "results.json", results)
         report.write(folder)
-        if kind != "scale":  # which keeps no adapter that anybody would use
+        if kind not in ("scale", "quanta"):  # which keep no adapter that anybody would use
             store.write_bytes(folder / "README.md", report.card(report.load(folder), export.NOTE).encode())
         run_folder.seal(folder)
     _processes().wait_for_everyone()

@@ -28,6 +28,7 @@ from fulcrum import (
     starter,
     store,
 )
+from fulcrum import quanta as clustering_runs
 from fulcrum import run as running
 from fulcrum import scale as scaling_runs
 from fulcrum.config import Arm, Settings, TaskSettings, TrainSettings
@@ -271,6 +272,7 @@ def _test_rows(folder: Path, adapter: Adapter, task: TaskSettings) -> list[Examp
 
 VERBS: Mapping[str, Callable[..., Results]] = {  # what fills a run folder, by its kind
     "train": running.run, "compare": comparison.compare, "scale": scaling_runs.scale,
+    "quanta": clustering_runs.quanta,
 }  # fmt: skip
 
 
@@ -299,3 +301,13 @@ def scale(*, resume: bool = False, **settings: Any) -> Results:
     one's own. `resume` goes on with the run that `output_dir` holds. Raises ConfigError, DataError, ModelError or StoreError.
     """
     return scaling_runs.scale(config.from_dict(settings), resume=resume)
+
+
+def quanta(*, resume: bool = False, **settings: Any) -> Results:
+    """Cluster answers by their gradients and ask whether general data helped where they are dense; the keywords are the keys of
+    the YAML file (`model=`, `task=`, `quanta=` ...).
+
+    What was found stands in `quanta.json` and `quanta.html` of `output_dir`; `fulcrum.clusters` has its parts for arrays of
+    one's own. `resume` goes on with the run that `output_dir` holds. Raises ConfigError, DataError, ModelError or StoreError.
+    """
+    return clustering_runs.quanta(config.from_dict(settings), resume=resume)
