@@ -113,7 +113,7 @@ def test_the_last_two_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "best.safetensors", "optimizer.pt", "state.json", "SHA256SUMS"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "one bit"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "emptied", "one bit"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, name: str, damage: str) -> None:
     whole, expected = train(tmp_path)
     file = killed_checkpoint(tmp_path) / name
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, name: 
     file.unlink()
     if damage != "missing":
         content[len(content) // 2] ^= 1
-        file.write_bytes(content if damage == "one bit" else content[: len(content) // 2])
+        file.write_bytes({"one bit": content, "cut": content[: len(content) // 2], "emptied": b""}[damage])
     said: list[str] = []
     steps: list[int] = []
     resumed, found = train(

@@ -468,6 +468,17 @@ def test_hostile_rows_are_kept_rejected_or_refused_in_words(tmp_path: Path, name
     assert len(rejects) == (1 if expected else 0)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[" * 100_000 + "]" * 100_000, "[" + "9" * 5000 + "]", "[NaN]", "[{}]"])
+def test_a_row_whose_messages_are_hostile_json_text_is_rejected(tmp_path: Path, text: str) -> None:
+    fine = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = [{"messages": fine}, {"messages": text}, {"messages": json.dumps([{**one, "content": "c"} for one in fine])}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept, (reject,) = ingest.read([DataSource(path=str(tmp_path / "rows.jsonl"))])
+    assert [one.origin.rpartition(":")[2] for one in kept] == ["1", "3"]
+    assert reject.reason in ("not a list of messages", "unknown role")
+    assert len(reject.detail) < 200
+
+
 def test_no_table_is_exported_that_a_spreadsheet_would_run() -> None:
     """Fulcrum writes JSON, Parquet and HTML only; a CSV file, whose cells may be formulas, is written nowhere."""
     for file in (Path(store.__file__).parent).glob("*.py"):

@@ -102,8 +102,13 @@ def test_a_second_process_is_refused_by_pid_and_time_until_the_first_is_gone(tmp
         run_folder.held(tmp_path / "run"),
     ):
         pass
+    (tmp_path / "run" / "manifest.json").write_text("{}")  # the same command again, which does not ask to go on
+    with pytest.raises(StoreError, match=rf"run: process {first.pid} on \S+ has been at work on it since \d{{4}}-"):
+        run_folder.check_free(tmp_path / "run", resume=False)
     first.kill()
     first.wait()
+    with pytest.raises(StoreError, match="already holds a run; go on with it"):
+        run_folder.check_free(tmp_path / "run", resume=False)
     with run_folder.held(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / ".owner.json").read_text())["pid"] == os.getpid()
 
