@@ -198,9 +198,16 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert numbers(tmp_path / "c") == []
 
 
-def test_a_signal_in_the_last_step_stops_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_step_stops_what_comes_after_it(tmp_path: Path, number: int) -> None:
+    """A run has more trainings and tests than this one; its last step is saved, and is not done again."""
     whole, _ = train(tmp_path)
-    ended, _ = train(tmp_path, checkpoint=tmp_path / "c", progress=signalled(6, signal.SIGINT))
+    with pytest.raises(Stopped) as stopped:
+        train(tmp_path, checkpoint=tmp_path / "c", progress=signalled(6, number))
+    assert stopped.value.number == number
+    steps: list[int] = []
+    ended, _ = train(tmp_path, checkpoint=tmp_path / "c", progress=lambda p, *_: steps.append(p.step))
+    assert steps == []
     assert same(whole, ended)
 
 
