@@ -1,6 +1,7 @@
 """A killed training goes on to the same bits: from the newest checkpoint that is whole, after signals, on full disks."""
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,14 @@ def numbers(folder: Path) -> list[int]:
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
     train(tmp_path, checkpoint=tmp_path / "c")
     assert numbers(tmp_path / "c") == [5, 6]
+
+
+def test_what_somebody_copied_beside_checkpoints_is_none(tmp_path: Path) -> None:
+    whole, _ = train(tmp_path)
+    shutil.copytree(killed_checkpoint(tmp_path), tmp_path / "c" / "checkpoint-3 (copy)")
+    resumed, _ = train(tmp_path, checkpoint=tmp_path / "c")
+    assert same(whole, resumed)
+    assert (tmp_path / "c" / "checkpoint-3 (copy)").exists()
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "best.safetensors", "optimizer.pt", "state.json", "SHA256SUMS"])

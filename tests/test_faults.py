@@ -22,7 +22,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import answering
-from fulcrum import adapter, config, encode, generate, ingest, model, modelfile, run_folder, scoring, sources, store, use
+from fulcrum import (
+    adapter,
+    candidates,
+    config,
+    encode,
+    generate,
+    ingest,
+    model,
+    modelfile,
+    pilot,
+    run_folder,
+    scoring,
+    sources,
+    store,
+    use,
+)
+from fulcrum.cell import Silent
 from fulcrum.comparison import compare
 from fulcrum.errors import DataError, DivergedError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Example, Message
@@ -275,6 +291,17 @@ def test_a_comparison_makes_damaged_adapters_and_cells_again(place: Path, tmp_pa
     cell.unlink()
     compare(settings, resume=True)
     assert (tmp_path / "r" / "predictions.jsonl").read_bytes() == predictions
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1]", "null"])
+def test_a_choice_that_was_kept_and_is_damaged_is_said(place: Path, tmp_path: Path, content: str) -> None:
+    settings = settings_of(place, tmp_path / "r", mix={"general_per_task": "auto", "repeats": 1}).model_dump(mode="json")
+    settings["tasks"][0]["anchor"] = "auto"
+    (tmp_path / "r").mkdir()
+    for name, resolve in (("anchors", candidates.resolve), ("pilot", pilot.resolve)):
+        (tmp_path / "r" / f"{name}.json").write_text(content)
+        with pytest.raises(StoreError, match=rf"{name}\.json: holds something else than a run keeps there"):
+            resolve(config.from_dict(settings), compared=False, resume=True, watcher=Silent())
 
 
 # Full disks, other processes, vanished files.

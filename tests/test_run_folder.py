@@ -64,6 +64,15 @@ def test_a_damaged_manifest_is_not_taken_for_another_run(tmp_path: Path) -> None
         run_folder.open_run(tmp_path, IDENTITY, resume=True)
 
 
+@pytest.mark.parametrize("content", ["[1]", "null", "[" * 100_000])
+def test_a_manifest_that_is_no_manifest_is_an_error_in_words(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(StoreError, match=r"manifest\.json: .*the file was changed or damaged"):
+        run_folder.open_run(tmp_path, IDENTITY, resume=True)
+    with pytest.raises(StoreError, match=r"manifest\.json: .*the file was changed or damaged"):
+        run_folder.unsealed(tmp_path)
+
+
 def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 5 * 2**20))

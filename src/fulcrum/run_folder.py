@@ -69,7 +69,7 @@ def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path
     check_free(folder, resume=resume)
     manifest = folder / MANIFEST
     if manifest.exists():
-        known = read_json(manifest)
+        known = store.read_as(manifest, dict[str, Any])
         known.pop(OUTPUTS, None)
         changed = store.changes(known, store.plain(identity))
         if changed:
@@ -126,7 +126,7 @@ def seal(folder: Path) -> None:
 
 def unsealed(folder: Path) -> list[str]:
     """What a finished run made and is no longer as it was, in words. Raises StoreError for an unfinished run."""
-    known = read_json(folder / MANIFEST).get(OUTPUTS)
+    known = store.read_as(folder / MANIFEST, dict[str, Any]).get(OUTPUTS)
     if not isinstance(known, dict):
         raise StoreError(f"{folder}: its manifest names no outputs: the run is not finished; go on with it (--resume)")
     found = {name: file_sha256(folder / name) if (folder / name).is_file() else "" for name in known}

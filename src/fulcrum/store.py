@@ -221,8 +221,22 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"{path}: no such file; is {path.parent} a finished run folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path}: not readable as JSON ({error}); the file was changed or damaged") from None
+
+
+def read_as(path: Path, kind: Any) -> Any:
+    """Read JSON as a record, or records, of a kind. Raises StoreError where the file is missing, broken or of another kind."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(read_json(path))
+    except ValidationError as error:
+        at = error.errors()[0]
+        where = ".".join(map(str, at["loc"])) or "the whole"
+        raise StoreError(
+            f"{path}: holds something else than a run keeps there ({where}: {at['msg']}); the file was changed or damaged"
+        ) from None
 
 
 def recalled(path: Path) -> dict[str, Any]:
