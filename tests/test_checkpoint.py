@@ -1,6 +1,7 @@
 """A killed training goes on to the same bits: from the newest checkpoint that is whole, after signals, on full disks."""
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -112,8 +113,16 @@ def test_the_last_two_are_kept(tmp_path: Path) -> None:
     assert numbers(tmp_path / "c") == [5, 6]
 
 
+def test_what_somebody_copied_beside_checkpoints_is_none(tmp_path: Path) -> None:
+    whole, _ = train(tmp_path)
+    shutil.copytree(killed_checkpoint(tmp_path), tmp_path / "c" / "checkpoint-3 (copy)")
+    resumed, _ = train(tmp_path, checkpoint=tmp_path / "c")
+    assert same(whole, resumed)
+    assert (tmp_path / "c" / "checkpoint-3 (copy)").exists()
+
+
 @pytest.mark.parametrize("name", ["adapter.safetensors", "best.safetensors", "optimizer.pt", "state.json", "SHA256SUMS"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "one bit"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "emptied", "one bit"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, name: str, damage: str) -> None:
     whole, expected = train(tmp_path)
     file = killed_checkpoint(tmp_path) / name
@@ -121,7 +130,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, name: 
     file.unlink()
     if damage != "missing":
         content[len(content) // 2] ^= 1
-        file.write_bytes(content if damage == "one bit" else content[: len(content) // 2])
+        file.write_bytes({"one bit": content, "cut": content[: len(content) // 2], "emptied": b""}[damage])
     said: list[str] = []
     steps: list[int] = []
     resumed, found = train(
@@ -198,9 +207,16 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert numbers(tmp_path / "c") == []
 
 
-def test_a_signal_in_the_last_step_stops_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_step_stops_what_comes_after_it(tmp_path: Path, number: int) -> None:
+    """A run has more trainings and tests than this one; its last step is saved, and is not done again."""
     whole, _ = train(tmp_path)
-    ended, _ = train(tmp_path, checkpoint=tmp_path / "c", progress=signalled(6, signal.SIGINT))
+    with pytest.raises(Stopped) as stopped:
+        train(tmp_path, checkpoint=tmp_path / "c", progress=signalled(6, number))
+    assert stopped.value.number == number
+    steps: list[int] = []
+    ended, _ = train(tmp_path, checkpoint=tmp_path / "c", progress=lambda p, *_: steps.append(p.step))
+    assert steps == []
     assert same(whole, ended)
 
 

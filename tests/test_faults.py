@@ -19,9 +19,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import answering
-from fulcrum import adapter, config, encode, generate, ingest, model, run_folder, scoring, sources, store, use
+from fulcrum import (
+    adapter,
+    candidates,
+    config,
+    encode,
+    generate,
+    ingest,
+    model,
+    modelfile,
+    pilot,
+    run_folder,
+    scoring,
+    sources,
+    store,
+    use,
+)
+from fulcrum.cell import Silent
 from fulcrum.comparison import compare
 from fulcrum.errors import DataError, DivergedError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Example, Message
@@ -276,6 +293,17 @@ def test_a_comparison_makes_damaged_adapters_and_cells_again(place: Path, tmp_pa
     assert (tmp_path / "r" / "predictions.jsonl").read_bytes() == predictions
 
 
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1]", "null"])
+def test_a_choice_that_was_kept_and_is_damaged_is_said(place: Path, tmp_path: Path, content: str) -> None:
+    settings = settings_of(place, tmp_path / "r", mix={"general_per_task": "auto", "repeats": 1}).model_dump(mode="json")
+    settings["tasks"][0]["anchor"] = "auto"
+    (tmp_path / "r").mkdir()
+    for name, resolve in (("anchors", candidates.resolve), ("pilot", pilot.resolve)):
+        (tmp_path / "r" / f"{name}.json").write_text(content)
+        with pytest.raises(StoreError, match=rf"{name}\.json: holds something else than a run keeps there"):
+            resolve(config.from_dict(settings), compared=False, resume=True, watcher=Silent())
+
+
 # Full disks, other processes, vanished files.
 
 
@@ -468,6 +496,17 @@ def test_hostile_rows_are_kept_rejected_or_refused_in_words(tmp_path: Path, name
     assert len(rejects) == (1 if expected else 0)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[" * 100_000 + "]" * 100_000, "[" + "9" * 5000 + "]", "[NaN]", "[{}]"])
+def test_a_row_whose_messages_are_hostile_json_text_is_rejected(tmp_path: Path, text: str) -> None:
+    fine = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = [{"messages": fine}, {"messages": text}, {"messages": json.dumps([{**one, "content": "c"} for one in fine])}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept, (reject,) = ingest.read([DataSource(path=str(tmp_path / "rows.jsonl"))])
+    assert [one.origin.rpartition(":")[2] for one in kept] == ["1", "3"]
+    assert reject.reason in ("not a list of messages", "unknown role")
+    assert len(reject.detail) < 200
+
+
 def test_no_table_is_exported_that_a_spreadsheet_would_run() -> None:
     """Fulcrum writes JSON, Parquet and HTML only; a CSV file, whose cells may be formulas, is written nowhere."""
     for file in (Path(store.__file__).parent).glob("*.py"):
@@ -535,6 +574,55 @@ def test_a_name_in_an_archive_is_never_a_path(tmp_path: Path, member: str) -> No
 def test_a_chat_template_runs_in_a_sandbox(code: str) -> None:
     with pytest.raises(ModelError, match="chat template cannot render"):
         encode.make_format(tiny_tokenizer(code + CHATML), None)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "{{ messages[1].content }}", "{{ 1 // (messages|length - 1) }}",
+        "{% if add_generation_prompt %}{{ 1 + 'a' }}{% endif %}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{% if add_generation_prompt %}{{ m() }}{% endif %}",
+    ],
+)  # fmt: skip
+def test_a_chat_template_that_fails_at_a_question_alone_is_refused(code: str) -> None:
+    with pytest.raises(ModelError, match="chat template cannot render a question alone: "):
+        encode.make_format(tiny_tokenizer(code + CHATML), None)
+
+
+def test_a_row_at_which_a_chat_template_fails_in_its_own_way_is_named() -> None:
+    code = "{% if messages|length > 2 or 'boom' in messages[0]['content'] %}{{ 1 // 0 }}{% endif %}"
+    form = encode.make_format(tiny_tokenizer(code + CHATML), None)
+    bad = row(("user", "boom"), ("assistant", "a"))
+    encode.encode_ahead([bad], form)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the model's chat template refuses this row: ZeroDivisionError"):
+        encode.encode(bad, form)
+    with pytest.raises(DataError, match="the model's chat template refuses these messages: ZeroDivisionError"):
+        encode.prompt_ids([Message("user", "boom")], form)
+    assert modelfile.pieces(form) is None  # it asks for longer conversations
+
+
+def weights_changed(folder: Path, change: Any) -> str:
+    place = save_tiny(folder / "m")
+    weights = load_file(place / "model.safetensors")
+    change(weights, next(name for name in weights if "q_proj" in name))
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    return str(place)
+
+
+def test_a_model_whose_files_lack_weights_is_refused(tmp_path: Path) -> None:
+    """Transformers draws them at random and goes on."""
+    place = weights_changed(tmp_path, lambda weights, name: weights.pop(name))
+    with pytest.raises(ModelError, match=r"its files lack 1 of the weights \(model\.layers\.0\.self_attn\.q_proj\.weight\)"):
+        model.load(place, tiny_settings())
+
+
+def test_a_model_that_cannot_be_read_is_an_error_in_words(tmp_path: Path) -> None:
+    place = weights_changed(tmp_path, lambda weights, name: weights.update({name: weights[name][:3].clone()}))
+    for config_text in (None, "[1]", "[" * 100_000, '{"model_type": "llama", "num_attention_heads": 0}'):
+        if config_text is not None:
+            Path(place, "config.json").write_text(config_text)
+        with pytest.raises(ModelError, match="m': cannot load: "):
+            model.load(place, tiny_settings())
 
 
 def test_secrets_stand_in_no_file_and_no_output(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,9 +232,16 @@ def test_a_teacher_answers_once_and_again_after_it_was_busy(
     assert len(asked) == 8 + 1  # what was answered is not asked again
 
 
-def test_an_address_with_a_password_is_refused() -> None:
-    with pytest.raises(ConfigError, match="may hold no password"):
-        Endpoint("http://me:secret@somewhere/v1", "m")
+@pytest.mark.parametrize(
+    "address", ["http://me:secret@somewhere/v1", "me:secret@somewhere/v1", "http://somewhere/v1?key=secret"]
+)
+def test_an_address_with_a_password_is_refused(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match="may hold no password") as error:
+        Endpoint(address, "m")
+    assert "secret" not in str(error.value)
+    with pytest.raises(ConfigError, match="may hold no password") as error:
+        comparison_settings(tmp_path, tmp_path / "r", teacher={"endpoint": address, "model": "m"})
+    assert "secret" not in str(error.value)
 
 
 def test_a_conversation_that_is_refused_stops_no_others(endpoint: tuple[str, Asked]) -> None:

@@ -64,6 +64,15 @@ def test_a_damaged_manifest_is_not_taken_for_another_run(tmp_path: Path) -> None
         run_folder.open_run(tmp_path, IDENTITY, resume=True)
 
 
+@pytest.mark.parametrize("content", ["[1]", "null", "[" * 100_000])
+def test_a_manifest_that_is_no_manifest_is_an_error_in_words(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(StoreError, match=r"manifest\.json: .*the file was changed or damaged"):
+        run_folder.open_run(tmp_path, IDENTITY, resume=True)
+    with pytest.raises(StoreError, match=r"manifest\.json: .*the file was changed or damaged"):
+        run_folder.unsealed(tmp_path)
+
+
 def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 5 * 2**20))
@@ -102,8 +111,13 @@ def test_a_second_process_is_refused_by_pid_and_time_until_the_first_is_gone(tmp
         run_folder.held(tmp_path / "run"),
     ):
         pass
+    (tmp_path / "run" / "manifest.json").write_text("{}")  # the same command again, which does not ask to go on
+    with pytest.raises(StoreError, match=rf"run: process {first.pid} on \S+ has been at work on it since \d{{4}}-"):
+        run_folder.check_free(tmp_path / "run", resume=False)
     first.kill()
     first.wait()
+    with pytest.raises(StoreError, match="already holds a run; go on with it"):
+        run_folder.check_free(tmp_path / "run", resume=False)
     with run_folder.held(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / ".owner.json").read_text())["pid"] == os.getpid()
 

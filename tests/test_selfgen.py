@@ -121,6 +121,8 @@ def test_a_base_model_writes_texts_in_two_parts(tmp_path: Path, monkeypatch: pyt
     assert rows.in_two("One here. Two there! Three.") == ("One here.", "Two there! Three.")
     assert rows.in_two("a title\nand text") == ("a title", "and text")
     assert rows.in_two("no end at all") == ("no end", "at all")
+    assert rows.in_two("a title\n\n\nand text") == ("a title", "and text")
+    assert rows.in_two("a" + 2**20 * "\n" + " b") == ("a", "b")  # it took hours, as the square of the line breaks
 
 
 @pytest.fixture

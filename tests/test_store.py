@@ -201,7 +201,18 @@ def test_what_is_changed_or_missing_is_named(tmp_path: Path) -> None:
     assert store.damaged(tmp_path / "f") == ["a.txt", "inside/b.txt"]
     (tmp_path / "f" / "SHA256SUMS").write_bytes(b"\xff")
     assert store.damaged(tmp_path / "f") == ["SHA256SUMS"]
+    (tmp_path / "f" / "SHA256SUMS").write_bytes(b"")
+    assert store.damaged(tmp_path / "f") == ["SHA256SUMS"]
     assert store.damaged(tmp_path / "none") == ["SHA256SUMS"]
+
+
+def test_a_list_of_hashes_that_lacks_a_file_vouches_for_none(tmp_path: Path) -> None:
+    store.write_folder(tmp_path / "f", lambda place: [(place / name).write_text("x") for name in ("a.json", "b.safetensors")])
+    (tmp_path / "f" / "lora.gguf").touch()  # what somebody made of it
+    assert store.damaged(tmp_path / "f") == []
+    sums = tmp_path / "f" / "SHA256SUMS"
+    sums.write_text(sums.read_text().splitlines(keepends=True)[0])
+    assert store.damaged(tmp_path / "f") == ["SHA256SUMS"]
 
 
 # Bytes as they stand.

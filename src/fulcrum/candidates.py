@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from fulcrum import adapter, anchor_scores, encode, generate, material, model, propose, selfgen, store
 from fulcrum.anchor_scores import Candidate
@@ -148,7 +147,7 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
         settings.refuse_choosing_by("task.anchor: auto", "anything", "use one seed, write an anchor")
     folder = Path(settings.output_dir)
     if (folder / store.ANCHORS).exists():
-        found = TypeAdapter(tuple[AnchorScores, ...]).validate_python(store.read_json(folder / store.ANCHORS))
+        found = store.read_as(folder / store.ANCHORS, tuple[AnchorScores, ...])
         return settled(settings, found), found
     watcher.stage("anchors: proposed and scored, before any training")
     loaded, tasks, general, seed = rows_to_score(settings, compared=compared)

@@ -93,4 +93,5 @@ def newest(folder: Path, identity: str, say: Callable[[str], None]) -> Checkpoin
 
 
 def _in_order(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    numbered = (path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal())  # no copies of some
+    return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]))

@@ -23,7 +23,16 @@ from fulcrum import settings_file
 from fulcrum.errors import ConfigError
 from fulcrum.experiments import QuantaSettings, ScaleSettings
 from fulcrum.records import Anchor
-from fulcrum.sections import AnchorSettings, GeneralSource, GeneralSources, Section, Sources, as_anchor, as_sources
+from fulcrum.sections import (
+    AnchorSettings,
+    GeneralSource,
+    GeneralSources,
+    Section,
+    Sources,
+    as_anchor,
+    as_sources,
+    may_hold_secret,
+)
 
 Select = Literal["random", "similar", "gradient", "diverse"]
 Order = Literal["auto", "random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general"]
@@ -366,7 +375,7 @@ class Settings(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks need different names, got {names}; set tasks[i].name")
-        if self.teacher is not None and "@" in self.teacher.endpoint.partition("//")[2].partition("/")[0]:
+        if self.teacher is not None and may_hold_secret(self.teacher.endpoint):
             raise ValueError("teacher.endpoint is written down, so it may hold no password; put the key into a variable")
         weighted = {source.weight is not None: source.path for source in self.general}
         if len(weighted) == 2:

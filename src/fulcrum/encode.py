@@ -130,7 +130,12 @@ def _end_of_turn(tokenizer: Tokenizer, special: re.Pattern[str]) -> tuple[tuple[
 def _check_start(tokenizer: Tokenizer) -> None:
     """Raise ModelError where the template begins a conversation with the beginning-of-text token twice: nobody trained that."""
     start = tokenizer.special_tokens_map.get("bos_token")
-    text = str(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True))
+    try:
+        text = str(
+            tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
+        )
+    except Exception as error:  # as above
+        raise ModelError(f"the model's chat template cannot render a question alone: {error}") from error
     if start and text.startswith(2 * str(start)):
         raise ModelError(f"the model's chat template begins with {start!r} twice; take one out of it and save the tokenizer")
 
@@ -154,9 +159,14 @@ def _ids(text: str, form: Format, *, plain: bool = False) -> list[int]:
 def _render(prompts: Sequence[Sequence[Message]], form: Format) -> list[str]:
     """Rendered prompts; special-token text of the user stands hidden in them."""
     turns = [[{"role": message.role, "content": _hide(message.content, form)} for message in prompt] for prompt in prompts]
-    found = form.tokenizer.apply_chat_template(
-        turns, chat_template=form.template, add_generation_prompt=True, tokenize=False
-    )  # fmt: skip
+    try:
+        found = form.tokenizer.apply_chat_template(
+            turns, chat_template=form.template, add_generation_prompt=True, tokenize=False
+        )  # fmt: skip
+    except TemplateError:
+        raise
+    except Exception as error:  # what a template computes may fail in any way, for one row and not for another
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
     return [str(text) for text in found]
 
 

@@ -8,6 +8,7 @@ import urllib3
 from fulcrum.errors import ConfigError
 from fulcrum.records import Message
 from fulcrum.rows import sentences
+from fulcrum.sections import may_hold_secret
 
 WORKERS = 8  # requests at once
 _PATIENCE = 120  # seconds for an answer
@@ -35,7 +36,7 @@ class Endpoint:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if urllib3.util.parse_url(self.url).auth:
+        if may_hold_secret(self.url):
             raise ConfigError("an endpoint's address is written down, so it may hold no password; put the key into a variable")
 
     def say(self, messages: Sequence[Message], most: int, temperature: float, seed: int, *, whole: bool = False) -> str | None:

@@ -6,10 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from fulcrum import encode, sources, store
-from fulcrum.errors import ModelError
+from fulcrum.errors import FulcrumError, ModelError
 from fulcrum.store import file_sha256
 
 
@@ -95,8 +93,11 @@ def explained(name: str) -> Iterator[None]:
     """Turn what Transformers raises while it reads files into a ModelError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(f"model {name!r}: cannot load: {str(error).strip().splitlines()[0]}") from error
+    except FulcrumError:
+        raise
+    except Exception as error:  # damaged files and impossible sizes make the libraries raise any kind
+        said = [*str(error).strip().splitlines(), type(error).__name__][0]
+        raise ModelError(f"model {name!r}: cannot load: {said}") from error
 
 
 def complete(tokenizer: Any) -> list[str]:

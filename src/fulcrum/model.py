@@ -116,7 +116,12 @@ def load(name: str, settings: TrainSettings, *, trust_remote_code: bool = False)
         options["quantization_config"] = _four_bit(device)
     with fetch.explained(name):
         tokenizer = fetch.tokenizer(path, trust_remote_code=trust_remote_code)
-        causal = AutoModelForCausalLM.from_pretrained(path, **options)
+        causal, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    if absent := sorted(info["missing_keys"]):  # Transformers draws them at random, and says so where nobody looks
+        raise ModelError(
+            f"model {name!r}: its files lack {len(absent)} of the weights ({', '.join(absent[:3])}"
+            f"{' ...' if absent[3:] else ''}), which would be random numbers; fetch or save the whole model again"
+        )
     if not settings.load_in_4bit:  # bitsandbytes has put its weights where they belong
         causal = causal.to(device)
     return adopt(name, path, causal, tokenizer, dtype)

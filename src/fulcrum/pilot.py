@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from fulcrum import adapter, cell, encode, generate, material, model, pool, store
 from fulcrum.arms import ARMS, anchor_of, arm_of, general_count, own_arm
@@ -45,7 +44,7 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
         settings.refuse_choosing_by("mix.general_per_task: auto", "anything", "use one seed, set a number")
     folder = Path(settings.output_dir)
     if (folder / store.PILOT).exists():
-        found = TypeAdapter(Pilot).validate_python(store.read_json(folder / store.PILOT))
+        found = store.read_as(folder / store.PILOT, Pilot)
     else:
         watcher.stage("a pilot: how much general data?")
         repeats = REPEATS if settings.mix.repeats == "auto" else settings.mix.repeats

@@ -88,7 +88,7 @@ def normalise(text: str) -> str:
 def in_two(text: str) -> tuple[str, str]:
     """Cut a text after its first sentence, or in its middle where it has one only."""
     text = text.strip()
-    end = re.search(r"[.!?][\"')]?\s+(?=\S)|\n+(?=\S)", text)
+    end = re.search(r"[.!?][\"')]?\s+(?=\S)|\n(?=\S)", text)  # a run of line breaks is tried once
     if end is None:
         words = text.split()
         return " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
@@ -224,7 +224,7 @@ def _conversation(value: Any, what: str) -> list[Message]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter where lists stand in lists by the thousand
             raise _RowError("not a list of messages", f"{what} is no JSON: {value!r:.60}") from None
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise _RowError("not a list of messages", f"{what} is {value!r:.60}")

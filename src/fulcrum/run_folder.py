@@ -22,16 +22,37 @@ _LOCK, _OWNER = ".lock", ".owner.json"
 
 
 def check_free(folder: Path, *, resume: bool) -> None:
-    """Raise StoreError where `folder` cannot become a run's: a file, another run's, or full of other things."""
+    """Raise StoreError where `folder` cannot become a run's: a file, another run's or process's, or full of other things."""
     if folder.is_file():
         raise StoreError(f"{folder}: is a file; set output_dir to a folder")
     if (folder / MANIFEST).exists():
         if not resume:
+            _refuse_held(folder)  # who starts the same command twice is told so, and not to go on with it
             raise StoreError(
                 f"{folder}: already holds a run; go on with it (--resume) or begin another beside it (--force-new)"
             )
     elif folder.exists() and not all(map(_is_ours, folder.iterdir())):
         raise StoreError(f"{folder}: not empty and not a run folder; choose another output_dir")
+
+
+def _refuse_held(folder: Path) -> None:
+    """Raise StoreError where another process works on a folder."""
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise _taken(folder) from None
+    except OSError:  # it may only be read: nobody works there
+        return
+    lock.release()
+
+
+def _taken(folder: Path) -> StoreError:
+    known = store.recalled(folder / _OWNER)
+    return StoreError(
+        f"{folder}: process {known.get('pid', '?')} on {known.get('host', '?')} has been at work on it since "
+        f"{known.get('since', '?')}; wait for it or stop it, or choose another output_dir (--force-new)"
+    )
 
 
 def _is_ours(path: Path) -> bool:
@@ -48,7 +69,7 @@ def open_run(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Path
     check_free(folder, resume=resume)
     manifest = folder / MANIFEST
     if manifest.exists():
-        known = read_json(manifest)
+        known = store.read_as(manifest, dict[str, Any])
         known.pop(OUTPUTS, None)
         changed = store.changes(known, store.plain(identity))
         if changed:
@@ -72,11 +93,7 @@ def held(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        known = store.recalled(owner)
-        raise StoreError(
-            f"{folder}: process {known.get('pid', '?')} on {known.get('host', '?')} has been at work on it since "
-            f"{known.get('since', '?')}; wait for it or stop it, or choose another output_dir (--force-new)"
-        ) from None
+        raise _taken(folder) from None
     except OSError as error:
         raise StoreError(f"{folder}: cannot write: {error.strerror or error}; {store.ELSEWHERE}") from error
     try:
@@ -109,7 +126,7 @@ def seal(folder: Path) -> None:
 
 def unsealed(folder: Path) -> list[str]:
     """What a finished run made and is no longer as it was, in words. Raises StoreError for an unfinished run."""
-    known = read_json(folder / MANIFEST).get(OUTPUTS)
+    known = store.read_as(folder / MANIFEST, dict[str, Any]).get(OUTPUTS)
     if not isinstance(known, dict):
         raise StoreError(f"{folder}: its manifest names no outputs: the run is not finished; go on with it (--resume)")
     found = {name: file_sha256(folder / name) if (folder / name).is_file() else "" for name in known}

@@ -157,3 +157,8 @@ def as_sources(value: Any) -> Any:
         return ()
     items = value if isinstance(value, list | tuple) else [value]
     return tuple({"path": str(item)} if isinstance(item, str | Path) else item for item in items)
+
+
+def may_hold_secret(address: str) -> bool:
+    """Whether an address holds a name or password before its host (also without `https://`), or what may be a key after `?`."""
+    return "@" in (address.partition("//")[2] or address).partition("/")[0] or "?" in address

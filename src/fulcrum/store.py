@@ -31,6 +31,7 @@ QUANTA = "quanta.json"
 SUMS = "SHA256SUMS"
 PARTIAL = ".partial"  # how the names of half-written files end
 MADE = "general"  # folder of a run with the rows that a model made or answered, and what they were chosen by
+_SEALED = (".safetensors", ".pt", ".json", ".jinja")  # kinds of files that are not read unless their hash is known
 _PATIENCE = 1.0  # seconds between two looks at a lock
 ELSEWHERE = "free some space or set output_dir (or FULCRUM_CACHE, for models and pools) to another disk"
 
@@ -160,12 +161,17 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def damaged(folder: Path) -> list[str]:
-    """The names of what is missing or changed in a folder that `write_folder` wrote."""
+    """The names of what is missing or changed in a folder that `write_folder` wrote. A list of hashes that was cut short, which
+    would vouch for what it no longer names, is damaged; other kinds of files may have been put there since.
+    """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return [SUMS]
     pairs = [line.partition("  ") for line in lines]
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in _SEALED}
+    if not pairs or there - {name for _, _, name in pairs}:
+        return [SUMS]
     return [name for sha256, _, name in pairs if not (folder / name).is_file() or file_sha256(folder / name) != sha256]
 
 
@@ -217,8 +223,22 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(f"{path}: no such file; is {path.parent} a finished run folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path}: not readable as JSON ({error}); the file was changed or damaged") from None
+
+
+def read_as(path: Path, kind: Any) -> Any:
+    """Read JSON as a record, or records, of a kind. Raises StoreError where the file is missing, broken or of another kind."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(read_json(path))
+    except ValidationError as error:
+        at = error.errors()[0]
+        where = ".".join(map(str, at["loc"])) or "the whole"
+        raise StoreError(
+            f"{path}: holds something else than a run keeps there ({where}: {at['msg']}); the file was changed or damaged"
+        ) from None
 
 
 def recalled(path: Path) -> dict[str, Any]:

@@ -132,8 +132,10 @@ def train(
             if checkpoint is not None and accelerator.is_main_process and due:
                 now = checkpoints.Checkpoint(adapter_state(loaded), best, optimizer.state_dict(), state)
                 checkpoints.write(checkpoint, identity, now)
-            if taken.stop and not ends:
+            if taken.stop:
                 raise stopping.Stopped(taken.stop)
+        if asked():  # it came after the last step was asked: other trainings and tests would follow
+            raise stopping.Stopped(asked())
     if dev_loss is None:
         best, state.best_step = adapter_state(loaded), state.done
     set_adapter_state(loaded, best)
