@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulcrum import anchor_outcomes, certificate, page, plots, quanta_page, sources, stats, store, summary
+from fulcrum import scaling as curves_of
 from fulcrum.errors import ModelError, StoreError
 from fulcrum.records import Results
 from fulcrum.summary import Grid, Record, headline
@@ -215,12 +216,12 @@ def _clip(text: str) -> str:
 
 def html(
     results: Record, predictions: Sequence[Record], certificates: Mapping[str, page.Certificate] | None = None,
-    pilot: Record | None = None, anchors: Sequence[Record] = (),
+    pilot: Record | None = None, anchors: Sequence[Record] = (), scaling: Record | None = None, quanta: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Return the report as one page that needs no network and runs no script; equal inputs give equal text.
 
-    It opens with the certificates, where there are any, in place of the claims. A `pilot` chose how much general data;
-    `anchors` were scored before training.
+    It opens with the certificates, where there are any, in place of the claims, or with what the curves of `scaling` say, or
+    the clusters (`quanta`, in sentences). A `pilot` chose how much general data; `anchors` were scored before training.
     """
     import yaml
 
@@ -246,6 +247,8 @@ def html(
         forgetting_plot=forgetting_plot(results),
         settings=yaml.safe_dump(dict(results["settings"]), sort_keys=False, allow_unicode=True),
         views=views,
+        scaling=None if scaling is None else {**scaling, "tasks": curves_of.shown(scaling)},
+        quanta=quanta,
         notes=[note for note in results["notes"] if not any(note in view["notes"] for view in views)],
         colours=page.colours(),
     )
@@ -264,9 +267,14 @@ def write(folder: Path) -> Path:
     pilot, anchors = (
         store.read_json(file) if file.exists() else None for file in (folder / store.PILOT, folder / store.ANCHORS)
     )
+    found: dict[str, Any] = {}
+    if results["kind"] == "scale":
+        found["scaling"] = curves_of.analyse(results, predictions)
+        store.write_json(folder / store.SCALING, found["scaling"], indent=None)
     if results["kind"] == "quanta":
         quanta_page.write(folder, ", ".join(facts["name"] for facts in results["tasks"]))
-    store.write_bytes(path, html(results, predictions, page.find(folder), pilot, anchors or ()).encode())
+        found["quanta"] = quanta_page.sentences(quanta_page.read(folder))
+    store.write_bytes(path, html(results, predictions, page.find(folder), pilot, anchors or (), **found).encode())
     return path
 
 

@@ -257,15 +257,21 @@ def _factor(factor: Mapping[str, Any]) -> str:
 
 def conclude(out: Console, folder: Path) -> None:
     """Print what a folder says: tables of a run, of its certificates, one sentence, and where its report and adapters are."""
-    from fulcrum import page, report
+    from fulcrum import page, quanta_page, report, scaling, store
 
     certificates = page.find(folder)
     if not report.has_certificate_only(folder):
         results = report.load(folder)
         for table in report.tables(results, certified=bool(certificates)):
             out.print(table)
-        if not certificates:
-            say(out, report.headline(results), "bold")
+        if results["kind"] == "scale":
+            said = scaling.sentences(store.read_json(folder / store.SCALING))
+        elif results["kind"] == "quanta":
+            said = quanta_page.sentences(quanta_page.read(folder))
+        else:
+            said = [] if certificates else [report.headline(results)]
+        for text in said:
+            say(out, text, "bold")
     for known in certificates.values():
         for table in certificate_tables(known["answers"][0]):
             out.print(table)
@@ -275,6 +281,6 @@ def conclude(out: Console, folder: Path) -> None:
     if over_tasks:
         adjusted = ", ".join(f"{task} {p:.3g}" for task, p in over_tasks.items())
         say(out, f"p of the differences, adjusted for several tasks (Holm): {adjusted}")
-    for place in ("report.html", "adapter", "adapters"):
+    for place in ("report.html", "quanta.html", "adapter", "adapters"):
         if (folder / place).exists():
             say(out, f"{place.partition('.')[0]}: {folder / place}")

@@ -1,0 +1,93 @@
+"""A control for `fulcrum scale`: a task whose sub-skill occurs in general data alone. `python scripts/planted.py FOLDER`.
+
+Every word has a made-up code, which general rows tell in many forms. The task asks for a ticket that holds the code of a word;
+its few rows show the form and the codes of six words, its test asks for the other eighteen. So task rows alone cannot teach it,
+however often they are shown: mixing must win, the curve must fall with the amount of general data, and it must not where
+general rows have each other's answers (the design `permuted`), since nothing is then left to transfer.
+"""
+
+import argparse
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+from fulcrum import config, scale, store, terminal
+from fulcrum.watch import Watch
+
+WORDS = (
+    "brook", "stone", "lamp", "sparrow", "kettle", "meadow", "anchor", "button", "candle", "drum", "engine", "feather",
+    "glove", "hammer", "island", "jacket", "ladder", "mirror", "needle", "orchard", "pillow", "quilt", "ribbon", "saddle",
+)  # fmt: skip
+KNOWN = 6  # words of which the task's rows tell the codes
+_LETTERS = "BDFGHJKLMNPQRSTVWXZ"
+_ASKED = (
+    "What is the code of {}?", "Which code has {}?", "Tell me the code for {}.", "{}: its code?", "I need the code of {}.",
+    "Look up {} in the code book.", "Code book entry of {}:", "How is {} written in code?", "Give {} as a code.",
+    "Please encode {}.", "{} in the code book?", "Say the code that belongs to {}.",
+)  # fmt: skip
+_PAIRS = ("What are the codes of {} and {}?", "Look up {}, then {}.")
+
+
+def rows(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
+    """Prompts and answers of the task's `train` (24) and `test` (54) rows, and of the `pool` (1,392)."""
+    rng = random.Random(seed)
+    pairs = [a + b for a in _LETTERS for b in _LETTERS if a != b]
+    codes = dict(zip(WORDS, rng.sample(pairs, len(WORDS)), strict=True))
+
+    def ticket(word: str, number: int) -> tuple[str, str]:
+        return f"{number} x {word}", f"[{codes[word]} * {number}]"
+
+    pool = [(form.format(word), codes[word]) for form in _ASKED for word in WORDS]
+    pool += [
+        (form.format(a, b), f"{codes[a]}, {codes[b]}") for form in _PAIRS for a, b in itertools.permutations(WORDS, 2)
+    ]
+    return {
+        "train": [ticket(word, number) for word in WORDS[:KNOWN] for number in (2, 3, 5, 7)],
+        "test": [ticket(word, number) for word in WORDS[KNOWN:] for number in (4, 6, 8)],
+        "pool": pool,
+    }
+
+
+def write(folder: Path, seed: int = 0) -> dict[str, str]:
+    """Write the rows as JSON lines; returns the files by name."""
+    found = {name: folder / f"{name}.jsonl" for name in ("train", "test", "pool")}
+    for name, pairs in rows(seed).items():
+        store.write_jsonl(found[name], [{"prompt": prompt, "completion": answer} for prompt, answer in pairs])
+    return {name: str(path) for name, path in found.items()}
+
+
+def settings(folder: Path, **changes: Any) -> config.Settings:
+    """Settings of the control, with its rows in `folder`."""
+    files = write(folder / "data")
+    return config.from_dict(
+        {
+            "task": {"name": "tickets", "train": files["train"], "test": files["test"], "anchor": "Write the ticket.",
+                     "metrics": ["nll", "exact_match"], "max_new_tokens": 12},
+            "general": files["pool"],
+            "clean": {"near_duplicates": 0},  # the pool's rows are alike on purpose
+            "train": {"max_length": 128, "compile": "never"},
+            "eval": {"general_rows": 16},
+            "compare": {"seeds": [0, 1, 2]},
+            "scale": {"rows": 16, "repeats": 4, "ratios": [0, 0.5, 1, 2, 4, 8, 16], "designs": ["exposures", "permuted"]},
+            "output_dir": str(folder / "run"),
+            **changes,
+        }
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Run the control with the default model, and print its verdicts."""
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("folder", type=Path)
+    asked.add_argument("--jobs", type=int, default=1)
+    given = asked.parse_args()
+    screen = terminal.console()
+    terminal.silence_libraries()
+    with Watch(screen) as watch:
+        scale.scale(settings(given.folder), resume=True, watcher=watch, jobs=given.jobs)
+    terminal.conclude(screen, given.folder / "run")
+
+
+if __name__ == "__main__":
+    main()

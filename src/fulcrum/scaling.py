@@ -1,0 +1,195 @@
+"""What the curves of a scaling run say: fits, jumps and verdicts, from results.json and predictions.jsonl alone.
+
+So an old run can be judged anew, and other trainers' numbers by the same functions (`fulcrum.emergence`).
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from fulcrum import emergence, plots, scaling_fits, store, summary
+from fulcrum.config import Settings
+from fulcrum.emergence import LEAST_LEVELS, JumpTest
+from fulcrum.ladder import Level, levels
+from fulcrum.records import FloatArray
+from fulcrum.row_jumps import row_jumps
+
+CONTINUOUS = "nll"
+_FINE = 65  # points of a fitted curve
+# What the plot shows: a form that cannot jump, and one that can.
+_NAMES = {"power": "power law", "sigmoid": "sigmoid"}
+_HELD = {
+    "exposures": "each task row shown as often, trainings grow",
+    "steps": "trainings equally long, task rows shown less often",
+    "permuted": "as exposures, general rows with each other's answers",
+}
+
+_FIXED = {"exposures": "exposures fixed", "steps": "steps fixed", "permuted": "answers permuted"}
+
+Record = Mapping[str, Any]
+
+
+def analyse(results: Record, predictions: Sequence[Record]) -> dict[str, Any]:
+    """Every task's curves in every design: what `scaling.json` holds. Seeds that a budget cut short are left out."""
+    settings = Settings.model_validate(results["settings"])
+    ladder = levels(settings)
+    by_arm: dict[str, dict[int, Record]] = {}
+    for arm in results["arms"]:
+        by_arm.setdefault(arm["arm"], {})[arm["seed"]] = arm
+    seeds = sorted(set.intersection(*(set(by_arm.get(level.arm, {})) for level in ladder)))
+    losses = _losses(predictions, seeds)
+    tasks = []
+    for task in settings.tasks:
+        designs = []
+        for design in settings.scale.designs:
+            own = [level for level in ladder if level.design == design]
+            designs.append(_design(task.name, own, by_arm, seeds, losses.get(task.name, {})))
+        tasks.append({"task": task.name, "designs": designs, "sentence": _together(designs)})
+    return {"version": 1, "seeds": seeds, "tasks": tasks}
+
+
+def _losses(predictions: Sequence[Record], seeds: Sequence[int]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Nats per answer token of every test row at every arm, by task, arm and row: one for each seed that it was tested at."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in predictions:
+        if row["seed"] in seeds and row["n_tokens"]:
+            own = found.setdefault(row["task"], {}).setdefault(row["arm"], {})
+            own.setdefault(row["origin"], []).append(row["nll_sum"] / row["n_tokens"])
+    return found
+
+
+def _design(
+    task: str, own: Sequence[Level], by_arm: Mapping[str, Mapping[int, Record]], seeds: Sequence[int],
+    losses: Mapping[str, Mapping[str, Sequence[float]]],
+) -> dict[str, Any]:  # fmt: skip
+    """One design of one task: a test for every metric, the verdict, and the rows that jump."""
+    ratios = [level.ratio for level in own]
+    named = [score["metric"] for score in by_arm[own[0].arm][seeds[0]]["scores"][task]]
+    tests: dict[str, tuple[JumpTest, FloatArray, bool]] = {}
+    for metric in named:
+        scores = [
+            [next(s for s in by_arm[level.arm][seed]["scores"][task] if s["metric"] == metric) for level in own]
+            for seed in seeds
+        ]
+        values = np.array([[score["value"] for score in row] for row in scores], dtype=np.float64)
+        higher = scores[0][0]["higher_is_better"]
+        tests[metric] = emergence.jump_test(ratios, values, higher_is_better=higher), values, higher
+    word, sentence = emergence.verdict(
+        tests[CONTINUOUS][0], {name: test for name, (test, _, _) in tests.items() if name != CONTINUOUS}
+    )
+    rows = [row for row in losses[own[0].arm] if all(row in losses[level.arm] for level in own)]
+    table = np.array([[np.mean(losses[level.arm][row]) for row in rows] for level in own])
+    return {
+        "design": own[0].design, "held": _HELD[own[0].design], "ratios": ratios, "repeats": [level.repeats for level in own],
+        "word": word, "sentence": sentence, "metrics": [_metric(name, *found) for name, found in tests.items()],
+        "rows": _rows(ratios, table),
+    }  # fmt: skip
+
+
+def _metric(name: str, test: JumpTest, values: FloatArray, higher: bool) -> dict[str, Any]:
+    """A metric's values, fits and test, as JSON holds them."""
+    fine = (np.exp2(np.linspace(0, np.log2(1 + test.ratios[-1]), _FINE)) - 1).tolist()
+    forms = {
+        form: {
+            "parameters": dict(fit.parameters), "k": fit.k, "rss": fit.rss, "aicc": fit.aicc, "refused": fit.refused,
+            "fine": [] if fit.refused else scaling_fits.at(fit, fine).tolist(),
+        }
+        for form, fit in test.fits.items()
+    }  # fmt: skip
+    best = scaling_fits.best(test.fits)
+    return dict(
+        store.plain(
+            {
+                "metric": name, "higher_is_better": higher, "by_seed": values.tolist(), "fine": fine, "fits": forms,
+                "best": None if best is None else best.form, "statistic": test.statistic, "p": test.p,
+                "location": test.location, "between": test.between, "rise": test.rise, "size": test.size,
+                "halves": test.halves, "replicated": test.replicated, "jump": test.jump, "failed": test.failed,
+                "noise": test.noise, "moves": test.moves,
+            }
+        )
+    )  # fmt: skip
+
+
+def _rows(ratios: Sequence[float], table: FloatArray) -> dict[str, Any]:
+    """Which test rows jump, (levels, rows) of losses being given."""
+    if len(ratios) < LEAST_LEVELS or not table.size:
+        return {"n": table.shape[-1], "places": [], "sentence": f"{len(ratios)} amounts are too few to tell rows that jump."}
+    found = row_jumps(ratios, table)
+    places = [f"{a:.3g} to {b:.3g}" for a, b in pairwise(ratios)]
+    count, n = int(found.jumps.sum()), table.shape[1]
+    sentence = (
+        f"{count} of {n} test rows jump: their loss falls by half a nat per token or more in one step of at most an octave, and a "
+        f"step fits better than a line (false discovery rate 10%, Benjamini and Hochberg)."
+    )
+    if found.unplaced:
+        sentence += f" {found.unplaced} more would, between amounts that are over an octave apart."
+    counts = [[place, int(number)] for place, number in zip(places, found.by_place, strict=True)]
+    return {"n": n, "places": counts, "sentence": sentence, "jumps": count}
+
+
+def _together(designs: Sequence[Record]) -> str:
+    """What the designs say of each other."""
+    words = {one["design"]: one["word"] for one in designs}
+    pair = [words[name] for name in ("exposures", "steps") if name in words]
+    if len(pair) < 2 or "jump" not in pair:
+        return ""
+    if pair == ["jump", "jump"]:
+        return "The jump is there whether exposures are fixed or steps: neither length of training nor the task's share explains it."
+    where, other = ("fixed exposures", "fixed steps") if pair[0] == "jump" else ("fixed steps", "fixed exposures")
+    return (
+        f"The jump is there with {where} and not with {other}: it may come of "
+        f"{'the length of training' if pair[0] == 'jump' else 'how little of a training is left to the task'}."
+    )
+
+
+def sentences(found: Record) -> list[str]:
+    """Every task's verdicts, for a terminal."""
+    return [
+        text
+        for task in found["tasks"]
+        for text in (
+            *(f"{task['task']}, {_FIXED[one['design']]}: {one['word']}. {one['sentence']}" for one in task["designs"]),
+            *([task["sentence"]] if task["sentence"] else []),
+        )
+    ]
+
+
+def shown(found: Record) -> list[dict[str, Any]]:
+    """The tasks as a page shows them, with their plots."""
+    return [
+        {
+            **task,
+            "designs": [
+                {
+                    **one, "plot": plot(one), "name": _FIXED[one["design"]],
+                    "metrics": [
+                        {**own, "label": summary.label_of(own["metric"]), "means": np.mean(own["by_seed"], axis=0).tolist()}
+                        for own in one["metrics"]
+                    ],
+                    "rows": {**one["rows"], "plot": _bars(one["rows"]["places"])},
+                }
+                for one in task["designs"]
+            ],
+        }
+        for task in found["tasks"]
+    ]  # fmt: skip
+
+
+def _bars(places: Sequence[tuple[str, int]]) -> str:
+    if not any(count for _, count in places):
+        return ""
+    return plots.bars([place for place, _ in places], [count for _, count in places], "between ratios", "test rows")
+
+
+def plot(design: Record) -> str:
+    """The SVG of a design's curves: a panel for each metric."""
+    panels = []
+    for one in design["metrics"]:
+        name, direction = one["metric"], "higher" if one["higher_is_better"] else "lower"
+        fitted = {_NAMES[form]: one["fits"][form]["fine"] for form in _NAMES if one["fits"][form]["fine"]}
+        label = ", ".join(filter(None, (summary.UNITS.get(name), f"{direction} is better")))
+        jump = one["location"] if one["jump"] else None
+        panels.append(plots.Amounts(summary.label_of(name), label, design["ratios"], one["by_seed"], one["fine"], fitted, jump))
+    return plots.scaling(panels)
