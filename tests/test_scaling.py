@@ -1,0 +1,171 @@
+"""What a scaling run's curves say, from results and predictions alone: planted jumps, smooth curves, hard metrics, single rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulcrum import config, ladder, report, scale, scaling, store
+from fulcrum.errors import ConfigError
+from test_run import KillAfter, Killed, timeless
+from tiny import comparison_settings, save_task
+
+RATIOS = [0, 0.5, 1, 2, 4, 8, 16, 32, 64]
+SEEDS = (0, 1, 2, 3)
+
+
+def run(
+    loss: Callable[[float], float], hard: Callable[[float], float] | None = None, noise: float = 0.01, rows: int = 12,
+    **asked: Any,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    """Results and predictions of a scaling run whose scores are functions of the ratio, with noise of each seed and level."""
+    rng = np.random.default_rng(7)
+    asked = {"ratios": RATIOS, "designs": ["exposures"], "repeats": 2, **asked}
+    task = {"name": "t", "train": "x", "anchor": "a", "metrics": ["nll", "exact_match"]}
+    settings = ladder.prepared(config.from_dict({"task": task, "general": "p", "scale": asked, "compare": {"seeds": SEEDS}}))
+    arms, lines = [], []
+    for level in {level.arm: level for level in ladder.levels(settings)}.values():
+        for seed in SEEDS:
+            value = loss(level.ratio) + noise * rng.standard_normal()
+            scores = [{"metric": "nll", "value": value, "higher_is_better": False}]
+            exact = (hard(level.ratio) if hard else 0.1) + noise * rng.standard_normal()
+            scores.append({"metric": "exact_match", "value": exact, "higher_is_better": True})
+            arms.append({"arm": level.arm, "size": 8, "seed": seed, "scores": {"t": scores}})
+            for row in range(rows):
+                own = {"arm": level.arm, "seed": seed, "task": "t", "origin": f"r{row}", "n_tokens": 2}
+                lines.append({**own, "nll_sum": 2 * (value + 0.02 * rng.standard_normal())})
+    return {"kind": "scale", "settings": settings.model_dump(mode="json"), "arms": arms}, lines
+
+
+def step(ratio: float) -> float:
+    return 2.0 if ratio < 4 else 1.2
+
+
+def design(found: dict[str, Any], place: int = 0) -> dict[str, Any]:
+    return dict(found["tasks"][0]["designs"][place])
+
+
+def test_a_planted_jump_of_the_loss_is_found_where_it_is() -> None:
+    found = design(scaling.analyse(*run(step)))
+    nll = found["metrics"][0]
+    assert found["word"] == "jump"
+    assert nll["between"] == [2, 4]
+    assert nll["size"] == pytest.approx(-0.8, abs=0.05)
+    assert np.shape(nll["by_seed"]) == (4, 9)
+    assert found["rows"]["jumps"] == 12  # all rows fall by 0.8 there
+    assert dict(map(tuple, found["rows"]["places"])) == {
+        "0 to 0.5": 0, "0.5 to 1": 0, "1 to 2": 0, "2 to 4": 12, "4 to 8": 0, "8 to 16": 0, "16 to 32": 0, "32 to 64": 0,
+    }  # fmt: skip
+
+
+def test_a_power_law_is_smooth_and_a_hard_metric_that_jumps_beside_it_an_artefact() -> None:
+    law = lambda ratio: 1.0 + (1 + ratio) ** -0.5  # noqa: E731
+    smooth = design(scaling.analyse(*run(law)))
+    assert smooth["word"] == "smooth"
+    assert smooth["metrics"][0]["best"] == "power"
+    assert smooth["metrics"][0]["fits"]["power"]["parameters"]["beta"] == pytest.approx(0.5, abs=0.1)
+    assert smooth["rows"]["jumps"] == 0
+    assert design(scaling.analyse(*run(law, hard=lambda ratio: float(ratio >= 4))))["word"] == "metric artefact"
+
+
+def test_few_amounts_are_not_enough_data() -> None:
+    found = design(scaling.analyse(*run(step, ratios=RATIOS[:6])))
+    assert found["word"] == "not enough data"
+    assert found["metrics"][0]["p"] is None
+    assert "too few" in found["rows"]["sentence"]
+
+
+def test_a_jump_in_one_design_alone_is_said_to_be_one_of_length() -> None:
+    asked = {"designs": ["exposures", "steps"], "ratios": RATIOS}
+    both = scaling.analyse(*run(step, **asked))["tasks"][0]
+    assert [one["word"] for one in both["designs"]] == ["jump", "jump"]
+    assert "neither" in both["sentence"]
+    results, lines = run(step, **asked)
+    for arm in results["arms"]:
+        if arm["arm"].startswith("steps"):
+            arm["scores"]["t"][0]["value"] = 1.5 + 0.001 * arm["seed"]
+    alone = scaling.analyse(results, lines)["tasks"][0]
+    assert [one["word"] for one in alone["designs"]] == ["jump", "smooth"]
+    assert "not with fixed steps: it may come of the length of training" in alone["sentence"]
+
+
+def test_seeds_that_a_budget_cut_short_are_left_out() -> None:
+    results, lines = run(step)
+    results["arms"] = [arm for arm in results["arms"] if (arm["arm"], arm["seed"]) != ("exposures_64", 3)]
+    found = scaling.analyse(results, lines)
+    assert found["seeds"] == [0, 1, 2]
+    assert np.shape(design(found)["metrics"][0]["by_seed"]) == (3, 9)
+
+
+def test_fitted_curves_go_through_their_levels() -> None:
+    one = design(scaling.analyse(*run(lambda ratio: 1.0 + (1 + ratio) ** -0.5, noise=0.0)))["metrics"][0]
+    fine = dict(zip(np.round(one["fine"], 6).tolist(), one["fits"]["power"]["fine"], strict=True))
+    assert fine[0.0] == pytest.approx(2.0, abs=1e-3)
+    assert fine[64.0] == pytest.approx(1.0 + 65**-0.5, abs=1e-3)
+
+
+# The run.
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_task(tmp_path_factory.mktemp("scale"), 8, 8)
+
+
+def asked(place: Path, output: Path, **changes: Any) -> config.Settings:
+    scaled = {"ratios": [0, 1, 2], "repeats": 1, "designs": ["exposures", "permuted"]}
+    return comparison_settings(place, output, **{"scale": scaled, "compare": {"seeds": [0, 1]}, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("done") / "run"
+    scale.scale(asked(place, output))
+    return output
+
+
+def test_every_amount_is_trained_once_at_every_seed_and_nothing_is_tuned(done: Path) -> None:
+    results = report.load(done)
+    trained = [(arm["arm"], arm["seed"], arm["training"]["steps"], arm["training"]["share"]) for arm in results["arms"]]
+    names = ["exposures_0", "exposures_1", "exposures_2", "permuted_1", "permuted_2"]
+    assert [(arm, seed) for arm, seed, *_ in trained] == [(arm, seed) for seed in (0, 1) for arm in names]
+    assert [steps for _, _, steps, _ in trained[:5]] == [2, 4, 6, 4, 6]
+    assert [(share["task_examples"], share["general_examples"]) for *_, share in trained[:5]] == [
+        (8, 0), (8, 8), (8, 16), (8, 8), (8, 16),
+    ]  # fmt: skip
+    assert all(arm["tried"] == [] and arm["chosen"] is None for arm in results["arms"])
+    assert not (done / "adapters").exists()
+    assert scaling.sentences(store.read_json(done / store.SCALING))[0].startswith("task, exposures fixed: not enough data")
+    assert "Exposures fixed: not enough data" in (done / "report.html").read_text()
+
+
+def test_a_killed_run_ends_in_the_same_numbers(done: Path, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        scale.scale(asked(place, tmp_path / "run"), watcher=KillAfter(9))
+    scale.scale(asked(place, tmp_path / "run"), resume=True)
+    before, after = (timeless(json.loads((folder / "results.json").read_text())) for folder in (done, tmp_path / "run"))
+    assert before == after
+
+
+def test_workers_give_the_same_numbers(done: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    scale.scale(asked(place, tmp_path / "run"), jobs=2)
+    before, after = ((folder / store.SCALING).read_text() for folder in (done, tmp_path / "run"))
+    assert before == after
+
+
+def test_a_plan_leaves_out_what_a_budget_does_not_buy(place: Path, tmp_path: Path) -> None:
+    wide = asked(place, tmp_path / "r", scale={"ratios": RATIOS, "repeats": 1}, compare={})
+    rich = scale.plan(wide, 100_000)
+    assert rich.left_out == ()
+    assert rich.trainings == 5 * (9 + 9)
+    with pytest.raises(ConfigError, match="the least experiment takes about"):
+        scale.plan(wide, 0.001)
+    some = scale.plan(wide, rich.seconds * 0.35)
+    assert some.left_out[0] == "seeds beyond the third"
+    assert len(some.settings.seeds) == 3
+    assert some.seconds <= rich.seconds * 0.35
+
