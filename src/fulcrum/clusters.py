@@ -1,0 +1,386 @@
+"""Quanta discovery: which items teach the same thing, by their gradients, and whether general data helped where it is dense.
+
+Items (answer tokens or rows) whose gradients point the same way use the same skill (Michaud et al. 2023, "The quantization
+model of neural scaling", arXiv 2303.13506). Their affinity, 1 - arccos(cosine) / pi, is 0.5 for gradients that have nothing in
+common; summed over many items, that drowns small clusters, and skills have power-law frequencies. So clusters are sought in
+what an affinity has above a floor: that of the same gradients with random signs, on top of what all items share. Thus each
+cluster is nearly a component of its own, with an eigenvalue near 1 whatever its size.
+
+Invariants: neither the lengths of gradients nor the order of items matter to what clusters there are; a number of clusters is
+only told if clusterings of other draws of the items agree on them; nothing is left out without being counted.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import eigh
+from scipy.stats import norm, rankdata
+
+from fulcrum.errors import DataError
+from fulcrum.records import BoolArray, FloatArray
+from fulcrum.stats import Interval
+
+IntArray = npt.NDArray[np.int64]
+
+FEWEST_ITEMS = 20  # of which clusters can be told
+FEWEST_CLUSTERS = 5  # over which a trend can be told
+STABLE = 0.6  # adjusted Rand index from which clusters are stable
+LEVEL = 0.05  # below which a trend's p makes it one
+_CANDIDATES = 5  # numbers of clusters whose stability is looked at
+_SHARE = 0.8  # of the items in a draw, without replacement: an item drawn twice would be a cluster by itself
+_NOISE = 0.99  # quantile of what pairs of gradients with random signs have in common
+_NOISES = 5  # times signs are drawn
+_SHARED = 0.25  # quantile of all pairs that is what all items share: right while less than 3/4 of pairs are inside clusters
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A number of clusters: the gap after its eigenvalue, and the mean adjusted Rand index with clusterings of draws."""
+
+    k: int
+    gap: float
+    stability: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Clusters:
+    """What was found: `labels` (n,) from 0, the largest cluster first, and their number `k`; None and 0 where none are stable.
+
+    `eigenvalues` descend; `above` of them are larger than those of noise, which no number of clusters exceeds. `candidates`
+    stand by descending gap; `stability` is that of the chosen one. `floor` is the cosine from which two items have something
+    in common.
+    """
+
+    labels: IntArray | None
+    k: int
+    eigenvalues: FloatArray
+    above: int
+    candidates: tuple[Candidate, ...]
+    stability: float | None
+    floor: float
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in plain words."""
+        if self.labels is not None:
+            sizes = np.bincount(self.labels)
+            return (
+                f"{self.k} clusters of {sizes.min()} to {sizes.max()} items; clusterings of draws of the items agree with them "
+                f"(adjusted Rand index {self.stability:.2f})."
+            )
+        if not self.candidates:
+            return "No stable clusters: the items' gradients have no more structure than the same with random signs."
+        best = max(self.candidates, key=lambda one: one.stability)
+        return (
+            f"No stable clusters: the most stable of the numbers tried, {best.k}, has an adjusted Rand index of "
+            f"{best.stability:.2f} with draws of the items; {STABLE} is asked for."
+        )
+
+
+def affinity(gradients: npt.ArrayLike) -> FloatArray:
+    """1 - arccos(cosine) / pi of every two of n gradients (n, d): (n, n), from 0 (opposite) over 0.5 (nothing in common) to 1.
+
+    Raises `DataError` where gradients are no table, a value is not finite, or a gradient is zero, which has no direction: to
+    leave it out is for the caller, who knows what it belongs to.
+    """
+    found: FloatArray = 1 - np.arccos(_cosines(_unit(gradients))) / np.pi
+    return found
+
+
+def spectrum(affinity: npt.ArrayLike, most: int) -> FloatArray:
+    """The `most` largest eigenvalues of D^-1/2 A D^-1/2, descending; D has A's row sums. `DataError` where A is no affinity."""
+    weights = np.asarray(affinity, dtype=np.float64)
+    if weights.ndim != 2 or weights.shape[0] != weights.shape[1] or not weights.size:
+        raise DataError(f"affinity: shape {weights.shape}; it must be (n, n), as `clusters.affinity` makes it")
+    if not np.isfinite(weights).all() or weights.min() < 0 or not np.allclose(weights, weights.T):
+        raise DataError("affinity: it must be finite, symmetric and nowhere below 0, as `clusters.affinity` makes it")
+    if not (weights.sum(axis=1) > 0).all():
+        raise DataError(f"affinity: item {int(np.argmin(weights.sum(axis=1)))} has none to any item; leave it out")
+    if not 1 <= most <= len(weights):
+        raise DataError(f"most: {most}; an affinity of {len(weights)} items has 1 to {len(weights)} eigenvalues")
+    return _leading(weights, most)[0]
+
+
+def find(gradients: npt.ArrayLike, *, most: int | None = None, draws: int = 20, seed: int = 0) -> Clusters:
+    """Clusters of items by their gradients (n, d) or sketches of these, and how many there are.
+
+    `SpectralClustering` of affinities above the floor, each item tied to all others as loosely as noise would tie it
+    (regularised spectral clustering: Amini et al. 2013, Annals of Statistics 41(4)). The numbers of clusters that are tried are
+    those before the largest gaps of the eigenvalues, up to `most` (a fifth of the items and 100 at the most, where not given),
+    where eigenvalues and gap are larger than any of noise, as in parallel analysis (Horn 1965). Each is clustered anew on
+    `draws` draws of 80% of the items; the first by gap whose mean adjusted Rand index with these is `STABLE` is chosen.
+
+    Raises `DataError` as `affinity` does, and for fewer than `FEWEST_ITEMS` items.
+    """
+    from sklearn.cluster import KMeans, SpectralClustering
+    from sklearn.metrics import adjusted_rand_score
+
+    unit = _unit(gradients)
+    n = len(unit)
+    if n < FEWEST_ITEMS:
+        raise DataError(f"gradients: {n} items; clusters need at least {FEWEST_ITEMS}: take gradients of more rows or tokens")
+    limit = min(100, n // 5) if most is None else most
+    if not 2 <= limit < n or draws < 2:
+        raise DataError(f"most {limit}, draws {draws}: there can be 2 to {n - 1} clusters of {n} items, and 2 draws or more")
+    rng = np.random.default_rng(seed)
+    weights, floor, edge, steps = _graph(unit, rng)
+    values, vectors = _leading(weights, limit + 1)
+    above = int((values > edge).sum())
+    gaps = values[:-1] - values[1:]
+    by_gap = np.argsort(-gaps[1:above], kind="stable") + 2
+    tried = [int(k) for k in by_gap[:_CANDIDATES] if gaps[k - 1] > steps]
+    labels = {
+        k: SpectralClustering(k, affinity="precomputed", n_init=30, random_state=seed).fit_predict(weights) for k in tried
+    }
+    agreement: dict[int, list[float]] = {k: [] for k in tried}
+    for _ in range(draws if tried else 0):
+        drawn = np.sort(rng.permutation(n)[: round(_SHARE * n)])
+        part = weights[np.ix_(drawn, drawn)]
+        vectors = _leading(part, max(tried))[1] / np.sqrt(part.sum(axis=1))[:, None]
+        for k in tried:
+            again = KMeans(k, n_init=3, random_state=seed).fit_predict(vectors[:, :k])
+            agreement[k].append(float(adjusted_rand_score(labels[k][drawn], again)))
+    candidates = tuple(Candidate(k, float(gaps[k - 1]), float(np.mean(agreement[k]))) for k in tried)
+    chosen = next((one for one in candidates if one.stability >= STABLE), None)
+    if chosen is None:
+        return Clusters(None, 0, values, above, candidates, None, floor)
+    return Clusters(_by_size(labels[chosen.k]), chosen.k, values, above, candidates, chosen.stability, floor)
+
+
+def _graph(unit: FloatArray, rng: np.random.Generator) -> tuple[FloatArray, float, float, float]:
+    """Affinities above the floor (n, n), the floor as a cosine, and the largest eigenvalue and gap that noise has after its
+    first, which says no more than that items are tied.
+
+    Random signs leave the size of every entry as it is and take away what gradients have in common.
+    """
+    pairs = np.triu_indices(len(unit), 1)
+    noises = [_cosines(unit * (2 * rng.integers(0, 2, unit.shape, dtype=np.int8) - 1)) for _ in range(_NOISES)]
+    floor = float(np.mean([np.quantile(noise[pairs], _NOISE) for noise in noises]))
+    noises = [_above(noise, floor) for noise in noises]
+    tie = max(float(np.mean([noise.sum(axis=1).mean() for noise in noises])), 1e-9) / len(unit)
+    spectra = np.array([_leading(noise + tie, 5)[0][1:] for noise in noises])
+    cosines = _cosines(unit)
+    floor = min(floor + max(0.0, float(np.quantile(cosines[pairs], _SHARED))), 1 - 1e-9)
+    steps = float((spectra[:, :-1] - spectra[:, 1:]).max())
+    return _above(cosines, floor) + tie, floor, float(spectra.max()), steps
+
+
+def _above(cosines: FloatArray, floor: float) -> FloatArray:
+    """Twice what affinities have above that of a cosine of `floor`, and 0 below it and between an item and itself."""
+    found: FloatArray = np.clip(np.arcsin(cosines) - np.arcsin(floor), 0, None) * (2 / np.pi)
+    np.fill_diagonal(found, 0)
+    return found
+
+
+def _leading(weights: FloatArray, most: int) -> tuple[FloatArray, FloatArray]:
+    """The `most` largest eigenvalues of normalised weights, descending, and their vectors (n, most)."""
+    scale = weights.sum(axis=1) ** -0.5
+    values, vectors = eigh(
+        weights * scale[:, None] * scale, subset_by_index=(len(weights) - most, len(weights) - 1), overwrite_a=True
+    )
+    return values[::-1], vectors[:, ::-1]
+
+
+def _by_size(labels: IntArray) -> IntArray:
+    """The same clusters, named 0, 1, ... from the largest one down (of equal ones, that of the first item comes first)."""
+    _, first, place, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    return np.argsort(np.lexsort((first, -sizes))).astype(np.int64)[place]
+
+
+def _unit(gradients: npt.ArrayLike) -> FloatArray:
+    found = np.array(gradients, dtype=np.float64)
+    if found.ndim != 2 or not found.size:
+        raise DataError(f"gradients: shape {found.shape}; they must be (items, dimensions), one row an item")
+    finite = np.isfinite(found).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            f"gradients: {int((~finite).sum())} of {len(found)} items have values that are not finite, the first is item "
+            f"{int(np.argmin(finite))}; leave these out"
+        )
+    largest = np.abs(found).max(axis=1)
+    if not largest.all():
+        raise DataError(
+            f"gradients: {int((largest == 0).sum())} of {len(found)} items are all zero, the first is item "
+            f"{int(np.argmin(largest))}; they have no direction: leave these out"
+        )
+    found /= largest[:, None]  # so that no square over- or underflows
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    return found
+
+
+def _cosines(unit: FloatArray) -> FloatArray:
+    found = np.clip(unit @ unit.T, -1, 1)
+    np.fill_diagonal(found, 1)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A cluster of the density test: its items, how many of them are the task's, the share of general ones, and of its task
+    items the mean gain and (if it was given) the mean loss before training."""
+
+    label: int
+    size: int
+    task_items: int
+    density: float
+    gain: float
+    before: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DensityTest:
+    """Whether the gain rises with general density. `rho`: Spearman's over `usable` clusters, with its 95% interval;
+    `p` one-sided; `partial`, `partial_p`: the same with the loss before training held fixed. None where it cannot be told.
+    """
+
+    clusters: tuple[Cluster, ...]
+    usable: int
+    verdict: Literal["rises", "not shown", "not enough clusters", "no variation"]
+    rho: Interval | None
+    p: float | None
+    partial: float | None
+    partial_p: float | None
+    sentence: str
+
+
+def density_test(
+    labels: npt.ArrayLike,
+    is_general: npt.ArrayLike,
+    is_task_item: npt.ArrayLike,
+    gain: npt.ArrayLike,
+    *,
+    weights: npt.ArrayLike | None = None,
+    before: npt.ArrayLike | None = None,
+    permutations: int = 10_000,
+    seed: int = 0,
+    fewest: int = 3,
+) -> DensityTest:
+    """Whether general data helped where it is dense: does a cluster's mean gain rise with its general density?
+
+    All are (n,), by item; `gain` is the loss of SFT minus that of TELL, and only looked at where `is_task_item`, as is `before`,
+    the loss before training: what was hard can gain more. A cluster's density is the share of general items, each counted by its
+    weight (1 each, if none are given). Clusters with `fewest` task items are used. p deals the densities anew to the clusters:
+    all orders where these are at most `permutations`, else that many at random. The interval is Fisher's with the variance
+    of Bonett and Wright (2000, Psychometrika 65). The partial one is of ranks, and its p deals anew the residuals of the
+    densities' ranks (Freedman and Lane 1983). A trend over clusters is a correlation only: clusters differ in more than that.
+
+    Raises `DataError` for other shapes, values that are not finite, an item that is both, or a weight that is not above 0.
+    """
+    names = _column("labels", labels, None)
+    n = len(names)
+    general, task = (
+        _column(name, given, n).astype(bool) for name, given in (("is_general", is_general), ("is_task_item", is_task_item))
+    )
+    if (general & task).any():
+        raise DataError(f"item {int(np.argmax(general & task))} is both general and the task's; it must be one, or neither")
+    gains = _column("gain", gain, n, task)
+    losses = None if before is None else _column("before", before, n, task)
+    shares = np.ones(n) if weights is None else _column("weights", weights, n)
+    if not (shares > 0).all():
+        raise DataError(f"weights: item {int(np.argmin(shares > 0))} has {shares.min():g}; a weight must be above 0")
+    if fewest < 1 or permutations < 1:
+        raise DataError(f"fewest {fewest}, permutations {permutations}: both must be 1 or more")
+    rows = []
+    for name in np.unique(names):
+        inside = names == name
+        own = inside & task
+        rows.append(
+            Cluster(
+                int(name),
+                int(inside.sum()),
+                int(own.sum()),
+                float(shares[inside & general].sum() / shares[inside].sum()),
+                float(gains[own].mean()) if own.any() else math.nan,
+                float(losses[own].mean()) if losses is not None and own.any() else None,
+            )
+        )
+    return _judge(tuple(rows), fewest, permutations, seed, losses is not None)
+
+
+def _judge(rows: tuple[Cluster, ...], fewest: int, permutations: int, seed: int, has_before: bool) -> DensityTest:
+    used = [row for row in rows if row.task_items >= fewest]
+    told = partial(DensityTest, rows, len(used))
+    if len(used) < FEWEST_CLUSTERS:
+        return told(
+            "not enough clusters", None, None, None, None,
+            f"Not enough clusters: {len(used)} of {len(rows)} have {fewest} task items or more; a trend needs {FEWEST_CLUSTERS}.",
+        )  # fmt: skip
+    x, y = _ranks([row.density for row in used]), _ranks([row.gain for row in used])
+    if not x.any() or not y.any():
+        what = "general density" if not x.any() else "gain"
+        return told("no variation", None, None, None, None, f"No variation: all {len(used)} clusters have the same {what}.")
+    rho, p = _correlation(x, y), _rises(x, y, permutations, seed)
+    z, half = math.atanh(max(-0.999, min(0.999, rho))), norm.ppf(0.975) * math.sqrt((1 + rho * rho / 2) / (len(used) - 3))
+    interval = Interval(rho, math.tanh(z - half), math.tanh(z + half))
+    numbers = (
+        f"Spearman's rho {rho:.2f} (95% interval {interval.low:.2f} to {interval.high:.2f}), p {p:.3g}, {len(used)} clusters"
+    )
+    rises = p < LEVEL
+    sentence = (
+        f"The gain rises with a cluster's general-data density ({numbers})."
+        if rises
+        else f"It is not shown that the gain rises with a cluster's general-data density ({numbers})."
+    )
+    held, held_p = None, None
+    if has_before:
+        base = _ranks([row.before for row in used if row.before is not None])
+        x_left, y_left = _residual(x, base), _residual(y, base)
+        if x_left.any() and y_left.any():
+            held, held_p = _correlation(x_left, y_left), _rises(x_left, y_left, permutations, seed)
+            same = "it still does" if held_p < LEVEL else "that is not shown"
+            sentence += f" With the loss before training held fixed, {same} (partial rho {held:.2f}, p {held_p:.3g})."
+        else:
+            sentence += " With the loss before training held fixed nothing is left to compare."
+    if len(used) < len(rows):
+        sentence += f" {len(rows) - len(used)} clusters with fewer than {fewest} task items are not in it."
+    sentence += " This is a correlation over clusters only; it does not say that the density is the cause."
+    return told("rises" if rises else "not shown", interval, p, held, held_p, sentence)
+
+
+def _ranks(values: Sequence[float]) -> FloatArray:
+    """Ranks less their mean."""
+    ranks: FloatArray = rankdata(values) - (len(values) + 1) / 2
+    return ranks
+
+
+def _residual(values: FloatArray, base: FloatArray) -> FloatArray:
+    """What centred values have beyond their line over `base`; exactly 0 where that is nothing but rounding."""
+    if not base.any():
+        return values
+    left: FloatArray = values - base * (values @ base) / (base @ base)
+    return left if np.abs(left).max() > 1e-9 else np.zeros_like(left)
+
+
+def _correlation(x: FloatArray, y: FloatArray) -> float:
+    return float(x @ y / math.sqrt((x @ x) * (y @ y)))
+
+
+def _rises(x: FloatArray, y: FloatArray, permutations: int, seed: int) -> float:
+    """One-sided p: how often x dealt anew goes at least as much with y."""
+    observed = float(x @ y) - 1e-9 * math.sqrt((x @ x) * (y @ y))  # equal sums differ by rounding
+    if math.factorial(len(x)) <= permutations:
+        return float(np.mean([np.array(dealt) @ y >= observed for dealt in itertools.permutations(x)]))
+    rng = np.random.default_rng(seed)
+    dealt = rng.permuted(np.tile(x, (permutations, 1)), axis=1) @ y
+    return float((1 + np.sum(dealt >= observed)) / (1 + permutations))
+
+
+def _column(name: str, given: npt.ArrayLike, n: int | None, used: BoolArray | None = None) -> npt.NDArray[np.float64]:
+    """Values by item (n,), finite where they are used."""
+    values = np.asarray(given, dtype=np.float64)
+    if values.ndim != 1 or not values.size or (n is not None and len(values) != n):
+        raise DataError(
+            f"{name}: shape {values.shape}; it must have one value for each item" + ("" if n is None else f", ({n},)")
+        )
+    broken = ~np.isfinite(values) & (True if used is None else used)
+    if broken.any():
+        raise DataError(
+            f"{name}: {int(broken.sum())} values are not finite, the first is that of item {int(np.argmax(broken))}"
+        )
+    return values
