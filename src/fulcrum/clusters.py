@@ -12,7 +12,7 @@ only told if clusterings of halves of the items agree with it; nothing is left o
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -23,10 +23,10 @@ from scipy.linalg import eigh, qr, svd
 from scipy.stats import norm, rankdata
 
 from fulcrum.errors import DataError
-from fulcrum.records import BoolArray, FloatArray
+from fulcrum.records import BoolArray, FloatArray, IntArray
 from fulcrum.stats import Interval
 
-IntArray = npt.NDArray[np.int64]
+Verdict = Literal["rises", "not shown", "not enough clusters", "no variation"]
 
 FEWEST_ITEMS = 20  # of which clusters can be told
 FEWEST_CLUSTERS = 5  # over which a trend can be told
@@ -40,7 +40,7 @@ _SHARED = 0.25  # quantile of all cosines that all items share: holds while fewe
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A number of clusters: the gap after its eigenvalue, and the mean adjusted Rand index with clusterings of draws."""
+    """A number of clusters: the gap after its eigenvalue, and the mean adjusted Rand index with clusterings of halves."""
 
     k: int
     gap: float
@@ -51,8 +51,8 @@ class Candidate:
 class Clusters:
     """What was found: `labels` (n,) from 0, the largest cluster first, and their number `k`; None and 0 where none are stable.
 
-    `eigenvalues` descend; `candidates` stand by descending gap; `stability` is that of the chosen one. `floor` is the cosine
-    from which two items have something in common.
+    `eigenvalues` descend; `candidates` stand by descending k times gap; `stability` is that of the chosen one. `floor` is the
+    cosine from which two items have something in common.
     """
 
     labels: IntArray | None
@@ -67,10 +67,8 @@ class Clusters:
         """What was found, in plain words."""
         if self.labels is not None:
             sizes = np.bincount(self.labels)
-            return (
-                f"{self.k} clusters of {sizes.min()} to {sizes.max()} items; clusterings of halves of the items agree with them "
-                f"(adjusted Rand index {self.stability:.2f})."
-            )
+            agree = f"clusterings of halves of the items agree with them (adjusted Rand index {self.stability:.2f})"
+            return f"{self.k} clusters of {sizes.min()} to {sizes.max()} items; {agree}."
         best = max(self.candidates, key=lambda one: one.stability)
         return (
             f"No stable clusters: the most stable of the numbers tried, {best.k}, has an adjusted Rand index of "
@@ -95,8 +93,8 @@ def spectrum(affinity: npt.ArrayLike, most: int) -> FloatArray:
         raise DataError(f"affinity: shape {weights.shape}; it must be (n, n), as `clusters.affinity` makes it")
     if not np.isfinite(weights).all() or weights.min() < 0 or not np.allclose(weights, weights.T):
         raise DataError("affinity: it must be finite, symmetric and nowhere below 0, as `clusters.affinity` makes it")
-    if not (weights.sum(axis=1) > 0).all():
-        raise DataError(f"affinity: item {int(np.argmin(weights.sum(axis=1)))} has none to any item; leave it out")
+    if not weights.any(axis=1).all():
+        raise DataError(f"affinity: item {int(np.argmin(weights.any(axis=1)))} has none to any item; leave it out")
     if not 1 <= most <= len(weights):
         raise DataError(f"most: {most}; an affinity of {len(weights)} items has 1 to {len(weights)} eigenvalues")
     return _leading(weights, most)[0]
@@ -106,13 +104,14 @@ def find(gradients: npt.ArrayLike, *, most: int | None = None, draws: int = 20, 
     """Clusters of items by their gradients (n, d) or sketches of these, and how many there are.
 
     Spectral clustering of affinities above the floor, each item tied to all others as loosely as noise would tie it (Amini et
-    al. 2013, Annals of Statistics 41(4)). Labels are those of pivoted QR (Damle, Minden and Ying 2019, Information and Inference
-    8(1)), not of k-means as in the paper's code: k-means splits small clusters and merges large ones where sizes differ much
-    (on planted tasks of 15 to 850 items an adjusted Rand index of 0.69, where this has 1.00), and depends on a seed.
+    al. 2013, Annals of Statistics 41(4)). Labels are those of pivoted QR (Damle, Minden and Ying 2019, Information and
+    Inference 8(1)), not of k-means as in the paper's code: k-means splits small clusters and merges large ones where sizes
+    differ much (on planted tasks of 12 to 854 items an adjusted Rand index of 0.69, where this has 1.00).
 
-    The numbers of clusters that are tried are the five before the largest gaps of the eigenvalues, up to `most` (a fifth of the
-    items and 100 at the most, where not given). Each is clustered anew on `draws` random halves of the items: in larger parts
-    clusters of chance survive. The first by gap whose mean adjusted Rand index with these is `STABLE` is chosen.
+    The five numbers of clusters k that are tried have the largest k (l_k - l_k+1): gaps of eigenvalues that follow a power law
+    fall as 1 / k. They are up to `most` (a fifth of the items and 100 at the most, where not given). Each is clustered anew on
+    `draws` random halves of the items; in larger parts clusters of chance survive. The first of them whose mean adjusted Rand
+    index with these is `STABLE` or above is chosen.
 
     Raises `DataError` as `affinity` does, and for fewer than `FEWEST_ITEMS` items.
     """
@@ -128,8 +127,8 @@ def find(gradients: npt.ArrayLike, *, most: int | None = None, draws: int = 20, 
     rng = np.random.default_rng(seed)
     weights, floor = _graph(unit, rng)
     values, vectors = _leading(weights, limit + 1)
-    gaps = values[1:-1] - values[2:]
-    tried = [int(k) for k in np.argsort(-gaps, kind="stable")[:_CANDIDATES] + 2]
+    gaps = values[:-1] - values[1:]
+    tried = [int(k) for k in np.argsort(-gaps[1:] * np.arange(2, limit + 1), kind="stable")[:_CANDIDATES] + 2]
     labels = {k: _labels(vectors[:, :k]) for k in tried}
     agreement: dict[int, list[float]] = {k: [] for k in tried}
     for _ in range(draws):
@@ -137,11 +136,11 @@ def find(gradients: npt.ArrayLike, *, most: int | None = None, draws: int = 20, 
         vectors = _leading(weights[np.ix_(half, half)], max(tried))[1]
         for k in tried:
             agreement[k].append(float(adjusted_rand_score(labels[k][half], _labels(vectors[:, :k]))))
-    candidates = tuple(Candidate(k, float(gaps[k - 2]), float(np.mean(agreement[k]))) for k in tried)
-    chosen = next((one for one in candidates if one.stability >= STABLE), None)
-    if chosen is None:
-        return Clusters(None, 0, values, candidates, None, floor)
-    return Clusters(_by_size(labels[chosen.k]), chosen.k, values, candidates, chosen.stability, floor)
+    candidates = tuple(Candidate(k, float(gaps[k - 1]), float(np.mean(agreement[k]))) for k in tried)
+    for one in candidates:
+        if one.stability >= STABLE:
+            return Clusters(_by_size(labels[one.k]), one.k, values, candidates, one.stability, floor)
+    return Clusters(None, 0, values, candidates, None, floor)
 
 
 def _graph(unit: FloatArray, rng: np.random.Generator) -> tuple[FloatArray, float]:
@@ -171,9 +170,8 @@ def _above(cosines: FloatArray, floor: float) -> FloatArray:
 def _leading(weights: FloatArray, most: int) -> tuple[FloatArray, FloatArray]:
     """The `most` largest eigenvalues of normalised weights, descending, and their vectors (n, most)."""
     scale = weights.sum(axis=1) ** -0.5
-    values, vectors = eigh(
-        weights * scale[:, None] * scale, subset_by_index=(len(weights) - most, len(weights) - 1), overwrite_a=True
-    )
+    last = (len(weights) - most, len(weights) - 1)
+    values, vectors = eigh(weights * scale[:, None] * scale, subset_by_index=last, overwrite_a=True)
     return values[::-1], vectors[:, ::-1]
 
 
@@ -195,18 +193,11 @@ def _unit(gradients: npt.ArrayLike) -> FloatArray:
     found = np.array(gradients, dtype=np.float64)
     if found.ndim != 2 or not found.size:
         raise DataError(f"gradients: shape {found.shape}; they must be (items, dimensions), one row an item")
-    finite = np.isfinite(found).all(axis=1)
-    if not finite.all():
-        raise DataError(
-            f"gradients: {int((~finite).sum())} of {len(found)} items have values that are not finite, the first is item "
-            f"{int(np.argmin(finite))}; leave these out"
-        )
-    largest = np.abs(found).max(axis=1)
-    if not largest.all():
-        raise DataError(
-            f"gradients: {int((largest == 0).sum())} of {len(found)} items are all zero, the first is item "
-            f"{int(np.argmin(largest))}; they have no direction: leave these out"
-        )
+    largest = np.abs(found).max(axis=1)  # nan or infinite where a value is
+    for broken, what in ((~np.isfinite(largest), "have values that are not finite"), (largest == 0, "are zero: no direction")):
+        if broken.any():
+            count, first = f"{int(broken.sum())} of {len(found)} items", int(np.argmax(broken))
+            raise DataError(f"gradients: {count} {what}, the first is item {first}; leave these out")
     found /= largest[:, None]  # so that no square over- or underflows
     found /= np.linalg.norm(found, axis=1, keepdims=True)
     return found
@@ -221,13 +212,13 @@ def _cosines(unit: FloatArray) -> FloatArray:
 @dataclass(frozen=True, slots=True)
 class Cluster:
     """A cluster of the density test: its items, how many of them are the task's, the share of general ones, and of its task
-    items the mean gain and (if it was given) the mean loss before training."""
+    items the mean gain and loss before training; None where there are none, or it was not given."""
 
     label: int
     size: int
     task_items: int
     density: float
-    gain: float
+    gain: float | None
     before: float | None
 
 
@@ -239,7 +230,7 @@ class DensityTest:
 
     clusters: tuple[Cluster, ...]
     usable: int
-    verdict: Literal["rises", "not shown", "not enough clusters", "no variation"]
+    verdict: Verdict
     rho: Interval | None
     p: float | None
     partial: float | None
@@ -261,20 +252,18 @@ def density_test(
 ) -> DensityTest:
     """Whether general data helped where it is dense: does a cluster's mean gain rise with its general density?
 
-    All are (n,), by item; `gain` is the loss of SFT minus that of TELL, only looked at where `is_task_item`, as is `before`, the
-    loss before training: what was hard can gain more. A cluster's density is the share of general items, each counted by its
-    weight (1, if none are given). Clusters with `fewest` task items are used. p deals the densities anew to the clusters:
+    All are (n,), by item; `gain` is the loss of SFT minus that of TELL, only looked at where `is_task_item`, as is `before`,
+    the loss before training: what was hard can gain more. A cluster's density is the share of general items, each counted by
+    its weight (1, if none are given). Clusters with `fewest` task items are used. p deals the densities anew to the clusters:
     all orders where these are at most `permutations`, else that many at random. The interval is Fisher's with the variance
     of Bonett and Wright (2000, Psychometrika 65). The partial one is of ranks, and its p deals anew the residuals of the
     densities' ranks (Freedman and Lane 1983). A trend over clusters is a correlation only: clusters differ in more than that.
 
     Raises `DataError` for other shapes, values that are not finite, an item that is both, or a weight that is not above 0.
     """
-    names = _column("labels", labels, None)
+    names = _column("labels", labels)
     n = len(names)
-    general, task = (
-        _column(name, given, n).astype(bool) for name, given in (("is_general", is_general), ("is_task_item", is_task_item))
-    )
+    general, task = _column("is_general", is_general, n) != 0, _column("is_task_item", is_task_item, n) != 0
     if (general & task).any():
         raise DataError(f"item {int(np.argmax(general & task))} is both general and the task's; it must be one, or neither")
     gains = _column("gain", gain, n, task)
@@ -286,64 +275,51 @@ def density_test(
         raise DataError(f"fewest {fewest}, permutations {permutations}: both must be 1 or more")
     rows = []
     for name in np.unique(names):
-        inside = names == name
-        own = inside & task
-        rows.append(
-            Cluster(
-                int(name),
-                int(inside.sum()),
-                int(own.sum()),
-                float(shares[inside & general].sum() / shares[inside].sum()),
-                float(gains[own].mean()) if own.any() else math.nan,
-                float(losses[own].mean()) if losses is not None and own.any() else None,
-            )
-        )
-    return _judge(tuple(rows), fewest, permutations, seed, losses is not None)
+        inside, own = names == name, (names == name) & task
+        density = float(shares[inside & general].sum() / shares[inside].sum())
+        mean = float(gains[own].mean()) if own.any() else None
+        base = float(losses[own].mean()) if losses is not None and own.any() else None
+        rows.append(Cluster(int(name), int(inside.sum()), int(own.sum()), density, mean, base))
+    return _judge(tuple(rows), fewest, partial(_rises, permutations=permutations, seed=seed))
 
 
-def _judge(rows: tuple[Cluster, ...], fewest: int, permutations: int, seed: int, has_before: bool) -> DensityTest:
+def _judge(rows: tuple[Cluster, ...], fewest: int, p_of: Callable[[FloatArray, FloatArray], float]) -> DensityTest:
     used = [row for row in rows if row.task_items >= fewest]
-    told = partial(DensityTest, rows, len(used))
-    if len(used) < FEWEST_CLUSTERS:
-        return told(
-            "not enough clusters", None, None, None, None,
-            f"Not enough clusters: {len(used)} of {len(rows)} have {fewest} or more task items; a trend needs {FEWEST_CLUSTERS}.",
-        )  # fmt: skip
-    x, y = _ranks([row.density for row in used]), _ranks([row.gain for row in used])
+    n = len(used)
+
+    def untold(verdict: Verdict, why: str) -> DensityTest:
+        return DensityTest(rows, n, verdict, None, None, None, None, f"{verdict.capitalize()}: {why}.")
+
+    if n < FEWEST_CLUSTERS:
+        have = f"{n} of {len(rows)} have {fewest} task items or more"
+        return untold("not enough clusters", f"{have}, and a trend needs {FEWEST_CLUSTERS}")
+    x, y, base = (_ranks([getattr(row, side) for row in used]) for side in ("density", "gain", "before"))
     if not x.any() or not y.any():
-        what = "general density" if not x.any() else "gain"
-        return told("no variation", None, None, None, None, f"No variation: all {len(used)} clusters have the same {what}.")
-    rho, p = _correlation(x, y), _rises(x, y, permutations, seed)
-    z, half = math.atanh(max(-0.999, min(0.999, rho))), norm.ppf(0.975) * math.sqrt((1 + rho * rho / 2) / (len(used) - 3))
+        return untold("no variation", f"all {n} clusters have the same {'gain' if x.any() else 'general density'}")
+    rho, p = _correlation(x, y), p_of(x, y)
+    z, half = math.atanh(max(-0.999, min(0.999, rho))), norm.ppf(0.975) * math.sqrt((1 + rho * rho / 2) / (n - 3))
     interval = Interval(rho, math.tanh(z - half), math.tanh(z + half))
-    numbers = (
-        f"Spearman's rho {rho:.2f} (95% interval {interval.low:.2f} to {interval.high:.2f}), p {p:.3g}, {len(used)} clusters"
-    )
-    rises = p < LEVEL
-    sentence = (
-        f"The gain rises with a cluster's general-data density ({numbers})."
-        if rises
-        else f"It is not shown that the gain rises with a cluster's general-data density ({numbers})."
-    )
+    verdict: Verdict = "rises" if p < LEVEL else "not shown"
+    what = "rises with a cluster's general-data density"
+    sentence = f"The gain {what}" if verdict == "rises" else f"It is not shown that the gain {what}"
+    sentence += f" (rho {rho:.2f}, 95% interval {interval.low:.2f} to {interval.high:.2f}, p {p:.3g}, {n} clusters)."
     held, held_p = None, None
-    if has_before:
-        base = _ranks([row.before for row in used if row.before is not None])
-        x_left, y_left = _residual(x, base), _residual(y, base)
-        if x_left.any() and y_left.any():
-            held, held_p = _correlation(x_left, y_left), _rises(x_left, y_left, permutations, seed)
-            same = "it still does" if held_p < LEVEL else "that is not shown"
-            sentence += f" With the loss before training held fixed, {same} (partial rho {held:.2f}, p {held_p:.3g})."
-        else:
-            sentence += " With the loss before training held fixed nothing is left to compare."
-    if len(used) < len(rows):
-        sentence += f" {len(rows) - len(used)} clusters with fewer than {fewest} task items are not in it."
-    sentence += " This is a correlation over clusters only; it does not say that the density is the cause."
-    return told("rises" if rises else "not shown", interval, p, held, held_p, sentence)
+    if used[0].before is not None:
+        left, right = _residual(x, base), _residual(y, base)
+        if left.any() and right.any():
+            held, held_p = _correlation(left, right), p_of(left, right)
+        told = "nothing is left to compare" if held_p is None else "it does" if held_p < LEVEL else "that is not shown"
+        numbers = "" if held is None else f" (partial rho {held:.2f}, p {held_p:.3g})"
+        sentence += f" With the loss before training held fixed {told}{numbers}."
+    if n < len(rows):
+        sentence += f" {len(rows) - n} clusters with fewer than {fewest} task items are not in it."
+    sentence += " This is a correlation over clusters only: it does not say that the density is the cause."
+    return DensityTest(rows, n, verdict, interval, p, held, held_p, sentence)
 
 
-def _ranks(values: Sequence[float]) -> FloatArray:
-    """Ranks less their mean."""
-    ranks: FloatArray = rankdata(values) - (len(values) + 1) / 2
+def _ranks(values: Sequence[float | None]) -> FloatArray:
+    """Ranks less their mean; 0 where there are no values."""
+    ranks: FloatArray = rankdata([0.0 if value is None else value for value in values]) - (len(values) + 1) / 2
     return ranks
 
 
@@ -359,7 +335,7 @@ def _correlation(x: FloatArray, y: FloatArray) -> float:
     return float(x @ y / math.sqrt((x @ x) * (y @ y)))
 
 
-def _rises(x: FloatArray, y: FloatArray, permutations: int, seed: int) -> float:
+def _rises(x: FloatArray, y: FloatArray, *, permutations: int, seed: int) -> float:
     """One-sided p: how often x dealt anew goes at least as much with y."""
     observed = float(x @ y) - 1e-9 * math.sqrt((x @ x) * (y @ y))  # equal sums differ by rounding
     if math.factorial(len(x)) <= permutations:
@@ -369,16 +345,12 @@ def _rises(x: FloatArray, y: FloatArray, permutations: int, seed: int) -> float:
     return float((1 + np.sum(dealt >= observed)) / (1 + permutations))
 
 
-def _column(name: str, given: npt.ArrayLike, n: int | None, used: BoolArray | None = None) -> npt.NDArray[np.float64]:
+def _column(name: str, given: npt.ArrayLike, n: int | None = None, used: BoolArray | None = None) -> FloatArray:
     """Values by item (n,), finite where they are used."""
     values = np.asarray(given, dtype=np.float64)
     if values.ndim != 1 or not values.size or (n is not None and len(values) != n):
-        raise DataError(
-            f"{name}: shape {values.shape}; it must have one value for each item" + ("" if n is None else f", ({n},)")
-        )
+        raise DataError(f"{name}: shape {values.shape}; it must be {'(items,)' if n is None else (n,)}, a value for each item")
     broken = ~np.isfinite(values) & (True if used is None else used)
     if broken.any():
-        raise DataError(
-            f"{name}: {int(broken.sum())} values are not finite, the first is that of item {int(np.argmax(broken))}"
-        )
+        raise DataError(f"{name}: {int(broken.sum())} values are not finite, the first that of item {int(np.argmax(broken))}")
     return values
