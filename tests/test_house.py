@@ -12,7 +12,21 @@ SOURCE = Path(__file__).parent.parent / "src" / "fulcrum"
 # From the ground up: a file imports only files listed before it.
 FLOORS = (
     ("errors",),
-    ("records", "settings_file", "sections", "config", "store", "run_folder", "stopping", "stats", "leverage", "outcomes"),
+    (
+        "records",
+        "settings_file",
+        "sections",
+        "config",
+        "store",
+        "run_folder",
+        "stopping",
+        "stats",
+        "scaling_fits",
+        "emergence",
+        "row_jumps",
+        "leverage",
+        "outcomes",
+    ),
     (
         "rows",
         "tables",
