@@ -198,7 +198,7 @@ def _polished(
     unit = max(float(np.ptp(values)), 1e-150)  # so that tolerances do not depend on the metric's scale
     found = least_squares(
         lambda p: residuals(p) / unit, np.clip(start, low + 1e-9, high - 1e-9), bounds=(low, high), x_scale=high - low,
-        xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=200,
+        xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=60,
     ).x  # fmt: skip
     chosen = min((start, found), key=lambda p: float((residuals(p) ** 2).sum()))
     return _fit(form, values, shape(x, chosen[None])[0], dict(zip(names, map(float, chosen), strict=True)))
