@@ -209,6 +209,31 @@ def test_a_jump_of_one_half_of_the_seeds_does_not_replicate():
     assert "halves of the seeds do not agree on a place or a direction: ratio" in verdict(found)[1]
 
 
+def test_halves_that_jump_in_opposite_directions_do_not_replicate():
+    scores = chains(step(2), 0.01, seeds=4)
+    scores[1::2] = chains(step(2, -0.5), 0.01, seeds=2, number=1)
+    found = judged(scores)
+    assert abs(np.log2((found.halves[0] + 1) / (found.halves[1] + 1))) < 1
+    assert not found.replicated
+    assert "replication" in found.failed
+
+
+def test_a_step_on_a_slope_is_no_claim_but_the_sentence_says_what_is_against_smooth():
+    found = judged(chains(step(2, levels=SEVEN) + 0.05 * X[:7], 0.01), SEVEN)
+    assert found.failed == ("AICc",)
+    word, sentence = verdict(found)
+    assert word == "smooth"
+    assert sentence.startswith("No jump is claimed (ΔAICc")
+    assert "an abrupt curve fits better than any smooth one, by more than noise: more levels decide." in sentence
+
+
+def test_what_all_seeds_share_at_a_level_is_no_evidence_of_a_jump():
+    """Seeds that agree to a thousandth do not make a ragged curve abrupt: no form fits it."""
+    rng = np.random.default_rng(4)
+    scores = rng.standard_normal((100, 1, 9)) + 0.001 * rng.standard_normal((100, 3, 9))
+    assert (find_jumps(NINE, scores, every_p=True)[1] < 0.01).mean() <= 0.02
+
+
 def test_a_constant_shows_no_change():
     word, sentence = verdict(judged(chains(np.zeros(9), 0.05)))
     assert word == "not enough data"

@@ -314,12 +314,17 @@ def verdict(continuous: JumpTest, hard: Mapping[str, JumpTest] | Sequence[JumpTe
             f"({continuous.moves:.3g}) would be found in {chance:.0%} of such experiments only; one of {least:.3g} in 80%. "
             "More levels decide, or more seeds."
         )
-    limit = f"A jump of {least:.3g} between the middle levels would be found in 80% of such experiments."
+    limit = f"A jump of {least:.3g} between the middle levels, flat elsewhere, would be found in 80% of such experiments."
     artefacts = [f"{name} ({_at(test)})" for name, test in named.items() if test.abrupt]
     if artefacts:
         return "metric artefact", (
             f"{'; '.join(artefacts)} jump{'s' * (len(artefacts) == 1)}, but the continuous metric does not ({why}): the step "
             f"is the hard metric's, not the model's. {limit}"
+        )
+    if continuous.failed == ("AICc",):  # a step on a slope, as a sigmoid has none to offer; the rule stands, the doubt is said
+        return "smooth", (
+            f"No jump is claimed ({why}), but an abrupt curve fits better than any smooth one, by more than noise: more levels "
+            f"decide. {limit}"
         )
     return "smooth", f"{_flat(continuous)}General data makes no jump in this curve ({why}). {limit}"
 

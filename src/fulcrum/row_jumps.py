@@ -5,6 +5,7 @@ Invariant: rows are tested one by one and corrected together; an affine change o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import false_discovery_control
@@ -64,12 +65,7 @@ def row_jumps(
             f"level {level:g}, least {least:g}, draws {draws}: give a share between 0 and 1, nats from 0 up, a number from 1 up"
         )
     statistic, place, size = _steps(x, given)
-    residuals = np.random.default_rng(seed).standard_normal((len(x), draws))
-    rise = ((x - x[0]) / (x[-1] - x[0]))[:, None]
-    at_least = np.zeros(given.shape[1], dtype=np.int64)
-    for slope in SLOPES:
-        null = np.sort(_steps(x, residuals + slope * rise)[0])
-        at_least = np.maximum(at_least, draws - np.searchsorted(null, statistic, side="left"))
+    at_least = np.max([draws - np.searchsorted(null, statistic, side="left") for null in _nulls(tuple(x), draws, seed)], axis=0)
     p = np.where(np.isneginf(statistic), 1.0, (1 + at_least) / (draws + 1))
     adjusted = np.asarray(false_discovery_control(p, method="bh"))
     wide = np.diff(x) > 1 + 1e-9
@@ -79,6 +75,15 @@ def row_jumps(
         p, adjusted, place, size, jumps, np.bincount(place[jumps], minlength=len(x) - 1),
         tuple(int(i) for i in np.flatnonzero(wide)), int((falls & wide[place]).sum()),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=4)  # for all arms and metrics at the same levels
+def _nulls(x: tuple[float, ...], draws: int, seed: int) -> tuple[FloatArray, ...]:
+    """The statistic of simulated lines, ascending, for each slope."""
+    at = np.array(x)
+    residuals = np.random.default_rng(seed).standard_normal((len(at), draws))
+    rise = ((at - at[0]) / (at[-1] - at[0]))[:, None]
+    return tuple(np.sort(_steps(at, residuals + slope * rise)[0]) for slope in SLOPES)
 
 
 def _steps(x: FloatArray, values: FloatArray) -> tuple[FloatArray, IntArray, FloatArray]:
