@@ -33,8 +33,9 @@ class JumpTest:
     """What one metric shows. Locations are ratios; nan where fewer than 7 levels allow no test, or 2 seeds no halves.
 
     `statistic` is AICc(power) - AICc(best abrupt form). `between` are the measured ratios around the location, `rise` the
-    octaves from 10% to 90%: both are as fine as the levels only. `size` is in the metric, negative where it falls. `failed` names
-    the conditions that do not hold, of "levels", "seeds", "AICc", "p", "replication", "direction". `noise` is the standard deviation of one seed at one level, `moves` the range of the level means.
+    octaves from 10% to 90%: both are as fine as the levels only. `size` is in the metric, negative where it falls. `failed`
+    names the conditions that do not hold, of "levels", "seeds", "AICc", "p", "replication", "direction". `noise` is the
+    standard deviation of one seed at one level, `moves` the range of the level means.
     """
 
     ratios: tuple[float, ...]
@@ -309,15 +310,21 @@ def verdict(continuous: JumpTest, hard: Mapping[str, JumpTest] | Sequence[JumpTe
     why = _why_not(continuous)
     if chance < 0.5:
         return "not enough data", (
-            f"{_flat(continuous)}No jump is shown ({why}), but one as large as all that the curve moves ({continuous.moves:.3g}) "
-            f"would be found in {chance:.0%} of such experiments only; one of {least:.3g} in 80%. More levels decide, or more seeds."
+            f"{_flat(continuous)}No jump is shown ({why}), but one as large as all that the curve moves "
+            f"({continuous.moves:.3g}) would be found in {chance:.0%} of such experiments only; one of {least:.3g} in 80%. "
+            "More levels decide, or more seeds."
         )
-    limit = f"A jump of {least:.3g} between the middle levels would be found in 80% of such experiments."
+    limit = f"A jump of {least:.3g} between the middle levels, flat elsewhere, would be found in 80% of such experiments."
     artefacts = [f"{name} ({_at(test)})" for name, test in named.items() if test.abrupt]
     if artefacts:
         return "metric artefact", (
             f"{'; '.join(artefacts)} jump{'s' * (len(artefacts) == 1)}, but the continuous metric does not ({why}): the step "
             f"is the hard metric's, not the model's. {limit}"
+        )
+    if continuous.failed == ("AICc",):  # a step on a slope, as a sigmoid has none to offer; the rule stands, the doubt is said
+        return "smooth", (
+            f"No jump is claimed ({why}), but an abrupt curve fits better than any smooth one, by more than noise: more levels "
+            f"decide. {limit}"
         )
     return "smooth", f"{_flat(continuous)}General data makes no jump in this curve ({why}). {limit}"
 

@@ -152,17 +152,6 @@ def fits(ratios: Sequence[float] | FloatArray, means: Sequence[float] | FloatArr
     }  # fmt: skip
 
 
-def at(fit: Fit, ratios: Sequence[float] | FloatArray) -> FloatArray:
-    """A fitted form between its levels: its values at other `ratios`, (ratios,). Raises DataError for one that was refused."""
-    if fit.refused:
-        raise DataError(f"{fit.form}: {fit.refused}, and so has no curve")
-    x = np.log2(np.asarray(ratios, dtype=np.float64) + 1)
-    named = np.array([[value for name, value in fit.parameters.items() if name not in ("c", "a")]])
-    shape = {"power": _power, "sigmoid": _sigmoid, "break": _break}.get(fit.form)
-    curve: FloatArray = fit.parameters["c"] + (fit.parameters["a"] * shape(x, named)[0] if shape else np.zeros_like(x))
-    return curve
-
-
 def best(found: Mapping[str, Fit]) -> Fit | None:
     """The form with the least AICc, the simpler one where equal; None where none could be fitted."""
     fitted = [fit for fit in found.values() if not fit.refused]
@@ -209,7 +198,7 @@ def _polished(
     unit = max(float(np.ptp(values)), 1e-150)  # so that tolerances do not depend on the metric's scale
     found = least_squares(
         lambda p: residuals(p) / unit, np.clip(start, low + 1e-9, high - 1e-9), bounds=(low, high), x_scale=high - low,
-        xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=200,
+        xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=60,
     ).x  # fmt: skip
     chosen = min((start, found), key=lambda p: float((residuals(p) ** 2).sum()))
     return _fit(form, values, shape(x, chosen[None])[0], dict(zip(names, map(float, chosen), strict=True)))
