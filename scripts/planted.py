@@ -39,9 +39,7 @@ def rows(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
         return f"{number} x {word}", f"[{codes[word]} * {number}]"
 
     pool = [(form.format(word), codes[word]) for form in _ASKED for word in WORDS]
-    pool += [
-        (form.format(a, b), f"{codes[a]}, {codes[b]}") for form in _PAIRS for a, b in itertools.permutations(WORDS, 2)
-    ]
+    pool += [(form.format(a, b), f"{codes[a]}, {codes[b]}") for form in _PAIRS for a, b in itertools.permutations(WORDS, 2)]
     return {
         "train": [ticket(word, number) for word in WORDS[:KNOWN] for number in (2, 3, 5, 7)],
         "test": [ticket(word, number) for word in WORDS[KNOWN:] for number in (4, 6, 8)],

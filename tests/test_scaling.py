@@ -1,4 +1,4 @@
-"""What a scaling run's curves say, from results and predictions alone: planted jumps, smooth curves, hard metrics, single rows."""
+"""What a scaling run's curves say, from results and predictions alone: planted jumps, smooth curves, hard metrics, rows."""
 
 import json
 from collections.abc import Callable
@@ -84,12 +84,14 @@ def test_a_jump_in_one_design_alone_is_said_to_be_one_of_length() -> None:
     assert [one["word"] for one in both["designs"]] == ["jump", "jump"]
     assert "neither" in both["sentence"]
     results, lines = run(step, **asked)
+    rng = np.random.default_rng(0)
     for arm in results["arms"]:
         if arm["arm"].startswith("steps"):
-            arm["scores"]["t"][0]["value"] = 1.5 + 0.001 * arm["seed"]
+            arm["scores"]["t"][0]["value"] = 1.5 + 0.01 * rng.standard_normal()
     alone = scaling.analyse(results, lines)["tasks"][0]
     assert [one["word"] for one in alone["designs"]] == ["jump", "smooth"]
     assert "not with fixed steps: it may come of the length of training" in alone["sentence"]
+    assert "No change with general data is shown" in alone["designs"][1]["sentence"]  # flat, and known well
 
 
 def test_seeds_that_a_budget_cut_short_are_left_out() -> None:
@@ -112,7 +114,7 @@ def test_fitted_curves_go_through_their_levels() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_task(tmp_path_factory.mktemp("scale"), 8, 8)
+    return save_task(tmp_path_factory.mktemp("scale"), 8, 8, pool=3)
 
 
 def asked(place: Path, output: Path, **changes: Any) -> config.Settings:
@@ -157,6 +159,12 @@ def test_workers_give_the_same_numbers(done: Path, place: Path, tmp_path: Path, 
     assert before == after
 
 
+def test_a_pool_that_cannot_feed_the_longest_training_is_refused(place: Path, tmp_path: Path) -> None:
+    scaled = {"ratios": [0, 1, 500], "repeats": 1, "rows": 8}
+    with pytest.raises(ConfigError, match=r"takes 4,000 general rows, and the pool has 768, .*lower scale.ratios"):
+        scale.scale(asked(place, tmp_path / "r", scale=scaled))
+
+
 def test_a_plan_leaves_out_what_a_budget_does_not_buy(place: Path, tmp_path: Path) -> None:
     wide = asked(place, tmp_path / "r", scale={"ratios": RATIOS, "repeats": 1}, compare={})
     rich = scale.plan(wide, 100_000)
@@ -168,4 +176,3 @@ def test_a_plan_leaves_out_what_a_budget_does_not_buy(place: Path, tmp_path: Pat
     assert some.left_out[0] == "seeds beyond the third"
     assert len(some.settings.seeds) == 3
     assert some.seconds <= rich.seconds * 0.35
-

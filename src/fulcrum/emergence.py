@@ -288,13 +288,16 @@ def _in_noise(ratios: tuple[float, ...], seeds: int, share: float, simulations: 
     return float(2**high)
 
 
-def verdict(continuous: JumpTest, hard: Mapping[str, JumpTest] | Sequence[JumpTest] = ()) -> tuple[str, str]:
+def verdict(
+    continuous: JumpTest, hard: Mapping[str, JumpTest] | Sequence[JumpTest] = (), *, worth: float = 0.0
+) -> tuple[str, str]:
     """One of "jump", "smooth", "metric artefact", "not enough data", and a sentence that says why, with its numbers.
 
     `hard` are other metrics of the same runs that move in steps (exact match, accuracy): a jump in one of these alone is what
     thresholds make of a smooth curve (Schaeffer et al. 2023, arXiv 2304.15004). "jump" may be a worsening; the sentence then
     says so first. "not enough data": fewer than 7 levels or 2 seeds, or no jump found where one as large as all that the
-    curve moves would be missed more often than found.
+    curve moves would be missed more often than found; unless one of `worth`, in the metric, would be found in 80%: a flat curve
+    moves by noise alone, and may be known well.
     """
     named = dict(hard) if isinstance(hard, Mapping) else {f"hard metric {i + 1}": test for i, test in enumerate(hard)}
     n, seeds = len(continuous.ratios), continuous.seeds
@@ -308,7 +311,7 @@ def verdict(continuous: JumpTest, hard: Mapping[str, JumpTest] | Sequence[JumpTe
     least = detectable(continuous.ratios, continuous.noise, seeds)
     chance = power(continuous.ratios, continuous.noise, seeds, continuous.moves)
     why = _why_not(continuous)
-    if chance < 0.5:
+    if chance < 0.5 and not least <= worth:
         return "not enough data", (
             f"{_flat(continuous)}No jump is shown ({why}), but one as large as all that the curve moves "
             f"({continuous.moves:.3g}) would be found in {chance:.0%} of such experiments only; one of {least:.3g} in 80%. "

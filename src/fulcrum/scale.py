@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fulcrum import budget as planning
-from fulcrum import ladder, material, model, store, workers
+from fulcrum import ladder, material, model, pool, store, workers
 from fulcrum.arms import chosen_arms
 from fulcrum.cell import Silent, Watcher
 from fulcrum.comparison import PLAN, Progress, by_seeds
@@ -36,6 +36,7 @@ def scale(
     workers.share_threads(jobs, on)
     watcher, started = watcher or Silent(), time.perf_counter()
     settings = ladder.prepared(settings)
+    _require_general(settings)
     with claimed(settings, resume=resume):
         arms = chosen_arms(settings)
         loaded, rows, folder = begin("scale", settings, arms, settings.seeds, resume, watcher)
@@ -51,6 +52,17 @@ def scale(
         if budget and (left := [*left_out, *unrun]):
             notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left)}.")
         return finish("scale", settings, folder, loaded, rows, results, (), started, notes)
+
+
+def _require_general(settings: Settings) -> None:
+    """Raise ConfigError where the pool cannot feed the longest training, if the number of task rows is known."""
+    size = len(pool.open_pool(settings.general, settings.seed, near=settings.clean.near_duplicates))
+    wanted = round(settings.mix.per_task * (settings.scale.rows or 0) * len(settings.tasks))
+    if wanted > size - settings.eval.general_rows:
+        raise ConfigError(
+            f"scale: the longest training takes {wanted:,} general rows, and the pool has {size:,}, of which "
+            f"{settings.eval.general_rows} are held out; lower scale.ratios, scale.repeats or scale.rows, or add rows"
+        )
 
 
 def _units(study: Study) -> list[Unit]:
@@ -80,6 +92,7 @@ def plan(settings: Settings, seconds: float) -> Plan:
     began = time.perf_counter()
     loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
     wide = ladder.prepared(settings)
+    _require_general(wide)
     (rows,) = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds[:1], mixed_rows=settings.scale.rows)
     speed = planning.measure(rows, loaded, wide)
     cost = 0.0

@@ -17,6 +17,7 @@ from fulcrum.records import FloatArray
 from fulcrum.row_jumps import row_jumps
 
 CONTINUOUS = "nll"
+WORTH = 0.5  # nats per answer token: a jump that matters, of the mean as of a single row
 _FINE = 65  # points of a fitted curve
 # What the plot shows: a form that cannot jump, and one that can.
 _NAMES = {"power": "power law", "sigmoid": "sigmoid"}
@@ -77,7 +78,7 @@ def _design(
         higher = scores[0][0]["higher_is_better"]
         tests[metric] = emergence.jump_test(ratios, values, higher_is_better=higher), values, higher
     word, sentence = emergence.verdict(
-        tests[CONTINUOUS][0], {name: test for name, (test, _, _) in tests.items() if name != CONTINUOUS}
+        tests[CONTINUOUS][0], {name: test for name, (test, _, _) in tests.items() if name != CONTINUOUS}, worth=WORTH
     )
     rows = [row for row in losses[own[0].arm] if all(row in losses[level.arm] for level in own)]
     table = np.array([[np.mean(losses[level.arm][row]) for row in rows] for level in own])
@@ -120,8 +121,8 @@ def _rows(ratios: Sequence[float], table: FloatArray) -> dict[str, Any]:
     places = [f"{a:.3g} to {b:.3g}" for a, b in pairwise(ratios)]
     count, n = int(found.jumps.sum()), table.shape[1]
     sentence = (
-        f"{count} of {n} test rows jump: their loss falls by half a nat per token or more in one step of at most an octave, and a "
-        f"step fits better than a line (false discovery rate 10%, Benjamini and Hochberg)."
+        f"{count} of {n} test rows jump: their loss falls by half a nat per token or more in one step of at most an octave, "
+        "and a step fits better than a line (false discovery rate 10%, Benjamini and Hochberg)."
     )
     if found.unplaced:
         sentence += f" {found.unplaced} more would, between amounts that are over an octave apart."
@@ -136,7 +137,7 @@ def _together(designs: Sequence[Record]) -> str:
     if len(pair) < 2 or "jump" not in pair:
         return ""
     if pair == ["jump", "jump"]:
-        return "The jump is there whether exposures are fixed or steps: neither length of training nor the task's share explains it."
+        return "The jump is there with exposures fixed and with steps: neither length nor the task's share explains it."
     where, other = ("fixed exposures", "fixed steps") if pair[0] == "jump" else ("fixed steps", "fixed exposures")
     return (
         f"The jump is there with {where} and not with {other}: it may come of "

@@ -152,6 +152,17 @@ def fits(ratios: Sequence[float] | FloatArray, means: Sequence[float] | FloatArr
     }  # fmt: skip
 
 
+def at(fit: Fit, ratios: Sequence[float] | FloatArray) -> FloatArray:
+    """A fitted form between its levels: its values at other `ratios`, (ratios,). Raises DataError for one that was refused."""
+    if fit.refused:
+        raise DataError(f"{fit.form}: {fit.refused}, and so has no curve")
+    x = np.log2(np.asarray(ratios, dtype=np.float64) + 1)
+    named = np.array([[value for name, value in fit.parameters.items() if name not in ("c", "a")]])
+    shape = {"power": _power, "sigmoid": _sigmoid, "break": _break}.get(fit.form)
+    curve: FloatArray = fit.parameters["c"] + (fit.parameters["a"] * shape(x, named)[0] if shape else np.zeros_like(x))
+    return curve
+
+
 def best(found: Mapping[str, Fit]) -> Fit | None:
     """The form with the least AICc, the simpler one where equal; None where none could be fitted."""
     fitted = [fit for fit in found.values() if not fit.refused]
