@@ -300,6 +300,7 @@ def test_many_experiments_at_once_are_the_same_as_one_by_one():
     assert found.tolist() == [one.jump for one in singly]
     assert p[0] == singly[0].p
     assert np.isnan(find_jumps(NINE, scores)[1][-1])
+    assert not find_jumps(NINE, -scores)[0].any()  # worsening
 
 
 @pytest.mark.parametrize("name", ["constant", "power law, beta 1", "line in g", "logistic, 10-90% in 2.5 octaves"])
