@@ -66,7 +66,7 @@ class JumpTest:
 
 
 class _Tested(NamedTuple):
-    """Of B experiments, (B,) each; `better` is above 0 where the score rises, `halves` (B, 2) in octaves."""
+    """Of B experiments, (B,) each, higher is better; `halves` (B, 2) in octaves."""
 
     statistic: FloatArray
     contrast: FloatArray
@@ -83,10 +83,11 @@ def jump_test(
     """Test one metric's scores (seeds, levels) for a jump.
 
     p is of how much better the best abrupt curve fits than the best smooth one, in units of noise, against `draws` simulated
-    curves around that smooth one. Smooth is a power law or another power of g + 1, a line in log(g + 1), or a sigmoid
-    rising over more than two octaves. The unit is the seeds' noise (two-way residuals: a seed's own level taken
-    out), drawn anew each time, so that its uncertainty counts; or what the abrupt curve leaves over, where that is more. The
-    null's noise is what the smooth curve leaves over, where that is more. Raises DataError for what is no table of scores.
+    curves around that smooth one. Smooth is a power law or another power of g + 1, a line in log(g + 1), or a sigmoid rising
+    over more than two octaves. The unit is the seeds' noise (two-way residuals: a seed's own level taken out), drawn anew each
+    time, so that its uncertainty counts; or what the abrupt curve leaves over, where that is more. The null's noise is what the
+    smooth curve leaves over, where that is more. Halves are every other seed, so that the order of seeds matters a little.
+    A step on a slope is hardly found: no form has both. Raises DataError for what is no table of scores.
     """
     x = octaves(ratios)
     given = _table(scores, len(x))
@@ -98,7 +99,7 @@ def jump_test(
         return JumpTest(
             levels, n_seeds, nan, nan, nan, (nan, nan), nan, nan, False, (nan, nan), False, failed, noise, moves, found
         )
-    if draws < 99:
+    if 1 / (draws + 1) >= LEAST_P:
         raise DataError(f"draws: {draws} simulated curves cannot show p < {LEAST_P:g}; give 199 or more")
     grid, sign = grid_of(tuple(x)), 1.0 if higher_is_better else -1.0
     tested = _test(sign * given[None], grid)
