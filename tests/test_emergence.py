@@ -234,6 +234,11 @@ def test_what_all_seeds_share_at_a_level_is_no_evidence_of_a_jump():
     assert (find_jumps(NINE, scores, every_p=True)[1] < 0.01).mean() <= 0.02
 
 
+@pytest.mark.parametrize("after", [0.0, 32.0])
+def test_one_level_alone_at_an_end_is_no_jump(after):
+    assert not judged(chains(step(after), 0.01)).abrupt
+
+
 def test_a_constant_shows_no_change():
     word, sentence = verdict(judged(chains(np.zeros(9), 0.05)))
     assert word == "not enough data"
@@ -300,6 +305,7 @@ def test_many_experiments_at_once_are_the_same_as_one_by_one():
     assert found.tolist() == [one.jump for one in singly]
     assert p[0] == singly[0].p
     assert np.isnan(find_jumps(NINE, scores)[1][-1])
+    assert not find_jumps(NINE, -scores)[0].any()  # worsening
 
 
 @pytest.mark.parametrize("name", ["constant", "power law, beta 1", "line in g", "logistic, 10-90% in 2.5 octaves"])
@@ -441,8 +447,8 @@ def test_numbers_that_are_none_are_refused():
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(DataError, match=r"draws: 50 simulated curves cannot show p < 0.01; give 199 or more"):
-        jump_test(SEVEN, np.zeros((3, 7)), higher_is_better=True, draws=50)
+    with pytest.raises(DataError, match=r"draws: 99 simulated curves cannot show p < 0.01; give 199 or more"):
+        jump_test(SEVEN, np.zeros((3, 7)), higher_is_better=True, draws=99)
     with pytest.raises(DataError, match="noise -1, size 1: both are numbers from 0 up"):
         power(SEVEN, -1.0, 3, 1.0)
     with pytest.raises(DataError, match=r"level 2, least 0.5, draws 100000: give a share between 0 and 1"):

@@ -66,7 +66,7 @@ class JumpTest:
 
 
 class _Tested(NamedTuple):
-    """Of B experiments, (B,) each; `better` is above 0 where the score rises, `halves` (B, 2) in octaves."""
+    """Of B experiments, (B,) each, higher is better; `halves` (B, 2) in octaves."""
 
     statistic: FloatArray
     contrast: FloatArray
@@ -83,10 +83,11 @@ def jump_test(
     """Test one metric's scores (seeds, levels) for a jump.
 
     p is of how much better the best abrupt curve fits than the best smooth one, in units of noise, against `draws` simulated
-    curves around that smooth one. Smooth is a power law or another monotone power of g + 1, a line in log(g + 1), a sigmoid
-    rising over more than two octaves, or a parabola. The unit is the seeds' noise (two-way residuals: a seed's own level taken
-    out), drawn anew each time, so that its uncertainty counts; or what the abrupt curve leaves over, where that is more. The
-    null's noise is what the smooth curve leaves over, where that is more. Raises DataError for what is no table of scores.
+    curves around that smooth one. Smooth is a power law or another power of g + 1, a line in log(g + 1), or a sigmoid rising
+    over more than two octaves. The unit is the seeds' noise (two-way residuals: a seed's own level taken out), drawn anew each
+    time, so that its uncertainty counts; or what the abrupt curve leaves over, where that is more. The null's noise is what the
+    smooth curve leaves over, where that is more. Halves are every other seed, so that the order of seeds matters a little.
+    A step on a slope is hardly found: no form has both. Raises DataError for what is no table of scores.
     """
     x = octaves(ratios)
     given = _table(scores, len(x))
@@ -98,7 +99,7 @@ def jump_test(
         return JumpTest(
             levels, n_seeds, nan, nan, nan, (nan, nan), nan, nan, False, (nan, nan), False, failed, noise, moves, found
         )
-    if draws < 99:
+    if 1 / (draws + 1) >= LEAST_P:
         raise DataError(f"draws: {draws} simulated curves cannot show p < {LEAST_P:g}; give 199 or more")
     grid, sign = grid_of(tuple(x)), 1.0 if higher_is_better else -1.0
     tested = _test(sign * given[None], grid)
@@ -151,13 +152,13 @@ def _test(scores: FloatArray, grid: Grid) -> _Tested:
     means = centred.mean(axis=1)
     means = means - means.mean(axis=1, keepdims=True)
     floor = least_rss(means)
-    abrupt, (smooth, null) = grid.abrupt.nearest(means), _smooth(grid, means)
+    abrupt, smooth = grid.abrupt.nearest(means), grid.smooth.nearest(means)
     scored = aicc(np.maximum(abrupt.rss, floor), n_levels, FORMS["sigmoid"])
     if n_levels >= FORMS["break"] + 2:
         scored = np.minimum(scored, aicc(np.maximum(grid.breaks.nearest(means).rss, floor), n_levels, FORMS["break"]))
     statistic = aicc(np.maximum(grid.power.nearest(means).rss, floor), n_levels, FORMS["power"]) - scored
     variance = np.nan_to_num(_noise(centred) / n_seeds)
-    contrast = _contrast(smooth, abrupt.rss, variance, floor, n_levels)
+    contrast = _contrast(smooth.rss, abrupt.rss, variance, floor, n_levels)
     if n_seeds < 2:
         halves, replicated = np.full((len(means), 2), np.nan), np.zeros(len(means), dtype=bool)
     else:
@@ -166,17 +167,9 @@ def _test(scores: FloatArray, grid: Grid) -> _Tested:
         halves = np.column_stack([grid.abrupt.parameters[half.number, 0] for half in apart])
         same = np.sign(apart[0].slope) == np.sign(apart[1].slope)
         replicated = same & (np.abs(halves[:, 0] - halves[:, 1]) <= REPLICATION + 1e-9) & (np.ptp(means, axis=1) > 0)
-    misfit = smooth / (n_levels - SHAPE)
+    null = smooth.slope[:, None] * grid.smooth.unit[smooth.number]
+    misfit = smooth.rss / (n_levels - SHAPE)
     return _Tested(statistic, contrast, abrupt, halves, replicated, null, np.maximum(variance, misfit))
-
-
-def _smooth(grid: Grid, centred: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Residual sum (B,) of the best smooth curve, and that curve (B, L), centred."""
-    near = grid.smooth.nearest(centred)
-    along = centred @ grid.parabola.T
-    bent = np.maximum((centred**2).sum(axis=1) - (along**2).sum(axis=1), 0.0)
-    curve = np.where((bent < near.rss)[:, None], along @ grid.parabola, near.slope[:, None] * grid.smooth.unit[near.number])
-    return np.minimum(bent, near.rss), curve
 
 
 def _contrast(smooth: FloatArray, abrupt: FloatArray, variance: FloatArray, floor: FloatArray, n_levels: int) -> FloatArray:
@@ -201,7 +194,7 @@ def _p_values(
         drawn = null + np.sqrt(variance) * rng.standard_normal((draws, n_levels))
         drawn -= drawn.mean(axis=1, keepdims=True)
         unit = variance * rng.chisquare(df, draws) / df if df else np.zeros(draws)
-        smooth, abrupt = _smooth(grid, drawn)[0], grid.abrupt.nearest(drawn).rss
+        smooth, abrupt = grid.smooth.nearest(drawn).rss, grid.abrupt.nearest(drawn).rss
         contrast = _contrast(smooth, abrupt, unit, least_rss(drawn), n_levels)
         p[i] = (1 + int((contrast >= observed[i]).sum())) / (draws + 1)
     return p

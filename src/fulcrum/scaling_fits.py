@@ -80,7 +80,6 @@ class Grid:
     abrupt: Family
     sigmoid: Family
     breaks: Family
-    parabola: FloatArray  # (2, L), orthonormal: x and x squared, for what rises and falls again
 
 
 def octaves(ratios: Sequence[float] | FloatArray) -> FloatArray:
@@ -259,7 +258,6 @@ def grid_of(x: tuple[float, ...]) -> Grid:
     every = np.concatenate([narrow, within])
     places = 2 ** np.arange(at[1], at[-2] + 1e-9, 0.5)
     bent = _table([0.0, 0.1, 0.3, 1.0], [-3.0, -1.0, -0.3, 0.3, 1.0, 3.0], places, [0.05, 0.2, 0.5])
-    square = np.linalg.qr(np.column_stack([np.ones_like(at), at, at**2]))[0][:, 1:].T
     return Grid(
         at,
         _family(power, betas),
@@ -267,5 +265,4 @@ def grid_of(x: tuple[float, ...]) -> Grid:
         _family(_sigmoid(at, narrow), narrow),
         _family(_sigmoid(at, every), every),
         _family(_break(at, bent), bent),
-        square,
     )
