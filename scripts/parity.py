@@ -227,8 +227,15 @@ def draw_losses(trained: Trained, found: Shape, path: Path) -> None:
     for frequency, losses in zip(frequencies, trained.losses, strict=True):
         left.plot(trained.steps, losses, color=colours.to_rgba(frequency), linewidth=1.2)
     left.axhline(np.log(2), color="#999999", linewidth=0.8, linestyle=":")
-    left.text(1, np.log(2) * 1.03, "chance", color="#777777", fontsize=8)
-    left.set(xscale="log", ylim=(0, 1.25), xlabel="step", ylabel="held-out loss, nats", title="Each task is learned in a step")
+    left.text(11, np.log(2) * 0.96, "chance, ln 2", color="#555555", fontsize=8, va="top")
+    left.set(
+        xscale="log",
+        xlim=(10, trained.steps[-1]),
+        ylim=(0, 1.1),
+        xlabel="step",
+        ylabel="held-out loss, nats",
+        title="Each task is learned in a step",
+    )
     figure.colorbar(colours, ax=left, label="frequency of the task")
     mean = frequencies @ trained.losses
     inside = (trained.steps >= found.start) & (trained.steps <= found.end)
@@ -237,7 +244,14 @@ def draw_losses(trained: Trained, found: Shape, path: Path) -> None:
         trained.steps[inside], found.line[inside], color="#D55E00", linestyle="--", linewidth=2,
         label=f"step^-{found.exponent:.2f} (R² {found.r2:.3f}), from the first to half the tasks",
     )  # fmt: skip
-    right.set(xscale="log", yscale="log", xlabel="step", ylabel="mean loss, nats", title="Their mean falls as a power law")
+    right.set(
+        xscale="log",
+        xlim=(10, trained.steps[-1]),
+        yscale="log",
+        xlabel="step",
+        ylabel="mean loss, nats",
+        title="Their mean falls as a power law, until few are left",
+    )
     right.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=130)
 

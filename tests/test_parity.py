@@ -63,5 +63,11 @@ def test_the_tasks_are_found_and_how_many_they_are(trained: parity.Trained) -> N
     found = clusters.find(taken.gradients, draws=5)
     assert found.k == 6
     assert parity.agreement(found, taken.tasks) >= 0.9
-    own = clusters.find(taken.of_loss, draws=5)  # the loss's own: a cluster is an answer of a task
-    assert parity.agreement(own, 2 * taken.tasks + taken.answers) >= 0.9
+
+
+def test_gradients_of_the_loss_are_opposite_for_opposite_answers(trained: parity.Trained) -> None:
+    taken = parity.items(trained, 300)
+    pairs = clusters.affinity(taken.of_loss)
+    task, answer = (side[:, None] == side for side in (taken.tasks, taken.answers))
+    assert pairs[task & answer].mean() > 0.6
+    assert pairs[task & ~answer].mean() < 0.4

@@ -33,6 +33,7 @@ FEWEST_CLUSTERS = 5  # over which a trend can be told
 STABLE = 0.6  # adjusted Rand index from which clusters are stable
 LEVEL = 0.05  # below which a trend's p makes it one
 _CANDIDATES = 5  # numbers of clusters whose stability is looked at
+_TIE = 0.02  # adjusted Rand index, within which numbers of clusters are equally stable
 _NOISE = 0.99  # quantile of the cosines of gradients with random signs from which two items have something in common
 _NOISES = 3  # times signs are drawn
 _SHARED = 0.25  # quantile of all cosines that all items share: holds while fewer than 3/4 of the pairs are inside clusters
@@ -110,8 +111,8 @@ def find(gradients: npt.ArrayLike, *, most: int | None = None, draws: int = 20, 
 
     The five numbers of clusters k that are tried have the largest k (l_k - l_k+1): gaps of eigenvalues that follow a power law
     fall as 1 / k. They are up to `most` (a fifth of the items and 100 at the most, where not given). Each is clustered anew on
-    `draws` random halves of the items; in larger parts clusters of chance survive. The first of them whose mean adjusted Rand
-    index with these is `STABLE` or above is chosen.
+    `draws` random halves of the items; in larger parts clusters of chance survive. The number whose mean adjusted Rand index
+    with these is highest is chosen if that is `STABLE` or above; of equal ones (0.02) that of the largest k (l_k - l_k+1).
 
     Raises `DataError` as `affinity` does, and for fewer than `FEWEST_ITEMS` items.
     """
@@ -137,10 +138,11 @@ def find(gradients: npt.ArrayLike, *, most: int | None = None, draws: int = 20, 
         for k in tried:
             agreement[k].append(float(adjusted_rand_score(labels[k][half], _labels(vectors[:, :k]))))
     candidates = tuple(Candidate(k, float(gaps[k - 1]), float(np.mean(agreement[k]))) for k in tried)
-    for one in candidates:
-        if one.stability >= STABLE:
-            return Clusters(_by_size(labels[one.k]), one.k, values, candidates, one.stability, floor)
-    return Clusters(None, 0, values, candidates, None, floor)
+    enough = max(STABLE, max(one.stability for one in candidates) - _TIE)
+    one = next((one for one in candidates if one.stability >= enough), None)
+    if one is None:
+        return Clusters(None, 0, values, candidates, None, floor)
+    return Clusters(_by_size(labels[one.k]), one.k, values, candidates, one.stability, floor)
 
 
 def _graph(unit: FloatArray, rng: np.random.Generator) -> tuple[FloatArray, float]:
