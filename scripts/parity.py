@@ -10,8 +10,9 @@ are not learned (a loss of 0.1 nats and more, as in the paper's code) are left o
 their gradients: it has to find the tasks, and how many they are.
 
 What differs from the paper, which has 500 tasks, 100 bits and hours on a GPU, and why:
-- Control bits are `control` high, not 1, and data bits are -1 and 1. A few hundred hidden units are then gated by the task
-  within minutes, which a network of the paper's size learns for itself.
+- Control bits are 8 high, not 1, and data bits are -1 and 1: hidden units are then gated by the task within a minute. It takes
+  that: at 5, 14 clusters are found (adjusted Rand index 0.995, seed 0), and at 3 only 2 (0.46), as gradients of different tasks
+  have so much in common, though 19 tasks are learned. So the control says how the tool does where tasks use different units.
 - The gradient of a sample is that of its log-odds of answer 1. The loss's own is the same times p - y: two samples of one task
   with different answers pull opposite ways, so that their affinity is near 0 and each task is two clusters, one an answer.
   Both are reported. Tokens of a large vocabulary are not each other's negation, so that this is a trait of two answers.

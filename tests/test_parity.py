@@ -11,7 +11,7 @@ from fulcrum import clusters
 
 @pytest.fixture(scope="module")
 def trained() -> parity.Trained:
-    return parity.train(parity.Toy(tasks=6, bits=10, hidden=96, batch=512, steps=1200, learning_rate=0.01))
+    return parity.train(parity.Toy(tasks=6, bits=10, hidden=96, batch=512, steps=800, learning_rate=0.01))
 
 
 def test_answers_are_parities_of_the_tasks_bits(trained: parity.Trained) -> None:

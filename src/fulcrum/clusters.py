@@ -51,10 +51,8 @@ class Candidate:
 @dataclass(frozen=True, slots=True, eq=False)
 class Clusters:
     """What was found: `labels` (n,) from 0, the largest cluster first, and their number `k`; None and 0 where none are stable.
-
     `eigenvalues` descend; `candidates` stand by descending k times gap; `stability` is that of the chosen one. `floor` is the
-    cosine from which two items have something in common.
-    """
+    cosine from which two items have something in common."""
 
     labels: IntArray | None
     k: int
@@ -83,8 +81,7 @@ def affinity(gradients: npt.ArrayLike) -> FloatArray:
     Raises `DataError` where gradients are no table, a value is not finite, or a gradient is zero, which has no direction: to
     leave it out is for the caller, who knows what it belongs to.
     """
-    found: FloatArray = 1 - np.arccos(_cosines(_unit(gradients))) / np.pi
-    return found
+    return np.asarray(1 - np.arccos(_cosines(_unit(gradients))) / np.pi)
 
 
 def spectrum(affinity: npt.ArrayLike, most: int) -> FloatArray:
@@ -92,10 +89,10 @@ def spectrum(affinity: npt.ArrayLike, most: int) -> FloatArray:
     weights = np.asarray(affinity, dtype=np.float64)
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1] or not weights.size:
         raise DataError(f"affinity: shape {weights.shape}; it must be (n, n), as `clusters.affinity` makes it")
-    if not np.isfinite(weights).all() or weights.min() < 0 or not np.allclose(weights, weights.T):
-        raise DataError("affinity: it must be finite, symmetric and nowhere below 0, as `clusters.affinity` makes it")
-    if not weights.any(axis=1).all():
-        raise DataError(f"affinity: item {int(np.argmin(weights.any(axis=1)))} has none to any item; leave it out")
+    if not np.isfinite(weights).all() or weights.min() < 0 or not np.allclose(weights, weights.T) or not weights.any(1).all():
+        raise DataError(
+            "affinity: it must be finite, symmetric, nowhere below 0 and in no row 0, as `clusters.affinity` makes it"
+        )
     if not 1 <= most <= len(weights):
         raise DataError(f"most: {most}; an affinity of {len(weights)} items has 1 to {len(weights)} eigenvalues")
     return _leading(weights, most)[0]
@@ -142,16 +139,13 @@ def find(gradients: npt.ArrayLike, *, most: int | None = None, draws: int = 20, 
     one = next((one for one in candidates if one.stability >= enough), None)
     if one is None:
         return Clusters(None, 0, values, candidates, None, floor)
-    return Clusters(_by_size(labels[one.k]), one.k, values, candidates, one.stability, floor)
+    return Clusters(_by_size(labels[one.k]), len(np.unique(labels[one.k])), values, candidates, one.stability, floor)
 
 
 def _graph(unit: FloatArray, rng: np.random.Generator) -> tuple[FloatArray, float]:
-    """Affinities above the floor (n, n), with every item's tie to all, and the floor as a cosine.
-
-    Random signs leave the size of every entry as it is and take away what gradients have in common.
-    """
-    pairs = np.triu_indices(len(unit), 1)
-    floors, ties = [], []
+    """Affinities above the floor (n, n), with every item's tie to all, and the floor as a cosine. Random signs leave the size
+    of every entry as it is and take away what gradients have in common."""
+    pairs, floors, ties = np.triu_indices(len(unit), 1), [], []
     for _ in range(_NOISES):
         noise = _cosines(unit * (2 * rng.integers(0, 2, unit.shape, dtype=np.int8) - 1))
         floors.append(float(np.quantile(noise[pairs], _NOISE)))
@@ -181,8 +175,7 @@ def _labels(vectors: FloatArray) -> IntArray:
     """Clusters (n,) of items by their k leading eigenvectors (n, k): each is turned to the nearest of k items far apart."""
     far = qr(vectors.T, mode="r", pivoting=True)[1][: vectors.shape[1]]
     left, _, right = svd(vectors[far].T)
-    found: IntArray = np.abs(vectors @ (left @ right)).argmax(axis=1)
-    return found
+    return np.asarray(np.abs(vectors @ (left @ right)).argmax(axis=1))
 
 
 def _by_size(labels: IntArray) -> IntArray:
@@ -198,8 +191,8 @@ def _unit(gradients: npt.ArrayLike) -> FloatArray:
     largest = np.abs(found).max(axis=1)  # nan or infinite where a value is
     for broken, what in ((~np.isfinite(largest), "have values that are not finite"), (largest == 0, "are zero: no direction")):
         if broken.any():
-            count, first = f"{int(broken.sum())} of {len(found)} items", int(np.argmax(broken))
-            raise DataError(f"gradients: {count} {what}, the first is item {first}; leave these out")
+            what = f"{int(broken.sum())} of {len(found)} items {what}, the first is item {int(np.argmax(broken))}"
+            raise DataError(f"gradients: {what}; leave these out")
     found /= largest[:, None]  # so that no square over- or underflows
     found /= np.linalg.norm(found, axis=1, keepdims=True)
     return found
@@ -299,16 +292,15 @@ def _judge(rows: tuple[Cluster, ...], fewest: int, p_of: Callable[[FloatArray, F
     if not x.any() or not y.any():
         return untold("no variation", f"all {n} clusters have the same {'gain' if x.any() else 'general density'}")
     rho, p = _correlation(x, y), p_of(x, y)
-    z, half = math.atanh(max(-0.999, min(0.999, rho))), norm.ppf(0.975) * math.sqrt((1 + rho * rho / 2) / (n - 3))
-    interval = Interval(rho, math.tanh(z - half), math.tanh(z + half))
+    z, half = np.arctanh(np.clip(rho, -0.999, 0.999)), norm.ppf(0.975) * math.sqrt((1 + rho * rho / 2) / (n - 3))
+    interval = Interval(rho, float(np.tanh(z - half)), float(np.tanh(z + half)))
     verdict: Verdict = "rises" if p < LEVEL else "not shown"
     what = "rises with a cluster's general-data density"
     sentence = f"The gain {what}" if verdict == "rises" else f"It is not shown that the gain {what}"
     sentence += f" (rho {rho:.2f}, 95% interval {interval.low:.2f} to {interval.high:.2f}, p {p:.3g}, {n} clusters)."
     held, held_p = None, None
     if used[0].before is not None:
-        left, right = _residual(x, base), _residual(y, base)
-        if left.any() and right.any():
+        if (left := _residual(x, base)).any() and (right := _residual(y, base)).any():
             held, held_p = _correlation(left, right), p_of(left, right)
         told = "nothing is left to compare" if held_p is None else "it does" if held_p < LEVEL else "that is not shown"
         numbers = "" if held is None else f" (partial rho {held:.2f}, p {held_p:.3g})"
@@ -321,8 +313,7 @@ def _judge(rows: tuple[Cluster, ...], fewest: int, p_of: Callable[[FloatArray, F
 
 def _ranks(values: Sequence[float | None]) -> FloatArray:
     """Ranks less their mean; 0 where there are no values."""
-    ranks: FloatArray = rankdata([0.0 if value is None else value for value in values]) - (len(values) + 1) / 2
-    return ranks
+    return np.asarray(rankdata([0.0 if value is None else value for value in values]) - (len(values) + 1) / 2)
 
 
 def _residual(values: FloatArray, base: FloatArray) -> FloatArray:
