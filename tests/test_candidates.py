@@ -12,7 +12,7 @@ from answering import Asked
 from fulcrum import anchor_outcomes, anchor_scores, candidates, config, report, use
 from fulcrum.cell import Silent
 from fulcrum.comparison import compare
-from fulcrum.errors import ConfigError, DataError
+from fulcrum.errors import ConfigError, DataError, StoreError
 from fulcrum.run import run
 from test_cli import done, refused
 from tiny import comparison_settings, save_task, write_rows
@@ -62,6 +62,12 @@ def test_a_run_chooses_keeps_says_and_shows(tmp_path: Path, monkeypatch: pytest.
     assert page.count("<strong>(chosen)</strong>") == 1
     monkeypatch.setattr(anchor_scores, "score", lambda *_, **__: pytest.fail("scored again"))
     run(settings_of(tmp_path), resume=True)
+    other = {**AUTO, "candidates": ["Name a colour, as you would name a friend."]}
+    with pytest.raises(StoreError, match="cannot resume, the candidates of task's anchor changed since it started"):
+        run(settings_of(tmp_path, other), resume=True)
+    (tmp_path / "out" / "anchors.json").write_text("[]")  # taken away: nothing is chosen anew in silence
+    with pytest.raises(StoreError, match="cannot resume"):
+        run(settings_of(tmp_path), resume=True)
 
 
 def test_a_comparison_chooses_by_its_smallest_size_and_sees_no_test_row(

@@ -18,7 +18,7 @@ from fulcrum.anchor_scores import Candidate
 from fulcrum.cell import Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.endpoint import Endpoint
-from fulcrum.errors import ConfigError, DataError
+from fulcrum.errors import ConfigError, DataError, StoreError
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor, AnchorScores, Example, Placement, Task
 from fulcrum.sections import GeneralSource
@@ -148,6 +148,7 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
     folder = Path(settings.output_dir)
     if (folder / store.ANCHORS).exists():
         found = store.read_as(folder / store.ANCHORS, tuple[AnchorScores, ...])
+        _same_question(settings, found, folder)
         return settled(settings, found), found
     watcher.stage("anchors: proposed and scored, before any training")
     loaded, tasks, general, seed = rows_to_score(settings, compared=compared)
@@ -173,6 +174,17 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
         )  # fmt: skip
     adapter.drop_adapter(loaded)
     return settled(settings, result), tuple(result)
+
+
+def _same_question(settings: Settings, found: Sequence[AnchorScores], folder: Path) -> None:
+    """Raise StoreError where other candidates are asked for than the run scored: its manifest says what was settled only."""
+    scored_texts = {each.task: {one.text for one in each.scores if one.source == "given"} for each in found}
+    for task in settings.tasks:
+        if task.anchor is not None and task.anchor.is_auto and scored_texts.get(task.name) != set(task.anchor.candidates):
+            raise StoreError(
+                f"{folder}: cannot resume, the candidates of {task.name}'s anchor changed since it started; undo that, or "
+                "begin another run beside it (--force-new)"
+            )
 
 
 def rows_to_score(settings: Settings, *, compared: bool) -> tuple[LoadedModel, tuple[Task, ...], tuple[Example, ...], int]:
