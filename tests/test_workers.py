@@ -15,6 +15,7 @@ from fulcrum import comparison, config, workers
 from fulcrum.cell import Silent
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.records import TrainPoint
+from fulcrum.stopping import Stopped
 from test_run import timeless
 from tiny import comparison_settings, save_task, tiny_settings
 
@@ -130,6 +131,25 @@ def test_a_ray_cluster_gives_the_same_with_a_worker_killed_in_mid_cell(
     comparison.compare(settings(place, tmp_path / "out"), jobs=2, on="ray", watcher=Told(kill))
     assert killed
     same(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize(("stopped", "code"), [(Stopped(signal.SIGTERM), 143), (KeyboardInterrupt(), 130)])
+def test_a_stopped_worker_ends_and_waits_for_no_other_unit(
+    monkeypatch: pytest.MonkeyPatch, stopped: KeyboardInterrupt, code: int
+) -> None:
+    """The pool would take it for a failed unit; its worker then waited for ever, where another had died with the queue's lock."""
+
+    def stops(*_: Any) -> None:
+        raise stopped
+
+    def ended(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(workers, "_worker", type("Worker", (), {"study": type("Study", (), {"folder": None}), "loaded": None}))
+    monkeypatch.setattr(workers, "perform", stops)
+    monkeypatch.setattr(os, "_exit", ended)
+    with pytest.raises(SystemExit, match=str(code)):
+        workers._in_process(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,12 @@ def _open(study: Study, threads: int, messages: Any) -> None:
 
 def _in_process(unit: Unit) -> Result:
     assert _worker is not None
-    return perform(_worker.study, _worker.loaded, unit, _Told(_messages), _worker.study.folder)
+    try:
+        return perform(_worker.study, _worker.loaded, unit, _Told(_messages), _worker.study.folder)
+    except KeyboardInterrupt as error:  # Stopped too
+        # A pool takes this for a failed unit, and its worker would wait for the next one: for ever, where the lock of the queue
+        # died with another worker. What was to be saved is saved.
+        os._exit(128 + getattr(error, "number", signal.SIGINT))
 
 
 @contextmanager
