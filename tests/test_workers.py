@@ -137,7 +137,7 @@ def test_a_ray_cluster_gives_the_same_with_a_worker_killed_in_mid_cell(
 def test_a_stopped_worker_ends_and_waits_for_no_other_unit(
     monkeypatch: pytest.MonkeyPatch, stopped: KeyboardInterrupt, code: int
 ) -> None:
-    """The pool would take it for a failed unit; its worker then waited for ever, where another had died with the queue's lock."""
+    """A pool would take it for a failed unit; its worker then waited for ever where another had died with the queue's lock."""
 
     def stops(*_: Any) -> None:
         raise stopped
