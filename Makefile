@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: venv demo test lint check soak mutants lock release bench simulate data clean
+.PHONY: venv demo test lint check soak mutants lock release bench simulate controls data clean
 
 venv: .venv/.installed
 
@@ -69,6 +69,13 @@ bench/.venv-%/.installed: bench/requirements-%.txt
 # Whether intervals cover what they claim: planted savings, nulls and flat curves, 1,000 experiments each. Some minutes.
 simulate: venv
 	$(BIN)/python scripts/simulate.py
+
+# Whether `scale` and `quanta` can be believed: curves without jumps and with planted ones, planted skills in a toy network, and a
+# task whose skill stands in general data alone, on the default model. Half an hour; plots and reports come to build/controls.
+controls: venv
+	$(BIN)/python scripts/simulate_scaling.py
+	$(BIN)/python scripts/parity.py --out build/controls/parity
+	$(BIN)/python scripts/planted.py build/controls/planted
 
 # Makes the packaged data again: the demo task in seconds, the pool in about 20 minutes.
 data: venv
