@@ -1,6 +1,7 @@
 """What a scaling run's curves say, from results and predictions alone: planted jumps, smooth curves, hard metrics, rows."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def test_a_planted_jump_of_the_loss_is_found_where_it_is() -> None:
     found = design(scaling.analyse(*run(step)))
     nll = found["metrics"][0]
     assert found["word"] == "jump"
+    said = r"From none to 64 general rows .* from (1\.9|2\.0)\d\d to 1\.[12]\d\d nats per token \(-0\.[78]\d\d; -.*4 seeds\)"
+    assert re.match(said, found["sentence"])
     assert nll["between"] == [2, 4]
     assert nll["size"] == pytest.approx(-0.8, abs=0.05)
     assert np.shape(nll["by_seed"]) == (4, 9)

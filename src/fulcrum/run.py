@@ -193,7 +193,8 @@ def finish(
         *(fact for fact in loaded.facts if "one example per row" in fact or "could not be compiled" in fact),
     ]
     notes += idle(arms)
-    notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
+    if kind != "scale":  # whose shares are the question itself
+        notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
     shots: dict[tuple[str, int], list[int]] = {}
     for result in arms:
         if result.setting is not None and result.setting.shots:

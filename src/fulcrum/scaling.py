@@ -15,6 +15,7 @@ from fulcrum.emergence import LEAST_LEVELS, JumpTest
 from fulcrum.ladder import Level, levels
 from fulcrum.records import FloatArray
 from fulcrum.row_jumps import row_jumps
+from fulcrum.stats import seed_interval
 
 CONTINUOUS = "nll"
 WORTH = 0.5  # nats per answer token: a jump that matters, of the mean as of a single row
@@ -84,9 +85,22 @@ def _design(
     table = np.array([[np.mean(losses[level.arm][row]) for row in rows] for level in own])
     return {
         "design": own[0].design, "held": _HELD[own[0].design], "ratios": ratios, "repeats": [level.repeats for level in own],
-        "word": word, "sentence": sentence, "metrics": [_metric(name, *found) for name, found in tests.items()],
+        "word": word, "sentence": f"{_moved(ratios, tests[CONTINUOUS][1])} {sentence}",
+        "metrics": [_metric(name, *found) for name, found in tests.items()],
         "rows": _rows(ratios, table),
     }  # fmt: skip
+
+
+def _moved(ratios: Sequence[float], losses: FloatArray) -> str:
+    """What the most general data made of the loss (seeds, levels), and where it was least."""
+    means, change = losses.mean(axis=0), seed_interval((losses[:, -1] - losses[:, 0]).tolist())
+    ends = "one seed" if np.isnan(change.low) else f"{change.low:+.3f} to {change.high:+.3f}, {len(losses)} seeds"
+    least = int(means.argmin())
+    where = "" if least == len(ratios) - 1 else f" It is least, {means[least]:.3f}, at {ratios[least]:.3g}."
+    return (
+        f"From none to {ratios[-1]:.3g} general rows for each shown task row the loss goes from {means[0]:.3f} to "
+        f"{means[-1]:.3f} nats per token ({change.estimate:+.3f}; {ends}).{where}"
+    )
 
 
 def _metric(name: str, test: JumpTest, values: FloatArray, higher: bool) -> dict[str, Any]:
