@@ -78,7 +78,9 @@ def test_few_amounts_are_not_enough_data() -> None:
     found = design(scaling.analyse(*run(step, ratios=RATIOS[:6])))
     assert found["word"] == "not enough data"
     assert found["metrics"][0]["p"] is None
-    assert "too few" in found["rows"]["sentence"]
+    assert "6 amounts are too few" in found["rows"]["sentence"]
+    results, _ = run(step)
+    assert "no predictions are stored" in design(scaling.analyse(results, []))["rows"]["sentence"]  # they were taken away
 
 
 def test_a_jump_in_one_design_alone_is_said_to_be_one_of_length() -> None:

@@ -81,7 +81,7 @@ def _design(
     word, sentence = emergence.verdict(
         tests[CONTINUOUS][0], {name: test for name, (test, _, _) in tests.items() if name != CONTINUOUS}, worth=WORTH
     )
-    rows = [row for row in losses[own[0].arm] if all(row in losses[level.arm] for level in own)]
+    rows = [row for row in losses.get(own[0].arm, ()) if all(row in losses[level.arm] for level in own)]
     table = np.array([[np.mean(losses[level.arm][row]) for row in rows] for level in own])
     return {
         "design": own[0].design, "held": _HELD[own[0].design], "ratios": ratios, "repeats": [level.repeats for level in own],
@@ -130,7 +130,8 @@ def _metric(name: str, test: JumpTest, values: FloatArray, higher: bool) -> dict
 def _rows(ratios: Sequence[float], table: FloatArray) -> dict[str, Any]:
     """Which test rows jump, (levels, rows) of losses being given."""
     if len(ratios) < LEAST_LEVELS or not table.size:
-        return {"n": table.shape[-1], "places": [], "sentence": f"{len(ratios)} amounts are too few to tell rows that jump."}
+        why = f"{len(ratios)} amounts are too few" if table.size else "no predictions are stored with the run"
+        return {"n": table.shape[-1], "places": [], "sentence": f"Nothing is said of single rows: {why}."}
     found = row_jumps(ratios, table)
     places = [f"{a:.3g} to {b:.3g}" for a, b in pairwise(ratios)]
     count, n = int(found.jumps.sum()), table.shape[1]
