@@ -11,6 +11,7 @@ import pytest
 
 from fulcrum import config, ladder, report, scale, scaling, store
 from fulcrum.errors import ConfigError
+from test_cli import done, refused
 from test_run import KillAfter, Killed, timeless
 from tiny import comparison_settings, save_task
 
@@ -128,14 +129,14 @@ def asked(place: Path, output: Path, **changes: Any) -> config.Settings:
 
 
 @pytest.fixture(scope="module")
-def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("done") / "run"
     scale.scale(asked(place, output))
     return output
 
 
-def test_every_amount_is_trained_once_at_every_seed_and_nothing_is_tuned(done: Path) -> None:
-    results = report.load(done)
+def test_every_amount_is_trained_once_at_every_seed_and_nothing_is_tuned(finished: Path) -> None:
+    results = report.load(finished)
     trained = [(arm["arm"], arm["seed"], arm["training"]["steps"], arm["training"]["share"]) for arm in results["arms"]]
     names = ["exposures_0", "exposures_1", "exposures_2", "permuted_1", "permuted_2"]
     assert [(arm, seed) for arm, seed, *_ in trained] == [(arm, seed) for seed in (0, 1) for arm in names]
@@ -144,23 +145,23 @@ def test_every_amount_is_trained_once_at_every_seed_and_nothing_is_tuned(done: P
         (8, 0), (8, 8), (8, 16), (8, 8), (8, 16),
     ]  # fmt: skip
     assert all(arm["tried"] == [] and arm["chosen"] is None for arm in results["arms"])
-    assert not (done / "adapters").exists()
-    assert scaling.sentences(store.read_json(done / store.SCALING))[0].startswith("task, exposures fixed: not enough data")
-    assert "Exposures fixed: not enough data" in (done / "report.html").read_text()
+    assert not (finished / "adapters").exists()
+    assert scaling.sentences(store.read_json(finished / store.SCALING))[0].startswith("task, exposures fixed: not enough data")
+    assert "Exposures fixed: not enough data" in (finished / "report.html").read_text()
 
 
-def test_a_killed_run_ends_in_the_same_numbers(done: Path, place: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_in_the_same_numbers(finished: Path, place: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         scale.scale(asked(place, tmp_path / "run"), watcher=KillAfter(9))
     scale.scale(asked(place, tmp_path / "run"), resume=True)
-    before, after = (timeless(json.loads((folder / "results.json").read_text())) for folder in (done, tmp_path / "run"))
+    before, after = (timeless(json.loads((folder / "results.json").read_text())) for folder in (finished, tmp_path / "run"))
     assert before == after
 
 
-def test_workers_give_the_same_numbers(done: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_give_the_same_numbers(finished: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
     scale.scale(asked(place, tmp_path / "run"), jobs=2)
-    before, after = ((folder / store.SCALING).read_text() for folder in (done, tmp_path / "run"))
+    before, after = ((folder / store.SCALING).read_text() for folder in (finished, tmp_path / "run"))
     assert before == after
 
 
@@ -168,6 +169,18 @@ def test_a_pool_that_cannot_feed_the_longest_training_is_refused(place: Path, tm
     scaled = {"ratios": [0, 1, 500], "repeats": 1, "rows": 8}
     with pytest.raises(ConfigError, match=r"takes 4,000 general rows, and the pool has 768, .*lower scale.ratios"):
         scale.scale(asked(place, tmp_path / "r", scale=scaled))
+
+
+def test_the_command_line_plans_shows_and_keeps_to_a_budget(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(config.dump(asked(place, tmp_path / "run", compare={})))
+    dry = done("scale", tmp_path / "run.yaml", "--dry-run")
+    assert "5 seeds: 25 training runs" in dry
+    assert "permuted_2" in dry
+    assert not (tmp_path / "run").exists()
+    assert "--budget asks before it starts" in refused("scale", tmp_path / "run.yaml", "--budget", "1h")
+    said = done("scale", tmp_path / "run.yaml", "--budget", "1h", "-y", "--set", "compare.seeds=[0,1]")
+    assert "ratios, exposures" in said
+    assert "exposures fixed: not enough data" in said
 
 
 def test_a_plan_leaves_out_what_a_budget_does_not_buy(place: Path, tmp_path: Path) -> None:
