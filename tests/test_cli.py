@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from fulcrum import arms, config, encode, preview, run, sources, starter, terminal
+from fulcrum import arms, config, encode, preview, sources, starter, terminal, use
 from fulcrum.cli import app
 from fulcrum.records import Anchor, Example, Message, TrainPoint
 from fulcrum.watch import Watch
@@ -99,8 +99,8 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_lists_every_verb() -> None:
     output = done("--help")
     assert {line.split()[0] for line in output.partition("Commands:")[2].splitlines() if line.strip()} == {
-        "init", "check", "train", "compare", "eval", "chat", "mix", "report", "models", "pool", "anchor", "selfgen", "certify",
-        "verify",
+        "init", "check", "train", "compare", "scale", "quanta", "eval", "chat", "mix", "report", "models", "pool", "anchor",
+        "selfgen", "certify", "verify",
     }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def test_an_error_of_the_system_is_one_line(place: Path, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "rows.jsonl")
 
-    monkeypatch.setattr(run, "run", broken)
+    monkeypatch.setitem(use.VERBS, "train", broken)
     assert refused("train", place / "run.yaml") == (
         "error: rows.jsonl: Permission denied; check the path, its permissions and the disk"
     )
@@ -186,7 +186,7 @@ def test_a_fault_of_ours_is_one_line_that_says_so(place: Path, monkeypatch: pyte
     def broken(*_: object, **__: object) -> None:
         raise KeyError("no such\nthing")
 
-    monkeypatch.setattr(run, "run", broken)
+    monkeypatch.setitem(use.VERBS, "train", broken)
     result = fulcrum("train", place / "run.yaml")
     assert result.exit_code == 1
     assert result.stderr == "error: a fault of Fulcrum itself: KeyError: 'no such\\nthing'; --debug shows where\n"
@@ -208,7 +208,7 @@ def test_interrupting_says_that_work_is_kept(place: Path, monkeypatch: pytest.Mo
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "run", interrupted)
+    monkeypatch.setitem(use.VERBS, "train", interrupted)
     result = fulcrum("train", place / "run.yaml")
     assert result.exit_code == 130
     assert result.stderr == "stopped: what was finished is kept; go on with --resume\n"
