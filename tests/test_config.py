@@ -130,7 +130,10 @@ def test_settings_given_are_not_changed() -> None:
         ({"task": {"train": None}}, r"task\.train: needs at least 1 entry"),
         ({"task": {"trian": "a.jsonl"}}, r"unknown setting 'task\.trian'; did you mean 'task\.train'"),
         ({"task": TASK, "train": {"lr": 1}}, r"unknown setting 'train\.lr'; did you mean 'train\.learning_rate'\?"),
-        ({"task": TASK, "train": {"repeats": 1}}, r"unknown setting 'train\.repeats'; did you mean 'mix\.repeats'\?"),
+        (
+            {"task": TASK, "train": {"repeats": 1}},
+            r"unknown setting 'train\.repeats'; did you mean 'mix\.repeats' or 'compare\.",
+        ),
         ({"task": TASK, "metrics": "nll"}, r"unknown setting 'metrics'; did you mean 'task\.metrics'\?"),
         ({"task": TASK, "learnin_rate": 1}, r"unknown setting 'learnin_rate'; did you mean 'train\.learning_rate'"),
         (

@@ -5,17 +5,19 @@ So an old run can be judged anew, and other trainers' numbers by the same functi
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fulcrum import emergence, plots, scaling_fits, store, summary
 from fulcrum.config import Settings
 from fulcrum.emergence import LEAST_LEVELS, JumpTest
-from fulcrum.ladder import Level, levels
 from fulcrum.records import FloatArray
 from fulcrum.row_jumps import row_jumps
 from fulcrum.stats import seed_interval
+
+if TYPE_CHECKING:
+    from fulcrum.ladder import Level
 
 CONTINUOUS = "nll"
 WORTH = 0.5  # nats per answer token: a jump that matters, of the mean as of a single row
@@ -35,6 +37,8 @@ Record = Mapping[str, Any]
 
 def analyse(results: Record, predictions: Sequence[Record]) -> dict[str, Any]:
     """Every task's curves in every design: what `scaling.json` holds. Seeds that a budget cut short are left out."""
+    from fulcrum.ladder import levels  # which knows of rows and templates: other runs' reports need none of that
+
     settings = Settings.model_validate(results["settings"])
     ladder = levels(settings)
     by_arm: dict[str, dict[int, Record]] = {}
@@ -63,7 +67,7 @@ def _losses(predictions: Sequence[Record], seeds: Sequence[int]) -> dict[str, di
 
 
 def _design(
-    task: str, own: Sequence[Level], by_arm: Mapping[str, Mapping[int, Record]], seeds: Sequence[int],
+    task: str, own: Sequence["Level"], by_arm: Mapping[str, Mapping[int, Record]], seeds: Sequence[int],
     losses: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> dict[str, Any]:  # fmt: skip
     """One design of one task: a test for every metric, the verdict, and the rows that jump."""
