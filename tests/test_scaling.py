@@ -66,7 +66,9 @@ def test_a_planted_jump_of_the_loss_is_found_where_it_is() -> None:
 
 
 def test_a_power_law_is_smooth_and_a_hard_metric_that_jumps_beside_it_an_artefact() -> None:
-    law = lambda ratio: 1.0 + (1 + ratio) ** -0.5  # noqa: E731
+    def law(ratio: float) -> float:
+        return 1.0 + (1 + ratio) ** -0.5
+
     smooth = design(scaling.analyse(*run(law)))
     assert smooth["word"] == "smooth"
     assert smooth["metrics"][0]["best"] == "power"
