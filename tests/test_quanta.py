@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulcrum import adapter, encode, generate, items, model, quanta, quanta_page, report, store
+from fulcrum import adapter, encode, generate, items, model, probe, quanta, quanta_page, report, store
 from fulcrum.errors import DataError
 from fulcrum.records import Anchor, Example, Message
 from test_run import KillAfter, Killed
@@ -132,10 +132,26 @@ def test_random_weights_have_no_skills_and_the_page_says_so(done: Path) -> None:
     assert "<script" not in text
 
 
+def test_items_without_a_gradient_are_left_out_and_counted(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = probe.in_blocks
+
+    def sure_of_three(*given: Any, **named: Any) -> Any:
+        found, seconds = real(*given, **named)
+        found[[0, 31, 59]] = 0
+        return found, seconds
+
+    monkeypatch.setattr(probe, "in_blocks", sure_of_three)
+    quanta.quanta(settings(place, tmp_path / "run"))
+    record = quanta_page.read(tmp_path / "run")
+    assert record["without_gradient"] == 3
+    assert [item["general"] for item in record["items"]] == [False] * 29 + [True] * 28
+    assert "3 more have a gradient of zero and are left out" in (tmp_path / "run" / quanta_page.PAGE).read_text()
+
+
 def test_gradients_of_items_are_their_rows(tmp_path: Path) -> None:
     """The gradient of a row's summed loss is the sum of its tokens' gradients, sketched too."""
-    from fulcrum import probe
-
     loaded = load_tiny(tmp_path)
     adapter.new_adapter(loaded, settings(tmp_path, tmp_path).train, 0)
     row = ROWS[0]

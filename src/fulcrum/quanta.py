@@ -49,6 +49,9 @@ def quanta(settings: Settings, *, resume: bool = False, watcher: Watcher | None 
             folder / store.MADE / "gradients" if writes() else None,
             budget=settings.train.pack_tokens, seed=settings.seed, count=partial(watcher.count, _LABEL), unit=True,
         )  # fmt: skip
+        taught = gradients.any(axis=1)  # where the model is so sure that nothing is left to teach, there is no direction
+        without, gradients = int((~taught).sum()), gradients[taught]
+        items = [item for item, some in zip(items, taught, strict=True) if some]
         before = generate.nats(loaded, [item.tokens for item in items])[0] / [item.tokens.n_loss for item in items]
         watcher.stage("clusters, and how stable they are")
         found = clusters.find(gradients.astype(np.float64), most=settings.quanta.most, seed=settings.seed)
@@ -57,7 +60,9 @@ def quanta(settings: Settings, *, resume: bool = False, watcher: Watcher | None 
             result, losses[arm.name] = _trained(rows, loaded, arm, items, settings, folder, watcher)
             results.append(result)
         if writes():
-            store.write_json(folder / store.QUANTA, record(items, before, losses, found, settings, seconds), indent=None)
+            store.write_json(
+                folder / store.QUANTA, record(items, before, losses, found, settings, seconds, without), indent=None
+            )
         return finish("quanta", settings, folder, loaded, [rows], results, (), started)
 
 
@@ -108,10 +113,10 @@ def _trained(
 
 def record(
     items: Sequence[Item], before: FloatArray, losses: Mapping[str, Mapping[int, FloatArray]], found: clusters.Clusters,
-    settings: Settings, seconds: float,
+    settings: Settings, seconds: float, without: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What `quanta.json` holds: every item with its cluster and losses, what clusters there are, and the test of the
-    hypothesis."""
+    hypothesis; `without` items had no gradient and are not among them."""
     plain, mixed = list(losses)
     last = [found_[max(found_)] for found_ in losses.values()]
     labels = found.labels
@@ -126,6 +131,7 @@ def record(
         "version": 1, "unit": settings.quanta.unit, "seed": settings.seed, "arms": [plain, mixed],
         "steps": {arm: list(own) for arm, own in losses.items()},
         "gradient_seconds": seconds, "tokens": sum(len(item.tokens) for item in items),
+        "without_gradient": without,
         "clusters": {
             "k": found.k, "stability": found.stability, "eigenvalues": found.eigenvalues.tolist(),
             "candidates": store.plain(found.candidates),

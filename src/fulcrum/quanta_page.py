@@ -33,7 +33,9 @@ def sentences(record: Record) -> list[str]:
     """What was found, in words: the clusters, then the test."""
     clusters, items = record["clusters"], record["items"]
     general = sum(item["general"] for item in items)
-    counted = f"{len(items):,} answer {record['unit']} ({len(items) - general:,} of the task's test rows, {general:,} general)"
+    counted = f"{len(items):,} answer {record['unit']} ({len(items) - general:,} of the task's test rows, {general:,} general"
+    without = record["without_gradient"]
+    counted += f"; {without:,} more have a gradient of zero and are left out)" if without else ")"
     if not clusters["k"]:
         best = max((one["stability"] for one in clusters["candidates"]), default=0.0)
         return [
