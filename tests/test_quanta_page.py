@@ -36,8 +36,8 @@ def record(k: int = 6, per: int = 10, evil: str = "ending") -> dict[str, Any]:
         store.plain(
             {
                 "version": 1, "unit": "tokens", "seed": 0, "arms": ["sft_anchor", "tell"], "tokens": 1234,
-                "steps": {"sft_anchor": [4, 8], "tell": [10, 20]}, "gradient_seconds": 12.0, "clusters": found, "without_gradient": 0,
-                "test": test,
+                "steps": {"sft_anchor": [4, 8], "tell": [10, 20]}, "gradient_seconds": 12.0, "clusters": found,
+                "without_gradient": 0, "test": test,
                 "items": items,
             }
         )

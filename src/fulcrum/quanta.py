@@ -49,9 +49,9 @@ def quanta(settings: Settings, *, resume: bool = False, watcher: Watcher | None 
             folder / store.MADE / "gradients" if writes() else None,
             budget=settings.train.pack_tokens, seed=settings.seed, count=partial(watcher.count, _LABEL), unit=True,
         )  # fmt: skip
-        taught = gradients.any(axis=1)  # where the model is so sure that nothing is left to teach, there is no direction
-        without, gradients = int((~taught).sum()), gradients[taught]
-        items = [item for item, some in zip(items, taught, strict=True) if some]
+        taught = np.flatnonzero(gradients.any(axis=1))  # where nothing is left to teach, there is no direction
+        without, gradients = len(items) - len(taught), gradients[taught]
+        items = [items[k] for k in taught]
         before = generate.nats(loaded, [item.tokens for item in items])[0] / [item.tokens.n_loss for item in items]
         watcher.stage("clusters, and how stable they are")
         found = clusters.find(gradients.astype(np.float64), most=settings.quanta.most, seed=settings.seed)
