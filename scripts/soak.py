@@ -166,7 +166,7 @@ def kill_often(job: Job, work: Path, kills: int, rng: random.Random, say: Callab
         process.kill()
         process.wait()
         row.tried, caught = row.tried + (not over), caught + half_written(out)
-        if any(store.damaged(path) for path in (out / "run" / "checkpoints").glob("*/checkpoint-*")):
+        if any(store.damaged(path) for path in (out / "run" / "checkpoints").glob("[!.]*/checkpoint-*")):
             row.notes += "a damaged checkpoint; "
         if over:  # it was faster than the kill: begin another one
             row.notes += "other bits after an early end; " * (job.left(out) != expected)

@@ -376,3 +376,38 @@ def test_a_lock_is_waited_for_and_the_waiting_told(tmp_path: Path, monkeypatch: 
 
     with store.locked(tmp_path / "f", waiting):
         assert told == [0, 0, 1]
+
+
+def test_a_folder_half_removed_does_not_have_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process killed while it drops an old checkpoint must not leave a damaged one behind."""
+    old = tmp_path / "checkpoint-4"
+    store.write_folder(old, lambda place: (place / "state.json").write_text("{}"))
+    real = shutil.rmtree
+
+    def killed(path: Path, **options: object) -> None:
+        if Path(path).exists():
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.drop_folder(old)
+    (left,) = tmp_path.iterdir()
+    assert left.name == f".checkpoint-4.dropped{store.PARTIAL}"
+    old.mkdir()
+    store.drop_folder(old)
+    store.drop_folder(old)  # which is not there any more
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_written_anew_is_never_half_removed_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "adapter"
+    store.write_folder(folder, lambda place: (place / "weights").write_text("old"))
+    dropped: list[str] = []
+    monkeypatch.setattr(store, "drop_folder", lambda path: dropped.append(path.name) or shutil.rmtree(path))
+    store.write_folder(folder, lambda place: (place / "weights").write_text("new"))
+    assert dropped == ["adapter"]
+    assert (folder / "weights").read_text() == "new"

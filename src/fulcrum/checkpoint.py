@@ -65,7 +65,7 @@ def write(folder: Path, identity: str, found: Checkpoint) -> None:
 
     store.write_folder(folder / f"checkpoint-{found.progress.done}", fill)
     for old in _in_order(folder)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+        store.drop_folder(old)
 
 
 def newest(folder: Path, identity: str, say: Callable[[str], None]) -> Checkpoint | None:

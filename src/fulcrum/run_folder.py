@@ -98,7 +98,7 @@ def held(folder: Path) -> Iterator[None]:
         raise StoreError(f"{folder}: cannot write: {error.strerror or error}; {store.ELSEWHERE}") from error
     try:
         for left in [*folder.rglob(f".*{PARTIAL}")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)  # it may have been inside of another
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         write_json(owner, {"pid": os.getpid(), "host": platform.node(), "since": since})
         store.mend_log(folder / EVENTS)

@@ -4,6 +4,7 @@ A file is written beside its final place, flushed to disk and renamed, so that a
 fingerprint is the SHA-256 of canonical JSON; a value without a canonical form is refused rather than guessed.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -151,13 +152,23 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         (partial / SUMS).write_text(sums, encoding="utf-8")
         for path in (*partial.rglob("*"), partial):
             _flush(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        drop_folder(folder)
         partial.rename(folder)
         _flush(folder.parent)
     except OSError as error:
         raise StoreError(f"{folder}: cannot write: {error.strerror or error}; {ELSEWHERE}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def drop_folder(folder: Path) -> None:
+    """Remove a folder, if it is there: renamed first, so that none that is half removed ever has its name. What cannot be
+    removed stays."""
+    partial = folder.with_name(f".{folder.name}.dropped{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def damaged(folder: Path) -> list[str]:

@@ -5,7 +5,6 @@ it belongs to: both travel to workers. What a unit gives depends on these alone.
 """
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +132,8 @@ def keep(study: Study, unit: Unit, result: Tried | ArmResult) -> None:
     store.write_json(_file(study, unit), {"sha256": store.fingerprint(content), **content}, indent=None)
     for part in ("fold", "member", "attempt"):  # no more: another unit's name may begin like this one's
         for training in (study.folder / "checkpoints").glob(f"{unit.name}-{part}*"):
-            shutil.rmtree(training)
-    shutil.rmtree(study.folder / "checkpoints" / unit.name, ignore_errors=True)
+            store.drop_folder(training)
+    store.drop_folder(study.folder / "checkpoints" / unit.name)
 
 
 def _file(study: Study, unit: Unit) -> Path:
