@@ -60,7 +60,8 @@ SMOOTH: dict[str, Curve] = {
 
 @dataclass(frozen=True)
 class Noise:
-    """How seeds differ: `kind` gauss, t3 (scaled to the same deviation), or drift (a random walk over levels)."""
+    """How seeds differ: `kind` gauss, t3 (scaled to the same deviation), drift (a random walk over levels), or unequal (a fifth
+    from the third level on)."""
 
     sd: float
     kind: str = "gauss"
@@ -70,6 +71,8 @@ class Noise:
         drawn = rng.standard_t(3, shape) / np.sqrt(3) if self.kind == "t3" else rng.standard_normal(shape)
         if self.kind == "drift":
             drawn = np.cumsum(drawn, axis=2) / np.sqrt(shape[2])
+        if self.kind == "unequal":
+            drawn[:, :, 2:] /= 5
         chain: FloatArray = self.sd * drawn + CHAIN * rng.standard_normal((*shape[:2], 1))
         return chain
 
@@ -133,8 +136,16 @@ def other_noise(number: int) -> Table:
     table = Table(title="False alarms under other noise (sd 0.05, 5 seeds): p < 0.01 alone, and all conditions")
     for column in ("levels", "noise", "truth", "p alone", "claimed"):
         table.add_column(column)
-    for levels, kind in product((SHORT, LONG), ("t3", "drift")):
-        for name in ("constant", "power law, beta 0.5", "logistic, 10-90% in 2.5 octaves", "hump"):
+    truths = (
+        "constant",
+        "power law, beta 0.5",
+        "logistic, 10-90% in 2.5 octaves",
+        "hump",
+        "1 - exp(-g / 1)",
+        "1 - exp(-g / 4)",
+    )
+    for levels, kind in product((SHORT, LONG), ("t3", "drift", "unequal")):
+        for name in truths:
             curve = SMOOTH[name](np.array(levels))
             found, p = experiments(levels, curve, Noise(0.05, kind), 5, number, 3, every_p=True)
             table.add_row(str(len(levels)), kind, name, share(int((p < 0.01).sum()), number), share(int(found.sum()), number))

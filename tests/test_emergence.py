@@ -4,6 +4,7 @@ from math import log
 import numpy as np
 import pytest
 import simulate_scaling
+from scipy.stats import f as f_law
 from scipy.stats import false_discovery_control
 
 from fulcrum.emergence import JumpTest, detectable, find_jumps, jump_test, power, verdict
@@ -242,7 +243,7 @@ def test_one_level_alone_at_an_end_is_no_jump(after):
 def test_a_constant_shows_no_change():
     word, sentence = verdict(judged(chains(np.zeros(9), 0.05)))
     assert word == "not enough data"
-    assert sentence.startswith("No change with general data is shown: a constant fits best. ")
+    assert sentence.startswith("No change with general data is shown (F test of the levels, p 0.38). ")
     assert re.search(
         r"as large as all that the curve moves \(0\.\d+\) would be found in \d+% of such experiments only", sentence
     )
@@ -252,12 +253,69 @@ def test_scores_that_never_differ_are_no_jump():
     found = judged(np.full((3, 9), 0.25))
     assert (found.p, found.noise, found.moves) == (1, 0, 0)
     assert not found.abrupt
-    assert verdict(found)[1].startswith("No change with general data is shown")
+    sentence = verdict(found)[1]
+    assert sentence.startswith("No change with general data is shown")
+    assert "halves" not in sentence
+    assert "A jump of 0" not in sentence
 
 
 def test_exact_scores_without_noise_are_judged_too():
     assert judged(np.tile(step(2), (3, 1))).jump
     assert not judged(np.tile(U**-0.5, (3, 1)), higher=False).abrupt
+
+
+def test_still_is_the_f_test_of_a_two_way_layout():
+    """Seeds are blocks: what moves all levels of one is no noise."""
+    scores = np.array([[0.0, 2.0, 1.0], [0.0, 0.0, 3.0], [0.0, 1.0, 2.0]])
+    between = 3 * ((scores.mean(axis=0) - scores.mean()) ** 2).sum() / 2
+    left = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
+    expected = float(f_law.sf(between / ((left**2).sum() / 4), 2, 4))
+    assert judged(scores, (0.0, 1.0, 2.0)).still == pytest.approx(expected)
+    assert np.isnan(judged(scores[:1], (0.0, 1.0, 2.0)).still)
+
+
+@pytest.mark.parametrize("levels", [5, 7, 9])
+def test_what_plainly_moves_is_never_said_not_to(levels):
+    """AICc admits nothing but a constant at five levels, and none of the forms is a dip."""
+    fall, dip = U**-0.5, -np.exp(-((X - 2) ** 2) / 2)
+    for curve in (fall, dip):
+        found = judged(chains(curve[:levels], 0.01, seeds=3), NINE[:levels], higher=False)
+        assert found.still < 1e-6
+        assert "No change" not in verdict(found, worth=0.5)[1]
+    one = judged(chains(np.zeros(levels), 0.01, seeds=1), NINE[:levels])
+    assert "No change" not in verdict(one)[1]  # one seed shows no noise
+
+
+def test_a_step_that_could_hardly_be_claimed_is_not_called_smooth():
+    """Seven levels: a step of 25 standard deviations lacks AICc; that one of half a nat would be found is no reason."""
+    found = [judged(chains(step(2, 0.15, SEVEN), 0.006, 3, number), SEVEN) for number in range(8)]
+    words = {verdict(one, worth=0.5)[0] for one in found if not one.abrupt}
+    assert words == {"not enough data"}
+
+
+@pytest.mark.parametrize("draws", [50, 98])
+def test_draws_that_cannot_show_a_p_are_refused_everywhere(draws):
+    scores = chains(step(2), 0.1)
+    for ask in (
+        lambda: judged(scores, draws=draws), lambda: find_jumps(NINE, scores[None], draws=draws),
+        lambda: power(NINE, 0.1, 5, 1.0, draws=draws), lambda: detectable(NINE, 0.1, 5, draws=draws),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=rf"draws: {draws} .* give 199 or more"):
+            ask()
+
+
+@pytest.mark.parametrize("noise", [-1.0, float("nan"), float("inf")])
+def test_a_noise_that_is_none_is_refused(noise):
+    with pytest.raises(DataError, match=r"noise .*: it must be a number from 0 up"):
+        detectable(NINE, noise, 3)
+
+
+def test_unequal_noise_raises_no_more_alarms():
+    """The first two levels are five times as noisy as the others. Drawn with one variance the null gave 6 to 11%."""
+    unequal = simulate_scaling.Noise(0.05, "unequal")
+    for name in ("logistic, 10-90% in 2.5 octaves", "power law, beta 1", "1 - exp(-g / 4)"):
+        curve = simulate_scaling.SMOOTH[name](np.array(NINE))
+        assert simulate_scaling.experiments(NINE, curve, unequal, 3, 200, 0)[0].mean() <= 0.01
 
 
 def test_a_hard_metric_alone_is_an_artefact():
@@ -449,7 +507,7 @@ def test_numbers_that_are_none_are_refused():
 def test_settings_out_of_range_are_refused():
     with pytest.raises(DataError, match=r"draws: 99 simulated curves cannot show p < 0.01; give 199 or more"):
         jump_test(SEVEN, np.zeros((3, 7)), higher_is_better=True, draws=99)
-    with pytest.raises(DataError, match="noise -1, size 1: both are numbers from 0 up"):
+    with pytest.raises(DataError, match="noise -1: it must be a number from 0 up"):
         power(SEVEN, -1.0, 3, 1.0)
     with pytest.raises(DataError, match=r"level 2, least 0.5, draws 100000: give a share between 0 and 1"):
         row_jumps(SEVEN, np.zeros((7, 3)), level=2.0)

@@ -80,6 +80,7 @@ def test_prepared_settings_name_an_arm_for_each_level_and_the_loss_first() -> No
     [
         ({"mix": {"unit": "tokens"}}, "counts general rows by examples"),
         ({"mix": {"select": "similar"}}, "drawn at random, nested"),
+        ({"task": {"name": "t", "train": "x", "anchor": "auto"}}, "the anchor of t is auto"),
         ({"scale": {"ratios": [1, 2, 4]}}, "begin with 0"),
         ({"scale": {"ratios": [0, 2, 2]}}, "ascend, got 0, 2, 2"),
         ({"scale": {"designs": ["steps", "steps"]}}, "given twice in steps, steps"),
@@ -101,6 +102,13 @@ def test_quanta_compares_two_arms_at_equal_showings() -> None:
 def test_quanta_needs_a_mixture(mix: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="general_per_task"):
         ladder.paired(settings(mix=mix))
+
+
+def test_quanta_refuses_what_it_would_not_do() -> None:
+    with pytest.raises(ConfigError, match="the anchor of t is auto"):
+        ladder.paired(settings(task={"name": "t", "train": "x", "anchor": "auto"}))
+    with pytest.raises(ConfigError, match="select: gradient is of `train` and `compare`"):
+        ladder.paired(settings(mix={"select": "gradient"}))
 
 
 def test_an_arm_with_repeats_of_its_own_tries_nothing_else(tmp_path: Path) -> None:

@@ -150,6 +150,13 @@ def test_items_without_a_gradient_are_left_out_and_counted(
     assert "3 more have a gradient of zero and are left out" in (tmp_path / "run" / quanta_page.PAGE).read_text()
 
 
+def test_few_items_make_few_clusters_and_no_error(place: Path, tmp_path: Path) -> None:
+    quanta.quanta(settings(place, tmp_path / "run", quanta={"items": 40, "repeats": 1, "points": 1}))
+    record = quanta_page.read(tmp_path / "run")
+    assert len(record["items"]) == 40
+    assert max(one["k"] for one in record["clusters"]["candidates"]) <= 19
+
+
 def test_gradients_of_items_are_their_rows(tmp_path: Path) -> None:
     """The gradient of a row's summed loss is the sum of its tokens' gradients, sketched too."""
     loaded = load_tiny(tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fulcrum import config, ladder, report, scale, scaling, store
-from fulcrum.errors import ConfigError
+from fulcrum.errors import ConfigError, DataError
 from test_cli import done, refused
 from test_run import KillAfter, Killed, timeless
 from tiny import comparison_settings, save_task
@@ -92,7 +92,7 @@ def test_a_jump_in_one_design_alone_is_said_to_be_one_of_length() -> None:
     assert [one["word"] for one in both["designs"]] == ["jump", "jump"]
     assert "neither" in both["sentence"]
     results, lines = run(step, **asked)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(3)
     for arm in results["arms"]:
         if arm["arm"].startswith("steps"):
             arm["scores"]["t"][0]["value"] = 1.5 + 0.01 * rng.standard_normal()
@@ -100,6 +100,61 @@ def test_a_jump_in_one_design_alone_is_said_to_be_one_of_length() -> None:
     assert [one["word"] for one in alone["designs"]] == ["jump", "smooth"]
     assert "not with fixed steps: it may come of the length of training" in alone["sentence"]
     assert "No change with general data is shown" in alone["designs"][1]["sentence"]  # flat, and known well
+
+
+def test_what_designs_say_of_each_other() -> None:
+    def one(design: str, word: str, size: float, place: float, losses: list[list[float]] | None = None) -> dict[str, Any]:
+        nll = {
+            "metric": "nll", "location": place, "size": size, "improves": size < 0, "by_seed": losses or [[2.0, 1.0]] * 3
+        }  # fmt: skip
+        return {"design": design, "word": word, "ratios": [0, 64], "metrics": [nll]}
+
+    def said(*designs: dict[str, Any]) -> str:
+        return " ".join(filter(None, scaling._together(designs)))
+
+    jump, unknown = one("exposures", "jump", -0.8, 3), one("steps", "not enough data", 0, 3)
+    assert said(jump, unknown) == "The jump is there with fixed exposures; whether it is with fixed steps could not be told."
+    assert "neither length" in said(jump, one("steps", "jump", -0.5, 5))
+    assert "not alike (-0.8 at ratio 3 with exposures fixed, +0.8 at 27.8" in said(jump, one("steps", "jump", 0.8, 27.8))
+    assert "not alike" in said(jump, one("steps", "jump", -0.8, 27.8))
+    true = one("exposures", "smooth", 0, 3, [[2.0, 1.0], [2.1, 1.2], [2.2, 1.1]])
+    same = one("permuted", "smooth", 0, 3, [[2.0, 1.1], [2.1, 1.1], [2.2, 1.1]])
+    none = one("permuted", "smooth", 0, 3, [[2.0, 2.1], [2.1, 2.3], [2.2, 2.0]])
+    assert "it is not shown that their answers matter, so the change may be no transfer" in said(true, same)
+    assert said(true, none).endswith("what general rows teach is in their answers.")
+    assert "change the loss by -1.000 (-1.248 to -0.752), with each other's answers by +0.033" in said(true, none)
+
+
+def test_a_worsening_jump_is_shown_as_one() -> None:
+    results, lines = run(lambda ratio: 3.2 - step(ratio))
+    found = scaling.analyse(results, lines)
+    shown = scaling.shown(found)[0]["designs"][0]
+    assert (shown["word"], shown["loss"]["improves"], shown["loss"]["failed"]) == ("jump", False, ["direction"])
+    assert shown["sentence"].partition("nats per token")[2].count("A worsening jump") == 1
+    assert "jump at" in shown["plot"]
+
+
+def test_only_what_is_right_or_wrong_can_be_an_artefact_and_a_metric_without_a_value_is_named() -> None:
+    results, lines = run(lambda ratio: 1.0 + (1 + ratio) ** -0.5, hard=lambda ratio: float(ratio >= 4))
+    for arm in results["arms"]:
+        arm["scores"]["t"][1]["metric"] = "chrf"
+    assert design(scaling.analyse(results, lines))["word"] == "smooth"
+    results["arms"][3]["scores"]["t"][1]["value"] = None
+    found = design(scaling.analyse(results, lines))
+    assert [one["metric"] for one in found["metrics"]] == ["nll"]
+    assert "Not looked at, for lack of a value in some training: chrf" in found["sentence"]
+
+
+def test_seeds_that_agree_are_not_called_one_seed() -> None:
+    found = design(scaling.analyse(*run(lambda ratio: 1.0 + 1 / (1 + ratio), noise=0.0)))
+    assert "; the same, 4 seeds)" in found["sentence"]
+
+
+def test_a_run_without_one_whole_seed_says_so() -> None:
+    results, lines = run(step)
+    results["arms"] = [arm for arm in results["arms"] if arm["arm"] != "exposures_64"]
+    with pytest.raises(DataError, match="no seed has all of its trainings"):
+        scaling.analyse(results, lines)
 
 
 def test_seeds_that_a_budget_cut_short_are_left_out() -> None:
@@ -196,3 +251,15 @@ def test_a_plan_leaves_out_what_a_budget_does_not_buy(place: Path, tmp_path: Pat
     assert some.left_out[0] == "seeds beyond the third"
     assert len(some.settings.seeds) == 3
     assert some.seconds <= rich.seconds * 0.35
+    designs = [len(one.scale.designs) for one, _ in scale._designs(wide)]
+    assert designs == sorted(designs, reverse=True)
+    named = {len(one.scale.ratios) for one, _ in scale._designs(wide)}
+    assert named == {9}  # the settings name them
+    free = asked(place, tmp_path / "r", scale={"repeats": 1, "designs": ["exposures", "steps"]}, compare={})
+    steps = [(len(one.scale.designs), len(one.scale.ratios)) for one, _ in scale._designs(free)]
+    assert steps[-1] == (2, 7)  # designs are named here
+    free = asked(place, tmp_path / "r", scale={"repeats": 1}, compare={})
+    free = free.model_copy(update={"scale": config.ScaleSettings(repeats=1)})
+    steps = [(len(one.scale.designs), len(one.scale.ratios)) for one, _ in scale._designs(free)]
+    assert steps.index((1, 9)) < steps.index((1, 8)) < steps.index((1, 7))
+    assert "hardly be seen" in list(scale._designs(free))[-1][1][-1]

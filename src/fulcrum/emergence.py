@@ -18,24 +18,28 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import f as f_distribution
 
 from fulcrum.errors import DataError
 from fulcrum.records import BoolArray, FloatArray
-from fulcrum.scaling_fits import FORMS, RISE, Fit, Grid, Nearest, aicc, best, finite, fits, grid_of, least_rss, octaves
+from fulcrum.scaling_fits import FORMS, RISE, Fit, Grid, Nearest, aicc, finite, fits, grid_of, least_rss, octaves
 
 LEAST_AICC, LEAST_P, REPLICATION = 6.0, 0.01, 1.0  # the last in octaves
+MOVED = 0.05  # p of the F test below which the level means are said to differ
 LEAST_LEVELS = FORMS["sigmoid"] + 2
 SHAPE = 4  # parameters of an abrupt curve: c, a, location, width
+_SHRINK = 2  # degrees of freedom with which the noise of all levels counts in that of one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JumpTest:
     """What one metric shows. Locations are ratios; nan where fewer than 7 levels allow no test, or 2 seeds no halves.
 
-    `statistic` is AICc(power) - AICc(best abrupt form). `between` are the measured ratios around the location, `rise` the
-    octaves from 10% to 90%: both are as fine as the levels only. `size` is in the metric, negative where it falls. `failed`
-    names the conditions that do not hold, of "levels", "seeds", "AICc", "p", "replication", "direction". `noise` is the
-    standard deviation of one seed at one level, `moves` the range of the level means.
+    `statistic` is AICc(power) - AICc(best form that can bend: abrupt sigmoid, or one break). `between` are the measured ratios
+    around the location, `rise` the octaves from 10% to 90%: both are as fine as the levels only. `size` is in the metric,
+    negative where it falls. `failed` names the conditions that do not hold, of "levels", "seeds", "AICc", "p", "replication",
+    "direction". `noise` is the standard deviation of one seed at one level, on average over levels, `moves` the range of the
+    level means, `still` the p of the F test that these are equal (seeds as blocks); nan with one seed.
     """
 
     ratios: tuple[float, ...]
@@ -52,6 +56,7 @@ class JumpTest:
     failed: tuple[str, ...]
     noise: float
     moves: float
+    still: float
     fits: Mapping[str, Fit]
 
     @property
@@ -74,7 +79,7 @@ class _Tested(NamedTuple):
     halves: FloatArray
     replicated: BoolArray
     null: FloatArray  # (B, L), the best smooth curve
-    variance: FloatArray  # of a level mean, for simulating the null
+    variance: FloatArray  # (B, L), of each level mean, for simulating the null
 
 
 def jump_test(
@@ -85,22 +90,23 @@ def jump_test(
     p is of how much better the best abrupt curve fits than the best smooth one, in units of noise, against `draws` simulated
     curves around that smooth one. Smooth is a power law or another power of g + 1, a line in log(g + 1), or a sigmoid rising
     over more than two octaves. The unit is the seeds' noise (two-way residuals: a seed's own level taken out), drawn anew each
-    time, so that its uncertainty counts; or what the abrupt curve leaves over, where that is more. The null's noise is what the
-    smooth curve leaves over, where that is more. Halves are every other seed, so that the order of seeds matters a little.
-    A step on a slope is hardly found: no form has both. Raises DataError for what is no table of scores.
+    time, so that its uncertainty counts; or what the abrupt curve leaves over, where that is more. The null's noise is that of
+    each level (its own variance, shrunk towards that of all), or what the smooth curve leaves over, where that is more. Halves
+    are every other seed, so that the order of seeds matters a little. A step on a slope is hardly found: no form has both.
+    Raises DataError for what is no table of scores.
     """
     x = octaves(ratios)
     given = _table(scores, len(x))
     levels = tuple(float(g) for g in np.asarray(ratios, dtype=np.float64))
     n_seeds, means = len(given), given.mean(axis=0)
-    noise, moves, found = float(np.sqrt(_noise(given[None])[0])), float(np.ptp(means)), fits(ratios, means)
+    noise, moves, found = float(np.sqrt(_noise(given[None]).mean())), float(np.ptp(means)), fits(ratios, means)
+    still = _still(given, noise)
     if len(x) < LEAST_LEVELS:
         nan, failed = float("nan"), ("levels", *(("seeds",) if n_seeds < 2 else ()))
         return JumpTest(
-            levels, n_seeds, nan, nan, nan, (nan, nan), nan, nan, False, (nan, nan), False, failed, noise, moves, found
+            levels, n_seeds, nan, nan, nan, (nan, nan), nan, nan, False, (nan, nan), False, failed, noise, moves, still, found
         )
-    if 1 / (draws + 1) >= LEAST_P:
-        raise DataError(f"draws: {draws} simulated curves cannot show p < {LEAST_P:g}; give 199 or more")
+    _check_draws(draws)
     grid, sign = grid_of(tuple(x)), 1.0 if higher_is_better else -1.0
     tested = _test(sign * given[None], grid)
     rng = np.random.default_rng(seed)
@@ -122,7 +128,7 @@ def jump_test(
         levels, n_seeds, float(tested.statistic[0]), p, float(2**place - 1), (levels[after - 1], levels[after]),
         float(width * RISE), sign * float(tested.abrupt.slope[0]) * swing, improves,
         (float(2 ** tested.halves[0, 0] - 1), float(2 ** tested.halves[0, 1] - 1)), bool(tested.replicated[0]),
-        tuple(name for name, holds in conditions.items() if not holds), noise, moves, found,
+        tuple(name for name, holds in conditions.items() if not holds), noise, moves, still, found,
     )  # fmt: skip
 
 
@@ -134,15 +140,34 @@ def _table(scores: FloatArray, n_levels: int) -> FloatArray:
     return given
 
 
+def _check_draws(draws: int) -> None:
+    if 1 / (draws + 1) >= LEAST_P:
+        raise DataError(f"draws: {draws} simulated curves cannot show p < {LEAST_P:g}; give 199 or more")
+
+
 def _noise(scores: FloatArray) -> FloatArray:
-    """Variance of one seed at one level (B,) from scores (B, S, L), without the seeds' main effects; nan with one seed."""
+    """Variance of one seed at each level (B, L) from scores (B, S, L), without the seeds' main effects; nan with one seed. The
+    mean over levels is the two-way residual variance."""
     n_seeds, n_levels = scores.shape[1:]
     if n_seeds < 2:
-        return np.full(len(scores), np.nan)
+        return np.full((len(scores), n_levels), np.nan)
     left = scores - scores.mean(axis=1, keepdims=True)
     left = left - left.mean(axis=2, keepdims=True)
-    variance: FloatArray = (left**2).sum(axis=(1, 2)) / ((n_seeds - 1) * (n_levels - 1))
+    variance: FloatArray = (left**2).sum(axis=1) / (n_seeds - 1) * (n_levels / (n_levels - 1))
     return variance
+
+
+def _still(scores: FloatArray, noise: float) -> float:
+    """p of the F test that all level means of scores (S, L) are equal, each seed a block; 1 where nothing moves at all."""
+    n_seeds, n_levels = scores.shape
+    if n_seeds < 2:
+        return float("nan")
+    between = n_seeds * float(scores.mean(axis=0).var(ddof=1))
+    if between <= 1e-24 * float(np.abs(scores).max()) ** 2:
+        return 1.0
+    if noise == 0:
+        return 0.0
+    return float(f_distribution.sf(between / noise**2, n_levels - 1, (n_seeds - 1) * (n_levels - 1)))
 
 
 def _test(scores: FloatArray, grid: Grid) -> _Tested:
@@ -157,8 +182,9 @@ def _test(scores: FloatArray, grid: Grid) -> _Tested:
     if n_levels >= FORMS["break"] + 2:
         scored = np.minimum(scored, aicc(np.maximum(grid.breaks.nearest(means).rss, floor), n_levels, FORMS["break"]))
     statistic = aicc(np.maximum(grid.power.nearest(means).rss, floor), n_levels, FORMS["power"]) - scored
-    variance = np.nan_to_num(_noise(centred) / n_seeds)
-    contrast = _contrast(smooth.rss, abrupt.rss, variance, floor, n_levels)
+    by_level = np.nan_to_num(_noise(centred) / n_seeds)
+    pooled = by_level.mean(axis=1)
+    contrast = _contrast(smooth.rss, abrupt.rss, pooled, floor, n_levels)
     if n_seeds < 2:
         halves, replicated = np.full((len(means), 2), np.nan), np.zeros(len(means), dtype=bool)
     else:
@@ -168,8 +194,13 @@ def _test(scores: FloatArray, grid: Grid) -> _Tested:
         same = np.sign(apart[0].slope) == np.sign(apart[1].slope)
         replicated = same & (np.abs(halves[:, 0] - halves[:, 1]) <= REPLICATION + 1e-9) & (np.ptp(means, axis=1) > 0)
     null = smooth.slope[:, None] * grid.smooth.unit[smooth.number]
+    # Few seeds tell little of a level's own noise: it counts as much as `_SHRINK` degrees of freedom of all levels together.
+    own = (n_seeds - 1) / (n_seeds - 1 + _SHRINK)
+    variance = own * by_level + (1 - own) * pooled[:, None]
     misfit = smooth.rss / (n_levels - SHAPE)
-    return _Tested(statistic, contrast, abrupt, halves, replicated, null, np.maximum(variance, misfit))
+    variance = variance * np.maximum(1, misfit / np.where(pooled > 0, pooled, np.inf))[:, None]
+    variance = np.where(pooled[:, None] > 0, variance, misfit[:, None])
+    return _Tested(statistic, contrast, abrupt, halves, replicated, null, variance)
 
 
 def _contrast(smooth: FloatArray, abrupt: FloatArray, variance: FloatArray, floor: FloatArray, n_levels: int) -> FloatArray:
@@ -188,12 +219,12 @@ def _p_values(
     rng: np.random.Generator,
 ) -> FloatArray:
     """Share of curves simulated under the best smooth one whose contrast is as large, the observed one counted among them."""
-    n_levels, df = len(grid.x), (n_seeds - 1) * (len(grid.x) - 1)
+    n_levels, df = len(grid.x), n_seeds - 1
     p = np.empty(len(observed))
     for i, (null, variance) in enumerate(zip(nulls, variances, strict=True)):
         drawn = null + np.sqrt(variance) * rng.standard_normal((draws, n_levels))
         drawn -= drawn.mean(axis=1, keepdims=True)
-        unit = variance * rng.chisquare(df, draws) / df if df else np.zeros(draws)
+        unit = (variance * rng.chisquare(df, (draws, n_levels)) / df).mean(axis=1) if df else np.zeros(draws)
         smooth, abrupt = grid.smooth.nearest(drawn).rss, grid.abrupt.nearest(drawn).rss
         contrast = _contrast(smooth, abrupt, unit, least_rss(drawn), n_levels)
         p[i] = (1 + int((contrast >= observed[i]).sum())) / (draws + 1)
@@ -215,6 +246,7 @@ def find_jumps(
             f"{LEAST_LEVELS} levels and 2 seeds"
         )
     finite("scores", given)
+    _check_draws(draws)
     grid, rng = grid_of(tuple(x)), np.random.default_rng(seed)
     tested = _test(given, grid)
     holds = (tested.statistic >= LEAST_AICC) & tested.replicated & (tested.abrupt.slope > 0)
@@ -236,12 +268,12 @@ def power(
 ) -> float:
     """Share of simulated experiments in which all conditions find a step of `size` (in the metric) between the middle levels.
 
-    `noise` is the standard deviation of one seed at one level; the curve is flat on both sides of the step. 0 with fewer than 7
-    levels or 2 seeds, which allow no claim. Raises DataError for a noise or size below 0.
+    `noise` is the standard deviation of one seed at one level, the same at all; the curve is flat on both sides of the step. 0
+    with fewer than 7 levels or 2 seeds, which allow no claim. Raises DataError for a noise or size below 0, and for few draws.
     """
     x = octaves(ratios)
-    if not (np.isfinite([noise, size]).all() and noise >= 0 and size >= 0):
-        raise DataError(f"noise {noise:g}, size {size:g}: both are numbers from 0 up, in the metric's unit")
+    _check_sizes(noise=noise, size=size)
+    _check_draws(draws)
     if len(x) < LEAST_LEVELS or seeds < 2:
         return 0.0
     step = np.where(np.arange(len(x)) >= len(x) // 2, size, 0.0)
@@ -260,11 +292,20 @@ def detectable(
 ) -> float:
     """The smallest step, in the metric, that `power` finds in at least `share` of simulations; inf where none is (fewer than 7
     levels or 2 seeds). Only size over noise matters, so that one search serves all metrics at the same levels and seeds.
+    Raises DataError for a noise below 0, and for few draws.
     """
     octaves(ratios)
+    _check_sizes(noise=noise)
+    _check_draws(draws)
     levels = tuple(float(g) for g in np.asarray(ratios, dtype=np.float64))
     least = _in_noise(levels, seeds, share, simulations, draws)
     return least * noise if np.isfinite(least) else float("inf")
+
+
+def _check_sizes(**given: float) -> None:
+    for name, value in given.items():
+        if not (np.isfinite(value) and value >= 0):
+            raise DataError(f"{name} {value:g}: it must be a number from 0 up, in the metric's unit")
 
 
 @lru_cache(maxsize=64)
@@ -289,8 +330,8 @@ def verdict(
     `hard` are other metrics of the same runs that move in steps (exact match, accuracy): a jump in one of these alone is what
     thresholds make of a smooth curve (Schaeffer et al. 2023, arXiv 2304.15004). "jump" may be a worsening; the sentence then
     says so first. "not enough data": fewer than 7 levels or 2 seeds, or no jump found where one as large as all that the
-    curve moves would be missed more often than found; unless one of `worth`, in the metric, would be found in 80%: a flat curve
-    moves by noise alone, and may be known well.
+    curve moves would be missed more often than found; unless the level means do not differ (F test) and one of `worth`, in the
+    metric, would be found in 80%: a flat curve moves by noise alone, and may be known well.
     """
     named = dict(hard) if isinstance(hard, Mapping) else {f"hard metric {i + 1}": test for i, test in enumerate(hard)}
     n, seeds = len(continuous.ratios), continuous.seeds
@@ -304,13 +345,17 @@ def verdict(
     least = detectable(continuous.ratios, continuous.noise, seeds)
     chance = power(continuous.ratios, continuous.noise, seeds, continuous.moves)
     why = _why_not(continuous)
-    if chance < 0.5 and not least <= worth:
+    if chance < 0.5 and not (continuous.still >= MOVED and least <= worth):
         return "not enough data", (
             f"{_flat(continuous)}No jump is shown ({why}), but one as large as all that the curve moves "
             f"({continuous.moves:.3g}) would be found in {chance:.0%} of such experiments only; one of {least:.3g} in 80%. "
             "More levels decide, or more seeds."
         )
-    limit = f"A jump of {least:.3g} between the middle levels, flat elsewhere, would be found in 80% of such experiments."
+    limit = (
+        f"A jump of {least:.3g} between the middle levels, flat elsewhere, would be found in 80% of such experiments."
+        if continuous.noise
+        else "Seeds do not differ, so nothing can be said of what jump would be found."
+    )
     artefacts = [f"{name} ({_at(test)})" for name, test in named.items() if test.abrupt]
     if artefacts:
         return "metric artefact", (
@@ -326,9 +371,9 @@ def verdict(
 
 
 def _flat(test: JumpTest) -> str:
-    form = best(test.fits)
-    flat = form is not None and form.form == "constant"
-    return "No change with general data is shown: a constant fits best. " if flat else ""
+    if not test.still >= MOVED:  # nan with one seed, which shows no noise to compare with
+        return ""
+    return f"No change with general data is shown (F test of the levels, p {_p(test.still)}). "
 
 
 def _at(test: JumpTest) -> str:
@@ -354,7 +399,7 @@ def _why_not(test: JumpTest) -> str:
     aicc_lacks = f", needs {LEAST_AICC:g} over the power law" if "AICc" in test.failed else ""
     p_lacks = f", needs below {LEAST_P:g} against smooth curves" if "p" in test.failed else ""
     told = [f"ΔAICc {test.statistic:.1f}{aicc_lacks}", f"p {_p(test.p)}{p_lacks}"]
-    if "replication" in test.failed:
+    if "replication" in test.failed and test.moves:
         told.append(f"halves of the seeds do not agree on a place or a direction: ratio {first:.3g} and {second:.3g}")
     return "; ".join(told)
 

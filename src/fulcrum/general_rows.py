@@ -102,6 +102,8 @@ def _too_small(settings: Settings, wanted: int, left: int, held_out: int, size: 
     """Say that the pool has too few rows, and what can be done about it with these settings."""
     fewer = np.floor(settings.mix.per_task * left / wanted * 100) / 100
     remedies = [f"set mix.general_per_task to {fewer:g} or less"] if fewer > 0 else []
+    if any(isinstance(arm, Arm) and arm.repeats for arm in settings.compare.arms):  # amounts that arms name, not the mix
+        remedies = ["lower the arms' general_per_task or repeats (of `scale`: scale.ratios, scale.repeats or scale.rows)"]
     remedies += ["lower mix.repeats"] if min(settings.mix.candidates) > 1 else []
     remedies += [f"lower eval.general_rows ({settings.eval.general_rows})"] if held_out else []
     remedies += [] if any(source.path == "builtin" for source in settings.general) else ["use `general: builtin`"]

@@ -56,7 +56,7 @@ def draw(
     if len(found) < 20:
         raise DataError(
             f"quanta: {len(found)} {unit} in the answers of {len(rows)} {kind} are too few to cluster; give more rows "
-            f"({'eval.general_rows' if general else 'task.test'}), or set quanta.unit: tokens"
+            f"({'eval.general_rows' if general else 'task.test'}){'' if unit == 'tokens' else ', or set quanta.unit: tokens'}"
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(len(found))[:wanted])
     return [_item(found[k], tokenizer, whole=unit == "rows", general=general) for k in chosen]

@@ -69,6 +69,7 @@ def prepared(settings: Settings) -> Settings:
         raise ConfigError("scale counts general rows by examples; leave mix.unit: tokens out")
     if settings.mix.select != "random":
         raise ConfigError(f"scale: rows are drawn at random, nested; leave mix.select: {settings.mix.select} out")
+    _no_auto("scale", settings)
     if not settings.general:
         raise ConfigError("scale: `general:` names no data to scale; name some")
     order = "epoch_stratified" if settings.mix.order == "auto" else settings.mix.order
@@ -99,12 +100,25 @@ def prepared(settings: Settings) -> Settings:
     return found
 
 
+def _no_auto(verb: str, settings: Settings) -> None:
+    """Raise ConfigError where an anchor is yet to be chosen: here that would be one more thing that differs."""
+    for task in settings.tasks:
+        if task.anchor is not None and task.anchor.is_auto:
+            raise ConfigError(
+                f"{verb}: the anchor of {task.name} is auto, which `train` and `compare` settle; write one "
+                "(`fulcrum anchor score` names it)"
+            )
+
+
 def paired(settings: Settings) -> Settings:
     """The settings of `quanta`: SFT and TELL in place of `compare`'s arms, and held-out general rows enough. Raises ConfigError
     for what leaves nothing to ask."""
     mixed = own_arm(settings)
     if not mixed.mixes:
         raise ConfigError("quanta asks what general data bring; set mix.general_per_task above 0 and name `general:`")
+    _no_auto("quanta", settings)
+    if settings.mix.select == "gradient":
+        raise ConfigError("quanta: mix.select: gradient is of `train` and `compare`; choose random or similar")
     if settings.mix.general_per_task == "auto":
         raise ConfigError("quanta: mix.general_per_task is auto, which a pilot settles; set a number")
     plain = ARMS["sft_anchor" if mixed.anchored else "sft"]

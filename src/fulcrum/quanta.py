@@ -54,7 +54,8 @@ def quanta(settings: Settings, *, resume: bool = False, watcher: Watcher | None 
         items = [items[k] for k in taught]
         before = generate.nats(loaded, [item.tokens for item in items])[0] / [item.tokens.n_loss for item in items]
         watcher.stage("clusters, and how stable they are")
-        found = clusters.find(gradients.astype(np.float64), most=settings.quanta.most, seed=settings.seed)
+        most = max(2, min(settings.quanta.most, len(items) // 2 - 1))  # of few items only few clusters can be told
+        found = clusters.find(gradients.astype(np.float64), most=most, seed=settings.seed)
         results, losses = [], {}
         for arm in arms:
             result, losses[arm.name] = _trained(rows, loaded, arm, items, settings, folder, watcher)

@@ -40,7 +40,7 @@ def sentences(record: Record) -> list[str]:
         best = max((one["stability"] for one in clusters["candidates"]), default=0.0)
         return [
             f"No stable clusters in {counted}: of the numbers that the gaps between eigenvalues suggest, the best agrees with "
-            f"itself over draws of the items by {best:.2f} (adjusted Rand index; 0.6 is asked for). Nothing is tested."
+            f"itself over draws of the items by {best:.3f} (adjusted Rand index; 0.6 is asked for). Nothing is tested."
         ]
     found = f"{clusters['k']} clusters in {counted}; over draws of the items they agree by {clusters['stability']:.2f}."
     return [found, record["test"]["sentence"]]

@@ -85,7 +85,8 @@ class Plan:
 
 def plan(settings: Settings, seconds: float) -> Plan:
     """The richest experiment that `seconds` buy on this machine. Left out, in this order: seeds beyond the third, test rows
-    beyond 200 and 100, the largest ratios down to seven, the design of fixed steps, seeds beyond the second.
+    beyond 200 and 100, the design of fixed steps, the largest ratios down to seven, seeds beyond the second. Seeds, designs and
+    ratios that the settings name are kept.
 
     Raises ConfigError where not even that fits.
     """
@@ -114,7 +115,7 @@ def plan(settings: Settings, seconds: float) -> Plan:
 
 
 def _designs(settings: Settings) -> Iterator[tuple[Settings, tuple[str, ...]]]:
-    """Experiments from the richest to the least, each with what it leaves out; what the settings fix themselves is kept."""
+    """Experiments from the richest to the least, each with what it leaves out."""
     left_out: dict[str, str] = {}  # by what is left out: the last word counts
     yield settings, ()
 
@@ -134,14 +135,16 @@ def _designs(settings: Settings) -> Iterator[tuple[Settings, tuple[str, ...]]]:
         if any((task.test_limit or limit + 1) > limit for task in settings.tasks):
             settings = planning.few_rows(settings, limit)
             yield without("test", f"test rows beyond {limit}", settings)
-    while len(settings.scale.ratios) > _FEWEST_LEVELS:
-        fewer = settings.scale.model_copy(update={"ratios": settings.scale.ratios[:-1]})
-        settings = settings.model_copy(update={"scale": fewer})
-        yield without("ratios", f"ratios beyond {fewer.ratios[-1]:g}", settings)
-    if len(settings.scale.designs) > 1 and "designs" not in settings.scale.model_fields_set:
+    named = settings.scale.model_fields_set
+    if len(settings.scale.designs) > 1 and "designs" not in named:
         only = settings.scale.model_copy(update={"designs": settings.scale.designs[:1]})
         settings = settings.model_copy(update={"scale": only})
         yield without("designs", "the design of fixed steps", settings)
+    while len(settings.scale.ratios) > _FEWEST_LEVELS and "ratios" not in named:
+        fewer = settings.scale.model_copy(update={"ratios": settings.scale.ratios[:-1]})
+        settings = settings.model_copy(update={"scale": fewer})
+        hard = " (of seven amounts a jump can hardly be seen)" if len(fewer.ratios) == _FEWEST_LEVELS else ""
+        yield without("ratios", f"ratios beyond {fewer.ratios[-1]:g}{hard}", settings)
     if not fixed:
         settings = seeds(2)
         yield without("seeds", "seeds beyond the second", settings)

@@ -3,7 +3,7 @@
 So an old run can be judged anew, and other trainers' numbers by the same functions (`fulcrum.emergence`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ import numpy as np
 from fulcrum import emergence, plots, scaling_fits, store, summary
 from fulcrum.config import Settings
 from fulcrum.emergence import LEAST_LEVELS, JumpTest
+from fulcrum.errors import DataError
 from fulcrum.records import FloatArray
 from fulcrum.row_jumps import row_jumps
-from fulcrum.stats import seed_interval
+from fulcrum.stats import Interval, seed_interval
 
 if TYPE_CHECKING:
     from fulcrum.ladder import Level
@@ -29,6 +30,8 @@ _HELD = {
     "steps": "trainings equally long, task rows shown less often",
     "permuted": "as exposures, general rows with each other's answers",
 }
+
+_STEPWISE = {"exact_match", "accuracy", "balanced_accuracy", "mcc", "json_valid", "json_fields"}  # a row is right or wrong
 
 _FIXED = {"exposures": "exposures fixed", "steps": "steps fixed", "permuted": "answers permuted"}
 
@@ -45,6 +48,8 @@ def analyse(results: Record, predictions: Sequence[Record]) -> dict[str, Any]:
     for arm in results["arms"]:
         by_arm.setdefault(arm["arm"], {})[arm["seed"]] = arm
     seeds = sorted(set.intersection(*(set(by_arm.get(level.arm, {})) for level in ladder)))
+    if not seeds:
+        raise DataError("scale: no seed has all of its trainings, so that there is no curve; finish the run with --resume")
     losses = _losses(predictions, seeds)
     tasks = []
     for task in settings.tasks:
@@ -52,7 +57,7 @@ def analyse(results: Record, predictions: Sequence[Record]) -> dict[str, Any]:
         for design in settings.scale.designs:
             own = [level for level in ladder if level.design == design]
             designs.append(_design(task.name, own, by_arm, seeds, losses.get(task.name, {})))
-        tasks.append({"task": task.name, "designs": designs, "sentence": _together(designs)})
+        tasks.append({"task": task.name, "designs": designs, "sentence": " ".join(filter(None, _together(designs)))})
     return {"version": 1, "seeds": seeds, "tasks": tasks}
 
 
@@ -74,6 +79,7 @@ def _design(
     ratios = [level.ratio for level in own]
     named = [score["metric"] for score in by_arm[own[0].arm][seeds[0]]["scores"][task]]
     tests: dict[str, tuple[JumpTest, FloatArray, bool]] = {}
+    untold = []  # metrics that have no value in some training
     for metric in named:
         scores = [
             [next(s for s in by_arm[level.arm][seed]["scores"][task] if s["metric"] == metric) for level in own]
@@ -81,10 +87,15 @@ def _design(
         ]
         values = np.array([[score["value"] for score in row] for row in scores], dtype=np.float64)
         higher = scores[0][0]["higher_is_better"]
+        if not np.isfinite(values).all():
+            untold.append(summary.label_of(metric))
+            continue
         tests[metric] = emergence.jump_test(ratios, values, higher_is_better=higher), values, higher
     word, sentence = emergence.verdict(
-        tests[CONTINUOUS][0], {name: test for name, (test, _, _) in tests.items() if name != CONTINUOUS}, worth=WORTH
+        tests[CONTINUOUS][0], {name: test for name, (test, _, _) in tests.items() if name in _STEPWISE}, worth=WORTH
     )
+    if untold:
+        sentence += f" Not looked at, for lack of a value in some training: {', '.join(untold)}."
     rows = [row for row in losses.get(own[0].arm, ()) if all(row in losses[level.arm] for level in own)]
     table = np.array([[np.mean(losses[level.arm][row]) for row in rows] for level in own])
     return {
@@ -98,7 +109,7 @@ def _design(
 def _moved(ratios: Sequence[float], losses: FloatArray) -> str:
     """What the most general data made of the loss (seeds, levels), and where it was least."""
     means, change = losses.mean(axis=0), seed_interval((losses[:, -1] - losses[:, 0]).tolist())
-    ends = "one seed" if np.isnan(change.low) else f"{change.low:+.3f} to {change.high:+.3f}, {len(losses)} seeds"
+    ends = "one seed" if len(losses) == 1 else f"{_ends(change)}, {len(losses)} seeds"
     least = int(means.argmin())
     where = "" if least == len(ratios) - 1 else f" It is least, {means[least]:.3f}, at {ratios[least]:.3g}."
     return (
@@ -125,7 +136,7 @@ def _metric(name: str, test: JumpTest, values: FloatArray, higher: bool) -> dict
                 "best": None if best is None else best.form, "statistic": test.statistic, "p": test.p,
                 "location": test.location, "between": test.between, "rise": test.rise, "size": test.size,
                 "halves": test.halves, "replicated": test.replicated, "jump": test.jump, "failed": test.failed,
-                "noise": test.noise, "moves": test.moves,
+                "abrupt": test.abrupt, "improves": test.improves, "noise": test.noise, "moves": test.moves, "still": test.still,
             }
         )
     )  # fmt: skip
@@ -149,19 +160,64 @@ def _rows(ratios: Sequence[float], table: FloatArray) -> dict[str, Any]:
     return {"n": n, "places": counts, "sentence": sentence, "jumps": count}
 
 
-def _together(designs: Sequence[Record]) -> str:
+def _ends(interval: Interval) -> str:
+    return "the same" if np.isnan(interval.low) else f"{interval.low:+.3f} to {interval.high:+.3f}"
+
+
+def _together(designs: Sequence[Record]) -> Iterator[str]:
     """What the designs say of each other."""
-    words = {one["design"]: one["word"] for one in designs}
-    pair = [words[name] for name in ("exposures", "steps") if name in words]
-    if len(pair) < 2 or "jump" not in pair:
+    by_name = {one["design"]: one for one in designs}
+    if {"exposures", "steps"} <= by_name.keys():
+        yield _length_or_share(by_name["exposures"], by_name["steps"])
+    if {"exposures", "permuted"} <= by_name.keys():
+        yield _transfer(by_name["exposures"], by_name["permuted"])
+
+
+def _loss(design: Record) -> Record:
+    """The continuous metric of a design."""
+    found: Record = next(one for one in design["metrics"] if one["metric"] == CONTINUOUS)
+    return found
+
+
+def _length_or_share(exposures: Record, steps: Record) -> str:
+    """Whether a jump is there whatever is held fixed."""
+    jumping = [one["word"] == "jump" for one in (exposures, steps)]
+    if not any(jumping):
         return ""
-    if pair == ["jump", "jump"]:
-        return "The jump is there with exposures fixed and with steps: neither length nor the task's share explains it."
-    where, other = ("fixed exposures", "fixed steps") if pair[0] == "jump" else ("fixed steps", "fixed exposures")
+    if all(jumping):
+        one, other = _loss(exposures), _loss(steps)
+        apart = abs(np.log2((1 + one["location"]) / (1 + other["location"])))
+        if one["improves"] == other["improves"] and apart <= emergence.REPLICATION:
+            return "The jump is there with exposures fixed and with steps: neither length nor the task's share explains it."
+        return (
+            f"Both designs jump, but not alike ({one['size']:+.3g} at ratio {one['location']:.3g} with exposures fixed, "
+            f"{other['size']:+.3g} at {other['location']:.3g} with steps): length or the task's share has a part in it."
+        )
+    where, other_name = ("fixed exposures", "fixed steps") if jumping[0] else ("fixed steps", "fixed exposures")
+    if (steps if jumping[0] else exposures)["word"] == "not enough data":
+        return f"The jump is there with {where}; whether it is with {other_name} could not be told."
     return (
-        f"The jump is there with {where} and not with {other}: it may come of "
-        f"{'the length of training' if pair[0] == 'jump' else 'how little of a training is left to the task'}."
+        f"The jump is there with {where} and not with {other_name}: it may come of "
+        f"{'the length of training' if jumping[0] else 'how little of a training is left to the task'}."
     )
+
+
+def _transfer(exposures: Record, permuted: Record) -> str:
+    """What is left of the change at the largest ratio where general rows have each other's answers."""
+    true, wrong = (np.array(_loss(one)["by_seed"]) for one in (exposures, permuted))
+    gain, left = (seed_interval((losses[:, -1] - losses[:, 0]).tolist()) for losses in (true, wrong))
+    between = seed_interval((wrong[:, -1] - true[:, -1]).tolist())
+    many = len(true) > 1
+    told = (
+        f"At ratio {exposures['ratios'][-1]:.3g} general rows change the loss by {gain.estimate:+.3f}"
+        f"{f' ({_ends(gain)})' * many}, with each other's answers by {left.estimate:+.3f}{f' ({_ends(left)})' * many}; the "
+        f"latter's loss is {between.estimate:+.3f}{f' ({_ends(between)})' * many} beside the former's"
+    )
+    if not many:
+        return f"{told}. One seed cannot tell whether the answers matter."
+    if between.low > 0:
+        return f"{told}: what general rows teach is in their answers."
+    return f"{told}: it is not shown that their answers matter, so the change may be no transfer."
 
 
 def sentences(found: Record) -> list[str]:
@@ -183,7 +239,7 @@ def shown(found: Record) -> list[dict[str, Any]]:
             **task,
             "designs": [
                 {
-                    **one, "plot": plot(one), "name": _FIXED[one["design"]],
+                    **one, "loss": _loss(one), "plot": plot(one), "name": _FIXED[one["design"]],
                     "metrics": [
                         {**own, "label": summary.label_of(own["metric"]), "means": np.mean(own["by_seed"], axis=0).tolist()}
                         for own in one["metrics"]
@@ -210,6 +266,6 @@ def plot(design: Record) -> str:
         name, direction = one["metric"], "higher" if one["higher_is_better"] else "lower"
         fitted = {_NAMES[form]: one["fits"][form]["fine"] for form in _NAMES if one["fits"][form]["fine"]}
         label = ", ".join(filter(None, (summary.UNITS.get(name), f"{direction} is better")))
-        jump = one["location"] if one["jump"] else None
+        jump = one["location"] if one["abrupt"] else None
         panels.append(plots.Amounts(summary.label_of(name), label, design["ratios"], one["by_seed"], one["fine"], fitted, jump))
     return plots.scaling(panels)
