@@ -9,10 +9,14 @@ general rows have each other's answers (the design `permuted`), since nothing is
 import argparse
 import itertools
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fulcrum import config, scale, store, terminal
+from fulcrum.stats import seed_interval
 from fulcrum.watch import Watch
 
 WORDS = (
@@ -74,8 +78,24 @@ def settings(folder: Path, **changes: Any) -> config.Settings:
     )  # fmt: skip
 
 
+def judge(found: Mapping[str, Any]) -> dict[str, bool]:
+    """What must hold of `scaling.json`, and whether it does: 95% intervals over seeds, and the F test of the levels."""
+    losses = {
+        one["design"]: next(metric for metric in one["metrics"] if metric["metric"] == "nll")
+        for one in found["tasks"][0]["designs"]
+    }
+    true, wrong = (np.array(losses[name]["by_seed"]) for name in ("exposures", "permuted"))
+    gain, apart = seed_interval(list(true[:, -1] - true[:, 0])), seed_interval(list(wrong[:, -1] - true[:, -1]))
+    return {
+        f"mixing wins: the loss changes by {gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})": gain.high < 0,
+        f"scale sees it: the levels differ (F test, p {losses['exposures']['still']:.2g})": losses["exposures"]["still"] < 0.01,
+        f"with each other's answers the loss is {apart.estimate:+.3f} ({apart.low:+.3f} to {apart.high:+.3f}) beside that: "
+        "no transfer": apart.low > 0,
+    }
+
+
 def main() -> None:
-    """Run the control with the default model, and print its verdicts."""
+    """Run the control with the default model; print its verdicts and whether they are as planted, else exit with 1."""
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("folder", type=Path)
     asked.add_argument("--jobs", type=int, default=1)
@@ -85,6 +105,10 @@ def main() -> None:
     with Watch(screen) as watch:
         scale.scale(settings(given.folder), resume=True, watcher=watch, jobs=given.jobs)
     terminal.conclude(screen, given.folder / "run")
+    held = judge(store.read_json(given.folder / "run" / store.SCALING))
+    for what, holds in held.items():
+        terminal.say(screen, f"{'as planted' if holds else 'NOT as planted'}: {what}")
+    raise SystemExit(0 if all(held.values()) else 1)
 
 
 if __name__ == "__main__":
