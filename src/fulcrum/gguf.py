@@ -36,25 +36,32 @@ def convert(gguf_file: Path, folder: Path) -> Path:
 
     What `folder` held is replaced. Raises ModelError where Transformers cannot read the file or tensors are missing.
     """
-    metadata, parameters = _read_metadata(gguf_file)
-    _refuse_unread(gguf_file, metadata)
+    _, parameters = _read_metadata(gguf_file)
     require_space(folder.parent, 2 * parameters + 2**26, f"converting {gguf_file.name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     identity = sources.converted_mark(file_sha256(gguf_file))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
-        # Progress bars of three kinds would tear the caller's own; all that matters is raised.
-        with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer, model = _read_model(gguf_file)
-            _restore_split(tokenizer, metadata.get("tokenizer.ggml.pre") or "")
-            model.generation_config = _generation_config(model, tokenizer, metadata)
-            model.save_pretrained(new)
+        tokenizer, model = read(gguf_file)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar would tear the caller's own
+            _saveable(model).save_pretrained(new)
             tokenizer.save_pretrained(new)
         write_json(new / sources.MARK, {"file": gguf_file.name, "transformers": transformers.__version__, **identity})
         if folder.exists():
             folder.replace(old)
         new.replace(folder)
     return folder
+
+
+def read(gguf_file: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The tokenizer and the model of a GGUF file, weights in `dtype`. Raises ModelError as `convert` does."""
+    metadata, _ = _read_metadata(gguf_file)
+    _refuse_unread(gguf_file, metadata)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of three kinds; all that matters is raised
+        tokenizer, model = _read_model(gguf_file, dtype)
+        _restore_split(tokenizer, metadata.get("tokenizer.ggml.pre") or "")
+        model.generation_config = _generation_config(model, tokenizer, metadata)
+    return tokenizer, model
 
 
 def _read_metadata(gguf_file: Path) -> tuple[dict[str, Any], int]:
@@ -78,13 +85,12 @@ def _refuse_unread(gguf_file: Path, metadata: dict[str, Any]) -> None:
         )
 
 
-def _read_model(gguf_file: Path) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Read tokenizer and weights, and return the weights in a fresh model that can be saved."""
+def _read_model(gguf_file: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, Any]:
     place: dict[str, Any] = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         # Where a GGUF kernel is installed, Transformers would else leave the weights in their packed form.
-        plain: dict[str, Any] = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        plain: dict[str, Any] = {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
         loaded, report = AutoModelForCausalLM.from_pretrained(**place, **plain, output_loading_info=True)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:  # the last: a quantisation it cannot undo
         reason = str(error).strip().splitlines()[0]
@@ -92,13 +98,19 @@ def _read_model(gguf_file: Path) -> tuple[PreTrainedTokenizerBase, Any]:
     if report["missing_keys"]:  # Transformers would fill them with random numbers and go on
         missing = sorted(report["missing_keys"])
         raise ModelError(f"{gguf_file}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    return tokenizer, loaded
+
+
+def _saveable(loaded: Any) -> Any:
+    """The same weights in a fresh model: Transformers refuses to save what it read from a GGUF file."""
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the saved weights are plain
     with torch.device("meta"):  # no memory and no random numbers for weights that are assigned at once
-        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        fresh = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
     fresh.load_state_dict(loaded.state_dict(), assign=True)
-    return tokenizer, fresh
+    fresh.generation_config = loaded.generation_config
+    return fresh
 
 
 def _restore_split(tokenizer: PreTrainedTokenizerBase, split: str) -> None:
