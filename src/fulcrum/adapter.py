@@ -103,7 +103,13 @@ def drop_adapter(loaded: LoadedModel) -> None:
 
 def adapter_state(loaded: LoadedModel) -> State:
     """A copy of the adapter's weights, in PEFT's names."""
-    return {name: tensor.detach().clone().cpu() for name, tensor in get_peft_model_state_dict(loaded.peft).items()}
+    return {name: tensor.detach().clone().cpu() for name, tensor in _weights(loaded).items()}
+
+
+def _weights(loaded: LoadedModel) -> State:
+    # PEFT would add the base's own weights where the output head is adapted.
+    found: State = get_peft_model_state_dict(loaded.peft, save_embedding_layers=False)
+    return found
 
 
 def without(loaded: LoadedModel) -> AbstractContextManager[None]:
@@ -114,7 +120,7 @@ def without(loaded: LoadedModel) -> AbstractContextManager[None]:
 
 def is_finite(loaded: LoadedModel) -> bool:
     """Whether every weight of the present adapter is a number: a training that diverged leaves others. True without adapter."""
-    return loaded.peft is None or all(tensor.isfinite().all() for tensor in get_peft_model_state_dict(loaded.peft).values())
+    return loaded.peft is None or all(tensor.isfinite().all() for tensor in _weights(loaded).values())
 
 
 def set_adapter_state(loaded: LoadedModel, state: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fulcrum import cli_anchor, cli_certificate, cli_models, cli_pool, cli_selfgen, cli_start
+from fulcrum import cli_anchor, cli_certificate, cli_export, cli_models, cli_pool, cli_selfgen, cli_start
 from fulcrum.cli_group import DEBUG, Group
 from fulcrum.cli_start import Changes, RunFile, RunFolder, TaskName
 from fulcrum.errors import ConfigError
@@ -252,6 +252,9 @@ def chat(ctx: typer.Context, run_folder: RunFolder, arm: ArmName = None, task: T
         terminal.say(notes, f"warning: {text}", "yellow")
     terminal.say(notes, "no anchor is applied" if anchor is None else f"anchor ({anchor.placement}): {anchor.text}")
     terminal.converse(notes, lambda history: adapter.reply([history], task=task)[0])
+
+
+app.command("export")(cli_export.export)
 
 
 @app.command()

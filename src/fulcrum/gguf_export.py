@@ -7,7 +7,7 @@ changed are the source's own numbers, so that what else an architecture asks for
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -16,7 +16,6 @@ from gguf import GGMLQuantizationType as Type
 
 from fulcrum.errors import ModelError
 
-Kind = Literal["f16", "q8_0"]
 KINDS: Mapping[str, tuple[Type, gguf.LlamaFileType]] = {
     "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16), "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }  # fmt: skip
@@ -28,9 +27,9 @@ Array = npt.NDArray[np.float32]
 Layout = Callable[[Array], Array]
 
 
-def write(source: Path, target: Path, base: Mapping[str, Any], merged: Mapping[str, Any], kind: Kind, template: str) -> int:
+def write(source: Path, target: Path, base: Mapping[str, Any], merged: Mapping[str, Any], kind: str, template: str) -> int:
     """Write `target`: the source file's model with the tensors that differ between `base` and `merged` (state dicts of float32
-    tensors, Transformers' names) replaced, in 16-bit floats or 8-bit blocks, with this chat template. Returns how many.
+    tensors, Transformers' names) replaced, stored as `kind` of KINDS says, with this chat template. Returns how many.
 
     Raises ModelError where a changed tensor has no place in the source, or stands there in no order that is known.
     """
@@ -81,7 +80,7 @@ def _name(name: str, architecture: str, facts: Mapping[str, Any]) -> str:
     return str(names.get_name(name, (".weight", ".bias")) or name)
 
 
-def _type(tensor: Any, kind: Kind) -> Type:
+def _type(tensor: Any, kind: str) -> Type:
     """How a tensor is stored: vectors (norms, biases) as they were; rows that blocks do not divide in 16-bit floats."""
     if len(tensor.shape) == 1:
         return Type.F32

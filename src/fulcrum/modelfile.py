@@ -98,8 +98,9 @@ def template(found: Pieces) -> str:
     )
 
 
-def modelfile(base: str, form: Format) -> str | None:
-    """The text of a Modelfile that stands beside a saved adapter; None where the template has a shape that it cannot have.
+def modelfile(base: str, form: Format, *, adapter: bool = True) -> str | None:
+    """The text of a Modelfile that stands beside a saved adapter, or beside a whole model; None where the template has a shape
+    that it cannot have.
 
     The first token of the sequence is left out where the tokenizer adds it by itself: Ollama's runner then does too.
     """
@@ -110,10 +111,12 @@ def modelfile(base: str, form: Format) -> str | None:
     adds = bool(begin) and form.tokenizer("x")["input_ids"][:1] == [form.tokenizer.convert_tokens_to_ids(begin)]
     if adds:
         found = replace(found, start=found.start.removeprefix(begin), before_system=found.before_system.removeprefix(begin))
-    return (
-        "# ollama create NAME -f Modelfile\n"
+    origin = (
         "# FROM is the model that this adapter was trained on: its .gguf file, or a folder with its safetensors.\n"
         f"FROM {base}\nADAPTER .\n"
+    )
+    return (
+        f"# ollama create NAME -f Modelfile\n{origin if adapter else f'FROM {base}' + chr(10)}"
         f'TEMPLATE """{template(found)}"""\n'
         f"PARAMETER stop {json.dumps(form.end_text, ensure_ascii=False)}\n"
         "PARAMETER temperature 0\n"

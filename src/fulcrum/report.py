@@ -296,6 +296,18 @@ def card(results: Record, adapter_note: str) -> str:
     )  # fmt: skip
 
 
+def export_card(
+    results: Record, to: str, files: Sequence[str], anchor: Any, check: Record | None, parts: Sequence[Record]
+) -> str:
+    """Return the model card of an export in Markdown: `to` is its kind, `check` its `artefact.Check`, `parts` what went in."""
+    longest = max((task["max_new_tokens"] for task in results["settings"].get("tasks", ())), default=64)
+    weights = next((name for name in files if name.endswith(".gguf")), "")
+    return _render(
+        "export.md.j2", results, to=to, files=files, weights=weights, anchor=anchor, check=check, parts=parts,
+        max_new_tokens=longest,
+    )  # fmt: skip
+
+
 def _kind_of_base(name: str) -> str:
     """How others come by the base model: ``wheel``, ``folder``, ``gguf`` or ``hub``."""
     try:

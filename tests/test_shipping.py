@@ -1,0 +1,221 @@
+"""What is exported is the adapter that was trained, as other programs load it; what is not is refused with the reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fulcrum
+from fulcrum import artefact, encode, gguf, merge, shipping, store, use
+from fulcrum.errors import ConfigError, ModelError
+from fulcrum.records import Message
+from fulcrum.shipping import Wanted
+from test_cli import done, refused
+from test_gguf import write_gguf
+from test_use import settings
+from tiny import save_tiny, write_rows
+
+WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx")
+
+
+def moved(folder: Path) -> Path:
+    """The run with an adapter that changes answers: one trained for two steps hardly does."""
+    file = folder / "adapter" / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(1)
+    state = {n: t if "lora_A" in n else 0.2 * torch.randn(t.shape, generator=generator) for n, t in load_file(file).items()}
+    sums = folder / "adapter" / store.SUMS
+    old = store.file_sha256(file)
+    save_file(state, file, metadata={"format": "pt"})
+    sums.write_text(sums.read_text().replace(old, store.file_sha256(file)))
+    return folder
+
+
+def trained(place: Path, model: Path, **changes: Any) -> Path:
+    rows = [(f"colour {word}", ("red", "blue")[k % 2]) for k, word in enumerate(WORDS)]
+    for name, part in (("train", rows[:6]), ("dev", rows[6:9]), ("test", rows[9:])):
+        write_rows(place / f"{name}.jsonl", part)
+    asked = settings(place, place / "run", **{"model": str(model), **changes})
+    fulcrum.train(**asked)
+    return moved(place / "run")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("shipping")
+    return trained(place, save_tiny(place / "model"), task={"metrics": ["nll", "exact_match"]})
+
+
+@pytest.fixture(scope="module")
+def from_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("from-gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FULCRUM_CACHE", str(place / "cache"))
+        return trained(place, write_gguf(place / "model.gguf"), task={"anchor": "say:"}, eval={"general_rows": 0, "draws": 100})
+
+
+def answers(folder: Path, **dtype: Any) -> torch.Tensor:
+    """Logits of a question in plain Transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    causal = AutoModelForCausalLM.from_pretrained(folder, **dtype)
+    given = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "colour ox"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    return causal(**given).logits.float()
+
+
+def test_a_merged_folder_in_plain_transformers_is_the_adapter_with_its_anchor(run: Path, tmp_path: Path) -> None:
+    found = shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "merged")
+    adapter = use.load_adapter(run)
+    form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor())
+    ids = encode.prompt_ids((Message("user", "colour ox"),), form)
+    torch.testing.assert_close(
+        answers(tmp_path / "merged"), adapter.loaded.causal(input_ids=torch.tensor([ids])).logits, atol=1e-4, rtol=1e-4
+    )
+    with adapter.loaded.peft.disable_adapter():
+        base = adapter.loaded.causal(input_ids=torch.tensor([ids])).logits
+    assert (answers(tmp_path / "merged") - base).abs().max() > 0.5
+    check = found.check
+    assert check is not None
+    assert (check.reader, check.rows, check.agreement, check.same_answers, check.wrong) == ("Transformers", 3, 1.0, 1.0, "")
+    assert abs(check.nats[0] - check.nats[1]) < 1e-4
+    assert [name for name, *_ in check.scores] == ["exact_match"]
+
+
+def test_each_export_says_what_went_in_and_how_it_was_checked(run: Path, tmp_path: Path) -> None:
+    found = shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
+    assert {"README.md", "inputs.cdx.json", "export.json", "model.safetensors", "chat_template.jinja"} <= set(found.files)
+    assert store.damaged(tmp_path / "m") == []
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "Name it." in card
+    assert "Scored again by Transformers on 3 rows" in card
+    listed = json.loads((tmp_path / "m" / "inputs.cdx.json").read_text())
+    weights = store.read_json(run / store.MANIFEST)["environment"]["weights"]
+    assert listed["components"][0]["hashes"] == [{"alg": "SHA-256", "content": weights}]
+    assert {"rows: colour train", "rows: colour test"} <= {part["name"] for part in listed["components"]}
+    assert weights in card
+
+
+@pytest.mark.parametrize("to", ["adapter", "modelfile"])
+def test_an_adapter_is_scored_by_plain_peft(run: Path, tmp_path: Path, to: Any) -> None:
+    found = shipping.export(run, Wanted(to), out=tmp_path / "a")
+    assert found.check is not None
+    assert (found.check.reader, found.check.agreement) == ("Transformers and PEFT", 1.0)
+    assert {"adapter_model.safetensors", "Modelfile"} <= set(found.files)
+    assert "ADAPTER ." in (tmp_path / "a" / "Modelfile").read_text()
+
+
+@pytest.mark.parametrize("quantization", ["f16", "q8_0"])
+def test_a_gguf_file_is_the_adapter_on_the_file_that_the_model_came_as(
+    from_gguf: Path, tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FULCRUM_CACHE", str(from_gguf.parent / "cache"))
+    monkeypatch.setattr(artefact, "LEAST_AGREEMENT", 0.8)  # of a random model's tokens some are near ties
+    monkeypatch.setattr(artefact, "MOST_NATS", {"merged": 0.05, "f16": 0.05, "q8_0": 0.3})
+    found = shipping.export(from_gguf, Wanted("gguf", quantization), out=tmp_path / "g")
+    file = f"sft_anchor-{quantization}.gguf"
+    assert {file, "Modelfile", "README.md"} <= set(found.files)
+    assert f"FROM ./{file}" in (tmp_path / "g" / "Modelfile").read_text()
+    assert "ADAPTER" not in (tmp_path / "g" / "Modelfile").read_text()
+    tokenizer, _ = gguf.read(tmp_path / "g" / file)
+    assert "say:" in tokenizer.chat_template
+
+
+def test_a_lost_adapter_is_refused_and_nothing_stays(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault of `lm-eval` and others: the base model is served, without a word."""
+    real = merge.save
+
+    def without(causal: Any, tokenizer: Any, folder: Path, *rest: Any) -> None:
+        base = AutoModelForCausalLM.from_pretrained(run.parent / "model", dtype=torch.float32)
+        real(base, tokenizer, folder, *rest)
+
+    monkeypatch.setattr(merge, "save", without)
+    with pytest.raises(ModelError, match=r"tell-merged|sft_anchor-merged: not written: precision: the loss is .* beside"):
+        shipping.export(run, Wanted("merged"), out=tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+    shipping.export(run, Wanted("merged"), out=tmp_path / "m", rows=0)
+    assert "It was not scored again." in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_another_template_is_named_as_the_cause(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = merge.save
+    monkeypatch.setattr(merge, "save", lambda *given: real(*given[:3], None, given[4]))
+    with pytest.raises(ModelError, match=r"template: the prompts of 3 of 3 rows have other tokens than in training"):
+        shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
+
+
+def test_a_merge_that_goes_wrong_is_told_from_rounding(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = merge.merged
+
+    def half(*given: Any) -> Any:
+        causal, tokenizer = real(*given)
+        causal.model.layers[0].mlp.down_proj.weight.data.mul_(0.2)
+        return causal, tokenizer
+
+    monkeypatch.setattr(merge, "merged", half)
+    with pytest.raises(ModelError, match=r"merging: .* has as much before it is rounded; use the adapter itself"):
+        shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
+
+
+def test_what_needs_llama_cpp_says_how_to_get_it(run: Path, from_gguf: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    with pytest.raises(
+        ModelError, match=r"a model that came as safetensors needs llama\.cpp's own converter; get it with `git"
+    ):
+        shipping.export(run, Wanted("gguf"), out=tmp_path / "g")
+    monkeypatch.setenv("FULCRUM_CACHE", str(from_gguf.parent / "cache"))
+    with pytest.raises(ModelError, match=r"q4_k_m of .* needs llama\.cpp's own converter, and .*convert_hf_to_gguf.py is not"):
+        shipping.export(from_gguf, Wanted("gguf", "q4_k_m", llama_cpp=tmp_path), out=tmp_path / "g")
+
+
+def test_llama_cpps_converter_is_called_with_the_merged_folder(run: Path, tmp_path: Path) -> None:
+    """A converter that writes down what it was asked for, and a quantiser that cannot be found."""
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import pathlib, sys\n"
+        "merged, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[5])\n"
+        "assert 'Name it.' in (merged / 'chat_template.jinja').read_text()\n"
+        "out.write_text(' '.join([sys.argv[2], sys.argv[3], sys.argv[4]]))\n"
+    )
+    found = shipping.export(run, Wanted("gguf", "f16", llama_cpp=tmp_path), out=tmp_path / "g", rows=0)
+    (file,) = [name for name in found.files if name.endswith(".gguf")]
+    assert (tmp_path / "g" / file).read_text() == "--outtype f16 --outfile"
+    with pytest.raises(ModelError, match="llama-quantize is neither in"):
+        shipping.export(run, Wanted("gguf", "q4_k_m", llama_cpp=tmp_path), out=tmp_path / "h", rows=0)
+
+
+def test_a_folder_that_is_no_export_is_not_overwritten(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="exists and is no export"):
+        shipping.export(run, Wanted("merged"), out=tmp_path / "mine")
+
+
+def test_an_adapter_on_the_head_does_not_reach_tied_embeddings(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "qwen3")
+    modules = {
+        "batch_size": 4,
+        "lora_r": 2,
+        "evaluations": 1,
+        "dtype": "float32",
+        "device": "cpu",
+        "lora_target_modules": ["lm_head"],
+    }
+    run = trained(tmp_path, model, train=modules)
+    found = shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
+    assert found.check is not None
+    assert found.check.agreement == 1.0
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    base = AutoModelForCausalLM.from_pretrained(model)
+    assert torch.equal(whole.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert not torch.equal(whole.get_output_embeddings().weight, base.get_output_embeddings().weight)
+
+
+def test_the_command_line_shows_the_difference(run: Path, tmp_path: Path) -> None:
+    said = done("export", run, "--to", "merged", "--dtype", "float32", "--out", tmp_path / "m")
+    assert "Scored again by Transformers: 3 rows" in said
+    assert "nats per answer token" in said
+    assert "exact_match" in said
+    assert "likeliest tokens agree in 100.0%; 100% of the answers are equal" in said
+    assert "did you mean" in refused("export", run, "--to", "merge")
