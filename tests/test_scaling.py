@@ -238,6 +238,7 @@ def test_the_command_line_plans_shows_and_keeps_to_a_budget(place: Path, tmp_pat
     said = done("scale", tmp_path / "run.yaml", "--budget", "1h", "-y", "--set", "compare.seeds=[0,1]")
     assert "ratios, exposures" in said
     assert "exposures fixed: not enough data" in said
+    assert "exposures fixed: not enough data" in done("scale", tmp_path / "run.yaml", "--resume")  # as the budget planned it
 
 
 def test_a_plan_leaves_out_what_a_budget_does_not_buy(place: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fulcrum import cli_anchor, cli_certificate, cli_export, cli_models, cli_pool, cli_selfgen, cli_start
+from fulcrum import cli_anchor, cli_budget, cli_certificate, cli_export, cli_models, cli_pool, cli_selfgen, cli_start
 from fulcrum.cli_group import DEBUG, Group
 from fulcrum.cli_start import Changes, RunFile, RunFolder, TaskName
 from fulcrum.errors import ConfigError
@@ -156,9 +156,7 @@ def compare(
     """Train every arm on the same rows and say what mixing brought."""
     settings = _settings(run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume))
     how: dict[str, Any] = {"jobs": jobs, "on": on}
-    if budget or quick:
-        from fulcrum import cli_budget
-
+    if budget or quick or cli_budget.goes_on(settings, resume=resume):
         screen = cli_start.ready(ctx, settings, dry_run=dry_run)
         settings, planned = cli_budget.planned(screen, settings, budget, quick=quick, resume=resume, ask=not (yes or dry_run))
         how |= planned
@@ -179,9 +177,7 @@ def scale(
     settings = _settings(run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume))
     ladder.prepared(settings)  # what cannot be scaled is said before anything is read
     how: dict[str, Any] = {"jobs": jobs, "on": on}
-    if budget:
-        from fulcrum import cli_budget
-
+    if budget or cli_budget.goes_on(settings, resume=resume):
         screen = cli_start.ready(ctx, settings, dry_run=dry_run)
         settings, planned = cli_budget.planned_scale(screen, settings, budget, resume=resume, ask=not (yes or dry_run))
         how |= planned

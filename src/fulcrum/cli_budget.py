@@ -23,11 +23,11 @@ def planned(
 
     A resumed comparison goes on with the design that was agreed to. Raises ConfigError where nothing fits, or nobody agrees.
     """
+    if (known := _agreed(settings, resume=resume)) is not None:
+        return known
     from fulcrum import budget, terminal
 
     seconds = budget.parse(text) if text else budget.QUICK_SECONDS
-    if (known := _agreed(settings, resume=resume)) is not None:
-        return known
     with terminal.working(screen, "measuring what the budget buys"):
         design = budget.plan(settings, seconds, quick=quick)
     compare = design.settings.compare
@@ -46,11 +46,11 @@ def planned_scale(
     screen: "Console", settings: "Settings", text: str, *, resume: bool, ask: bool
 ) -> tuple["Settings", dict[str, Any]]:
     """The same for `scale`."""
+    if (known := _agreed(settings, resume=resume)) is not None:
+        return known
     from fulcrum import budget, ladder, scale, terminal
 
     seconds = budget.parse(text)
-    if (known := _agreed(settings, resume=resume)) is not None:
-        return known
     with terminal.working(screen, "measuring what the budget buys"):
         design = scale.plan(settings, seconds)
     levels = ladder.levels(design.settings)
@@ -63,13 +63,19 @@ def planned_scale(
     return design.settings, {"budget": seconds, "left_out": design.left_out}
 
 
+def goes_on(settings: "Settings", *, resume: bool) -> bool:
+    """Whether a run is resumed that a budget planned: then that plan counts, whether or not the budget is given again."""
+    from fulcrum import store
+
+    return resume and (Path(settings.output_dir) / store.PLAN).exists()
+
+
 def _agreed(settings: "Settings", *, resume: bool) -> tuple["Settings", dict[str, Any]] | None:
     """The design that was agreed to, where a run is resumed that has one."""
-    from fulcrum import comparison, config, run_folder, store
+    from fulcrum import config, run_folder, store
 
-    file = Path(settings.output_dir) / comparison.PLAN
-    if resume and file.exists():
-        known = store.read_json(file)
+    if goes_on(settings, resume=resume):
+        known = store.read_json(Path(settings.output_dir) / store.PLAN)
         agreed = config.Settings.model_validate({**known["settings"], "output_dir": settings.output_dir})
         return agreed, {"budget": known["seconds"], "left_out": known["left_out"]}
     run_folder.check_free(Path(settings.output_dir), resume=resume)

@@ -21,8 +21,6 @@ from fulcrum.records import ArmResult, Difference, Results, Setting, Tried
 from fulcrum.run import begin, claimed, finish, shown_size, writes
 from fulcrum.units import Study, Unit, keep, read
 
-PLAN = "budget.json"  # what a time budget planned, for whoever goes on with the comparison
-
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
 _REFERENCES = ("sft_anchor", "sft", "sft_kl", "soup", "kshot", "tfidf", "base_anchor", "base")  # without general data
 _RIVALS = (  # with general data, or at TELL's settings
@@ -64,9 +62,9 @@ def compare(
         gone = pilot.dropped(asked) if found is not None and found.chosen == 0 else ()
         kept_in = folder if writes() else None
         notes = [*candidates.keep(anchors, kept_in), *pilot.keep(found, kept_in, gone)]
-        if writes() and budget is not None and not (folder / PLAN).exists():
+        if writes() and budget is not None and not (folder / store.PLAN).exists():
             described = settings.model_dump(mode="json", exclude={"output_dir"})
-            store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
+            store.write_json(folder / store.PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
         by_seed = selfmade.with_made_rows(
             dict(zip(settings.seeds, rows, strict=True)), loaded, arms, settings, kept_in,
             partial(watcher.count, "general rows that the model makes itself"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fulcrum import comparison, config, run_folder, store, use
+from fulcrum import config, run_folder, store, use
 from fulcrum.cell import Silent, Watcher
 from fulcrum.run_folder import OUTPUTS
 from fulcrum.verification import Verification
@@ -32,7 +32,7 @@ def again(folder: Path, watcher: Watcher | None = None) -> Verification:
     unchecked = [f"made elsewhere, where the bits may be others: {', '.join(differs)}"] if differs else []
     if data := store.changes(known["data"], made["data"]):
         unchecked.append(f"the data are no longer what they were: {', '.join(data)}")
-    if (folder / comparison.PLAN).exists():
+    if (folder / store.PLAN).exists():
         unchecked.append("a time budget may have left seeds out, which were made now")
     before, after = known[OUTPUTS], made[OUTPUTS]
     same = [file for file in before if Path(file).name in _SAME]

@@ -13,7 +13,7 @@ from fulcrum import budget as planning
 from fulcrum import ladder, material, model, pool, store, workers
 from fulcrum.arms import chosen_arms
 from fulcrum.cell import Silent, Watcher
-from fulcrum.comparison import PLAN, Progress, by_seeds
+from fulcrum.comparison import Progress, by_seeds
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
 from fulcrum.records import Results
@@ -40,9 +40,9 @@ def scale(
     with claimed(settings, resume=resume):
         arms = chosen_arms(settings)
         loaded, rows, folder = begin("scale", settings, arms, settings.seeds, resume, watcher)
-        if writes() and budget is not None and not (folder / PLAN).exists():
+        if writes() and budget is not None and not (folder / store.PLAN).exists():
             described = settings.model_dump(mode="json", exclude={"output_dir"})
-            store.write_json(folder / PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
+            store.write_json(folder / store.PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
         study = Study(settings, dict(zip(settings.seeds, rows, strict=True)), folder, probed=False)
         units = _units(study)
         watcher.stage(f"{len(units)} trainings, each with its test")

@@ -29,6 +29,7 @@ PILOT = "pilot.json"
 ANCHORS = "anchors.json"
 SCALING = "scaling.json"
 QUANTA = "quanta.json"
+PLAN = "budget.json"  # what a time budget planned, for whoever goes on with the run
 SUMS = "SHA256SUMS"
 PARTIAL = ".partial"  # how the names of half-written files end
 MADE = "general"  # folder of a run with the rows that a model made or answered, and what they were chosen by
