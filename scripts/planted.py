@@ -71,7 +71,7 @@ def settings(folder: Path, **changes: Any) -> config.Settings:
             "train": {"max_length": 128, "compile": "never"},
             "eval": {"general_rows": 16},
             "compare": {"seeds": [0, 1, 2]},
-            "scale": {"rows": 16, "repeats": 4, "ratios": [0, 0.5, 1, 2, 4, 8, 16], "designs": ["exposures", "permuted"]},
+            "scale": {"rows": 16, "repeats": 2, "ratios": [0, 1, 4, 16], "designs": ["exposures", "permuted"]},
             "output_dir": str(folder / "run"),
             **changes,
         }
