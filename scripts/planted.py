@@ -1,7 +1,7 @@
 """A control for `fulcrum scale`: a task whose sub-skill occurs in general data alone. `python scripts/planted.py FOLDER`.
 
 Every word has a made-up code, which general rows tell in many forms. The task asks for a ticket that holds the code of a word;
-its few rows show the form and the codes of six words, its test asks for the other eighteen. So task rows alone cannot teach it,
+its few rows show the form and the codes of four words, its test asks for the other six. So task rows alone cannot teach it,
 however often they are shown: mixing must win, the curve must fall with the amount of general data, and it must not where
 general rows have each other's answers (the design `permuted`), since nothing is then left to transfer.
 """
@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from fulcrum import config, scale, store, terminal
-from fulcrum.stats import seed_interval
+from fulcrum.stats import Interval, seed_interval
 from fulcrum.watch import Watch
 
 WORDS = (
-    "brook", "stone", "lamp", "sparrow", "kettle", "meadow", "anchor", "button", "candle", "drum", "engine", "feather",
-    "glove", "hammer", "island", "jacket", "ladder", "mirror", "needle", "orchard", "pillow", "quilt", "ribbon", "saddle",
+    "brook", "stone", "lamp", "sparrow", "kettle", "meadow", "button", "candle", "drum", "engine",
 )  # fmt: skip
-KNOWN = 6  # words of which the task's rows tell the codes
+KNOWN = 4  # words of which the task's rows tell the codes
 _LETTERS = "BDFGHJKLMNPQRSTVWXZ"
 _ASKED = (
     "What is the code of {}?", "Which code has {}?", "Tell me the code for {}.", "{}: its code?", "I need the code of {}.",
@@ -31,10 +30,11 @@ _ASKED = (
     "Please encode {}.", "{} in the code book?", "Say the code that belongs to {}.",
 )  # fmt: skip
 _PAIRS = ("What are the codes of {} and {}?", "Look up {}, then {}.")
+_TRIPLES = ("The codes of {}, {} and {}?", "Encode {}, {}, {}.")
 
 
 def rows(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
-    """Prompts and answers of the task's `train` (24) and `test` (54) rows, and of the `pool` (1,392)."""
+    """Prompts and answers of the task's `train` (16) and `test` (48) rows, and of the `pool` (1,740)."""
     rng = random.Random(seed)
     pairs = [a + b for a in _LETTERS for b in _LETTERS if a != b]
     codes = dict(zip(WORDS, rng.sample(pairs, len(WORDS)), strict=True))
@@ -43,10 +43,12 @@ def rows(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
         return f"{number} x {word}", f"[{codes[word]} * {number}]"
 
     pool = [(form.format(word), codes[word]) for form in _ASKED for word in WORDS]
-    pool += [(form.format(a, b), f"{codes[a]}, {codes[b]}") for form in _PAIRS for a, b in itertools.permutations(WORDS, 2)]
+    for size, forms in ((2, _PAIRS), (3, _TRIPLES)):
+        for form, named in itertools.product(forms, itertools.permutations(WORDS, size)):
+            pool.append((form.format(*named), ", ".join(codes[word] for word in named)))
     return {
         "train": [ticket(word, number) for word in WORDS[:KNOWN] for number in (2, 3, 5, 7)],
-        "test": [ticket(word, number) for word in WORDS[KNOWN:] for number in (4, 6, 8)],
+        "test": [ticket(word, number) for word in WORDS[KNOWN:] for number in (4, 6, 8, 9, 11, 12, 13, 14)],
         "pool": pool,
     }
 
@@ -71,7 +73,7 @@ def settings(folder: Path, **changes: Any) -> config.Settings:
             "train": {"max_length": 128, "compile": "never"},
             "eval": {"general_rows": 16},
             "compare": {"seeds": [0, 1, 2]},
-            "scale": {"rows": 16, "repeats": 2, "ratios": [0, 1, 4, 16], "designs": ["exposures", "permuted"]},
+            "scale": {"rows": 16, "repeats": 2, "ratios": [0, 4, 32], "designs": ["exposures", "permuted"]},
             "output_dir": str(folder / "run"),
             **changes,
         }
@@ -79,19 +81,37 @@ def settings(folder: Path, **changes: Any) -> config.Settings:
 
 
 def judge(found: Mapping[str, Any]) -> dict[str, bool]:
-    """What must hold of `scaling.json`, and whether it does: 95% intervals over seeds, and the F test of the levels."""
-    losses = {
-        one["design"]: next(metric for metric in one["metrics"] if metric["metric"] == "nll")
-        for one in found["tasks"][0]["designs"]
-    }
-    true, wrong = (np.array(losses[name]["by_seed"]) for name in ("exposures", "permuted"))
-    gain, apart = seed_interval(list(true[:, -1] - true[:, 0])), seed_interval(list(wrong[:, -1] - true[:, -1]))
+    """What must hold of `scaling.json`, and whether it does: 95% intervals over seeds, and the F test of the levels.
+
+    The skill itself is whether codes are right (exact match): wrong answers teach the loss what codes look like.
+    """
+    nll, exact = (
+        {one["design"]: next(metric for metric in one["metrics"] if metric["metric"] == name) for one in _designs(found)}
+        for name in ("nll", "exact_match")
+    )
+    gain = _change(nll["exposures"]["by_seed"])
+    right, wrong = (_change(exact[name]["by_seed"]) for name in ("exposures", "permuted"))
+    still = nll["exposures"]["still"]
     return {
-        f"mixing wins: the loss changes by {gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})": gain.high < 0,
-        f"scale sees it: the levels differ (F test, p {losses['exposures']['still']:.2g})": losses["exposures"]["still"] < 0.01,
-        f"with each other's answers the loss is {apart.estimate:+.3f} ({apart.low:+.3f} to {apart.high:+.3f}) beside that: "
-        "no transfer": apart.low > 0,
+        f"mixing wins: exact match {_told(right)}, loss {_told(gain)}": right.low > 0 and gain.high < 0,
+        f"scale sees it: the levels of the loss differ (F test, p {still:.2g})": still < 0.01,
+        f"with each other's answers no transfer: exact match {_told(wrong)}": wrong.high < right.low / 2,
     }
+
+
+def _designs(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list(found["tasks"][0]["designs"])
+
+
+def _change(by_seed: list[list[float]]) -> Interval:
+    """From no general rows to the most."""
+    values = np.array(by_seed)
+    found = seed_interval(list(values[:, -1] - values[:, 0]))
+    return found if not np.isnan(found.low) else Interval(found.estimate, found.estimate, found.estimate)  # seeds agree
+
+
+def _told(interval: Interval) -> str:
+    return f"{interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
 
 
 def main() -> None:

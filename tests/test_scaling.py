@@ -121,7 +121,11 @@ def test_what_designs_say_of_each_other() -> None:
     same = one("permuted", "smooth", 0, 3, [[2.0, 1.1], [2.1, 1.1], [2.2, 1.1]])
     none = one("permuted", "smooth", 0, 3, [[2.0, 2.1], [2.1, 2.3], [2.2, 2.0]])
     assert "it is not shown that their answers matter, so the change may be no transfer" in said(true, same)
-    assert said(true, none).endswith("what general rows teach is in their answers.")
+    part = one("permuted", "smooth", 0, 3, [[2.0, 1.5], [2.1, 1.6], [2.2, 1.7]])
+    assert said(true, none).endswith("with wrong answers nothing is gained, so what general rows teach is in their answers.")
+    assert said(true, part).endswith(
+        "that much is in their answers, the rest is there with wrong ones too (form, words, length)."
+    )
     assert "change the loss by -1.000 (-1.248 to -0.752), with each other's answers by +0.033" in said(true, none)
 
 

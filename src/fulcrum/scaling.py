@@ -215,9 +215,11 @@ def _transfer(exposures: Record, permuted: Record) -> str:
     )
     if not many:
         return f"{told}. One seed cannot tell whether the answers matter."
-    if between.low > 0:
-        return f"{told}: what general rows teach is in their answers."
-    return f"{told}: it is not shown that their answers matter, so the change may be no transfer."
+    if not between.low > 0:
+        return f"{told}: it is not shown that their answers matter, so the change may be no transfer."
+    if left.high < 0:
+        return f"{told}: that much is in their answers, the rest is there with wrong ones too (form, words, length)."
+    return f"{told}: with wrong answers nothing is gained, so what general rows teach is in their answers."
 
 
 def sentences(found: Record) -> list[str]:
