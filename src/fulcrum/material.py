@@ -188,8 +188,8 @@ def _check_sizes(settings: Settings, task: Task) -> None:
     largest = max((size for sizes in every for size in sizes), default=0)
     if largest > len(task.train):
         raise DataError(
-            f"compare.sizes (scale.rows, quanta.rows): {largest} rows are asked for, {task.name} has {len(task.train)} (train "
-            "and dev together); lower that or add rows"
+            f"compare.sizes: {largest} rows are asked for, {task.name} has {len(task.train)} (train "
+            "and dev together); lower that (of scale and quanta: `rows`) or add rows"
         )
 
 
