@@ -7,21 +7,17 @@ import typer
 
 from fulcrum import cli_start
 from fulcrum.cli_start import RunFolder, TaskName
-from fulcrum.errors import ConfigError, nearest
-
-KINDS = ("adapter", "merged", "gguf", "modelfile")
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def export(
     ctx: typer.Context,
     run_folder: RunFolder,
-    to: Annotated[str, typer.Option("--to", metavar="|".join(KINDS), help="What to write.")],
+    to: Annotated[str, typer.Option("--to", metavar="adapter|merged|gguf|modelfile", help="What to write.")],
     arm: Annotated[str | None, typer.Option("--arm", help="Arm (default: the first of tell, mix, sft_anchor, sft).")] = None,
     task: TaskName = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write (default: in RUN_FOLDER/export).")] = None,
     quantization: Annotated[str, typer.Option("--quantization", help="Of gguf: f16, q8_0; others need --llama-cpp.")] = "q8_0",
-    dtype: Annotated[str, typer.Option("--dtype", metavar="|".join(DTYPES), help="Of merged weights.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Of merged weights.")] = "bfloat16",
     rows: Annotated[int, typer.Option("--rows", min=0, help="Dev rows on which it is scored again; 0: none.")] = 32,
     llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", help="Folder of llama.cpp, for what needs it.")] = None,
 ) -> None:
@@ -30,17 +26,13 @@ def export(
     adapter: PEFT. merged: one folder for Transformers and vLLM. gguf: llama.cpp and Ollama. modelfile: an adapter for Ollama.
     The anchor is in the chat template of each.
     """
-    for name, value, known in (("--to", to, KINDS), ("--dtype", dtype, DTYPES)):
-        if value not in known:
-            raise ConfigError(f"{name} {value}: it must be one of {', '.join(known)}{nearest(value, known)}")
     notes = cli_start.notes(ctx)
     from fulcrum import shipping, terminal
     from fulcrum.watch import Watch
 
-    wanted = shipping.Wanted(to, quantization.lower(), dtype, llama_cpp)  # type: ignore[arg-type]  # looked at above
-    with terminal.working(notes, "loading the model"):
-        pass
+    wanted = shipping.Wanted(to, quantization.lower(), dtype, llama_cpp)
     with Watch(notes) as watch:
+        watch.stage("loading the model")
         found = shipping.export(
             run_folder, wanted, arm=arm, task=task, out=out, rows=rows,
             count=lambda done, total: watch.count("rows scored", done, total),

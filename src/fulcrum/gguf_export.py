@@ -6,6 +6,7 @@ changed are the source's own numbers, so that what else an architecture asks for
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,15 @@ def _order(source: Array, base: Array, facts: Mapping[str, Any], architecture: s
 
 
 def _orders(facts: Mapping[str, Any], architecture: str) -> Iterator[Layout]:
-    """As it is, or rotary rows as llama.cpp has them: the two halves of each head, row by row (its converter's `permute`)."""
-    yield lambda tensor: tensor
+    """As it is, or with the rotary rows of as many heads as queries or keys have in llama.cpp's order."""
+    yield np.asarray
     for key in ("head_count", "head_count_kv"):
         heads = facts.get(f"{architecture}.attention.{key}")
         if isinstance(heads, int):
-            yield (
-                lambda tensor, heads=heads: (  # type: ignore[misc]
-                    tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-                    .swapaxes(1, 2)
-                    .reshape(tensor.shape)
-                )
-            )
+            yield partial(_interleaved, heads)
+
+
+def _interleaved(heads: int, tensor: Array) -> Array:
+    """The two halves of each head, row by row, as its converter's `permute` has them."""
+    rows = tensor.shape[0]
+    return tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)

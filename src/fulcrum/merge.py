@@ -29,13 +29,12 @@ def merged(settings: Settings, own: TrainSettings, state: State) -> tuple[Any, A
     return whole, loaded.tokenizer
 
 
-def _untie(causal: nn.Module) -> None:
+def _untie(causal: Any) -> None:
     """An adapter on the output head alone must not reach the input embeddings, which may be the same numbers."""
-    head: Any = causal.get_output_embeddings()  # type: ignore[operator]
+    head = causal.get_output_embeddings()
     if not hasattr(head, "base_layer"):
         return
-    config: Any = causal.config
-    config.tie_word_embeddings = False
+    causal.config.tie_word_embeddings = False
     head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
 
 

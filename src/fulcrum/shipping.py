@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulcrum import artefact, encode, gguf_export, materials, merge, metrics, modelfile, report, sources, store, use
 from fulcrum.artefact import Check, Measured, Plain, Trained
-from fulcrum.errors import ConfigError, ModelError
+from fulcrum.errors import ConfigError, ModelError, nearest
 from fulcrum.records import Example
 from fulcrum.use import Adapter
 
-To = Literal["adapter", "merged", "gguf", "modelfile"]
+KINDS = ("adapter", "merged", "gguf", "modelfile")
+DTYPES = ("bfloat16", "float16", "float32")
 ROWS = 32  # dev rows on which an export is scored again
 RECORD = "export.json"
 Count = Callable[[int, int], None]
@@ -38,12 +39,20 @@ _HOW_TO_GET = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for. `quantization` is of GGUF files; `dtype` that of merged weights; `llama_cpp` a folder of llama.cpp."""
+    """What is asked for: `to` is of KINDS, `quantization` of GGUF files, `dtype` (of DTYPES) of merged weights, `llama_cpp` a
+    folder of llama.cpp. Raises ConfigError for what is neither.
+    """
 
-    to: To
+    to: str
     quantization: str = "q8_0"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: str = "bfloat16"
     llama_cpp: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a misspelt name before a model is loaded."""
+        for name, value, known in (("to", self.to, KINDS), ("dtype", self.dtype, DTYPES)):
+            if value not in known:
+                raise ConfigError(f"{name} {value!r}: it must be one of {', '.join(known)}{nearest(value, known)}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def _write(place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, r
         return None
     state = load_file(adapter.folder / "adapter_model.safetensors")
     causal, tokenizer = merge.merged(adapter.settings, adapter.train, state)
-    exact = artefact.measure(_Given(causal, form), rows, form, 0) if rows else None
+    exact = artefact.measure(Plain(causal, tokenizer), rows, form, 0) if rows else None
     if wanted.to == "merged":
         merge.save(causal, tokenizer, place, form.anchor, getattr(torch, wanted.dtype))
     else:
@@ -121,18 +130,6 @@ def _write(place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, r
         if text is not None:
             store.write_bytes(place / "Modelfile", text.encode())
     return exact
-
-
-@dataclass
-class _Given(Plain):
-    """A model in memory, asked with the run's own prompts."""
-
-    def __init__(self, causal: Any, form: encode.Format) -> None:
-        super().__init__(causal, form.tokenizer)
-        self._form = form
-
-    def prompt(self, messages: Any) -> list[int]:
-        return encode.prompt_ids(messages, self._form)
 
 
 def _copy_adapter(place: Path, adapter: Adapter, form: encode.Format) -> None:
