@@ -7,10 +7,11 @@ import simulate_scaling
 from scipy.stats import f as f_law
 from scipy.stats import false_discovery_control
 
-from fulcrum.emergence import JumpTest, detectable, find_jumps, jump_test, power, verdict
+from fulcrum.emergence import JumpTest, detectable, find_jumps, jump_test, power
 from fulcrum.errors import DataError
 from fulcrum.row_jumps import row_jumps
 from fulcrum.scaling_fits import FORMS, aicc, best, fits, octaves
+from fulcrum.verdicts import verdict
 
 SEVEN = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 NINE = (*SEVEN, 32.0, 64.0)

@@ -24,6 +24,7 @@ FLOORS = (
         "stats",
         "scaling_fits",
         "emergence",
+        "verdicts",
         "row_jumps",
         "leverage",
         "outcomes",

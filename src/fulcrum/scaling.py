@@ -1,6 +1,6 @@
 """What the curves of a scaling run say: fits, jumps and verdicts, from results.json and predictions.jsonl alone.
 
-So an old run can be judged anew, and other trainers' numbers by the same functions (`fulcrum.emergence`).
+So an old run can be judged anew, and other trainers' numbers by the same functions (`fulcrum.emergence`, `fulcrum.verdicts`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulcrum import emergence, plots, scaling_fits, store, summary
+from fulcrum import emergence, plots, scaling_fits, store, summary, verdicts
 from fulcrum.config import Settings
 from fulcrum.emergence import LEAST_LEVELS, JumpTest
 from fulcrum.errors import DataError
@@ -91,7 +91,7 @@ def _design(
             untold.append(summary.label_of(metric))
             continue
         tests[metric] = emergence.jump_test(ratios, values, higher_is_better=higher), values, higher
-    word, sentence = emergence.verdict(
+    word, sentence = verdicts.verdict(
         tests[CONTINUOUS][0], {name: test for name, (test, _, _) in tests.items() if name in _STEPWISE}, worth=WORTH
     )
     if untold:
