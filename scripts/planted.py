@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fulcrum import config, scale, store, terminal
-from fulcrum.stats import Interval, seed_interval
+from fulcrum import config, scale, scaling, store, terminal
+from fulcrum.stats import Interval
 from fulcrum.watch import Watch
 
 WORDS = (
@@ -106,8 +106,7 @@ def _designs(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _change(by_seed: list[list[float]]) -> Interval:
     """From no general rows to the most."""
     values = np.array(by_seed)
-    found = seed_interval(list(values[:, -1] - values[:, 0]))
-    return found if not np.isnan(found.low) else Interval(found.estimate, found.estimate, found.estimate)  # seeds agree
+    return scaling.over_seeds(values[:, -1] - values[:, 0])
 
 
 def _told(interval: Interval) -> str:

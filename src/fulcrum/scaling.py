@@ -108,8 +108,8 @@ def _design(
 
 def _moved(ratios: Sequence[float], losses: FloatArray) -> str:
     """What the most general data made of the loss (seeds, levels), and where it was least."""
-    means, change = losses.mean(axis=0), seed_interval((losses[:, -1] - losses[:, 0]).tolist())
-    ends = "one seed" if len(losses) == 1 else f"{_ends(change)}, {len(losses)} seeds"
+    means, change = losses.mean(axis=0), over_seeds(losses[:, -1] - losses[:, 0])
+    ends = _ends(change) + (f", {len(losses)} seeds" if len(losses) > 1 else "")
     least = int(means.argmin())
     where = "" if least == len(ratios) - 1 else f" It is least, {means[least]:.3f}, at {ratios[least]:.3g}."
     return (
@@ -160,8 +160,19 @@ def _rows(ratios: Sequence[float], table: FloatArray) -> dict[str, Any]:
     return {"n": n, "places": counts, "sentence": sentence, "jumps": count}
 
 
+def over_seeds(differences: FloatArray) -> Interval:
+    """Mean over seeds (seeds,) with its 95% t interval: of no width where seeds agree, nan with one."""
+    found = seed_interval(differences.tolist())
+    agree = len(differences) > 1 and np.isnan(found.low)
+    return Interval(found.estimate, found.estimate, found.estimate) if agree else found
+
+
 def _ends(interval: Interval) -> str:
-    return "the same" if np.isnan(interval.low) else f"{interval.low:+.3f} to {interval.high:+.3f}"
+    return "one seed" if np.isnan(interval.low) else f"{interval.low:+.3f} to {interval.high:+.3f}"
+
+
+def _told(interval: Interval) -> str:
+    return f"{interval.estimate:+.3f} ({_ends(interval)})"
 
 
 def _together(designs: Sequence[Record]) -> Iterator[str]:
@@ -205,15 +216,13 @@ def _length_or_share(exposures: Record, steps: Record) -> str:
 def _transfer(exposures: Record, permuted: Record) -> str:
     """What is left of the change at the largest ratio where general rows have each other's answers."""
     true, wrong = (np.array(_loss(one)["by_seed"]) for one in (exposures, permuted))
-    gain, left = (seed_interval((losses[:, -1] - losses[:, 0]).tolist()) for losses in (true, wrong))
-    between = seed_interval((wrong[:, -1] - true[:, -1]).tolist())
-    many = len(true) > 1
+    gain, left = (over_seeds(losses[:, -1] - losses[:, 0]) for losses in (true, wrong))
+    between = over_seeds(wrong[:, -1] - true[:, -1])
     told = (
-        f"At ratio {exposures['ratios'][-1]:.3g} general rows change the loss by {gain.estimate:+.3f}"
-        f"{f' ({_ends(gain)})' * many}, with each other's answers by {left.estimate:+.3f}{f' ({_ends(left)})' * many}; the "
-        f"latter's loss is {between.estimate:+.3f}{f' ({_ends(between)})' * many} beside the former's"
+        f"At ratio {exposures['ratios'][-1]:.3g} general rows change the loss by {_told(gain)}, with each other's answers by "
+        f"{_told(left)}; the latter's loss is {_told(between)} beside the former's"
     )
-    if not many:
+    if len(true) == 1:
         return f"{told}. One seed cannot tell whether the answers matter."
     if not between.low > 0:
         return f"{told}: it is not shown that their answers matter, so the change may be no transfer."
