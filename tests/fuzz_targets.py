@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -87,9 +86,12 @@ KEYS = (
 _ROLES = ("user", "assistant", "system", "human", "gpt", "model", "tool")
 
 
+_MEMORY = Path("/dev/shm")  # files there cost no disk
+
+
 @cache
 def _file(ending: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="fuzz", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))  # noqa: PTH112
+    folder = Path(tempfile.mkdtemp(prefix="fuzz", dir=_MEMORY if _MEMORY.is_dir() else None))
     return folder / f"rows{ending}"
 
 

@@ -126,7 +126,7 @@ class TestFind:
         rng = np.random.default_rng(5)
         order = rng.permutation(len(gradients))
         moved = clusters.find(gradients[order] * rng.uniform(1e-3, 1e3, size=(len(order), 1)), draws=2)
-        np.testing.assert_array_equal(moved.labels, clusters.find(gradients, draws=2).labels[order])  # type: ignore[index]
+        np.testing.assert_array_equal(moved.labels, clusters.find(gradients, draws=2).labels[order])
 
     def test_equal_seeds_give_equal_numbers(self) -> None:
         gradients, _ = planted((40, 20), 2.0)
@@ -277,7 +277,7 @@ class TestDensity:
     def test_errors(self, changes: dict[str, list[float]], message: str) -> None:
         given = {"labels": [0, 0, 1, 1], "is_general": [1, 1, 0, 0], "is_task_item": [0, 0, 1, 1], "gain": [0.0] * 4}
         with pytest.raises(DataError, match=message):
-            clusters.density_test(**(given | changes))  # type: ignore[arg-type]
+            clusters.density_test(**(given | changes))
 
 
 def partial(x: list[float], y: list[float], z: list[float]) -> float:

@@ -52,7 +52,7 @@ def test_gradients_are_those_of_autograd(trained: parity.Trained) -> None:
     first = int(learned.nonzero()[0])
     torch.autograd.backward(cross_entropy(network(inputs[first : first + 1]), answers[first : first + 1]))
     weight, bias, last, ends = (parameter.grad for parameter in network.parameters())
-    assert weight is not None and bias is not None and last is not None and ends is not None  # noqa: PT018
+    assert all(gradient is not None for gradient in (weight, bias, last, ends))
     own = torch.cat([torch.cat([weight, bias[:, None]], 1).flatten(), torch.cat([last, ends[:, None]], 1).flatten()]).numpy()
     cosine = own @ taken.of_loss[0] / np.linalg.norm(own) / np.linalg.norm(taken.of_loss[0])
     assert cosine == pytest.approx(1, abs=1e-4)
