@@ -135,8 +135,8 @@ def test_a_comparison_by_budget_says_what_was_left_out_and_goes_on_with_its_desi
     assert "What the budget buys" in shown
     planned = json.loads((out / "budget.json").read_text())
     assert planned["seconds"] == 3600
-    again = done("compare", file, "--resume")  # without budget and changes: the plan stands in the folder
-    assert "What the budget buys" not in again
+    for given in (["--budget", "1h", "-y"], []):  # without the changes, and the budget: the plan stands in the folder
+        assert "What the budget buys" not in done("compare", file, *given, "--resume")
     assert verification.verify(out / "certificate.json") == ([], [])
 
 

@@ -409,7 +409,7 @@ def test_dry_run_of_a_comparison_by_sizes_counts_every_size(place: Path) -> None
         assert line in output
     assert "up to 4 training runs, 12 steps in all" in output  # 1 + 2 + 3 + 6
     said = refused("compare", place / "run.yaml", "--dry-run", *words[:2], "--set", "compare.sizes=[6, 16]")
-    assert "compare.sizes: 16 rows are asked for, tickets has 15 (train and dev together); lower that" in said
+    assert "compare.sizes: 16 rows are asked for, tickets has 15 (train and dev together); lower the sizes (of scale" in said
 
 
 def test_mix_writes_the_stream_that_training_sees(place: Path, tmp_path: Path) -> None:

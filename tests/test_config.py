@@ -132,7 +132,7 @@ def test_settings_given_are_not_changed() -> None:
         ({"task": TASK, "train": {"lr": 1}}, r"unknown setting 'train\.lr'; did you mean 'train\.learning_rate'\?"),
         (
             {"task": TASK, "train": {"repeats": 1}},
-            r"unknown setting 'train\.repeats'; did you mean 'mix\.repeats' or 'compare\.",
+            r"unknown setting 'train\.repeats'; did you mean 'mix\.repeats' or 'compare\.arms\.repeats' or 'scale\.repeats'\?",
         ),
         ({"task": TASK, "metrics": "nll"}, r"unknown setting 'metrics'; did you mean 'task\.metrics'\?"),
         ({"task": TASK, "learnin_rate": 1}, r"unknown setting 'learnin_rate'; did you mean 'train\.learning_rate'"),

@@ -189,7 +189,7 @@ def _check_sizes(settings: Settings, task: Task) -> None:
     if largest > len(task.train):
         raise DataError(
             f"compare.sizes: {largest} rows are asked for, {task.name} has {len(task.train)} (train "
-            "and dev together); lower that (of scale and quanta: `rows`) or add rows"
+            "and dev together); lower the sizes (of scale and quanta: `rows`) or add rows"
         )
 
 
