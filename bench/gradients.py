@@ -1,0 +1,54 @@
+"""Time and memory of `quanta`'s gradients and clusters: `python bench/gradients.py RUN.yaml [--rows 2000]`.
+
+Whole answers, half of the task's training and test rows (with their anchor), half of general rows. Memory is the peak of the
+process so far, so that each line says what the step before it needed at most.
+"""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fulcrum import adapter, clusters, config, ingest, items, model, probe
+from fulcrum.identity import peak_memory_bytes
+
+
+def main() -> None:
+    """Print what each step took."""
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("settings", type=Path)
+    asked.add_argument("--rows", type=int, default=2000)
+    given = asked.parse_args()
+    settings = config.load(given.settings)
+    task, train = settings.tasks[0], settings.train
+    loaded = model.load(settings.model, train)
+
+    def say(what: str, began: float) -> None:
+        print(f"{what}: {time.perf_counter() - began:.0f} s, peak {peak_memory_bytes() / 2**20:,.0f} MiB", flush=True)
+
+    began, wanted = time.perf_counter(), given.rows // 2
+    own, _ = ingest.read([*task.test, *task.train])
+    pool, _ = ingest.read([source.model_copy(update={"limit": 2 * wanted}) for source in settings.general])
+    draw = partial(items.draw, tokenizer=loaded.tokenizer, unit="rows", wanted=wanted, seed=0)
+    both = [
+        *draw([(row, task.anchor_value()) for row in own], general=False),
+        *draw([(row, None) for row in pool], general=True),
+    ]
+    say(f"{len(both):,} rows of {sum(len(item.tokens) for item in both):,} tokens, {torch.get_num_threads()} threads", began)
+    began = time.perf_counter()
+    begin = partial(adapter.new_adapter, loaded, train, 0)
+    examples, keys = [item.tokens for item in both], [item.key for item in both]
+    found, _ = probe.in_blocks(
+        loaded, examples, keys, begin, None, budget=train.pack_tokens, seed=0, count=lambda done, of: None, unit=True
+    )
+    say("gradients", began)
+    began = time.perf_counter()
+    clusters.find(found[found.any(axis=1)].astype(np.float64), most=64)
+    say("clusters", began)
+
+
+if __name__ == "__main__":
+    main()
