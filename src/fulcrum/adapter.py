@@ -1,8 +1,8 @@
 """LoRA adapters on a loaded base model, through PEFT: made fresh from a seed, read, put on, taken off."""
 
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -15,31 +15,37 @@ from fulcrum.lora import LoraLinear
 from fulcrum.model import LoadedModel
 
 State = dict[str, Tensor]
+BASE = "__base__"  # PEFT's name, in mixed batches, for the model without an adapter
 
 # State-space kernels read these layers' weights directly: PEFT refuses two of them, an adapter on the third would never run.
 _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _READ_BY_KERNELS = ["out_proj", "conv1d", "dt_proj"]
 
 
-def new_adapter(loaded: LoadedModel, settings: TrainSettings, seed: int) -> None:
+def new_adapter(loaded: LoadedModel, settings: TrainSettings, seed: int, name: str = "default") -> None:
     """Put a fresh LoRA adapter on the base model (dropping the one before); its initial weights depend on `seed` only.
 
     Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: arXiv 2312.03732; DoRA: arXiv 2402.09353; through PEFT.
     Raises ConfigError for target modules that the model lacks or that cannot be adapted.
     """
-    config = lora_config(loaded, settings)
-    if not settings.load_in_4bit:
-        config._register_custom_module({nn.Linear: LoraLinear})  # PEFT's documented way, in spite of the underscore
+    config = _config(loaded, settings)
     if loaded.peft is not None:
         loaded.causal = loaded.peft.unload()
     torch.manual_seed(seed)
     try:
-        loaded.peft = get_peft_model(loaded.causal, config, autocast_adapter_dtype=True)
+        loaded.peft = get_peft_model(loaded.causal, config, adapter_name=name, autocast_adapter_dtype=True)
     except ValueError as error:
         named = settings.lora_target_modules
         raise ConfigError(f"train.lora_target_modules: PEFT refuses {named!r}: {error}; all-linear is the default") from error
     loaded.causal = loaded.peft.get_base_model()
     set_dropout(loaded, False)
+
+
+def _config(loaded: LoadedModel, settings: TrainSettings) -> LoraConfig:
+    config = lora_config(loaded, settings)
+    if not settings.load_in_4bit:
+        config._register_custom_module({nn.Linear: LoraLinear})  # PEFT's documented way, in spite of the underscore
+    return config
 
 
 def set_dropout(loaded: LoadedModel, on: bool) -> None:
@@ -106,9 +112,9 @@ def adapter_state(loaded: LoadedModel) -> State:
     return {name: tensor.detach().clone().cpu() for name, tensor in _weights(loaded).items()}
 
 
-def _weights(loaded: LoadedModel) -> State:
+def _weights(loaded: LoadedModel, adapter: str = "default") -> State:
     # PEFT would add the base's own weights where the output head is adapted.
-    found: State = get_peft_model_state_dict(loaded.peft, save_embedding_layers=False)
+    found: State = get_peft_model_state_dict(loaded.peft, adapter_name=adapter, save_embedding_layers=False)
     return found
 
 
@@ -118,15 +124,26 @@ def without(loaded: LoadedModel) -> AbstractContextManager[None]:
     return found
 
 
+@contextmanager
+def active(loaded: LoadedModel, name: str) -> Iterator[None]:
+    """Inside, the model is the base model with the adapter of this name (`BASE`: without any)."""
+    if loaded.peft is None or name == BASE:
+        with without(loaded):
+            yield
+        return
+    loaded.peft.set_adapter(name, inference_mode=True)
+    yield
+
+
 def is_finite(loaded: LoadedModel) -> bool:
     """Whether every weight of the present adapter is a number: a training that diverged leaves others. True without adapter."""
     return loaded.peft is None or all(tensor.isfinite().all() for tensor in _weights(loaded).values())
 
 
-def set_adapter_state(loaded: LoadedModel, state: Mapping[str, Tensor]) -> None:
-    """Put weights into the present adapter. Raises ModelError where they do not fit."""
-    result = set_peft_model_state_dict(loaded.peft, dict(state))
-    missing = [name for name in adapter_state(loaded) if name not in state]
+def set_adapter_state(loaded: LoadedModel, state: Mapping[str, Tensor], adapter: str = "default") -> None:
+    """Put weights into an adapter that is on the model. Raises ModelError where they do not fit."""
+    result = set_peft_model_state_dict(loaded.peft, dict(state), adapter_name=adapter)
+    missing = [name for name in _weights(loaded, adapter) if name not in state]
     if result.unexpected_keys or missing:
         raise ModelError(
             f"adapter does not fit {loaded.name!r}: unknown weights {result.unexpected_keys[:3]}, missing {missing[:3]}"
@@ -141,3 +158,17 @@ def use(loaded: LoadedModel, state: State | None, settings: TrainSettings) -> No
     if loaded.peft is None:
         new_adapter(loaded, settings, 0)
     set_adapter_state(loaded, state)
+
+
+def put_on(loaded: LoadedModel, adapters: Mapping[str, tuple[State, TrainSettings]]) -> None:
+    """Put several adapters on the base model, by name; each row of a batch may then have its own. Raises ModelError where the
+    weights of one do not fit."""
+    drop_adapter(loaded)
+    for name, (state, settings) in adapters.items():
+        if loaded.peft is None:
+            new_adapter(loaded, settings, 0, name)
+        else:
+            loaded.peft.add_adapter(name, _config(loaded, settings))
+        set_adapter_state(loaded, state, name)
+    if loaded.peft is not None:
+        loaded.peft.eval()  # PEFT mixes adapters in a batch in no other mode

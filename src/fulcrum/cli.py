@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fulcrum import cli_anchor, cli_budget, cli_certificate, cli_export, cli_models, cli_pool, cli_selfgen, cli_start
+from fulcrum import cli_anchor, cli_budget, cli_certificate, cli_export, cli_models, cli_pool, cli_selfgen, cli_serve, cli_start
 from fulcrum.cli_group import DEBUG, Group
 from fulcrum.cli_start import Changes, RunFile, RunFolder, TaskName
 from fulcrum.errors import ConfigError
@@ -251,6 +251,7 @@ def chat(ctx: typer.Context, run_folder: RunFolder, arm: ArmName = None, task: T
 
 
 app.command("export")(cli_export.export)
+app.command("serve")(cli_serve.serve)
 
 
 @app.command()

@@ -111,7 +111,7 @@ def generate(
     no_dropout(loaded)
     set_checkpointing(loaded, False)  # a layer that recomputes would drop the key/value cache
     training = generation_attention(loaded)
-    stop = sorted({*form.end_ids, *_end_ids(loaded)})
+    stop = sorted({*form.end_ids, *end_ids(loaded)})
     # Transformers takes what a call leaves open from the model's own configuration, whose penalties are no part of greedy.
     shipped, loaded.causal.generation_config = loaded.causal.generation_config, GenerationConfig()
     try:
@@ -188,7 +188,8 @@ def _batch(
     return answers
 
 
-def _end_ids(loaded: LoadedModel) -> list[int]:
+def end_ids(loaded: LoadedModel) -> list[int]:
+    """The tokens that end an answer by the model's own account."""
     configured = loaded.causal.generation_config.eos_token_id
     if configured is None:
         return []

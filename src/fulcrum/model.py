@@ -213,11 +213,10 @@ def _probe_packing(loaded: LoadedModel) -> str:
     """
     causal, stock = loaded.causal, loaded.causal.config._attn_implementation
     gpu = loaded.device.type == "cuda"
-    first, other, head = (_probe_ids(loaded, text, special=True) for text in _PROBE_TEXTS[:3])
-    pair = [torch.cat([head, _probe_ids(loaded, text)], dim=1) for text in _PROBE_TEXTS[3:]]
-    alone = [_probe_nats(causal(input_ids=ids).logits, ids) for ids in (first, *pair)]
-    # Nats. bf16 keeps 8 bits, and sums run in other orders: as far as two of the model's own ways, twice, within bounds.
-    allowed = min(max(0.1, 2 * _rounding(loaded, (first, *pair), alone)), 0.3) if loaded.dtype == torch.bfloat16 else 1e-3
+    first, other, head = (probe_ids(loaded, text, special=True) for text in PROBE_TEXTS[:3])
+    pair = [torch.cat([head, probe_ids(loaded, text)], dim=1) for text in PROBE_TEXTS[3:]]
+    alone = [probe_nats(causal(input_ids=ids).logits, ids) for ids in (first, *pair)]
+    allowed = allowed_distance(loaded, (first, *pair), alone)
     why = ""
     for shares in (False,) if gpu else (True, False):
         try:
@@ -226,11 +225,11 @@ def _probe_packing(loaded: LoadedModel) -> str:
         except Exception as error:  # whatever a model's own code raises, it can still be run one example at a time
             why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
             continue
-        if not gpu and _declares_window(causal.config.get_text_config()) and windows == {None}:
+        if not gpu and declares_window(causal.config.get_text_config()) and windows == {None}:
             why = "its sliding window or chunked attention does not reach the packed attention"
             continue
         leak = max(float((a - b).abs().max()) for a, b in zip(logits[1:], moved[1:], strict=True))
-        together = [_probe_nats(part, ids) for part, ids in zip(logits, (first, *pair), strict=True)]
+        together = [probe_nats(part, ids) for part, ids in zip(logits, (first, *pair), strict=True)]
         distance = float((torch.cat(together) - torch.cat(alone)).abs().mean())
         if leak <= 1e-4 * float(logits[1].float().std()) and distance <= allowed:
             loaded.packed, loaded.shares = True, shares
@@ -240,7 +239,7 @@ def _probe_packing(loaded: LoadedModel) -> str:
     return why
 
 
-def _declares_window(config: Any) -> bool:
+def declares_window(config: Any) -> bool:
     """Whether some layer sees a window or chunk only. A probe's few words cannot tell: windows are longer."""
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds:
@@ -260,12 +259,20 @@ def _probe_logits(loaded: LoadedModel, examples: list[Tensor], shares: bool) -> 
     return [logits[:, laid.places[k]] for k in range(len(examples))], seen
 
 
+def allowed_distance(loaded: LoadedModel, examples: Sequence[Tensor], stock: Sequence[Tensor]) -> float:
+    """How far, in nats a token, another way of computing may be from the stock attention's on some examples.
+
+    bf16 keeps 8 bits, and sums run in other orders: as far as two of the model's own ways, twice, within bounds.
+    """
+    return min(max(0.1, 2 * _rounding(loaded, examples, stock)), 0.3) if loaded.dtype == torch.bfloat16 else 1e-3
+
+
 def _rounding(loaded: LoadedModel, examples: Sequence[Tensor], stock: Sequence[Tensor]) -> float:
     """Mean distance, in nats a token, between the stock attention and the plainest one of the same model; 0 without that."""
     causal, name = loaded.causal, loaded.causal.config._attn_implementation
     try:
         causal.set_attn_implementation("eager")
-        plain = [_probe_nats(causal(input_ids=ids).logits, ids) for ids in examples]
+        plain = [probe_nats(causal(input_ids=ids).logits, ids) for ids in examples]
     except Exception:  # whatever a model's own code raises: it has no such way
         return 0.0
     finally:
@@ -274,7 +281,7 @@ def _rounding(loaded: LoadedModel, examples: Sequence[Tensor], stock: Sequence[T
     return distance if math.isfinite(distance) else 0.0
 
 
-_PROBE_TEXTS = (
+PROBE_TEXTS = (
     "The river rises in the hills and runs west to the sea.",
     "Please send the report before noon, so that we can read it on the train.",
     "A small shop sells bread, milk and newspapers to the people of the village, every day.",
@@ -283,19 +290,20 @@ _PROBE_TEXTS = (
 )
 
 
-def _probe_ids(loaded: LoadedModel, text: str, *, special: bool = False) -> Tensor:
+def probe_ids(loaded: LoadedModel, text: str, *, special: bool = False) -> Tensor:
     """The first tokens of a text; with `special` as the tokenizer begins a text (some models are lost without that)."""
     ids: Tensor = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=special)["input_ids"]
     return ids[:, :12].to(loaded.device)
 
 
-def _probe_nats(logits: Tensor, ids: Tensor) -> Tensor:
+def probe_nats(logits: Tensor, ids: Tensor) -> Tensor:
+    """Nats of each token but the first, by logits (1, tokens, vocabulary)."""
     return functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
 
 
 def _probe_head(loaded: LoadedModel) -> bool:
     """Whether `head` on the body's hidden states gives the model's own logits."""
-    ids = _probe_ids(loaded, _PROBE_TEXTS[0])
+    ids = probe_ids(loaded, PROBE_TEXTS[0])
     try:
         own = loaded.head(loaded.body(input_ids=ids, use_cache=False)[0])
     except (TypeError, AttributeError, RuntimeError):

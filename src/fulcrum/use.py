@@ -84,22 +84,37 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
     Raises StoreError where the folder holds no finished run or no such arm, or where its files were changed.
     """
     folder = Path(folder)
+    settings = settings_of(folder)
+    weights, own = _adapter_folder(folder, arm, settings)
+    state = read_state(weights)
+    loaded = load_base(settings)
+    trained = as_saved(weights, settings.train, own)
+    adapters.use(loaded, state, trained)
+    anchors = {task.name: asked(task, own, settings) for task in settings.tasks}
+    return Adapter(loaded, settings, own.name, anchors, weights, trained, tuple(other_base(folder, loaded)))
+
+
+def settings_of(folder: Path) -> Settings:
+    """The settings of a run folder. Raises StoreError where it is none."""
     if not (folder / "config.yaml").exists():
         raise StoreError(f"{folder}: not a run folder (no config.yaml); give the output_dir of `fulcrum train` or `compare`")
-    settings = config.load(folder / "config.yaml")
-    weights, own = _adapter_folder(folder, arm, settings)
+    return config.load(folder / "config.yaml")
+
+
+def load_base(settings: Settings) -> LoadedModel:
+    """The base model of a run, on this machine's own device."""
+    here = settings.train.model_copy(update={"device": "auto"})  # the run's device may have been another machine's GPU
+    return model.load(settings.model, here, trust_remote_code=settings.trust_remote_code)
+
+
+def read_state(weights: Path) -> adapters.State:
+    """An adapter's weights. Raises StoreError where its files are not those that were trained."""
     if damaged := store.damaged(weights):
         raise StoreError(f"{weights}: {', '.join(damaged)} changed or missing since training; make it again with --resume")
-    here = settings.train.model_copy(update={"device": "auto"})  # the run's device may have been another machine's GPU
-    loaded = model.load(settings.model, here, trust_remote_code=settings.trust_remote_code)
-    state = load_file(weights / "adapter_model.safetensors")
-    trained = _as_saved(weights, settings.train, own)
-    adapters.use(loaded, state, trained)
-    anchors = {task.name: _asked(task, own, settings) for task in settings.tasks}
-    return Adapter(loaded, settings, own.name, anchors, weights, trained, tuple(_other_base(folder, loaded)))
+    return load_file(weights / "adapter_model.safetensors")
 
 
-def _other_base(folder: Path, loaded: LoadedModel) -> Iterator[str]:
+def other_base(folder: Path, loaded: LoadedModel) -> Iterator[str]:
     """What the run's manifest says of the base model and is not so here."""
     known, here = store.read_json(folder / store.MANIFEST)["environment"], environment(loaded)
     for name, what in (("weights", "files"), ("prompt", "chat template, or the date that it writes,")):
@@ -107,36 +122,42 @@ def _other_base(folder: Path, loaded: LoadedModel) -> Iterator[str]:
             yield f"{loaded.name}: its {what} differ here from those of training: answers may be others"
 
 
-def _asked(task: TaskSettings, own: Arm, settings: Settings) -> Anchor | None:
+def asked(task: TaskSettings, own: Arm, settings: Settings) -> Anchor | None:
+    """The anchor that an arm is asked with."""
     return arms.asked_anchor(own, Task(task.name, (), (), (), task.anchor_value()), settings)
 
 
-def _as_saved(weights: Path, settings: TrainSettings, own: Arm) -> TrainSettings:
+def as_saved(weights: Path, settings: TrainSettings, own: Arm) -> TrainSettings:
     """The settings with those of the arm, and with the rank and scale that were saved: averaged adapters have others."""
     saved = store.read_json(weights / "adapter_config.json")
     settings = cell.own_settings(settings, own, Setting())
     return settings.model_copy(update={"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"]})
 
 
+def adapter_folders(folder: Path, settings: Settings) -> dict[str, Path]:
+    """The trained adapters of a run folder by their arms, first the one that is used where none is named. Raises StoreError
+    where there is none."""
+    if (folder / "adapter").is_dir():
+        return {arms.own_arm(settings).name: folder / "adapter"}
+    names = (*_USED_FIRST, *arms.ARMS, *(arm.name for arm in settings.compare.arms if not isinstance(arm, str)))
+    places = {name: folder / "adapters" / name for name in dict.fromkeys(names)}
+    found = {name: place for name, place in places.items() if (place / "adapter_model.safetensors").exists()}
+    if not found:
+        raise StoreError(f"{folder}: no trained adapter in it; finish the run with --resume")
+    return found
+
+
 def _adapter_folder(folder: Path, arm: str | None, settings: Settings) -> tuple[Path, Arm]:
+    found = adapter_folders(folder, settings)
     if (folder / "adapter").is_dir():
         own = arms.own_arm(settings)
         if arm not in (None, own.name):
             raise StoreError(f"{folder}: holds the arm {own.name!r} only, not {arm!r}")
         return folder / "adapter", own
-    found = [
-        name
-        for name in dict.fromkeys(
-            (*_USED_FIRST, *arms.ARMS, *(arm.name for arm in settings.compare.arms if not isinstance(arm, str)))
-        )
-        if (folder / "adapters" / name / "adapter_model.safetensors").exists()
-    ]
-    if not found:
-        raise StoreError(f"{folder}: no trained adapter in it; finish the run with --resume")
-    name = arm or found[0]
+    name = arm or next(iter(found))
     if name not in found:
         raise StoreError(f"{folder}: no adapter of arm {name!r}{nearest(name, found)}")
-    return folder / "adapters" / name, arms.arm_of(settings, name)
+    return found[name], arms.arm_of(settings, name)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""The models that can be asked of some runs: one base model in memory, their adapters on it, by name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fulcrum import adapter as adapters
+from fulcrum import arms, encode, use
+from fulcrum.config import Settings, TrainSettings
+from fulcrum.engine import Speaker
+from fulcrum.errors import ConfigError, ModelError, nearest
+from fulcrum.model import LoadedModel
+
+BASE = "base"  # by this name the model without an adapter is asked, and without an anchor
+
+
+@dataclass(frozen=True)
+class Speakers:
+    """A base model with adapters on it, and by which names they are asked; `notes`: what differs from their training."""
+
+    loaded: LoadedModel
+    known: Mapping[str, Speaker]
+    notes: tuple[str, ...]
+
+
+def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> Speakers:
+    """Load the base model once, and all adapters of some run folders, or those of the arms `wanted` (`base` is always there).
+
+    An adapter is called by its arm, with several tasks `ARM/TASK`, of several runs `RUN/ARM`. Raises StoreError; ConfigError
+    for an arm that no run has; ModelError where the runs' base models differ.
+    """
+    runs = {Path(folder): use.settings_of(Path(folder)) for folder in folders}
+    first, *others = runs
+    for folder in others:
+        if runs[folder].model != runs[first].model:
+            raise ModelError(
+                f"{folder} is a run of {runs[folder].model!r}, {first} of {runs[first].model!r}: serve them by two servers"
+            )
+    found = {folder: use.adapter_folders(folder, settings) for folder, settings in runs.items()}
+    there = {name for arms_there in found.values() for name in arms_there}
+    for name in wanted:
+        if name not in {BASE, *there}:
+            raise ConfigError(f"no adapter of arm {name!r} in {', '.join(map(str, runs))}{nearest(name, {BASE, *there})}")
+    loaded = use.load_base(runs[first])
+    longest = max(task.max_new_tokens for settings in runs.values() for task in settings.tasks)
+    known = {BASE: Speaker(adapters.BASE, encode.make_format(loaded.tokenizer, None), longest)}
+    states: dict[str, tuple[adapters.State, TrainSettings]] = {}
+    for folder, settings in runs.items():
+        for name, weights in found[folder].items():
+            if wanted and name not in wanted:
+                continue
+            key = f"adapter{len(states)}"  # an arm's own name may hold a dot, which PEFT's must not
+            arm = arms.arm_of(settings, name) if weights.name != "adapter" else arms.own_arm(settings)
+            states[key] = use.read_state(weights), use.as_saved(weights, settings.train, arm)
+            for task, called in _names(folder, name, settings, several=len(runs) > 1).items():
+                if called in known:
+                    raise ConfigError(f"two adapters would be called {called!r}; rename a folder, or an arm")
+                own = next(one for one in settings.tasks if one.name == task)
+                form = encode.make_format(loaded.tokenizer, use.asked(own, arm, settings))
+                known[called] = Speaker(key, form, own.max_new_tokens)
+    adapters.put_on(loaded, states)
+    return Speakers(loaded, known, tuple(note for folder in runs for note in use.other_base(folder, loaded)))
+
+
+def _names(folder: Path, arm: str, settings: Settings, *, several: bool) -> dict[str, str]:
+    """By which name an adapter is asked, for each task."""
+    run = [folder.resolve().name] if several else []
+    tasks = settings.tasks
+    return {task.name: "/".join([*run, arm, *([task.name] if len(tasks) > 1 else [])]) for task in tasks}
