@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +18,7 @@ from typer.testing import CliRunner, Result
 from fulcrum import arms, config, encode, preview, sources, starter, terminal, use
 from fulcrum.cli import app
 from fulcrum.records import Anchor, Example, Message, TrainPoint
+from fulcrum.talk import Talk
 from fulcrum.watch import Watch
 from tiny import save_tiny, tiny_tokenizer, write_rows
 
@@ -572,11 +575,56 @@ def test_chat_answers_a_line_each_and_names_the_anchor(finished: tuple[Path, str
     assert result.stdout[:half] == result.stdout[half:] != ""  # after /reset the same question has the same answer
 
 
+def test_chat_asks_several_side_by_side_each_by_its_own_form(finished: tuple[Path, str]) -> None:
+    """Piped: one below the other, each after its name. What the model of the run says is what it says alone."""
+    lines = "Where is my ant?\n/anchor off\nWhere is my ant?\n/history\n/ancor\n"
+    alone = fulcrum("chat", finished[0], stdin="Where is my ant?\n").stdout
+    result = fulcrum("chat", finished[0], "--with", "base", stdin=lines)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"tell: {alone}base: ")
+    assert "tell: anchor (user_prefix): Sort the ticket." in result.stderr
+    assert "base: no anchor" in result.stderr
+    assert "no anchor is put in; /anchor on puts it in again" in result.stderr
+    assert result.stderr.count("› Where is my ant?") == 4  # each remembers both questions
+    assert f"tell: {alone}" in result.stderr
+    assert "/ancor: no such command; /anchor on|off" in result.stderr
+    wrong = fulcrum("chat", finished[0], "--with", "sft")
+    assert (wrong.exit_code, "no adapter of arm 'sft' in" in wrong.stderr) == (2, True)
+
+
+def test_chat_in_a_terminal_draws_columns_and_can_be_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, int, bool]] = []
+
+    def speak(name: str, messages: Sequence[Message], told: Any = None, *, anchored: bool = True) -> str:
+        heard.append((name, len(messages), anchored))
+        if messages[-1].content == "stop":
+            raise KeyboardInterrupt
+        for part in ("so ", "\x1b[31m", "be it"):
+            told(part)
+        return "so be it"
+
+    lines = iter(["one", "stop", "two", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    screen = Console(file=io.StringIO(), force_terminal=True, width=90, color_system=None)
+    conversation = Talk(Console(file=io.StringIO()), speak, {"tell": "", "base": ""})
+    conversation.out = screen
+    conversation.run()
+    assert heard == [("tell", 1, True), ("base", 1, True), ("tell", 3, True), ("tell", 3, True), ("base", 3, True)]
+    drawn = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "so \\x1b[31mbe it" in drawn
+    assert "\x1b[31m" not in drawn
+
+
 def test_chat_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     lines = iter(["one", "two", "/reset", "three", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    terminal.converse(Console(quiet=True), lambda history: asked.append([m.content for m in history]) or "so")
+
+    def speak(name: str, messages: Sequence[Message], told: Any = None, *, anchored: bool = True) -> str:
+        asked.append([message.content for message in messages])
+        return "so"
+
+    Talk(Console(quiet=True), speak, {"tell": ""}).run()
     assert asked == [["one"], ["one", "so", "two"], ["three"]]
 
 

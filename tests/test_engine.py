@@ -10,7 +10,8 @@ from transformers import AttentionInterface
 
 from fulcrum import adapter, encode, engine, generate, slots
 from fulcrum.adapter import BASE
-from fulcrum.engine import Answer, BusyError, Engine, Piece, Question, Speaker
+from fulcrum.answer import Answer
+from fulcrum.engine import BusyError, Engine, Piece, Question, Speaker
 from fulcrum.errors import DataError, ModelError
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor, Message

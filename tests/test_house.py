@@ -50,6 +50,7 @@ FLOORS = (
         "modelfile",
         "propose",
         "metrics",
+        "answer",
         "labelled",
         "general_rows",
         "material",
@@ -118,6 +119,7 @@ FLOORS = (
         "repeat",
         "shipping",
         "terminal",
+        "talk",
         "watch",
         "cli_group",
         "cli_start",
@@ -142,6 +144,7 @@ READERS = {*FLOORS[4]} - {"identity", "run"}
 LIGHT = {
     *READERS,
     "terminal",
+    "talk",
     "watch",
     "cli_group",
     "cli_start",

@@ -233,21 +233,29 @@ def evaluate(
 
 
 @app.command()
-def chat(ctx: typer.Context, run_folder: RunFolder, arm: ArmName = None, task: TaskName = None) -> None:
-    """Talk to a trained adapter.
+def chat(
+    ctx: typer.Context, run_folder: RunFolder, arm: ArmName = None, task: TaskName = None,
+    beside: Annotated[str, typer.Option("--with", metavar="A,B", help="Arms to ask too, as base,sft; base: no adapter.")] = "",
+) -> None:  # fmt: skip
+    """Talk to a trained adapter, or to several side by side.
 
-    One question a line, typed or piped in; `/reset` begins anew, `/quit` ends.
+    One question a line, typed or piped in; `/anchor off` leaves the anchor out, `/history` shows what was said, `/reset` begins
+    anew, `/quit` ends.
     """
     notes = cli_start.notes(ctx)
-    from fulcrum import terminal, use
+    from fulcrum import speakers, terminal
+    from fulcrum.talk import Talk
 
     with terminal.working(notes, "loading the model"):
-        adapter = use.load_adapter(run_folder, arm=arm)
-        anchor = adapter.anchor(task)
-    for text in adapter.notes:
+        others = [name.strip() for name in beside.split(",") if name.strip()]
+        found, names = speakers.side_by_side(run_folder, arm, others, task)
+    for text in found.notes:
         terminal.say(notes, f"warning: {text}", "yellow")
-    terminal.say(notes, "no anchor is applied" if anchor is None else f"anchor ({anchor.placement}): {anchor.text}")
-    terminal.converse(notes, lambda history: adapter.reply([history], task=task)[0])
+    anchors = {name: found.known[name].form.anchor for name in names}
+    said = {name: "no anchor" if own is None else f"anchor ({own.placement}): {own.text}" for name, own in anchors.items()}
+    for name, text in said.items():
+        terminal.say(notes, text if len(said) == 1 else f"{name}: {text}")
+    Talk(notes, found.speak, said).run()
 
 
 app.command("export")(cli_export.export)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from fulcrum.adapter import no_dropout
+from fulcrum.answer import Answer
 from fulcrum.encode import Format
 from fulcrum.loss import Row, row_kl, row_nats, row_states, rows, set_checkpointing
 from fulcrum.model import LoadedModel, generation_attention
@@ -92,13 +93,15 @@ def generate(
     sample: int | None = None,
     temperature: float = 1.0,
     whole: bool = False,
+    told: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Answers to tokenised prompts, in their order, without the end token and special tokens.
 
     Greedy, or with `sample`, a seed, drawn at a `temperature` of tokens of probability 3e-4 or more (epsilon sampling, Hewitt
     et al. 2022, arXiv 2210.15191; the likeliest 95% would sort a vocabulary at every step). `batch_tokens` bounds
     prompts x (longest prompt + answer) of a batch. `progress` is told how many prompts are done. With `whole`, an answer
-    that did not end within `max_new_tokens` ends after its last whole sentence (empty where it has none).
+    that did not end within `max_new_tokens` ends after its last whole sentence (empty where it has none). `told` hears the
+    text of a single prompt's answer as it comes.
     """
     if sample is not None:
         torch.manual_seed(sample)
@@ -106,6 +109,8 @@ def generate(
     drawn: dict[str, Any] = {"do_sample": sample is not None}
     if sample is not None:
         drawn |= {"temperature": temperature, "top_p": 1.0, "top_k": 0, "epsilon_cutoff": 3e-4}
+    if told is not None:
+        drawn["streamer"] = _Streamer(loaded, told)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     no_dropout(loaded)
@@ -186,6 +191,24 @@ def _batch(
         )  # fmt: skip
     answers: list[list[int]] = output[:, longest:].tolist()
     return answers
+
+
+class _Streamer:
+    """Passes on what Transformers' generation tells of a single prompt: its ids, then a token at a time."""
+
+    def __init__(self, loaded: LoadedModel, told: Callable[[str], None]) -> None:
+        self.answer = Answer(lambda ids: str(loaded.tokenizer.decode(ids, skip_special_tokens=True)), (), strip=True)
+        self.told, self.begun = told, False
+
+    def put(self, ids: Tensor) -> None:
+        """As Transformers' streamers."""
+        for token in ids.flatten().tolist() if self.begun else ():
+            self.told(self.answer.add(token)[0])
+        self.begun = True
+
+    def end(self) -> None:
+        """As Transformers' streamers."""
+        self.told(self.answer.end())
 
 
 def end_ids(loaded: LoadedModel) -> list[int]:

@@ -1,15 +1,16 @@
 """The models that can be asked of some runs: one base model in memory, their adapters on it, by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fulcrum import adapter as adapters
-from fulcrum import arms, encode, use
+from fulcrum import arms, encode, generate, use
 from fulcrum.config import Settings, TrainSettings
 from fulcrum.engine import Speaker
 from fulcrum.errors import ConfigError, ModelError, nearest
 from fulcrum.model import LoadedModel
+from fulcrum.records import Message
 
 BASE = "base"  # by this name the model without an adapter is asked, and without an anchor
 
@@ -21,6 +22,17 @@ class Speakers:
     loaded: LoadedModel
     known: Mapping[str, Speaker]
     notes: tuple[str, ...]
+
+    def speak(
+        self, name: str, messages: Sequence[Message], told: Callable[[str], None] | None = None, *, anchored: bool = True
+    ) -> str:
+        """The greedy answer of one of them to a conversation that ends with a question; `told` hears it as it comes."""
+        speaker = self.known[name]
+        form = speaker.form if anchored else encode.make_format(self.loaded.tokenizer, None)
+        prompt = encode.prompt_ids(messages, form)
+        with adapters.active(self.loaded, speaker.adapter):
+            answers = generate.generate(self.loaded, [prompt], form, max_new_tokens=speaker.longest, batch_tokens=1, told=told)
+        return answers[0]
 
 
 def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> Speakers:
@@ -60,6 +72,19 @@ def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> Speakers:
                 known[called] = Speaker(key, form, own.max_new_tokens)
     adapters.put_on(loaded, states)
     return Speakers(loaded, known, tuple(note for folder in runs for note in use.other_base(folder, loaded)))
+
+
+def side_by_side(folder: Path, arm: str | None, others: Sequence[str], task: str | None) -> tuple[Speakers, list[str]]:
+    """The adapter of an arm (default: the first that the run has) and others beside it, and by which names they are asked for a
+    task (default: the first). Raises as `load`, and ConfigError for an unknown task."""
+    settings = use.settings_of(folder)
+    tasks = [one.name for one in settings.tasks]
+    if task is not None and task not in tasks:
+        raise ConfigError(f"no task {task!r} in this run{nearest(task, tasks)}")
+    first = arm or next(iter(use.adapter_folders(folder, settings)))
+    wanted = list(dict.fromkeys([first, *others]))
+    named = {name: name if name == BASE or len(tasks) == 1 else f"{name}/{task or tasks[0]}" for name in wanted}
+    return load([folder], wanted), list(named.values())
 
 
 def _names(folder: Path, arm: str, settings: Settings, *, several: bool) -> dict[str, str]:

@@ -3,7 +3,6 @@
 Invariant: text of the user's rows is never read as markup and cannot steer the terminal (`visible`).
 """
 
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fulcrum.records import IntArray, Message, Score
+from fulcrum.records import IntArray, Score
 
 if TYPE_CHECKING:  # it imports torch
     from fulcrum.preview import Span, Trial
@@ -70,29 +69,6 @@ def working(out: Console, text: str) -> Iterator[None]:
         return
     with out.status(Text(text)):
         yield
-
-
-def converse(notes: Console, reply: Callable[[Sequence[Message]], str]) -> None:
-    """Answer questions, one a line, typed or piped in, until the end of input or `/quit`; `/reset` forgets what was said."""
-    history: tuple[Message, ...] = ()
-    out = console()
-    while True:
-        try:
-            line = input("› " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if line == "/quit":
-            return
-        if line == "/reset":
-            history = ()
-            say(notes, "the conversation begins anew")
-        elif line:
-            history = (*history, Message("user", line))
-            answer = reply(history)
-            # Made safe for a terminal, unchanged for a pipe.
-            out.file.write((visible(answer) if out.is_terminal else answer) + "\n")
-            out.file.flush()
-            history = (*history, Message("assistant", answer))
 
 
 def explain(error: OSError) -> str:
