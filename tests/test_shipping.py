@@ -99,6 +99,13 @@ def test_each_export_says_what_went_in_and_how_it_was_checked(run: Path, tmp_pat
     assert weights in card
 
 
+def test_the_card_of_an_adapter_has_the_command_of_another_server(run: Path, tmp_path: Path) -> None:
+    shipping.export(run, shipping.Wanted("adapter"), out=tmp_path / "a", rows=0)
+    command = next(line for line in (tmp_path / "a" / "README.md").read_text().splitlines() if line.startswith("$ vllm"))
+    assert " --max-lora-rank 8 --lora-modules " in command  # of rank 2; vLLM knows 8 as the least
+    assert (tmp_path / "a" / command.split("--chat-template ")[1].split()[0]).read_text().count("Name it.") == 1
+
+
 @pytest.mark.parametrize("to", ["adapter", "modelfile"])
 def test_an_adapter_is_scored_by_plain_peft(run: Path, tmp_path: Path, to: Any) -> None:
     found = shipping.export(run, Wanted(to), out=tmp_path / "a")

@@ -297,13 +297,15 @@ def card(results: Record, adapter_note: str) -> str:
 
 
 def export_card(
-    results: Record, to: str, files: Sequence[str], anchor: Any, check: Record | None, parts: Sequence[Record]
-) -> str:
-    """Return the model card of an export in Markdown: `to` is its kind, `check` its `artefact.Check`, `parts` what went in."""
+    results: Record, to: str, arm: str, rank: int, files: Sequence[str], anchor: Any, check: Record | None,
+    parts: Sequence[Record],
+) -> str:  # fmt: skip
+    """Return the model card of an export in Markdown: `to` is its kind, `arm` and `rank` its adapter's, `check`
+    its `artefact.Check`, `parts` what went in."""
     longest = max((task["max_new_tokens"] for task in results["settings"].get("tasks", ())), default=64)
     weights = next((name for name in files if name.endswith(".gguf")), "")
     return _render(
-        "export.md.j2", results, to=to, files=files, weights=weights, anchor=anchor, check=check, parts=parts,
+        "export.md.j2", results, to=to, arm=arm, rank=rank, files=files, weights=weights, anchor=anchor, check=check, parts=parts,
         max_new_tokens=longest,
     )  # fmt: skip
 

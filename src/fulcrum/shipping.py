@@ -106,7 +106,8 @@ def export(
         store.write_json(place / materials.FILE, listed)
         store.write_json(place / RECORD, {"version": 1, "to": wanted.to, "arm": adapter.arm, "task": own.name, "check": check})
         made = sorted(path.name for path in place.iterdir())
-        card = report.export_card(report.load(folder), wanted.to, made, form.anchor, store.plain(check), listed["components"])
+        what = wanted.to, adapter.arm, adapter.train.lora_r
+        card = report.export_card(report.load(folder), *what, made, form.anchor, store.plain(check), listed["components"])
         store.write_bytes(place / "README.md", card.encode())
 
     store.write_folder(target, fill)
