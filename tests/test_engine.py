@@ -211,7 +211,7 @@ def test_too_many_and_too_long_are_refused(loaded: LoadedModel, speakers: dict[s
     ask(stopped, "base", "dog")
     with pytest.raises(BusyError, match="1 questions wait already"):
         ask(stopped, "base", "dog")
-    with pytest.raises(DataError, match=rf"prompt tokens and {CONTEXT} answer tokens exceed the model's context \({CONTEXT}\)"):
+    with pytest.raises(DataError, match=rf"prompt tokens and {CONTEXT} answer tokens exceed the context \({CONTEXT}\)"):
         ask(stopped, "base", "dog", most=CONTEXT)
     with pytest.raises(DataError, match="the prompt is empty"):
         stopped.submit(Question("base", [], 3, Heard()))
@@ -310,3 +310,18 @@ def test_text_is_said_once_it_is_certain(parts: list[str], stop: tuple[str, ...]
 
 def test_text_that_is_not_stripped_keeps_its_spaces() -> None:
     assert spoken([" ", " a ", "\n"], strip=False) == ([" ", " a ", "\n", ""], False)
+
+
+def test_a_question_that_cannot_begin_costs_no_other(running: Engine, alone: dict[tuple[str, str], str]) -> None:
+    lost = ask(running, "tell", TEXTS[0], temperature=1.0, seed=2**70)  # more than a generator takes
+    assert lost.last.finish == "error"
+    assert ask(running, "tell", TEXTS[0]).text == alone["tell", TEXTS[0]]
+    assert running.alive
+
+
+def test_a_narrower_context_than_the_models_holds(loaded: LoadedModel, speakers: dict[str, Speaker]) -> None:
+    with Engine(loaded, speakers, slots=1, context=40) as narrow:
+        with pytest.raises(DataError, match=r"and 35 answer tokens exceed the context \(40\)"):
+            ask(narrow, "base", TEXTS[1], most=35)
+    with Engine(loaded, speakers, slots=1, context=10_000) as wide:
+        assert wide.context == CONTEXT

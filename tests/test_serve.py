@@ -207,7 +207,7 @@ def test_what_clients_send_without_meaning_it_is_let_through(port: int) -> None:
         ({"stop": [""]}, 400, "stop: stop: at most four texts, none of them empty"),
         ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
         ({"max_tokens": 401}, 400, "401 answer tokens were asked for, 400 are allowed"),
-        ({"messages": [{"role": "user", "content": "ant " * 1500}]}, 400, f"exceed the model's context ({CONTEXT})"),
+        ({"messages": [{"role": "user", "content": "ant " * 1500}]}, 400, f"exceed the context ({CONTEXT})"),
         ({"messages": [{"role": "user", "content": "x" * 30_000}]}, 413, "the body has 30,"),
     ],
 )  # fmt: skip

@@ -26,7 +26,8 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Answers under way at once.")] = 32,
     waiting: Annotated[int, typer.Option("--waiting", min=0, help="Questions that may wait; more get 429.")] = 256,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer that may be asked for.")] = 2048,
+    context: Annotated[int, typer.Option("--context", min=16, help="Tokens of a prompt with its answer; memory.")] = 2048,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer that may be asked for.")] = 1024,
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes that a request may have.")] = 1_000_000,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that an answer may take.")] = 120.0,
     grace: Annotated[int, typer.Option("--grace", min=0, help="Seconds that open answers may go on after Ctrl-C.")] = 30,
@@ -55,12 +56,14 @@ def serve(
 
     with terminal.working(notes, "loading the model"):
         found = speakers.load(run_folders, [name.strip() for name in arm.split(",") if name.strip()])
-        engine = Engine(found.loaded, found.known, slots=slots, waiting=waiting)
+        engine = Engine(found.loaded, found.known, slots=slots, waiting=waiting, context=context)
     for text in found.notes:
         terminal.say(notes, f"warning: {text}", "yellow")
     limits = serving.Limits(max_body, max_tokens, timeout)
     app = serving.application(engine, limits=limits, key=key, hosts=LOOPBACK if host in LOOPBACK else ())
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace, lifespan="off")
+    settings = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=grace, lifespan="off", limit_concurrency=slots + waiting + 64
+    )  # fmt: skip
     where = f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
     place.listen()  # from now on who connects is answered
     terminal.say(terminal.console(), f"listening on {where}")

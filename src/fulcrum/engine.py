@@ -117,10 +117,16 @@ class Counts:
 class Engine:
     """Answers questions to `speakers`, up to `slots` at once, while up to `waiting` wait. A context manager, it runs inside."""
 
-    def __init__(self, loaded: LoadedModel, speakers: Mapping[str, Speaker], *, slots: int = 32, waiting: int = 256) -> None:
-        """Raises ModelError where the model cannot answer several at once (`slots.Slots`), or PEFT not with these adapters."""
+    def __init__(
+        self, loaded: LoadedModel, speakers: Mapping[str, Speaker], *, slots: int = 32, waiting: int = 256,
+        context: int | None = None,
+    ) -> None:  # fmt: skip
+        """`context`: tokens of a prompt and its answer (None: the model's own limit). Every slot has room for as many as the
+        longest so far, which takes memory. Raises ModelError where the model cannot answer several at once (`slots.Slots`), or
+        PEFT not with these adapters."""
         _check_mixing(loaded, speakers)
         self.loaded, self.speakers, self.slots, self.most_waiting = loaded, dict(speakers), slots, waiting
+        self.context = min((limit for limit in (context, loaded.context) if limit is not None), default=None)
         self.counts = Counts()
         self._waiting: deque[Question] = deque()
         self._turns: list[_Turn] = []  # the k-th stands in slot k
@@ -155,18 +161,22 @@ class Engine:
         self._thread.join()
 
     @property
+    def alive(self) -> bool:
+        """Whether it answers."""
+        return self._thread.is_alive()
+
+    @property
     def open(self) -> tuple[int, int]:
         """How many are being answered, and how many wait."""
         return len(self._turns), len(self._waiting)
 
     def submit(self, question: Question) -> None:
         """Ask. Raises BusyError where too many wait or the engine stops, DataError where the prompt leaves no room for it."""
-        context = self.loaded.context
         if not question.prompt:
             raise DataError("the prompt is empty: there is nothing to go on from")
-        if context is not None and len(question.prompt) + question.most > context:
+        if self.context is not None and len(question.prompt) + question.most > self.context:
             raise DataError(
-                f"{len(question.prompt)} prompt tokens and {question.most} answer tokens exceed the model's context ({context})"
+                f"{len(question.prompt)} prompt tokens and {question.most} answer tokens exceed the context ({self.context})"
             )
         with self._wake:
             if self._until is not None:
@@ -179,6 +189,7 @@ class Engine:
     def _run(self) -> None:
         while self._next():
             try:
+                self._admit()
                 self._step()
             except (
                 Exception
@@ -188,25 +199,32 @@ class Engine:
                 self._turns.clear()
 
     def _next(self) -> bool:
-        """Wait for something to do, and give free slots away. False once all is done."""
+        """Wait for something to do. False once all is done."""
         with self._wake:
             while not self._turns and not self._waiting and self._until is None:
                 self._wake.wait()
-            now = time.monotonic()
             if self._until is not None:
                 self._end(self._waiting, "error", "the server stopped")
                 self._waiting.clear()
-                if now >= self._until:
+                if time.monotonic() >= self._until:
                     self._end((turn.question for turn in self._turns), "error", "the server stopped")
                     self._turns.clear()
                 return bool(self._turns)
-            gone = [one for one in self._waiting if one.cancelled or now > one.begun + one.seconds]
-            for one in gone:
+        return True
+
+    def _admit(self) -> None:
+        """Give free slots to those who wait, in the order in which they came; let those go who wait no more."""
+        now = time.monotonic()
+        with self._wake:
+            for one in [one for one in self._waiting if one.cancelled or now > one.begun + one.seconds]:
                 self._waiting.remove(one)
                 _deliver(one, Piece("", 0, "cancelled" if one.cancelled else "timeout"))
-            while self._waiting and len(self._turns) < self.slots:
-                self._begin(self._waiting.popleft())
-        return True
+            coming = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.slots - len(self._turns)))]
+        for question in coming:
+            try:
+                self._begin(question)
+            except Exception as error:  # as in a step
+                _deliver(question, Piece("", 0, "error", f"{type(error).__name__}: {error}"))
 
     def _end(self, questions: Iterable[Question], finish: str, wrong: str) -> None:
         for question in questions:

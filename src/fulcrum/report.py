@@ -305,8 +305,8 @@ def export_card(
     longest = max((task["max_new_tokens"] for task in results["settings"].get("tasks", ())), default=64)
     weights = next((name for name in files if name.endswith(".gguf")), "")
     return _render(
-        "export.md.j2", results, to=to, arm=arm, rank=rank, files=files, weights=weights, anchor=anchor, check=check, parts=parts,
-        max_new_tokens=longest,
+        "export.md.j2", results, to=to, arm=arm, rank=rank, files=files, weights=weights, anchor=anchor, check=check,
+        parts=parts, max_new_tokens=longest,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class Limits:
     """What one request may ask for: bytes of its body, tokens of an answer, seconds until it ends."""
 
     body: int = 1_000_000
-    tokens: int = 2_048
+    tokens: int = 1_024
     seconds: float = 120.0
 
 
@@ -352,8 +352,8 @@ def application(engine: Engine, *, limits: Limits, key: str | None = None, hosts
         return shown(name)
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> Response:
+        return JSONResponse({"status": "ok" if engine.alive else "the engine stopped"}, 200 if engine.alive else 503)
 
     @app.get("/metrics")
     async def measured() -> Response:
