@@ -320,8 +320,8 @@ def test_a_question_that_cannot_begin_costs_no_other(running: Engine, alone: dic
 
 
 def test_a_narrower_context_than_the_models_holds(loaded: LoadedModel, speakers: dict[str, Speaker]) -> None:
-    with Engine(loaded, speakers, slots=1, context=40) as narrow:
-        with pytest.raises(DataError, match=r"and 35 answer tokens exceed the context \(40\)"):
-            ask(narrow, "base", TEXTS[1], most=35)
+    refused = pytest.raises(DataError, match=r"and 35 answer tokens exceed the context \(40\)")
+    with Engine(loaded, speakers, slots=1, context=40) as narrow, refused:
+        ask(narrow, "base", TEXTS[1], most=35)
     with Engine(loaded, speakers, slots=1, context=10_000) as wide:
         assert wide.context == CONTEXT
