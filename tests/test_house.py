@@ -109,6 +109,7 @@ FLOORS = (
     ),
     ("preview", "proof", "units", "workers", "comparison", "budget", "scale", "quanta"),
     (
+        "trackers",
         "use",
         "repeat",
         "shipping",
