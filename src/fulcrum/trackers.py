@@ -88,7 +88,10 @@ def _trackio(run: _Run) -> Any:
 def _trackio_files(tracker: Any, name: str, files: Files) -> None:
     from trackio import Artifact
 
-    tracker.tracker.log_artifact(_filled(Artifact(name, type=RESULTS), files))
+    artifact = Artifact(name, type=RESULTS)
+    for file, path in files.items():
+        artifact.add_file(str(path), name=file)
+    tracker.tracker.log_artifact(artifact)
 
 
 def _wandb(run: _Run) -> Any:
@@ -103,13 +106,10 @@ def _wandb(run: _Run) -> Any:
 def _wandb_files(tracker: Any, name: str, files: Files) -> None:
     from wandb import Artifact
 
-    tracker.tracker.log_artifact(_filled(Artifact(name, type=RESULTS), files))
-
-
-def _filled(artifact: Any, files: Files) -> Any:
+    artifact = Artifact(name, type=RESULTS)
     for file, path in files.items():
-        artifact.add_file(str(path), name=file)
-    return artifact
+        artifact.add_file(str(path), name=file, policy="immutable")  # no copy under the home folder until it is synced
+    tracker.tracker.log_artifact(artifact)
 
 
 def _database(place: Path) -> str:
