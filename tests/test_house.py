@@ -112,6 +112,7 @@ FLOORS = (
     ),
     ("preview", "proof", "units", "workers", "comparison", "budget", "scale", "quanta"),
     (
+        "trackers",
         "use",
         "speakers",
         "openai_api",

@@ -95,7 +95,7 @@ def test_rows_that_a_model_made_and_an_arms_own_pool_are_inputs_too(tmp_path: Pa
     arm = {"name": "other", "general": "pool", "pool": [{"path": str(folder / "own.jsonl")}]}
     settings = comparison_settings(folder, folder / "out", compare={"arms": ["sft", "tell", arm]})
     store.write_json(folder / "out" / store.MADE / "selfgen-seed0.json", {"rows": ["one"]})
-    store.write_json(folder / "out" / store.MANIFEST, {"settings": settings.model_dump(mode="json", exclude={"output_dir"})})
+    store.write_json(folder / "out" / store.MANIFEST, {"settings": settings.described()})
     known = inputs.describe(settings, settings.tasks[0].name, ())
     assert list(known["made"]) == ["selfgen-seed0.json"]
 

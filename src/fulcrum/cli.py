@@ -342,7 +342,7 @@ def _launch(
     from fulcrum.watch import Watch
 
     with Watch(screen) as watch:
-        use.VERBS[verb](settings, resume=resume, watcher=watch, **how)
+        use.launch(verb, settings, resume=resume, watcher=watch, **how)
     if run.writes():
         terminal.conclude(screen, Path(settings.output_dir))
 

@@ -76,7 +76,8 @@ def _agreed(settings: "Settings", *, resume: bool) -> tuple["Settings", dict[str
 
     if goes_on(settings, resume=resume):
         known = store.read_json(Path(settings.output_dir) / store.PLAN)
-        agreed = config.Settings.model_validate({**known["settings"], "output_dir": settings.output_dir})
+        here = {"output_dir": settings.output_dir, "report_to": settings.report_to}
+        agreed = config.Settings.model_validate({**known["settings"], **here})
         return agreed, {"budget": known["seconds"], "left_out": known["left_out"]}
     run_folder.check_free(Path(settings.output_dir), resume=resume)
     return None

@@ -63,8 +63,8 @@ def compare(
         kept_in = folder if writes() else None
         notes = [*candidates.keep(anchors, kept_in), *pilot.keep(found, kept_in, gone)]
         if writes() and budget is not None and not (folder / store.PLAN).exists():
-            described = settings.model_dump(mode="json", exclude={"output_dir"})
-            store.write_json(folder / store.PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
+            planned = {"seconds": budget, "left_out": list(left_out), "settings": settings.described()}
+            store.write_json(folder / store.PLAN, planned)
         by_seed = selfmade.with_made_rows(
             dict(zip(settings.seeds, rows, strict=True)), loaded, arms, settings, kept_in,
             partial(watcher.count, "general rows that the model makes itself"),

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from fulcrum import settings_file
-from fulcrum.errors import ConfigError
+from fulcrum.errors import ConfigError, nearest
 from fulcrum.experiments import QuantaSettings, ScaleSettings
 from fulcrum.records import Anchor
 from fulcrum.sections import (
@@ -346,6 +346,9 @@ class TeacherSettings(Section):
     key_variable: str = Field("OPENAI_API_KEY", description="environment variable with the key; no key is ever written down")
 
 
+_TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+
+
 class Settings(Section):
     """A whole run."""
 
@@ -368,7 +371,25 @@ class Settings(Section):
         0, ge=0, description="root of all seeds: data, mix, initialisation, training; a comparison may have several"
     )
 
+    report_to: tuple[str, ...] = Field(
+        (),
+        description=f"trackers that are sent curves, scores and certificates: {', '.join(_TRACKERS)}; none: events.jsonl alone",
+    )
+
     _sources = field_validator("general", mode="before")(as_sources)
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _nobody(cls, value: Any) -> Any:
+        return () if value in (None, "none", ["none"]) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in _TRACKERS:
+                raise ValueError(f"no tracker {name!r}{nearest(name, _TRACKERS)}")
+        return tuple(dict.fromkeys(value))
 
     @model_validator(mode="after")
     def _names(self) -> "Settings":
@@ -387,6 +408,10 @@ class Settings(Section):
                 f"mix.general_per_task is {self.mix.per_task:g} and `general:` names no data; name some, or set it to 0"
             )
         return self
+
+    def described(self) -> dict[str, Any]:
+        """What numbers may depend on, as JSON holds it: all but where the run is written and whom it is reported to."""
+        return self.model_dump(mode="json", exclude={"output_dir", "report_to"})
 
     @property
     def seeds(self) -> tuple[int, ...]:

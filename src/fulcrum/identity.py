@@ -17,11 +17,9 @@ from fulcrum.model import LoadedModel
 
 def manifest(kind: str, settings: Settings, loaded: LoadedModel, materials: Sequence[Material]) -> dict[str, Any]:
     """What makes a run this run: settings, every data row, model and versions. Kept in the folder, compared at resume."""
-    described = settings.model_dump(mode="json")
-    described.pop("output_dir")
     return {
         "kind": kind,
-        "settings": described,
+        "settings": settings.described(),
         "data": {part: [rows.fingerprints[part] for rows in materials] for part in materials[0].fingerprints},
         "left_out": [dict(sorted(rows.rejects.items())) for rows in materials],  # rows read and not used, by reason
         "environment": environment(loaded),

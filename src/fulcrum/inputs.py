@@ -18,14 +18,12 @@ def describe(settings: config.Settings, task: str, rows: Iterable[Example]) -> d
     """Settings, a hash of every task row by its place, of every local file of task and general data by its path (those of arms'
     own pools too), and of every file in the run folder that holds rows which a model made or answered.
     """
-    described = settings.model_dump(mode="json")
-    described.pop("output_dir")
     own = next(item for item in settings.tasks if item.name == task)
     pools = [source for arm in settings.compare.arms if not isinstance(arm, str) for source in arm.pool]
     sources = [*own.train, *own.dev, *own.test, *own.unlabeled, *settings.general, *pools]
     files = dict(pair for source in sources for pair in tables.files(source.path) or ())
     return {
-        "settings": described,
+        "settings": settings.described(),
         "rows": {row.origin: row_hash(row) for row in sorted(rows, key=lambda row: row.origin)},
         "files": {name: store.file_sha256(path) for name, path in sorted(files.items())},
         "made": {file.name: store.file_sha256(file) for file in sorted(Path(settings.output_dir, store.MADE).glob("*.json"))},

@@ -3,6 +3,7 @@
 files -> material (rows split and cleaned) -> tokens -> plan -> adapter, once per trial -> the trial best on dev -> test scores
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -49,6 +50,7 @@ from fulcrum.arms import (
 )
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
+from fulcrum.errors import ConfigError
 from fulcrum.identity import environment, manifest, peak_memory_bytes
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
@@ -79,8 +81,14 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
 
 @contextmanager
 def claimed(settings: Settings, *, resume: bool) -> Iterator[None]:
-    """Inside, the output folder is this run's alone. Raises StoreError where it cannot be."""
+    """Inside, the output folder is this run's alone. Raises StoreError where it cannot be, and ConfigError where a launcher
+    asks for what training cannot do."""
     folder = Path(settings.output_dir)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ConfigError(
+            "the launcher asks for FSDP, under which dev losses, checkpoints and gradient clipping would be wrong; let each "
+            "process hold the model (distributed_type: MULTI_GPU, as in examples/accelerate/multi_gpu.yaml)"
+        )
     if writes():
         run_folder.check_free(folder, resume=resume)  # before a lock is put into somebody else's folder
     with run_folder.held(folder) if writes() else nullcontext():
@@ -97,6 +105,11 @@ def begin(
     folder = Path(settings.output_dir)
     kept = config.load(folder / "config.yaml") if (folder / "config.yaml").exists() else settings
     chosen = settings.train.model_copy(update={name: getattr(kept.train, name) for name in ("dtype", "device", "compile")})
+    if _is_alone():
+        watcher.stage(
+            "warning: the launcher was asked for several processes and started this one alone, which trains the same adapter; "
+            "on a CPU: torchrun --nproc_per_node 2 -m fulcrum train ..."
+        )
     watcher.stage(f"loading {settings.model}")
     loaded = model.load(settings.model, chosen, trust_remote_code=settings.trust_remote_code)
     watcher.stage("reading data")
@@ -140,6 +153,11 @@ def writes() -> bool:
 
 def _processes() -> Any:
     return PartialState(cpu=not torch.cuda.is_available())  # the first call decides, and must not wait for a GPU
+
+
+def _is_alone() -> bool:
+    """Whether `accelerate launch` was asked for several processes and started one: with `--cpu` it leaves starting to MPI."""
+    return {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and _processes().num_processes == 1
 
 
 def train_arm(

@@ -18,6 +18,7 @@ from fulcrum.store import EVENTS, MANIFEST, PARTIAL, file_sha256, read_json, wri
 
 OUTPUTS = "outputs"  # in a finished run's manifest: the hashes of what it made
 _MADE = ("adapter_model.safetensors", "predictions.jsonl", "results.json", "certificate.json", "outcomes.jsonl", store.QUANTA)
+_COPIES = frozenset({"checkpoints", store.TRACKERS})  # folders of a run with copies of what it made
 _LOCK, _OWNER = ".lock", ".owner.json"
 
 
@@ -117,10 +118,15 @@ def beside(folder: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
+def made(folder: Path, name: str) -> list[Path]:
+    """The files of a name that a run made, sorted: no copies that checkpoints or trackers keep."""
+    return sorted(path for path in folder.rglob(name) if _COPIES.isdisjoint(path.relative_to(folder).parts))
+
+
 def seal(folder: Path) -> None:
     """Write the hashes of what a finished run made into its manifest: weights, predictions, results, certificates."""
-    made = (path for name in _MADE for path in folder.rglob(name) if "checkpoints" not in path.parts)
-    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(made)}
+    paths = sorted(path for name in _MADE for path in made(folder, name))
+    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
     write_json(folder / MANIFEST, {**read_json(folder / MANIFEST), OUTPUTS: hashes})
 
 

@@ -41,8 +41,8 @@ def scale(
         arms = chosen_arms(settings)
         loaded, rows, folder = begin("scale", settings, arms, settings.seeds, resume, watcher)
         if writes() and budget is not None and not (folder / store.PLAN).exists():
-            described = settings.model_dump(mode="json", exclude={"output_dir"})
-            store.write_json(folder / store.PLAN, {"seconds": budget, "left_out": list(left_out), "settings": described})
+            planned = {"seconds": budget, "left_out": list(left_out), "settings": settings.described()}
+            store.write_json(folder / store.PLAN, planned)
         study = Study(settings, dict(zip(settings.seeds, rows, strict=True)), folder, probed=False)
         units = _units(study)
         watcher.stage(f"{len(units)} trainings, each with its test")

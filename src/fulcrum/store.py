@@ -32,6 +32,7 @@ QUANTA = "quanta.json"
 PLAN = "budget.json"  # what a time budget planned, for whoever goes on with the run
 SUMS = "SHA256SUMS"
 PARTIAL = ".partial"  # how the names of half-written files end
+TRACKERS = "trackers"  # folder of a run with what trackers keep of it
 MADE = "general"  # folder of a run with the rows that a model made or answered, and what they were chosen by
 _SEALED = (".safetensors", ".pt", ".json", ".jinja")  # kinds of files that are not read unless their hash is known
 _PATIENCE = 1.0  # seconds between two looks at a lock

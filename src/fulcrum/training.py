@@ -268,7 +268,8 @@ def _step(
     set_dropout(loaded, False)
     norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
     sums[4] = bool(asked())  # one process may know of it before the others do
-    sums = accelerator.reduce(sums, reduction="sum")
+    if accelerator.num_processes > 1:  # between GPUs only what lies on one can be summed
+        sums = accelerator.reduce(sums.to(loaded.device), reduction="sum").cpu()
     task = float(sums[0] / sums[1]) if sums[1] else None
     general = float(sums[2] / sums[3]) if sums[3] else None
     taken = _Taken(task, general, norm, (asked() or signal.SIGTERM) if sums[4] else 0)

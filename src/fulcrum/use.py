@@ -27,10 +27,12 @@ from fulcrum import (
     scoring,
     starter,
     store,
+    trackers,
 )
 from fulcrum import quanta as clustering_runs
 from fulcrum import run as running
 from fulcrum import scale as scaling_runs
+from fulcrum.cell import Watcher
 from fulcrum.config import Arm, Settings, TaskSettings, TrainSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
 from fulcrum.identity import environment
@@ -312,13 +314,24 @@ VERBS: Mapping[str, Callable[..., Results]] = {  # what fills a run folder, by i
 }  # fmt: skip
 
 
+def launch(
+    kind: str, settings: Settings, *, resume: bool = False, watcher: Watcher | None = None, **how: Any
+) -> Results:  # fmt: skip
+    """Fill a run folder (one of `VERBS`), and report to the trackers that the settings name.
+
+    Raises what the verb raises, and ConfigError where a tracker is not installed; one that fails later ends nothing.
+    """
+    with trackers.reporting(settings, watcher) as told:
+        return VERBS[kind](settings, resume=resume, watcher=told, **how)
+
+
 def train(*, resume: bool = False, **settings: Any) -> Results:
     """Train one adapter; the keywords are the keys of the YAML file (`model=`, `task=`, `general=`, `mix=` ...).
 
     `resume` goes on with the run that `output_dir` holds. Raises ConfigError, DataError, ModelError or StoreError, each naming
     the remedy; all are FulcrumErrors.
     """
-    return running.run(config.from_dict(settings), resume=resume)
+    return launch("train", config.from_dict(settings), resume=resume)
 
 
 def compare(*, resume: bool = False, **settings: Any) -> Results:
@@ -327,7 +340,7 @@ def compare(*, resume: bool = False, **settings: Any) -> Results:
     `resume` goes on with the comparison that `output_dir` holds: finished cells are read back. Raises ConfigError, DataError,
     ModelError or StoreError, each naming the remedy; all are FulcrumErrors.
     """
-    return comparison.compare(config.from_dict(settings), resume=resume)
+    return launch("compare", config.from_dict(settings), resume=resume)
 
 
 def scale(*, resume: bool = False, **settings: Any) -> Results:
@@ -336,7 +349,7 @@ def scale(*, resume: bool = False, **settings: Any) -> Results:
     What the curves say stands in `scaling.json` and the report of `output_dir`; `fulcrum.emergence` has its tests for arrays of
     one's own. `resume` goes on with the run that `output_dir` holds. Raises ConfigError, DataError, ModelError or StoreError.
     """
-    return scaling_runs.scale(config.from_dict(settings), resume=resume)
+    return launch("scale", config.from_dict(settings), resume=resume)
 
 
 def quanta(*, resume: bool = False, **settings: Any) -> Results:
@@ -346,4 +359,4 @@ def quanta(*, resume: bool = False, **settings: Any) -> Results:
     What was found stands in `quanta.json` and `quanta.html` of `output_dir`; `fulcrum.clusters` has its parts for arrays of
     one's own. `resume` goes on with the run that `output_dir` holds. Raises ConfigError, DataError, ModelError or StoreError.
     """
-    return clustering_runs.quanta(config.from_dict(settings), resume=resume)
+    return launch("quanta", config.from_dict(settings), resume=resume)

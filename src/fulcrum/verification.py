@@ -27,7 +27,7 @@ def of_run(folder: Path) -> Verification:
     Raises StoreError where the run is not finished or a certificate cannot be read.
     """
     wrong, unchecked = [f"{folder / text}" for text in run_folder.unsealed(folder)], list[str]()
-    for file in sorted(folder.rglob(certificate.FILE)):
+    for file in run_folder.made(folder, certificate.FILE):
         found = verify(file)
         wrong, unchecked = wrong + found.wrong, unchecked + found.unchecked
     return Verification(wrong, unchecked)
