@@ -95,12 +95,14 @@ def export(
         exact = _write(place, adapter, form, wanted, chosen)
         if trained is not None:
             reader = _reader(place, adapter, wanted, max(len(encode.encode(row, form)) for row in chosen) + most + 1)
-            found = artefact.measure(reader, chosen, form, most, count)
-            allowed = kind if kind in artefact.MOST_NATS else "q8_0"
-            scored = artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name)
-            if scored.wrong:
-                raise ModelError(f"{name}: not written: {scored.wrong} (--rows 0 writes it unchecked)")
-            done.append(scored)
+            wrong = artefact.misspoken(trained, reader, chosen, form)
+            if not wrong:
+                found = artefact.measure(reader, chosen, form, most, count)
+                allowed = kind if kind in artefact.MOST_NATS else "q8_0"
+                done.append(artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name))
+                wrong = done[0].wrong
+            if wrong:
+                raise ModelError(f"{name}: not written: {wrong} (--rows 0 writes it unchecked)")
         check = done[0] if done else None
         listed = materials.listing(folder, adapter.settings)
         store.write_json(place / materials.FILE, listed)
