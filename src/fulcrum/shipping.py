@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fulcrum import artefact, encode, gguf_export, materials, merge, metrics, modelfile, report, sources, store, use
 from fulcrum.artefact import Check, Measured, Plain, Trained
@@ -151,7 +151,7 @@ def _write_gguf(file: Path, adapter: Adapter, causal: Any, tokenizer: Any, form:
     source = _source(adapter.settings.model)
     if source is not None and wanted.quantization in gguf_export.KINDS:
         base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=torch.float32).state_dict()
-        gguf_export.write(source, file, base, causal.state_dict(), wanted.quantization, form.template)
+        gguf_export.write(source, file, base, causal.state_dict(), wanted.quantization, gguf_export.speech_of(form))
         return
     converter = None if wanted.llama_cpp is None else wanted.llama_cpp / "convert_hf_to_gguf.py"
     what = (
@@ -201,4 +201,6 @@ def _reader(place: Path, adapter: Adapter, wanted: Wanted, longest: int) -> arte
     if wanted.to == "merged":
         return Plain(AutoModelForCausalLM.from_pretrained(place).eval(), tokenizer)
     base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=adapter.loaded.dtype)
-    return Plain(PeftModel.from_pretrained(base, place).eval(), tokenizer, "Transformers and PEFT")
+    whole = PeftModel.from_pretrained(base, place).eval()
+    whole.generation_config = GenerationConfig.from_pretrained(place)  # as the card has it
+    return Plain(whole, tokenizer, "Transformers and PEFT")
