@@ -147,6 +147,19 @@ def test_another_template_is_named_as_the_cause(run: Path, tmp_path: Path, monke
         shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
 
 
+def test_an_export_that_would_not_stop_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its losses are right, and each of its answers goes on until it is cut off."""
+    real = merge.save
+
+    def endless(causal: Any, *rest: Any) -> None:
+        causal.generation_config.eos_token_id = 1
+        real(causal, *rest)
+
+    monkeypatch.setattr(merge, "save", endless)
+    with pytest.raises(ModelError, match=r"ending: Transformers does not stop at '<\|im_end\|>', with which each answer ends"):
+        shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
+
+
 def test_a_merge_that_goes_wrong_is_told_from_rounding(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = merge.merged
 
@@ -192,7 +205,8 @@ def test_a_folder_that_is_no_export_is_not_overwritten(run: Path, tmp_path: Path
         shipping.export(run, Wanted("merged"), out=tmp_path / "mine")
 
 
-def test_an_adapter_on_the_head_does_not_reach_tied_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "moves"), [("lm_head", "output"), ("embed_tokens", "input")])
+def test_an_adapter_on_one_end_of_tied_embeddings_does_not_reach_the_other(tmp_path: Path, target: str, moves: str) -> None:
     model = save_tiny(tmp_path / "model", "qwen3")
     modules = {
         "batch_size": 4,
@@ -200,7 +214,7 @@ def test_an_adapter_on_the_head_does_not_reach_tied_embeddings(tmp_path: Path) -
         "evaluations": 1,
         "dtype": "float32",
         "device": "cpu",
-        "lora_target_modules": ["lm_head"],
+        "lora_target_modules": [target],
     }
     run = trained(tmp_path, model, train=modules)
     found = shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
@@ -208,8 +222,9 @@ def test_an_adapter_on_the_head_does_not_reach_tied_embeddings(tmp_path: Path) -
     assert found.check.agreement == 1.0
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     base = AutoModelForCausalLM.from_pretrained(model)
-    assert torch.equal(whole.get_input_embeddings().weight, base.get_input_embeddings().weight)
-    assert not torch.equal(whole.get_output_embeddings().weight, base.get_output_embeddings().weight)
+    for end in ("input", "output"):
+        one, other = (getattr(each, f"get_{end}_embeddings")().weight for each in (whole, base))
+        assert torch.equal(one, other) is (end != moves), end
 
 
 def test_the_command_line_shows_the_difference(run: Path, tmp_path: Path) -> None:
