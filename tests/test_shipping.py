@@ -1,17 +1,19 @@
 """What is exported is the adapter that was trained, as other programs load it; what is not is refused with the reason."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fulcrum
 from fulcrum import artefact, encode, gguf, merge, shipping, store, use
-from fulcrum.errors import ConfigError, ModelError
+from fulcrum.errors import ConfigError, DataError, ModelError
 from fulcrum.records import Message
 from fulcrum.shipping import Wanted
 from test_cli import done, refused
@@ -196,6 +198,37 @@ def test_llama_cpps_converter_is_called_with_the_merged_folder(run: Path, tmp_pa
     assert (tmp_path / "g" / file).read_text() == "--outtype f16 --outfile"
     with pytest.raises(ModelError, match="llama-quantize is neither in"):
         shipping.export(run, Wanted("gguf", "q4_k_m", llama_cpp=tmp_path), out=tmp_path / "h", rows=0)
+
+
+def test_of_several_tasks_each_has_an_export_of_its_own(run: Path, tmp_path: Path) -> None:
+    """The run keeps one template a task, the export has its own; the other task's stays beside it."""
+    task = yaml.safe_load((run / "config.yaml").read_text())["tasks"][0]
+    both = [{**task, "name": "colour", "anchor": "Name it."}, {**task, "name": "hue", "anchor": "Hue of it:"}]
+    changed = {name: value for name, value in settings(run.parent, tmp_path / "two").items() if name != "task"}
+    fulcrum.train(**changed, tasks=both)
+    with pytest.raises(ConfigError, match=r"the run has the tasks colour, hue, an export has one anchor: choose with --task"):
+        shipping.export(tmp_path / "two", Wanted("adapter"))
+    found = [shipping.export(tmp_path / "two", Wanted("adapter"), task=name) for name in ("colour", "hue")]
+    assert [each.folder.name for each in found] == ["sft_anchor-colour-adapter", "sft_anchor-hue-adapter"]
+    for each, anchor in zip(found, ("Name it.", "Hue of it:"), strict=True):
+        assert {"Modelfile", "chat_template.jinja"} <= set(each.files)
+        assert anchor in AutoTokenizer.from_pretrained(each.folder).chat_template
+        assert each.check is not None
+        assert each.check.agreement == 1.0
+
+
+def test_where_the_runs_rows_are_gone_it_can_be_written_unchecked(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "a disk" / "run")
+    file = tmp_path / "a disk" / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("dev.jsonl", "gone.jsonl"))
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file.*; bring back the rows of .*, or write .* \(--rows 0\)"):
+        shipping.export(tmp_path / "a disk" / "run", Wanted("merged"))
+    found = shipping.export(tmp_path / "a disk" / "run", Wanted("merged"), rows=0)
+    assert found.folder == tmp_path / "a disk" / "run" / "export" / "sft_anchor-merged"
+
+
+def test_an_empty_folder_is_filled(run: Path, tmp_path: Path) -> None:
+    assert shipping.export(run, Wanted("adapter"), out=tmp_path, rows=0).folder == tmp_path
 
 
 def test_a_folder_that_is_no_export_is_not_overwritten(run: Path, tmp_path: Path) -> None:

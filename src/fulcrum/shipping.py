@@ -80,9 +80,10 @@ def export(
     form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
     own = next(item for item in adapter.settings.tasks if item.name == (task or adapter.settings.tasks[0].name))
     kind = wanted.quantization if wanted.to == "gguf" else "merged" if wanted.to == "merged" else "adapter"
-    name = f"{adapter.arm}-{wanted.to}" + (f"-{wanted.quantization}" if wanted.to == "gguf" else "")
+    parts = (adapter.arm, own.name if len(adapter.anchors) > 1 else "", wanted.to, wanted.quantization * (wanted.to == "gguf"))
+    name = "-".join(part for part in parts if part)
     target = Path(out) if out is not None else folder / "export" / name
-    if target.exists() and not (target / RECORD).exists():
+    if target.exists() and not (target / RECORD).exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is no export; name another folder with --out")
     if wanted.to == "modelfile" and modelfile.pieces(form) is None:
         raise ModelError("the model's chat template has a shape that a Modelfile cannot have; use --to gguf or merged")
@@ -136,11 +137,11 @@ def _write(place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, r
 
 def _copy_adapter(place: Path, adapter: Adapter, form: encode.Format) -> None:
     for file in sorted(adapter.folder.iterdir()):
-        if file.name != store.SUMS and not file.name.startswith("Modelfile"):
+        if file.is_file() and file.name != store.SUMS and not file.name.startswith("Modelfile"):
             shutil.copy2(file, place / file.name)
     tokenizer = AutoTokenizer.from_pretrained(place)
     tokenizer.chat_template = form.template
-    tokenizer.save_pretrained(place)  # of several tasks, the one that was asked for is the template now
+    tokenizer.save_pretrained(place)  # of several tasks (whose templates stand in a folder) the one that was asked for
     text = modelfile.modelfile(store.read_json(place / "adapter_config.json")["base_model_name_or_path"], form)
     if text is not None:
         store.write_bytes(place / "Modelfile", text.encode())
