@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf as gguf_format
 import numpy as np
@@ -50,7 +52,9 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, *, split: str = "smollm", leave_out: str = "") -> Path:
+def write_gguf(
+    path: Path, *, split: str = "smollm", leave_out: str = "", more: Mapping[str, str] = MappingProxyType({})
+) -> Path:
     """A Llama in float32, in the names and the layout of llama.cpp, with a byte-level tokenizer of 100 tokens."""
     model = tiny_llama()
     config = model.config
@@ -74,6 +78,8 @@ def write_gguf(path: Path, *, split: str = "smollm", leave_out: str = "") -> Pat
     writer.add_eos_token_id(1)  # not the token that ends an answer in the template: that one must be found
     writer.add_pad_token_id(0)
     writer.add_chat_template(TEMPLATE)
+    for key, text in more.items():
+        writer.add_string(key, text)
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
     names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
     names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}

@@ -359,6 +359,15 @@ def test_the_models_own_generation_settings_change_no_greedy_answer(tmp_path: Pa
     assert loaded.causal.generation_config is shipped
 
 
+def test_a_model_knows_the_end_that_its_template_writes(tmp_path: Path) -> None:
+    """Else whoever generates with what was saved of it gets answers that go on."""
+    save_tiny(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(file.read_text().replace('"eos_token_id": 3', '"eos_token_id": 1'))
+    loaded = model.load(str(tmp_path), tiny_settings())
+    assert loaded.causal.generation_config.eos_token_id == [1, 3]
+
+
 def test_the_heads_input_is_contiguous(tmp_path: Path) -> None:
     """For a slice PyTorch would copy the head's weights once a row: gigabytes for a batch of prompts."""
     loaded = load_tiny(tmp_path)

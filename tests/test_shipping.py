@@ -1,17 +1,19 @@
 """What is exported is the adapter that was trained, as other programs load it; what is not is refused with the reason."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fulcrum
 from fulcrum import artefact, encode, gguf, merge, shipping, store, use
-from fulcrum.errors import ConfigError, ModelError
+from fulcrum.errors import ConfigError, DataError, ModelError
 from fulcrum.records import Message
 from fulcrum.shipping import Wanted
 from test_cli import done, refused
@@ -154,6 +156,19 @@ def test_another_template_is_named_as_the_cause(run: Path, tmp_path: Path, monke
         shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
 
 
+def test_an_export_that_would_not_stop_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its losses are right, and each of its answers goes on until it is cut off."""
+    real = merge.save
+
+    def endless(causal: Any, *rest: Any) -> None:
+        causal.generation_config.eos_token_id = 1
+        real(causal, *rest)
+
+    monkeypatch.setattr(merge, "save", endless)
+    with pytest.raises(ModelError, match=r"ending: Transformers does not stop at '<\|im_end\|>', with which each answer ends"):
+        shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
+
+
 def test_a_merge_that_goes_wrong_is_told_from_rounding(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = merge.merged
 
@@ -192,6 +207,37 @@ def test_llama_cpps_converter_is_called_with_the_merged_folder(run: Path, tmp_pa
         shipping.export(run, Wanted("gguf", "q4_k_m", llama_cpp=tmp_path), out=tmp_path / "h", rows=0)
 
 
+def test_of_several_tasks_each_has_an_export_of_its_own(run: Path, tmp_path: Path) -> None:
+    """The run keeps one template a task, the export has its own; the other task's stays beside it."""
+    task = yaml.safe_load((run / "config.yaml").read_text())["tasks"][0]
+    both = [{**task, "name": "colour", "anchor": "Name it."}, {**task, "name": "hue", "anchor": "Hue of it:"}]
+    changed = {name: value for name, value in settings(run.parent, tmp_path / "two").items() if name != "task"}
+    fulcrum.train(**changed, tasks=both)
+    with pytest.raises(ConfigError, match=r"the run has the tasks colour, hue, an export has one anchor: choose with --task"):
+        shipping.export(tmp_path / "two", Wanted("adapter"))
+    found = [shipping.export(tmp_path / "two", Wanted("adapter"), task=name) for name in ("colour", "hue")]
+    assert [each.folder.name for each in found] == ["sft_anchor-colour-adapter", "sft_anchor-hue-adapter"]
+    for each, anchor in zip(found, ("Name it.", "Hue of it:"), strict=True):
+        assert {"Modelfile", "chat_template.jinja"} <= set(each.files)
+        assert anchor in AutoTokenizer.from_pretrained(each.folder).chat_template
+        assert each.check is not None
+        assert each.check.agreement == 1.0
+
+
+def test_where_the_runs_rows_are_gone_it_can_be_written_unchecked(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "a disk" / "run")
+    file = tmp_path / "a disk" / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("dev.jsonl", "gone.jsonl"))
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file.*; bring back the rows of .*, or write .* \(--rows 0\)"):
+        shipping.export(tmp_path / "a disk" / "run", Wanted("merged"))
+    found = shipping.export(tmp_path / "a disk" / "run", Wanted("merged"), rows=0)
+    assert found.folder == tmp_path / "a disk" / "run" / "export" / "sft_anchor-merged"
+
+
+def test_an_empty_folder_is_filled(run: Path, tmp_path: Path) -> None:
+    assert shipping.export(run, Wanted("adapter"), out=tmp_path, rows=0).folder == tmp_path
+
+
 def test_a_folder_that_is_no_export_is_not_overwritten(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -199,7 +245,8 @@ def test_a_folder_that_is_no_export_is_not_overwritten(run: Path, tmp_path: Path
         shipping.export(run, Wanted("merged"), out=tmp_path / "mine")
 
 
-def test_an_adapter_on_the_head_does_not_reach_tied_embeddings(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "moves"), [("lm_head", "output"), ("embed_tokens", "input")])
+def test_an_adapter_on_one_end_of_tied_embeddings_does_not_reach_the_other(tmp_path: Path, target: str, moves: str) -> None:
     model = save_tiny(tmp_path / "model", "qwen3")
     modules = {
         "batch_size": 4,
@@ -207,7 +254,7 @@ def test_an_adapter_on_the_head_does_not_reach_tied_embeddings(tmp_path: Path) -
         "evaluations": 1,
         "dtype": "float32",
         "device": "cpu",
-        "lora_target_modules": ["lm_head"],
+        "lora_target_modules": [target],
     }
     run = trained(tmp_path, model, train=modules)
     found = shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
@@ -215,8 +262,9 @@ def test_an_adapter_on_the_head_does_not_reach_tied_embeddings(tmp_path: Path) -
     assert found.check.agreement == 1.0
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     base = AutoModelForCausalLM.from_pretrained(model)
-    assert torch.equal(whole.get_input_embeddings().weight, base.get_input_embeddings().weight)
-    assert not torch.equal(whole.get_output_embeddings().weight, base.get_output_embeddings().weight)
+    for end in ("input", "output"):
+        one, other = (getattr(each, f"get_{end}_embeddings")().weight for each in (whole, base))
+        assert torch.equal(one, other) is (end != moves), end
 
 
 def test_the_command_line_shows_the_difference(run: Path, tmp_path: Path) -> None:

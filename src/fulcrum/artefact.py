@@ -1,8 +1,9 @@
 """An exported model scored again, by what will load it: is it still the model that was trained?
 
-"Good in the notebook, garbage elsewhere" has three causes, and each shows here: another template (the prompt's tokens differ),
-weights lost in merging or rounding (the losses of the same gold answers differ), a quantisation too coarse (likewise). The two
-models read the same rows; prompts are each one's own, from the messages.
+"Good in the notebook, garbage elsewhere" has four causes, and each shows here: another template (the prompt's tokens differ),
+an end of answers that is not known there (they would go on), weights lost in merging or rounding (the losses of the same gold
+answers differ), a quantisation too coarse (likewise). The two models read the same rows; prompts are each one's own, from the
+messages.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,7 +21,7 @@ from fulcrum.adapter import no_dropout
 from fulcrum.errors import ModelError
 from fulcrum.generate import generate
 from fulcrum.model import LoadedModel
-from fulcrum.records import BoolArray, Example, FloatArray, IntArray, Message, Prediction
+from fulcrum.records import Example, FloatArray, IntArray, Message, Prediction
 
 LEAST_AGREEMENT = 0.95  # of answer tokens: both models find the same one likeliest
 MOST_NATS = {"adapter": 0.02, "merged": 0.02, "f16": 0.02, "q8_0": 0.05}  # per answer token, of the mean loss
@@ -38,6 +40,9 @@ class Reader(Protocol):
 
     def answer(self, prompt: list[int], most: int) -> str:
         """The greedy answer to a prompt, of at most so many tokens."""
+
+    def stops_at(self, token: int) -> bool:
+        """Whether its answers end with this token."""
 
 
 @dataclass
@@ -64,6 +69,10 @@ class Trained:
     def answer(self, prompt: list[int], most: int) -> str:
         """As `Reader`'s."""
         return generate(self.loaded, [prompt], self.form, max_new_tokens=most, batch_tokens=1)[0]
+
+    def stops_at(self, token: int) -> bool:
+        """As `Reader`'s."""
+        return token in self.form.end_ids
 
 
 @dataclass
@@ -96,34 +105,47 @@ class Plain:
         )  # fmt: skip
         return str(self.tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)).strip()
 
+    def stops_at(self, token: int) -> bool:
+        """As `Reader`'s."""
+        ends = self.causal.generation_config.eos_token_id
+        return token in (ends if isinstance(ends, list | tuple) else [ends])
+
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, by `llama-cpp-python`. Raises ModelError where that is not installed."""
+    """A GGUF file in llama.cpp, by `llama-cpp-python`, spoken to as llama.cpp's own server does."""
 
     def __init__(self, file: Path, longest: int) -> None:
-        """Load the file with room for `longest` tokens."""
-        try:
-            import llama_cpp
-        except ImportError:
-            raise ModelError(
-                "llama-cpp-python is not installed; `pip install 'fulcrum-llm[llama-cpp]'` compiles it, which takes a while"
-            ) from None
-        self.name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
-        self._llama = llama_cpp.Llama(str(file), n_ctx=longest, logits_all=True, verbose=False, seed=0)
-        facts = self._llama.metadata
-        text = {key: self._piece(facts.get(f"tokenizer.ggml.{key}_token_id")) for key in ("bos", "eos")}
-        self._format = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
-            template=facts["tokenizer.chat_template"], bos_token=text["bos"], eos_token=text["eos"]
-        )
+        """Load the file with room for `longest` tokens. Raises ImportError without llama-cpp-python, and ModelError where
+        llama.cpp cannot load the file."""
+        import llama_cpp
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-    def _piece(self, token: str | None) -> str:
-        return "" if token is None else self._llama.detokenize([int(token)], special=True).decode()
+        self.name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
+        threads = torch.get_num_threads()
+        try:
+            self._llama = llama_cpp.Llama(
+                str(file), n_ctx=longest, logits_all=True, verbose=False, n_threads=threads, n_threads_batch=threads
+            )
+        except (ValueError, jinja2.TemplateError) as error:
+            raise ModelError(f"{self.name} cannot load {file.name}: {error}; a newer llama-cpp-python may") from error
+        self._library, self._vocab = llama_cpp, llama_cpp.llama_model_get_vocab(self._llama.model)
+        self._begin = self._text(self._llama.token_bos())
+        self._format = Jinja2ChatFormatter(
+            template=self._llama.metadata.get("tokenizer.chat_template", ""),
+            bos_token=self._begin, eos_token=self._text(self._llama.token_eos()),
+        )  # fmt: skip
+
+    def _text(self, token: int) -> str:
+        """A special token's text; of one that the file does not name ""."""
+        return "" if token < 0 else str(self._library.llama_vocab_get_text(self._vocab, token).decode())
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """As `Reader`'s."""
-        written = self._format(messages=[{"role": message.role, "content": message.content} for message in messages])
-        begins = self._llama.metadata.get("tokenizer.ggml.add_bos_token") == "true" and not written.added_special
-        return list(self._llama.tokenize(written.prompt.encode(), add_bos=begins, special=True))
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        written = str(self._format(messages=turns).prompt)
+        if self._library.llama_vocab_get_add_bos(self._vocab):  # its tokenizer begins every text with it
+            written = written.removeprefix(self._begin)
+        return [int(token) for token in self._llama.tokenize(written.encode(), add_bos=True, special=True)]
 
     def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """As `Reader`'s."""
@@ -138,18 +160,23 @@ class LlamaCpp:
         self._llama.eval(prompt)
         while len(found) < most:
             token = int(self._llama.scores[self._llama.n_tokens - 1].argmax())
-            if self._llama._model.token_is_eog(token):
+            if self.stops_at(token):
                 break
             found.append(token)
             self._llama.eval([token])
         return str(self._llama.detokenize(found).decode(errors="replace")).strip()
 
+    def stops_at(self, token: int) -> bool:
+        """As `Reader`'s."""
+        return bool(self._library.llama_vocab_is_eog(self._vocab, token))
+
 
 def of_gguf(file: Path, longest: int) -> Reader:
-    """llama.cpp with the file where it is installed; else Transformers, which reads the same weights and another tokenizer."""
+    """llama.cpp with the file where it is installed; else Transformers, which reads the same weights and another tokenizer.
+    Raises ModelError where the file cannot be loaded."""
     try:
         return LlamaCpp(file, longest)
-    except ModelError:
+    except ImportError:
         tokenizer, causal = gguf.read(file, torch.float32)
         return Plain(causal.eval(), tokenizer, "Transformers (llama-cpp-python is not installed)")
 
@@ -184,6 +211,28 @@ def measure(
         if count is not None:
             count(number, len(rows))
     return Measured(tuple(prompts), np.array(nats), np.array(likeliest, dtype=np.int64), tuple(answers))
+
+
+def misspoken(trained: Measured, reader: Reader, rows: Sequence[Example], form: encode.Format) -> str:
+    """How an exported model is spoken to otherwise than the trained one was, in words ("": not at all): prompts with other tokens,
+    answers whose end is not known there."""
+    differ: list[str] = []
+    for row, own in zip(rows, trained.prompts, strict=True):
+        try:
+            differ += [row.origin] * (tuple(reader.prompt(row.prompt)) != own)
+        except Exception as error:  # Jinja raises many kinds, and templates raise their own
+            return f"template: {reader.name} cannot lay out {row.origin}: {error}; do not use it"
+    if differ:
+        return (
+            f"template: the prompts of {len(differ)} of {len(rows)} rows have other tokens than in training, the first is that "
+            f"of {differ[0]}; do not use it"
+        )
+    if not any(reader.stops_at(token) for token in form.end_ids):
+        return (
+            f"ending: {reader.name} does not stop at {form.end_text!r}, with which each answer ends; name it as the tokenizer's "
+            "eos_token in the model's folder, and train again"
+        )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -221,7 +270,7 @@ def compared(
         agreement=_agreement(trained, found),
         same_answers=_same(trained.answers, found.answers) if found.answers else None,
         scores=tuple(zip(asked, *values, strict=True)),
-        wrong=_wrong(trained, found, exact, rows, kind),
+        wrong=_wrong(trained, found, exact, kind),
     )
 
 
@@ -233,14 +282,7 @@ def _agreement(one: Measured, other: Measured) -> float:
     return float((one.likeliest == other.likeliest).mean())
 
 
-def _wrong(trained: Measured, found: Measured, exact: Measured | None, rows: Sequence[Example], kind: str) -> str:
-    differ: BoolArray = np.array([a != b for a, b in zip(trained.prompts, found.prompts, strict=True)])
-    if differ.any():
-        row = rows[int(differ.argmax())].origin
-        return (
-            f"template: the prompts of {int(differ.sum())} of {len(rows)} rows have other tokens than in training, the first "
-            f"is that of {row}; do not use it"
-        )
+def _wrong(trained: Measured, found: Measured, exact: Measured | None, kind: str) -> str:
     why = _apart(trained, found, kind)
     if not why:
         return ""

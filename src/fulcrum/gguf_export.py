@@ -15,22 +15,25 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
+from fulcrum import encode
 from fulcrum.errors import ModelError
 
 KINDS: Mapping[str, tuple[Type, gguf.LlamaFileType]] = {
     "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16), "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }  # fmt: skip
 
+_KIND_OF = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, bool: gguf.GGUFValueType.BOOL}
 _ROUNDED = 2.0**-8  # relative: converted base models are stored in bfloat16
-_WRITTEN_ANEW = ("general.file_type", "general.quantization_version", "tokenizer.chat_template")
+_WRITTEN_ANEW = (gguf.Keys.General.ARCHITECTURE, "general.file_type", "general.quantization_version")
 
 Array = npt.NDArray[np.float32]
+Speech = Mapping[str, str | int | bool]  # metadata, by llama.cpp's names
 Layout = Callable[[Array], Array]
 
 
-def write(source: Path, target: Path, base: Mapping[str, Any], merged: Mapping[str, Any], kind: str, template: str) -> int:
+def write(source: Path, target: Path, base: Mapping[str, Any], merged: Mapping[str, Any], kind: str, speech: Speech) -> int:
     """Write `target`: the source file's model with the tensors that differ between `base` and `merged` (state dicts of float32
-    tensors, Transformers' names) replaced, stored as `kind` of KINDS says, with this chat template. Returns how many.
+    tensors, Transformers' names) replaced, stored as `kind` of KINDS says, spoken to as `speech` says. Returns how many.
 
     Raises ModelError where a changed tensor has no place in the source, or stands there in no order that is known.
     """
@@ -46,13 +49,15 @@ def write(source: Path, target: Path, base: Mapping[str, Any], merged: Mapping[s
         )
     writer = gguf.GGUFWriter(target, architecture)
     for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in (gguf.Keys.General.ARCHITECTURE, *_WRITTEN_ANEW):
+        # Templates for other uses (tools) go: the anchor is in none of them.
+        if field.name.startswith(("GGUF.", "tokenizer.chat_template")) or field.name in (*_WRITTEN_ANEW, *speech):
             continue
         inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
     writer.add_file_type(KINDS[kind][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_chat_template(template)
+    for key, value in speech.items():
+        writer.add_key_value(key, value, _KIND_OF[type(value)])
     for tensor in reader.tensors:
         shape, stored = tuple(int(n) for n in reversed(tensor.shape)), _type(tensor, kind)
         size = int(np.prod(shape, dtype=np.int64))
@@ -72,6 +77,19 @@ def write(source: Path, target: Path, base: Mapping[str, Any], merged: Mapping[s
     finally:
         writer.close()
     return len(changed)
+
+
+def speech_of(form: encode.Format) -> Speech:
+    """How llama.cpp has to speak to a model so that it reads what it read in training: the chat template, the token that ends an
+    answer, and that no first token is put before a template that writes none (llama.cpp's server would)."""
+    start = str(form.tokenizer.special_tokens_map.get("bos_token") or "")
+    text = form.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], chat_template=form.template, add_generation_prompt=True, tokenize=False
+    )
+    found: dict[str, str | int | bool] = {
+        "tokenizer.chat_template": form.template, "tokenizer.ggml.eot_token_id": form.end_ids[0],
+    }  # fmt: skip
+    return found if start and str(text).startswith(start) else {**found, "tokenizer.ggml.add_bos_token": False}
 
 
 def _name(name: str, architecture: str, facts: Mapping[str, Any]) -> str:

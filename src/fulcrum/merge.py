@@ -30,12 +30,11 @@ def merged(settings: Settings, own: TrainSettings, state: State) -> tuple[Any, A
 
 
 def _untie(causal: Any) -> None:
-    """An adapter on the output head alone must not reach the input embeddings, which may be the same numbers."""
-    head = causal.get_output_embeddings()
-    if not hasattr(head, "base_layer"):
-        return
-    causal.config.tie_word_embeddings = False
-    head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
+    """An adapter on one end of the embeddings, input or output head, must not reach the other, which may be the same numbers."""
+    ends = [end for end in (causal.get_input_embeddings(), causal.get_output_embeddings()) if hasattr(end, "base_layer")]
+    for end in ends:
+        causal.config.tie_word_embeddings = False
+        end.base_layer.weight = nn.Parameter(end.base_layer.weight.detach().clone(), requires_grad=False)
 
 
 def save(causal: Any, tokenizer: Any, folder: Path, own_anchor: Anchor | None, dtype: torch.dtype) -> None:

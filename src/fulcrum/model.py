@@ -19,7 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fulcrum import attention, fetch, prefix
+from fulcrum import attention, encode, fetch, prefix
 from fulcrum.config import TrainSettings
 from fulcrum.errors import ModelError
 from fulcrum.store import file_sha256, fingerprint
@@ -139,6 +139,7 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     facts = [f"matrix products in {str(dtype).removeprefix('torch.')}"]
     facts += fetch.complete(tokenizer)
+    _know_ends(causal, encode.make_format(tokenizer, None).end_ids)
     device = next(causal.parameters()).device
     loaded = LoadedModel(name, path, causal, tokenizer, device, dtype, fetch.context(causal.config), causal.num_parameters())
     with torch.no_grad():
@@ -151,6 +152,15 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
         facts.append("the output head runs at every position (its own form is not known)")
     loaded.facts = tuple(facts)
     return loaded
+
+
+def _know_ends(causal: Any, ends: Sequence[int]) -> None:
+    """Whoever generates with what is saved of the model stops where its chat template ends an answer: not every model says so."""
+    config = causal.generation_config
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    missing = [token for token in ends if token not in known]
+    if missing:
+        config.eos_token_id = [*(token for token in known if token is not None), *missing]
 
 
 def _drop_dropout(causal: nn.Module) -> None:

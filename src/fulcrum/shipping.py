@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fulcrum import artefact, encode, gguf_export, materials, merge, metrics, modelfile, report, sources, store, use
 from fulcrum.artefact import Check, Measured, Plain, Trained
@@ -80,9 +80,10 @@ def export(
     form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
     own = next(item for item in adapter.settings.tasks if item.name == (task or adapter.settings.tasks[0].name))
     kind = wanted.quantization if wanted.to == "gguf" else "merged" if wanted.to == "merged" else "adapter"
-    name = f"{adapter.arm}-{wanted.to}" + (f"-{wanted.quantization}" if wanted.to == "gguf" else "")
+    parts = (adapter.arm, own.name if len(adapter.anchors) > 1 else "", wanted.to, wanted.quantization * (wanted.to == "gguf"))
+    name = "-".join(part for part in parts if part)
     target = Path(out) if out is not None else folder / "export" / name
-    if target.exists() and not (target / RECORD).exists():
+    if target.exists() and not (target / RECORD).exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is no export; name another folder with --out")
     if wanted.to == "modelfile" and modelfile.pieces(form) is None:
         raise ModelError("the model's chat template has a shape that a Modelfile cannot have; use --to gguf or merged")
@@ -95,12 +96,14 @@ def export(
         exact = _write(place, adapter, form, wanted, chosen)
         if trained is not None:
             reader = _reader(place, adapter, wanted, max(len(encode.encode(row, form)) for row in chosen) + most + 1)
-            found = artefact.measure(reader, chosen, form, most, count)
-            allowed = kind if kind in artefact.MOST_NATS else "q8_0"
-            scored = artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name)
-            if scored.wrong:
-                raise ModelError(f"{name}: not written: {scored.wrong} (--rows 0 writes it unchecked)")
-            done.append(scored)
+            wrong = artefact.misspoken(trained, reader, chosen, form)
+            if not wrong:
+                found = artefact.measure(reader, chosen, form, most, count)
+                allowed = kind if kind in artefact.MOST_NATS else "q8_0"
+                done.append(artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name))
+                wrong = done[0].wrong
+            if wrong:
+                raise ModelError(f"{name}: not written: {wrong} (--rows 0 writes it unchecked)")
         check = done[0] if done else None
         listed = materials.listing(folder, adapter.settings)
         store.write_json(place / materials.FILE, listed)
@@ -135,11 +138,11 @@ def _write(place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, r
 
 def _copy_adapter(place: Path, adapter: Adapter, form: encode.Format) -> None:
     for file in sorted(adapter.folder.iterdir()):
-        if file.name != store.SUMS and not file.name.startswith("Modelfile"):
+        if file.is_file() and file.name != store.SUMS and not file.name.startswith("Modelfile"):
             shutil.copy2(file, place / file.name)
     tokenizer = AutoTokenizer.from_pretrained(place)
     tokenizer.chat_template = form.template
-    tokenizer.save_pretrained(place)  # of several tasks, the one that was asked for is the template now
+    tokenizer.save_pretrained(place)  # of several tasks (whose templates stand in a folder) the one that was asked for
     text = modelfile.modelfile(store.read_json(place / "adapter_config.json")["base_model_name_or_path"], form)
     if text is not None:
         store.write_bytes(place / "Modelfile", text.encode())
@@ -150,7 +153,7 @@ def _write_gguf(file: Path, adapter: Adapter, causal: Any, tokenizer: Any, form:
     source = _source(adapter.settings.model)
     if source is not None and wanted.quantization in gguf_export.KINDS:
         base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=torch.float32).state_dict()
-        gguf_export.write(source, file, base, causal.state_dict(), wanted.quantization, form.template)
+        gguf_export.write(source, file, base, causal.state_dict(), wanted.quantization, gguf_export.speech_of(form))
         return
     converter = None if wanted.llama_cpp is None else wanted.llama_cpp / "convert_hf_to_gguf.py"
     what = (
@@ -200,4 +203,6 @@ def _reader(place: Path, adapter: Adapter, wanted: Wanted, longest: int) -> arte
     if wanted.to == "merged":
         return Plain(AutoModelForCausalLM.from_pretrained(place).eval(), tokenizer)
     base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=adapter.loaded.dtype)
-    return Plain(PeftModel.from_pretrained(base, place).eval(), tokenizer, "Transformers and PEFT")
+    whole = PeftModel.from_pretrained(base, place).eval()
+    whole.generation_config = GenerationConfig.from_pretrained(place)  # as the card has it
+    return Plain(whole, tokenizer, "Transformers and PEFT")

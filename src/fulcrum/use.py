@@ -229,8 +229,11 @@ def evaluation(
 def rows_to_check(folder: Path, adapter: Adapter, task: str, most: int) -> list[Example]:
     """Up to `most` rows on which an adapter can be compared with itself: the task's dev rows, or training rows where it has
     none. Left out are rows that hold a special token's text, which Fulcrum alone reads as text. Raises DataError where none is
-    left."""
-    ((own,), _) = _own_rows(folder, adapter, tuple(item for item in adapter.settings.tasks if item.name == task))
+    left, or the run's files are gone."""
+    try:
+        ((own,), _) = _own_rows(folder, adapter, tuple(item for item in adapter.settings.tasks if item.name == task))
+    except DataError as error:
+        raise DataError(f"{error}; bring back the rows of {folder}, or write the export unchecked (--rows 0)") from error
     special = encode.make_format(adapter.loaded.tokenizer, None).special
     found = [row for row in (own.dev or own.train) if not any(special.search(message.content) for message in row.messages)]
     if not found:
