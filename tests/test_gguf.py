@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf as gguf_format
@@ -28,10 +29,10 @@ TEMPLATE = "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<end
 HEADS, KV_HEADS, WIDTH, LAYERS = 4, 2, 32, 2
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(vocabulary: int = len(VOCAB)) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(VOCAB),
+        vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
@@ -50,13 +51,16 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, *, split: str = "smollm", leave_out: str = "") -> Path:
+def write_gguf(
+    path: Path, *, split: str = "smollm", leave_out: str = "", vocabulary: Sequence[str] = VOCAB, template: str = TEMPLATE,
+    context: int = 128,
+) -> Path:  # fmt: skip
     """A Llama in float32, in the names and the layout of llama.cpp, with a byte-level tokenizer of 100 tokens."""
-    model = tiny_llama()
+    model = tiny_llama(len(vocabulary))
     config = model.config
     writer = gguf_format.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
+    writer.add_context_length(context)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(HEADS)
@@ -64,16 +68,16 @@ def write_gguf(path: Path, *, split: str = "smollm", leave_out: str = "") -> Pat
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(len(VOCAB))
+    writer.add_vocab_size(len(vocabulary))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
-    writer.add_token_list(VOCAB)
-    writer.add_token_types([3, 3] + [1] * (len(VOCAB) - 2))
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
     writer.add_token_merges([f"{NEWLINE} {NEWLINE}", f"{SPACE} a"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(1)  # not the token that ends an answer in the template: that one must be found
     writer.add_pad_token_id(0)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
     names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
     names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
