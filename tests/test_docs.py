@@ -42,7 +42,7 @@ MODEL = "smollm2-135m-instruct"
 TRAINING = ("train", "compare", "scale", "quanta")
 SHORTER = {
     "mix.general_per_task": "1", "mix.repeats": "1", "train.evaluations": "1", "train.dtype": "float32", "train.lora_r": "2",
-    "eval.general_rows": "2", "eval.draws": "100", "compare.folds": "2", "compare.sft_epochs": "[1]",
+    "eval.general_rows": "2", "eval.draws": "100", "compare.folds": "2", "compare.sft_epochs": "[1]", "compare.seeds": "[0]",
 }  # fmt: skip
 PLAIN = ("head", "cat", "ls")  # programs that a page may use beside `fulcrum`
 
