@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: venv demo test lint check soak mutants lock release bench simulate controls data clean
+.PHONY: venv demo test lint docs check soak mutants lock release bench simulate controls data clean
 
 venv: .venv/.installed
 
@@ -27,6 +27,10 @@ lint: venv
 	$(BIN)/ruff check src tests scripts bench
 	$(BIN)/ruff format --check --quiet src tests scripts bench
 	$(BIN)/mypy
+
+# docs/reference/, anew from the code; a test fails where it is stale.
+docs: venv
+	$(BIN)/python scripts/reference.py
 
 # Whether what is installed is what is locked, has its reason, and is not known to be vulnerable (where that can be looked up).
 check: venv lint

@@ -187,3 +187,13 @@ def test_a_quick_look_says_how_sure_it_is() -> None:
     """Half width 0.1 with 2 seeds (t 12.706) is 0.1 * sqrt(2 / 5) * 2.776 / 12.706 = 0.0138 with 5."""
     text = cli_budget.quick_answer(answer("gain", (0.2, 0.1, 0.3), (0.1, 0.0, 0.2)))
     assert text.endswith("How sure: 2 seeds leave ±0.100; 5 would leave ±0.014 at best.")
+
+
+@pytest.mark.parametrize(("difference", "sure"), [((0.0, -0.1, 0.1), "±0.100"), ((0.0, None, None), "no interval here")])
+def test_a_quick_look_at_one_size_gives_no_numbers_that_are_none(difference: tuple, sure: str) -> None:
+    text = cli_budget.quick_answer(answer("cannot be said", (None, None, None), difference))
+    assert text.startswith(
+        "Not known: of one number of rows alone nobody knows what more of them bring; the general data bring +0"
+    )
+    assert f"How sure: 2 seeds leave {sure}" in text
+    assert "nan" not in text

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -30,10 +30,10 @@ TEMPLATE = "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<end
 HEADS, KV_HEADS, WIDTH, LAYERS = 4, 2, 32, 2
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(vocabulary: int = len(VOCAB)) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(VOCAB),
+        vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
@@ -53,14 +53,15 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def write_gguf(
-    path: Path, *, split: str = "smollm", leave_out: str = "", more: Mapping[str, str] = MappingProxyType({})
-) -> Path:
+    path: Path, *, split: str = "smollm", leave_out: str = "", vocabulary: Sequence[str] = VOCAB, template: str = TEMPLATE,
+    context: int = 128, more: Mapping[str, str] = MappingProxyType({}),
+) -> Path:  # fmt: skip
     """A Llama in float32, in the names and the layout of llama.cpp, with a byte-level tokenizer of 100 tokens."""
-    model = tiny_llama()
+    model = tiny_llama(len(vocabulary))
     config = model.config
     writer = gguf_format.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
-    writer.add_context_length(128)
+    writer.add_context_length(context)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(HEADS)
@@ -68,16 +69,16 @@ def write_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(len(VOCAB))
+    writer.add_vocab_size(len(vocabulary))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
-    writer.add_token_list(VOCAB)
-    writer.add_token_types([3, 3] + [1] * (len(VOCAB) - 2))
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
     writer.add_token_merges([f"{NEWLINE} {NEWLINE}", f"{SPACE} a"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(1)  # not the token that ends an answer in the template: that one must be found
     writer.add_pad_token_id(0)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
     for key, text in more.items():
         writer.add_string(key, text)
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}

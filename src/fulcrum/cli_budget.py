@@ -123,14 +123,20 @@ def quick_answer(found: dict[str, Any]) -> str:
     rises = slope["low"] is not None and slope["low"] > 0
     falls = slope["high"] is not None and slope["high"] <= 0
     unknown = any(part[end] is None for part in (slope, difference) for end in ("low", "high"))
-    steep = f"without general data each doubling of rows brings {_span(slope)} {found['metric']}"
-    brings = f"the general data bring {_span(difference)} at {n} rows (both: positive is better)"
-    half = math.nan if unknown else (difference["high"] - difference["low"]) / 2
-    sure = (
-        "with one seed nothing is known of others"
-        if found["seeds"] == 1
-        else f"{found['seeds']} seeds leave ±{half:.3f}; 5 would leave ±{_narrowed(half, found['seeds']):.3f} at best"
+    steep = (
+        "of one number of rows alone nobody knows what more of them bring"
+        if slope["estimate"] is None
+        else f"without general data each doubling of rows brings {_span(slope)} {found['metric']}"
     )
+    brings = f"the general data bring {_span(difference)} at {n} rows (positive is better)"
+    if found["seeds"] == 1:
+        sure = "with one seed nothing is known of others"
+    elif difference["low"] is None or difference["high"] is None:
+        sure = f"{found['seeds']} seeds leave no interval here"
+    else:
+        half = (difference["high"] - difference["low"]) / 2
+        then = _narrowed(half, found["seeds"])
+        sure = f"{found['seeds']} seeds leave ±{half:.3f}; 5 would leave ±{then:.3f} at best"
     if unknown:
         verdict = "Not known"
     elif found["verdict"] == "gain":
