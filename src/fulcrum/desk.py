@@ -4,14 +4,14 @@ Every command is one that the user could type in the workspace's folder; `jobs` 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fulcrum import jobs, onlooker, settings_file, store
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.onlooker import RUN
-from fulcrum.workspace import YAML, Data, Run, Workspace
+from fulcrum.workspace import YAML, Run, Workspace
 
 INIT = "init"
 LOOKS = ("check", "minutes", "anchors")  # commands that look at settings and train nothing
@@ -23,13 +23,22 @@ _ROWS = "8"  # that a look shows
 Verb = Literal["train", "compare", "quick"]
 
 
-def first_look(workspace: Workspace, data: Data, model: str) -> Run:
-    """A run on uploaded data whose first settings `fulcrum init` is writing."""
-    run = workspace.new_run(Path(data.name).stem, data)
+def first_look(workspace: Workspace, run: Run, model: str | None, columns: Mapping[str, str] | None = None) -> None:
+    """Have `fulcrum init` write a run's first settings; without `model`, for the model that was named before.
+
+    Raises ConfigError for columns that cannot be named, StoreError for a run that has settings.
+    """
+    if not run.is_own or run.settings.exists() or (run.desk / _FIRST).exists():
+        raise StoreError("this run has settings already")
+    if wrong := [name for name in (columns or {}).values() if set(name) & set(",=")]:
+        raise ConfigError(f"{wrong[0]!r}: a column with , or = in its name; name it otherwise in the file")
     name = _from(workspace, run.desk)
-    words = ["init", data.path, "--out", f"{name}/{_FIRST}", "--json", f"{name}/jobs/{INIT}.json", "--model", model]
+    before = list(map(str, store.recalled(run.job(INIT).record).get("words", ())))
+    chosen = model or before[before.index("--model") + 1]
+    words = ["init", workspace.datum(run.data).path, "--out", f"{name}/{_FIRST}", "--json", str(_made(run, INIT))]
+    words += ["--model", chosen]
+    words += ["--columns", ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())] if columns else []
     jobs.start(run.job(INIT), words, workspace.folder)
-    return run
 
 
 def settle(workspace: Workspace, run: Run) -> None:
@@ -70,7 +79,8 @@ def told(run: Run, name: str) -> dict[str, Any]:
         return {"state": "running", "why": "", "log": lines, "result": None}
     made = _made(run, name)
     if made.exists():
-        return {"state": "done", "why": "", "log": lines, "result": store.read_json(made)}
+        stale = name in LOOKS and made.stat().st_mtime < run.settings.stat().st_mtime
+        return {"state": "done", "why": "", "log": lines, "result": store.read_json(made), "stale": stale}
     kind, line = jobs.last_word(job)
     how = "stopped" if kind == "stopped" else "failed"
     return {"state": how, "why": line or "it ended without a word", "log": lines, "result": None}

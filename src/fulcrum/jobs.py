@@ -1,8 +1,8 @@
 """Commands that are run for a page: the same command line, each in a process of its own that nobody's end takes along.
 
-A job is two files of one name in a folder: what was started (`NAME.process.json`) and what it said (`NAME.log`); what it makes is
-the command's own affair. Invariant: a job is running only while its process lives *and* began when the job did, since numbers of
-processes come again; so a server that is started anew finds its jobs, and signals go to nobody else.
+A job is two files of one name in a folder: what was started (`NAME.process.json`) and what it said (`NAME.log`); what it makes
+is the command's own affair. Invariant: a job is running only while its process lives *and* began when the job did, since
+numbers of processes come again; so a server that is started anew finds its jobs, and signals go to nobody else.
 """
 
 import os

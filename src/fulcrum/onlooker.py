@@ -7,6 +7,7 @@ started. Nothing is written, and a file that is half there is read up to its las
 import json
 import platform
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -131,13 +132,11 @@ def result(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _grids(results: dict[str, Any], *, certified: bool) -> list[dict[str, Any]]:
+def _grids(results: Mapping[str, Any], *, certified: bool) -> list[dict[str, Any]]:
     grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
     if not certified:
         grids += [summary.difference_grid(results, first_metric_only=True), summary.forgetting_grid(results)]
-    return [
-        {"title": grid.title, "head": list(grid.head), "rows": [list(row) for row in grid.rows]} for grid in grids if grid.rows
-    ]
+    return [{"title": grid.title, "head": grid.head, "rows": grid.rows} for grid in grids if grid.rows]
 
 
 def arms(run: Run) -> list[str]:

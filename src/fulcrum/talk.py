@@ -1,4 +1,4 @@
-"""Chats with the models of a run: `fulcrum serve`, started when somebody asks, spoken to with a key of its own, ended when idle.
+"""Chats with the models of a run: `fulcrum serve`, started when somebody asks, spoken to with its own key, ended when idle.
 
 One run is served at a time, since each server holds a whole model. The page never speaks to it directly.
 """

@@ -45,6 +45,12 @@ class NewRun(_Body):
     model: str = Field(min_length=1, max_length=300)
 
 
+class Columns(_Body):
+    """Our names of columns, each with the file's."""
+
+    columns: dict[Literal["prompt", "completion"], Annotated[str, Field(min_length=1, max_length=200)]]
+
+
 class Changed(_Body):
     """Settings: as text, or as `a.b: value`."""
 
@@ -132,6 +138,7 @@ async def _unreadable(request: Request, error: Exception) -> Response:
 def _static(app: FastAPI) -> None:
     folder = resources.files("fulcrum") / "data" / "ui"
     files = {item.name: item.read_bytes() for item in folder.iterdir() if Path(item.name).suffix in _KINDS}
+    files["style.css"] = (resources.files("fulcrum") / "data" / "style.css").read_bytes()  # the reports'
 
     @app.get("/")
     def index() -> Response:
@@ -168,7 +175,15 @@ def _data(app: FastAPI, space: Workspace) -> None:
 
     @app.post("/api/runs")
     def new(body: NewRun) -> Any:
-        return onlooker.card(desk.first_look(space, space.datum(body.data), space.model(body.model)))
+        data, model = space.datum(body.data), space.model(body.model)
+        run = space.new_run(Path(data.name).stem, data)
+        desk.first_look(space, run, model)
+        return onlooker.card(run)
+
+    @app.post("/api/runs/{run_id}/init")
+    def init(run_id: Id, body: Columns) -> Any:
+        desk.first_look(space, space.run(run_id), None, body.columns)
+        return desk.told(space.run(run_id), desk.INIT)
 
     @app.post("/api/runs/{run_id}/again")
     def again(run_id: Id) -> Any:
@@ -180,7 +195,7 @@ def _settings(app: FastAPI, space: Workspace) -> None:
     def run(run_id: Id) -> Any:
         found = space.run(run_id)
         desk.settle(space, found)
-        return {**onlooker.card(found), "changeable": desk.may_change(found), **_written(space, found)}
+        return {**onlooker.card(found), "changeable": desk.may_change(found), "data_id": found.data, **_written(space, found)}
 
     @app.put("/api/runs/{run_id}/settings")
     def change(run_id: Id, body: Changed) -> Any:
@@ -296,9 +311,10 @@ class _Drain:
 
 
 def _zipped(folder: Path) -> Iterator[bytes]:
-    """A folder as a zip archive, stored as it is, piece by piece: weights do not become smaller, and may be larger than memory."""
+    """A folder as a zip archive, uncompressed, piece by piece: weights do not become smaller, and may exceed the memory."""
     drain = _Drain()
-    with zipfile.ZipFile(drain, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
+    file: Any = drain
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for item in desk.files_of(folder):
             with archive.open(item["name"], "w", force_zip64=True) as target, (folder / item["name"]).open("rb") as stream:
                 while block := stream.read(_PIECE):
@@ -332,6 +348,8 @@ def serve(app: App, listening: Any) -> None:
     """Answer requests on a socket until Ctrl-C or SIGTERM."""
     import uvicorn
 
-    settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2)  # type: ignore[arg-type]
+    settings = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2, ws="none"
+    )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(settings).run(sockets=[listening])

@@ -6,8 +6,8 @@
     runs/ID/jobs/                       commands that were run for it (`jobs`)
     others/ID/jobs/                     the same for a run folder of the user's, in which nothing is ever written
 
-Invariant: whoever asks names things by an id, which is matched against a pattern and then looked up among what is there, and never
-by a path. Paths inside settings are looked up too: uploaded files, packaged data, hub ids, models that were named at the start.
+Invariant: whoever asks names things by an id, which is matched against a pattern and then looked up among what is there, and
+never by a path. Paths inside settings are looked up too: uploaded files, packaged data, hub ids, models named at the start.
 """
 
 import codecs
@@ -51,7 +51,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that the page may show: its run folder, and the desk, the folder of what is done for it. `is_own`: made by the page."""
+    """A run that may be shown: its run folder, and its desk, where what is done for it is kept. `is_own`: made by the page."""
 
     id: str
     title: str
@@ -72,7 +72,7 @@ class Run:
 
 
 class Workspace:
-    """One folder of the page; `runs` are folders of the user's with further runs, `models` folders of models that may be used."""
+    """The page's folder; `runs` are folders of the user's with further runs, `models` folders of models that may be used."""
 
     def __init__(self, folder: Path, runs: Sequence[Path] = (), models: Sequence[Path] = ()) -> None:
         self.folder = folder.expanduser().absolute()
@@ -246,7 +246,7 @@ class Workspace:
         if source.path in PACKAGED or source.path in {data.path for data in self.data()} or self._is_hub_id(source.path):
             return
         raise ConfigError(
-            f"{YAML}: {name}: {source.path!r} is neither an uploaded file, nor builtin, nor a hub id (org/name); choose a file first"
+            f"{YAML}: {name}: {source.path!r} is no uploaded file, no hub id (org/name) and not builtin; upload it first"
         )
 
     def _is_hub_id(self, text: str) -> bool:
