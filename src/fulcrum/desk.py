@@ -19,7 +19,7 @@ KINDS = ("adapter", "merged", "gguf", "modelfile")
 QUANTIZATIONS = ("q8_0", "f16")
 _FIRST = "first.yaml"  # what `init` writes, before the page gives it its names
 _EXPORT = re.compile(r"export-[a-z][a-z0-9_]*-(adapter|merged|gguf|modelfile)")
-_ROWS = "8"  # that a look shows
+_ROWS = "5"  # that a look shows
 Verb = Literal["train", "compare", "quick"]
 
 
@@ -30,7 +30,7 @@ def first_look(workspace: Workspace, run: Run, model: str | None, columns: Mappi
     """
     if not run.is_own or run.settings.exists() or (run.desk / _FIRST).exists():
         raise StoreError("this run has settings already")
-    if wrong := [name for name in (columns or {}).values() if set(name) & set(",=")]:
+    if wrong := [name for pair in (columns or {}).items() for name in pair if set(name) & set(",=")]:
         raise ConfigError(f"{wrong[0]!r}: a column with , or = in its name; name it otherwise in the file")
     name = _from(workspace, run.desk)
     before = list(map(str, store.recalled(run.job(INIT).record).get("words", ())))
@@ -79,7 +79,7 @@ def told(run: Run, name: str) -> dict[str, Any]:
         return {"state": "running", "why": "", "log": lines, "result": None}
     made = _made(run, name)
     if made.exists():
-        stale = name in LOOKS and made.stat().st_mtime < run.settings.stat().st_mtime
+        stale = name in LOOKS and job.record.stat().st_mtime_ns < run.settings.stat().st_mtime_ns
         return {"state": "done", "why": "", "log": lines, "result": store.read_json(made), "stale": stale}
     kind, line = jobs.last_word(job)
     how = "stopped" if kind == "stopped" else "failed"

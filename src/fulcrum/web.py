@@ -48,7 +48,7 @@ class NewRun(_Body):
 class Columns(_Body):
     """Our names of columns, each with the file's."""
 
-    columns: dict[Literal["prompt", "completion"], Annotated[str, Field(min_length=1, max_length=200)]]
+    columns: dict[str, Annotated[str, Field(min_length=1, max_length=200)]]
 
 
 class Changed(_Body):

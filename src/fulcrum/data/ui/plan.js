@@ -40,9 +40,10 @@ export async function plan(main, run, signal) {
   main.append(h("h1", {}, "The plan"));
   const seen = command(signal, run.id, "check", { label: "Work out the plan", again: "Work it out again", show: shares, auto: run.changeable });
   const timed = command(signal, run.id, "minutes", { label: "Measure how long it takes", again: "Measure again", show: cost, about: "Speed is measured on a few rows, which takes about a minute." });
-  const minutes = h("input", { id: "minutes", type: "number", min: "1", step: "1", placeholder: "no limit", disabled: true });
+  const minutes = h("input", { id: "minutes", type: "number", min: "1", step: "1", placeholder: "no limit" });
+  const budget = h("div", { class: "field budget", hidden: true }, h("label", { for: "minutes" }, "Budget in minutes"), minutes);
   const radios = VERBS.map(([verb, label, about], k) => h("label", { class: "verb card" },
-    h("input", { type: "radio", name: "verb", value: verb, checked: k === 0, onchange: () => { minutes.disabled = verb !== "compare"; } }), h("span", {}, h("b", {}, label), h("span", { class: "quiet" }, about))));
+    h("input", { type: "radio", name: "verb", value: verb, checked: k === 0, onchange: () => { budget.hidden = verb !== "compare"; } }), h("span", {}, h("b", {}, label), h("span", { class: "quiet" }, about))));
   const chosen = () => main.querySelector("input[name=verb]:checked").value;
   const go = action("Start", async () => {
     const verb = chosen();
@@ -55,7 +56,7 @@ export async function plan(main, run, signal) {
     h("section", {}, h("h2", {}, "Start"),
       run.changeable ? [
         h("fieldset", { class: "verbs" }, h("legend", { class: "unseen" }, "What to do"), radios),
-        h("div", { class: "field budget" }, h("label", { for: "minutes" }, "Budget of the whole comparison, in minutes"), minutes),
+        budget,
         go.all,
       ] : note("plain", h("p", {}, "This run was begun. ", h("a", { href: `#/run/${run.id}/run` }, "See how it goes")))));
 }

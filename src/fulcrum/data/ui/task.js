@@ -41,7 +41,7 @@ export function rows(found) {
   return [
     legend(),
     h("ul", { class: "seen" }, found.rows.map((row) => h("li", { class: "card" },
-      h("p", { class: "quiet" }, h("b", {}, row.source), ` ${row.origin}`),
+      h("p", { class: "quiet" }, h("b", {}, row.source), ` row ${row.origin.split(":").pop()}`),
       h("p", { class: "text" }, row.spans.map(([kind, text]) => h("span", { class: `span ${kind}`, title: kind }, text)))))),
     table(["source", "rows", "median tokens", "longest"], found.tokens.map((one) => [one.source, one.rows, one.median, one.longest]), { caption: "Tokens a row" }),
     Object.keys(found.left_out).length ? h("details", {}, h("summary", {}, "Rows that are not used"),
@@ -57,7 +57,7 @@ function proposals(scores, isOpen, form) {
     return [h("span", {}, one.chosen ? h("b", { class: "picked" }, "→ ") : "", one.text || "(none)"), isControl ? "control" : one.source, number(one.loss), number(one.separation, 2), one.percentile === null ? "–" : percent(one.percentile), number(one.agreement), use];
   });
   return [
-    table(["anchor", "by", "loss ↓", "separation ↑", "of random", "agreement", ""], rows, { classes: "anchors texts", caption: `Scored on ${scores.rows} training rows and ${scores.general} general rows` }),
+    table(["anchor", "by", "loss ↓", "separation ↑", "of random", "agreement", ""], rows, { classes: "anchors texts", left: [1], caption: `Scored on ${scores.rows} training rows and ${scores.general} general rows` }),
     h("p", { class: "quiet" }, "→ is what the rule would choose: of those that set your task apart better than no anchor, the one with the lowest loss before training. Loss: nats per answer token. Separation: how far your prompts lie from general ones, and the share of random strings of that length that separate less. Agreement: cosine of task and general gradients. A low loss before training need not mean a low one after it."),
   ];
 }
@@ -174,7 +174,7 @@ function settings(run, start, signal, changed) {
       }
     }
   }, { kind: "second", id: "save-yaml" });
-  const right = h("details", { class: "file" }, h("summary", {}, "The settings file"),
+  const right = h("details", { class: "file", open: innerWidth > 900 }, h("summary", {}, "The settings file"),
     h("p", { class: "quiet" }, "What the form writes; every setting can be set here. The form rewrites it without comments."),
     h("label", { for: "yaml", class: "unseen" }, "Settings as YAML"), text, wrongText, isFixed ? null : keep.all);
   return {
