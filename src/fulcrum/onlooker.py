@@ -27,8 +27,9 @@ def state(run: Run) -> tuple[State, str]:
     """A run's state, and for one that ended before its time the line that says why."""
     manifest = store.recalled(run.folder / store.MANIFEST)
     if not run.is_own:
-        at_work = "running" if _is_held(run.folder) else "stopped"
-        return ("finished", "") if "outputs" in manifest else (at_work, "")  # type: ignore[return-value]
+        if "outputs" in manifest or (run.folder / "results.json").exists():
+            return "finished", ""
+        return ("running" if _is_held(run.folder) else "stopped"), ""
     job = run.job(RUN)
     if jobs.is_running(job):
         return "running", ""
@@ -125,7 +126,7 @@ def result(run: Run) -> dict[str, Any]:
     grids = [] if results is None else _grids(results, certified=bool(certificates))
     said = "" if results is None or certificates or results["kind"] in ("scale", "quanta") else summary.headline(results)
     return {
-        "verdicts": verdicts, "said": said, "notes": [] if results is None else list(results["notes"]),
+        "verdicts": verdicts, "said": said, "notes": [] if results is None else list(dict.fromkeys(results["notes"])),
         "tables": grids, "arms": arms(run), "folder": str(run.folder),
         "report": (run.folder / page.REPORT).is_file(), "certificate": bool(certificates),
         "seconds": None if results is None else results["seconds"],

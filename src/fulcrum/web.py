@@ -24,7 +24,7 @@ from fulcrum import workspace as places
 from fulcrum.errors import FulcrumError, StoreError
 from fulcrum.guard import SHOWN_POLICY, App, Guard
 from fulcrum.page import REPORT
-from fulcrum.talk import Talks
+from fulcrum.chatting import Talks
 from fulcrum.workspace import Run, Workspace
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

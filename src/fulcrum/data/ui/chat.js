@@ -36,10 +36,11 @@ export function chat(run, signal) {
   let isOpen = false;
 
   function open(models) {
-    const order = ["base", "sft", "sft_anchor", "tell"].filter((name) => models.includes(name));
-    const first = [...order, ...models.filter((name) => !order.includes(name))].slice(0, MOST);
+    const usual = ["base", "sft", "tell", "sft_anchor"].filter((name) => models.includes(name));
+    const order = [...usual, ...models.filter((name) => !usual.includes(name))];
+    const first = order.slice(0, MOST);
     let columns = [];
-    const boxes = models.map((name) => h("label", {}, h("input", { type: "checkbox", value: name, checked: first.includes(name), onchange: () => arrange() }), ` ${NAMES[name] || name}`));
+    const boxes = order.map((name) => h("label", {}, h("input", { type: "checkbox", value: name, checked: first.includes(name), onchange: () => arrange() }), ` ${NAMES[name] || name}`));
     const grid = h("div", { class: "talks" });
     const input = h("textarea", { id: "question", rows: "2", placeholder: "Ask what your task asks …", onkeydown: (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); go.button.click(); }

@@ -58,19 +58,25 @@ export async function home(main, signal) {
     const run = await send("/api/runs", { data: found.id, model: start.models[0] });
     location.hash = `#/run/${run.id}/data`;
   };
-  const list = h("ul", { class: "runs" });
-  const draw = (found) => list.replaceChildren(...found.map((run) => h("li", {},
+  const own = h("ul", { class: "runs" });
+  const others = h("ul", { class: "runs" });
+  const line = (run) => h("li", {},
     h("a", { href: `#/run/${run.id}/${run.set || !run.own ? next[run.state] : "data"}` }, run.title),
     badge(run.state),
-    h("span", { class: "quiet when" }, [run.verb, new Date(run.made).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" }), run.own ? "" : "begun elsewhere"].filter(Boolean).join(" · ")),
-    run.why && h("span", { class: "quiet why" }, run.why))));
+    h("span", { class: "quiet when" }, [run.verb, new Date(run.made).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })].filter(Boolean).join(" · ")),
+    run.why && h("span", { class: "quiet why" }, run.why));
+  const draw = (found) => {
+    own.replaceChildren(...found.filter((run) => run.own).map(line));
+    others.replaceChildren(...found.filter((run) => !run.own).map(line));
+  };
   draw(runs);
   main.replaceChildren(
     h("h1", {}, "A model for your task, and what it bought"),
     h("p", { class: "quiet lead" }, "A few labelled rows, an anchor prompt and much general data become an adapter, measured against plain fine-tuning on your own rows."),
     dropzone("Choose a file", "Labelled rows as .jsonl, .json, .csv or .parquet: prompt and answer, or whole conversations. It stays on this machine.", begin, { most: start.most }),
     h("h2", {}, "Runs"),
-    runs.length ? list : note("empty", h("p", {}, "No run as yet. Your first one begins with a data file.")),
+    own.childElementCount ? own : note("empty", h("p", {}, "No run as yet. Your first one begins with a data file.")),
+    ...(others.childElementCount ? [h("h2", {}, "In your folders"), others] : []),
     h("p", { class: "quiet" }, "Kept in ", h("code", {}, start.folder), ". Each run is a process of its own: it goes on when this page, or its server, is closed."));
   (async () => {
     for (;;) {

@@ -28,8 +28,8 @@ export async function watch(main, run, signal, refresh) {
     h("section", {}, h("h2", {}, "Losses"), pick, chart),
     h("details", { open: true }, h("summary", {}, "What it says"), log));
 
-  const progress = (label, done, all, words) => h("div", { class: "progress" }, h("span", { class: "label" }, label),
-    h("progress", { max: all, value: done, "aria-label": label }), h("span", { class: "quiet" }, words));
+  const progress = (label, done, all, words) => h("div", { class: "progress" },
+    h("p", {}, h("b", {}, label), h("span", { class: "quiet" }, words)), h("progress", { max: all, value: done, "aria-label": label }));
 
   function draw() {
     pick.hidden = points.size < 2;

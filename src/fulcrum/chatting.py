@@ -20,7 +20,6 @@ from fulcrum.workspace import Run, Workspace
 CHAT = "chat"  # the name of the command
 KEY = "FULCRUM_API_KEY"
 IDLE_SECONDS = 600.0
-MOST_TOKENS = 512  # of an answer
 _LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 _PATIENCE = 300.0  # seconds without a word, of an answer under way
 
@@ -70,7 +69,7 @@ class Talks:
         """What the model answers, piece by piece, as server-sent events. Raises StoreError where the run is not served."""
         if self.run is None or self.run.id != run.id or not self.address or not jobs.is_running(run.job(CHAT)):
             raise StoreError("the chat has ended; begin it again")
-        body = {"model": model, "messages": list(messages), "stream": True, "max_tokens": MOST_TOKENS, "temperature": 0}
+        body = {"model": model, "messages": list(messages), "stream": True}
         answer = self._call("POST", f"{self.address}/v1/chat/completions", body)
         return self._pieces(answer)
 
@@ -95,7 +94,7 @@ class Talks:
         except urllib3.exceptions.HTTPError as error:
             raise ModelError(f"the chat does not answer ({type(error).__name__}); begin it again") from None
         if answer.status != 200:
-            raise ModelError(f"the chat refuses ({answer.status}): {answer.data.decode(errors='replace')[:300]}")
+            raise ModelError(f"not answered: {_said(answer.data)}")
         return answer
 
     def end_if_idle(self) -> None:
@@ -112,6 +111,14 @@ class Talks:
         if self.run is not None:
             jobs.stop(self.run.job(CHAT))
             self.run = None
+
+
+def _said(body: bytes) -> str:
+    """What the server gave as its reason."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:300]
 
 
 def _address(job: Job) -> str:
