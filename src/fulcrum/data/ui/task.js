@@ -7,7 +7,7 @@ const PLACEMENTS = {
   user_prefix: "before the user’s text", user_suffix: "after the user’s text", system: "as the system text", response_prefix: "as the answer’s beginning",
 };
 
-export async function task(main, run, signal, refresh) {
+export async function task(main, run, signal) {
   const start = await get("/api/start", signal);
   if (signal.aborted) return;
   main.append(h("h1", {}, "Task and anchor"));
@@ -25,11 +25,10 @@ export async function task(main, run, signal, refresh) {
   main.append(...[
     run.changeable ? null : note("plain", h("p", {}, "This run was begun, so its settings stand. ", h("b", {}, "Another run with the same settings"), " can be made from its page.")),
     form.all,
-    h("section", {}, h("h2", {}, "Anchors, proposed and measured"), anchors.all),
+    run.changeable && h("section", {}, h("h2", {}, "Anchors, proposed and measured"), anchors.all),
     h("section", {}, h("h2", {}, "What will be trained"), seen.all),
     h("p", { class: "forward" }, h("a", { class: "button", href: `#/run/${run.id}/plan` }, "Next: the plan")),
   ].filter(Boolean));
-  void refresh;
 }
 
 export function legend() {
@@ -125,13 +124,12 @@ function settings(run, start, signal, changed) {
     set(test, [["", "a part of the rows, held out"]]);
   };
   fillFiles();
-  const added = (control, name) => async (found) => {
+  const added = (control) => async (found) => {
     start.data = [found, ...start.data];
     fillFiles();
     for (const one of fields.values()) one.fill(values);
     control.value = found.path;
     control.dispatchEvent(new Event("change"));
-    void name;
   };
   const select = (control, value, label) => {
     if (![...control.options].some((option) => option.value === value)) control.append(h("option", { value }, label || value));
@@ -153,11 +151,11 @@ function settings(run, start, signal, changed) {
     field("mix.repeats", "How often each row is shown", repeats, { fill: (v) => select(repeats, String(v.mix.repeats)) }),
     h("div", { class: "field" },
       field("general", "General data", pool, { hint: "Rows that keep, and teach, what is not special about your task.", fill: (v) => select(pool, v.general.length ? v.general[0].path : "none", v.general.length > 1 ? `${v.general.length} sources (see the file)` : undefined), wide: true }),
-      isFixed ? null : dropzone("Add a file of general rows", "", added(pool, "general"), { small: true, most: start.most })),
+      isFixed ? null : dropzone("Add a file of general rows", "", added(pool), { small: true, most: start.most })),
     field("mix.general_per_task", "General rows for each task row shown", perTask, { hint: "0 is plain fine-tuning; auto lets a pilot choose.", fill: (v) => { perTask.value = v.mix.general_per_task; } }),
     h("div", { class: "field" },
       field("task.test", "Test rows", test, { hint: "Scored once, at the end.", fill: (v) => select(test, own(v).test.length ? own(v).test[0].path : ""), wide: true }),
-      isFixed ? null : dropzone("Add a file of test rows", "", added(test, "task.test"), { small: true, most: start.most })),
+      isFixed ? null : dropzone("Add a file of test rows", "", added(test), { small: true, most: start.most })),
     field("task.max_new_tokens", "Longest answer, in tokens", longest, { fill: (v) => { longest.value = own(v).max_new_tokens; } }),
     field("task.metrics", "Metrics", metrics, { fill: (v) => { for (const box of metrics.querySelectorAll("input")) box.checked = own(v).metrics.includes(box.value); }, wide: true }));
   const keep = action("Save the file", async () => {
