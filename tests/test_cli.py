@@ -103,7 +103,7 @@ def test_help_lists_every_verb() -> None:
     output = done("--help")
     assert {line.split()[0] for line in output.partition("Commands:")[2].splitlines() if line.strip()} == {
         "init", "check", "train", "compare", "scale", "quanta", "eval", "chat", "export", "mix", "report", "models", "pool",
-        "anchor", "selfgen", "certify", "verify", "serve",
+        "anchor", "selfgen", "certify", "verify", "serve", "ui",
     }  # fmt: skip
 
 

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fulcrum import cli_anchor, cli_budget, cli_certificate, cli_export, cli_models, cli_pool, cli_selfgen, cli_serve, cli_start
+from fulcrum import (
+    cli_anchor,
+    cli_budget,
+    cli_certificate,
+    cli_export,
+    cli_models,
+    cli_pool,
+    cli_selfgen,
+    cli_serve,
+    cli_start,
+    cli_ui,
+)
 from fulcrum.cli_group import DEBUG, Group
 from fulcrum.cli_start import Changes, RunFile, RunFolder, TaskName
 from fulcrum.errors import ConfigError
@@ -72,6 +83,7 @@ def init(
     columns: Annotated[
         str, typer.Option("--columns", metavar="OURS=THEIRS,...", help="Name columns, e.g. prompt=text,completion=label.")
     ] = "",
+    json_file: cli_start.JsonFile = None,
 ) -> None:
     """Look at a data file and write a settings file to start from."""
     from fulcrum import ingest, sources, starter, store, terminal
@@ -99,6 +111,10 @@ def init(
     guessed = starter.guess(examples)
     text = starter.write_yaml(guessed, train=source, test=test_source, model=model, n_rows=len(examples))
     store.write_bytes(out, text.encode())
+    if json_file is not None:
+        seen = {"format": starter.formats(source), "kept": len(examples), "rejected": len(rejects), "answers": guessed.why}
+        reasons = Counter(reject.reason for reject in rejects)
+        store.write_json(json_file, {**seen, "reasons": reasons, "rejects": rejects[:5], "rows": examples[:5]})
     terminal.say(screen, f"answers: {guessed.why}; metrics: {', '.join(guessed.metrics)}")
     terminal.say(screen, f"wrote {out}; put your own words into its anchor, then look: fulcrum check {out}")
 
@@ -109,6 +125,8 @@ def check(
     run_file: RunFile,
     rows: Annotated[int, typer.Option("--rows", min=0, help="How many rows of each task to show.")] = 3,
     changes: Changes = None,
+    minutes: Annotated[bool, typer.Option("--minutes", help="Measure about how long train and compare would take.")] = False,
+    json_file: cli_start.JsonFile = None,
 ) -> None:
     """Validate the data and show exactly what the model sees.
 
@@ -118,7 +136,7 @@ def check(
 
     settings = config.load(run_file, changes or ())
     screen = cli_start.ready(ctx, settings)
-    from fulcrum import arms, encode, preview, terminal
+    from fulcrum import arms, encode, preview, store, terminal
 
     with terminal.working(screen, "reading data"):
         seen = preview.open_preview(settings, settings.seed, [arms.own_arm(settings)])
@@ -133,6 +151,9 @@ def check(
         for example in examples:
             terminal.say(screen, f"\n{name}, {example.origin}:", "bold")
             screen.print(terminal.row_text(preview.spans(example, form), colour=screen.is_terminal), soft_wrap=True)
+    expected = cli_start.expected(screen, settings) if minutes else []
+    if json_file is not None:
+        store.write_json(json_file, {**preview.facts(seen, trials, rows), "expected": expected})
 
 
 @app.command()
@@ -366,7 +387,7 @@ def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds
     terminal.say(screen, f"{many}{counted}; nothing was trained (--dry-run)")
 
 
-for verb in (cli_selfgen.selfgen, cli_certificate.certify, cli_certificate.verify):
+for verb in (cli_selfgen.selfgen, cli_certificate.certify, cli_certificate.verify, cli_ui.ui):
     app.command()(verb)
 
 

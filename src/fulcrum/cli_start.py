@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fulcrum.config import Settings
+    from fulcrum.estimate import Estimate
     from fulcrum.pool import Pool
     from fulcrum.sections import GeneralSource
 
@@ -18,6 +19,9 @@ RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Settings file
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="The output_dir of a finished run.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as a.b=c; repeatable.")
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write what is shown there too, for other programs.")
 ]
 TaskName = Annotated[str | None, typer.Option("--task", help="Task (default: the first).")]
 EndpointUrl = Annotated[str, typer.Option("--endpoint", metavar="URL", help="OpenAI-compatible; ends in /v1.")]
@@ -60,3 +64,16 @@ def convert(screen: "Console", settings: "Settings", sources: "Sequence[GeneralS
     near, jobs = settings.clean.near_duplicates, jobs or os.cpu_count() or 1
     with Watch(screen) as watch:
         return pools.open_pool(sources, settings.seed, near=near, jobs=jobs, progress=watch.count)
+
+
+def expected(screen: "Console", settings: "Settings") -> "list[Estimate]":
+    """About how long `train` and `compare` would take, measured and shown."""
+    from fulcrum import estimate, terminal
+    from fulcrum.watch import clock
+
+    with terminal.working(screen, "measuring speed on a few rows"):
+        found = estimate.estimates(settings)
+    for one in found:
+        told = one.why_not if one.seconds is None else f"{one.trainings:,} trainings, about {clock(one.seconds)}, an estimate"
+        terminal.say(screen, f"{one.verb}: {told}")
+    return found

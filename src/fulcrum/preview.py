@@ -136,6 +136,27 @@ def _mark_anchor(found: list[Span], anchor: Anchor | None) -> list[Span]:
     return [*found[:place], *(part for part in parts if part[1]), *found[place + 1 :]]
 
 
+def facts(preview: Preview, found: Sequence[Trial], rows: int) -> dict[str, Any]:
+    """What `check` shows, as plain values for other programs: `rows` of each task and one general row cut into spans, tokens of
+    the rows, the trainings to come, what was left out.
+    """
+    plain = encode.make_format(preview.tokenizer, None)
+    shown = [(task.name, encode.make_format(plain.tokenizer, task.anchor), task.train[:rows]) for task in preview.rows.tasks]
+    shown.append(("general", plain, preview.rows.general[: min(rows, 1)]))
+    return {
+        "rows": [
+            {"source": name, "origin": example.origin, "spans": spans(example, form)}
+            for name, form, examples in shown for example in examples
+        ],
+        "tokens": [
+            {"source": name, "rows": len(counts), "median": int(np.median(counts)), "longest": int(counts.max())}
+            for name, counts in lengths(preview).items()
+        ],
+        "trainings": [asdict(trial) for trial in found],
+        "left_out": dict(preview.rows.rejects), "notes": list(preview.rows.notes),
+    }  # fmt: skip
+
+
 def stream_rows(preview: Preview, repeats: int) -> Iterator[dict[str, Any]]:
     """The stream of the settings' own arm in training order, for other trainers: one plain dict a position.
 

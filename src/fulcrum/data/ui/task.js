@@ -1,0 +1,186 @@
+// The settings: a form beside the file that it writes, the anchors that can be measured, and what will be trained.
+
+import { action, command, failure, get, h, note, number, percent, say, send, table } from "./dom.js";
+import { dropzone } from "./home.js";
+
+const PLACEMENTS = {
+  user_prefix: "before the user’s text", user_suffix: "after the user’s text", system: "as the system text", response_prefix: "as the answer’s beginning",
+};
+
+export async function task(main, run, signal) {
+  const start = await get("/api/start", signal);
+  if (signal.aborted) return;
+  main.append(h("h1", {}, "Task and anchor"));
+  if (!run.set) {
+    main.append(note("empty", h("p", {}, "There are no settings as yet: the data come first.")), h("p", {}, h("a", { class: "button", href: `#/run/${run.id}/data` }, "To the data")));
+    return;
+  }
+  const form = settings(run, start, signal, () => { seen.refresh(); });
+  const seen = command(signal, run.id, "check", { label: "See what will be trained", again: "Look again", show: rows, auto: run.changeable });
+  const anchors = command(signal, run.id, "anchors", {
+    label: "Propose and score anchors", again: "Propose and score again",
+    about: "Some are filled from your rows, some written by the model; all are scored on the model as it is, and nothing is trained. This takes minutes on a small machine.",
+    show: (scores) => proposals(scores[0], run.changeable, form),
+  });
+  main.append(...[
+    run.changeable ? null : note("plain", h("p", {}, "This run was begun, so its settings stand. ", h("b", {}, "Another run with the same settings"), " can be made from its page.")),
+    form.all,
+    run.changeable && h("section", {}, h("h2", {}, "Anchors, proposed and measured"), anchors.all),
+    h("section", {}, h("h2", {}, "What will be trained"), seen.all),
+    h("p", { class: "forward" }, h("a", { class: "button", href: `#/run/${run.id}/plan` }, "Next: the plan")),
+  ].filter(Boolean));
+}
+
+export function legend() {
+  const kinds = { prompt: "read, not trained", anchor: "the anchor", trained: "trained", end: "end of the answer, trained" };
+  return h("p", { class: "legend" }, Object.entries(kinds).map(([kind, words]) => [h("span", { class: `span ${kind}` }, words), " "]));
+}
+
+export function rows(found) {
+  return [
+    legend(),
+    h("ul", { class: "seen" }, found.rows.map((row) => h("li", { class: "card" },
+      h("p", { class: "quiet" }, h("b", {}, row.source), ` row ${row.origin.split(":").pop()}`),
+      h("p", { class: "text" }, row.spans.map(([kind, text]) => h("span", { class: `span ${kind}`, title: kind }, text)))))),
+    table(["source", "rows", "median tokens", "longest"], found.tokens.map((one) => [one.source, one.rows, one.median, one.longest]), { caption: "Tokens a row" }),
+    Object.keys(found.left_out).length ? h("details", {}, h("summary", {}, "Rows that are not used"),
+      table(["reason", "rows"], Object.entries(found.left_out))) : null,
+  ].filter(Boolean);
+}
+
+function proposals(scores, isOpen, form) {
+  const best = [...scores.scores].sort((a, b) => a.loss - b.loss);
+  const rows = best.map((one) => {
+    const isControl = one.source.startsWith("control");
+    const use = isOpen && !isControl ? h("button", { type: "button", class: "second small", onclick: () => form.anchor(one.text, one.placement), "aria-label": `Use the anchor: ${one.text}` }, "Use") : "";
+    return [h("span", {}, one.chosen ? h("b", { class: "picked" }, "→ ") : "", one.text || "(none)"), isControl ? "control" : one.source, number(one.loss), number(one.separation, 2), one.percentile === null ? "–" : percent(one.percentile), number(one.agreement), use];
+  });
+  return [
+    table(["anchor", "by", "loss ↓", "separation ↑", "of random", "agreement", ""], rows, { classes: "anchors texts", left: [1], caption: `Scored on ${scores.rows} training rows and ${scores.general} general rows` }),
+    h("p", { class: "quiet" }, "→ is what the rule would choose: of those that set your task apart better than no anchor, the one with the lowest loss before training. Loss: nats per answer token. Separation: how far your prompts lie from general ones, and the share of random strings of that length that separate less. Agreement: cosine of task and general gradients. A low loss before training need not mean a low one after it."),
+  ];
+}
+
+function settings(run, start, signal, changed) {
+  const isFixed = !run.changeable;
+  const saved = h("p", { class: "quiet line", role: "status", hidden: true });
+  const fields = new Map();
+  let values = run.values;
+  const text = h("textarea", { id: "yaml", rows: "24", spellcheck: "false", readOnly: isFixed, "aria-describedby": "yaml-wrong" }, run.text);
+  const wrongText = h("div", { id: "yaml-wrong", role: "alert" });
+  const unknown = h("div", { role: "alert" });
+
+  const apply = (found, isText) => {
+    values = found.values;
+    text.value = found.text;
+    for (const field of fields.values()) { field.fill(values); field.wrong.replaceChildren(); field.box.classList.remove("wrong"); }
+    wrongText.replaceChildren();
+    unknown.replaceChildren();
+    saved.hidden = false;
+    saved.textContent = isText ? "The file is saved." : "Saved.";
+    say(saved.textContent);
+    changed();
+  };
+  const put = async (changes, from) => {
+    try {
+      apply(await send(`/api/runs/${run.id}/settings`, { changes }, "PUT"), false);
+    } catch (error) {
+      saved.hidden = true;
+      const field = [...fields.values()].find((one) => error.field && one.names.some((name) => error.field === name || error.field.startsWith(`${name}.`) || error.field.startsWith(`${name}[`))) || fields.get(from);
+      if (!field) unknown.replaceChildren(failure(error));
+      else {
+        field.box.classList.add("wrong");
+        field.wrong.replaceChildren(h("p", {}, error.message.replace(/^[\w.[\]]+: /, "")));
+      }
+    }
+  };
+  const field = (name, label, control, { hint, names = [name], fill, wide = false }) => {
+    const id = `f-${name.replaceAll(".", "-")}`;
+    const wrong = h("div", { class: "wrong-text", id: `${id}-wrong`, role: "alert" });
+    const isGroup = control.tagName === "FIELDSET";
+    if (!isGroup) { control.id = id; control.setAttribute("aria-describedby", `${id}-hint ${id}-wrong`); control.disabled = isFixed; } else for (const box of control.querySelectorAll("input")) box.disabled = isFixed;
+    const box = h("div", { class: wide ? "field wide" : "field" }, isGroup ? null : h("label", { for: id }, label), control, hint && h("p", { class: "quiet hint", id: `${id}-hint` }, hint), wrong);
+    fields.set(name, { box, wrong, fill, names });
+    fill(values);
+    return box;
+  };
+  const choice = (options, onchange) => h("select", { onchange }, options.map(([value, label]) => h("option", { value }, label)));
+  const own = (found) => found.tasks[0];
+
+  const model = h("input", { list: "models", autocomplete: "off", spellcheck: "false", onchange: () => put({ model: model.value.trim() }, "model") });
+  const anchor = h("textarea", { rows: "3", onchange: () => putAnchor() });
+  const placement = choice(Object.entries(PLACEMENTS), () => putAnchor());
+  const putAnchor = () => put({ "task.anchor": anchor.value.trim() ? { text: anchor.value.trim(), placement: placement.value } : null }, "task.anchor");
+
+  const uploads = () => start.data.filter((one) => one.id !== run.data_id);
+  const pool = choice([], () => put(pool.value === "none" ? { general: [], "mix.general_per_task": 0 } : { general: [{ path: pool.value }], ...(values.mix.general_per_task === 0 ? { "mix.general_per_task": 4 } : {}) }, "general"));
+  const test = choice([], () => put({ "task.test": test.value || null }, "task.test"));
+  const fillFiles = () => {
+    const files = uploads().map((one) => [one.path, one.name]);
+    const set = (control, first) => {
+      control.replaceChildren(...[...first, ...files].map(([value, label]) => h("option", { value }, label)));
+    };
+    set(pool, [["builtin", "the packaged pool"], ["none", "none: plain fine-tuning"]]);
+    set(test, [["", "a part of the rows, held out"]]);
+  };
+  fillFiles();
+  const added = (control) => async (found) => {
+    start.data = [found, ...start.data];
+    fillFiles();
+    for (const one of fields.values()) one.fill(values);
+    control.value = found.path;
+    control.dispatchEvent(new Event("change"));
+  };
+  const select = (control, value, label) => {
+    if (![...control.options].some((option) => option.value === value)) control.append(h("option", { value }, label || value));
+    control.value = value;
+  };
+  const perTask = h("input", { inputmode: "decimal", autocomplete: "off", onchange: () => put({ "mix.general_per_task": perTask.value.trim() === "auto" ? "auto" : Number(perTask.value) || 0 }, "mix.general_per_task") });
+  const repeats = choice([["auto", "auto: 1, 2, 4 and 8 are tried"], ...["1", "2", "4", "8", "16"].map((n) => [n, n])], () => put({ "mix.repeats": repeats.value === "auto" ? "auto" : Number(repeats.value) }, "mix.repeats"));
+  const longest = h("input", { type: "number", min: "1", step: "1", onchange: () => put({ "task.max_new_tokens": Number(longest.value) }, "task.max_new_tokens") });
+  const metrics = h("fieldset", { class: "checks" }, h("legend", {}, "Metrics"), start.metrics.map((name) => h("label", {}, h("input", { type: "checkbox", value: name, onchange: () => {
+    const chosen = [...metrics.querySelectorAll("input:checked")].map((box) => box.value);
+    put({ "task.metrics": [...own(values).metrics.filter((known) => chosen.includes(known)), ...chosen.filter((known) => !own(values).metrics.includes(known))] }, "task.metrics");
+  } }), ` ${name}`)));
+
+  const left = h("div", { class: "form" },
+    h("datalist", { id: "models" }, start.models.map((name) => h("option", { value: name }))),
+    field("model", "Model", model, { hint: "A built-in name, a hub id such as org/name, or a folder that the page was started with.", fill: (v) => { model.value = v.model; }, wide: true }),
+    field("task.anchor", "Anchor", anchor, { hint: "Text that every row of your task carries and no general row. Say in your own words what the task is; empty means none.", fill: (v) => { anchor.value = own(v).anchor ? own(v).anchor.text : ""; }, wide: true }),
+    field("task.anchor.placement", "Where the anchor stands", placement, { fill: (v) => { placement.value = own(v).anchor ? own(v).anchor.placement : "user_prefix"; } }),
+    field("mix.repeats", "How often each row is shown", repeats, { fill: (v) => select(repeats, String(v.mix.repeats)) }),
+    h("div", { class: "field" },
+      field("general", "General data", pool, { hint: "Rows that keep, and teach, what is not special about your task.", fill: (v) => select(pool, v.general.length ? v.general[0].path : "none", v.general.length > 1 ? `${v.general.length} sources (see the file)` : undefined), wide: true }),
+      isFixed ? null : dropzone("Add a file of general rows", "", added(pool), { small: true, most: start.most })),
+    field("mix.general_per_task", "General rows for each task row shown", perTask, { hint: "0 is plain fine-tuning; auto lets a pilot choose.", fill: (v) => { perTask.value = v.mix.general_per_task; } }),
+    h("div", { class: "field" },
+      field("task.test", "Test rows", test, { hint: "Scored once, at the end.", fill: (v) => select(test, own(v).test.length ? own(v).test[0].path : ""), wide: true }),
+      isFixed ? null : dropzone("Add a file of test rows", "", added(test), { small: true, most: start.most })),
+    field("task.max_new_tokens", "Longest answer, in tokens", longest, { fill: (v) => { longest.value = own(v).max_new_tokens; } }),
+    field("task.metrics", "Metrics", metrics, { fill: (v) => { for (const box of metrics.querySelectorAll("input")) box.checked = own(v).metrics.includes(box.value); }, wide: true }));
+  const keep = action("Save the file", async () => {
+    try {
+      apply(await send(`/api/runs/${run.id}/settings`, { text: text.value }, "PUT"), true);
+    } catch (error) {
+      saved.hidden = true;
+      wrongText.replaceChildren(failure(error));
+      if (error.line) {
+        const lines = text.value.split("\n");
+        const from = lines.slice(0, error.line - 1).join("\n").length + (error.line > 1 ? 1 : 0);
+        text.focus();
+        text.setSelectionRange(from, from + (lines[error.line - 1] || "").length);
+      }
+    }
+  }, { kind: "second", id: "save-yaml" });
+  const right = h("details", { class: "file", open: innerWidth > 900 }, h("summary", {}, "The settings file"),
+    h("p", { class: "quiet" }, "What the form writes; every setting can be set here. The form rewrites it without comments."),
+    h("label", { for: "yaml", class: "unseen" }, "Settings as YAML"), text, wrongText, isFixed ? null : keep.all);
+  return {
+    all: h("div", { class: "settings" }, h("div", {}, left, unknown, saved), right),
+    anchor: (chosen, where) => {
+      put({ "task.anchor": { text: chosen, placement: where } }, "task.anchor");
+      anchor.scrollIntoView({ block: "center" });
+      anchor.focus();
+    },
+  };
+}

@@ -1,0 +1,70 @@
+"""About how long runs will take: the speed of this model on these rows is measured, the plans are counted. No promise.
+
+What runs before a plan is known (scoring anchors of `anchor: auto`) is not in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fulcrum import arms, budget, material, metrics, model
+from fulcrum.config import Arm, Settings
+from fulcrum.errors import FulcrumError
+from fulcrum.material import Material
+from fulcrum.units import Speed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected seconds of a verb, and how many trainings (of a comparison, trials too) these are; or why nobody can say."""
+
+    verb: str
+    seconds: float | None
+    trainings: int
+    why_not: str = ""
+
+
+def estimates(settings: Settings) -> list[Estimate]:
+    """What `train` and `compare` would take on this machine. Raises ConfigError, DataError or ModelError as these would."""
+    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    own = arms.own_arm(settings)
+    rows = material.prepare(
+        settings, loaded.tokenizer, loaded.context, settings.seed, choose_from=arms.choose_from([own], settings)
+    )
+    speed = budget.measure(rows, loaded, settings)
+    found = [of_training(settings, rows, own, speed)]
+    if settings.mix.general_per_task == "auto":
+        return [*found, Estimate("compare", None, 0, "a pilot chooses how many general rows there will be")]
+    try:
+        wide = material.of_seeds(
+            settings, loaded.tokenizer, loaded.context, settings.seeds, mixed_rows=arms.largest_mixture(settings)
+        )[0]
+        units, seconds = budget.predict(settings, wide, loaded, speed)
+    except FulcrumError as error:  # too few rows to be cut into folds, say: `train` is possible nonetheless
+        return [*found, Estimate("compare", None, 0, str(error))]
+    return [*found, Estimate("compare", seconds, units)]
+
+
+def of_training(settings: Settings, rows: Material, arm: Arm, speed: Speed) -> Estimate:
+    """Every trial with its looks at the dev rows, then the test rows before and after."""
+    tried = arms.trials(rows, arm, settings)
+    n_dev, n_test = (_rows(rows, part) for part in ("dev", "test"))
+    seconds = 0.0
+    for setting in tried:
+        general = arms.general_count(rows, arm, setting.repeats) if arm.mixes else 0
+        trained = speed.task * setting.repeats * rows.n_task + speed.general * general
+        seconds += speed.start + trained + settings.train.evaluations * n_dev * speed.scored
+    answered = _answered(settings, rows)
+    held_out = sum(map(len, rows.held_out.values()))
+    return Estimate("train", seconds + 2 * ((n_test + held_out) * speed.scored + answered * speed.answered), len(tried))
+
+
+def _rows(rows: Material, part: str) -> int:
+    return sum(len(getattr(task, part)) for task in rows.tasks)
+
+
+def _answered(settings: Settings, rows: Material) -> int:
+    """Test rows whose answers are written, for metrics that need these."""
+    pairs: Sequence[tuple[int, tuple[str, ...]]] = [
+        (len(task.test), own.metrics) for task, own in zip(rows.tasks, settings.tasks, strict=True)
+    ]
+    return sum(number for number, names in pairs if metrics.needs_generation(names))
