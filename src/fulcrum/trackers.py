@@ -177,7 +177,7 @@ class Trackers:
     """Passes on to a watcher what it is told, and sends curves to the tools named (`cell.Watcher`)."""
 
     def __init__(self, watcher: Watcher | None, names: Sequence[str], folder: Path) -> None:
-        self.inner, self.names, self.folder = watcher or Silent(), names, folder
+        self.inner, self.names, self.folder = watcher or Silent(), names, folder.absolute()
         self.warn: Callable[[str], None] = warnings.warn if watcher is None else lambda text: watcher.stage(f"warning: {text}")
         self.threads: dict[str, ThreadPoolExecutor] = {}  # by label, of runs that are open
         self.ended: list[ThreadPoolExecutor] = []
@@ -217,7 +217,7 @@ class Trackers:
         found = scores(report.load(self.folder))
         paths = [*(self.folder / name for name in _FILES), *run_folder.made(self.folder, certificate.FILE)]
         files = {path.relative_to(self.folder).as_posix(): path for path in paths}
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", self.folder.absolute().name)
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", self.folder.name)
         self._do(RESULTS, 0, lambda tool, tracker: tracker.log(found, step=0))
         self._do(RESULTS, 0, lambda tool, tracker: tool.attach(tracker, name, files))
 
@@ -263,7 +263,7 @@ class Trackers:
             place.mkdir(exist_ok=True)
             runs = store.recalled(place / _RUNS)
             own = runs.setdefault(name, {})
-            tracker = TOOLS[name].begin(_Run(label, self.folder.absolute(), step, own.get(label)))
+            tracker = TOOLS[name].begin(_Run(label, self.folder, step, own.get(label)))
             tracker.start()
             own[label] = TOOLS[name].known_as(tracker)
             store.write_json(place / _RUNS, runs)
