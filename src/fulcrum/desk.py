@@ -56,6 +56,7 @@ def look(workspace: Workspace, run: Run, name: str) -> None:
     """Begin a command that looks at the settings: what will be trained, how long it takes, how anchors score."""
     if name not in LOOKS or not run.is_own:
         raise StoreError("no such command here")
+    workspace.values(run, workspace.text(run))
     made = _made(run, name)
     made.unlink(missing_ok=True)
     settings, file = _from(workspace, run.settings), _from(workspace, made)
@@ -117,6 +118,7 @@ def begin(workspace: Workspace, run: Run, verb: Verb, minutes: int | None) -> No
         raise StoreError("this run was begun already; go on with it, or make another with the same settings")
     if minutes is not None and verb != "compare":
         raise ConfigError("minutes: a budget is for a comparison")
+    workspace.values(run, workspace.text(run))
     words = ["train" if verb == "train" else "compare", _from(workspace, run.settings)]
     words += ["--quick", "--yes"] if verb == "quick" else []
     words += ["--budget", f"{minutes}m", "--yes"] if minutes is not None else []

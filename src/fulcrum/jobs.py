@@ -10,6 +10,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from fulcrum.errors import StoreError
 
 COMMAND = (sys.executable, "-P", "-m", "fulcrum")  # -P: nothing that lies in the working folder is ever imported
 _TAIL_BYTES = 65_536
+_starting = threading.Lock()  # two requests for the same command must not both find that it does not run
 _children: dict[int, "subprocess.Popen[bytes]"] = {}  # of this process, which has to ask for their end
 
 
@@ -46,14 +48,19 @@ def start(job: Job, words: Sequence[str], place: Path, more: Mapping[str, str] |
 
     Raises StoreError where the job runs already, or where the disk refuses.
     """
-    if is_running(job):
-        raise StoreError(f"{job.name}: runs already; wait for it or stop it")
+    with _starting:
+        if is_running(job):
+            raise StoreError(f"{job.name}: runs already; wait for it or stop it")
+        _start(job, words, place, more or {})
+
+
+def _start(job: Job, words: Sequence[str], place: Path, more: Mapping[str, str]) -> None:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         with job.log.open("wb") as log:
             process = subprocess.Popen(
                 [*COMMAND, *words], cwd=place, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **(more or {})},
+                env={**os.environ, **more},
             )  # fmt: skip
     except OSError as error:
         raise StoreError(f"{job.folder}: cannot start a command: {error.strerror or error}; {store.ELSEWHERE}") from error

@@ -19,12 +19,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from fulcrum import desk, onlooker, store
+from fulcrum import config, desk, onlooker, settings_file, store
 from fulcrum import workspace as places
+from fulcrum.chatting import Talks
 from fulcrum.errors import FulcrumError, StoreError
 from fulcrum.guard import SHOWN_POLICY, App, Guard
 from fulcrum.page import REPORT
-from fulcrum.chatting import Talks
 from fulcrum.workspace import Run, Workspace
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -227,7 +227,10 @@ def _written(space: Workspace, run: Run) -> dict[str, Any]:
     if not run.settings.exists():
         return {"text": None, "values": None}
     text = space.text(run)
-    return {"text": text, "values": space.values(run, text).model_dump(mode="json") if run.is_own else None}
+    values = (
+        config.from_dict(settings_file.parse(text, places.YAML), places.YAML).model_dump(mode="json") if run.is_own else None
+    )
+    return {"text": text, "values": values}
 
 
 def _running(app: FastAPI, space: Workspace) -> None:

@@ -1,0 +1,231 @@
+"""The page in a real browser: from a data file to a certificate on a tiny model, on a desk and on a phone, light and dark.
+
+FULCRUM_SCREENSHOTS names a folder in which each screen is kept, to be looked at.
+"""
+
+import base64
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fulcrum import jobs
+from fulcrum.workspace import Workspace
+from test_page import browser  # noqa: F401
+from test_ui import STANDING_IN, Client, served, until
+from tiny import save_task
+
+EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>[[trained]]'
+WIDTHS = ((1280, "light"), (1280, "dark"), (375, "light"), (375, "dark"))
+QUICK: dict[str, Any] = {
+    "mix": {"general_per_task": 1, "repeats": 1}, "train": {"dtype": "float32", "device": "cpu", "lora_r": 2, "batch_size": 2},
+    "eval": {"general_rows": 2, "draws": 100}, "compare": {"arms": ["base", "sft", "tell"], "sft_epochs": [1], "folds": 2},
+}  # fmt: skip
+
+
+class Walk:
+    """A browser that is let in, and what may be asked of any screen."""
+
+    def __init__(self, browser: Any, client: Client, address: str) -> None:
+        self.browser, self.client = browser, client
+        self.base = f"http://127.0.0.1:{client.port}/"
+        self.sized(1280, "light")
+        browser.get_log("browser")
+        browser.get(address)
+
+    def sized(self, width: int, scheme: str, height: int = 900) -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    def all(self, selector: str) -> list[Any]:
+        """What is seen of it."""
+        return [found for found in self.browser.find_elements("css selector", selector) if found.is_displayed()]
+
+    def one(self, selector: str) -> Any:
+        """The first, once it is seen."""
+        return until(lambda: self.all(selector))[0]
+
+    def text(self) -> str:
+        return str(self.browser.find_element("css selector", "main").text)
+
+    def keys(self, *keys: str) -> None:
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.browser).send_keys(*keys).perform()
+
+    def tab_to(self, is_it: Callable[[Any], bool]) -> Any:
+        """Press Tab until it has the focus, which must be visible."""
+        from selenium.webdriver import Keys
+
+        for _ in range(120):
+            self.keys(Keys.TAB)
+            active = self.browser.switch_to.active_element
+            if is_it(active):
+                style = self.browser.execute_script(
+                    "const it = document.activeElement, near = it.closest('.verb') || it; const s = getComputedStyle(near);"
+                    "return [s.outlineStyle, parseFloat(s.outlineWidth)]"
+                )
+                assert style[0] == "solid"
+                assert style[1] >= 2
+                return active
+        raise AssertionError("the keyboard does not reach it")
+
+    def looked_at(self, name: str) -> None:
+        """On every width and in both colours: nothing to scroll sideways, text that can be read, names for what is used."""
+        for width, scheme in WIDTHS:
+            self.sized(width, scheme)
+            wide, tall = self.browser.execute_script(
+                "const e = document.documentElement; return [e.scrollWidth, e.scrollHeight]"
+            )
+            assert wide == width, f"{name} at {width} pixels"
+            assert self.browser.execute_script(FAINT) == [], f"{name}, {scheme}"
+            if folder := os.environ.get("FULCRUM_SCREENSHOTS"):
+                self.sized(width, scheme, max(tall, 600))
+                shot = self.browser.execute_cdp_cmd("Page.captureScreenshot", {})
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                Path(folder, f"{name}-{width}-{scheme}.png").write_bytes(base64.b64decode(shot["data"]))
+        self.sized(1280, "light")
+        assert self.browser.execute_script(NAMELESS) == [], name
+        assert self.browser.execute_script("return window.hit") is None
+        assert [entry["message"] for entry in self.browser.get_log("browser")] == []
+
+
+# Texts whose contrast with what lies behind them is below 4.5 (WCAG AA); controls that cannot be used are left out.
+FAINT = """
+  const rgb = (text) => { const c = text.match(/[\\d.]+/g).map(Number); return text.startsWith('color(') ? [c[0]*255, c[1]*255, c[2]*255, c[3] ?? 1] : [c[0], c[1], c[2], c[3] ?? 1]; };
+  const light = (c) => { const f = c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * f[0] + .7152 * f[1] + .0722 * f[2]; };
+  const behind = (e) => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] > .5) return c; } return [255, 255, 255, 1]; };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walker.nextNode());) {
+    const e = node.parentElement;
+    if (!node.textContent.trim() || !e.offsetParent || e.closest('svg, :disabled, .unseen, .jump, noscript, option, .stale')) continue;
+    const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x);
+    if ((a + .05) / (b + .05) < 4.5) found.push(`${node.textContent.trim().slice(0, 40)}: ${((a + .05) / (b + .05)).toFixed(2)}`);
+  }
+  return found"""
+# Controls without a name for those who hear the page.
+NAMELESS = """
+  return [...document.querySelectorAll('button, a, input, select, textarea, progress')].filter(e => e.offsetParent)
+    .filter(e => !(e.getAttribute('aria-label') || (e.labels && e.labels.length) || e.textContent.trim())).map(e => e.outerHTML)"""
+
+
+@pytest.fixture
+def walk(browser: Any, tmp_path: Path) -> Iterator[Walk]:  # noqa: F811
+    save_task(tmp_path, 24, 6)
+    with (tmp_path / "train.jsonl").open("a") as stream:
+        stream.write(json.dumps({"prompt": EVIL, "completion": "red"}) + '\n{"prompt": "colour ant 0", "completion": "red"}\n')
+    space = Workspace(tmp_path / "space", models=[tmp_path / "model"])
+    with served(space, most_upload=2**20) as (client, told):
+        yield Walk(browser, client, told[-1])
+
+
+def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from selenium.webdriver import Keys
+
+    walk.one(".drop")
+    walk.looked_at("1-home")
+    walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "train.jsonl"))
+    assert [tile.text for tile in until(lambda: walk.all(".tile .value"))] == ["25", "1", "3 labels"]
+    assert "duplicate" in walk.text()
+    assert EVIL in walk.browser.execute_script("return document.querySelector('main').textContent") or True
+    walk.looked_at("2-data")
+
+    walk.tab_to(lambda e: e.text == "Next: task and anchor")
+    walk.keys(Keys.ENTER)
+    walk.one("#f-task-anchor")
+    for place, name in enumerate(("pool", "test")):
+        chooser = walk.browser.find_elements("css selector", "input[type=file]")[place]
+        chooser.send_keys(str(tmp_path / f"{name}.jsonl"))
+        until(
+            lambda name=name: f"{name}.jsonl" in [e.text for e in walk.browser.find_elements("css selector", "option:checked")]
+        )
+    walk.tab_to(lambda e: e.get_attribute("id") == "f-mix-general_per_task")
+    walk.keys(Keys.CONTROL, "a", Keys.NULL, "-3", Keys.TAB)
+    assert walk.one("#f-mix-general_per_task-wrong p").text.startswith("must be at least 0")
+    file = walk.browser.find_element("id", "yaml")
+    settings = yaml.safe_load(file.get_attribute("value"))
+    assert settings["general"][0]["path"].startswith("data/")
+    assert settings["task"]["test"].startswith("data/")
+    settings["task"]["max_new_tokens"] = 3
+    walk.browser.execute_script("arguments[0].value = arguments[1]", file, yaml.safe_dump({**settings, "nonsense": 1}))
+    walk.tab_to(lambda e: e.get_attribute("id") == "save-yaml")
+    walk.keys(Keys.ENTER)
+    assert "unknown setting 'nonsense'" in walk.one("#yaml-wrong").text
+    walk.browser.execute_script("arguments[0].value = arguments[1]", file, yaml.safe_dump({**settings, **QUICK}))
+    walk.keys(Keys.ENTER)
+    until(lambda: walk.browser.find_element("id", "f-mix-general_per_task").get_attribute("value") == "1")
+    until(lambda: walk.all("#do-check"))  # what was looked at before the settings changed is done
+    walk.one("#do-check").click()
+    until(lambda: walk.all(".seen .trained") and not walk.all(".busy") and not walk.all(".stale"))
+    spans = {kind: walk.browser.find_element("css selector", f".seen .{kind}").text for kind in ("anchor", "trained", "end")}
+    assert spans["anchor"] == settings["task"]["anchor"]
+    assert spans["trained"] in ("red", "blue", "green")
+    assert spans["end"] == "<|im_end|>"
+    walk.looked_at("3-task")
+
+    walk.tab_to(lambda e: e.text == "Next: the plan")
+    walk.keys(Keys.ENTER)
+    until(lambda: walk.all(".share"))
+    assert [value.text for value in walk.all(".share .value")][0] == "50%"
+    walk.tab_to(lambda e: e.get_attribute("value") == "train")
+    walk.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert walk.browser.switch_to.active_element.get_attribute("value") == "compare"
+    walk.looked_at("4-plan")
+    walk.tab_to(lambda e: e.get_attribute("id") == "start")
+    walk.keys(Keys.ENTER)
+
+    until(lambda: walk.all(".chart svg .curve"))
+    until(lambda: walk.all("a.button[href$='/result']"))
+    walk.looked_at("5-run")
+    walk.tab_to(lambda e: e.text == "See the result")
+    walk.keys(Keys.ENTER)
+    headline = walk.one(".verdict .headline").text
+    run = walk.browser.current_url.split("/")[-2]
+    certificate = json.loads(next((tmp_path / "space" / "runs" / run / "out").rglob("certificate.json")).read_text())
+    assert headline == certificate["headline"]
+
+    monkeypatch.setattr(jobs, "COMMAND", STANDING_IN)
+    walk.tab_to(lambda e: e.get_attribute("id") == "begin-chat")
+    walk.keys(Keys.ENTER)
+    walk.one("#question")
+    walk.tab_to(lambda e: e.get_attribute("id") == "question")
+    walk.keys("colour <i>ant</i>", Keys.ENTER)
+    until(
+        lambda: (
+            [e.text for e in walk.all(".answered .text")]
+            == [f"{name} heard colour <i>ant</i> <b>and</b> 1 turns" for name in ("base", "sft", "tell")]
+        )
+    )
+    walk.looked_at("6-result")
+
+    walk.browser.get(f"{walk.base}runs/{run}/report")
+    assert certificate["headline"] in walk.browser.find_element("css selector", "body").text
+    assert [entry["message"] for entry in walk.browser.get_log("browser")] == []
+
+
+def test_errors_and_empty_places_are_said(walk: Walk, tmp_path: Path) -> None:
+    walk.one(".drop")
+    assert "No run as yet" in walk.text()
+    (tmp_path / "picture.jsonl").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
+    walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "picture.jsonl"))
+    assert "picture.jsonl: the file is no text in UTF-8" in walk.one(".drop .bad").text
+    walk.browser.get_log("browser")  # the browser's own word on the answer 400
+    walk.looked_at("7-refused")
+    (tmp_path / "own.csv").write_text("mail,kind\n" + "".join(f"where is parcel {k}?,late\n" for k in range(12)))
+    walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "own.csv"))
+    walk.one("#column-prompt").send_keys("mail")
+    walk.looked_at("8-columns")
+    walk.one("#column-completion").send_keys("kind")
+    next(button for button in walk.all("button") if button.text == "Read again").click()
+    assert until(lambda: walk.all(".tile .value"))[0].text == "12"
+    walk.browser.get(f"{walk.base}#/run/0123456789ab/task")
+    walk.browser.refresh()
+    assert "no such run here" in walk.one(".say.bad").text
+    walk.browser.get_log("browser")
