@@ -18,10 +18,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import threading
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any
 import pytest
 import reference
 import typer
+import uvicorn
 import yaml
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
@@ -135,8 +138,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 class Player:
     """Plays pages in the folder that the process stands in."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, page: Sequence[Block] = ()) -> None:
         self.patch = patch
+        self.left = iter(page)
         self.names: dict[str, Any] = {"__name__": "page"}
 
     def play(self, block: Block) -> None:
@@ -167,8 +171,30 @@ class Player:
         if words[0] != "fulcrum":
             assert words[0] in PLAIN, f"{place}: {words[0]} is no program that pages may use; mark the fence `no-run: REASON`"
             return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout
+        if words[1] == "serve":
+            return self.serve(words[1:], place)
         result = CliRunner().invoke(app, shorter(words[1:]), input=given)
         assert result.exit_code == 0, f"{place}: `{command}`: {result.output} {result.exception!r}"
+        return result.output
+
+    def serve(self, words: list[str], place: str) -> str:
+        """Run a command that serves until it is stopped: the page's next fence is played while it does."""
+        run = uvicorn.Server.run
+
+        def beside(server: uvicorn.Server, sockets: Any = None) -> None:
+            thread = threading.Thread(target=run, args=(server, sockets))
+            thread.start()
+            try:
+                self.play(next(self.left))
+            finally:
+                server.should_exit = True
+                thread.join()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(uvicorn.Server, "run", beside)
+            patch.setattr(signal, "signal", lambda *_: None)  # those of the process are pytest's
+            result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, f"{place}: {result.output} {result.exception!r}"
         return result.output
 
 
@@ -193,8 +219,8 @@ def test_every_command_of_a_page_runs(page: Path, machine: Path, tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     if page.name == "air-gapped.md":  # what its own `pip download` would have left
         shutil.copytree(machine, tmp_path / "carry" / "wheels")
-    player = Player(monkeypatch)
-    for block in blocks(page):
+    player = Player(monkeypatch, blocks(page))
+    for block in player.left:
         player.play(block)
 
 
@@ -238,7 +264,7 @@ def check_unrun(command: str, place: str) -> None:
         parsed(given)
     elif words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), f"{place}: no such target: {command}"
-    elif words[0] in ("pip", "python3", "source", "ray"):
+    elif words[0] in ("pip", "python3", "source", "ray", "cd", "vllm", "tensorboard"):
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
         assert {*re.findall(r"\[([\w-]+)\]", command)} <= {*extras}, f"{place}: no such extra: {command}"
         assert all((ROOT / word).exists() for word in words if word.startswith("locks/")), f"{place}: no such file: {command}"
@@ -247,7 +273,16 @@ def check_unrun(command: str, place: str) -> None:
 
 
 # How many commands of a page are parsed only: none may slip out of the played ones unseen.
-UNRUN = {"quickstart.md": 2, "how-much-data.md": 1, "gpu.md": 8, "ray.md": 6, "air-gapped.md": 7}
+UNRUN = {
+    "quickstart.md": 2,
+    "how-much-data.md": 1,
+    "gpu.md": 8,
+    "ray.md": 6,
+    "air-gapped.md": 7,
+    "page.md": 2,
+    "serving.md": 4,
+    "trackers.md": 2,
+}
 
 
 def test_what_cannot_run_says_why_and_is_understood() -> None:
@@ -348,6 +383,7 @@ UNRUN_IN_README = {  # part of a command -> why it is parsed only
     "--jobs": "starts processes; tests/test_workers.py does",
     "--budget": "takes hours; tests/test_budget.py plans some",
     "--quick": "is played by pages of docs/",
+    "serve ": "is played by docs/serving.md",
     "quanta ": "tests/test_quanta.py runs it",
     "anchor ": "tests/test_candidates.py and tests/test_anchor_outcomes.py run it",
 }
@@ -377,7 +413,7 @@ def test_commands_of_the_readme_run(machine: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     readme_files()
     player, run, only_parsed = Player(monkeypatch), list[str](), list[str]()
-    monkeypatch.setitem(SHORTER, "compare.arms", "[base, sft_anchor, tell]")
+    monkeypatch.setitem(SHORTER, "compare.arms", "[base, sft, tell]")
     for block in blocks(ROOT / "README.md"):
         for command, shown in commands_of(block):
             plain = command.replace(".venv/bin/", "")
