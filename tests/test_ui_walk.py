@@ -15,7 +15,7 @@ import yaml
 
 from fulcrum import jobs
 from fulcrum.workspace import Workspace
-from test_page import browser  # noqa: F401
+from test_page import browser as browser  # a fixture
 from test_ui import STANDING_IN, Client, served, until
 from tiny import save_task
 
@@ -30,12 +30,12 @@ QUICK: dict[str, Any] = {
 class Walk:
     """A browser that is let in, and what may be asked of any screen."""
 
-    def __init__(self, browser: Any, client: Client, address: str) -> None:
-        self.browser, self.client = browser, client
+    def __init__(self, driver: Any, client: Client, address: str) -> None:
+        self.browser, self.client = driver, client
         self.base = f"http://127.0.0.1:{client.port}/"
         self.sized(1280, "light")
-        browser.get_log("browser")
-        browser.get(address)
+        driver.get_log("browser")
+        driver.get(address)
 
     def sized(self, width: int, scheme: str, height: int = 900) -> None:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -45,7 +45,11 @@ class Walk:
 
     def all(self, selector: str) -> list[Any]:
         """What is seen of it."""
-        return [found for found in self.browser.find_elements("css selector", selector) if found.is_displayed()]
+        return list(self.browser.execute_script(SEEN, selector))
+
+    def texts(self, selector: str) -> list[str]:
+        """The texts of what is seen of it."""
+        return list(self.browser.execute_script(SEEN.replace("return seen", "return seen.map(e => e.innerText)"), selector))
 
     def one(self, selector: str) -> Any:
         """The first, once it is seen."""
@@ -80,9 +84,7 @@ class Walk:
         """On every width and in both colours: nothing to scroll sideways, text that can be read, names for what is used."""
         for width, scheme in WIDTHS:
             self.sized(width, scheme)
-            wide, tall = self.browser.execute_script(
-                "const e = document.documentElement; return [e.scrollWidth, e.scrollHeight]"
-            )
+            wide, tall = self.browser.execute_script(SIZE)
             assert wide == width, f"{name} at {width} pixels"
             assert self.browser.execute_script(FAINT) == [], f"{name}, {scheme}"
             if folder := os.environ.get("FULCRUM_SCREENSHOTS"):
@@ -96,34 +98,53 @@ class Walk:
         assert [entry["message"] for entry in self.browser.get_log("browser")] == []
 
 
+SIZE = "const page = document.documentElement; return [page.scrollWidth, page.scrollHeight]"
+CHOSEN = "return [...document.querySelectorAll('option:checked')].map(e => e.textContent)"
+SEEN = """
+  const seen = [...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length);
+  return seen"""
 # Texts whose contrast with what lies behind them is below 4.5 (WCAG AA); controls that cannot be used are left out.
 FAINT = """
-  const rgb = (text) => { const c = text.match(/[\\d.]+/g).map(Number); return text.startsWith('color(') ? [c[0]*255, c[1]*255, c[2]*255, c[3] ?? 1] : [c[0], c[1], c[2], c[3] ?? 1]; };
-  const light = (c) => { const f = c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * f[0] + .7152 * f[1] + .0722 * f[2]; };
-  const behind = (e) => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] > .5) return c; } return [255, 255, 255, 1]; };
+  const rgb = (text) => {
+    const [r, g, b, alpha = 1] = text.match(/[\\d.]+/g).map(Number);
+    return text.startsWith('color(') ? [r * 255, g * 255, b * 255, alpha] : [r, g, b, alpha];
+  };
+  const light = (colour) => {
+    const [r, g, b] = colour.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const colour = rgb(getComputedStyle(e).backgroundColor);
+      if (colour[3] > .5) return colour;
+    }
+    return [255, 255, 255, 1];
+  };
+  const left_out = 'svg, :disabled, .unseen, .jump, noscript, option, .stale';
   const found = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node; (node = walker.nextNode());) {
-    const e = node.parentElement;
-    if (!node.textContent.trim() || !e.offsetParent || e.closest('svg, :disabled, .unseen, .jump, noscript, option, .stale')) continue;
+    const e = node.parentElement, text = node.textContent.trim();
+    if (!text || !e.offsetParent || e.closest(left_out)) continue;
     const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x);
-    if ((a + .05) / (b + .05) < 4.5) found.push(`${node.textContent.trim().slice(0, 40)}: ${((a + .05) / (b + .05)).toFixed(2)}`);
+    if ((a + .05) / (b + .05) < 4.5) found.push(`${text.slice(0, 40)}: ${((a + .05) / (b + .05)).toFixed(2)}`);
   }
   return found"""
 # Controls without a name for those who hear the page.
 NAMELESS = """
-  return [...document.querySelectorAll('button, a, input, select, textarea, progress')].filter(e => e.offsetParent)
-    .filter(e => !(e.getAttribute('aria-label') || (e.labels && e.labels.length) || e.textContent.trim())).map(e => e.outerHTML)"""
+  const named = (e) => e.getAttribute('aria-label') || (e.labels && e.labels.length) || e.textContent.trim();
+  return [...document.querySelectorAll('button, a, input, select, textarea, progress')]
+    .filter(e => e.offsetParent && !named(e)).map(e => e.outerHTML)"""
 
 
 @pytest.fixture
-def walk(browser: Any, tmp_path: Path) -> Iterator[Walk]:  # noqa: F811
+def walk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Walk]:
     save_task(tmp_path, 24, 6)
     with (tmp_path / "train.jsonl").open("a") as stream:
         stream.write(json.dumps({"prompt": EVIL, "completion": "red"}) + '\n{"prompt": "colour ant 0", "completion": "red"}\n')
     space = Workspace(tmp_path / "space", models=[tmp_path / "model"])
     with served(space, most_upload=2**20) as (client, told):
-        yield Walk(browser, client, told[-1])
+        yield Walk(request.getfixturevalue("browser"), client, told[-1])
 
 
 def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +153,8 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     walk.one(".drop")
     walk.looked_at("1-home")
     walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "train.jsonl"))
-    assert [tile.text for tile in until(lambda: walk.all(".tile .value"))] == ["25", "1", "3 labels"]
+    assert until(lambda: walk.texts(".tile .value")) == ["25", "1", "3 labels"]
     assert "duplicate" in walk.text()
-    assert EVIL in walk.browser.execute_script("return document.querySelector('main').textContent") or True
     walk.looked_at("2-data")
 
     walk.tab_to(lambda e: e.text == "Next: task and anchor")
@@ -143,9 +163,7 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     for place, name in enumerate(("pool", "test")):
         chooser = walk.browser.find_elements("css selector", "input[type=file]")[place]
         chooser.send_keys(str(tmp_path / f"{name}.jsonl"))
-        until(
-            lambda name=name: f"{name}.jsonl" in [e.text for e in walk.browser.find_elements("css selector", "option:checked")]
-        )
+        until(lambda name=name: f"{name}.jsonl" in walk.browser.execute_script(CHOSEN))
     walk.tab_to(lambda e: e.get_attribute("id") == "f-mix-general_per_task")
     walk.keys(Keys.CONTROL, "a", Keys.NULL, "-3", Keys.TAB)
     assert walk.one("#f-mix-general_per_task-wrong p").text.startswith("must be at least 0")
@@ -164,7 +182,7 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     until(lambda: walk.all("#do-check"))  # what was looked at before the settings changed is done
     walk.one("#do-check").click()
     until(lambda: walk.all(".seen .trained") and not walk.all(".busy") and not walk.all(".stale"))
-    spans = {kind: walk.browser.find_element("css selector", f".seen .{kind}").text for kind in ("anchor", "trained", "end")}
+    spans = {kind: walk.texts(f".seen .{kind}")[0] for kind in ("anchor", "trained", "end")}
     assert spans["anchor"] == settings["task"]["anchor"]
     assert spans["trained"] in ("red", "blue", "green")
     assert spans["end"] == "<|im_end|>"
@@ -173,7 +191,7 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     walk.tab_to(lambda e: e.text == "Next: the plan")
     walk.keys(Keys.ENTER)
     until(lambda: walk.all(".share"))
-    assert [value.text for value in walk.all(".share .value")][0] == "50%"
+    assert walk.texts(".share .value")[0] == "50%"
     walk.tab_to(lambda e: e.get_attribute("value") == "train")
     walk.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert walk.browser.switch_to.active_element.get_attribute("value") == "compare"
@@ -197,12 +215,8 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     walk.one("#question")
     walk.tab_to(lambda e: e.get_attribute("id") == "question")
     walk.keys("colour <i>ant</i>", Keys.ENTER)
-    until(
-        lambda: (
-            [e.text for e in walk.all(".answered .text")]
-            == [f"{name} heard colour <i>ant</i> <b>and</b> 1 turns" for name in ("base", "sft", "tell")]
-        )
-    )
+    heard = [f"{name} heard colour <i>ant</i> <b>and</b> 1 turns" for name in ("base", "sft", "tell")]
+    until(lambda: [text.strip() for text in walk.texts(".answered .text")] == heard)
     walk.looked_at("6-result")
 
     walk.browser.get(f"{walk.base}runs/{run}/report")
@@ -224,7 +238,7 @@ def test_errors_and_empty_places_are_said(walk: Walk, tmp_path: Path) -> None:
     walk.looked_at("8-columns")
     walk.one("#column-completion").send_keys("kind")
     next(button for button in walk.all("button") if button.text == "Read again").click()
-    assert until(lambda: walk.all(".tile .value"))[0].text == "12"
+    assert until(lambda: walk.texts(".tile .value"))[0] == "12"
     walk.browser.get(f"{walk.base}#/run/0123456789ab/task")
     walk.browser.refresh()
     assert "no such run here" in walk.one(".say.bad").text

@@ -227,10 +227,10 @@ def _written(space: Workspace, run: Run) -> dict[str, Any]:
     if not run.settings.exists():
         return {"text": None, "values": None}
     text = space.text(run)
-    values = (
-        config.from_dict(settings_file.parse(text, places.YAML), places.YAML).model_dump(mode="json") if run.is_own else None
-    )
-    return {"text": text, "values": values}
+    if not run.is_own:
+        return {"text": text, "values": None}
+    values = config.from_dict(settings_file.parse(text, places.YAML), places.YAML)  # shown, whatever they name
+    return {"text": text, "values": values.model_dump(mode="json")}
 
 
 def _running(app: FastAPI, space: Workspace) -> None:
