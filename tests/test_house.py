@@ -76,6 +76,7 @@ FLOORS = (
         "training",
         "generate",
         "scoring",
+        "llamacpp",
         "artefact",
         "export",
         "cell",
@@ -135,6 +136,7 @@ FIRST_HEAVY = ORDER.index("gguf")
 READERS = {*FLOORS[4]} - {"identity", "run"}
 LIGHT = {
     *READERS,
+    "llamacpp",
     "terminal",
     "watch",
     "cli_group",
