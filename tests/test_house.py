@@ -79,6 +79,7 @@ FLOORS = (
         "slots",
         "engine",
         "scoring",
+        "llamacpp",
         "artefact",
         "export",
         "cell",
@@ -152,6 +153,7 @@ FIRST_HEAVY = ORDER.index("gguf")
 READERS = {*FLOORS[4]} - {"identity", "run"}
 LIGHT = {
     *READERS,
+    "llamacpp",
     "terminal",
     "talk",
     "watch",

@@ -228,7 +228,7 @@ def test_where_the_runs_rows_are_gone_it_can_be_written_unchecked(run: Path, tmp
     shutil.copytree(run, tmp_path / "a disk" / "run")
     file = tmp_path / "a disk" / "run" / "config.yaml"
     file.write_text(file.read_text().replace("dev.jsonl", "gone.jsonl"))
-    with pytest.raises(DataError, match=r"gone\.jsonl: no such file.*; bring back the rows of .*, or write .* \(--rows 0\)"):
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file.*; export where .* was trained, .* unchecked \(--rows 0\)"):
         shipping.export(tmp_path / "a disk" / "run", Wanted("merged"))
     found = shipping.export(tmp_path / "a disk" / "run", Wanted("merged"), rows=0)
     assert found.folder == tmp_path / "a disk" / "run" / "export" / "sft_anchor-merged"

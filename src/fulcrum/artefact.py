@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from fulcrum import encode, gguf, metrics
+from fulcrum import encode, gguf, llamacpp, metrics
 from fulcrum.adapter import no_dropout
 from fulcrum.errors import ModelError
 from fulcrum.generate import generate
+from fulcrum.llamacpp import LlamaCpp, told
 from fulcrum.model import LoadedModel
 from fulcrum.records import Example, FloatArray, IntArray, Message, Prediction
 
@@ -35,8 +34,8 @@ class Reader(Protocol):
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that ends with a question, as its own chat template writes it."""
 
-    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
-        """Scores of every next token (tokens, vocabulary)."""
+    def read(self, ids: IntArray, places: IntArray) -> tuple[FloatArray, IntArray]:
+        """Of the tokens of a text at `places`: their nats, and the token that is found likeliest there."""
 
     def answer(self, prompt: list[int], most: int) -> str:
         """The greedy answer to a prompt, of at most so many tokens."""
@@ -58,13 +57,13 @@ class Trained:
         return encode.prompt_ids(messages, self.form)
 
     @torch.no_grad()
-    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+    def read(self, ids: IntArray, places: IntArray) -> tuple[FloatArray, IntArray]:
         """As `Reader`'s."""
         no_dropout(self.loaded)
         with self.loaded.precision():
-            given = torch.tensor([ids], device=self.loaded.device)
+            given = torch.tensor(ids[None], device=self.loaded.device)
             found = self.loaded.causal(input_ids=given, use_cache=False).logits[0]
-        return np.asarray(found.float().cpu().numpy())
+        return told(found.float().cpu().numpy()[places - 1], ids[places])
 
     def answer(self, prompt: list[int], most: int) -> str:
         """As `Reader`'s."""
@@ -90,10 +89,10 @@ class Plain:
         return [int(token) for token in found["input_ids"]]
 
     @torch.no_grad()
-    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+    def read(self, ids: IntArray, places: IntArray) -> tuple[FloatArray, IntArray]:
         """As `Reader`'s."""
-        found = self.causal(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-        return np.asarray(found.float().numpy())
+        found = self.causal(input_ids=torch.tensor(ids[None]), use_cache=False).logits[0]
+        return told(found.float().numpy()[places - 1], ids[places])
 
     @torch.no_grad()
     def answer(self, prompt: list[int], most: int) -> str:
@@ -111,74 +110,13 @@ class Plain:
         return token in (ends if isinstance(ends, list | tuple) else [ends])
 
 
-class LlamaCpp:
-    """A GGUF file in llama.cpp, by `llama-cpp-python`, spoken to as llama.cpp's own server does."""
-
-    def __init__(self, file: Path, longest: int) -> None:
-        """Load the file with room for `longest` tokens. Raises ImportError without llama-cpp-python, and ModelError where
-        llama.cpp cannot load the file."""
-        import llama_cpp
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-        self.name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
-        threads = torch.get_num_threads()
-        try:
-            self._llama = llama_cpp.Llama(
-                str(file), n_ctx=longest, logits_all=True, verbose=False, n_threads=threads, n_threads_batch=threads
-            )
-        except (ValueError, jinja2.TemplateError) as error:
-            raise ModelError(f"{self.name} cannot load {file.name}: {error}; a newer llama-cpp-python may") from error
-        self._library, self._vocab = llama_cpp, llama_cpp.llama_model_get_vocab(self._llama.model)
-        self._begin = self._text(self._llama.token_bos())
-        self._format = Jinja2ChatFormatter(
-            template=self._llama.metadata.get("tokenizer.chat_template", ""),
-            bos_token=self._begin, eos_token=self._text(self._llama.token_eos()),
-        )  # fmt: skip
-
-    def _text(self, token: int) -> str:
-        """A special token's text; of one that the file does not name ""."""
-        return "" if token < 0 else str(self._library.llama_vocab_get_text(self._vocab, token).decode())
-
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """As `Reader`'s."""
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        written = str(self._format(messages=turns).prompt)
-        if self._library.llama_vocab_get_add_bos(self._vocab):  # its tokenizer begins every text with it
-            written = written.removeprefix(self._begin)
-        return [int(token) for token in self._llama.tokenize(written.encode(), add_bos=True, special=True)]
-
-    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
-        """As `Reader`'s."""
-        self._llama.reset()
-        self._llama.eval(ids)
-        return np.array(self._llama.scores[: len(ids)], dtype=np.float32)
-
-    def answer(self, prompt: list[int], most: int) -> str:
-        """As `Reader`'s."""
-        found: list[int] = []
-        self._llama.reset()
-        self._llama.eval(prompt)
-        while len(found) < most:
-            token = int(self._llama.scores[self._llama.n_tokens - 1].argmax())
-            if self.stops_at(token):
-                break
-            found.append(token)
-            self._llama.eval([token])
-        return str(self._llama.detokenize(found).decode(errors="replace")).strip()
-
-    def stops_at(self, token: int) -> bool:
-        """As `Reader`'s."""
-        return bool(self._library.llama_vocab_is_eog(self._vocab, token))
-
-
 def of_gguf(file: Path, longest: int) -> Reader:
     """llama.cpp with the file where it is installed; else Transformers, which reads the same weights and another tokenizer.
     Raises ModelError where the file cannot be loaded."""
-    try:
-        return LlamaCpp(file, longest)
-    except ImportError:
-        tokenizer, causal = gguf.read(file, torch.float32)
-        return Plain(causal.eval(), tokenizer, "Transformers (llama-cpp-python is not installed)")
+    if llamacpp.is_installed():
+        return LlamaCpp(file, longest, torch.get_num_threads())
+    tokenizer, causal = gguf.read(file, torch.float32)
+    return Plain(causal.eval(), tokenizer, "Transformers (llama-cpp-python is not installed)")
 
 
 @dataclass(frozen=True)
@@ -201,25 +139,24 @@ def measure(
     for number, row in enumerate(rows, 1):
         prompt, gold = reader.prompt(row.prompt), encode.final_answer(row, form)
         prompts.append(tuple(prompt))
-        scores = reader.logits(gold.ids.tolist())
-        for place in np.flatnonzero(gold.loss_mask):
-            own = scores[place - 1].astype(np.float64)
-            top = own.max()
-            nats.append(float(top + np.log(np.exp(own - top).sum()) - own[gold.ids[place]]))
-            likeliest.append(int(own.argmax()))
+        own, top = reader.read(np.asarray(gold.ids, dtype=np.int64), np.flatnonzero(gold.loss_mask))
+        nats.append(own)
+        likeliest.append(top)
         answers += [reader.answer(prompt, most)] if most else []
         if count is not None:
             count(number, len(rows))
-    return Measured(tuple(prompts), np.array(nats), np.array(likeliest, dtype=np.int64), tuple(answers))
+    return Measured(tuple(prompts), np.concatenate(nats), np.concatenate(likeliest), tuple(answers))
 
 
 def misspoken(trained: Measured, reader: Reader, rows: Sequence[Example], form: encode.Format) -> str:
-    """How an exported model is spoken to otherwise than the trained one was, in words ("": not at all): prompts with other tokens,
-    answers whose end is not known there."""
+    """How an exported model is spoken to otherwise than the trained one was, in words ("": not at all): prompts have other
+    tokens, or the end of answers is not known."""
     differ: list[str] = []
     for row, own in zip(rows, trained.prompts, strict=True):
         try:
             differ += [row.origin] * (tuple(reader.prompt(row.prompt)) != own)
+        except ModelError:  # a crash
+            raise
         except Exception as error:  # Jinja raises many kinds, and templates raise their own
             return f"template: {reader.name} cannot lay out {row.origin}: {error}; do not use it"
     if differ:
@@ -229,8 +166,8 @@ def misspoken(trained: Measured, reader: Reader, rows: Sequence[Example], form: 
         )
     if not any(reader.stops_at(token) for token in form.end_ids):
         return (
-            f"ending: {reader.name} does not stop at {form.end_text!r}, with which each answer ends; name it as the tokenizer's "
-            "eos_token in the model's folder, and train again"
+            f"ending: {reader.name} does not stop at {form.end_text!r}, with which each answer ends; name it as the "
+            "tokenizer's eos_token in the model's folder, and train again"
         )
     return ""
 

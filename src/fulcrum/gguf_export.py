@@ -80,8 +80,8 @@ def write(source: Path, target: Path, base: Mapping[str, Any], merged: Mapping[s
 
 
 def speech_of(form: encode.Format) -> Speech:
-    """How llama.cpp has to speak to a model so that it reads what it read in training: the chat template, the token that ends an
-    answer, and that no first token is put before a template that writes none (llama.cpp's server would)."""
+    """How llama.cpp has to speak to a model so that it reads what it read in training: the chat template, the token that ends
+    an answer, and that no first token is put before a template that writes none (llama.cpp's server would)."""
     start = str(form.tokenizer.special_tokens_map.get("bos_token") or "")
     text = form.tokenizer.apply_chat_template(
         [{"role": "user", "content": "x"}], chat_template=form.template, add_generation_prompt=True, tokenize=False

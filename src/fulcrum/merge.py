@@ -30,7 +30,7 @@ def merged(settings: Settings, own: TrainSettings, state: State) -> tuple[Any, A
 
 
 def _untie(causal: Any) -> None:
-    """An adapter on one end of the embeddings, input or output head, must not reach the other, which may be the same numbers."""
+    """An adapter on the input embeddings or on the output head must not reach the other, which may be the same numbers."""
     ends = [end for end in (causal.get_input_embeddings(), causal.get_output_embeddings()) if hasattr(end, "base_layer")]
     for end in ends:
         causal.config.tie_word_embeddings = False

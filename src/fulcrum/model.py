@@ -155,7 +155,7 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
 
 
 def _know_ends(causal: Any, ends: Sequence[int]) -> None:
-    """Whoever generates with what is saved of the model stops where its chat template ends an answer: not every model says so."""
+    """Have whatever is saved of the model stop where its chat template ends an answer: not every model's settings do."""
     config = causal.generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     missing = [token for token in ends if token not in known]

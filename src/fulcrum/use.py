@@ -233,7 +233,9 @@ def rows_to_check(folder: Path, adapter: Adapter, task: str, most: int) -> list[
     try:
         ((own,), _) = _own_rows(folder, adapter, tuple(item for item in adapter.settings.tasks if item.name == task))
     except DataError as error:
-        raise DataError(f"{error}; bring back the rows of {folder}, or write the export unchecked (--rows 0)") from error
+        raise DataError(
+            f"{error}; export where {folder} was trained, with its rows there, or write it unchecked (--rows 0)"
+        ) from error
     special = encode.make_format(adapter.loaded.tokenizer, None).special
     found = [row for row in (own.dev or own.train) if not any(special.search(message.content) for message in row.messages)]
     if not found:
