@@ -165,7 +165,7 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
         chooser.send_keys(str(tmp_path / f"{name}.jsonl"))
         until(lambda name=name: f"{name}.jsonl" in walk.browser.execute_script(CHOSEN))
     walk.tab_to(lambda e: e.get_attribute("id") == "f-mix-general_per_task")
-    walk.keys(Keys.CONTROL, "a", Keys.NULL, "-3", Keys.TAB)
+    walk.keys("-3", Keys.TAB)  # what Tab reaches is marked, and so replaced
     assert walk.one("#f-mix-general_per_task-wrong p").text.startswith("must be at least 0")
     file = walk.browser.find_element("id", "yaml")
     settings = yaml.safe_load(file.get_attribute("value"))

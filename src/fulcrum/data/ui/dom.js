@@ -113,15 +113,19 @@ export function failure(error) {
 // A button that does something which takes time: it cannot be pressed twice, and what goes wrong is said below it.
 export function action(label, work, { kind = "", id } = {}) {
   const wrong = h("div", { role: "alert" });
+  let isBusy = false; // not `disabled`, which would take the focus away from whoever uses the keyboard
   const button = h("button", { type: "button", class: kind, id, onclick: async () => {
+    if (isBusy) return;
+    isBusy = true;
     wrong.replaceChildren();
-    button.disabled = true;
+    button.setAttribute("aria-disabled", "true");
     try {
       await work();
     } catch (error) {
       wrong.replaceChildren(failure(error));
     } finally {
-      button.disabled = false;
+      isBusy = false;
+      button.removeAttribute("aria-disabled");
     }
   } }, label);
   return { button, wrong, all: h("div", { class: "action" }, button, wrong) };
@@ -138,8 +142,11 @@ export function command(signal, run, name, { label, again, show, about, auto = f
   halt.button.hidden = true;
   const draw = (told) => {
     const isRunning = told.state === "running";
-    begun.button.hidden = isRunning;
-    halt.button.hidden = !isRunning;
+    const from = isRunning ? begun.button : halt.button, to = isRunning ? halt.button : begun.button;
+    const hadFocus = document.activeElement === from;
+    from.hidden = true;
+    to.hidden = false;
+    if (hadFocus) to.focus();
     begun.button.textContent = told.state === "none" ? label : again || label;
     begun.button.classList.toggle("second", told.state === "done" && !told.stale);
     line.classList.toggle("busy", isRunning);

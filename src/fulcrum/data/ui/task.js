@@ -61,6 +61,9 @@ function proposals(scores, isOpen, form) {
   ];
 }
 
+// A number where it is one; else what was written, which the server says something about.
+const numeric = (text) => (text === "" || Number.isNaN(Number(text)) ? text : Number(text));
+
 function settings(run, start, signal, changed) {
   const isFixed = !run.changeable;
   const saved = h("p", { class: "quiet line", role: "status", hidden: true });
@@ -135,9 +138,9 @@ function settings(run, start, signal, changed) {
     if (![...control.options].some((option) => option.value === value)) control.append(h("option", { value }, label || value));
     control.value = value;
   };
-  const perTask = h("input", { inputmode: "decimal", autocomplete: "off", onchange: () => put({ "mix.general_per_task": perTask.value.trim() === "auto" ? "auto" : Number(perTask.value) || 0 }, "mix.general_per_task") });
+  const perTask = h("input", { inputmode: "decimal", autocomplete: "off", onchange: () => put({ "mix.general_per_task": numeric(perTask.value.trim()) }, "mix.general_per_task") });
   const repeats = choice([["auto", "auto: 1, 2, 4 and 8 are tried"], ...["1", "2", "4", "8", "16"].map((n) => [n, n])], () => put({ "mix.repeats": repeats.value === "auto" ? "auto" : Number(repeats.value) }, "mix.repeats"));
-  const longest = h("input", { type: "number", min: "1", step: "1", onchange: () => put({ "task.max_new_tokens": Number(longest.value) }, "task.max_new_tokens") });
+  const longest = h("input", { type: "number", min: "1", step: "1", onchange: () => put({ "task.max_new_tokens": numeric(longest.value) }, "task.max_new_tokens") });
   const metrics = h("fieldset", { class: "checks" }, h("legend", {}, "Metrics"), start.metrics.map((name) => h("label", {}, h("input", { type: "checkbox", value: name, onchange: () => {
     const chosen = [...metrics.querySelectorAll("input:checked")].map((box) => box.value);
     put({ "task.metrics": [...own(values).metrics.filter((known) => chosen.includes(known)), ...chosen.filter((known) => !own(values).metrics.includes(known))] }, "task.metrics");
