@@ -101,5 +101,7 @@ def test_a_model_is_read_spoken_to_and_asked_in_another_process(tmp_path: Path) 
 
 
 def test_a_file_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"llama-cpp-python 0\.0 cannot load refused\.gguf: unknown model architecture; a newer"):
+    with pytest.raises(
+        ModelError, match=r"llama-cpp-python 0\.0 cannot load refused\.gguf: unknown model architecture; a newer"
+    ):
         llamacpp.LlamaCpp(tmp_path / "refused.gguf", 32, 1)

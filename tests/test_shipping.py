@@ -142,11 +142,19 @@ def test_a_lost_adapter_is_refused_and_nothing_stays(run: Path, tmp_path: Path, 
         real(base, tokenizer, folder, *rest)
 
     monkeypatch.setattr(merge, "save", without)
-    with pytest.raises(ModelError, match=r"tell-merged|sft_anchor-merged: not written: precision: the loss is .* beside"):
+    with pytest.raises(ModelError, match=r"sft_anchor-merged: not written: weights: the loss .* 14 of 21 tensors are not the"):
         shipping.export(run, Wanted("merged"), out=tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
     shipping.export(run, Wanted("merged"), out=tmp_path / "m", rows=0)
     assert "It was not scored again." in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_rounding_is_named_where_the_weights_are_all_there(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(artefact, "MOST_NATS", {"merged": 1e-5})
+    with pytest.raises(
+        ModelError, match=r"precision: the loss is .* nats .* \(1e-05 is allowed\); try --dtype float32 \(--rows"
+    ):
+        shipping.export(run, Wanted("merged"), out=tmp_path / "m")
 
 
 def test_another_template_is_named_as_the_cause(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

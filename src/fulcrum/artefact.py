@@ -1,9 +1,8 @@
 """An exported model scored again, by what will load it: is it still the model that was trained?
 
-"Good in the notebook, garbage elsewhere" has four causes, and each shows here: another template (the prompt's tokens differ),
-an end of answers that is not known there (they would go on), weights lost in merging or rounding (the losses of the same gold
-answers differ), a quantisation too coarse (likewise). The two models read the same rows; prompts are each one's own, from the
-messages.
+"Good in the notebook, garbage elsewhere" has five causes, and each shows here: another template (the prompt's tokens differ),
+an end of answers that is not known there (they would go on), weights lost on the way, or in merging, or in rounding (the losses
+of the same gold answers differ). The two models read the same rows; prompts are each one's own, from the messages.
 """
 
 from collections.abc import Callable, Sequence
@@ -190,10 +189,11 @@ class Check:
 
 def compared(
     trained: Measured, found: Measured, exact: Measured | None, rows: Sequence[Example], wanted: Sequence[str], kind: str,
-    reader: str,
+    reader: str, lost: Callable[[], str],
 ) -> Check:  # fmt: skip
     """Hold an exported model (`kind` as in `MOST_NATS`) against the trained one. `exact` is the merged model before it was
-    rounded or quantised, which tells which of the two lost what is missing."""
+    rounded or quantised, which tells which of the two lost what is missing; `lost`, asked where they differ, says in words
+    which tensors are not the merged model's ("": none)."""
     asked = [name for name in wanted if name != "nll"] if found.answers else []
     values = [
         [score.value for score in metrics.score(_predictions(rows, each.answers), asked, draws=2)] if asked else []
@@ -207,7 +207,7 @@ def compared(
         agreement=_agreement(trained, found),
         same_answers=_same(trained.answers, found.answers) if found.answers else None,
         scores=tuple(zip(asked, *values, strict=True)),
-        wrong=_wrong(trained, found, exact, kind),
+        wrong=_wrong(trained, found, exact, kind, lost),
     )
 
 
@@ -219,12 +219,14 @@ def _agreement(one: Measured, other: Measured) -> float:
     return float((one.likeliest == other.likeliest).mean())
 
 
-def _wrong(trained: Measured, found: Measured, exact: Measured | None, kind: str) -> str:
+def _wrong(trained: Measured, found: Measured, exact: Measured | None, kind: str, lost: Callable[[], str]) -> str:
     why = _apart(trained, found, kind)
     if not why:
         return ""
     if exact is not None and _apart(trained, exact, "merged"):
         return f"merging: {why}, and the merged model has as much before it is rounded; use the adapter itself (--to adapter)"
+    if which := lost():
+        return f"weights: {why}, and {which}; do not use it"
     remedy = "--dtype float32" if kind == "merged" else "--quantization f16" if kind == "q8_0" else "--to merged"
     return f"{'quantisation' if kind in ('f16', 'q8_0') else 'precision'}: {why}; try {remedy}"
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fulcrum import artefact, encode, gguf_export, materials, merge, metrics, modelfile, report, sources, store, use
+from fulcrum import artefact, encode, gguf, gguf_export, materials, merge, metrics, modelfile, report, sources, store, use
 from fulcrum.artefact import Check, Measured, Plain, Trained
 from fulcrum.errors import ConfigError, ModelError, nearest
 from fulcrum.records import Example
@@ -30,6 +31,7 @@ KINDS = ("adapter", "merged", "gguf", "modelfile")
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = 32  # dev rows on which an export is scored again
 RECORD = "export.json"
+_ROUNDING = {"merged": 2.0**-7, "f16": 2.0**-9, "q8_0": 2.0**-5}  # of a tensor at most, relative; other quantisations: half
 Count = Callable[[int, int], None]
 _HOW_TO_GET = (
     "get it with `git clone https://github.com/ggml-org/llama.cpp` (and build it for llama-quantize), then give its folder: "
@@ -100,7 +102,8 @@ def export(
             if not wrong:
                 found = artefact.measure(reader, chosen, form, most, count)
                 allowed = kind if kind in artefact.MOST_NATS else "q8_0"
-                done.append(artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name))
+                lost = partial(_lost, place, adapter, wanted)
+                done.append(artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name, lost))
                 wrong = done[0].wrong
             if wrong:
                 raise ModelError(f"{name}: not written: {wrong} (--rows 0 writes it unchecked)")
@@ -193,6 +196,25 @@ def _run(command: Sequence[str | Path]) -> None:
     if done.returncode:
         said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise ModelError(f"{Path(command[0]).name} {Path(command[1]).name}: {said[-1] if said else f'exit {done.returncode}'}")
+
+
+def _lost(place: Path, adapter: Adapter, wanted: Wanted) -> str:
+    """Which tensors of an export are not the merged model's, rounding apart, in words ("": none, or it has no tensors of its
+    own)."""
+    if wanted.to not in ("merged", "gguf"):
+        return ""
+    state = load_file(adapter.folder / "adapter_model.safetensors")
+    expected = merge.merged(adapter.settings, adapter.train, state)[0].state_dict()
+    whole = (
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32) if wanted.to == "merged"
+        else gguf.read(next(place.glob("*.gguf")), torch.float32)[1]
+    )  # fmt: skip
+    held, most = whole.state_dict(), _ROUNDING.get(wanted.quantization if wanted.to == "gguf" else "merged", 0.5)
+    apart = [
+        name for name, tensor in expected.items()
+        if name not in held or not (held[name] - tensor).norm() <= most * tensor.norm()
+    ]  # fmt: skip
+    return f"{len(apart)} of {len(expected)} tensors are not the merged model's, the first is {apart[0]}" if apart else ""
 
 
 def _reader(place: Path, adapter: Adapter, wanted: Wanted, longest: int) -> artefact.Reader:
