@@ -8,7 +8,7 @@ here stands in ```` ```console no-run: REASON ````: its `fulcrum` lines must sti
 What differs from a reader's machine:
 
 - `smollm2-135m-instruct` is a tiny random model: the package index is a folder with a wheel of that name, so that the pages'
-  settings stay as they are. Its answers hang on the last digits, so that merged weights are exported in float32.
+  settings stay as they are. Its answers hang on the last digits: merged weights are exported in float32, 8 bits unscored.
 - Trainings are as short as `SHORTER` makes them, by `--set` behind what the page says; `--dry-run` sees its own settings.
 - `-y` answers what a person would be asked.
 """
@@ -23,8 +23,9 @@ import subprocess
 import threading
 import tomllib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ import yaml
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
-from fulcrum import artefact, budget, config, fetch, sources, store
+from fulcrum import artefact, config, fetch, settings_file, sources, store
+from fulcrum import page as page_of_reports
 from fulcrum.cli import app
 from test_gguf import write_gguf
 from tiny import CHATML
@@ -127,7 +129,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "BUILTIN", {**sources.BUILTIN, MODEL: small})
-        patch.setattr(budget, "QUICK_SECONDS", 300)
+        patch.setattr(page_of_reports, "environment", cache(page_of_reports.environment))  # templates are compiled once
         patch.setenv("FULCRUM_CACHE", str(place / "cache"))
         patch.setenv("PIP_NO_INDEX", "1")
         patch.setenv("PIP_FIND_LINKS", str(place / "wheels"))
@@ -153,7 +155,9 @@ class Player:
         elif block.mark:
             Path(block.mark).write_text(block.text, encoding="utf-8")
         elif kind == "python":
-            exec(compile(block.text, block.place, "exec"), self.names)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(config, "from_dict", short_settings)
+                exec(compile(block.text, block.place, "exec"), self.names)
         elif kind == "console" and not about:
             for command, shown in block.commands:
                 said = self.run(command, block.place)
@@ -204,8 +208,9 @@ def squeezed(text: str) -> str:
 
 def shorter(words: list[str]) -> list[str]:
     """The words of a command with what makes its training short and its export exact; what the page sets itself stays."""
-    if words[:1] == ["export"] and "merged" in words:
-        return [*words, "--dtype", "float32"]
+    if words[0] == "export":
+        exact = {"merged": ["--dtype", "float32"], "q8_0": ["--rows", "0"]}
+        return [*words, *(word for name, added in exact.items() if name in words for word in added)]
     if words[0] not in TRAINING or "--dry-run" in words:
         return words
     own = {value.partition("=")[0] for flag, value in pairwise(words) if flag == "--set"}
@@ -214,9 +219,23 @@ def shorter(words: list[str]) -> list[str]:
     return [*words, *added, *asked]
 
 
+from_dict = config.from_dict
+
+
+def short_settings(data: Mapping[str, Any], *of_file: Any) -> config.Settings:
+    """What `fulcrum.train` and its like make of their keywords, made as short as the command line's; files stay as they are."""
+    if of_file:
+        return from_dict(data, *of_file)
+    given = from_dict(data).model_dump(mode="json")
+    for key, value in SHORTER.items():
+        settings_file.put(given, key, yaml.safe_load(value))
+    return from_dict(given)
+
+
 @pytest.mark.parametrize("page", PLAYED, ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_command_of_a_page_runs(page: Path, machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))  # as a shell does
     if page.name == "air-gapped.md":  # what its own `pip download` would have left
         shutil.copytree(machine, tmp_path / "carry" / "wheels")
     player = Player(monkeypatch, blocks(page))
