@@ -95,7 +95,10 @@ class Walk:
         self.sized(1280, "light")
         assert self.browser.execute_script(NAMELESS) == [], name
         assert self.browser.execute_script("return window.hit") is None
-        assert [entry["message"] for entry in self.browser.get_log("browser")] == []
+        said = [entry["message"] for entry in self.browser.get_log("browser")]
+        assert [
+            text for text in said if not text.endswith("400 (Bad Request)")
+        ] == []  # Chromium's own word on what was refused
 
 
 SIZE = "const page = document.documentElement; return [page.scrollWidth, page.scrollHeight]"
@@ -140,8 +143,9 @@ NAMELESS = """
 @pytest.fixture
 def walk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Walk]:
     save_task(tmp_path, 24, 6)
-    with (tmp_path / "train.jsonl").open("a") as stream:
-        stream.write(json.dumps({"prompt": EVIL, "completion": "red"}) + '\n{"prompt": "colour ant 0", "completion": "red"}\n')
+    rows = tmp_path / "train.jsonl"
+    evil = json.dumps({"prompt": EVIL, "completion": "red"})
+    rows.write_text(f"{evil}\n{rows.read_text()}" + '{"prompt": "colour ant 0", "completion": "red"}\n')
     space = Workspace(tmp_path / "space", models=[tmp_path / "model"])
     with served(space, most_upload=2**20) as (client, told):
         yield Walk(request.getfixturevalue("browser"), client, told[-1])
@@ -155,6 +159,7 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "train.jsonl"))
     assert until(lambda: walk.texts(".tile .value")) == ["25", "1", "3 labels"]
     assert "duplicate" in walk.text()
+    assert walk.texts(".texts tbody td")[:2] == [EVIL, "red"]
     walk.looked_at("2-data")
 
     walk.tab_to(lambda e: e.text == "Next: task and anchor")
@@ -230,7 +235,6 @@ def test_errors_and_empty_places_are_said(walk: Walk, tmp_path: Path) -> None:
     (tmp_path / "picture.jsonl").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
     walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "picture.jsonl"))
     assert "picture.jsonl: the file is no text in UTF-8" in walk.one(".drop .bad").text
-    walk.browser.get_log("browser")  # the browser's own word on the answer 400
     walk.looked_at("7-refused")
     (tmp_path / "own.csv").write_text("mail,kind\n" + "".join(f"where is parcel {k}?,late\n" for k in range(12)))
     walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "own.csv"))
