@@ -33,7 +33,7 @@ from tiny import comparison_settings, save_task, tiny_tokenizer
 
 STANDING_IN = (sys.executable, str(Path(__file__).parent / "standing_in.py"))
 ROWS = b'{"prompt": "a", "completion": "b"}\n'
-PATIENCE = float(__import__("os").environ.get("PAT", 120.0))  # seconds until something that must happen is said not to
+PATIENCE = 120.0  # seconds until something that must happen is said not to
 
 
 def until(look: Callable[[], Any]) -> Any:

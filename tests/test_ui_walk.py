@@ -6,7 +6,7 @@ FULCRUM_SCREENSHOTS names a folder in which each screen is kept, to be looked at
 import base64
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +63,24 @@ class Walk:
 
         ActionChains(self.browser).send_keys(*keys).perform()
 
-    def tab_to(self, is_it: Callable[[Any], bool]) -> Any:
-        """Press Tab until it has the focus, which must be visible."""
-        from selenium.webdriver import Keys
+    def tab_to(self, is_it: str) -> None:
+        """Press Tab until what the expression says of `e` has the focus, which must be visible."""
+        from selenium.webdriver import ActionChains, Keys
 
-        for _ in range(120):
-            self.keys(Keys.TAB)
-            active = self.browser.switch_to.active_element
-            if is_it(active):
-                style = self.browser.execute_script(
-                    "const it = document.activeElement, near = it.closest('.verb') || it; const s = getComputedStyle(near);"
-                    "return [s.outlineStyle, parseFloat(s.outlineWidth)]"
-                )
-                assert style[0] == "solid"
-                assert style[1] >= 2
-                return active
-        raise AssertionError("the keyboard does not reach it")
+        self.browser.execute_script(FOLLOW)
+        for _ in range(15):  # eight at a time, then back: each press by itself is a journey to the browser and back
+            self.keys(*[Keys.TAB] * 8)
+            found = f"const k = window.focused.findIndex(e => {is_it}); return k < 0 ? -1 : window.focused.length - 1 - k"
+            back = self.browser.execute_script(found)
+            if back >= 0:
+                if back:
+                    ActionChains(self.browser).key_down(Keys.SHIFT).send_keys(Keys.TAB * back).key_up(Keys.SHIFT).perform()
+                assert self.browser.execute_script(f"const e = document.activeElement; return {is_it}")
+                style, width = self.browser.execute_script(OUTLINE)
+                assert style == "solid"
+                assert width >= 2
+                return
+        raise AssertionError(f"the keyboard does not reach {is_it}")
 
     def looked_at(self, name: str) -> None:
         """On every width and in both colours: nothing to scroll sideways, text that can be read, names for what is used."""
@@ -95,9 +97,18 @@ class Walk:
         self.sized(1280, "light")
         assert self.browser.execute_script(NAMELESS) == [], name
         assert self.browser.execute_script("return window.hit") is None
-        assert [entry["message"] for entry in self.browser.get_log("browser")] == []
+        said = [entry["message"] for entry in self.browser.get_log("browser")]
+        assert [
+            text for text in said if not text.endswith("400 (Bad Request)")
+        ] == []  # Chromium's own word on what was refused
 
 
+FOLLOW = """
+  window.focused = [];
+  window.follow ||= document.addEventListener('focusin', (event) => window.focused.push(event.target)) || true"""
+OUTLINE = """
+  const e = document.activeElement, style = getComputedStyle(e.closest('.verb') || e);
+  return [style.outlineStyle, parseFloat(style.outlineWidth)]"""
 SIZE = "const page = document.documentElement; return [page.scrollWidth, page.scrollHeight]"
 CHOSEN = "return [...document.querySelectorAll('option:checked')].map(e => e.textContent)"
 SEEN = """
@@ -140,8 +151,9 @@ NAMELESS = """
 @pytest.fixture
 def walk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Walk]:
     save_task(tmp_path, 24, 6)
-    with (tmp_path / "train.jsonl").open("a") as stream:
-        stream.write(json.dumps({"prompt": EVIL, "completion": "red"}) + '\n{"prompt": "colour ant 0", "completion": "red"}\n')
+    rows = tmp_path / "train.jsonl"
+    evil = json.dumps({"prompt": EVIL, "completion": "red"})
+    rows.write_text(f"{evil}\n{rows.read_text()}" + '{"prompt": "colour ant 0", "completion": "red"}\n')
     space = Workspace(tmp_path / "space", models=[tmp_path / "model"])
     with served(space, most_upload=2**20) as (client, told):
         yield Walk(request.getfixturevalue("browser"), client, told[-1])
@@ -155,16 +167,17 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "train.jsonl"))
     assert until(lambda: walk.texts(".tile .value")) == ["25", "1", "3 labels"]
     assert "duplicate" in walk.text()
+    assert walk.texts(".texts tbody td")[:2] == [EVIL, "red"]
     walk.looked_at("2-data")
 
-    walk.tab_to(lambda e: e.text == "Next: task and anchor")
+    walk.tab_to("e.textContent === 'Next: task and anchor'")
     walk.keys(Keys.ENTER)
     walk.one("#f-task-anchor")
     for place, name in enumerate(("pool", "test")):
         chooser = walk.browser.find_elements("css selector", "input[type=file]")[place]
         chooser.send_keys(str(tmp_path / f"{name}.jsonl"))
         until(lambda name=name: f"{name}.jsonl" in walk.browser.execute_script(CHOSEN))
-    walk.tab_to(lambda e: e.get_attribute("id") == "f-mix-general_per_task")
+    walk.tab_to("e.id === 'f-mix-general_per_task'")
     walk.keys("-3", Keys.TAB)  # what Tab reaches is marked, and so replaced
     assert walk.one("#f-mix-general_per_task-wrong p").text.startswith("must be at least 0")
     file = walk.browser.find_element("id", "yaml")
@@ -173,7 +186,7 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     assert settings["task"]["test"].startswith("data/")
     settings["task"]["max_new_tokens"] = 3
     walk.browser.execute_script("arguments[0].value = arguments[1]", file, yaml.safe_dump({**settings, "nonsense": 1}))
-    walk.tab_to(lambda e: e.get_attribute("id") == "save-yaml")
+    walk.tab_to("e.id === 'save-yaml'")
     walk.keys(Keys.ENTER)
     assert "unknown setting 'nonsense'" in walk.one("#yaml-wrong").text
     walk.browser.execute_script("arguments[0].value = arguments[1]", file, yaml.safe_dump({**settings, **QUICK}))
@@ -188,21 +201,21 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     assert spans["end"] == "<|im_end|>"
     walk.looked_at("3-task")
 
-    walk.tab_to(lambda e: e.text == "Next: the plan")
+    walk.tab_to("e.textContent === 'Next: the plan'")
     walk.keys(Keys.ENTER)
     until(lambda: walk.all(".share"))
     assert walk.texts(".share .value")[0] == "50%"
-    walk.tab_to(lambda e: e.get_attribute("value") == "train")
+    walk.tab_to("e.value === 'train'")
     walk.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert walk.browser.switch_to.active_element.get_attribute("value") == "compare"
     walk.looked_at("4-plan")
-    walk.tab_to(lambda e: e.get_attribute("id") == "start")
+    walk.tab_to("e.id === 'start'")
     walk.keys(Keys.ENTER)
 
     until(lambda: walk.all(".chart svg .curve"))
     until(lambda: walk.all("a.button[href$='/result']"))
     walk.looked_at("5-run")
-    walk.tab_to(lambda e: e.text == "See the result")
+    walk.tab_to("e.textContent === 'See the result'")
     walk.keys(Keys.ENTER)
     headline = walk.one(".verdict .headline").text
     run = walk.browser.current_url.split("/")[-2]
@@ -210,10 +223,10 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     assert headline == certificate["headline"]
 
     monkeypatch.setattr(jobs, "COMMAND", STANDING_IN)
-    walk.tab_to(lambda e: e.get_attribute("id") == "begin-chat")
+    walk.tab_to("e.id === 'begin-chat'")
     walk.keys(Keys.ENTER)
     walk.one("#question")
-    walk.tab_to(lambda e: e.get_attribute("id") == "question")
+    walk.tab_to("e.id === 'question'")
     walk.keys("colour <i>ant</i>", Keys.ENTER)
     heard = [f"{name} heard colour <i>ant</i> <b>and</b> 1 turns" for name in ("base", "sft", "tell")]
     until(lambda: [text.strip() for text in walk.texts(".answered .text")] == heard)
@@ -230,7 +243,6 @@ def test_errors_and_empty_places_are_said(walk: Walk, tmp_path: Path) -> None:
     (tmp_path / "picture.jsonl").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
     walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "picture.jsonl"))
     assert "picture.jsonl: the file is no text in UTF-8" in walk.one(".drop .bad").text
-    walk.browser.get_log("browser")  # the browser's own word on the answer 400
     walk.looked_at("7-refused")
     (tmp_path / "own.csv").write_text("mail,kind\n" + "".join(f"where is parcel {k}?,late\n" for k in range(12)))
     walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "own.csv"))

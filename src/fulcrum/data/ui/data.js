@@ -1,6 +1,6 @@
 // What was read of the data file: how many rows, which not and why, the first of them.
 
-import { action, count, failure, get, h, note, plural, poll, send, table } from "./dom.js";
+import { action, count, failure, get, h, note, poll, send, table } from "./dom.js";
 
 const text = (messages) => messages.map((message) => (messages.length > 1 && message.role !== "user" ? `${message.role}: ${message.content}` : message.content)).join("\n");
 
@@ -14,7 +14,7 @@ function read(found) {
     found.rejected ? [
       h("h2", {}, "Rows left out"),
       table(["reason", "rows"], Object.entries(found.reasons).sort((a, b) => b[1] - a[1]).map(([why, n]) => [why, count(n)])),
-      h("details", {}, h("summary", {}, `The first ${found.rejects.length === 1 ? "of them" : plural(found.rejects.length, "of them").replace("thems", "them")}`),
+      h("details", {}, h("summary", {}, found.rejected > found.rejects.length ? `The first ${found.rejects.length}` : "Which"),
         h("ul", {}, found.rejects.map((one) => h("li", {}, `line ${one.origin.split(":").pop()}: ${one.reason}${one.detail ? ` (${one.detail})` : ""}`)))),
     ] : null,
     h("h2", {}, "The first rows"),
