@@ -202,17 +202,27 @@ def test_what_needs_llama_cpp_says_how_to_get_it(run: Path, from_gguf: Path, tmp
 
 def test_llama_cpps_converter_is_called_with_the_merged_folder(run: Path, tmp_path: Path) -> None:
     """A converter that writes down what it was asked for, and a quantiser that cannot be found."""
-    (tmp_path / "convert_hf_to_gguf.py").write_text(
-        "import pathlib, sys\n"
+    converter = tmp_path / "convert_hf_to_gguf.py"
+    converter.write_text(
+        "import json, pathlib, sys\n"
         "merged, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[5])\n"
         "assert 'Name it.' in (merged / 'chat_template.jinja').read_text()\n"
-        "out.write_text(' '.join([sys.argv[2], sys.argv[3], sys.argv[4]]))\n"
+        "kind = json.loads((merged / 'config.json').read_text())['dtype']\n"
+        "out.write_text(' '.join([kind, sys.argv[2], sys.argv[3], sys.argv[4]]))\n"
     )
-    found = shipping.export(run, Wanted("gguf", "f16", llama_cpp=tmp_path), out=tmp_path / "g", rows=0)
-    (file,) = [name for name in found.files if name.endswith(".gguf")]
-    assert (tmp_path / "g" / file).read_text() == "--outtype f16 --outfile"
+    for kind in ("f16", "bf16"):
+        found = shipping.export(run, Wanted("gguf", kind, llama_cpp=tmp_path), out=tmp_path / "g", rows=0)
+        (file,) = [name for name in found.files if name.endswith(".gguf")]
+        # Rounded by the converter, and not before.
+        assert (tmp_path / "g" / file).read_text() == f"float32 --outtype {kind} --outfile"
+    converter.write_text("raise SystemExit('must not be called')")
     with pytest.raises(ModelError, match="llama-quantize is neither in"):
         shipping.export(run, Wanted("gguf", "q4_k_m", llama_cpp=tmp_path), out=tmp_path / "h", rows=0)
+    converter.write_text("import nowhere")
+    with pytest.raises(
+        ModelError, match=r"convert_hf_to_gguf\.py: ModuleNotFoundError: .*'nowhere'; install that package beside"
+    ):
+        shipping.export(run, Wanted("gguf", "f16", llama_cpp=tmp_path), out=tmp_path / "h", rows=0)
 
 
 def test_of_several_tasks_each_has_an_export_of_its_own(run: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ KINDS = ("adapter", "merged", "gguf", "modelfile")
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = 32  # dev rows on which an export is scored again
 RECORD = "export.json"
+_CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by itself
 _ROUNDING = {"merged": 2.0**-7, "f16": 2.0**-9, "q8_0": 2.0**-5}  # of a tensor at most, relative; other quantisations: half
 Count = Callable[[int, int], None]
 _HOW_TO_GET = (
@@ -165,14 +166,15 @@ def _write_gguf(file: Path, adapter: Adapter, causal: Any, tokenizer: Any, form:
     if converter is None or not converter.is_file():
         where = "" if converter is None else f", and {converter} is not there"
         raise ModelError(f"{what} needs llama.cpp's own converter{where}; {_HOW_TO_GET}")
+    direct = wanted.quantization in _CONVERTED
+    quantizer = "" if direct else _quantizer(wanted.llama_cpp)  # known to be there before minutes go into converting
     with TemporaryDirectory(dir=file.parent) as scratch:
-        merge.save(causal, tokenizer, Path(scratch, "merged"), form.anchor, torch.float16)
-        direct = wanted.quantization in gguf_export.KINDS
-        first = file if direct else Path(scratch, "f16.gguf")
-        outtype = wanted.quantization if direct else "f16"
+        merge.save(causal, tokenizer, Path(scratch, "merged"), form.anchor, torch.float32)  # rounded once, by what comes next
+        first = file if direct else Path(scratch, "f32.gguf")
+        outtype = wanted.quantization if direct else "f32"
         _run([sys.executable, converter, Path(scratch, "merged"), "--outtype", outtype, "--outfile", first])
         if not direct:
-            _run([_quantizer(wanted.llama_cpp), first, file, wanted.quantization.upper()])
+            _run([quantizer, first, file, wanted.quantization.upper()])
 
 
 def _source(model: str) -> Path | None:
@@ -195,7 +197,9 @@ def _run(command: Sequence[str | Path]) -> None:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise ModelError(f"{Path(command[0]).name} {Path(command[1]).name}: {said[-1] if said else f'exit {done.returncode}'}")
+        last = said[-1] if said else f"exit {done.returncode}"
+        lacks = "; install that package beside Fulcrum" if last.startswith("ModuleNotFoundError") else ""
+        raise ModelError(f"{Path(command[0]).name} {Path(command[1]).name}: {last}{lacks}")
 
 
 def _lost(place: Path, adapter: Adapter, wanted: Wanted) -> str:
