@@ -27,6 +27,7 @@ def serve(
     slots: Annotated[int, typer.Option("--slots", min=1, help="Answers under way at once.")] = 32,
     waiting: Annotated[int, typer.Option("--waiting", min=0, help="Questions that may wait; more get 429.")] = 256,
     context: Annotated[int, typer.Option("--context", min=16, help="Tokens of a prompt with its answer; memory.")] = 2048,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="Of the model; 0: all cores but one, for requests.")] = 0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer that may be asked for.")] = 1024,
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes that a request may have.")] = 1_000_000,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that an answer may take.")] = 120.0,
@@ -56,7 +57,14 @@ def serve(
 
     with terminal.working(notes, "loading the model"):
         found = speakers.load(run_folders, [name.strip() for name in arm.split(",") if name.strip()])
-        engine = Engine(found.loaded, found.known, slots=slots, waiting=waiting, context=context)
+        engine = Engine(
+            found.loaded,
+            found.known,
+            slots=slots,
+            waiting=waiting,
+            context=context,
+            threads=threads or max(1, (os.cpu_count() or 1) - 1),
+        )
     for text in found.notes:
         terminal.say(notes, f"warning: {text}", "yellow")
     limits = serving.Limits(max_body, max_tokens, timeout)

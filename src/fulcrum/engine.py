@@ -119,15 +119,15 @@ class Engine:
 
     def __init__(
         self, loaded: LoadedModel, speakers: Mapping[str, Speaker], *, slots: int = 32, waiting: int = 256,
-        context: int | None = None,
+        context: int | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         """`context`: tokens of a prompt and its answer (None: the model's own limit). Every slot has room for as many as the
-        longest so far, which takes memory. Raises ModelError where the model cannot answer several at once (`slots.Slots`), or
-        PEFT not with these adapters."""
+        longest so far, which takes memory. `threads`: of the model (None: as many as PyTorch takes). Raises ModelError where the
+        model cannot answer several at once (`slots.Slots`), or PEFT not with these adapters."""
         _check_mixing(loaded, speakers)
         self.loaded, self.speakers, self.slots, self.most_waiting = loaded, dict(speakers), slots, waiting
         self.context = min((limit for limit in (context, loaded.context) if limit is not None), default=None)
-        self.counts = Counts()
+        self.threads, self.counts = threads, Counts()
         self._waiting: deque[Question] = deque()
         self._turns: list[_Turn] = []  # the k-th stands in slot k
         self._wake = threading.Condition()
@@ -187,6 +187,8 @@ class Engine:
             self._wake.notify()
 
     def _run(self) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)  # here, since OpenMP counts for each thread that begins something
         while self._next():
             try:
                 self._admit()
