@@ -122,8 +122,8 @@ class Engine:
         context: int | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         """`context`: tokens of a prompt and its answer (None: the model's own limit). Every slot has room for as many as the
-        longest so far, which takes memory. `threads`: of the model (None: as many as PyTorch takes). Raises ModelError where the
-        model cannot answer several at once (`slots.Slots`), or PEFT not with these adapters."""
+        longest so far, which takes memory. `threads`: of the model (None: as many as PyTorch takes). Raises ModelError where
+        the model cannot answer several at once (`slots.Slots`), or PEFT not with these adapters."""
         _check_mixing(loaded, speakers)
         self.loaded, self.speakers, self.slots, self.most_waiting = loaded, dict(speakers), slots, waiting
         self.context = min((limit for limit in (context, loaded.context) if limit is not None), default=None)
