@@ -57,7 +57,7 @@ def port(running: Engine) -> Iterator[int]:
     """A real server in a thread, on a free port."""
     app = serve.application(running, limits=LIMITS, key=KEY)
     place = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
     yield place.getsockname()[1]
@@ -303,7 +303,7 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(
 def test_an_answer_that_takes_too_long_is_broken_off(running: Engine) -> None:
     app = serve.application(running, limits=serve.Limits(seconds=-1.0))
     place = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
     try:
@@ -394,7 +394,7 @@ def test_adapters_of_several_runs_share_the_base(run: Path, settings: Settings, 
     with Engine(found.loaded, found.known, slots=2) as engine:
         app = serve.application(engine, limits=LIMITS)
         place = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
         thread.start()
         answer = post(place.getsockname()[1], "/v1/chat/completions", asked() | {"model": "other/tell"})[1]

@@ -69,8 +69,10 @@ def serve(
         terminal.say(notes, f"warning: {text}", "yellow")
     limits = serving.Limits(max_body, max_tokens, timeout)
     app = serving.application(engine, limits=limits, key=key, hosts=LOOPBACK if host in LOOPBACK else ())
+    # uvicorn's own logging setup would close the handlers of others in this process.
     settings = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=grace, lifespan="off", limit_concurrency=slots + waiting + 64
+        app, log_config=None, log_level="warning", timeout_graceful_shutdown=grace, lifespan="off",
+        limit_concurrency=slots + waiting + 64,
     )  # fmt: skip
     where = f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
     place.listen()  # from now on who connects is answered

@@ -352,7 +352,7 @@ def serve(app: App, listening: Any) -> None:
     import uvicorn
 
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2, ws="none"
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=2, ws="none"
     )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(settings).run(sockets=[listening])
