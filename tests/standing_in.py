@@ -41,7 +41,7 @@ def stopped(number: int, frame: Any) -> NoReturn:
 
 class Handler(BaseHTTPRequestHandler):
     def _may(self) -> bool:
-        if self.headers["Authorization"] == f"Bearer {os.environ['FULCRUM_API_KEY']}":
+        if self.headers["Authorization"] == f"Bearer {os.environ[sys.argv[sys.argv.index('--key-variable') + 1]]}":
             return True
         self._answer(401, "application/json", b'{"error": {"message": "no key"}}')
         return False

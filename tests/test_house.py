@@ -151,35 +151,8 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors"}
 FIRST_HEAVY = ORDER.index("gguf")
 # They stand high and need results.json or a certificate only.
 READERS = {*FLOORS[4]} - {"identity", "run"}
-LIGHT = {
-    *READERS,
-    "llamacpp",
-    "terminal",
-    "talk",
-    "watch",
-    "jobs",
-    "workspace",
-    "onlooker",
-    "desk",
-    "chatting",
-    "guard",
-    "web",
-    "cli_group",
-    "cli_start",
-    "cli_export",
-    "cli_serve",
-    "openai_api",
-    "cli_models",
-    "cli_pool",
-    "cli_anchor",
-    "cli_selfgen",
-    "cli_certificate",
-    "cli_budget",
-    "cli_ui",
-    "cli",
-    "__main__",
-    "__init__",
-}
+# All that answers a command at once: the last floor, without what holds a model or its libraries.
+LIGHT = {*READERS, "llamacpp", *FLOORS[-1]} - {"trackers", "use", "speakers", "serve", "repeat", "shipping"}
 
 
 def is_type_checking(node: ast.AST) -> bool:

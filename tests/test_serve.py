@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ import uvicorn
 from typer.testing import CliRunner
 
 import fulcrum
-from fulcrum import cli, comparison, serve, speakers, use
+from fulcrum import chatting, cli, comparison, serve, speakers, use
 from fulcrum.config import Settings
 from fulcrum.engine import Engine
 from fulcrum.errors import ConfigError, ModelError, StoreError
-from fulcrum.records import Message
+from fulcrum.records import Message, Role
 from tiny import CONTEXT, comparison_settings, save_task
 
 KEY = "sk-only-for-this-test"
@@ -52,17 +53,25 @@ def running(run: Path) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture(scope="module")
-def port(running: Engine) -> Iterator[int]:
-    """A real server in a thread, on a free port."""
-    app = serve.application(running, limits=LIMITS, key=KEY)
+@contextmanager
+def served(engine: Engine, limits: serve.Limits, key: str | None = None) -> Iterator[int]:
+    """A real server in a thread; inside, it answers on this port."""
     place = socket.create_server(("127.0.0.1", 0))
+    app = serve.application(engine, limits=limits, key=key)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
-    yield place.getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    try:
+        yield place.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def port(running: Engine) -> Iterator[int]:
+    with served(running, LIMITS, KEY) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +106,11 @@ def test_models_are_the_arms_and_the_base(client: openai.OpenAI) -> None:
 def test_answers_are_those_of_the_adapter_with_its_anchor(client: openai.OpenAI, run: Path, arm: str) -> None:
     """Also in a conversation, with a system text, and streamed."""
     adapter = use.load_adapter(run, arm=arm)
-    talk = [("system", "Be brief."), ("user", "colour ant 0"), ("assistant", "red"), ("user", "colour bee 1")]
+    talk: list[tuple[Role, str]] = [
+        ("system", "Be brief."), ("user", "colour ant 0"), ("assistant", "red"), ("user", "colour bee 1"),
+    ]  # fmt: skip
     for turns in (talk[1:2], talk[3:], talk):
-        expected = adapter.reply([[Message(role, text) for role, text in turns]])[0]  # type: ignore[arg-type]
+        expected = adapter.reply([[Message(role, text) for role, text in turns]])[0]
         given: Any = [{"role": role, "content": text} for role, text in turns]
         whole = client.chat.completions.create(model=arm, messages=given)
         assert whole.choices[0].message.content == expected
@@ -137,9 +148,9 @@ def test_adapters_answer_side_by_side_as_they_do_alone(client: openai.OpenAI, ru
 def test_completions_go_on_from_a_text_as_it_is(client: openai.OpenAI, running: Engine) -> None:
     """A prompt that the client rendered itself gives what the chat gives; token ids do as well."""
     form, tokenizer = running.speakers["sft"].form, running.loaded.tokenizer
-    question = [{"role": "user", "content": "colour ant 0"}]
+    question: Any = [{"role": "user", "content": "colour ant 0"}]
     text = tokenizer.apply_chat_template(question, chat_template=form.template, add_generation_prompt=True, tokenize=False)
-    chat = client.chat.completions.create(model="sft", messages=question, max_tokens=4).choices[0].message.content  # type: ignore[arg-type]
+    chat = client.chat.completions.create(model="sft", messages=question, max_tokens=4).choices[0].message.content
     prompts: list[Any] = [text, tokenizer(text)["input_ids"]]
     for prompt in prompts:
         found = client.completions.create(model="sft", prompt=prompt, max_tokens=4)
@@ -174,11 +185,13 @@ def test_special_tokens_in_a_question_are_plain_text(client: openai.OpenAI, run:
 
 def test_what_clients_send_without_meaning_it_is_let_through(port: int) -> None:
     more = {"n": 1, "frequency_penalty": 0.0, "logprobs": False, "tools": [], "user": "me", "response_format": {"type": "text"}}
-    turns = [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}]
+    turns: list[dict[str, Any]] = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}
+    ]
     turns += [
         {"role": "user", "content": "a", "name": "me"},
         {"role": "assistant", "content": "b", "refusal": None, "tool_calls": None},
-    ]  # type: ignore[dict-item]
+    ]
     status, answer = post(
         port, "/v1/chat/completions", asked(**more) | {"messages": [*turns, {"role": "user", "content": "c"}]}
     )
@@ -301,21 +314,12 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(
 
 
 def test_an_answer_that_takes_too_long_is_broken_off(running: Engine) -> None:
-    app = serve.application(running, limits=serve.Limits(seconds=-1.0))
-    place = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
-    thread.start()
-    try:
-        port = place.getsockname()[1]
+    with served(running, serve.Limits(seconds=-1.0)) as port:
         assert post(port, "/v1/chat/completions", asked())[0] == 504
         late = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
         given: Any = asked(stream=True)
         with pytest.raises(openai.APIError, match="not answered within -1 seconds"):
             list(late.chat.completions.create(**given))
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def test_metrics_count_what_was_done(port: int, client: openai.OpenAI) -> None:
@@ -343,8 +347,8 @@ def test_metrics_count_what_was_done(port: int, client: openai.OpenAI) -> None:
 
 
 def start(run: Path, *options: str, **variables: str) -> tuple["subprocess.Popen[str]", int]:
-    """`fulcrum serve` as a process of its own, and its port."""
-    command = [sys.executable, "-m", "fulcrum", "serve", str(run), "--port", "0", *options]
+    """`fulcrum serve` as a process of its own, begun as the page begins it, and its port."""
+    command = [sys.executable, "-m", "fulcrum", *chatting.words(run), *options]
     around = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=around)
     assert process.stdout is not None
@@ -355,7 +359,7 @@ def start(run: Path, *options: str, **variables: str) -> tuple["subprocess.Popen
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_open_answers_end(run: Path, number: signal.Signals) -> None:
-    process, port = start(run, "--arm", "tell", "--slots", "2", FULCRUM_API_KEY=KEY)
+    process, port = start(run, "--arm", "tell", "--slots", "2", **{chatting.KEY_VARIABLE: KEY})
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
     assert [model.id for model in client.models.list()] == ["base", "tell"]
     given: Any = asked(temperature=3.0, max_tokens=200, seed=1, stream=True)
@@ -391,15 +395,8 @@ def test_adapters_of_several_runs_share_the_base(run: Path, settings: Settings, 
     found = speakers.load([run, tmp_path / "other"])
     assert list(found.known) == ["base", "run/tell", "run/sft", "other/tell"]
     expected = fulcrum.load_adapter(tmp_path / "other").answer(["colour ant 0"])
-    with Engine(found.loaded, found.known, slots=2) as engine:
-        app = serve.application(engine, limits=LIMITS)
-        place = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
-        thread.start()
-        answer = post(place.getsockname()[1], "/v1/chat/completions", asked() | {"model": "other/tell"})[1]
-        server.should_exit = True
-        thread.join()
+    with Engine(found.loaded, found.known, slots=2) as engine, served(engine, LIMITS) as port:
+        answer = post(port, "/v1/chat/completions", asked() | {"model": "other/tell"})[1]
     assert [answer["choices"][0]["message"]["content"]] == expected
 
 

@@ -165,7 +165,8 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(begun: Path, monkeyp
     def broken(run: Any) -> Any:
         raise OSError("no room\nleft")
 
-    monkeypatch.setitem(trackers.TOOLS, "trackio", trackers._Tool(broken, str, trackers._texts))  # type: ignore[index]
+    tool = trackers._Tool(broken, str, trackers._texts)
+    monkeypatch.setattr(trackers, "TOOLS", {**trackers.TOOLS, "trackio": tool})
     heard = Heard()
     both = trackers.Trackers(heard, ["trackio", "tensorboard"], begun)
     for step in (1, 2):

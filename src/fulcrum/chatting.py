@@ -18,7 +18,7 @@ from fulcrum.jobs import Job
 from fulcrum.workspace import Run, Workspace
 
 CHAT = "chat"  # the name of the command
-KEY = "FULCRUM_API_KEY"
+KEY_VARIABLE = "FULCRUM_CHAT_KEY"  # of the server's environment: whoever started it, and nobody else, may ask
 IDLE_SECONDS = 600.0
 _LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 _PATIENCE = 300.0  # seconds without a word, of an answer under way
@@ -26,7 +26,7 @@ _PATIENCE = 300.0  # seconds without a word, of an answer under way
 
 def words(folder: Path) -> list[str]:
     """The command that serves a run folder. Its first line says where it listens; its key stands in the environment."""
-    return ["serve", str(folder), "--port", "0"]
+    return ["serve", str(folder), "--port", "0", "--key-variable", KEY_VARIABLE]
 
 
 class Talks:
@@ -48,7 +48,7 @@ class Talks:
                 return
             self._end()
             self.key, self.address, self.run = secrets.token_urlsafe(32), "", run
-            jobs.start(run.job(CHAT), words(run.folder), self.workspace.place(run), {KEY: self.key})
+            jobs.start(run.job(CHAT), words(run.folder), self.workspace.place(run), {KEY_VARIABLE: self.key})
 
     def state(self, run: Run) -> dict[str, Any]:
         """Whether a run is served (off, starting, ready, failed), and then by which models; what it said where it failed."""

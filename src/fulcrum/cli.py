@@ -237,7 +237,7 @@ def evaluate(
     from fulcrum import metrics as scoring
     from fulcrum import terminal
 
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    names = cli_start.names(metrics)
     scoring.needs_generation(names)  # a misspelt name is said before the model is loaded
     notes = cli_start.notes(ctx)
     from fulcrum import use
@@ -268,8 +268,7 @@ def chat(
     from fulcrum.talk import Talk
 
     with terminal.working(notes, "loading the model"):
-        others = [name.strip() for name in beside.split(",") if name.strip()]
-        found, names = speakers.side_by_side(run_folder, arm, others, task)
+        found, names = speakers.side_by_side(run_folder, arm, cli_start.names(beside), task)
     for text in found.notes:
         terminal.say(notes, f"warning: {text}", "yellow")
     anchors = {name: found.known[name].form.anchor for name in names}

@@ -48,7 +48,7 @@ def propose(
     from fulcrum import config
     from fulcrum.records import Placement
 
-    who, placements = [name.strip() for name in by.split(",") if name.strip()], placement or ["user_prefix"]
+    who, placements = cli_start.names(by), placement or ["user_prefix"]
     for name, known in [*((name, SOURCES) for name in who), *((name, get_args(Placement)) for name in placements)]:
         if name not in known:
             raise ConfigError(f"{name!r} is not known here; known: {', '.join(known)}")

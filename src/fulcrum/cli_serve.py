@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,7 +43,7 @@ def serve(
     key = os.environ.get(key_variable) or None
     if host not in LOOPBACK and key is None:
         raise ConfigError(f"--host {host}: others could ask too; set a key in {key_variable}, or listen on 127.0.0.1")
-    place = _bound(host, port)
+    place = cli_start.bound(host, port)
     notes = cli_start.notes(ctx)
     try:
         import uvicorn
@@ -56,7 +55,7 @@ def serve(
     from fulcrum.engine import Engine
 
     with terminal.working(notes, "loading the model"):
-        found = speakers.load(run_folders, [name.strip() for name in arm.split(",") if name.strip()])
+        found = speakers.load(run_folders, cli_start.names(arm))
         engine = Engine(
             found.loaded,
             found.known,
@@ -86,14 +85,3 @@ def serve(
 
 def _leave(number: int, frame: "FrameType | None") -> None:
     sys.exit(0)
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket at this address. Raises ConfigError where the port is taken."""
-    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        found.bind((host, port))
-    except OSError as error:
-        raise ConfigError(f"--host {host} --port {port}: {error.strerror}; another port (0: any free one) may do") from error
-    return found

@@ -1,11 +1,14 @@
 """What commands share before they begin: their arguments, the settings, a console, and a model and general data made ready."""
 
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fulcrum.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,4 +79,20 @@ def expected(screen: "Console", settings: "Settings") -> "list[Estimate]":
     for one in found:
         told = one.why_not if one.seconds is None else f"{one.trainings:,} trainings, about {clock(one.seconds)}, an estimate"
         terminal.say(screen, f"{one.verb}: {told}")
+    return found
+
+
+def names(text: str) -> list[str]:
+    """The names in an option like ``a,b``."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address, which does not listen yet. Raises ConfigError where that cannot be had."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        raise ConfigError(f"--port {port} on {host}: {error.strerror}; another port (0: any free one) may do") from error
     return found

@@ -1,11 +1,11 @@
 """`fulcrum ui`: the local page, from a data file to a certificate."""
 
-import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fulcrum import cli_start
 from fulcrum.errors import ConfigError
 
 PORT = 8642
@@ -45,17 +45,10 @@ def ui(
         terminal.say(screen, f"to open it in another browser: {address}" if addresses else f"page: {address}")
         addresses.append(address)
 
-    with _listening(port) as listening:
+    with cli_start.bound("127.0.0.1", port) as listening:
+        listening.listen()
         app = web.guarded(space, listening.getsockname()[1], told)
         terminal.say(screen, f"kept in {space.folder}; Ctrl-C ends the page and no run")
         if browser:
             webbrowser.open(addresses[0])
         web.serve(app, listening)
-
-
-def _listening(port: int) -> socket.socket:
-    """A socket of this machine alone. Raises ConfigError where the port is taken."""
-    try:
-        return socket.create_server(("127.0.0.1", port))
-    except OSError as error:
-        raise ConfigError(f"--port {port}: {error.strerror}; choose another, or 0 for any that is free") from None

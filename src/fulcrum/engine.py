@@ -23,12 +23,12 @@ from fulcrum.encode import Format
 from fulcrum.errors import DataError, FulcrumError, ModelError
 from fulcrum.generate import end_ids
 from fulcrum.model import LoadedModel
+from fulcrum.prefix import BLOCK, shared
 from fulcrum.records import Message
 from fulcrum.slots import Slots
 
 _PIECE = 256  # tokens of a prompt read in one step
 _READ = 1024  # tokens of all prompts, with their padding, read in one step
-_WORTH = 8  # tokens from which on a common beginning is kept
 
 
 class BusyError(FulcrumError):
@@ -47,7 +47,7 @@ class Speaker:
     def beginning(self) -> list[int]:
         """What its prompts of a single question begin with."""
         one, other = (encode.prompt_ids([Message("user", text)], self.form) for text in ("a", "Z 9"))
-        return one[: _same(one, other)]
+        return one[: shared(one, other)]
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,6 @@ class Question:
     def cancel(self) -> None:
         """Nobody waits for the answer any more: its slot is free from the next step on."""
         self.cancelled = True
-
-
-def _same(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of what both begin with."""
-    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @dataclass(eq=False)
@@ -141,7 +136,7 @@ class Engine:
 
     def _keep(self, name: str, speaker: Speaker, slot: int) -> None:
         beginning = speaker.beginning()
-        if len(beginning) >= _WORTH:
+        if len(beginning) >= BLOCK:  # as elsewhere: less does not pay
             self._cache.extend([slot], [beginning], [speaker.adapter])
             self._beginnings[name] = slot, beginning
 
@@ -238,7 +233,7 @@ class Engine:
         reused = 0
         if question.model in self._beginnings:
             source, beginning = self._beginnings[question.model]
-            reused = min(_same(beginning, question.prompt), len(question.prompt) - 1)  # a token is left to go on from
+            reused = min(shared(beginning, question.prompt), len(question.prompt) - 1)  # a token is left to go on from
             self._cache.copy(source, slot, reused)
         self.counts.prompt_tokens += len(question.prompt)
         self.counts.reused_tokens += reused
@@ -315,7 +310,7 @@ def _deliver(question: Question, piece: Piece) -> None:
     """Hand a part over; who cannot take it any more has left."""
     try:
         question.deliver(piece)
-    except Exception:
+    except Exception:  # whatever: its loop was closed, or its own code failed; others must still be served
         question.cancel()
 
 

@@ -21,7 +21,7 @@ from fulcrum.answer import Answer
 from fulcrum.encode import Format
 from fulcrum.loss import Row, row_kl, row_nats, row_states, rows, set_checkpointing
 from fulcrum.model import LoadedModel, generation_attention
-from fulcrum.prefix import BLOCK, common
+from fulcrum.prefix import BLOCK, common, shared
 from fulcrum.records import FloatArray, IntArray, Tokens
 from fulcrum.rows import sentences
 
@@ -155,8 +155,7 @@ def _beginning(loaded: LoadedModel, prompts: Sequence[Sequence[int]], longest_an
     if not loaded.shares or len(prompts) < 2:
         return _Beginning()
     first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # in the order of ids: what these share, all share
-    length = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    length = min(length, *(len(prompt) - 1 for prompt in prompts))  # each prompt has a token left to go on from
+    length = min(shared(first, last), *(len(prompt) - 1 for prompt in prompts))  # each prompt has a token left to go on from
     config = loaded.causal.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if length < BLOCK or (window and max(map(len, prompts)) + longest_answer > window):

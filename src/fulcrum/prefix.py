@@ -84,6 +84,12 @@ def trees(examples: Sequence[IntArray], budget: int) -> list[Tree]:
     return found
 
 
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def common(examples: Sequence[IntArray]) -> int:
     """Length, in whole blocks, of what all examples begin with; 0 without any."""
     return min((_common(examples[0], other) for other in examples), default=0)
