@@ -67,6 +67,7 @@ FLOORS = (
         "gguf_export",
         "fetch",
         "attention",
+        "launched",
         "model",
         "lora",
         "adapter",

@@ -7,15 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from fulcrum import run_folder, store, use
+from fulcrum import launched, run_folder, store, use
 from fulcrum.errors import ConfigError
 from tiny import save_tiny, write_rows
 
@@ -24,8 +27,21 @@ EXAMPLES = Path(__file__).parent.parent / "examples" / "accelerate"
 TWO = ["--config_file", str(EXAMPLES / "cpu.yaml")]
 
 
-def start(launcher: list[str], *arguments: str) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def told_of(example: str) -> dict[str, str]:
+    """What Accelerate's launcher tells its processes of FSDP, by an example that it would refuse on a machine without GPUs."""
+    given = launch.launch_command_parser().parse_args(["--config_file", str(EXAMPLES / example), "-m", "fulcrum"])
+    told = prepare_multi_gpu_env(launch._validate_launch_command(given)[0])
+    return {name: value for name, value in told.items() if "FSDP" in name}
+
+
+SHARDS = told_of("fsdp.yaml")
+STEPS = 22  # 64 examples
+SHARES = str(Path(__file__).parent / "shares.py")
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(launcher: list[str], *arguments: str, **told: str) -> "subprocess.Popen[str]":
+    environment = {**QUIET, **told}
     return subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "fulcrum", "train", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
@@ -51,7 +67,7 @@ def losses(folder: Path) -> dict[tuple[str, int], list[float]]:
 
 def assert_same(one: Path, two: Path) -> None:
     alone, together = losses(one), losses(two)
-    assert len(alone) == 32
+    assert len(alone) == STEPS
     assert alone.keys() == together.keys()
     assert all(together[place] == pytest.approx(known, abs=1e-4) for place, known in alone.items())
     first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
@@ -61,7 +77,8 @@ def assert_same(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of a training of 32 steps that saves itself after each."""
+    """Of a training that saves itself after each step, of three examples in a row each: two processes have 2 and 1 of them, and
+    of the last step 1 and none."""
     place = tmp_path_factory.mktemp("processes")
     return {
         "model": str(save_tiny(place / "model")),
@@ -74,7 +91,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         },
         "general": write_rows(place / "pool.jsonl", [(f"say word {i}", f"so it is {i}") for i in range(60)]),
         "mix": {"repeats": 1, "general_per_task": 1},
-        "train": {"dtype": "float32", "device": "cpu", "compile": "never", "batch_size": 2, "save_every": 1},
+        "train": {"dtype": "float32", "device": "cpu", "compile": "never", "batch_size": 3, "pack_tokens": 32, "save_every": 1},
         "eval": {"general_rows": 0},
         "output_dir": str(place / "one"),
     }
@@ -94,9 +111,12 @@ def file(settings: dict[str, Any]) -> str:
     return str(path)
 
 
-def test_two_processes_of_which_one_is_killed_give_the_losses_of_one(alone: Path, file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [{}, SHARDS], ids=["whole", "sharded"])
+def test_two_processes_of_which_one_is_killed_give_the_losses_of_one(
+    told: dict[str, str], alone: Path, file: str, tmp_path: Path
+) -> None:
     two = tmp_path / "two"
-    process = start(TWO, file, "--output-dir", str(two))
+    process = start(TWO, file, "--output-dir", str(two), **told)
     while not list(two.glob("checkpoints/*/checkpoint-*")):
         assert process.poll() is None, ended(process)
         time.sleep(0.001)  # a step takes many times as long
@@ -104,13 +124,15 @@ def test_two_processes_of_which_one_is_killed_give_the_losses_of_one(alone: Path
     ended(process)
     assert process.returncode != 0
     trained = len(losses(two))
-    assert 0 < trained < 32
-    process = start(TWO, file, "--output-dir", str(two), "--resume")
+    assert 0 < trained < STEPS
+    process = start(TWO, file, "--output-dir", str(two), "--resume", **told)
     said, errors = ended(process)
     assert process.returncode == 0, errors
-    assert said.count("report: ") == 1  # one of the two speaks
-    told = [json.loads(line)["step"] for line in (two / store.EVENTS).read_text().splitlines()]
-    assert len(told) <= 32 + 1, "only the step that was not saved is trained again"
+    assert said.count("reading data") == said.count("report: ") == 1  # one of the two speaks
+    notes = store.read_json(two / "results.json")["notes"]
+    assert ("layers are spread over 2 processes" in notes) == bool(told)
+    trained_steps = [json.loads(line)["step"] for line in (two / store.EVENTS).read_text().splitlines()]
+    assert len(trained_steps) <= STEPS + 1, "only the step that was not saved is trained again"
     assert_same(alone, two)
 
 
@@ -135,10 +157,50 @@ def test_the_example_is_one_that_accelerate_reads(name: str) -> None:
     assert ("not yet measured on a gpu" in path.read_text().lower()) == (name != "cpu")
 
 
-def test_sharding_is_refused_before_anything_is_done(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="the launcher asks for FSDP"):
-        use.train(**{**settings, "output_dir": str(tmp_path / "sharded")})
-    assert not (tmp_path / "sharded").exists()
+def test_each_process_holds_its_share_of_the_layers_and_says_what_one_process_says(settings: dict[str, Any]) -> None:
+    """The whole of a layer is there while it runs: losses, answers and the way back to the base model are those of one."""
+    known = subprocess.run([sys.executable, SHARES, settings["model"]], capture_output=True, text=True, check=True, env=QUIET)
+    two = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", SHARES, settings["model"]],
+        capture_output=True, text=True, check=True, env={**QUIET, **SHARDS},
+    )  # fmt: skip
+    (whole,), parts = ([json.loads(line) for line in done.stdout.splitlines()] for done in (known, two))
+    assert len(parts) == 2
+    assert sum(part["held"] for part in parts) == whole["held"]
+    assert all(part["held"] == whole["held"] // 2 for part in parts)
+    for part in parts:
+        assert part["nats"] == pytest.approx(whole["nats"], abs=1e-5)
+        assert part["answer"] == whole["answer"]
+        assert part["facts"] == [*whole["facts"], "layers are spread over 2 processes"]
+
+
+@pytest.mark.parametrize(
+    ("told", "settled", "words"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, "FSDP with fsdp_version: 1;"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP with fsdp_offload_params: true;"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "FSDP with fsdp_cpu_ram_efficient_loading: true;"),
+        ({}, {"use_dora": True}, "with which use_dora is not possible"),
+    ],
+)
+def test_a_kind_of_sharding_that_is_not_done_is_refused(
+    told: dict[str, str], settled: dict[str, Any], words: str,
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Two processes are pretended here: it is refused before they would meet."""
+    monkeypatch.setattr(launched, "processes", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
+    for name, value in {**SHARDS, **told}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words):
+        use.train(**{**settings, "train": {**settings["train"], **settled}, "output_dir": str(tmp_path / "sharded")})
+
+
+def test_only_the_example_of_sharding_asks_for_it() -> None:
+    assert SHARDS["ACCELERATE_USE_FSDP"] == "true"
+    assert told_of("multi_gpu.yaml") == {}
+
+
+def test_one_process_shares_nothing(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SHARDS.items():
+        monkeypatch.setenv(name, value)
+    assert not launched.wants_shards()

@@ -5,6 +5,7 @@ What goes on is told on stdout; on stderr by `eval` and `chat`, whose output may
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -358,12 +359,12 @@ def _launch(
         one = [arms.own_arm(settings)], [settings.seed]
         _dry_run(screen, settings, *(one if verb == "train" else (arms.chosen_arms(settings), settings.seeds)), verb=verb)
         return
-    from fulcrum import run, terminal, use
+    from fulcrum import launched, terminal, use
     from fulcrum.watch import Watch
 
-    with Watch(screen) as watch:
+    with Watch(screen) if launched.writes() else nullcontext() as watch:
         use.launch(verb, settings, resume=resume, watcher=watch, **how)
-    if run.writes():
+    if launched.writes():
         terminal.conclude(screen, Path(settings.output_dir))
 
 

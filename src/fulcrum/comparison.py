@@ -14,11 +14,12 @@ from fulcrum.arms import by_task_rows, chosen_arms, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError
+from fulcrum.launched import writes
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.proof import certificates
 from fulcrum.records import ArmResult, Difference, Results, Setting, Tried
-from fulcrum.run import begin, claimed, finish, shown_size, writes
+from fulcrum.run import begin, claimed, finish, shown_size
 from fulcrum.units import Study, Unit, keep, read
 
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?

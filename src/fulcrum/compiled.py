@@ -31,6 +31,7 @@ def wanted(loaded: LoadedModel, settings: TrainSettings, tokens: int) -> bool:
     if tokens == 0:
         return False
     lacks = "" if loaded.packed else "this model trains one example per row"
+    lacks = lacks or ("its layers are spread over processes (FSDP)" if loaded.sharded else "")
     lacks = lacks or ("" if _compiler() else "no C++ compiler is installed (g++ or clang++, or set CXX)")
     if settings.compile == "always" and lacks:
         raise ConfigError(f"train.compile is always, but {lacks}; set it to auto or never")

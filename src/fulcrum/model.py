@@ -17,9 +17,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
-from fulcrum import attention, encode, fetch, prefix
+from fulcrum import attention, encode, fetch, launched, prefix
 from fulcrum.config import TrainSettings
 from fulcrum.errors import ModelError
 from fulcrum.store import file_sha256, fingerprint
@@ -71,6 +72,11 @@ class LoadedModel:
     compiled: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
     @property
+    def sharded(self) -> bool:
+        """Whether its layers are spread over several processes (FSDP), which must then run it at the same times."""
+        return isinstance(self.body, FSDPModule)
+
+    @property
     def flash(self) -> bool:
         """Whether rows go to a GPU's variable-length kernel."""
         return self.device.type == "cuda" and self.packed
@@ -110,8 +116,11 @@ def load(name: str, settings: TrainSettings, *, trust_remote_code: bool = False)
     """
     path = fetch.prepare(name)
     device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
+    dtype = launched.agreed(_dtype(settings.dtype, device))
+    sharded = launched.wants_shards()
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    if sharded and settings.load_in_4bit:
+        raise ModelError("train.load_in_4bit: 4-bit weights are not spread over processes (FSDP); ask for one of the two")
     if settings.load_in_4bit:
         options["quantization_config"] = _four_bit(device)
     with fetch.explained(name):
@@ -122,6 +131,8 @@ def load(name: str, settings: TrainSettings, *, trust_remote_code: bool = False)
             f"model {name!r}: its files lack {len(absent)} of the weights ({', '.join(absent[:3])}"
             f"{' ...' if absent[3:] else ''}), which would be random numbers; fetch or save the whole model again"
         )
+    if sharded:  # layer by layer, so that no device ever holds them all
+        launched.spread(causal, getattr(causal, causal.base_model_prefix), device)
     if not settings.load_in_4bit:  # bitsandbytes has put its weights where they belong
         causal = causal.to(device)
     return adopt(name, path, causal, tokenizer, dtype)
@@ -148,6 +159,8 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
     facts.append("examples are packed into rows" if loaded.packed else f"one example per row: {why}")
     if loaded.shares:
         facts.append("common prefixes are computed once")
+    if loaded.sharded:
+        facts.append(f"layers are spread over {launched.processes().num_processes} processes")
     if not loaded.split_head:
         facts.append("the output head runs at every position (its own form is not known)")
     loaded.facts = tuple(facts)

@@ -20,10 +20,11 @@ from fulcrum.arms import anchor_of, chosen_arms, own_arm, stream
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.items import Item, draw
+from fulcrum.launched import writes
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, FloatArray, Results, TrainPoint
-from fulcrum.run import begin, claimed, finish, writes
+from fulcrum.run import begin, claimed, finish
 from fulcrum.store import seed_for
 
 _LABEL = "answers whose gradients are taken"

@@ -3,7 +3,6 @@
 files -> material (rows split and cleaned) -> tokens -> plan -> adapter, once per trial -> the trial best on dev -> test scores
 """
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import PartialState
 
 from fulcrum import (
     adapter,
@@ -24,6 +21,7 @@ from fulcrum import (
     config,
     export,
     generate,
+    launched,
     material,
     mix,
     model,
@@ -56,6 +54,8 @@ from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, Difference, Results, Setting, Tokens, TrialResult, Tried
 
+_TOLD = ("one example per row", "could not be compiled", "are spread over")  # what of a model's facts a report says
+
 
 def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = None) -> Results:
     """Train one adapter as the settings say, score it beside the untouched model, and fill the run folder.
@@ -68,30 +68,24 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
         settings, found = pilot.resolve(settings, compared=False, resume=resume, watcher=watcher)
         arm = own_arm(settings)
         loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
-        kept = folder if writes() else None
+        kept = folder if launched.writes() else None
         notes = [*candidates.keep(anchors, kept), *pilot.keep(found, kept)]
         rows = probe.with_gradients(rows, loaded, [(rows, arm)], settings, kept, partial(watcher.count, probe.LABEL))
         base = ARMS["base_anchor" if arm.anchored else "base"]
         untrained = cell.score(rows, rows.tasks, loaded, base, settings, base.name, watcher)
         results = [replace(untrained, seed=settings.seed), train_arm(rows, loaded, arm, settings, folder, watcher)]
-        if writes():
+        if launched.writes():
             export.save_adapter(loaded, folder / "adapter", {t.name: asked_anchor(arm, t, settings) for t in rows.tasks})
         return finish("train", settings, folder, loaded, [rows], results, (), started, notes)
 
 
 @contextmanager
 def claimed(settings: Settings, *, resume: bool) -> Iterator[None]:
-    """Inside, the output folder is this run's alone. Raises StoreError where it cannot be, and ConfigError where a launcher
-    asks for what training cannot do."""
+    """Inside, the output folder is this run's alone. Raises StoreError where it cannot be."""
     folder = Path(settings.output_dir)
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ConfigError(
-            "the launcher asks for FSDP, under which dev losses, checkpoints and gradient clipping would be wrong; let each "
-            "process hold the model (distributed_type: MULTI_GPU, as in examples/accelerate/multi_gpu.yaml)"
-        )
-    if writes():
+    if launched.writes():
         run_folder.check_free(folder, resume=resume)  # before a lock is put into somebody else's folder
-    with run_folder.held(folder) if writes() else nullcontext():
+    with run_folder.held(folder) if launched.writes() else nullcontext():
         yield
 
 
@@ -103,9 +97,12 @@ def begin(
     What the probes chose is written to the folder's config.yaml, and a resumed run takes it from there.
     """
     folder = Path(settings.output_dir)
+    if launched.wants_shards() and (kind != "train" or settings.train.use_dora):
+        what = "use_dora" if kind == "train" else kind
+        raise ConfigError(f"the launcher asks for FSDP, with which {what} is not possible; use multi_gpu.yaml, or no launcher")
     kept = config.load(folder / "config.yaml") if (folder / "config.yaml").exists() else settings
     chosen = settings.train.model_copy(update={name: getattr(kept.train, name) for name in ("dtype", "device", "compile")})
-    if _is_alone():
+    if launched.is_alone():
         watcher.stage(
             "warning: the launcher was asked for several processes and started this one alone, which trains the same adapter; "
             "on a CPU: torchrun --nproc_per_node 2 -m fulcrum train ..."
@@ -134,7 +131,7 @@ def begin(
         watcher.stage("compiling the model's layers")
         shortest = min(rows[0].tasks[0].train, key=lambda row: sum(len(message.content) for message in row.messages))
         compiled.switch_on(loaded, chosen, shortest)
-    if writes():
+    if launched.writes():
         run_folder.open_run(folder, manifest(kind, settings, loaded, rows), resume=resume)
         probed = {
             "dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type,
@@ -142,22 +139,8 @@ def begin(
         }  # fmt: skip
         resolved = settings.model_copy(update={"train": settings.train.model_copy(update=probed)})
         store.write_bytes(folder / "config.yaml", config.dump(resolved).encode())
-    _processes().wait_for_everyone()
+    launched.processes().wait_for_everyone()
     return loaded, rows, folder
-
-
-def writes() -> bool:
-    """Whether this process is the one that writes files (a launcher may have started several)."""
-    return bool(_processes().is_main_process)
-
-
-def _processes() -> Any:
-    return PartialState(cpu=not torch.cuda.is_available())  # the first call decides, and must not wait for a GPU
-
-
-def _is_alone() -> bool:
-    """Whether `accelerate launch` was asked for several processes and started one: with `--cpu` it leaves starting to MPI."""
-    return {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and _processes().num_processes == 1
 
 
 def train_arm(
@@ -175,7 +158,7 @@ def train_arm(
                 loaded, stream(rows, loaded.tokenizer, arm, settings, setting.repeats, seed), lambda: dev_loss(loaded, dev),
                 cell.own_settings(settings.train, arm, setting), seed=store.seed_for(seed, "train"), repeats=setting.repeats,
                 checkpoint=folder / "checkpoints" / label,
-                progress=cell.tell(watcher, label, folder / store.EVENTS if writes() else None), say=watcher.stage,
+                progress=cell.tell(watcher, label, folder / store.EVENTS if launched.writes() else None), say=watcher.stage,
             )
         )  # fmt: skip
         tried = Tried(setting, min(loss for _, loss in found[-1][1].dev_nll), found[-1][1].train_tokens, found[-1][1].seconds)
@@ -208,7 +191,7 @@ def finish(
     notes = [
         *first.notes,
         *more_notes,
-        *(fact for fact in loaded.facts if "one example per row" in fact or "could not be compiled" in fact),
+        *(fact for fact in loaded.facts if any(told in fact for told in _TOLD)),
     ]
     notes += idle(arms)
     if kind != "scale":  # whose shares are the question itself
@@ -233,14 +216,14 @@ def finish(
         for task, predictions in (*arm.predictions.items(), *((f"general: {name}", p) for name, p in arm.general.items()))
         for prediction in predictions
     ]
-    if writes():
+    if launched.writes():
         store.write_jsonl(folder / "predictions.jsonl", lines)
         store.write_json(folder / "results.json", results)
         report.write(folder)
         if kind not in ("scale", "quanta"):  # which keep no adapter that anybody would use
             store.write_bytes(folder / "README.md", report.card(report.load(folder), export.NOTE).encode())
         run_folder.seal(folder)
-    _processes().wait_for_everyone()
+    launched.processes().wait_for_everyone()
     return results
 
 

@@ -16,8 +16,9 @@ from fulcrum.cell import Silent, Watcher
 from fulcrum.comparison import Progress, by_seeds
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
+from fulcrum.launched import writes
 from fulcrum.records import Results
-from fulcrum.run import begin, claimed, finish, writes
+from fulcrum.run import begin, claimed, finish
 from fulcrum.units import Study, Unit
 
 _FEWEST_LEVELS = 7  # with fewer the verdict is "not enough data" whatever comes

@@ -27,8 +27,8 @@ from fulcrum import certificate, report, run_folder, store, summary, training
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
+from fulcrum.launched import writes
 from fulcrum.records import TrainPoint
-from fulcrum.run import writes
 
 RESULTS = "results"  # the run with scores and files, beside those of trainings
 PROJECT = "fulcrum"  # where the environment names none

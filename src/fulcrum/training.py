@@ -1,4 +1,4 @@
-"""A stream of examples -> an adapter: one plain loop on Accelerate.
+"""A stream of examples -> an adapter: one plain loop, in as many processes as a launcher started.
 
 An optimizer step is `batch_size` consecutive plan positions. The loss is the mean over all supervised tokens of the step,
 weighted by source, whatever rows and processes the step is cut into. At equal spacing the dev loss is measured, and the best
@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fulcrum import checkpoint as checkpoints
-from fulcrum import stopping
+from fulcrum import launched, stopping
 from fulcrum.adapter import State, adapter_state, new_adapter, set_adapter_state, set_dropout
 from fulcrum.arms import Stream
 from fulcrum.config import TrainSettings
@@ -54,18 +53,6 @@ def learning_rate(step: int, phases: Sequence[int], settings: TrainSettings) -> 
     return settings.learning_rate * (1 - (1 - settings.final_lr) * decay)
 
 
-class _Loss(nn.Module):
-    """What Accelerate wraps, so that gradients are shared between processes however a row is turned into a loss."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        super().__init__()
-        self.peft = loaded.peft
-        self.loaded = loaded
-
-    def forward(self, row: Row, weights: Tensor, kl: float) -> tuple[Tensor, Tensor]:
-        return row_loss(self.loaded, row, weights, kl=kl)
-
-
 def train(
     loaded: LoadedModel,
     stream: Stream,
@@ -93,25 +80,21 @@ def train(
     settled = {"dtype": str(loaded.dtype), "device": loaded.device.type, "compile": bool(loaded.compiled)}
     identity = fingerprint([{**settings.model_dump(mode="json"), **settled}, stream.plan.fingerprint, seed, loaded.name, kl])
     new_adapter(loaded, settings, seed)
-    module = _Loss(loaded)
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = [p for p in loaded.peft.parameters() if p.requires_grad]
     optimizer = _adamw(parameters, settings, loaded)
-    # The model stands where it belongs; Accelerate's own choice of a device may be another (a GPU beside `device: cpu`).
-    accelerator = Accelerator(cpu=loaded.device.type == "cpu", device_placement=False)
-    wrapped, optimizer = accelerator.prepare(module, optimizer)
     torch.manual_seed(seed)  # adapter dropout
     steps, phases = stream.steps(settings.batch_size), stream.phases(settings.batch_size)
     state, best = _begun(checkpoint, identity, loaded, optimizer, say)
     evaluations = settings.evaluations if dev_loss is not None else 0
     measured = {max(1, round(steps * k / evaluations)) for k in range(1, evaluations + 1)}
     before, started = state.seconds, time.perf_counter()
-    batches = _batches(accelerator, loaded, stream, settings, state.done, steps)
+    batches = _batches(loaded, stream, settings, state.done, steps)
     with stopping.deferred() as asked:
         for step, batch in zip(range(state.done, steps), batches, strict=True):
             if _stop_early(state, settings):
                 break
             rate = learning_rate(step, phases, settings)
-            taken = _step(accelerator, wrapped, optimizer, parameters, loaded, batch, settings, rate, kl, asked)
+            taken = _step(optimizer, parameters, loaded, batch, settings, rate, kl, asked)
             if not taken.is_finite:
                 raise _diverged(taken, stream, step, steps, settings)
             state.tokens += batch.tokens
@@ -129,7 +112,7 @@ def train(
             if ends or is_shown(step + 1, steps):
                 state.history.append(point)
             due = ends or taken.stop or (step + 1) % settings.save_every == 0
-            if checkpoint is not None and accelerator.is_main_process and due:
+            if checkpoint is not None and launched.writes() and due:
                 now = checkpoints.Checkpoint(adapter_state(loaded), best, optimizer.state_dict(), state)
                 checkpoints.write(checkpoint, identity, now)
             if taken.stop:
@@ -193,7 +176,7 @@ def _stop_early(state: checkpoints.Progress, settings: TrainSettings) -> bool:
 class _Batch:
     """One optimizer step as one process trains it: its rows, the weight of each of its examples, and which are task rows.
 
-    `counts` is 0 where a process has no example of its own and sends zeros for another's, which DDP waits for.
+    `counts` is 0 where a process has no example of its own: it runs another's, with no weight.
     """
 
     packed: list[Row]
@@ -204,33 +187,31 @@ class _Batch:
     counts: float
 
 
-def _batch(accelerator: Accelerator, loaded: LoadedModel, stream: Stream, settings: TrainSettings, step: int) -> _Batch:
+def _batch(loaded: LoadedModel, stream: Stream, settings: TrainSettings, step: int) -> _Batch:
     """Every process knows the whole step, so the divisor needs no communication."""
     examples, is_task = stream.step(step, settings.batch_size)
     weight = np.where(is_task, settings.task_weight, 1.0)
     total = float(sum(w * example.n_loss for w, example in zip(weight, examples, strict=True)))
-    mine = list(range(accelerator.process_index, len(examples), accelerator.num_processes))
+    mine = list(range(launched.processes().process_index, len(examples), launched.processes().num_processes))
     counts, mine = float(bool(mine)), mine or [0]
     share = settings.share_prefixes and settings.lora_dropout == 0
     return _Batch(
         rows([examples[i] for i in mine], loaded, settings.pack_tokens, share=share),
         torch.as_tensor(weight[mine] * counts, dtype=torch.float32, device=loaded.device),
         torch.as_tensor(is_task[mine], device=loaded.device),
-        total / accelerator.num_processes,  # DDP averages over processes
+        total,
         sum(len(example) for example in examples),
         counts,
     )
 
 
-def _batches(
-    accelerator: Accelerator, loaded: LoadedModel, stream: Stream, settings: TrainSettings, first: int, steps: int
-) -> Iterator[_Batch]:
+def _batches(loaded: LoadedModel, stream: Stream, settings: TrainSettings, first: int, steps: int) -> Iterator[_Batch]:
     """The batches of steps `first` to `steps`; the next one is laid out while this one trains."""
     with ThreadPoolExecutor(max_workers=1) as ahead:
-        upcoming = ahead.submit(_batch, accelerator, loaded, stream, settings, min(first, steps - 1))
+        upcoming = ahead.submit(_batch, loaded, stream, settings, min(first, steps - 1))
         for step in range(first, steps):
             batch = upcoming.result()
-            upcoming = ahead.submit(_batch, accelerator, loaded, stream, settings, min(step + 1, steps - 1))
+            upcoming = ahead.submit(_batch, loaded, stream, settings, min(step + 1, steps - 1))
             yield batch
 
 
@@ -250,26 +231,27 @@ class _Taken:
 
 
 def _step(
-    accelerator: Accelerator, wrapped: nn.Module, optimizer: Any, parameters: list[nn.Parameter], loaded: LoadedModel,
-    batch: _Batch, settings: TrainSettings, rate: float, kl: float, asked: Callable[[], int],
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loaded: LoadedModel, batch: _Batch,
+    settings: TrainSettings, rate: float, kl: float, asked: Callable[[], int],
 ) -> _Taken:  # fmt: skip
     """One optimizer step; it is not taken where what it measured is not finite."""
     sums = torch.zeros(5, dtype=torch.float64)  # task nats, task targets, general nats, general targets, signal
     set_dropout(loaded, True)
-    for place, row in enumerate(batch.packed):
-        weights = batch.weight_of[row.owner] / batch.divisor
-        with torch.enable_grad(), _sync(accelerator, wrapped, place == len(batch.packed) - 1):
-            loss, nats = wrapped(row, weights, kl)
-            accelerator.backward(loss)
+    for place in range(_passes(loaded, batch)):
+        row, counts = (batch.packed[place], batch.counts) if place < len(batch.packed) else (batch.packed[0], 0.0)
+        weights = counts * batch.weight_of[row.owner] / batch.divisor
+        with torch.enable_grad():
+            loss, nats = row_loss(loaded, row, weights, kl=kl)
+            torch.autograd.backward(loss)
         own, nats = batch.task_of[row.owner].cpu(), nats.cpu()  # not every device has float64
         for kind, chosen in enumerate((own, ~own)):
-            sums[2 * kind] += batch.counts * float(nats[chosen].sum(dtype=torch.float64))
-            sums[2 * kind + 1] += batch.counts * int(chosen.sum())
+            sums[2 * kind] += counts * float(nats[chosen].sum(dtype=torch.float64))
+            sums[2 * kind + 1] += counts * int(chosen.sum())
     set_dropout(loaded, False)
-    norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
+    launched.share_gradients(parameters)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
     sums[4] = bool(asked())  # one process may know of it before the others do
-    if accelerator.num_processes > 1:  # between GPUs only what lies on one can be summed
-        sums = accelerator.reduce(sums.to(loaded.device), reduction="sum").cpu()
+    sums = launched.total(sums, loaded.device)
     task = float(sums[0] / sums[1]) if sums[1] else None
     general = float(sums[2] / sums[3]) if sums[3] else None
     taken = _Taken(task, general, norm, (asked() or signal.SIGTERM) if sums[4] else 0)
@@ -279,6 +261,15 @@ def _step(
         optimizer.step()
     optimizer.zero_grad()
     return taken
+
+
+def _passes(loaded: LoadedModel, batch: _Batch) -> int:
+    """How many rows this process runs: its own, and under FSDP as many as any has, since all gather each layer together."""
+    if not loaded.sharded:
+        return len(batch.packed)
+    each = torch.zeros(launched.processes().num_processes)
+    each[launched.processes().process_index] = len(batch.packed)
+    return int(launched.total(each, loaded.device).max())
 
 
 def _diverged(taken: _Taken, stream: Stream, step: int, steps: int, settings: TrainSettings) -> DivergedError:
@@ -293,7 +284,3 @@ def _diverged(taken: _Taken, stream: Stream, step: int, steps: int, settings: Tr
         f"training diverged at step {step + 1} of {steps}: {losses}; rows of this step: {named}; the step was not taken, and "
         f"the last checkpoint stands; lower train.learning_rate ({settings.learning_rate:g}), or look at these rows"
     )
-
-
-def _sync(accelerator: Accelerator, wrapped: nn.Module, last: bool) -> Any:
-    return torch.enable_grad() if last else accelerator.no_sync(wrapped)

@@ -23,9 +23,9 @@ import torch
 from fulcrum import compiled, config, model, processes, store
 from fulcrum.cell import Silent, Watcher
 from fulcrum.errors import ConfigError, FulcrumError, StoreError
+from fulcrum.launched import writes
 from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, TrainPoint, Tried
-from fulcrum.run import writes
 from fulcrum.stopping import Stopped
 from fulcrum.units import Study, Unit, perform
 
