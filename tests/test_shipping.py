@@ -252,6 +252,14 @@ def test_where_the_runs_rows_are_gone_it_can_be_written_unchecked(run: Path, tmp
     assert found.folder == tmp_path / "a disk" / "run" / "export" / "sft_anchor-merged"
 
 
+def test_exports_of_other_kinds_have_other_folders() -> None:
+    every = [Wanted(to) for to in ("adapter", "merged", "modelfile")]
+    every += [Wanted("merged", dtype="float16"), *(Wanted("gguf", kind) for kind in ("f16", "q8_0"))]
+    assert [wanted.names for wanted in every] == [
+        ("adapter",), ("merged",), ("modelfile",), ("merged", "float16"), ("gguf", "f16"), ("gguf", "q8_0")
+    ]  # fmt: skip
+
+
 def test_an_empty_folder_is_filled(run: Path, tmp_path: Path) -> None:
     assert shipping.export(run, Wanted("adapter"), out=tmp_path, rows=0).folder == tmp_path
 

@@ -57,6 +57,13 @@ class Wanted:
             if value not in known:
                 raise ConfigError(f"{name} {value!r}: it must be one of {', '.join(known)}{nearest(value, known)}")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What tells exports of one adapter apart, as folders are named."""
+        if self.to == "merged":
+            return (self.to,) if self.dtype == Wanted.dtype else (self.to, self.dtype)
+        return (self.to, self.quantization) if self.to == "gguf" else (self.to,)
+
 
 @dataclass(frozen=True)
 class Export:
@@ -83,8 +90,7 @@ def export(
     form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
     own = next(item for item in adapter.settings.tasks if item.name == (task or adapter.settings.tasks[0].name))
     kind = wanted.quantization if wanted.to == "gguf" else "merged" if wanted.to == "merged" else "adapter"
-    parts = (adapter.arm, own.name if len(adapter.anchors) > 1 else "", wanted.to, wanted.quantization * (wanted.to == "gguf"))
-    name = "-".join(part for part in parts if part)
+    name = "-".join(filter(None, (adapter.arm, own.name if len(adapter.anchors) > 1 else "", *wanted.names)))
     target = Path(out) if out is not None else folder / "export" / name
     if target.exists() and not (target / RECORD).exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is no export; name another folder with --out")
