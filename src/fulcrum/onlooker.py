@@ -24,7 +24,7 @@ _KILLED = "it ended without a word: it was killed, or the machine went down; wha
 
 
 def state(run: Run) -> tuple[State, str]:
-    """A run's state, and for one that ended before its time the line that says why."""
+    """A run's state, and for one that failed the line that says why."""
     manifest = store.recalled(run.folder / store.MANIFEST)
     if not run.is_own:
         if "outputs" in manifest or (run.folder / "results.json").exists():
@@ -38,7 +38,7 @@ def state(run: Run) -> tuple[State, str]:
     if not jobs.was_started(job):
         return "planned", ""
     kind, line = jobs.last_word(job)
-    return ("stopped", line) if kind == "stopped" else ("failed", line or _KILLED)
+    return ("stopped", "") if kind == "stopped" else ("failed", line or _KILLED)
 
 
 def _is_held(folder: Path) -> bool:
