@@ -6,7 +6,7 @@ import { losses } from "./chart.js";
 
 const MEANS = {
   planned: "Not begun.", running: "At work in a process of its own. This page can be closed.", stopped: "Stopped; what was finished is kept.",
-  failed: "It ended before its time.", finished: "Finished.",
+  failed: "It ended before its time.", finished: "What it made is kept.",
 };
 
 export async function watch(main, run, signal, refresh) {
