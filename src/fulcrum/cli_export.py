@@ -33,10 +33,7 @@ def export(
     wanted = shipping.Wanted(to, quantization.lower(), dtype, llama_cpp)
     with Watch(notes) as watch:
         watch.stage("loading the model")
-        found = shipping.export(
-            run_folder, wanted, arm=arm, task=task, out=out, rows=rows,
-            count=lambda done, total: watch.count("rows scored", done, total),
-        )  # fmt: skip
+        found = shipping.export(run_folder, wanted, arm=arm, task=task, out=out, rows=rows, count=watch.count)
     screen = terminal.console()
     terminal.say(screen, f"wrote {found.folder}: {', '.join(found.files)}")
     if found.check is None:

@@ -33,7 +33,7 @@ ROWS = 32  # dev rows on which an export is scored again
 RECORD = "export.json"
 _CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by itself
 _ROUNDING = {"merged": 2.0**-7, "f16": 2.0**-9, "q8_0": 2.0**-5}  # of a tensor at most, relative; other quantisations: half
-Count = Callable[[int, int], None]
+Count = Callable[[str, int, int], None]  # of what, how many are done, of how many
 _HOW_TO_GET = (
     "get it with `git clone https://github.com/ggml-org/llama.cpp` (and build it for llama-quantize), then give its folder: "
     "--llama-cpp llama.cpp"
@@ -76,7 +76,7 @@ class Export:
 
 def export(
     folder: Path | str, wanted: Wanted, *, arm: str | None = None, task: str | None = None, out: Path | str | None = None,
-    rows: int = ROWS, count: Count | None = None,
+    rows: int = ROWS, count: Count = lambda *_: None,
 ) -> Export:  # fmt: skip
     """Write a run's adapter for other programs into `out` (default: `export/` of the run folder), and score it again on `rows`
     dev rows (training rows, where the run has none; 0: not at all).
@@ -98,7 +98,11 @@ def export(
         raise ModelError("the model's chat template has a shape that a Modelfile cannot have; use --to gguf or merged")
     chosen = use.rows_to_check(folder, adapter, own.name, rows) if rows else []
     most = own.max_new_tokens if metrics.needs_generation(own.metrics) else 0
-    trained = artefact.measure(Trained(adapter.loaded, form), chosen, form, most, count) if chosen else None
+    trained = (
+        artefact.measure(Trained(adapter.loaded, form), chosen, form, most, partial(count, "rows scored as trained"))
+        if chosen
+        else None
+    )
     done: list[Check] = []
 
     def fill(place: Path) -> None:
@@ -107,7 +111,7 @@ def export(
             reader = _reader(place, adapter, wanted, max(len(encode.encode(row, form)) for row in chosen) + most + 1)
             wrong = artefact.misspoken(trained, reader, chosen, form)
             if not wrong:
-                found = artefact.measure(reader, chosen, form, most, count)
+                found = artefact.measure(reader, chosen, form, most, partial(count, "rows scored as exported"))
                 allowed = kind if kind in artefact.MOST_NATS else "q8_0"
                 lost = partial(_lost, place, adapter, wanted)
                 done.append(artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name, lost))
