@@ -98,11 +98,8 @@ def export(
         raise ModelError("the model's chat template has a shape that a Modelfile cannot have; use --to gguf or merged")
     chosen = use.rows_to_check(folder, adapter, own.name, rows) if rows else []
     most = own.max_new_tokens if metrics.needs_generation(own.metrics) else 0
-    trained = (
-        artefact.measure(Trained(adapter.loaded, form), chosen, form, most, partial(count, "rows scored as trained"))
-        if chosen
-        else None
-    )
+    as_trained, as_exported = (partial(count, f"rows scored as {how}") for how in ("trained", "exported"))
+    trained = artefact.measure(Trained(adapter.loaded, form), chosen, form, most, as_trained) if chosen else None
     done: list[Check] = []
 
     def fill(place: Path) -> None:
@@ -111,7 +108,7 @@ def export(
             reader = _reader(place, adapter, wanted, max(len(encode.encode(row, form)) for row in chosen) + most + 1)
             wrong = artefact.misspoken(trained, reader, chosen, form)
             if not wrong:
-                found = artefact.measure(reader, chosen, form, most, partial(count, "rows scored as exported"))
+                found = artefact.measure(reader, chosen, form, most, as_exported)
                 allowed = kind if kind in artefact.MOST_NATS else "q8_0"
                 lost = partial(_lost, place, adapter, wanted)
                 done.append(artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name, lost))
