@@ -67,19 +67,18 @@ class Walk:
         """Press Tab until what the expression says of `e` has the focus, which must be visible."""
         from selenium.webdriver import ActionChains, Keys
 
-        self.browser.execute_script(FOLLOW)
+        found = f"const k = window.focused.findIndex(e => {is_it}); return k < 0 ? -1 : window.focused.length - 1 - k"
         for _ in range(15):  # eight at a time, then back: each press by itself is a journey to the browser and back
+            self.browser.execute_script(FOLLOW)
             self.keys(*[Keys.TAB] * 8)
-            found = f"const k = window.focused.findIndex(e => {is_it}); return k < 0 ? -1 : window.focused.length - 1 - k"
             back = self.browser.execute_script(found)
-            if back >= 0:
-                if back:
-                    ActionChains(self.browser).key_down(Keys.SHIFT).send_keys(Keys.TAB * back).key_up(Keys.SHIFT).perform()
-                assert self.browser.execute_script(f"const e = document.activeElement; return {is_it}")
+            if back > 0:
+                ActionChains(self.browser).key_down(Keys.SHIFT).send_keys(Keys.TAB * back).key_up(Keys.SHIFT).perform()
+            if self.browser.execute_script(f"const e = document.activeElement; return {is_it}"):
                 style, width = self.browser.execute_script(OUTLINE)
                 assert style == "solid"
                 assert width >= 2
-                return
+                return  # where a job ended meanwhile, the way back was another: once more around
         raise AssertionError(f"the keyboard does not reach {is_it}")
 
     def looked_at(self, name: str) -> None:
