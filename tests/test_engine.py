@@ -208,8 +208,9 @@ def test_time_runs_out(running: Engine) -> None:
 
 def test_too_many_and_too_long_are_refused(loaded: LoadedModel, speakers: dict[str, Speaker]) -> None:
     stopped = Engine(loaded, speakers, slots=1, waiting=1)  # not running: what comes waits
+    ask(stopped, "base", "dog")  # for which a slot is free
     ask(stopped, "base", "dog")
-    with pytest.raises(BusyError, match="1 questions wait already"):
+    with pytest.raises(BusyError, match="2 questions wait already"):
         ask(stopped, "base", "dog")
     with pytest.raises(DataError, match=rf"prompt tokens and {CONTEXT} answer tokens exceed the context \({CONTEXT}\)"):
         ask(stopped, "base", "dog", most=CONTEXT)

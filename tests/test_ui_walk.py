@@ -236,6 +236,30 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     assert [entry["message"] for entry in walk.browser.get_log("browser")] == []
 
 
+def test_the_form_and_the_file_do_not_undo_each_other(walk: Walk, tmp_path: Path) -> None:
+    from selenium.webdriver import Keys
+
+    walk.one(".drop")
+    walk.browser.find_element("css selector", "input[type=file]").send_keys(str(tmp_path / "train.jsonl"))
+    walk.one(".tile .value")
+    walk.one("a.button[href$='/task']").click()
+    longest, file = walk.one("#f-task-max_new_tokens"), walk.browser.find_element("id", "yaml")
+    longest.clear()
+    longest.send_keys("17")
+    for box in walk.all("fieldset.checks input")[1:3]:  # at once, while the number is being saved
+        box.click()
+    chosen = {box.get_attribute("value") for box in walk.all("fieldset.checks input") if box.is_selected()}
+    until(lambda: set(yaml.safe_load(file.get_attribute("value"))["task"]["metrics"]) == chosen)
+    assert yaml.safe_load(file.get_attribute("value"))["task"]["max_new_tokens"] == 17
+    file.send_keys(Keys.END, "x")
+    assert not longest.is_enabled()
+    walk.one("a.button[href$='/plan']").click()
+    assert walk.browser.current_url.endswith("/task")
+    walk.one("#drop-yaml").click()
+    until(lambda: longest.is_enabled())
+    assert yaml.safe_load(file.get_attribute("value"))["task"]["max_new_tokens"] == 17
+
+
 def test_errors_and_empty_places_are_said(walk: Walk, tmp_path: Path) -> None:
     walk.one(".drop")
     assert "No run as yet" in walk.text()

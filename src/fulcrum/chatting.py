@@ -21,6 +21,7 @@ CHAT = "chat"  # the name of the command
 KEY_VARIABLE = "FULCRUM_CHAT_KEY"  # of the server's environment: whoever started it, and nobody else, may ask
 IDLE_SECONDS = 600.0
 _LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
+_ENDS = 20.0  # seconds that a server may take to end, with answers under way
 _PATIENCE = 300.0  # seconds without a word, of an answer under way
 
 
@@ -41,14 +42,18 @@ class Talks:
             jobs.stop(run.job(CHAT))
 
     def begin(self, run: Run) -> None:
-        """Serve a run, in place of another. Raises StoreError where that cannot be started."""
+        """Serve a run, in place of another. Raises StoreError where that cannot be started, ConfigError as `check_trusted`."""
         with self._lock:
             self.used = time.monotonic()
             if self.run is not None and self.run.id == run.id and jobs.is_running(run.job(CHAT)):
                 return
+            self.workspace.check_trusted(run)
             self._end()
-            self.key, self.address, self.run = secrets.token_urlsafe(32), "", run
-            jobs.start(run.job(CHAT), words(run.folder), self.workspace.place(run), {KEY_VARIABLE: self.key})
+            if not jobs.wait(run.job(CHAT), _ENDS):
+                raise StoreError("the chat before is still ending; begin again in a moment")
+            key = secrets.token_urlsafe(32)
+            jobs.start(run.job(CHAT), words(run.folder), self.workspace.place(run), {KEY_VARIABLE: key})
+            self.key, self.address, self.run = key, "", run
 
     def state(self, run: Run) -> dict[str, Any]:
         """Whether a run is served (off, starting, ready, failed), and then by which models; what it said where it failed."""
@@ -102,10 +107,11 @@ class Talks:
         if time.monotonic() - self.used > IDLE_SECONDS:
             self.end()
 
-    def end(self) -> None:
-        """End the chat."""
+    def end(self, run: Run | None = None) -> None:
+        """End the chat, or only that of a run."""
         with self._lock:
-            self._end()
+            if run is None or (self.run is not None and self.run.id == run.id):
+                self._end()
 
     def _end(self) -> None:
         if self.run is not None:

@@ -46,8 +46,6 @@ def serve(
     place = cli_start.bound(host, port)
     notes = cli_start.notes(ctx)
     try:
-        import uvicorn
-
         from fulcrum import serve as serving
     except ImportError as error:
         raise ConfigError(f"{MISSING} ({error})") from error
@@ -68,19 +66,13 @@ def serve(
         terminal.say(notes, f"warning: {text}", "yellow")
     limits = serving.Limits(max_body, max_tokens, timeout)
     app = serving.application(engine, limits=limits, key=key, hosts=LOOPBACK if host in LOOPBACK else ())
-    # uvicorn's own logging setup would close the handlers of others in this process.
-    settings = uvicorn.Config(
-        app, log_config=None, log_level="warning", timeout_graceful_shutdown=grace, lifespan="off",
-        limit_concurrency=slots + waiting + 64,
-    )  # fmt: skip
     where = f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
     place.listen()  # from now on who connects is answered
     terminal.say(terminal.console(), f"listening on {where}")
     terminal.say(notes, f"models: {', '.join(found.known)}; base URL for clients: {where}/v1; Ctrl-C stops")
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the one that ended it once more when it is done
         signal.signal(number, _leave)
-    with engine:
-        uvicorn.Server(settings).run(sockets=[place])
+    serving.run(app, engine, place, grace)
 
 
 def _leave(number: int, frame: "FrameType | None") -> None:

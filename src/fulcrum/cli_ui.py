@@ -45,7 +45,7 @@ def ui(
         terminal.say(screen, f"to open it in another browser: {address}" if addresses else f"page: {address}")
         addresses.append(address)
 
-    with cli_start.bound("127.0.0.1", port) as listening:
+    with space.held(), cli_start.bound("127.0.0.1", port) as listening:
         listening.listen()
         app = web.guarded(space, listening.getsockname()[1], told)
         terminal.say(screen, f"kept in {space.folder}; Ctrl-C ends the page and no run")

@@ -10,15 +10,14 @@ from typing import Any, Literal
 
 from fulcrum import jobs, onlooker, settings_file, store
 from fulcrum.errors import ConfigError, StoreError
-from fulcrum.onlooker import RUN
+from fulcrum.onlooker import INIT, RUN
 from fulcrum.workspace import YAML, Run, Workspace
 
-INIT = "init"
 LOOKS = ("check", "minutes", "anchors")  # commands that look at settings and train nothing
 KINDS = ("adapter", "merged", "gguf", "modelfile")
 QUANTIZATIONS = ("q8_0", "f16")
 _FIRST = "first.yaml"  # what `init` writes, before the page gives it its names
-_EXPORT = re.compile(r"export-[a-z][a-z0-9_]*-(adapter|merged|gguf|modelfile)")
+_EXPORT = re.compile(r"export-[a-z][a-z0-9_]*-(adapter|merged|gguf-(q8_0|f16)|modelfile)")
 _ROWS = "5"  # that a look shows
 Verb = Literal["train", "compare", "quick"]
 
@@ -79,7 +78,7 @@ def told(run: Run, name: str) -> dict[str, Any]:
     if jobs.is_running(job):
         return {"state": "running", "why": "", "log": lines, "result": None}
     made = _made(run, name)
-    if made.exists():
+    if made.exists() and (name in (INIT, *LOOKS) or made.stat().st_mtime_ns >= job.record.stat().st_mtime_ns):
         stale = name in LOOKS and job.record.stat().st_mtime_ns < run.settings.stat().st_mtime_ns
         return {"state": "done", "why": "", "log": lines, "result": store.read_json(made), "stale": stale}
     kind, line = jobs.last_word(job)
@@ -147,10 +146,10 @@ def export(workspace: Workspace, run: Run, to: str, arm: str, quantization: str)
     """Begin an export of an arm; returns the name of the command. Raises ConfigError for what is not there."""
     if to not in KINDS or quantization not in QUANTIZATIONS or arm not in onlooker.arms(run):
         raise ConfigError(f"no export of {arm!r} to {to!r} ({quantization!r}) here")
-    name = f"export-{arm}-{to}"
-    if (folder := export_folder(run, name)).exists() and not jobs.is_running(run.job(name)):
-        store.drop_folder(folder)
-    words = ["export", str(run.folder), "--to", to, "--arm", arm, "--quantization", quantization, "--out", str(folder)]
+    workspace.check_trusted(run)
+    name = f"export-{arm}-{to}" + f"-{quantization}" * (to == "gguf")
+    words = ["export", str(run.folder), "--to", to, "--arm", arm, "--quantization", quantization]
+    words += ["--out", str(export_folder(run, name))]  # which takes the place of an earlier one once it is whole
     jobs.start(run.job(name), words, workspace.place(run))
     return name
 

@@ -7,6 +7,7 @@ computed once and copied. Answers are greedy unless a temperature is asked for: 
 Invariant: an answer depends on its own question, model and seed alone, up to the rounding of sums of another batch.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -27,12 +28,19 @@ from fulcrum.prefix import BLOCK, shared
 from fulcrum.records import Message
 from fulcrum.slots import Slots
 
+STOPPED = "the server stopped"  # why an answer was broken off
+_LOG = logging.getLogger(__name__)
+_GREEDY = 1e-4  # temperatures below it are none: their quotients would overflow
 _PIECE = 256  # tokens of a prompt read in one step
 _READ = 1024  # tokens of all prompts, with their padding, read in one step
 
 
 class BusyError(FulcrumError):
     """As many wait as may, or the engine stops."""
+
+
+class TooLongError(DataError):
+    """A prompt leaves no room for its answer."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,8 @@ class Engine:
         self._turns: list[_Turn] = []  # the k-th stands in slot k
         self._wake = threading.Condition()
         self._until: float | None = None  # when what still runs is broken off, once it stops
-        self._cache = Slots(loaded, slots + len(speakers))
+        # A prompt's last piece may be padded beyond the context, by less than a piece.
+        self._cache = Slots(loaded, slots + len(speakers), None if self.context is None else self.context + _PIECE)
         self._stop_ids = {name: {*speaker.form.end_ids, *end_ids(loaded)} for name, speaker in speakers.items()}
         self._beginnings: dict[str, tuple[int, list[int]]] = {}
         for place, (name, speaker) in enumerate(self.speakers.items(), start=slots):
@@ -166,17 +175,18 @@ class Engine:
         return len(self._turns), len(self._waiting)
 
     def submit(self, question: Question) -> None:
-        """Ask. Raises BusyError where too many wait or the engine stops, DataError where the prompt leaves no room for it."""
+        """Ask. Raises BusyError where too many wait or the engine stops, TooLongError where the prompt leaves no room for it,
+        DataError where it is empty."""
         if not question.prompt:
             raise DataError("the prompt is empty: there is nothing to go on from")
         if self.context is not None and len(question.prompt) + question.most > self.context:
-            raise DataError(
+            raise TooLongError(
                 f"{len(question.prompt)} prompt tokens and {question.most} answer tokens exceed the context ({self.context})"
             )
         with self._wake:
             if self._until is not None:
                 raise BusyError("the server stops; ask again in a while")
-            if len(self._waiting) >= self.most_waiting:
+            if len(self._waiting) >= self.most_waiting + self.slots - len(self._turns):  # free slots are taken from there too
                 raise BusyError(f"{len(self._waiting)} questions wait already; ask again in a while")
             self._waiting.append(question)
             self._wake.notify()
@@ -188,9 +198,8 @@ class Engine:
             try:
                 self._admit()
                 self._step()
-            except (
-                Exception
-            ) as error:  # of the model or the device, in the middle of a step: these answers are lost, others not
+            except Exception as error:  # of the model or the device, in mid-step: these answers are lost, others not
+                _LOG.exception("a step failed; %d answers are lost", len(self._turns))
                 for turn in self._turns:
                     _deliver(turn.question, Piece("", 0, "error", f"{type(error).__name__}: {error}"))
                 self._turns.clear()
@@ -201,10 +210,10 @@ class Engine:
             while not self._turns and not self._waiting and self._until is None:
                 self._wake.wait()
             if self._until is not None:
-                self._end(self._waiting, "error", "the server stopped")
+                self._end(self._waiting, "error", STOPPED)
                 self._waiting.clear()
                 if time.monotonic() >= self._until:
-                    self._end((turn.question for turn in self._turns), "error", "the server stopped")
+                    self._end((turn.question for turn in self._turns), "error", STOPPED)
                     self._turns.clear()
                 return bool(self._turns)
         return True
@@ -221,6 +230,7 @@ class Engine:
             try:
                 self._begin(question)
             except Exception as error:  # as in a step
+                _LOG.exception("a question could not be begun")
                 _deliver(question, Piece("", 0, "error", f"{type(error).__name__}: {error}"))
 
     def _end(self, questions: Iterable[Question], finish: str, wrong: str) -> None:
@@ -269,11 +279,14 @@ class Engine:
         places = {id(turn): slot for slot, turn in enumerate(self._turns)}
         pieces = [turn.unread[:_PIECE] for turn in turns]
         logits = self._cache.extend([places[id(turn)] for turn in turns], pieces, [turn.adapter for turn in turns])
-        likeliest = logits.argmax(dim=-1).tolist()
+        likeliest, broken = logits.argmax(dim=-1).tolist(), logits.isnan().any(dim=-1).tolist()
         self.counts.parts += len(turns)
-        for turn, piece, own, token in zip(turns, pieces, logits, likeliest, strict=True):
+        for turn, piece, own, token, is_broken in zip(turns, pieces, logits, likeliest, broken, strict=True):
             turn.unread = turn.unread[len(piece) :]
-            if not turn.unread:
+            if is_broken:  # its keys would spoil whoever comes to this slot
+                self._cache.erase(self._turns.index(turn))
+                self._finish(turn, Piece("", 0, "error", "the model's numbers are none for this question"))
+            elif not turn.unread:
                 self._say(turn, int(token) if turn.generator is None else _draw(own, turn.question, turn.generator))
 
     def _say(self, turn: _Turn, token: int) -> None:
@@ -316,9 +329,11 @@ def _deliver(question: Question, piece: Piece) -> None:
 
 def _draw(logits: Tensor, question: Question, generator: torch.Generator) -> int:
     """A token drawn at the question's temperature, of the likeliest ones that together hold `top_p`."""
-    chances = torch.softmax(logits / question.temperature, dim=-1)
+    if question.temperature < _GREEDY:
+        return int(logits.argmax())
+    chances = torch.softmax((logits - logits.max()) / question.temperature, dim=-1)
     if question.top_p < 1:
         ordered, order = chances.sort(descending=True)
-        ordered[ordered.cumsum(dim=0) - ordered >= question.top_p] = 0
+        ordered[1:][(ordered.cumsum(dim=0) - ordered)[1:] >= question.top_p] = 0
         return int(order[torch.multinomial(ordered, 1, generator=generator)])
     return int(torch.multinomial(chances, 1, generator=generator))

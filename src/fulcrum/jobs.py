@@ -11,14 +11,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fulcrum import store
-from fulcrum.errors import StoreError
+from fulcrum.errors import ConfigError, StoreError
 
+# Words of a job are read again: no colours, whatever the user's shell asks of commands in a terminal.
+_COLOURS = frozenset({"FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"})
 COMMAND = (sys.executable, "-P", "-m", "fulcrum")  # -P: nothing that lies in the working folder is ever imported
 _TAIL_BYTES = 65_536
 _starting = threading.Lock()  # two requests for the same command must not both find that it does not run
@@ -46,7 +49,7 @@ class Job:
 def start(job: Job, words: Sequence[str], place: Path, more: Mapping[str, str] | None = None) -> None:
     """Run `fulcrum WORDS` in the folder `place`, detached from this process and its terminal; `more` joins its environment.
 
-    Raises StoreError where the job runs already, or where the disk refuses.
+    Raises StoreError where the job runs already, or where the disk refuses, ConfigError for words that no process can be given.
     """
     with _starting:
         if is_running(job):
@@ -55,15 +58,18 @@ def start(job: Job, words: Sequence[str], place: Path, more: Mapping[str, str] |
 
 
 def _start(job: Job, words: Sequence[str], place: Path, more: Mapping[str, str]) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name not in _COLOURS}
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         with job.log.open("wb") as log:
             process = subprocess.Popen(
                 [*COMMAND, *words], cwd=place, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **more},
+                env={**inherited, "NO_COLOR": "1", **more},
             )  # fmt: skip
     except OSError as error:
         raise StoreError(f"{job.folder}: cannot start a command: {error.strerror or error}; {store.ELSEWHERE}") from error
+    except ValueError as error:  # a NUL among its words
+        raise ConfigError(f"{job.name}: cannot start with {words[-1]!r}: {error}") from error
     _children[process.pid] = process
     known = {"pid": process.pid, "began": began(process.pid), "host": platform.node(), "words": list(words)}
     store.write_json(job.record, known)
@@ -81,11 +87,27 @@ def was_started(job: Job) -> bool:
 
 
 def stop(job: Job) -> None:
-    """Ask the job to end as Ctrl-C would (SIGTERM): a training finishes its step and saves. One that has ended stays so."""
-    if is_running(job):
+    """Ask the job to end as Ctrl-C would (SIGTERM): a training finishes its step and saves. One that has ended stays so.
+
+    Asking again changes nothing: a second signal would mean "at once", and lose the steps since the last checkpoint.
+    """
+    if is_running(job) and not was_asked(job):
         known = store.recalled(job.record)
         store.write_json(job.record, {**known, "asked": True})
         os.kill(int(known["pid"]), signal.SIGTERM)
+
+
+def was_asked(job: Job) -> bool:
+    """Whether the job was asked to end."""
+    return bool(store.recalled(job.record).get("asked"))
+
+
+def wait(job: Job, seconds: float) -> bool:
+    """Wait for a job's end, at most so long; returns whether it ended."""
+    until = time.monotonic() + seconds
+    while is_running(job) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not is_running(job)
 
 
 def lives(pid: Any, since: Any) -> bool:
@@ -131,4 +153,4 @@ def last_word(job: Job) -> tuple[str, str]:
         for kind in ("error", "stopped"):
             if line.startswith(f"{kind}: "):
                 return kind, line.removeprefix(f"{kind}: ")
-    return ("stopped", "before it had begun to work") if store.recalled(job.record).get("asked") else ("", "")
+    return ("stopped", "before it had begun to work") if was_asked(job) else ("", "")

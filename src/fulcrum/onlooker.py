@@ -16,7 +16,8 @@ from fulcrum import jobs, page, report, store, summary
 from fulcrum.errors import FulcrumError
 from fulcrum.workspace import Run
 
-RUN = "run"  # the name of the command that trains
+INIT = "init"  # the name of the command that reads the data
+RUN = "run"  # of the one that trains
 State = Literal["planned", "running", "stopped", "failed", "finished"]
 _MOST_BYTES = 2**20  # of events told at once
 _OVERALL = re.compile(r"comparison: ([\d,]+)/([\d,]+), (\S+) left")
@@ -36,7 +37,10 @@ def state(run: Run) -> tuple[State, str]:
     if "outputs" in manifest:
         return "finished", ""
     if not jobs.was_started(job):
-        return "planned", ""
+        first = run.job(INIT)
+        isnt_read = not run.settings.exists() and jobs.was_started(first) and not jobs.is_running(first)
+        why = jobs.last_word(first)[1] if isnt_read else ""
+        return ("failed", why) if why else ("planned", "")
     kind, line = jobs.last_word(job)
     return ("stopped", "") if kind == "stopped" else ("failed", line or _KILLED)
 
@@ -52,7 +56,7 @@ def _is_held(folder: Path) -> bool:
 
 def can_resume(run: Run) -> bool:
     """Whether going on is possible: an own run that ended before its time."""
-    return run.is_own and state(run)[0] in ("stopped", "failed")
+    return run.is_own and jobs.was_started(run.job(RUN)) and state(run)[0] in ("stopped", "failed")
 
 
 def card(run: Run) -> dict[str, Any]:
@@ -82,6 +86,7 @@ def watched(run: Run, after: int) -> dict[str, Any]:
     found, why = state(run)
     return {
         "state": found, "why": why, "points": points, "end": end, "log": lines[-60:], "resumable": can_resume(run),
+        "asked": jobs.was_asked(run.job(RUN)),
         "overall": None if overall is None else {"done": _number(overall[1]), "all": _number(overall[2]), "left": overall[3]},
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ let through, as are fields at the value that means "off".
 
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -20,8 +20,10 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},),
     "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "modalities": (["text"],), "echo": (False,), "best_of": (1,), "suffix": ("",),
+    "reasoning_effort": ("none",), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "chat_template_kwargs": ({},),
 }  # fmt: skip
 MOST_CHOICES = 16
+_MOST_PARTS = 2_000  # messages of a conversation, parts of a message; a list with mistakes is left at the first of them
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine that no other one reaches
 
 
@@ -38,7 +40,7 @@ class Turn(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
+    content: str | Annotated[list[_Part], Field(max_length=_MOST_PARTS, fail_fast=True)]
 
     @model_validator(mode="after")
     def _nothing_else(self) -> "Turn":
@@ -69,14 +71,14 @@ class Asked(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
     @model_validator(mode="after")
     def _nothing_is_passed_over(self) -> "Asked":
         for name, value in (self.model_extra or {}).items():
-            if name not in _WITHOUT_EFFECT and value is not None and value not in _OFF.get(name, ()):
+            if name not in _WITHOUT_EFFECT and value is not None and not _is_off(name, value):
                 raise ValueError(f"{name!r} is not supported by this server; leave it out")
         return self
 
@@ -85,7 +87,7 @@ class Asked(BaseModel):
     def _stops(cls, value: str | list[str] | None) -> str | list[str] | None:
         given = [value] if isinstance(value, str) else value or []
         if len(given) > 4 or not all(given):
-            raise ValueError("stop: at most four texts, none of them empty")
+            raise ValueError("at most four texts, none of them empty")
         return value
 
     @property
@@ -97,7 +99,7 @@ class Asked(BaseModel):
 class Chat(Asked):
     """A request to /v1/chat/completions."""
 
-    messages: list[Turn] = Field(min_length=1)
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=_MOST_PARTS, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @field_validator("messages")
@@ -111,7 +113,12 @@ class Chat(Asked):
 class Completion(Asked):
     """A request to /v1/completions: texts, or token ids, to go on from."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(max_length=MOST_CHOICES, fail_fast=True)]
+        | Annotated[list[int], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(max_length=MOST_CHOICES, fail_fast=True)]
+    )
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -120,6 +127,11 @@ class Completion(Asked):
             return [self.prompt]
         numbers = [part for part in self.prompt if isinstance(part, int)]
         return [numbers] if numbers else [part for part in self.prompt if not isinstance(part, int)]
+
+
+def _is_off(name: str, value: Any) -> bool:
+    """Whether a field has the value that means "off"; false is no number."""
+    return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in _OFF.get(name, ()))
 
 
 class Envelope:

@@ -13,9 +13,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from socket import socket
+from types import FrameType
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
+import uvicorn
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -25,12 +28,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fulcrum import encode, openai_api
-from fulcrum.engine import BusyError, Engine, Piece, Question, Speaker
+from fulcrum.engine import STOPPED, BusyError, Engine, Piece, Question, Speaker, TooLongError
 from fulcrum.errors import DataError, nearest
 from fulcrum.openai_api import LOOPBACK, Asked, Chat, Completion, Envelope
 
 Made = TypeVar("Made")
 
+_BODY_SECONDS = 30.0  # within which each part of a body must come
+_LAST_SECONDS = 5  # in which those are told whose answers were broken off at the end
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # bounds of the histograms
 
 
@@ -87,7 +92,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         known = scope["path"] in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health")
-        read = 0
+        read, is_read = 0, False
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -95,8 +100,12 @@ class Gate:
             await send(message)
 
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, is_read
+            try:
+                message = await asyncio.wait_for(receive(), None if is_read else _BODY_SECONDS)
+            except TimeoutError:
+                raise Refused(408, openai_api.error(f"the body did not come within {_BODY_SECONDS:g} seconds")) from None
+            is_read = is_read or not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self.limit:
                 raise Refused(413, openai_api.error(f"the body is over {self.limit:,} bytes", code="too_large"))
@@ -113,8 +122,9 @@ class Gate:
         host = _hostname(headers.get("host", ""))
         if self.hosts and host not in self.hosts:  # a page of another name that resolves to this machine (DNS rebinding)
             raise Refused(421, openai_api.error(f"host {host!r} is not served here; use {' or '.join(self.hosts)}"))
-        given = headers.get("authorization", "").removeprefix("Bearer ")
-        if self.key is not None and path != "/health" and not hmac.compare_digest(given.encode(), self.key.encode()):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        isnt_let_in = scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), (self.key or "").encode())
+        if self.key is not None and path != "/health" and isnt_let_in:
             text = "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
             raise Refused(401, openai_api.error(text, "authentication_error", code="invalid_api_key"))
         length = headers.get("content-length", "0")
@@ -131,7 +141,7 @@ def _hostname(host: str) -> str:
 
 
 def _refusal(refused: Refused) -> JSONResponse:
-    headers = {"Retry-After": "1"} if refused.status_code == 429 else {}
+    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(refused.status_code, {})
     return JSONResponse(refused.body, refused.status_code, headers)
 
 
@@ -187,7 +197,7 @@ class _Desk:
         messages = [turn.message() for turn in asked.messages]
         prompt = await self._tokens(lambda: encode.prompt_ids(messages, speaker.form))
         most = asked.max_completion_tokens or asked.max_tokens
-        return await self._answer("chat", asked, [prompt], most or speaker.longest, request)
+        return await self._answer("chat", asked, [prompt], most or self._usual(speaker.longest, [prompt]), request)
 
     async def completion(self, asked: Completion, request: Request) -> Response:
         """Go on from a text as it is, markers of the template included: whoever writes it has rendered the template."""
@@ -201,11 +211,16 @@ class _Desk:
                 raise DataError(f"token {wrong} is none of the model's {len(tokenizer):,}")
             return given
 
-        given = await self._tokens(tokens)
-        number = len(given) * (asked.n or 1)
+        number = len(asked.prompts) * (asked.n or 1)
         if not 0 < number <= openai_api.MOST_CHOICES:
             raise Refused(400, openai_api.error(f"{number} answers were asked for, 1 to {openai_api.MOST_CHOICES} are allowed"))
-        return await self._answer("completion", asked, given, asked.max_tokens or 16, request)
+        given = await self._tokens(tokens)
+        return await self._answer("completion", asked, given, asked.max_tokens or self._usual(16, given), request)
+
+    def _usual(self, most: int, prompts: list[list[int]]) -> int:
+        """The answer tokens of a request that names no number: fewer than usual where a limit or the context leaves fewer."""
+        room = most if self.engine.context is None else self.engine.context - max(map(len, prompts))
+        return max(1, min(most, self.limits.tokens, room))
 
     async def _tokens(self, make: Callable[[], Made]) -> Made:
         def locked() -> Made:
@@ -235,12 +250,15 @@ class _Desk:
             raise Refused(429, openai_api.error(str(error), "rate_limit_error")) from error
         except DataError as error:
             self._leave(questions)
-            raise Refused(400, openai_api.error(str(error), code="context_length_exceeded")) from error
+            code = "context_length_exceeded" if isinstance(error, TooLongError) else None
+            raise Refused(400, openai_api.error(str(error), code=code)) from error
+        read = sum(map(len, prompts))  # once, however many answers
         envelope = Envelope(kind, secrets.token_hex(12), asked.model)
         counted = asked.stream_options is not None and asked.stream_options.include_usage
         if asked.stream:
-            return _Stream(self._events(envelope, heard, questions, counted), lambda: self._leave(questions))
-        return await self._whole(envelope, heard, questions, request)
+            events = self._events(envelope, heard, questions, read if counted else None)
+            return _Stream(events, lambda: self._leave(questions))
+        return await self._whole(envelope, heard, questions, read, request)
 
     @staticmethod
     def _leave(questions: Sequence[Question]) -> None:
@@ -259,12 +277,15 @@ class _Desk:
             if piece.finish == "timeout":
                 raise Refused(504, openai_api.error(f"not answered within {self.limits.seconds:g} seconds", "timeout"))
             if piece.finish in ("error", "cancelled"):
-                raise Refused(500, openai_api.error(piece.wrong or "broken off", "server_error"))
+                status = 503 if piece.wrong == STOPPED else 500
+                raise Refused(status, openai_api.error(piece.wrong or "broken off", "server_error"))
             left -= piece.finish is not None
             yield index, piece
         self.metrics.whole.observe(time.monotonic() - begun)
 
-    async def _whole(self, envelope: Envelope, heard: _Heard, questions: Sequence[Question], request: Request) -> Response:
+    async def _whole(
+        self, envelope: Envelope, heard: _Heard, questions: Sequence[Question], read: int, request: Request
+    ) -> Response:
         texts, ends, tokens = [""] * len(questions), [""] * len(questions), 0
 
         async def gather() -> None:
@@ -290,12 +311,12 @@ class _Desk:
                 with suppress(asyncio.CancelledError, Exception):
                     await task
             self._leave(questions)
-        read = sum(len(question.prompt) for question in questions)
         return JSONResponse(envelope.whole(texts, ends, openai_api.usage(read, tokens)))
 
     async def _events(
-        self, envelope: Envelope, heard: _Heard, questions: Sequence[Question], counted: bool
+        self, envelope: Envelope, heard: _Heard, questions: Sequence[Question], read: int | None
     ) -> AsyncIterator[str]:
+        """Server-sent events; `read`: prompt tokens, where the client asked to be told."""
         for index in range(len(questions)) if envelope.kind == "chat" else ():
             yield _event(envelope.part(index, "", None, first=True))
         tokens = 0
@@ -307,8 +328,8 @@ class _Desk:
         except Refused as refused:
             yield _event(refused.body)
             return
-        if counted:
-            yield _event(envelope.counted(openai_api.usage(sum(len(one.prompt) for one in questions), tokens)))
+        if read is not None:
+            yield _event(envelope.counted(openai_api.usage(read, tokens)))
         yield "data: [DONE]\n\n"
 
 
@@ -351,7 +372,7 @@ def application(engine: Engine, *, limits: Limits, key: str | None = None, hosts
         desk.speaker(name)
         return shown(name)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return JSONResponse({"status": "ok" if engine.alive else "the engine stopped"}, 200 if engine.alive else 503)
 
@@ -366,12 +387,41 @@ def application(engine: Engine, *, limits: Limits, key: str | None = None, hosts
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
+        # Of a value that may be of several types pydantic names each; the client sent none of these names.
+        parts = (
+            part for part in first["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))
+        )
+        place = ".".join(map(str, parts))
         text = str(first["msg"]).removeprefix("Value error, ")
         return JSONResponse(openai_api.error(f"{place}: {text}" if place else text, field=place or None), 400)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(openai_api.error(f"{request.method} {request.url.path}: {error.detail}"), error.status_code)
+        body = openai_api.error(f"{request.method} {request.url.path}: {error.detail}")
+        return JSONResponse(body, error.status_code, error.headers)
 
     return Gate(app, hosts=hosts, key=key, limit=limits.body, metrics=metrics)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which tells the engine at once that it was asked to end, so that what cannot be answered in time is told so."""
+
+    def __init__(self, settings: uvicorn.Config, engine: Engine, grace: float) -> None:
+        super().__init__(settings)
+        self.engine, self.grace = engine, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn's, of a signal."""
+        if not self.should_exit:
+            threading.Thread(target=self.engine.stop, args=(self.grace,), daemon=True).start()
+        super().handle_exit(sig, frame)
+
+
+def run(app: ASGIApp, engine: Engine, listening: socket, grace: int) -> None:
+    """Answer on a socket until SIGINT or SIGTERM, and then `grace` seconds more what is under way. The engine runs inside."""
+    # uvicorn's own logging setup would close the handlers of others in this process.
+    settings = uvicorn.Config(
+        app, log_config=None, log_level="warning", timeout_graceful_shutdown=grace + _LAST_SECONDS, lifespan="off"
+    )
+    with engine:
+        _Server(settings, engine, grace).run(sockets=[listening])

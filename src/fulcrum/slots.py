@@ -73,11 +73,13 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]  # Transformers' classes ha
             held[step.index[:, None], :, step.positions] = states.transpose(1, 2).to(held.dtype)
         return self.keys[step.rows, :, : step.width], self.values[step.rows, :, : step.width]
 
-    def widen(self) -> None:
-        """Grow to the room that slots have now."""
+    def widen(self, room: int) -> None:
+        """Grow to a room of so many tokens."""
         for name in ("keys", "values") if self.is_initialized else ():
             old = getattr(self, name)
-            grown = old.new_zeros((*old.shape[:2], self.slots.room, old.shape[3]))
+            if old.shape[2] >= room:  # when memory was short for another layer
+                continue
+            grown = old.new_zeros((*old.shape[:2], room, old.shape[3]))
             grown[:, :, : old.shape[2]] = old
             setattr(self, name, grown)
 
@@ -136,12 +138,14 @@ AttentionInterface.register(NAME, slot_attention)
 class Slots:
     """`number` conversations of a model, each with an adapter of its own or none."""
 
-    def __init__(self, loaded: LoadedModel, number: int) -> None:
+    def __init__(self, loaded: LoadedModel, number: int, most: int | None = None) -> None:
         """Make the model ready, and find out whether it can do this. Raises ModelError where it cannot, with the reason.
+
+        `most`: tokens that a slot will need at most.
 
         From then on the model's attention is this one: whoever does anything else with it must `close` the slots first.
         """
-        self.loaded, self.number = loaded, number
+        self.loaded, self.number, self.most = loaded, number, most
         self.lengths = [0] * number
         self.room = _WIDTH
         self.step = _Step(slice(0), torch.empty(0, dtype=torch.int64), torch.empty(0), 0)
@@ -162,6 +166,12 @@ class Slots:
     def clear(self, slot: int) -> None:
         """Forget a slot's tokens."""
         self.lengths[slot] = 0
+
+    def erase(self, slot: int) -> None:
+        """Forget a slot's tokens, and what was computed of them."""
+        self.clear(slot)
+        for layer in self._cache.layers:
+            layer.keys[slot], layer.values[slot] = 0, 0
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin with the first `length` tokens of another."""
@@ -214,9 +224,10 @@ class Slots:
 
     def _make_room(self, tokens: int) -> None:
         if tokens > self.room:
-            self.room = max(tokens, 2 * self.room)
+            room = max(tokens, 2 * self.room if self.most is None else min(2 * self.room, self.most))
             for layer in self._cache.layers:
-                layer.widen()
+                layer.widen(room)
+            self.room = room  # last: where memory does not suffice, all stays as it was
 
     def _probe(self) -> str:
         """Two texts side by side, some of their tokens at once and then one by one, against the stock attention. Returns why

@@ -56,7 +56,7 @@ class Talk:
             say(self.notes, HELP, "dim")
         while True:
             try:
-                line = input("› " if sys.stdin.isatty() else "").strip()
+                line = input("› " if sys.stdin.isatty() else "").removeprefix("\ufeff").strip()
             except EOFError:
                 return
             if line == "/quit":

@@ -171,7 +171,7 @@ def _data(app: FastAPI, space: Workspace) -> None:
 
     @app.get("/api/runs")
     def runs() -> Any:
-        return [onlooker.card(run) for run in space.runs()]
+        return [{**found, "why": space.in_words(found["why"])} for found in map(onlooker.card, space.runs())]
 
     @app.post("/api/runs")
     def new(body: NewRun) -> Any:
@@ -183,7 +183,7 @@ def _data(app: FastAPI, space: Workspace) -> None:
     @app.post("/api/runs/{run_id}/init")
     def init(run_id: Id, body: Columns) -> Any:
         desk.first_look(space, space.run(run_id), None, body.columns)
-        return desk.told(space.run(run_id), desk.INIT)
+        return _told(space, run_id, onlooker.INIT)
 
     @app.post("/api/runs/{run_id}/again")
     def again(run_id: Id) -> Any:
@@ -211,15 +211,20 @@ def _settings(app: FastAPI, space: Workspace) -> None:
     @app.post("/api/runs/{run_id}/jobs/{name}")
     def look(run_id: Id, name: Name) -> Any:
         desk.look(space, space.run(run_id), name)
-        return desk.told(space.run(run_id), name)
+        return _told(space, run_id, name)
 
     @app.get("/api/runs/{run_id}/jobs/{name}")
     def told(run_id: Id, name: Name) -> Any:
-        return desk.told(space.run(run_id), name)
+        return _told(space, run_id, name)
 
     @app.delete("/api/runs/{run_id}/jobs/{name}")
     def end(run_id: Id, name: Name) -> Any:
         return desk.end(space.run(run_id), name)
+
+
+def _told(space: Workspace, run_id: str, name: str) -> dict[str, Any]:
+    found = desk.told(space.run(run_id), name)
+    return {**found, "why": space.in_words(found["why"]), "log": [space.in_words(line) for line in found["log"]]}
 
 
 def _written(space: Workspace, run: Run) -> dict[str, Any]:
@@ -338,8 +343,9 @@ def _chat(app: FastAPI, space: Workspace, talks: Talks) -> None:
 
     @app.delete("/api/runs/{run_id}/chat")
     def end(run_id: Id) -> Any:
-        talks.end()
-        return talks.state(space.run(run_id))
+        found = space.run(run_id)
+        talks.end(found)
+        return talks.state(found)
 
     @app.post("/api/runs/{run_id}/chat/ask")
     def ask(run_id: Id, body: Asked) -> Response:

@@ -15,13 +15,16 @@ import hashlib
 import json
 import re
 import secrets
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from fulcrum import config, settings_file, store
 from fulcrum.config import Arm, Settings
@@ -81,15 +84,43 @@ class Workspace:
         for path in (*self.others, *map(Path, self.models)):
             if not path.exists():
                 raise ConfigError(f"{path}: no such folder; name one that is there")
+        self._writing = threading.RLock()  # what changes settings reads them first
         for part in ("data", "runs"):
             try:
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StoreError(f"{self.folder}: cannot write: {error.strerror}; choose another --folder") from error
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, this folder is this process's alone. Raises StoreError where another page is at work on it."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            text = f"{self.folder}: another page is at work on it; open the address that its terminal shows, end it, or "
+            raise StoreError(f"{text}choose another --folder") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def check_trusted(self, run: Run) -> None:
+        """Raise ConfigError for a run of the user's folders whose model brings code of its own: no page may have that run."""
+        if not run.is_own and config.load(run.folder / "config.yaml").trust_remote_code:
+            raise ConfigError(
+                f"{run.title}: trust_remote_code: not from the page; use fulcrum serve, chat or export in a terminal"
+            )
+
     def place(self, run: Run) -> Path:
         """The folder that relative paths of a run's settings start from."""
         return self.folder if run.is_own else Path.cwd()
+
+    def in_words(self, text: str) -> str:
+        """What a command said, with uploaded files called as the user called them."""
+        for data in self.data() if "data/" in text else ():
+            text = text.replace(data.path, data.name)
+        return text
 
     # ---- data
 
@@ -100,7 +131,7 @@ class Workspace:
         try:
             with partial.open("wb") as stream:
                 _pour(parts, stream)
-            ending = kind_of(partial)
+            ending = kind_of(partial, name)
             size, path = partial.stat().st_size, f"data/{made}{ending}"
             store.write_json(
                 self.folder / "data" / f"{made}.about", {"name": shown(name), "file": f"{made}{ending}", "size": size}
@@ -155,9 +186,10 @@ class Workspace:
 
     def again(self, run: Run) -> Run:
         """Another run with the settings of one. Raises ConfigError where it has none that the page may use."""
-        text = self.text(run)
+        data = settings_file.parse(self.text(run), YAML)
+        self.checked(data, run)  # before a run is made that would have no settings
         made = self.new_run(f"{run.title} (again)", self.datum(run.data))
-        self.write(made, settings_file.parse(text, YAML))
+        self.write(made, data)
         return made
 
     def _own(self, asked: str) -> Run | None:
@@ -187,16 +219,18 @@ class Workspace:
 
     def save(self, run: Run, text: str) -> Settings:
         """Write settings that the user wrote, as they are, if they may be. Raises ConfigError."""
-        found = self.values(run, text)
-        store.write_bytes(run.settings, text.encode())
+        with self._writing:
+            found = self.values(run, text)
+            store.write_bytes(run.settings, text.encode())
         return found
 
     def change(self, run: Run, changes: dict[str, Any]) -> Settings:
         """Set `a.b: value` in a run's settings, and write them anew. Raises ConfigError."""
-        data = settings_file.rename(settings_file.parse(self.text(run), YAML))
-        for dotted, value in changes.items():
-            settings_file.put(data, dotted, value)
-        return self.write(run, data)
+        with self._writing:
+            data = settings_file.rename(settings_file.parse(self.text(run), YAML))
+            for dotted, value in changes.items():
+                settings_file.put(data, dotted, value)
+            return self.write(run, data)
 
     def write(self, run: Run, data: Any) -> Settings:
         """Write settings from plain values; where the run writes is not the user's to choose. Raises ConfigError."""
@@ -286,8 +320,9 @@ def _pour(parts: Iterable[bytes], stream: IO[bytes]) -> None:
         stream.write(part)
 
 
-def kind_of(file: Path) -> str:
-    """The ending that a file's content asks for, whatever it was called. Raises DataError for what holds no rows of text."""
+def kind_of(file: Path, name: str = "") -> str:
+    """The ending that a file's content asks for, and its name where the content may be several. Raises DataError for what holds
+    no rows of text."""
     with file.open("rb") as stream:
         head = stream.readline(_FIRST_BYTES)
         head += stream.read(65_536)
@@ -304,6 +339,8 @@ def kind_of(file: Path) -> str:
         raise DataError("the file is empty or no text; give .jsonl, .json, .csv or .parquet")
     if text.lstrip()[0] == "[":
         return ".json"
+    if name.lower().endswith(".jsonl"):  # whose first line may be broken
+        return ".jsonl"
     return (".jsonl" if _is_object(text.lstrip().split("\n", 1)[0]) else ".json") if text.lstrip()[0] == "{" else ".csv"
 
 

@@ -62,12 +62,14 @@ async function show() {
 }
 
 async function refresh(id, step) {
-  const run = await get(`/api/runs/${id}`);
+  const run = await get(`/api/runs/${id}`).catch(() => null);
+  if (!run) return run;
   if (location.hash.startsWith(`#/run/${id}/`)) steps(run, step);
   return run;
 }
 
 addEventListener("hashchange", show);
+for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault()); // beside a zone: stay here
 document.querySelector(".jump").addEventListener("click", (event) => {
   event.preventDefault();
   document.getElementById("main").focus();

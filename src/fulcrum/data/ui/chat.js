@@ -57,6 +57,7 @@ export function chat(run, signal) {
       const text = h("p", { class: "text" }, "…");
       one.log.append(h("p", { class: "asked" }, h("span", { class: "unseen" }, "asked: "), question), h("div", { class: "answered" }, text));
       let whole = "";
+      one.log.setAttribute("aria-busy", "true"); // heard once it is whole
       try {
         for await (const piece of pieces(await ask(`${path}/ask`, { method: "POST", body: { model: one.name, messages: one.said }, signal }))) {
           whole += piece;
@@ -68,13 +69,21 @@ export function chat(run, signal) {
       } catch (error) {
         one.said.pop();
         text.replaceWith(failure(error));
+        return false;
+      } finally {
+        one.log.setAttribute("aria-busy", "false");
       }
+      return true;
     };
     const go = action("Send", async () => {
       const question = input.value.trim();
       if (!question) { input.focus(); return; }
       input.value = "";
-      await Promise.all(columns.map((one) => answered(one, question)));
+      const heard = await Promise.all(columns.map((one) => answered(one, question)));
+      if (!heard.includes(true)) {
+        input.value = question;
+        await look(); // where the chat has ended, it can be begun again
+      }
       input.focus();
     }, { id: "send" });
     const anew = action("Begin anew", async () => { columns = []; arrange(); input.focus(); }, { kind: "second" });
@@ -97,7 +106,7 @@ export function chat(run, signal) {
     if (told.state === "ready" && !isOpen) open(told.models);
     if (told.state !== "ready") { room.hidden = true; isOpen = false; }
     return told.state !== "starting";
-  });
+  }, wrong);
   look();
   return h("section", {}, h("h2", {}, "Chat"), h("p", { class: "quiet" }, "The untouched model and what was trained, asked the same. The models are loaded when the chat begins and dropped when it is idle."),
     begin.all, status, wrong, room);

@@ -38,9 +38,13 @@ export async function data(main, run, signal, refresh) {
     } else if (told.state === "none") {
       place.replaceChildren(note("empty", h("p", {}, "These settings were taken over from another run.")));
       forward.hidden = !run.set;
-    } else place.replaceChildren(failure({ message: told.why }), columns(run, look, place));
+    } else {
+      place.replaceChildren(failure({ message: told.why }));
+      if (/column|format/.test(told.why)) place.append(columns(run, look, place));
+      else place.append(h("p", {}, h("a", { class: "button", href: "#/" }, "Choose another file")));
+    }
     return true;
-  });
+  }, place);
   await look();
 }
 

@@ -61,14 +61,19 @@ export function say(text) {
   document.getElementById("said").textContent = text;
 }
 
-// Calls `look` now and every so often until it returns true or the view is left; a server that is away is asked again.
-export async function poll(signal, milliseconds, look) {
+// Calls `look` now and every so often until it returns true or the view is left; a server that is away, or in trouble, is asked
+// again, and what it refuses is said in `place`.
+export async function poll(signal, milliseconds, look, place) {
   while (!signal.aborted) {
     try {
       if (await look()) return;
     } catch (error) {
       if (error.name === "AbortError" || signal.aborted) return;
-      if (!(error instanceof Refused) || (error.status !== 0 && error.status !== 401)) throw error;
+      if (!(error instanceof Refused)) throw error;
+      if (error.status >= 400 && error.status < 500 && error.status !== 401) {
+        place.replaceChildren(failure(error));
+        return;
+      }
     }
     await new Promise((done) => {
       const timer = setTimeout(done, milliseconds);
@@ -155,7 +160,7 @@ export function command(signal, run, name, { label, again, show, about, auto = f
     if (told.state === "failed") place.replaceChildren(failure({ message: told.why }));
     else if (told.state === "done") place.replaceChildren(...[show(told.result, told)].flat());
     else if (isRunning && told.result === null && place.querySelector(".bad")) place.replaceChildren();
-    place.classList.toggle("stale", Boolean(told.stale));
+    place.classList.toggle("stale", Boolean(told.stale) || isRunning || told.state === "stopped"); // of the settings before
   };
   const watch = () => poll(signal, 700, async () => {
     const told = await get(path, signal);
@@ -165,7 +170,7 @@ export function command(signal, run, name, { label, again, show, about, auto = f
       return true;
     }
     return false;
-  });
+  }, begun.wrong);
   (async () => {
     const told = await get(path, signal).catch(() => null);
     if (!told) return;

@@ -18,6 +18,12 @@ export function dropzone(label, hint, taken, { small = false, most = Infinity } 
     small ? null : h("p", { class: "big" }, "Drop a data file here, or"), button, input, hint && h("p", { class: "quiet" }, hint), status, wrong);
   const take = async (file) => {
     wrong.replaceChildren();
+    try {
+      await file.slice(0, 1).arrayBuffer();
+    } catch {
+      wrong.replaceChildren(failure({ message: `${file.name} cannot be read: it is a folder, or was moved or changed just now.` }));
+      return;
+    }
     if (file.size > most) {
       wrong.replaceChildren(failure({ message: `${file.name} has ${bytes(file.size)}, the page takes ${bytes(most)}; give its path to “fulcrum init” in a terminal.` }));
       return;
@@ -44,7 +50,9 @@ export function dropzone(label, hint, taken, { small = false, most = Infinity } 
     event.preventDefault();
     depth = 0;
     zone.classList.remove("over");
-    if (event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
+    const { files } = event.dataTransfer;
+    if (files.length > 1) wrong.replaceChildren(failure({ message: `${files.length} files: one is taken at a time.` }));
+    else if (files.length) take(files[0]);
   });
   return zone;
 }
@@ -65,7 +73,10 @@ export async function home(main, signal) {
     badge(run.state),
     h("span", { class: "quiet when" }, [run.verb, new Date(run.made).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })].filter(Boolean).join(" · ")),
     run.why && h("span", { class: "quiet why" }, run.why));
+  let drawn = "";
   const draw = (found) => {
+    if (JSON.stringify(found) === drawn) return; // whoever walks the list by keyboard keeps the place
+    drawn = JSON.stringify(found);
     own.replaceChildren(...found.filter((run) => run.own).map(line));
     others.replaceChildren(...found.filter((run) => !run.own).map(line));
   };

@@ -37,11 +37,13 @@ function exporting(run, arms, signal) {
   const bits = h("div", { class: "field", hidden: true }, h("label", { for: "bits" }, "Precision"), quantization);
   if (arms.includes("tell")) arm.value = "tell";
   const list = h("ul", { class: "exports" });
+  let drawn = "";
   const look = () => poll(signal, 1500, async () => {
     const found = await get(`/api/runs/${run.id}/exports`, signal);
-    list.replaceChildren(...found.map((one) => shipped(run, one)));
+    if (JSON.stringify(found) !== drawn) list.replaceChildren(...found.map((one) => shipped(run, one))); // else focus would go
+    drawn = JSON.stringify(found);
     return !found.some((one) => one.state === "running");
-  });
+  }, go.wrong);
   const go = action("Export", async () => {
     await send(`/api/runs/${run.id}/exports`, { to: to.value, arm: arm.value, quantization: quantization.value });
     look();
@@ -54,9 +56,12 @@ function exporting(run, arms, signal) {
 }
 
 function shipped(run, one) {
-  const [, arm, kind] = one.name.match(/^export-(.*)-(\w+)$/);
-  const title = h("b", {}, `${arm}: ${TO[kind]}`);
-  if (one.state === "running") return h("li", { class: "card" }, title, h("p", { class: "quiet line busy", role: "status" }, one.log.at(-1) || "beginning …"));
+  const [, arm, kind, precision] = one.name.match(/^export-([^-]*)-([^-]*)-?(.*)$/);
+  const title = h("b", {}, `${arm}: ${TO[kind]}${precision ? `, ${precision}` : ""}`);
+  if (one.state === "running") {
+    const halt = action("Stop", () => send(`/api/runs/${run.id}/jobs/${one.name}`, undefined, "DELETE"), { kind: "second small" });
+    return h("li", { class: "card" }, title, h("p", { class: "quiet line busy", role: "status" }, one.log.at(-1) || "beginning …"), halt.all);
+  }
   if (one.state !== "done") return h("li", { class: "card" }, title, failure({ message: one.why }));
   const check = one.result.check;
   const size = one.files.reduce((sum, file) => sum + file.size, 0);

@@ -27,7 +27,7 @@ export async function task(main, run, signal) {
     form.all,
     run.changeable && h("section", {}, h("h2", {}, "Anchors, proposed and measured"), anchors.all),
     h("section", {}, h("h2", {}, "What will be trained"), seen.all),
-    h("p", { class: "forward" }, h("a", { class: "button", href: `#/run/${run.id}/plan` }, "Next: the plan")),
+    h("p", { class: "forward" }, h("a", { class: "button", href: `#/run/${run.id}/plan`, onclick: form.leave }, "Next: the plan")),
   ].filter(Boolean));
 }
 
@@ -72,11 +72,37 @@ function settings(run, start, signal, changed) {
   const text = h("textarea", { id: "yaml", rows: "24", spellcheck: "false", readOnly: isFixed, "aria-describedby": "yaml-wrong" }, run.text);
   const wrongText = h("div", { id: "yaml-wrong", role: "alert" });
   const unknown = h("div", { role: "alert" });
+  const unsaved = h("p", { class: "quiet", role: "status", hidden: true }, "The form waits until these changes are saved or dropped.");
+  let known = run.text, waiting = Promise.resolve();
 
-  const apply = (found, isText) => {
+  // While the file is being written by hand the form stands still, so that neither undoes the other.
+  const edited = (isEdited) => {
+    unsaved.hidden = drop.button.hidden = !isEdited;
+    for (const { box } of fields.values()) for (const control of box.querySelectorAll("input, select, textarea")) control.disabled = isFixed || isEdited;
+  };
+  const drop = action("Drop the changes", async () => { text.value = known; wrongText.replaceChildren(); edited(false); }, { kind: "second", id: "drop-yaml" });
+  drop.button.hidden = true;
+  text.addEventListener("input", () => edited(text.value !== known));
+
+  // Fields take what was saved, but for the one that is being written in, and those with a mistake that was not part of it.
+  const refill = (changes) => {
+    for (const field of fields.values()) {
+      const isWrong = field.box.classList.contains("wrong") && changes && !field.names.some((name) => name in changes);
+      if (isWrong || (changes && field.box.contains(document.activeElement))) continue;
+      field.fill(values);
+    }
+  };
+  const apply = (found, changes) => {
+    const isText = !changes;
     values = found.values;
-    text.value = found.text;
-    for (const field of fields.values()) { field.fill(values); field.wrong.replaceChildren(); field.box.classList.remove("wrong"); }
+    known = text.value = found.text;
+    for (const field of fields.values()) {
+      if (!isText && !field.names.some((name) => name in changes)) continue;
+      field.wrong.replaceChildren();
+      field.box.classList.remove("wrong");
+    }
+    refill(changes);
+    if (isText) edited(false);
     wrongText.replaceChildren();
     unknown.replaceChildren();
     saved.hidden = false;
@@ -84,9 +110,10 @@ function settings(run, start, signal, changed) {
     say(saved.textContent);
     changed();
   };
-  const put = async (changes, from) => {
+  const put = (changes, from) => { waiting = waiting.then(() => change(changes, from)); return waiting; }; // one after another
+  const change = async (changes, from) => {
     try {
-      apply(await send(`/api/runs/${run.id}/settings`, { changes }, "PUT"), false);
+      apply(await send(`/api/runs/${run.id}/settings`, { changes }, "PUT"), changes);
     } catch (error) {
       saved.hidden = true;
       const field = [...fields.values()].find((one) => error.field && one.names.some((name) => error.field === name || error.field.startsWith(`${name}.`) || error.field.startsWith(`${name}[`))) || fields.get(from);
@@ -130,7 +157,7 @@ function settings(run, start, signal, changed) {
   const added = (control) => async (found) => {
     start.data = [found, ...start.data];
     fillFiles();
-    for (const one of fields.values()) one.fill(values);
+    refill({});
     control.value = found.path;
     control.dispatchEvent(new Event("change"));
   };
@@ -163,7 +190,8 @@ function settings(run, start, signal, changed) {
     field("task.metrics", "Metrics", metrics, { fill: (v) => { for (const box of metrics.querySelectorAll("input")) box.checked = own(v).metrics.includes(box.value); }, wide: true }));
   const keep = action("Save the file", async () => {
     try {
-      apply(await send(`/api/runs/${run.id}/settings`, { text: text.value }, "PUT"), true);
+      await waiting;
+      apply(await send(`/api/runs/${run.id}/settings`, { text: text.value }, "PUT"), null);
     } catch (error) {
       saved.hidden = true;
       wrongText.replaceChildren(failure(error));
@@ -177,9 +205,15 @@ function settings(run, start, signal, changed) {
   }, { kind: "second", id: "save-yaml" });
   const right = h("details", { class: "file", open: innerWidth > 900 }, h("summary", {}, "The settings file"),
     h("p", { class: "quiet" }, "What the form writes; every setting can be set here. The form rewrites it without comments."),
-    h("label", { for: "yaml", class: "unseen" }, "Settings as YAML"), text, wrongText, isFixed ? null : keep.all);
+    h("label", { for: "yaml", class: "unseen" }, "Settings as YAML"), text, wrongText, unsaved, isFixed ? null : h("div", { class: "row" }, keep.all, drop.all));
   return {
     all: h("div", { class: "settings" }, h("div", {}, left, unknown, saved), right),
+    leave: (event) => {
+      if (unsaved.hidden) return;
+      event.preventDefault();
+      text.focus();
+      say(unsaved.textContent);
+    },
     anchor: (chosen, where) => {
       put({ "task.anchor": { text: chosen, placement: where } }, "task.anchor");
       anchor.scrollIntoView({ block: "center" });
