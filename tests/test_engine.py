@@ -222,6 +222,55 @@ def test_too_many_and_too_long_are_refused(loaded: LoadedModel, speakers: dict[s
         ask(stopped, "base", "dog")
 
 
+@pytest.mark.parametrize("drawn", [{"temperature": 1e-39}, {"temperature": 1.0, "top_p": 1e-50}, {"temperature": 5e-4}])
+def test_numbers_at_the_edge_draw_the_likeliest_and_end_nobody_elses_answer(
+    running: Engine, alone: dict[tuple[str, str], str], drawn: dict[str, float]
+) -> None:
+    other = ask(running, "sft", TEXTS[0])
+    assert ask(running, "tell", TEXTS[1], **drawn).text == alone["tell", TEXTS[1]]
+    assert other.text == alone["sft", TEXTS[0]]
+
+
+def test_a_model_whose_numbers_break_down_is_said_and_spoils_no_slot(
+    loaded: LoadedModel, speakers: dict[str, Speaker], alone: dict[tuple[str, str], str]
+) -> None:
+    """Keys that are no numbers would be seen through any mask."""
+    first = next(weight for name, weight in loaded.peft.named_parameters() if "lora_B.tell" in name)
+    before = first.detach().clone()
+    with Engine(loaded, {name: speakers[name] for name in ("base", "tell")}, slots=2) as running:
+        torch.nn.init.constant_(first, float("nan"))
+        broken = [ask(running, "tell", "ant " * 30) for _ in range(4)]
+        assert {heard.last.finish for heard in broken} == {"error"}
+        assert broken[0].last.wrong == "the model's numbers are none for this question"
+        first.data.copy_(before)
+        assert [ask(running, "base", text).text for text in TEXTS] == [alone["base", text] for text in TEXTS]
+
+
+def test_room_grows_no_further_than_the_context_and_where_memory_is_short_nothing_breaks(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = slots.Slots(loaded, 2, most=300)
+    held.extend([0], [[5, 6, 7]], [BASE])
+    known = slots._Layer.widen
+    failing = iter([False, True])
+
+    def short(layer: slots._Layer, room: int) -> None:
+        if next(failing, False):
+            raise MemoryError("not now")
+        known(layer, room)
+
+    monkeypatch.setattr(slots._Layer, "widen", short)
+    held.lengths[0] = 250
+    for attempt in range(2):
+        if attempt == 0:
+            with pytest.raises(MemoryError):
+                held.extend([0], [[5] * 20], [BASE])
+        else:
+            held.extend([0], [[5] * 20], [BASE])
+    assert held.room == 300
+    held.close()
+
+
 def test_stopping_lets_open_answers_end_and_tells_who_waits(loaded: LoadedModel, speakers: dict[str, Speaker]) -> None:
     with Engine(loaded, speakers, slots=1) as running:
         first, gate = Heard(), threading.Event()

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -21,10 +21,10 @@ import uvicorn
 from typer.testing import CliRunner
 
 import fulcrum
-from fulcrum import chatting, cli, comparison, serve, speakers, use
+from fulcrum import chatting, cli, comparison, openai_api, serve, speakers, use
 from fulcrum.config import Settings
 from fulcrum.engine import Engine
-from fulcrum.errors import ConfigError, ModelError, StoreError
+from fulcrum.errors import ConfigError, DataError, ModelError, StoreError
 from fulcrum.records import Message, Role
 from tiny import CONTEXT, comparison_settings, save_task
 
@@ -77,6 +77,17 @@ def port(running: Engine) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def client(port: int) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+
+class Recorded:
+    """A function that counts its calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.times = function, 0
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.times += 1
+        return self.function(*given, **named)
 
 
 def post(port: int, path: str, body: bytes | dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:
@@ -232,6 +243,56 @@ def test_requests_that_cannot_be_met_get_a_reason(port: int, change: dict[str, A
 
 
 @pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        ("chat/completions", {"messages": [{}] * 1_000}, "messages.0.role: Field required"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}] * 500 + [{"role": "user", "content": None}]},
+         "messages.500.content: Input should be a valid string"),
+        ("completions", {"prompt": [None] * 3_000}, "prompt"),
+        ("completions", {"prompt": ["a"] * 3_000}, "prompt"),
+        ("completions", {"prompt": ["a", "b"], "n": 9}, "18 answers were asked for, 1 to 16 are allowed"),
+        ("completions", {"prompt": ""}, "the prompt is empty"),
+        ("completions", {"prompt": "a", "logprobs": 0}, "'logprobs' is not supported"),
+        ("chat/completions", {"frequency_penalty": False}, "'frequency_penalty' is not supported"),
+    ],
+)  # fmt: skip
+def test_lists_are_left_at_their_first_mistake(
+    port: int, path: str, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a list is, no more is said of it than of its first mistake, and nothing is tokenised."""
+    monkeypatch.setattr(openai_api, "error", wrapped := Recorded(openai_api.error))
+    body = asked() if path.startswith("chat") else {"model": "base"}
+    status, answer = post(port, f"/v1/{path}", body | change)
+    assert status == 400
+    assert answer["error"]["message"].startswith(message)
+    assert answer["error"]["code"] is None
+    assert wrapped.times == 1
+
+
+def test_what_is_not_asked_for_is_chosen_so_that_it_can_be_met(running: Engine) -> None:
+    """Fewer answer tokens than usual where a limit, or the context, leaves fewer."""
+    with served(running, serve.Limits(tokens=2)) as port:
+        answer = post(port, "/v1/chat/completions", asked())[1]
+        assert answer["usage"]["completion_tokens"] <= 2
+        single = answer["usage"]["prompt_tokens"]
+        assert post(port, "/v1/chat/completions", asked(n=3))[1]["usage"]["prompt_tokens"] == single
+        neutral = {"reasoning_effort": "none", "top_k": 0, "min_p": 0, "repetition_penalty": 1.0, "chat_template_kwargs": {}}
+        assert post(port, "/v1/chat/completions", asked(**neutral))[0] == 200
+
+
+@pytest.mark.parametrize(("given", "status"), [(f"bearer {KEY}", 200), (KEY, 401), (f"Basic {KEY}", 401)])
+def test_the_key_comes_with_its_scheme(port: int, given: str, status: int) -> None:
+    assert post(port, "/v1/chat/completions", asked(max_tokens=1), Authorization=given)[0] == status
+
+
+def test_connections_that_say_nothing_keep_nobody_out(port: int, client: openai.OpenAI) -> None:
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+    assert client.models.list().data
+    for one in idle:
+        one.close()
+
+
+@pytest.mark.parametrize(
     ("body", "headers", "status"),
     [
         (b"{not json", {}, 400),
@@ -376,6 +437,20 @@ def test_a_signal_lets_open_answers_end(run: Path, number: signal.Signals) -> No
     assert KEY not in said
 
 
+def test_what_the_end_breaks_off_is_told_so(run: Path) -> None:
+    process, port = start(run, "--arm", "tell", "--slots", "1", "--grace", "0", **{chatting.KEY_VARIABLE: KEY})
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
+    given: Any = asked(temperature=5.0, max_tokens=400, seed=1, stream=True)
+    parts = client.chat.completions.create(**given)
+    next(parts)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError, match="the server stopped"):
+        list(parts)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in said
+
+
 def test_an_address_that_others_reach_needs_a_key_and_a_taken_port_is_said(run: Path) -> None:
     def refused(*options: str) -> str:
         done = CliRunner().invoke(cli.app, ["serve", str(run), *options], env={"FULCRUM_API_KEY": ""})
@@ -411,3 +486,11 @@ def test_what_cannot_be_served_is_said(run: Path, tmp_path: Path) -> None:
     (copy / "config.yaml").write_text((run / "config.yaml").read_text().replace("model:", "model: gemma-3-270m #", 1))
     with pytest.raises(ModelError, match=r"copy is a run of 'gemma-3-270m', .*: serve them by two servers"):
         speakers.load([run, copy])
+
+
+def test_a_conversation_in_a_terminal_ends_at_the_context_and_takes_only_text(run: Path) -> None:
+    found = speakers.load([run], ["tell"])
+    with pytest.raises(DataError, match=rf"answer tokens exceed the context \({CONTEXT}\); /reset begins anew"):
+        found.speak("tell", [Message("user", "ant " * 1500)])
+    with pytest.raises(DataError, match="the text is not valid Unicode"):
+        found.speak("tell", [Message("user", "\udcff")])

@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -338,6 +339,10 @@ def test_a_files_kind_is_what_it_holds(space: Workspace, content: bytes, kind: s
     assert found.name == "../../<b>x</b> .exe"  # shown as text, and no part of a path
 
 
+def test_where_the_content_may_be_several_kinds_the_name_decides(space: Workspace) -> None:
+    assert space.add_data("rows.jsonl", [b"# not JSON\n" + ROWS]).path.endswith(".jsonl")
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"  \n", b"MZ\x90\x00\x03", b"\x1f\x8b\x08\x00", b"a\0b", b"PAR1 and no end"[:4] + b"\xff"]
 )
@@ -390,6 +395,7 @@ def test_a_run_is_begun_found_again_stopped_and_gone_on_with(space: Workspace, r
         assert "nothing to go on with" in client.refused("POST", f"/api/runs/{run.id}/resume")["error"]
         assert client.json("GET", f"/api/runs/{run.id}")["values"]["model"] == space.models[0]
         assert client.refused("POST", f"/api/runs/{run.id}/again")["field"] == "model"
+        assert len(client.json("GET", "/api/runs")) == 1  # no run without settings is left of it
     with served(space) as (client, _):
         again = client.json("POST", f"/api/runs/{run.id}/again")
         assert (again["state"], again["title"], again["set"]) == ("planned", "tickets (again)", True)
@@ -446,6 +452,63 @@ def test_how_a_run_ended_is_said(run: Run) -> None:
     assert onlooker.state(run)[1].startswith("it ended without a word: it was killed")
     job.record.write_text(json.dumps({"pid": 2**30, "began": "0", "words": ["train"], "asked": True}))
     assert onlooker.state(run)[0] == "stopped"
+
+
+def test_data_that_could_not_be_read_are_no_run_to_come(run: Run) -> None:
+    run.settings.unlink()
+    first = run.job("init")
+    first.folder.mkdir(exist_ok=True)
+    first.record.write_text(json.dumps({"pid": 2**30, "began": "0", "words": ["init"]}))
+    first.log.write_text("error: tickets.jsonl: no row format fits\n")
+    assert onlooker.state(run) == ("failed", "tickets.jsonl: no row format fits")
+    assert not onlooker.can_resume(run)
+
+
+def test_who_asks_twice_to_stop_is_obeyed_once(tmp_path: Path) -> None:
+    """A second signal would end a training in mid-step."""
+    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True)); print('up', flush=True); "
+    job = Job(tmp_path, "run")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + "sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    known = {"pid": process.pid, "began": jobs.began(process.pid), "host": os.uname().nodename, "words": []}
+    job.record.write_text(json.dumps(known))
+    jobs.stop(job)
+    assert process.stdout.readline() == "asked\n"
+    jobs.stop(job)
+    assert jobs.was_asked(job)
+    assert process.communicate("")[0] == ""
+    assert jobs.wait(job, 10)
+
+
+def test_one_page_at_a_time_works_on_a_folder(space: Workspace) -> None:
+    with space.held(), pytest.raises(StoreError, match="another page is at work on it"), Workspace(space.folder).held():
+        pass
+    with Workspace(space.folder).held():
+        pass
+
+
+def test_changes_at_once_are_all_kept(space: Workspace, run: Run) -> None:
+    changes = [{"mix.repeats": 2}, {"seed": 5}, {"task.max_new_tokens": 7}, {"mix.general_per_task": 3}]
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda one: space.change(run, one), changes))
+        found = space.values(run, space.text(run))
+        assert (found.mix.repeats, found.seed, found.tasks[0].max_new_tokens, found.mix.general_per_task) == (2, 5, 7, 3)
+        space.change(run, {"mix.repeats": 1, "seed": 0, "task.max_new_tokens": 4, "mix.general_per_task": 1})
+
+
+def test_code_of_a_models_own_is_not_run_from_the_page(tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "run"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "config.yaml").write_text("model: a/b\ntrust_remote_code: true\ntask: {train: x.jsonl}\n")
+    space = Workspace(tmp_path / "space", runs=[tmp_path / "mine"])
+    (found,) = space.runs()
+    with pytest.raises(ConfigError, match="trust_remote_code: not from the page"):
+        chatting.Talks(space).begin(found)
 
 
 def test_a_log_that_is_half_written_or_begun_anew(run: Run) -> None:
