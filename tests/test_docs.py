@@ -295,7 +295,7 @@ def check_unrun(command: str, place: str) -> None:
 UNRUN = {
     "quickstart.md": 2,
     "how-much-data.md": 1,
-    "gpu.md": 7,
+    "gpu.md": 8,
     "ray.md": 6,
     "air-gapped.md": 7,
     "page.md": 2,
