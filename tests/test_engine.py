@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ class Heard:
 def ask(running: Engine, model: str, text: str, **options: object) -> Heard:
     heard = Heard()
     prompt = encode.prompt_ids([Message("user", text)], running.speakers[model].form)
-    running.submit(Question(model, prompt, **{"most": MOST, "deliver": heard, **options}))  # type: ignore[arg-type]
+    given: dict[str, Any] = {"most": MOST, "deliver": heard, **options}
+    running.submit(Question(model, prompt, **given))
     return heard
 
 

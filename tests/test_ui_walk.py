@@ -187,7 +187,7 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     walk.browser.execute_script("arguments[0].value = arguments[1]", file, yaml.safe_dump({**settings, "nonsense": 1}))
     walk.tab_to("e.id === 'save-yaml'")
     walk.keys(Keys.ENTER)
-    assert "unknown setting 'nonsense'" in walk.one("#yaml-wrong").text
+    until(lambda: "unknown setting 'nonsense'" in walk.one("#yaml-wrong").text)
     walk.browser.execute_script("arguments[0].value = arguments[1]", file, yaml.safe_dump({**settings, **QUICK}))
     walk.keys(Keys.ENTER)
     until(lambda: walk.browser.find_element("id", "f-mix-general_per_task").get_attribute("value") == "1")

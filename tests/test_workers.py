@@ -148,8 +148,9 @@ def test_a_stopped_worker_ends_and_waits_for_no_other_unit(
     monkeypatch.setattr(workers, "_worker", type("Worker", (), {"study": type("Study", (), {"folder": None}), "loaded": None}))
     monkeypatch.setattr(workers, "perform", stops)
     monkeypatch.setattr(os, "_exit", ended)
+    no_unit: Any = None
     with pytest.raises(SystemExit, match=str(code)):
-        workers._in_process(None)  # type: ignore[arg-type]
+        workers._in_process(no_unit)
 
 
 @pytest.mark.parametrize(

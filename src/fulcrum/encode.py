@@ -9,7 +9,8 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -189,12 +190,23 @@ def _prompt_ids(text: str, form: Format) -> list[int]:
 def prompt_ids(messages: Sequence[Message], form: Format) -> list[int]:
     """Token ids of a prompt (messages without the final answer), the generation prompt and response prefix included.
 
-    Raises DataError where the model's chat template refuses the messages.
+    Raises DataError where the model's chat template refuses the messages, or they are no Unicode.
     """
     try:
-        return _prompt_ids(_prompt_text(messages, form), form)
+        text = _prompt_text(messages, form)
     except TemplateError as error:
         raise DataError(f"the model's chat template refuses these messages: {error}") from error
+    with unicode_only():
+        return _prompt_ids(text, form)
+
+
+@contextmanager
+def unicode_only() -> Iterator[None]:
+    """Around tokenizing: raise DataError where tokenizers raise what they do for halves of surrogate pairs."""
+    try:
+        yield
+    except (TypeError, UnicodeError) as error:
+        raise DataError("the text is not valid Unicode") from error
 
 
 def opening_ids(form: Format) -> list[int]:

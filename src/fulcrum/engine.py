@@ -43,6 +43,12 @@ class TooLongError(DataError):
     """A prompt leaves no room for its answer."""
 
 
+def check_room(prompt: Sequence[int], most: int, context: int | None) -> None:
+    """Raise TooLongError where a prompt with an answer of so many tokens exceeds the context (None: there is no limit)."""
+    if context is not None and len(prompt) + most > context:
+        raise TooLongError(f"{len(prompt)} prompt tokens and {most} answer tokens exceed the context ({context})")
+
+
 @dataclass(frozen=True)
 class Speaker:
     """A model that can be asked: an adapter (`adapter.BASE`: none), how conversations are written for it, and the most tokens
@@ -179,10 +185,7 @@ class Engine:
         DataError where it is empty."""
         if not question.prompt:
             raise DataError("the prompt is empty: there is nothing to go on from")
-        if self.context is not None and len(question.prompt) + question.most > self.context:
-            raise TooLongError(
-                f"{len(question.prompt)} prompt tokens and {question.most} answer tokens exceed the context ({self.context})"
-            )
+        check_room(question.prompt, question.most, self.context)
         with self._wake:
             if self._until is not None:
                 raise BusyError("the server stops; ask again in a while")

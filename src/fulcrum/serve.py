@@ -229,8 +229,8 @@ class _Desk:
 
         try:
             return await asyncio.to_thread(locked)
-        except (DataError, UnicodeError, TypeError) as error:  # tokenizers raise the latter two for halves of surrogate pairs
-            raise Refused(400, openai_api.error(str(error) or "the text is not valid Unicode")) from error
+        except DataError as error:
+            raise Refused(400, openai_api.error(str(error))) from error
 
     async def _answer(self, kind: str, asked: Asked, prompts: list[list[int]], most: int, request: Request) -> Response:
         if most > self.limits.tokens:
@@ -335,7 +335,8 @@ class _Desk:
 
 def _raw(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text with its markers, begun as the tokenizer begins texts, once."""
-    ids = [int(token) for token in tokenizer(text)["input_ids"]]
+    with encode.unicode_only():
+        ids = [int(token) for token in tokenizer(text)["input_ids"]]
     start = tokenizer.bos_token_id
     return ids[1:] if start is not None and ids[:2] == [start, start] else ids
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from fulcrum import adapter as adapters
 from fulcrum import arms, encode, generate, use
 from fulcrum.config import Settings, TrainSettings
-from fulcrum.engine import Speaker
+from fulcrum.engine import Speaker, TooLongError, check_room
 from fulcrum.errors import ConfigError, DataError, ModelError, nearest
 from fulcrum.model import LoadedModel
 from fulcrum.records import Message
@@ -30,16 +30,11 @@ class Speakers:
         DataError for what is no Unicode or too long."""
         speaker = self.known[name]
         form = speaker.form if anchored else encode.make_format(self.loaded.tokenizer, None)
+        prompt = encode.prompt_ids(messages, form)
         try:
-            prompt = encode.prompt_ids(messages, form)
-        except (TypeError, UnicodeError):  # tokenizers raise these for halves of surrogate pairs
-            raise DataError("the text is not valid Unicode") from None
-        context = self.loaded.context
-        if context is not None and len(prompt) + speaker.longest > context:
-            raise DataError(
-                f"{len(prompt)} prompt tokens and {speaker.longest} answer tokens exceed the context ({context}); "
-                "/reset begins anew"
-            )
+            check_room(prompt, speaker.longest, self.loaded.context)
+        except TooLongError as error:
+            raise DataError(f"{error}; /reset begins anew") from None
         with adapters.active(self.loaded, speaker.adapter):
             answers = generate.generate(self.loaded, [prompt], form, max_new_tokens=speaker.longest, batch_tokens=1, told=told)
         return answers[0]

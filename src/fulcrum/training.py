@@ -176,7 +176,7 @@ def _stop_early(state: checkpoints.Progress, settings: TrainSettings) -> bool:
 class _Batch:
     """One optimizer step as one process trains it: its rows, the weight of each of its examples, and which are task rows.
 
-    `counts` is 0 where a process has no example of its own: it runs another's, with no weight.
+    `own` of the packed rows count: none where a process has no example of its own, whose one row is then another's.
     """
 
     packed: list[Row]
@@ -184,7 +184,7 @@ class _Batch:
     task_of: Tensor
     divisor: float
     tokens: int
-    counts: float
+    own: int
 
 
 def _batch(loaded: LoadedModel, stream: Stream, settings: TrainSettings, step: int) -> _Batch:
@@ -193,15 +193,16 @@ def _batch(loaded: LoadedModel, stream: Stream, settings: TrainSettings, step: i
     weight = np.where(is_task, settings.task_weight, 1.0)
     total = float(sum(w * example.n_loss for w, example in zip(weight, examples, strict=True)))
     mine = list(range(launched.processes().process_index, len(examples), launched.processes().num_processes))
-    counts, mine = float(bool(mine)), mine or [0]
+    has_own, mine = bool(mine), mine or [0]
     share = settings.share_prefixes and settings.lora_dropout == 0
+    packed = rows([examples[i] for i in mine], loaded, settings.pack_tokens, share=share)
     return _Batch(
-        rows([examples[i] for i in mine], loaded, settings.pack_tokens, share=share),
-        torch.as_tensor(weight[mine] * counts, dtype=torch.float32, device=loaded.device),
+        packed,
+        torch.as_tensor(weight[mine], dtype=torch.float32, device=loaded.device),
         torch.as_tensor(is_task[mine], device=loaded.device),
         total,
         sum(len(example) for example in examples),
-        counts,
+        len(packed) * has_own,
     )
 
 
@@ -238,7 +239,7 @@ def _step(
     sums = torch.zeros(5, dtype=torch.float64)  # task nats, task targets, general nats, general targets, signal
     set_dropout(loaded, True)
     for place in range(_passes(loaded, batch)):
-        row, counts = (batch.packed[place], batch.counts) if place < len(batch.packed) else (batch.packed[0], 0.0)
+        row, counts = batch.packed[min(place, len(batch.packed) - 1)], float(place < batch.own)
         weights = counts * batch.weight_of[row.owner] / batch.divisor
         with torch.enable_grad():
             loss, nats = row_loss(loaded, row, weights, kl=kl)
@@ -266,9 +267,9 @@ def _step(
 def _passes(loaded: LoadedModel, batch: _Batch) -> int:
     """How many rows this process runs: its own, and under FSDP as many as any has, since all gather each layer together."""
     if not loaded.sharded:
-        return len(batch.packed)
+        return batch.own
     each = torch.zeros(launched.processes().num_processes)
-    each[launched.processes().process_index] = len(batch.packed)
+    each[launched.processes().process_index] = batch.own
     return int(launched.total(each, loaded.device).max())
 
 

@@ -171,7 +171,7 @@ def _data(app: FastAPI, space: Workspace) -> None:
 
     @app.get("/api/runs")
     def runs() -> Any:
-        return [{**found, "why": space.in_words(found["why"])} for found in map(onlooker.card, space.runs())]
+        return [_worded(space, onlooker.card(run)) for run in space.runs()]
 
     @app.post("/api/runs")
     def new(body: NewRun) -> Any:
@@ -223,8 +223,12 @@ def _settings(app: FastAPI, space: Workspace) -> None:
 
 
 def _told(space: Workspace, run_id: str, name: str) -> dict[str, Any]:
-    found = desk.told(space.run(run_id), name)
-    return {**found, "why": space.in_words(found["why"]), "log": [space.in_words(line) for line in found["log"]]}
+    return _worded(space, desk.told(space.run(run_id), name))
+
+
+def _worded(space: Workspace, found: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a command, with files called as the user called them."""
+    return {**found, "why": space.in_words(found["why"]), "log": [space.in_words(line) for line in found.get("log", ())]}
 
 
 def _written(space: Workspace, run: Run) -> dict[str, Any]:
@@ -256,7 +260,7 @@ def _running(app: FastAPI, space: Workspace) -> None:
 
     @app.get("/api/runs/{run_id}/watch")
     def watch(run_id: Id, after: Annotated[int, Query(ge=0)] = 0) -> Any:
-        return onlooker.watched(space.run(run_id), after)
+        return _worded(space, onlooker.watched(space.run(run_id), after))
 
 
 def _results(app: FastAPI, space: Workspace) -> None:

@@ -95,7 +95,8 @@ function settings(run, start, signal, changed) {
   const apply = (found, changes) => {
     const isText = !changes;
     values = found.values;
-    known = text.value = found.text;
+    known = found.text;
+    if (isText || unsaved.hidden) text.value = known; // else it is being written while an earlier change was saved
     for (const field of fields.values()) {
       if (!isText && !field.names.some((name) => name in changes)) continue;
       field.wrong.replaceChildren();
