@@ -64,21 +64,20 @@ class Walk:
         ActionChains(self.browser).send_keys(*keys).perform()
 
     def tab_to(self, is_it: str) -> None:
-        """Press Tab until what the expression says of `e` has the focus, which must be visible."""
-        from selenium.webdriver import ActionChains, Keys
+        """Press Tab until what the expression says of `e` has the focus, which must be visible.
 
-        found = f"const k = window.focused.findIndex(e => {is_it}); return k < 0 ? -1 : window.focused.length - 1 - k"
-        for _ in range(15):  # eight at a time, then back: each press by itself is a journey to the browser and back
-            self.browser.execute_script(FOLLOW)
-            self.keys(*[Keys.TAB] * 8)
-            back = self.browser.execute_script(found)
-            if back > 0:
-                ActionChains(self.browser).key_down(Keys.SHIFT).send_keys(Keys.TAB * back).key_up(Keys.SHIFT).perform()
+        One press, one look: it does not matter where a job that ends, or the page's end, sends the focus meanwhile.
+        """
+        from selenium.webdriver import Keys
+
+        until(lambda: self.browser.execute_script(f"return [...document.querySelectorAll('*')].some(e => {is_it})"))
+        for _ in range(120):
+            self.keys(Keys.TAB)
             if self.browser.execute_script(f"const e = document.activeElement; return {is_it}"):
                 style, width = self.browser.execute_script(OUTLINE)
                 assert style == "solid"
                 assert width >= 2
-                return  # where a job ended meanwhile, the way back was another: once more around
+                return
         raise AssertionError(f"the keyboard does not reach {is_it}")
 
     def looked_at(self, name: str) -> None:
@@ -102,9 +101,6 @@ class Walk:
         ] == []  # Chromium's own word on what was refused
 
 
-FOLLOW = """
-  window.focused = [];
-  window.follow ||= document.addEventListener('focusin', (event) => window.focused.push(event.target)) || true"""
 OUTLINE = """
   const e = document.activeElement, style = getComputedStyle(e.closest('.verb') || e);
   return [style.outlineStyle, parseFloat(style.outlineWidth)]"""
