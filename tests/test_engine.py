@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AttentionInterface
 
 from fulcrum import adapter, encode, engine, generate, slots
@@ -327,7 +329,7 @@ def test_top_p_keeps_the_likeliest_tokens_that_hold_it() -> None:
 
 
 def spoken(parts: Sequence[str], stop: Sequence[str] = (), *, strip: bool = True) -> tuple[list[str], bool]:
-    """What is said after each token, and at the end, where tokens are texts."""
+    """What is said after each token, and at the end, where tokens are texts; and whether a stop text was met."""
     table: list[str] = list(parts)
 
     def decode(ids: list[int]) -> str:
@@ -336,11 +338,10 @@ def spoken(parts: Sequence[str], stop: Sequence[str] = (), *, strip: bool = True
     answer = Answer(decode, stop, strip=strip)
     said = []
     for token in range(len(table)):
-        text, ended = answer.add(token)
-        said.append(text)
-        if ended:
+        said.append(answer.add(token))
+        if answer.stopped:
             return said, True
-    return [*said, answer.end()], False
+    return [*said, answer.end()], answer.stopped
 
 
 @pytest.mark.parametrize(
@@ -354,10 +355,30 @@ def spoken(parts: Sequence[str], stop: Sequence[str] = (), *, strip: bool = True
         (["one E", "N", "O"], ("END",), (["one", "", " ENO", ""], False)),
         (["one E", "N"], ("END",), (["one", "", " EN"], False)),
         (["xyz"], ("z", "y"), (["x"], True)),  # the first that comes
+        (["\n", "a"], ("\n",), ([""], True)),  # before the white space around an answer is left out
+        ([" ", "\n", "\na"], ("\n\n",), (["", "", ""], True)),
+        (["one", " END\xc3"], ("END",), (["one", "", ""], True)),  # found in what was held back
     ],
 )
 def test_text_is_said_once_it_is_certain(parts: list[str], stop: tuple[str, ...], expected: tuple[list[str], bool]) -> None:
     assert spoken(parts, stop) == expected
+
+
+@given(
+    st.lists(st.text("ab \n", max_size=3), max_size=12),
+    st.lists(st.text("ab \n", min_size=1, max_size=3), max_size=3),
+    st.booleans(),
+)
+def test_what_is_said_is_the_text_up_to_the_first_stop_text(parts: list[str], stop: list[str], strip: bool) -> None:
+    whole, cut = "", None
+    for part in parts:
+        whole += part
+        if ends := [place for text in stop if (place := whole.find(text)) >= 0]:
+            cut = min(ends)
+            break
+    said, stopped = spoken(parts, stop, strip=strip)
+    assert stopped == (cut is not None)
+    assert "".join(said) == (whole[:cut].strip() if strip else whole[:cut])
 
 
 def test_text_that_is_not_stripped_keeps_its_spaces() -> None:

@@ -23,7 +23,7 @@ import pytest
 import uvicorn
 import yaml
 
-from fulcrum import chatting, config, desk, estimate, guard, jobs, material, onlooker, shipping, web, workspace
+from fulcrum import chatting, config, desk, estimate, guard, jobs, material, onlooker, shipping, store, web, workspace
 from fulcrum.arms import own_arm
 from fulcrum.errors import ConfigError, DataError, StoreError
 from fulcrum.jobs import Job
@@ -521,6 +521,32 @@ def test_a_log_that_is_half_written_or_begun_anew(run: Run) -> None:
     assert onlooker.watched(run, first["end"])["end"] == 12
 
 
+def test_a_removed_run_takes_along_what_nobody_else_names(client: Client, space: Workspace, run: Run) -> None:
+    pool = space.add_data("pool.jsonl", [ROWS])
+    mine, spare = space.add_data("mine.jsonl", [ROWS]), space.add_data("spare.jsonl", [ROWS])
+    space.change(run, {"general": [{"path": pool.path}]})
+    other = space.new_run("mine", mine)
+    data = {"model": space.models[0], "task": {"train": mine.path, "test": space.datum(run.data).path}, "general": "builtin"}
+    space.write(other, data)
+    store.write_json(run.folder / store.MANIFEST, {})
+    assert client.json("DELETE", f"/api/runs/{run.id}") == {"removed": "tickets"}
+    assert [one["id"] for one in client.json("GET", "/api/runs")] == [other.id]
+    assert {one.id for one in space.data()} == {run.data, mine.id, spare.id}  # the other run tests on what this one trained on
+    assert not list(space.folder.rglob(f"*{pool.id}*"))
+    assert not list(space.folder.rglob(f"*{run.id}*"))
+    assert client.refused("DELETE", f"/api/runs/{run.id}")["status"] == 404
+    client.json("DELETE", f"/api/runs/{other.id}")
+    assert [one.id for one in space.data()] == [spare.id]
+
+
+def test_a_run_at_work_is_not_removed(client: Client, space: Workspace, run: Run, standing_in: None) -> None:
+    client.json("POST", f"/api/runs/{run.id}/begin", {"verb": "train"})
+    assert "run: still at work on this run; stop it first" in client.refused("DELETE", f"/api/runs/{run.id}")["error"]
+    client.json("POST", f"/api/runs/{run.id}/stop")
+    client.json("DELETE", f"/api/runs/{run.id}")  # what was asked to end is waited for
+    assert not run.desk.exists()
+
+
 def test_runs_of_other_folders_are_shown_and_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "mine" / "deep" / "run"
     folder.mkdir(parents=True)
@@ -535,6 +561,7 @@ def test_runs_of_other_folders_are_shown_and_left_alone(tmp_path: Path) -> None:
         lambda: desk.resume(space, found),
         lambda: desk.begin(space, found, "train", None),
         lambda: desk.look(space, found, "check"),
+        lambda: desk.remove(space, found),
     ):
         with pytest.raises(StoreError):
             refused()

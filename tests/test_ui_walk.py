@@ -274,3 +274,14 @@ def test_errors_and_empty_places_are_said(walk: Walk, tmp_path: Path) -> None:
     walk.browser.refresh()
     assert "no such run here" in walk.one(".say.bad").text
     walk.browser.get_log("browser")
+    walk.browser.get(walk.base)
+    remove = walk.one("button[aria-label='Remove own']")
+    walk.looked_at("9-runs")
+    remove.click()
+    walk.browser.switch_to.alert.dismiss()
+    assert walk.texts(".runs a") == ["own"]
+    remove.click()
+    walk.browser.switch_to.alert.accept()
+    until(lambda: "No run as yet" in walk.text())
+    assert walk.browser.switch_to.active_element.text == "Runs"
+    assert not list((tmp_path / "space" / "runs").glob("[0-9a-f]*"))

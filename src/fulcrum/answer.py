@@ -11,43 +11,49 @@ class Answer:
         self.ids: list[int] = []
         self._from, self._read = 0, 0  # ids before `_read` are text already; decoding begins at `_from`, as spaces need it
         self._held = ""
-        self._silent, self._stopped = True, False
+        self._silent = True
+        self.stopped = False  # a stop text ended the answer
 
-    def add(self, token: int) -> tuple[str, bool]:
-        """The text that is certain now, and whether a stop text ended the answer."""
+    def add(self, token: int) -> str:
+        """The text that is certain now."""
         self.ids.append(token)
         new = self._new()
         if not new.endswith("\ufffd"):  # else bytes of a character are missing
             self._held += new
             self._from, self._read = self._read, len(self.ids)
-        return self._certain(), self._stopped
+        return self._certain()
 
     def end(self) -> str:
         """What was held back."""
+        if self.stopped:
+            return ""
         self._held += self._new()
         self._from = self._read = len(self.ids)
-        text = self._certain() if not self._stopped else ""
-        if not self._stopped:
-            text += self._held.rstrip() if self.strip else self._held
-        return text
+        text = self._certain()
+        return text if self.stopped else text + self._stripped(self._held)
 
     def _new(self) -> str:
         return self.decode(self.ids[self._from :])[len(self.decode(self.ids[self._from : self._read])) :]
 
     def _certain(self) -> str:
-        if self.strip and self._silent:
-            self._held = self._held.lstrip()
         ends = [place for text in self.stop if (place := self._held.find(text)) >= 0]
         if ends:
-            self._stopped = True
-            text, self._held = self._held[: min(ends)], ""
-            return text.rstrip() if self.strip else text
+            self.stopped = True
+            text, self._held = self._stripped(self._held[: min(ends)]), ""
+            return text
         kept = max((_overlap(self._held, text) for text in self.stop), default=0)
         sure = self._held[: len(self._held) - kept]
-        sure = sure.rstrip() if self.strip else sure
+        sure = sure.rstrip() if self.strip else sure  # what follows may be the end
         self._held = self._held[len(sure) :]
-        self._silent = self._silent and not sure
-        return sure
+        text = self._stripped(sure)
+        self._silent = self._silent and not text
+        return text
+
+    def _stripped(self, text: str) -> str:
+        """A part of the answer without the white space around the whole, once nothing follows."""
+        if not self.strip:
+            return text
+        return text.strip() if self._silent else text.rstrip()
 
 
 def _overlap(text: str, stop: str) -> int:

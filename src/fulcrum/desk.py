@@ -19,6 +19,7 @@ QUANTIZATIONS = ("q8_0", "f16")
 _FIRST = "first.yaml"  # what `init` writes, before the page gives it its names
 _EXPORT = re.compile(r"export-[a-z][a-z0-9_]*-(adapter|merged|gguf-(q8_0|f16)|modelfile)")
 _ROWS = "5"  # that a look shows
+_ENDS = 10.0  # seconds that what was asked to end is waited for
 Verb = Literal["train", "compare", "quick"]
 
 
@@ -139,6 +140,17 @@ def stop(run: Run) -> None:
     jobs.stop(run.job(RUN))
 
 
+def remove(workspace: Workspace, run: Run) -> None:
+    """Remove a run and all that was made for it. Raises StoreError for one in the user's own folders, and while anything is at
+    work on it."""
+    if not run.is_own:
+        raise StoreError("this run's folder is the user's own; remove it there")
+    for job in jobs.started_in(run.desk / "jobs"):
+        if not jobs.wait(job, _ENDS if jobs.was_asked(job) else 0):
+            raise StoreError(f"{job.name}: still at work on this run; stop it first")
+    workspace.remove(run)
+
+
 # ---- exports
 
 
@@ -156,7 +168,7 @@ def export(workspace: Workspace, run: Run, to: str, arm: str, quantization: str)
 
 def exports(run: Run) -> list[dict[str, Any]]:
     """Every export that was begun, with how it stands, its folder and its files."""
-    names = sorted(path.name.removesuffix(".process.json") for path in (run.desk / "jobs").glob("export-*.process.json"))
+    names = [job.name for job in jobs.started_in(run.desk / "jobs")]
     return [
         {"name": name, **told(run, name), "folder": str(export_folder(run, name)), "files": files_of(export_folder(run, name))}
         for name in names if _EXPORT.fullmatch(name)

@@ -298,10 +298,10 @@ class Engine:
         if token in self._stop_ids[question.model]:
             self._finish(turn, Piece(turn.answer.end(), 1, "stop"))
             return
-        text, stopped = turn.answer.add(token)
-        if stopped or len(turn.answer.ids) >= question.most:
-            text += "" if stopped else turn.answer.end()
-            self._finish(turn, Piece(text, 1, "stop" if stopped else "length"))
+        text = turn.answer.add(token)
+        if turn.answer.stopped or len(turn.answer.ids) >= question.most:
+            text += turn.answer.end()
+            self._finish(turn, Piece(text, 1, "stop" if turn.answer.stopped else "length"))
             return
         turn.unread = [token]
         _deliver(question, Piece(text, 1))

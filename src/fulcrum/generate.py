@@ -202,7 +202,7 @@ class _Streamer:
     def put(self, ids: Tensor) -> None:
         """As Transformers' streamers."""
         for token in ids.flatten().tolist() if self.begun else ():
-            self.told(self.answer.add(token)[0])
+            self.told(self.answer.add(token))
         self.begun = True
 
     def end(self) -> None:

@@ -23,6 +23,7 @@ from fulcrum.errors import ConfigError, StoreError
 # Words of a job are read again: no colours, whatever the user's shell asks of commands in a terminal.
 _COLOURS = frozenset({"FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"})
 COMMAND = (sys.executable, "-P", "-m", "fulcrum")  # -P: nothing that lies in the working folder is ever imported
+_RECORD = ".process.json"
 _TAIL_BYTES = 65_536
 _starting = threading.Lock()  # two requests for the same command must not both find that it does not run
 _children: dict[int, "subprocess.Popen[bytes]"] = {}  # of this process, which has to ask for their end
@@ -38,7 +39,7 @@ class Job:
     @property
     def record(self) -> Path:
         """Where it stands what was started."""
-        return self.folder / f"{self.name}.process.json"
+        return self.folder / f"{self.name}{_RECORD}"
 
     @property
     def log(self) -> Path:
@@ -73,6 +74,11 @@ def _start(job: Job, words: Sequence[str], place: Path, more: Mapping[str, str])
     _children[process.pid] = process
     known = {"pid": process.pid, "began": began(process.pid), "host": platform.node(), "words": list(words)}
     store.write_json(job.record, known)
+
+
+def started_in(folder: Path) -> list[Job]:
+    """Every job of a folder that was ever started, by name."""
+    return [Job(folder, path.name.removesuffix(_RECORD)) for path in sorted(folder.glob(f"*{_RECORD}"))]
 
 
 def is_running(job: Job) -> bool:

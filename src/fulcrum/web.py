@@ -107,7 +107,7 @@ def make_app(space: Workspace, talks: Talks) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _unreadable)
     _static(app)
     _data(app, space)
-    _settings(app, space)
+    _settings(app, space, talks)
     _running(app, space)
     _results(app, space)
     _chat(app, space, talks)
@@ -190,12 +190,19 @@ def _data(app: FastAPI, space: Workspace) -> None:
         return onlooker.card(space.again(space.run(run_id)))
 
 
-def _settings(app: FastAPI, space: Workspace) -> None:
+def _settings(app: FastAPI, space: Workspace, talks: Talks) -> None:
     @app.get("/api/runs/{run_id}")
     def run(run_id: Id) -> Any:
         found = space.run(run_id)
         desk.settle(space, found)
         return {**onlooker.card(found), "changeable": desk.may_change(found), "data_id": found.data, **_written(space, found)}
+
+    @app.delete("/api/runs/{run_id}")
+    def remove(run_id: Id) -> Any:
+        found = space.run(run_id)
+        talks.end(found)
+        desk.remove(space, found)
+        return {"removed": found.title}
 
     @app.put("/api/runs/{run_id}/settings")
     def change(run_id: Id, body: Changed) -> Any:

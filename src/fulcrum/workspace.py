@@ -36,6 +36,7 @@ ID = re.compile(r"[0-9a-f]{12}")
 YAML = "run.yaml"
 PACKAGED = ("builtin", "builtin_eval")
 MOST_BYTES = 256 * 2**20  # of one uploaded file
+_UPLOADED = re.compile(r"data/([0-9a-f]{12})\.")
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 _DEPTH = 3  # folders below one that is given, in which run folders are looked for
 _SHOWN = 80  # characters of a name
@@ -191,6 +192,24 @@ class Workspace:
         made = self.new_run(f"{run.title} (again)", self.datum(run.data))
         self.write(made, data)
         return made
+
+    def remove(self, run: Run) -> None:
+        """Remove an own run with all that was made for it, and the uploaded files that no other run names."""
+        with self._writing:
+            mine = self._named(run)
+            store.drop_folder(run.desk)
+            if run.desk.exists():
+                raise StoreError(f"{run.desk}: cannot be removed; look who may write there")
+            mine -= {name for other in self.runs() if other.is_own for name in self._named(other)}
+            for data in self.data():
+                if data.id in mine:
+                    (self.folder / "data" / f"{data.id}.about").unlink(missing_ok=True)
+                    (self.folder / data.path).unlink(missing_ok=True)
+
+    def _named(self, run: Run) -> set[str]:
+        """Ids of the uploaded files that a run is about, or names in its settings."""
+        text = run.settings.read_text(encoding="utf-8", errors="replace") if run.settings.is_file() else ""
+        return {run.data, *_UPLOADED.findall(text)}
 
     def _own(self, asked: str) -> Run | None:
         place = self.folder / "runs" / asked

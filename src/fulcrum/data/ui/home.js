@@ -1,6 +1,6 @@
 // The list of runs, and the place where a data file is dropped.
 
-import { ask, bytes, failure, get, h, note, send } from "./dom.js";
+import { ask, bytes, failure, get, h, note, say, send } from "./dom.js";
 
 const GLYPH = { planned: "○", running: "▶", stopped: "❚❚", failed: "✕", finished: "✓" };
 
@@ -72,21 +72,37 @@ export async function home(main, signal) {
     h("a", { href: `#/run/${run.id}/${run.set || !run.own ? next[run.state] : "data"}` }, run.title),
     badge(run.state),
     h("span", { class: "quiet when" }, [run.verb, new Date(run.made).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })].filter(Boolean).join(" · ")),
+    run.own && run.state !== "running" ? removal(run) : null,
     run.why && h("span", { class: "quiet why" }, run.why));
+  const heading = h("h2", { tabindex: "-1" }, "Runs");
+  const none = note("empty", h("p", {}, "No run as yet. Your first one begins with a data file."));
+  const removal = (run) => h("button", { type: "button", class: "second small", "aria-label": `Remove ${run.title}`, onclick: async () => {
+    if (!confirm(`Remove “${run.title}” with everything made for it: adapters, report, exports? Uploaded files that no other run uses go with it. This cannot be undone.`)) return;
+    trouble.replaceChildren();
+    try {
+      const told = await send(`/api/runs/${run.id}`, undefined, "DELETE");
+      heading.focus(); // the button goes
+      draw(await get("/api/runs", signal));
+      say(`${told.removed}: removed`);
+    } catch (error) {
+      if (error.name !== "AbortError") trouble.replaceChildren(failure({ message: `${run.title}: ${error.message}` }));
+    }
+  } }, "Remove");
+  const trouble = h("div", { role: "alert" });
   let drawn = "";
   const draw = (found) => {
     if (JSON.stringify(found) === drawn) return; // whoever walks the list by keyboard keeps the place
     drawn = JSON.stringify(found);
     own.replaceChildren(...found.filter((run) => run.own).map(line));
     others.replaceChildren(...found.filter((run) => !run.own).map(line));
+    none.hidden = own.childElementCount > 0;
   };
   draw(runs);
   main.replaceChildren(
     h("h1", {}, "A model for your task, and what it bought"),
     h("p", { class: "quiet lead" }, "A few labelled rows, an anchor prompt and much general data become an adapter, measured against plain fine-tuning on your own rows."),
     dropzone("Choose a file", "Labelled rows as .jsonl, .json, .csv or .parquet: prompt and answer, or whole conversations. It stays on this machine.", begin, { most: start.most }),
-    h("h2", {}, "Runs"),
-    own.childElementCount ? own : note("empty", h("p", {}, "No run as yet. Your first one begins with a data file.")),
+    heading, trouble, own, none,
     ...(others.childElementCount ? [h("h2", {}, "In your folders"), others] : []),
     h("p", { class: "quiet" }, "Kept in ", h("code", {}, start.folder), ". Each run is a process of its own: it goes on when this page, or its server, is closed."));
   (async () => {
