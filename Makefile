@@ -21,7 +21,7 @@ demo: venv
 	$(BIN)/fulcrum compare examples/demo.yaml --resume
 
 test: venv lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check src tests scripts bench

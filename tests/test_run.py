@@ -53,7 +53,7 @@ def settings(place: Path, output: Path, **changes: Any) -> config.Settings:
         "general": str(place / "pool.jsonl"),
         "mix": {"general_per_task": 2, "repeats": 2},
         "train": {"batch_size": 4, "lora_r": 4, "learning_rate": 1e-2, "dtype": "float32", "device": "cpu",
-                  "evaluations": 2, "save_every": 1},
+                  "evaluations": 2, "save_every": 3},
         "eval": {"general_rows": 2, "draws": 100},
         "output_dir": str(output),
     }  # fmt: skip

@@ -38,6 +38,9 @@ def new_adapter(loaded: LoadedModel, settings: TrainSettings, seed: int, name: s
         named = settings.lora_target_modules
         raise ConfigError(f"train.lora_target_modules: PEFT refuses {named!r}: {error}; all-linear is the default") from error
     loaded.causal = loaded.peft.get_base_model()
+    loaded.dropouts = [
+        module for part, module in loaded.peft.named_modules() if "lora_dropout" in part and isinstance(module, nn.Dropout)
+    ]
     set_dropout(loaded, False)
 
 
@@ -50,9 +53,8 @@ def _config(loaded: LoadedModel, settings: TrainSettings) -> LoraConfig:
 
 def set_dropout(loaded: LoadedModel, on: bool) -> None:
     """Adapter dropout is the only dropout there is: the frozen base always runs in evaluation mode."""
-    for name, module in loaded.peft.named_modules():
-        if "lora_dropout" in name:
-            module.train(on)
+    for module in loaded.dropouts:
+        module.train(on)
 
 
 def no_dropout(loaded: LoadedModel) -> None:

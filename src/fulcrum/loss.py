@@ -155,7 +155,8 @@ def row_loss(loaded: LoadedModel, row: Row, weights: Tensor, *, kl: float = 0.0)
     that is returned is without it, its gradient with it.
     """
     recompute = _needs_checkpointing(loaded, row)
-    set_checkpointing(loaded, recompute)
+    if recompute != loaded.recomputes:
+        set_checkpointing(loaded, recompute)
     with loaded.precision(), _adapter_precision(loaded), _layers_compiled(loaded, not recompute):
         base = _base(loaded, row) if kl else None
         if _split(loaded):
@@ -258,6 +259,7 @@ def _needs_checkpointing(loaded: LoadedModel, row: Row) -> bool:
 
 def set_checkpointing(loaded: LoadedModel, on: bool) -> None:
     """Recompute activations in the backward pass, for rows too long to keep them: a third slower, a fraction of the memory."""
+    loaded.recomputes = on  # as far as the model can
     on = on and bool(getattr(loaded.causal, "supports_gradient_checkpointing", False))
     if on == getattr(loaded.causal, "is_activation_checkpointing", False):
         return

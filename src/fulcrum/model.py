@@ -54,6 +54,8 @@ class LoadedModel:
     `packed`: several examples may stand in a row (else one example per row); `shares`: their common prefixes may stand there
     once. `split_head`: the output head can be applied to chosen positions only. `context`: the longest row in tokens, None
     where the architecture has no limit. `compiled`: layers that train compiled, with their compiled calls (`fulcrum.compiled`).
+    `dropouts`: the adapter's; `recomputes`: whether layers recompute their activations. Both are asked at every step, where a
+    walk over thousands of modules would take 10 ms and more.
     """
 
     name: str
@@ -70,6 +72,8 @@ class LoadedModel:
     peft: Any = None
     facts: tuple[str, ...] = ()
     compiled: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    dropouts: list[nn.Module] = field(default_factory=list)
+    recomputes: bool = False
 
     @property
     def sharded(self) -> bool:
