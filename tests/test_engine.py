@@ -235,6 +235,12 @@ def test_numbers_at_the_edge_draw_the_likeliest_and_end_nobody_elses_answer(
     assert other.text == alone["sft", TEXTS[0]]
 
 
+def test_a_stop_text_ends_an_answer_at_its_last_allowed_token_too(running: Engine, alone: dict[tuple[str, str], str]) -> None:
+    text = alone["tell", TEXTS[1]]
+    heard = ask(running, "tell", TEXTS[1], stop=(text[-3:],))
+    assert (heard.last.finish, heard.text) == ("stop", text[: text.find(text[-3:])].rstrip())
+
+
 def test_a_model_whose_numbers_break_down_is_said_and_spoils_no_slot(
     loaded: LoadedModel, speakers: dict[str, Speaker], alone: dict[tuple[str, str], str]
 ) -> None:

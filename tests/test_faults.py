@@ -377,8 +377,12 @@ def test_a_signal_ends_a_process_with_its_code_and_says_how_to_go_on(
     assert process.returncode == 128 + number, said
     assert "stopped: what was finished is kept; go on with --resume" in said
     assert "Traceback" not in said
-    for more in (["--resume"], ["--output-dir", tmp_path / "whole"]):
-        done(verb, tmp_path / "run.yaml", *more)
+    threads = torch.get_num_threads()
+    try:
+        for more in (["--resume"], ["--output-dir", tmp_path / "whole"]):
+            done(verb, tmp_path / "run.yaml", *options, *more)  # workers share the machine's threads
+    finally:
+        torch.set_num_threads(threads)
     made = ("adapter/" if verb == "train" else "adapters/tell/") + "adapter_model.safetensors"
     for name in (made, "predictions.jsonl"):
         assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -330,6 +330,21 @@ def test_recomputing_activations_changes_no_gradient(tmp_path: Path, monkeypatch
     assert loaded.causal.is_activation_checkpointing
     np.testing.assert_array_equal(nats, recomputed)
     same_gradients(again, gradients)
+    monkeypatch.undo()
+    our_losses_and_gradients(loaded, examples, budget=1000)
+    assert not loaded.causal.is_activation_checkpointing
+
+
+def test_a_model_that_cannot_recompute_trains_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_tiny(tmp_path)
+    shaken_adapter(loaded, tiny_settings())
+    nats, gradients, _ = our_losses_and_gradients(loaded, sharing_examples(), budget=1000)
+    monkeypatch.setattr(loss, "_ACTIVATION_BYTES", 0)
+    monkeypatch.setattr(type(loaded.causal), "supports_gradient_checkpointing", False)
+    again, same, _ = our_losses_and_gradients(loaded, sharing_examples(), budget=1000)
+    assert not loaded.causal.is_activation_checkpointing
+    np.testing.assert_array_equal(nats, again)
+    same_gradients(same, gradients)
 
 
 def test_answers_are_the_same_after_a_row_that_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

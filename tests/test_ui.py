@@ -23,7 +23,21 @@ import pytest
 import uvicorn
 import yaml
 
-from fulcrum import chatting, config, desk, estimate, guard, jobs, material, onlooker, shipping, store, web, workspace
+from fulcrum import (
+    chatting,
+    config,
+    desk,
+    estimate,
+    guard,
+    jobs,
+    material,
+    onlooker,
+    run_folder,
+    shipping,
+    store,
+    web,
+    workspace,
+)
 from fulcrum.arms import own_arm
 from fulcrum.errors import ConfigError, DataError, StoreError
 from fulcrum.jobs import Job
@@ -537,6 +551,43 @@ def test_a_removed_run_takes_along_what_nobody_else_names(client: Client, space:
     assert client.refused("DELETE", f"/api/runs/{run.id}")["status"] == 404
     client.json("DELETE", f"/api/runs/{other.id}")
     assert [one.id for one in space.data()] == [spare.id]
+
+
+def test_uploads_that_a_run_of_the_users_folders_names_stay(tmp_path: Path, space: Workspace, run: Run) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"kind": "train"}')
+    (folder / "config.yaml").write_text(f"task: {{train: {space.datum(run.data).path}}}\n")
+    both = Workspace(space.folder, runs=[folder])
+    desk.remove(both, run)
+    assert [one.id for one in both.data()] == [run.data]
+
+
+def test_a_run_that_a_terminal_works_on_is_not_removed(client: Client, space: Workspace, run: Run) -> None:
+    with run_folder.held(run.folder):
+        told = client.refused("DELETE", f"/api/runs/{run.id}")
+    assert f"process {os.getpid()} on " in told["error"]
+    assert run.settings.exists()
+    assert [one.id for one in space.data()] == [run.data]
+    client.json("DELETE", f"/api/runs/{run.id}")
+    assert not run.desk.exists()
+
+
+def test_what_cannot_be_removed_whole_is_said(space: Workspace, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    with pytest.raises(StoreError, match="not all of it could be removed; look who may write there"):
+        desk.remove(space, run)
+    assert [one.id for one in space.data()] == [run.data]
+
+
+def test_a_chat_ends_with_its_run(client: Client, space: Workspace, run: Run, standing_in: None) -> None:
+    path = f"/api/runs/{run.id}/chat"
+    client.json("POST", path)
+    until(lambda: client.json("GET", path)["state"] == "ready")
+    chat = store.read_json(run.job("chat").record)
+    client.json("DELETE", f"/api/runs/{run.id}")
+    assert not run.desk.exists()
+    assert not jobs.lives(chat["pid"], chat["began"])
 
 
 def test_a_run_at_work_is_not_removed(client: Client, space: Workspace, run: Run, standing_in: None) -> None:

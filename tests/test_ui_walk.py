@@ -151,7 +151,9 @@ def walk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Walk]:
     rows.write_text(f"{evil}\n{rows.read_text()}" + '{"prompt": "colour ant 0", "completion": "red"}\n')
     space = Workspace(tmp_path / "space", models=[tmp_path / "model"])
     with served(space, most_upload=2**20) as (client, told):
-        yield Walk(request.getfixturevalue("browser"), client, told[-1])
+        driver = request.getfixturevalue("browser")
+        yield Walk(driver, client, told[-1])
+        driver.get("about:blank")  # else the page goes on asking a server that ends, and the next walk finds that in the log
 
 
 def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

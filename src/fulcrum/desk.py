@@ -4,12 +4,14 @@ Every command is one that the user could type in the workspace's folder; `jobs` 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fulcrum import jobs, onlooker, settings_file, store
+from fulcrum.chatting import CHAT
 from fulcrum.errors import ConfigError, StoreError
+from fulcrum.jobs import Job
 from fulcrum.onlooker import INIT, RUN
 from fulcrum.workspace import YAML, Run, Workspace
 
@@ -141,14 +143,24 @@ def stop(run: Run) -> None:
 
 
 def remove(workspace: Workspace, run: Run) -> None:
-    """Remove a run and all that was made for it. Raises StoreError for one in the user's own folders, and while anything is at
-    work on it."""
+    """Remove a run and all that was made for it; a chat with it ends. Raises StoreError for one in the user's own folders, and
+    while anything else is at work on it, from whatever terminal."""
     if not run.is_own:
         raise StoreError("this run's folder is the user's own; remove it there")
-    for job in jobs.started_in(run.desk / "jobs"):
-        if not jobs.wait(job, _ENDS if jobs.was_asked(job) else 0):
+    chat, own = run.job(CHAT), run.desk / "jobs"
+    _refuse_at_work(job for job in jobs.started_in(own) if job != chat and not jobs.was_asked(job))
+    jobs.stop(chat)
+    for job in jobs.started_in(own):
+        jobs.wait(job, _ENDS)
+    with jobs.none_begins():
+        _refuse_at_work(jobs.started_in(own))
+        workspace.remove(run)
+
+
+def _refuse_at_work(commands: Iterable[Job]) -> None:
+    for job in commands:
+        if jobs.is_running(job):
             raise StoreError(f"{job.name}: still at work on this run; stop it first")
-    workspace.remove(run)
 
 
 # ---- exports

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ def _start(job: Job, words: Sequence[str], place: Path, more: Mapping[str, str])
     _children[process.pid] = process
     known = {"pid": process.pid, "began": began(process.pid), "host": platform.node(), "words": list(words)}
     store.write_json(job.record, known)
+
+
+def none_begins() -> AbstractContextManager[Any]:
+    """Inside, this process starts no command."""
+    return _starting
 
 
 def started_in(folder: Path) -> list[Job]:

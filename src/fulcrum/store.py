@@ -163,14 +163,15 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def drop_folder(folder: Path) -> None:
+def drop_folder(folder: Path) -> bool:
     """Remove a folder, if it is there: renamed first, so that none that is half removed ever has its name. What cannot be
-    removed stays."""
+    removed stays; returns whether nothing does."""
     partial = folder.with_name(f".{folder.name}.dropped{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.rename(partial)
     shutil.rmtree(partial, ignore_errors=True)
+    return not (folder.exists() or partial.exists())
 
 
 def damaged(folder: Path) -> list[str]:

@@ -200,8 +200,8 @@ def _settings(app: FastAPI, space: Workspace, talks: Talks) -> None:
     @app.delete("/api/runs/{run_id}")
     def remove(run_id: Id) -> Any:
         found = space.run(run_id)
-        talks.end(found)
         desk.remove(space, found)
+        talks.end(found)
         return {"removed": found.title}
 
     @app.put("/api/runs/{run_id}/settings")

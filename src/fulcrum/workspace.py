@@ -26,7 +26,7 @@ from typing import IO, Any
 import yaml
 from filelock import FileLock, Timeout
 
-from fulcrum import config, settings_file, store
+from fulcrum import config, run_folder, settings_file, store
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError, DataError, StoreError
 from fulcrum.jobs import Job
@@ -181,26 +181,28 @@ class Workspace:
     def new_run(self, title: str, data: Data) -> Run:
         """A run on uploaded data, without settings as yet."""
         made = secrets.token_hex(6)
-        about = {"title": shown(title), "data": data.id, "made": time.time()}
-        store.write_json(self.folder / "runs" / made / "about.json", about)
+        with self._writing:
+            about = {"title": shown(title), "data": self.datum(data.id).id, "made": time.time()}
+            store.write_json(self.folder / "runs" / made / "about.json", about)
         return self.run(made)
 
     def again(self, run: Run) -> Run:
         """Another run with the settings of one. Raises ConfigError where it has none that the page may use."""
-        data = settings_file.parse(self.text(run), YAML)
-        self.checked(data, run)  # before a run is made that would have no settings
-        made = self.new_run(f"{run.title} (again)", self.datum(run.data))
-        self.write(made, data)
+        with self._writing:
+            data = settings_file.parse(self.text(run), YAML)
+            self.checked(data, run)  # before a run is made that would have no settings
+            made = self.new_run(f"{run.title} (again)", self.datum(run.data))
+            self.write(made, data)
         return made
 
     def remove(self, run: Run) -> None:
-        """Remove an own run with all that was made for it, and the uploaded files that no other run names."""
-        with self._writing:
-            mine = self._named(run)
-            store.drop_folder(run.desk)
-            if run.desk.exists():
-                raise StoreError(f"{run.desk}: cannot be removed; look who may write there")
-            mine -= {name for other in self.runs() if other.is_own for name in self._named(other)}
+        """Remove an own run with all that was made for it, and the uploaded files that no other run names. Raises StoreError
+        where a process works in its folder, or where the disk refuses."""
+        with self._writing, run_folder.held(run.folder):
+            needed = {name for other in self.runs() if other.id != run.id for name in self._named(other)}
+            mine = self._named(run) - needed
+            if not store.drop_folder(run.desk):
+                raise StoreError(f"{run.desk}: not all of it could be removed; look who may write there")
             for data in self.data():
                 if data.id in mine:
                     (self.folder / "data" / f"{data.id}.about").unlink(missing_ok=True)
@@ -208,7 +210,10 @@ class Workspace:
 
     def _named(self, run: Run) -> set[str]:
         """Ids of the uploaded files that a run is about, or names in its settings."""
-        text = run.settings.read_text(encoding="utf-8", errors="replace") if run.settings.is_file() else ""
+        try:
+            text = run.settings.read_text(encoding="utf-8", errors="replace") if run.settings.is_file() else ""
+        except OSError as error:
+            raise StoreError(f"{run.settings}: {error.strerror}: which uploaded files it needs is not known") from error
         return {run.data, *_UPLOADED.findall(text)}
 
     def _own(self, asked: str) -> Run | None:
@@ -255,8 +260,9 @@ class Workspace:
         """Write settings from plain values; where the run writes is not the user's to choose. Raises ConfigError."""
         if isinstance(data, dict):
             data = {**data, "output_dir": self._out(run)}
-        found = self.checked(data, run)
-        store.write_bytes(run.settings, yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100).encode())
+        with self._writing:
+            found = self.checked(data, run)
+            store.write_bytes(run.settings, yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100).encode())
         return found
 
     def checked(self, data: Any, run: Run) -> Settings:

@@ -76,9 +76,11 @@ export async function home(main, signal) {
     run.why && h("span", { class: "quiet why" }, run.why));
   const heading = h("h2", { tabindex: "-1" }, "Runs");
   const none = note("empty", h("p", {}, "No run as yet. Your first one begins with a data file."));
+  let going = ""; // the id of the run that is being removed
   const removal = (run) => h("button", { type: "button", class: "second small", "aria-label": `Remove ${run.title}`, onclick: async () => {
-    if (!confirm(`Remove “${run.title}” with everything made for it: adapters, report, exports? Uploaded files that no other run uses go with it. This cannot be undone.`)) return;
+    if (going === run.id || !confirm(`Remove “${run.title}” with everything made for it: adapters, report, exports? Uploaded files that no other run uses go with it. This cannot be undone.`)) return;
     trouble.replaceChildren();
+    going = run.id;
     try {
       const told = await send(`/api/runs/${run.id}`, undefined, "DELETE");
       heading.focus(); // the button goes
@@ -86,6 +88,8 @@ export async function home(main, signal) {
       say(`${told.removed}: removed`);
     } catch (error) {
       if (error.name !== "AbortError") trouble.replaceChildren(failure({ message: `${run.title}: ${error.message}` }));
+    } finally {
+      going = "";
     }
   } }, "Remove");
   const trouble = h("div", { role: "alert" });
