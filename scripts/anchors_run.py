@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from fulcrum import anchor_scores, store
-from fulcrum.records import AnchorScore
+from fulcrum.records import AnchorScore, AnchorScores
 
 
 def main() -> None:
@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     given: dict[str, Any] = yaml.safe_load(args.settings.read_text(encoding="utf-8"))
-    (known,) = store.read_json(args.scores)
-    scores = [AnchorScore(**score) for score in known["scores"]]
+    (known,) = store.read_as(args.scores, tuple[AnchorScores, ...])
+    scores = list(known.scores)
     chosen = trained(scores)
     made = [score for score in scores if score.source in ("template", "model")]
     best = made[anchor_scores.choose(made)]

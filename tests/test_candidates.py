@@ -25,10 +25,8 @@ AUTO = {
 
 
 @pytest.fixture(autouse=True)
-def _few_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is scored here is scored quickly, and in a cache of its own."""
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(anchor_scores, "RANDOM", 2)
 
 
 def settings_of(folder: Path, anchor: Any = AUTO, **more: Any) -> config.Settings:
@@ -43,15 +41,14 @@ def test_a_run_chooses_keeps_says_and_shows(tmp_path: Path, monkeypatch: pytest.
     (known,) = json.loads((tmp_path / "out" / "anchors.json").read_text())
     own = [score for score in known["scores"] if not score["source"].startswith("control")]
     (chosen,) = [score for score in own if score["chosen"]]
-    able = [score for score in own if score["separates"]] or own
-    assert round(chosen["loss"], 2) == min(round(score["loss"], 2) for score in able)
+    assert round(chosen["loss"], 2) == min(round(score["loss"], 2) for score in own)
     assert {score["placement"] for score in own} == {"user_suffix"}
     assert AUTO["candidates"][0] in {score["text"] for score in own if score["source"] == "given"}
     assert sum(score["source"] == "template" for score in own) == 6
     assert sorted(score["source"] for score in known["scores"] if score not in own) == [
         "control: another task's", "control: none", "control: random tokens",
     ]  # fmt: skip
-    assert (known["rows"], known["general"]) == (26 - 6, 52)  # a fifth of 32 rows are dev rows; a quarter of the rest was shown
+    assert known["rows"] == 26 - 6  # a fifth of 32 rows are dev rows; a quarter of the rest was shown
     assert results.notes[0].startswith(f"task: of {len(own)} anchors {chosen['text']!r}")
     kept = config.load(tmp_path / "out" / "config.yaml").tasks[0].anchor
     assert kept is not None
@@ -91,7 +88,7 @@ def test_a_comparison_chooses_by_its_smallest_size_and_sees_no_test_row(
     assert all("train.jsonl" in origin for origin in rows)
     (known,) = json.loads((tmp_path / "out" / "anchors.json").read_text())
     assert "given: arm one" in {score["source"] for score in known["scores"]}
-    (group,) = anchor_outcomes.trained(tmp_path / "out")
+    (group,) = anchor_outcomes.read_groups(tmp_path / "out")
     assert [one.arm for one in group.anchors] == ["tell", "one"]
     text = done("anchor", "outcome", tmp_path / "out")
     assert "Selection unproven: 2 trained anchors, and 4 of one task are needed to rank them." in text
@@ -101,7 +98,7 @@ def test_a_comparison_chooses_by_its_smallest_size_and_sees_no_test_row(
 def test_arms_with_anchors_of_their_own_are_scored_without_auto(tmp_path: Path) -> None:
     one = {"name": "one", "anchored": True, "anchor": "Is it red or blue or green?"}
     settings = settings_of(tmp_path, "Name it.", compare={"arms": ["base", one], "sizes": [16], "folds": 2})
-    resolved, (found,) = candidates.resolve(settings, compared=True, resume=False, watcher=Silent())
+    resolved, (found,) = candidates.resolve(settings, compared=True, watcher=Silent())
     assert resolved == settings  # nothing was to be chosen
     assert [score.source for score in found.scores if not score.is_control] == ["given", "given: arm one"] or [
         score.source for score in found.scores if not score.is_control

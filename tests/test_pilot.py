@@ -92,7 +92,7 @@ def test_task_rows_alone_may_use_the_steps_of_the_mixtures(tmp_path: Path, monke
     monkeypatch.setattr(pilot, "_held_out", watched)
     settings = settings_of(tmp_path, repeats=2, pilot_tokens=30_000)
     save_task(tmp_path, 16, 4, pool=3)
-    resolved, found = pilot.resolve(settings, compared=True, resume=False, watcher=Silent())
+    resolved, found = pilot.resolve(settings, compared=True, watcher=Silent())
     assert tried == [*(("sft_anchor", shown) for shown in (2, 10, 34)), *[("tell", 2)] * 3]
     assert found.alone in (2, 10, 34)
     assert resolved.compare.extra_trials == 4
@@ -111,7 +111,7 @@ def test_a_killed_pilot_goes_on_with_what_is_left(tmp_path: Path, monkeypatch: p
         return held_out(*given)
 
     def found(**changes: object) -> Pilot:
-        resolved = pilot.resolve(settings.model_copy(update=changes), compared=True, resume=False, watcher=Silent())[1]
+        resolved = pilot.resolve(settings.model_copy(update=changes), compared=True, watcher=Silent())[1]
         assert resolved is not None
         return resolved
 

@@ -43,6 +43,14 @@ _MARKER = re.compile(
 )
 _BROKEN = re.compile("[\ufffd\x00-\x08\x0b\x0e-\x1f]")
 
+_REFUSAL = re.compile(
+    r"\W*(?:(?:i'?m |i am )?(?:very |so )?sorry\b|i apologi[sz]e\b"
+    r"|as an? (?:ai|(?:large )?language model)\b"
+    r"|(?:unfortunately,? )?i (?:can(?:no|')t|am (?:unable|not able)|will not|won't)\b"
+    r"|i'm (?:unable|not able)\b)",
+    re.IGNORECASE,
+)
+
 _ASCII_WORD = re.compile(r"[^\W_]+")
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[\w--[_{_UNSPACED}]]+", regex.V1)
@@ -53,6 +61,11 @@ def words(text: str) -> list[str]:
     text = folded(text)
     found: list[str] = (_ASCII_WORD if text.isascii() else _WORD).findall(text)
     return found
+
+
+def refuses(text: str) -> bool:
+    """Tell whether a text begins as refusals do."""
+    return bool(_REFUSAL.match(text.replace("’", "'")))
 
 
 def spoken(row: Example) -> list[str]:

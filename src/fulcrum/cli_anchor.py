@@ -1,8 +1,9 @@
-"""`fulcrum anchor`: propose anchors, score them without training, and see whether the scores told what training brought."""
+"""`fulcrum anchor`: propose anchors, score them before training, and compare with the outcome."""
 
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -32,30 +33,44 @@ def propose(
     ctx: typer.Context,
     run_file: RunFile,
     out: Annotated[Path, typer.Option("--out", help="File to write, .jsonl: one anchor a line.")],
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many, in each placement.")] = 12,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, help="How many, in each placement.")
+    ] = 12,
     placement: Annotated[
-        list[str] | None, typer.Option("--placement", help="system, user_prefix, user_suffix, response_prefix; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--placement", help="system, user_prefix, user_suffix, response_prefix; repeatable."
+        ),
     ] = None,
-    by: Annotated[str, typer.Option("--by", metavar="A,B", help="Who: template, model, endpoint.")] = "template,model",
-    text: Annotated[list[str] | None, typer.Option("--text", help="An anchor of your own; repeatable.")] = None,
+    by: Annotated[
+        str, typer.Option("--by", metavar="A,B", help="Who: template, model, endpoint.")
+    ] = "template,model",
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="An anchor of your own; repeatable.")
+    ] = None,
     task: TaskName = None,
     endpoint: EndpointUrl = "",
     endpoint_model: EndpointModel = "",
     key: KeyVariable = "OPENAI_API_KEY",
     changes: Changes = None,
 ) -> None:
-    """Write anchors for a task: filled from its training rows, written by the model, by an endpoint, or by you."""
+    """Write anchors for a task: filled from its training rows, or written by a model or by you."""
     from fulcrum import config
     from fulcrum.records import Placement
 
-    who, placements = cli_start.names(by), placement or ["user_prefix"]
-    for name, known in [*((name, SOURCES) for name in who), *((name, get_args(Placement)) for name in placements)]:
-        if name not in known:
-            raise ConfigError(f"{name!r} is not known here; known: {', '.join(known)}")
+    who = cli_start.names(by)
+    placements = placement or ["user_prefix"]
+    for names, known in ((who, SOURCES), (placements, get_args(Placement))):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{name!r} is not known here; known: {', '.join(known)}")
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out {out}: the name must end in .jsonl")
     if "endpoint" in who and not (endpoint and endpoint_model):
-        raise ConfigError("--by endpoint needs --endpoint, its address, and --endpoint-model, the model's name there")
+        raise ConfigError(
+            "--by endpoint needs --endpoint, its address, "
+            "and --endpoint-model, the model's name there"
+        )
     settings = config.load(run_file, changes or ())
     screen = cli_start.ready(ctx, settings)
     from fulcrum import anchor_scores, candidates, store, terminal
@@ -66,31 +81,45 @@ def propose(
 
     asked = Endpoint(endpoint, endpoint_model, os.environ.get(key)) if endpoint else None
     with terminal.working(screen, f"loading {settings.model}, reading data"):
-        loaded, tasks, _, seed = candidates.rows_to_score(settings, compared=False)
+        loaded, tasks, seed = candidates.rows_to_score(settings, compared=False)
     chosen = _task(tasks, task)
-    wheres, sources = [cast("Placement", name) for name in placements], [cast("candidates.Source", name) for name in who]
+    wheres = [cast("Placement", name) for name in placements]
+    sources = [cast("candidates.Source", name) for name in who]
     found = [Candidate(Anchor(own, where), "given") for where in wheres for own in text or ()]
-    left_out: dict[str, int] = {}
+    left_out = Counter[str]()
     with Watch(screen) as watch:
         for where in wheres:
             made, refused = candidates.proposals(
-                chosen, where, loaded, wanted=count, seed=seed, by=sources, endpoint=asked, watcher=watch
+                chosen,
+                where,
+                loaded,
+                wanted=count,
+                seed=seed,
+                by=sources,
+                endpoint=asked,
+                watcher=watch,
             )
             found += made
-            left_out |= {reason: number + left_out.get(reason, 0) for reason, number in refused.items()}
-    lines = [
-        {**store.plain(one.anchor), "source": one.source, "tokens": anchor_scores.tokens_of(one.anchor, loaded)}
-        for one in found
-    ]
+            left_out.update(refused)
+    lines = []
+    for one in found:
+        tokens = anchor_scores.count_tokens(one.anchor, loaded)
+        lines.append({**store.plain(one.anchor), "source": one.source, "tokens": tokens})
     store.write_jsonl(out, lines)
-    rows = [(line["text"], line["placement"], line["source"], str(line["tokens"])) for line in lines]
-    screen.print(terminal.grid(f"Anchors for {chosen.name}", ("anchor", "placement", "by", "tokens"), rows, numbers=False))
+    rows = [
+        (line["text"], line["placement"], line["source"], str(line["tokens"])) for line in lines
+    ]
+    head = ("anchor", "placement", "by", "tokens")
+    screen.print(terminal.grid(f"Anchors for {chosen.name}", head, rows, numbers=False))
     terminal.say(screen, "proposals that were no anchors, by reason:")
     terminal.say_rejects(screen, left_out)
     wanted = len(placements) * (count + len(text or ()))
     if len(found) < wanted:
         terminal.say(
-            screen, f"{len(found)} of {wanted}: write some yourself (--text), or ask a larger model (--by endpoint)", "yellow"
+            screen,
+            f"{len(found)} of {wanted}: write some yourself (--text), "
+            "or ask a larger model (--by endpoint)",
+            "yellow",
         )
     terminal.say(screen, f"wrote {out}; next: fulcrum anchor score {run_file} {out}")
 
@@ -100,15 +129,21 @@ def score(
     ctx: typer.Context,
     run_file: RunFile,
     anchors: Annotated[
-        Path | None, typer.Argument(metavar="ANCHORS.jsonl", help="Of `anchor propose`, or your own: lines with a `text`.")
+        Path | None,
+        typer.Argument(
+            metavar="ANCHORS.jsonl", help="Of `anchor propose`, or your own: lines with a `text`."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the scores there too, as .json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the scores there too, as .json.")
+    ] = None,
     task: TaskName = None,
     changes: Changes = None,
 ) -> None:
-    """Score anchors on the model as it is, and name the one that the rule chooses. Nothing is trained.
+    """Score anchors on the model as it is, and name the best. Nothing is trained.
 
-    Without ANCHORS.jsonl anchors are proposed first. The task's own anchor and controls always stand in the table.
+    Without ANCHORS.jsonl anchors are proposed first. The table
+    always holds the task's own anchor and controls.
     """
     from fulcrum import config
 
@@ -121,20 +156,29 @@ def score(
 
     began = time.perf_counter()
     with terminal.working(screen, f"loading {settings.model}, reading data"):
-        loaded, tasks, general, seed = candidates.rows_to_score(settings, compared=False)
+        loaded, tasks, seed = candidates.rows_to_score(settings, compared=False)
     chosen = _task(tasks, task)
     found = [Candidate(chosen.anchor, "the task's")] if chosen.anchor is not None else []
     found += [Candidate(one, source) for one, source in given if one != chosen.anchor]
     left_out: dict[str, int] = {}
     with Watch(screen) as watch:
         if anchors is None:
-            where: Placement = chosen.anchor.placement if chosen.anchor is not None else "user_prefix"
+            where: Placement = (
+                chosen.anchor.placement if chosen.anchor is not None else "user_prefix"
+            )
             made, left_out = candidates.proposals(chosen, where, loaded, seed=seed, watcher=watch)
             found += made
-        scores = candidates.scored(
-            found, chosen, tasks, general, loaded, settings, seed=seed, left_out=left_out, started=began, choose=True,
+        scores = candidates.score_candidates(
+            found,
+            chosen,
+            tasks,
+            loaded,
+            seed=seed,
+            left_out=left_out,
+            started=began,
+            choose=True,
             watcher=watch,
-        )  # fmt: skip
+        )
     show(screen, scores)
     if out is not None:
         store.write_json(out, [scores])
@@ -144,29 +188,33 @@ def score(
 @app.command()
 def outcome(
     run_folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN_FOLDER...", help="Comparisons with arms that differ in their `anchor:`.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN_FOLDER...", help="Comparisons with arms that differ in their `anchor:`."
+        ),
     ],
 ) -> None:
-    """Say whether the scores before training told which anchors trained best, over all folders together."""
+    """Say whether the loss before training told which anchors trained best, over all folders."""
     from fulcrum import anchor_outcomes, terminal
 
     screen = terminal.console()
-    trained = [one for folder in run_folders for one in anchor_outcomes.trained(folder)]
-    if not trained:
+    groups = []
+    for folder in run_folders:
+        groups += anchor_outcomes.read_groups(folder)
+    if not groups:
         raise ConfigError(
-            f"{run_folders[0]}: no arms that differ in their anchor alone; give arms an `anchor:` of their own and compare them"
+            f"{run_folders[0]}: no arms that differ in their anchor alone; "
+            "give arms an `anchor:` of their own and compare them"
         )
-    for group in trained:
-        rows = [
-            (one.arm, one.text, f"{one.tokens}", f"{one.loss:.3f}", f"{one.separation:.2f}",
-             "–" if one.agreement is None else f"{one.agreement:.3f}", f"{one.outcome:.3f}")
-            for one in group.anchors
-        ]  # fmt: skip
-        head = ("arm", "anchor", "tokens", "S_loss", "S_sep", "S_conf", f"test NLL, {group.seeds} seeds")
-        screen.print(terminal.grid(f"{group.task} ({group.folder})", head, rows, numbers=False))
-    for sentence in anchor_outcomes.sentences(trained):
-        terminal.say(screen, sentence)
-    terminal.say(screen, anchor_outcomes.verdict(trained), "bold")
+    for group in groups:
+        rows = []
+        for one in group.anchors:
+            numbers = (f"{one.tokens}", f"{one.loss:.3f}", f"{one.outcome:.3f}")
+            rows.append((one.arm, one.text, *numbers))
+        head = ("arm", "anchor", "tokens", "S_loss", f"test NLL, {group.seeds} seeds")
+        title = f"{group.task} ({group.folder})"
+        screen.print(terminal.grid(title, head, rows, numbers=False))
+    terminal.say(screen, anchor_outcomes.verdict(groups), "bold")
 
 
 def show(screen: "Console", scores: "AnchorScores") -> None:
@@ -178,20 +226,22 @@ def show(screen: "Console", scores: "AnchorScores") -> None:
         ends = "" if one.low is None or one.high is None else f"[{one.low:+.3f}, {one.high:+.3f}]"
         rows.append(
             (
-                "→" if one.chosen else "", one.text or "(none)", one.placement if one.text else "", one.source, f"{one.tokens}",
-                f"{one.loss:.3f}", ends, f"{one.separation:.2f}{'' if one.separates or one.is_control else ' !'}",
-                "" if one.percentile is None else f"{one.percentile:.0%}",
-                "–" if one.agreement is None else f"{one.agreement:.3f}",
+                "→" if one.chosen else "",
+                one.text or "(none)",
+                one.placement if one.text else "",
+                one.source,
+                f"{one.tokens}",
+                f"{one.loss:.3f}",
+                ends,
             )
-        )  # fmt: skip
-    head = ("", "anchor", "placement", "by", "tokens", "S_loss", "to no anchor", "S_sep", "of random", "S_conf")
-    title = f"Anchors of {scores.task}, scored on {scores.rows} training rows and {scores.general} general rows"
+        )
+    head = ("", "anchor", "placement", "by", "tokens", "S_loss", "to no anchor")
+    title = f"Anchors of {scores.task}, scored on {scores.rows} training rows"
     screen.print(terminal.grid(title, head, rows, numbers=False))
     terminal.say(
         screen,
-        "S_loss: nats per answer token before training, with the 95% interval of its difference to no anchor. S_sep: how far "
-        "task prompts lie from general ones, and the share of random strings of this length that lie nearer (!: not above no "
-        "anchor). S_conf: cosine of the gradients of task and general rows.",
+        "S_loss: nats per answer token before training, "
+        "with the 95% interval of its difference to no anchor.",
     )
     if any(one.chosen for one in scores.scores):
         terminal.say(screen, candidates.sentence(scores), "bold")
@@ -202,7 +252,9 @@ def _task(tasks: Any, name: str | None) -> Any:
 
     found = next((task for task in tasks if name in (None, task.name)), None)
     if found is None:
-        raise ConfigError(f"--task {name}: no such task{nearest(str(name), [task.name for task in tasks])}")
+        raise ConfigError(
+            f"--task {name}: no such task{nearest(str(name), [task.name for task in tasks])}"
+        )
     return found
 
 
@@ -213,7 +265,9 @@ def _read(file: Path) -> list[tuple[Any, str]]:
     try:
         lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); give a file of `fulcrum anchor propose`") from None
+        raise DataError(
+            f"{file}: cannot be read ({error}); give a file of `fulcrum anchor propose`"
+        ) from None
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -221,11 +275,13 @@ def _read(file: Path) -> list[tuple[Any, str]]:
             text, where = str(row["text"]), row.get("placement", "user_prefix")
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(
-                f'{file}:{number}: no anchor: {line[:80]!r}; a line is {{"text": "...", "placement": "user_prefix"}}'
+                f"{file}:{number}: no anchor: {line[:80]!r}; "
+                'a line is {"text": "...", "placement": "user_prefix"}'
             ) from None
         if where not in get_args(Placement) or not text.strip():
             raise DataError(
-                f"{file}:{number}: placement {where!r} or text {text!r:.40} is none; known: {', '.join(get_args(Placement))}"
+                f"{file}:{number}: placement {where!r} or text {text!r:.40} is none; "
+                f"known: {', '.join(get_args(Placement))}"
             )
         found.append((Anchor(text, where), str(row.get("source", "given"))))
     if not found:

@@ -53,8 +53,8 @@ def compare(
     watcher, started = watcher or Silent(), time.perf_counter()
     with claimed(settings, resume=resume):
         asked = settings
-        settings, anchors = candidates.resolve(settings, compared=True, resume=resume, watcher=watcher)
-        settings, found = pilot.resolve(settings, compared=True, resume=resume, watcher=watcher)
+        settings, anchors = candidates.resolve(settings, compared=True, watcher=watcher)
+        settings, found = pilot.resolve(settings, compared=True, watcher=watcher)
         arms = chosen_arms(settings)
         if settings.compare.tune == "first":
             settings.refuse_choosing_by("compare.tune: first", "settings", "use `tune: each`")

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
@@ -19,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig
 from fulcrum.adapter import no_dropout
 from fulcrum.answer import Answer
 from fulcrum.encode import Format
-from fulcrum.loss import Row, row_kl, row_nats, row_states, rows, set_checkpointing
+from fulcrum.loss import Row, row_kl, row_nats, rows, set_checkpointing
 from fulcrum.model import LoadedModel, generation_attention
 from fulcrum.prefix import BLOCK, common, shared
 from fulcrum.records import FloatArray, IntArray, Tokens
@@ -42,17 +41,6 @@ def nats_at(
     that fills its row would be computed for every example.
     """
     return _summed(loaded, examples, lambda row: row_nats(loaded, row, temperatures), len(temperatures), budget)
-
-
-def states(loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, budget: int = 2048) -> npt.NDArray[np.float32]:
-    """Hidden states at each prompt's last token, of the middle layer and the last: (prompts, 2, d), float32."""
-    # A target that nothing is measured of makes the last token of a prompt one that predicts something.
-    ends = [Tokens(np.append(ids, ids[-1]), np.arange(len(ids) + 1) == len(ids)) for ids in prompts]
-    found: dict[int, npt.NDArray[np.float32]] = {}
-    for row in rows(ends, loaded, max(budget, 2 * common([end.ids for end in ends]))):
-        measured = row_states(loaded, row).cpu().numpy()
-        found |= dict(zip(row.owner.cpu().tolist(), measured, strict=True))
-    return np.stack([found[k] for k in range(len(prompts))])
 
 
 def divergence(loaded: LoadedModel, examples: Sequence[Tokens], *, budget: int = 2048) -> tuple[FloatArray, IntArray]:

@@ -201,14 +201,6 @@ def _nats_at(logits: Tensor, labels: Tensor, temperatures: Sequence[float]) -> T
 
 
 @torch.no_grad()
-def row_states(loaded: LoadedModel, row: Row) -> Tensor:
-    """What the middle layer and the last one say at the positions that predict targets: (targets, 2, d)."""
-    with loaded.precision(), _adapter_precision(loaded):
-        layers = loaded.body(**_inputs(loaded, row), output_hidden_states=True).hidden_states
-        return torch.stack([layers[k][0].index_select(0, row.where).float() for k in (len(layers) // 2, -1)], dim=1)
-
-
-@torch.no_grad()
 def row_kl(loaded: LoadedModel, row: Row) -> Tensor:
     """KL(base || adapted) at each target of a row, in nats: how far the whole next-token distribution moved; (targets,)."""
     with loaded.precision(), _adapter_precision(loaded):

@@ -31,7 +31,7 @@ _MOST_EPOCHS = 32  # that a pilot of few rows speaks for
 _ALONE = (0.0, 4.0, 16.0)  # task rows alone are trained in the steps of these ratios
 
 
-def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watcher) -> tuple[Settings, Pilot | None]:
+def resolve(settings: Settings, *, compared: bool, watcher: Watcher) -> tuple[Settings, Pilot | None]:
     """The settings with `general_per_task: auto` settled by a pilot, and what it found; read back where a run is resumed.
     Where nothing is to be mixed, task rows may be shown as often as was best for them alone.
 

@@ -124,9 +124,10 @@ def cleaned(text: str, placement: Placement) -> str:
 
 
 def fault(anchor: Anchor, rows: Sequence[Example], form: encode.Format, *, written: bool) -> str | None:
-    """Why a proposed text is no anchor for these rows, in words that can be counted; None where it is one.
+    """Say why a proposed text is no anchor for these rows, in words that can be counted, or None.
 
-    Who has `written` one may not just copy an input; a template that gives an example does so on purpose.
+    A `written` one, by a model, may neither refuse nor copy an input; a template that gives an
+    example copies on purpose.
     """
     tokens = form.tokenizer(anchor.text.strip(), add_special_tokens=False, split_special_tokens=False)["input_ids"]
     words = clean.words(anchor.text)
@@ -142,6 +143,8 @@ def fault(anchor: Anchor, rows: Sequence[Example], form: encode.Format, *, writt
         return "repeats itself"
     if any(anchor.text.strip() in message.content for row in rows for message in row.messages):
         return "stands in the rows"
+    if written and clean.refuses(anchor.text):
+        return "refusal"
     runs = {tuple(words[k : k + _COPIED]) for k in range(len(words) - _COPIED + 1)}
     for row in rows if written else ():
         own = clean.words(row.question)

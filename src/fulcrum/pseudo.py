@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fulcrum import adapter, cell, encode, generate, selfgen, store
+from fulcrum import adapter, cell, clean, encode, generate, store
 from fulcrum.arms import ARMS, MEMBERS, anchor_of, own_name
 from fulcrum.cell import Watcher
 from fulcrum.config import Arm, Settings
@@ -147,6 +147,6 @@ def _by_teacher(
                 store.write_json(file, known)
             watcher.count(f"answers of {teacher.model}", start + len(part), len(missing))
     told = [(row, known[key(task, row)]) for task, row in inputs]
-    refused = sum(selfgen.refuses(answer) for _, answer in told)
+    refused = sum(clean.refuses(answer) for _, answer in told)
     how = f"{teacher.model!r} at {teacher.endpoint}" + (f" ({refused} refusals left out)" if refused else "")
-    return [_answered(row, answer) for row, answer in told if answer and not selfgen.refuses(answer)], how
+    return [_answered(row, answer) for row, answer in told if answer and not clean.refuses(answer)], how

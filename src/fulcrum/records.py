@@ -310,13 +310,14 @@ class Pilot:
 
 @dataclass(frozen=True, slots=True)
 class AnchorScore:
-    """What the frozen model makes of an anchor, before any training; `text` is empty for the control without one.
+    """What the frozen model makes of an anchor, before any training.
 
-    `source` says who made it: "given", "template", "model", "endpoint", or "control". `loss`: nats per answer token (S_loss),
-    with the ends of the interval of its difference to no anchor. `separation`: Fisher ratio of task prompts' and general
-    prompts' hidden states (S_sep), `percentile`: the share of random strings of this length that separate less, `separates`:
-    whether it is above that without an anchor. `agreement`: cosine of the task rows' mean gradient and that of general rows
-    (S_conf).
+    text: empty for the control without an anchor
+    source: who made it: "given", "template", "model", "endpoint", or "control: ..."
+    tokens: of the text
+    loss: nats per answer token (S_loss)
+    low, high: ends of the 95% interval of the loss minus that without an anchor; None if unknown
+    chosen: whether `anchor: auto` takes it
     """
 
     text: str
@@ -326,27 +327,26 @@ class AnchorScore:
     loss: float
     low: float | None
     high: float | None
-    separation: float
-    percentile: float | None
-    separates: bool
-    agreement: float | None
     chosen: bool = False
 
     @property
     def is_control(self) -> bool:
-        """Whether it stands there to be compared with, and cannot be chosen."""
+        """Tell whether it is there for comparison only, and cannot be chosen."""
         return self.source.startswith("control")
 
 
 @dataclass(frozen=True, slots=True)
 class AnchorScores:
-    """The scores of a task's anchors on `rows` training rows and `general` general rows, and what it cost to make and score
-    them; `left_out` counts proposals that were no anchors, by reason."""
+    """The scores of a task's anchors.
+
+    rows: training rows that they were scored on
+    left_out: proposals that were no anchors, counted by reason
+    seconds: what proposing and scoring took
+    """
 
     task: str
     scores: tuple[AnchorScore, ...]
     rows: int
-    general: int
     left_out: Mapping[str, int]
     seconds: float
 

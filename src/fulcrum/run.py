@@ -64,8 +64,8 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
     """
     watcher, started = watcher or Silent(), time.perf_counter()
     with claimed(settings, resume=resume):
-        settings, anchors = candidates.resolve(settings, compared=False, resume=resume, watcher=watcher)
-        settings, found = pilot.resolve(settings, compared=False, resume=resume, watcher=watcher)
+        settings, anchors = candidates.resolve(settings, compared=False, watcher=watcher)
+        settings, found = pilot.resolve(settings, compared=False, watcher=watcher)
         arm = own_arm(settings)
         loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
         kept = folder if launched.writes() else None

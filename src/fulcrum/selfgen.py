@@ -9,7 +9,6 @@ Invariant: batch n is a pure function of (recipe, writer, n), and the rows are o
 killed run goes on with the batches that are there, to the same rows (of an endpoint as far as it keeps its seeds).
 """
 
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,11 +34,6 @@ _FEWEST = 3  # words in a question
 _SQUEEZED = 0.35  # of its length a text of `_LONG` characters may be compressed to; below it repeats itself
 _LONG = 200
 
-_REFUSAL = re.compile(
-    r"\W*(?:(?:i'?m |i am )?(?:very |so )?sorry\b|i apologi[sz]e\b|as an? (?:ai|(?:large )?language model)\b"
-    r"|(?:unfortunately,? )?i (?:can(?:no|')t|am (?:unable|not able)|will not|won't)\b|i'm (?:unable|not able)\b)",
-    re.I,
-)
 _SUBJECTS = (
     "cooking", "animals", "travel", "history", "mathematics", "health", "sport", "music", "language", "work", "school",
     "nature", "money", "computers", "the home", "law", "art", "science", "the weather", "books", "cities", "machines",
@@ -138,11 +132,6 @@ class OfEndpoint:
             return list(threads.map(pair, range(count)))
 
 
-def refuses(text: str) -> bool:
-    """Whether a text begins as refusals do."""
-    return bool(_REFUSAL.match(text.replace("’", "'")))
-
-
 def fault(question: str, answer: str | None, language: str | None) -> str | None:
     """Why a row is not kept, in words that can be counted; None where it is. Without an answer only the question is judged."""
     texts = [question] if answer is None else [question, answer]
@@ -150,7 +139,7 @@ def fault(question: str, answer: str | None, language: str | None) -> str | None
         return "question too short"
     if answer is not None and not clean.words(answer):
         return "no answer"
-    if answer is not None and refuses(answer):
+    if answer is not None and clean.refuses(answer):
         return "refusal"
     if any(_repeats(text) for text in texts):
         return "repeats itself"

@@ -1,6 +1,6 @@
 // The settings: a form beside the file that it writes, the anchors that can be measured, and what will be trained.
 
-import { action, command, failure, get, h, note, number, percent, say, send, table } from "./dom.js";
+import { action, command, failure, get, h, note, number, say, send, table } from "./dom.js";
 import { dropzone } from "./home.js";
 
 const PLACEMENTS = {
@@ -53,11 +53,11 @@ function proposals(scores, isOpen, form) {
   const rows = best.map((one) => {
     const isControl = one.source.startsWith("control");
     const use = isOpen && !isControl ? h("button", { type: "button", class: "second small", onclick: () => form.anchor(one.text, one.placement), "aria-label": `Use the anchor: ${one.text}` }, "Use") : "";
-    return [h("span", {}, one.chosen ? h("b", { class: "picked" }, "→ ") : "", one.text || "(none)"), isControl ? "control" : one.source, number(one.loss), number(one.separation, 2), one.percentile === null ? "–" : percent(one.percentile), number(one.agreement), use];
+    return [h("span", {}, one.chosen ? h("b", { class: "picked" }, "→ ") : "", one.text || "(none)"), isControl ? "control" : one.source, number(one.loss), use];
   });
   return [
-    table(["anchor", "by", "loss ↓", "separation ↑", "of random", "agreement", ""], rows, { classes: "anchors texts", left: [1], caption: `Scored on ${scores.rows} training rows and ${scores.general} general rows` }),
-    h("p", { class: "quiet" }, "→ is what the rule would choose: of those that set your task apart better than no anchor, the one with the lowest loss before training. Loss: nats per answer token. Separation: how far your prompts lie from general ones, and the share of random strings of that length that separate less. Agreement: cosine of task and general gradients. A low loss before training need not mean a low one after it."),
+    table(["anchor", "by", "loss ↓", ""], rows, { classes: "anchors texts", left: [1], caption: `Scored on ${scores.rows} training rows` }),
+    h("p", { class: "quiet" }, "→ is what `auto` would choose: the anchor with the lowest loss before training, in nats per answer token. A low loss before training need not mean a low one after it."),
   ];
 }
 
