@@ -111,22 +111,22 @@ class Chat(Asked):
 
 
 class Completion(Asked):
-    """A request to /v1/completions: texts, or token ids, to go on from."""
+    """A request to /v1/completions: one text or several to continue."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(max_length=MOST_CHOICES, fail_fast=True)]
-        | Annotated[list[int], Field(fail_fast=True)]
-        | Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(max_length=MOST_CHOICES, fail_fast=True)]
-    )
+    prompt: str | Annotated[list[str], Field(max_length=MOST_CHOICES, fail_fast=True)]
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _refuse_token_ids(cls, value: Any) -> Any:
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, int | list):
+            raise ValueError("token ids are not supported; send the prompt as text")
+        return value
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        """One or several."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        numbers = [part for part in self.prompt if isinstance(part, int)]
-        return [numbers] if numbers else [part for part in self.prompt if not isinstance(part, int)]
+    def prompts(self) -> list[str]:
+        """Return the texts, one or several."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
 def _is_off(name: str, value: Any) -> bool:

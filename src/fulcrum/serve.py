@@ -200,22 +200,16 @@ class _Desk:
         return await self._answer("chat", asked, [prompt], most or self._usual(speaker.longest, [prompt]), request)
 
     async def completion(self, asked: Completion, request: Request) -> Response:
-        """Go on from a text as it is, markers of the template included: whoever writes it has rendered the template."""
+        """Continue a text as it is, markers of the template included: its writer rendered it."""
         self.speaker(asked.model)
         tokenizer = self.engine.loaded.tokenizer
-
-        def tokens() -> list[list[int]]:
-            given = [prompt if isinstance(prompt, list) else _raw(tokenizer, prompt) for prompt in asked.prompts]
-            wrong = next((token for prompt in given for token in prompt if not 0 <= token < len(tokenizer)), None)
-            if wrong is not None:
-                raise DataError(f"token {wrong} is none of the model's {len(tokenizer):,}")
-            return given
-
         number = len(asked.prompts) * (asked.n or 1)
         if not 0 < number <= openai_api.MOST_CHOICES:
-            raise Refused(400, openai_api.error(f"{number} answers were asked for, 1 to {openai_api.MOST_CHOICES} are allowed"))
-        given = await self._tokens(tokens)
-        return await self._answer("completion", asked, given, asked.max_tokens or self._usual(16, given), request)
+            text = f"{number} answers were asked for, 1 to {openai_api.MOST_CHOICES} are allowed"
+            raise Refused(400, openai_api.error(text))
+        prompts = await self._tokens(lambda: [_raw(tokenizer, text) for text in asked.prompts])
+        limit = asked.max_tokens or self._usual(16, prompts)
+        return await self._answer("completion", asked, prompts, limit, request)
 
     def _usual(self, most: int, prompts: list[list[int]]) -> int:
         """The answer tokens of a request that names no number: fewer than usual where a limit or the context leaves fewer."""
@@ -388,11 +382,12 @@ def application(engine: Engine, *, limits: Limits, key: str | None = None, hosts
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        # Of a value that may be of several types pydantic names each; the client sent none of these names.
-        parts = (
-            part for part in first["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))
-        )
-        place = ".".join(map(str, parts))
+        # Of a value of several possible types pydantic names each type: no name that the client sent.
+        parts = []
+        for part in first["loc"][1:]:
+            if isinstance(part, int) or (part.isidentifier() and part != "str"):
+                parts.append(str(part))
+        place = ".".join(parts)
         text = str(first["msg"]).removeprefix("Value error, ")
         return JSONResponse(openai_api.error(f"{place}: {text}" if place else text, field=place or None), 400)
 
