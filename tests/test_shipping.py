@@ -1,6 +1,5 @@
 """What is exported is the adapter that was trained, as other programs load it; what is not is refused with the reason."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,16 +88,17 @@ def test_a_merged_folder_in_plain_transformers_is_the_adapter_with_its_anchor(ru
 
 def test_each_export_says_what_went_in_and_how_it_was_checked(run: Path, tmp_path: Path) -> None:
     found = shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
-    assert {"README.md", "inputs.cdx.json", "export.json", "model.safetensors", "chat_template.jinja"} <= set(found.files)
+    assert {"README.md", "export.json", "model.safetensors", "chat_template.jinja"} <= set(found.files)
     assert store.damaged(tmp_path / "m") == []
     card = (tmp_path / "m" / "README.md").read_text()
     assert "Name it." in card
     assert "Scored again by Transformers on 3 rows" in card
-    listed = json.loads((tmp_path / "m" / "inputs.cdx.json").read_text())
-    weights = store.read_json(run / store.MANIFEST)["environment"]["weights"]
-    assert listed["components"][0]["hashes"] == [{"alg": "SHA-256", "content": weights}]
-    assert {"rows: colour train", "rows: colour test"} <= {part["name"] for part in listed["components"]}
-    assert weights in card
+    manifest = store.read_json(run / store.MANIFEST)
+    weights = manifest["environment"]["weights"]
+    (rows,) = manifest["data"]["colour train"]
+    assert f"| model | {run.parent / 'model'} | {weights} | not stated |" in card
+    assert f"| data | rows: colour train | {rows} | not stated |" in card
+    assert f"| library | peft {manifest['environment']['peft']} |  |  |" in card
 
 
 def test_the_card_of_an_adapter_has_the_command_of_another_server(run: Path, tmp_path: Path) -> None:
@@ -135,13 +135,13 @@ def test_a_gguf_file_is_the_adapter_on_the_file_that_the_model_came_as(
 
 def test_a_lost_adapter_is_refused_and_nothing_stays(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault of `lm-eval` and others: the base model is served, without a word."""
-    real = merge.save
+    real = merge.save_merged
 
     def without(causal: Any, tokenizer: Any, folder: Path, *rest: Any) -> None:
         base = AutoModelForCausalLM.from_pretrained(run.parent / "model", dtype=torch.float32)
         real(base, tokenizer, folder, *rest)
 
-    monkeypatch.setattr(merge, "save", without)
+    monkeypatch.setattr(merge, "save_merged", without)
     with pytest.raises(ModelError, match=r"sft_anchor-merged: not written: weights: the loss .* 14 of 21 tensors are not the"):
         shipping.export(run, Wanted("merged"), out=tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
@@ -158,34 +158,34 @@ def test_rounding_is_named_where_the_weights_are_all_there(run: Path, tmp_path: 
 
 
 def test_another_template_is_named_as_the_cause(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = merge.save
-    monkeypatch.setattr(merge, "save", lambda *given: real(*given[:3], None, given[4]))
+    real = merge.save_merged
+    monkeypatch.setattr(merge, "save_merged", lambda *given: real(*given[:3], None, given[4]))
     with pytest.raises(ModelError, match=r"template: the prompts of 3 of 3 rows have other tokens than in training"):
         shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
 
 
 def test_an_export_that_would_not_stop_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its losses are right, and each of its answers goes on until it is cut off."""
-    real = merge.save
+    real = merge.save_merged
 
     def endless(causal: Any, *rest: Any) -> None:
         causal.generation_config.eos_token_id = 1
         real(causal, *rest)
 
-    monkeypatch.setattr(merge, "save", endless)
+    monkeypatch.setattr(merge, "save_merged", endless)
     with pytest.raises(ModelError, match=r"ending: Transformers does not stop at '<\|im_end\|>', with which each answer ends"):
         shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
 
 
 def test_a_merge_that_goes_wrong_is_told_from_rounding(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = merge.merged
+    real = merge.merge_adapter
 
     def half(*given: Any) -> Any:
         causal, tokenizer = real(*given)
         causal.model.layers[0].mlp.down_proj.weight.data.mul_(0.2)
         return causal, tokenizer
 
-    monkeypatch.setattr(merge, "merged", half)
+    monkeypatch.setattr(merge, "merge_adapter", half)
     with pytest.raises(ModelError, match=r"merging: .* has as much before it is rounded; use the adapter itself"):
         shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "m")
 

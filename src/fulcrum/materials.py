@@ -1,54 +1,63 @@
-"""What went into an adapter, as a list of materials (CycloneDX 1.6): model, rows, pools, libraries, hashes, licences."""
+"""List what went into an adapter, for its model card: base model, rows, pools and libraries."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fulcrum import sources, store
 from fulcrum.config import Settings
 from fulcrum.errors import ModelError
 
-FILE = "inputs.cdx.json"
-_UNKNOWN = "not stated"  # of whoever owns it: nobody told us
-_OWN = "Apache-2.0"  # the packaged pool
+_NOT_STATED = "not stated"  # by the owner of a model or of data
+_BUILTIN_LICENCE = "Apache-2.0"  # of the packaged pool
 
 
-def listing(folder: Path, settings: Settings) -> dict[str, Any]:
-    """The materials of a finished run. Raises StoreError where its manifest cannot be read."""
+class Input(NamedTuple):
+    """Something that went into an adapter: a row of the model card's table.
+
+    kind: "model", "data" or "library"
+    name: of libraries with the version
+    sha256: hex; empty if nothing was hashed
+    licence: empty for libraries, which state their own
+    """
+
+    kind: str
+    name: str
+    sha256: str
+    licence: str
+
+
+def list_inputs(folder: Path, settings: Settings) -> list[Input]:
+    """Return what went into a finished run. Raise StoreError if its manifest cannot be read."""
     manifest = store.read_json(folder / store.MANIFEST)
-    known, data = manifest["environment"], manifest["data"]
-    parts = [_component("machine-learning-model", settings.model, known["weights"], _licence_of_model(settings.model))]
-    for name, hashes in sorted(data.items()):
-        for sha256 in dict.fromkeys(_flat(hashes)):
-            parts.append(_component("data", f"rows: {name}", sha256, _UNKNOWN))
-    parts += [
-        _component("data", f"general data: {source.path}", None, _OWN if source.path == "builtin" else _UNKNOWN)
-        for source in settings.general
-    ]
-    parts += [
-        {"type": "library", "name": name, "version": known[name]}
-        for name in ("fulcrum-llm", "torch", "transformers", "peft") if name in known
-    ]  # fmt: skip
-    return {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": parts}
+    known = manifest["environment"]
+    inputs = [Input("model", settings.model, known["weights"], _licence_of_model(settings.model))]
+    for name, hashes in sorted(manifest["data"].items()):
+        for sha256 in dict.fromkeys(_flatten(hashes)):
+            inputs.append(Input("data", f"rows: {name}", sha256, _NOT_STATED))
+    for source in settings.general:
+        licence = _BUILTIN_LICENCE if source.path == "builtin" else _NOT_STATED
+        inputs.append(Input("data", f"general data: {source.path}", "", licence))
+    for name in ("fulcrum-llm", "torch", "transformers", "peft"):
+        if name in known:
+            inputs.append(Input("library", f"{name} {known[name]}", "", ""))
+    return inputs
 
 
-def _component(kind: str, name: str, sha256: str | None, licence: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"type": kind, "name": name, "licenses": [{"license": {"name": licence}}]}
-    if sha256 is not None:
-        found["hashes"] = [{"alg": "SHA-256", "content": sha256}]
-    return found
-
-
-def _flat(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    inner = value.values() if isinstance(value, Mapping) else value or ()
-    return [found for each in inner for found in _flat(each)]
+def _flatten(hashes: Any) -> list[str]:
+    """Return the hashes in a manifest's entry: a text, or lists and mappings of such."""
+    if isinstance(hashes, str):
+        return [hashes]
+    parts = hashes.values() if isinstance(hashes, Mapping) else hashes or ()
+    flat = []
+    for part in parts:
+        flat += _flatten(part)
+    return flat
 
 
 def _licence_of_model(name: str) -> str:
     try:
         found = sources.locate(name)
-    except ModelError:  # its files were taken away since the run
-        return _UNKNOWN
-    return sources.BUILTIN[name].licence if found.kind == "wheel" else _UNKNOWN
+    except ModelError:  # its files were removed since the run
+        return _NOT_STATED
+    return sources.BUILTIN[name].licence if found.kind == "wheel" else _NOT_STATED

@@ -298,15 +298,20 @@ def card(results: Record, adapter_note: str) -> str:
 
 def export_card(
     results: Record, to: str, arm: str, rank: int, files: Sequence[str], anchor: Any, check: Record | None,
-    parts: Sequence[Record],
+    inputs: Sequence[Sequence[str]],
 ) -> str:  # fmt: skip
-    """Return the model card of an export in Markdown: `to` is its kind, `arm` and `rank` its adapter's, `check`
-    its `artefact.Check`, `parts` what went in."""
+    """Return the model card of an export in Markdown.
+
+    to: kind of the export
+    arm, rank: of its adapter
+    check: an `artefact.Check` as plain values
+    inputs: what went in: kind, name, SHA-256 and licence of each
+    """
     longest = max((task["max_new_tokens"] for task in results["settings"].get("tasks", ())), default=64)
     weights = next((name for name in files if name.endswith(".gguf")), "")
     return _render(
         "export.md.j2", results, to=to, arm=arm, rank=rank, files=files, weights=weights, anchor=anchor, check=check,
-        parts=parts, max_new_tokens=longest,
+        inputs=inputs, max_new_tokens=longest,
     )  # fmt: skip
 
 

