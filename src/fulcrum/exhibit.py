@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fulcrum import plots, summary
-from fulcrum.plots import Line, Mark, Reading
+from fulcrum.learning_plots import Line, Mark, Reading, learning_curves
 from fulcrum.stats import Interval
 from fulcrum.wording import ends, factor_text, in_rows, more_rows_text, not_identifiable, percent, signed, verdict_of
 
@@ -62,8 +62,8 @@ def answer_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> dict[st
         "lower": answer["lower_is_better"], "verdict": f"{glyph} {word}", "kind": kind,
         "difference": " ".join(signed(answer["difference"], sign_of(answer))), "seeds": answer["seeds"],
         "curves": {
-            "wide": plots.learning_curves(lines, reading),
-            "narrow": plots.learning_curves(lines, reading, narrow=True),
+            "wide": learning_curves(lines, reading),
+            "narrow": learning_curves(lines, reading, narrow=True),
         },
         "sizes": sizes, "scores": shown, "reading": reading,
         "factors": _factors(answer, question), "units": list(answer["saving"]),

@@ -1,7 +1,7 @@
-"""Draw the plots of scaling runs and of clusters of answers, in the style and with the invariant of `fulcrum.plots`.
+"""Draw the plots of scaling runs and of clusters of answers, as `fulcrum.plots` draws the others.
 
-`scaling` draws a metric over amounts of general data, `bars` counts, `spots` clusters by what they have in common with
-general data, `eigenvalues` how many clusters there are.
+`scaling` draws a metric over amounts of general data, `bars` counts, `spots` clusters by what they
+have in common with general data, `eigenvalues` how many clusters there are.
 """
 
 import math
@@ -40,7 +40,7 @@ def scaling(panels: Sequence[Amounts]) -> str:
     names = list(dict.fromkeys(name for panel in panels for name in panel.fitted))
     drawn = []
     for panel in panels:
-        drawn.append(draw_svg(3.4, partial(_draw_amounts, panel=panel, names=names)))
+        drawn.append(draw_svg(2.9, partial(_draw_amounts, panel=panel, names=names)))
     return "".join(drawn)
 
 
@@ -121,7 +121,7 @@ class Spot:
 
 
 def spots(points: Sequence[Spot], x_label: str, y_label: str) -> str:
-    """Draw clusters as circles, their areas by their sizes, with a line at no gain, and return one ``<svg>``."""
+    """Draw clusters as circles whose areas are their sizes, and return one ``<svg>``."""
 
     def draw(figure: "Figure") -> None:
         axis = figure.subplots()
@@ -145,7 +145,7 @@ def spots(points: Sequence[Spot], x_label: str, y_label: str) -> str:
 
 
 def eigenvalues(values: Sequence[float], chosen: int) -> str:
-    """Draw descending eigenvalues, with a line after the `chosen` ones (0: none), and return one ``<svg>``."""
+    """Draw descending eigenvalues with a line after the `chosen` ones, and return one ``<svg>``."""
 
     def draw(figure: "Figure") -> None:
         axis = figure.subplots()

@@ -276,7 +276,7 @@ def plot(design: Record) -> str:
     for one in design["metrics"]:
         name, direction = one["metric"], "higher" if one["higher_is_better"] else "lower"
         fitted = {_NAMES[form]: one["fits"][form]["fine"] for form in _NAMES if one["fits"][form]["fine"]}
-        label = ", ".join(filter(None, (summary.UNITS.get(name), f"{direction} is better")))
+        label = ",\n".join(filter(None, (summary.UNITS.get(name), f"{direction} is better")))
         jump = one["location"] if one["abrupt"] else None
         title, ratios = summary.label_of(name), design["ratios"]
         panels.append(
