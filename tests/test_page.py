@@ -288,7 +288,7 @@ def test_equal_certificates_give_equal_bytes_below_a_megabyte(rich: Path) -> Non
 
 def test_the_page_runs_nothing_and_asks_no_network(rich: Path) -> None:
     text = page.html({"certificate.json": known(rich)})
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|https?:|url\(|@import|<(script|link|iframe|img|object)\b""", text)
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|https?:|url\((?!#)|@import|<(script|link|iframe|img|object)\b""", text)
     assert "default-src 'none'" in text
 
 
@@ -397,7 +397,7 @@ def test_a_part_without_an_interval_is_drawn_and_a_share_ends_at_0(rich: Path) -
     leakage["arms"][1]["score"] = {"estimate": 0.5, "low": -0.5, "high": 0.75}
     shown = next(e for e in page.exhibit.effects_of(certificate_) if e["kind"] == "leakage")
     texts = [row["text"] for row in shown["plot"]["rows"]]
-    assert {"0% (no interval)", "50% [−50%, 75%]"} <= set(texts)
+    assert {"0% (no interval)", "50% [0%, 75%]"} <= set(texts)
     ticks = re.findall(r">(−?[0-9.]+)</text>", shown["plot"]["svg"])
     assert ticks
     assert not any(tick.startswith("−") for tick in ticks)
@@ -470,8 +470,8 @@ def expected(rich: Path) -> str:
 def test_a_mark_under_the_mouse_has_its_value_as_title(browser: Any, written: Path, rich: Path) -> None:
     opened(browser, written)
     under = """
-      const find = () => [...document.querySelectorAll('.plot.wide title')].find(t => t.textContent.startsWith('tell, 64 rows'));
-      const mark = find().parentElement;
+      const titles = [...document.querySelectorAll('.plot.wide title')];
+      const mark = titles.find(t => t.textContent.startsWith('tell, 64 rows')).parentElement;
       mark.scrollIntoView({block: 'center'});
       const box = mark.getBoundingClientRect();
       const hit = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);

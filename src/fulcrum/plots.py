@@ -322,12 +322,13 @@ def draw_svg(height: float, draw: Callable[["Figure"], None], *, width: float = 
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # no XML prolog inside HTML
+    svg = svg[svg.index("<svg") :]  # no XML prolog inside HTML, and no namespaces
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(rf'<g id="{_TITLE}([^"]*)">', r"<g><title>\1</title>", svg)
+    svg = re.sub(rf"<g id=([\"']){_TITLE}(.*?)\1>", r"<g><title>\2</title>", svg, flags=re.DOTALL)
     svg = re.sub(
         r'<g id="[^"]*"', "<g", svg
-    )  # nothing refers to these, and a second plot repeats them
+    )  # nothing refers to these, and other plots repeat them
     svg = re.sub(r"<[^>]*>", _colour_for_both, svg)  # tags only: text may hold anything
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
