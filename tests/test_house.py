@@ -96,11 +96,11 @@ FLOORS = (
     (
         "summary",
         "plots",
+        "learning_plots",
+        "research_plots",
         "inputs",
         "certificate",
         "verification",
-        "axes",
-        "curves",
         "wording",
         "exhibit",
         "anchor_outcomes",

@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fulcrum import axes, curves, summary
-from fulcrum.curves import Line, Mark, Reading
-from fulcrum.plots import COLOURS
+from fulcrum import plots, summary
+from fulcrum.learning_plots import Line, Mark, Reading, learning_curves
+from fulcrum.stats import Interval
 from fulcrum.wording import ends, factor_text, in_rows, more_rows_text, not_identifiable, percent, signed, verdict_of
 
 # How to read a part of the attribution, by its name up to the arms.
@@ -50,22 +50,22 @@ def sign_of(answer: Mapping[str, Any]) -> int:
 
 
 def answer_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:
-    """One metric: curves for wide and for narrow pages, tables, attribution."""
+    """One metric: learning curves for wide and for narrow pages, tables, attribution."""
     lines, reading = lines_of(answer, question), reading_of(answer, question)
     glyph, kind, word = verdict_of(answer, None)
     parts = [{"name": f"in all ({question['arm']} - reference)", **answer["difference"]}, *answer["attribution"]]
     sizes = sorted({point["size"] for point in answer["points"]})
     scores = {(point["arm"], point["size"]): ends(point["score"], sign_of(answer)) for point in answer["points"]}
-    shown = [(line.name, [scores.get((line.name, size), "") for size in sizes]) for line in lines]
+    shown = [(line.arm, [scores.get((line.arm, size), "") for size in sizes]) for line in lines]
     return {
         "metric": summary.label_of(answer["metric"]), "named": named(answer), "n": answer["rows"],
         "lower": answer["lower_is_better"], "verdict": f"{glyph} {word}", "kind": kind,
         "difference": " ".join(signed(answer["difference"], sign_of(answer))), "seeds": answer["seeds"],
-        "charts": {
-            "wide": curves.learning(lines, reading, width=900, height=460),
-            "narrow": curves.learning(lines, reading, width=400, height=430, narrow=True),
+        "curves": {
+            "wide": learning_curves(lines, reading),
+            "narrow": learning_curves(lines, reading, narrow=True),
         },
-        "sizes": sizes, "scores": shown, "reading": reading, "legend": [(line, curves.shape(line.place)) for line in lines],
+        "sizes": sizes, "scores": shown, "reading": reading,
         "factors": _factors(answer, question), "units": list(answer["saving"]),
         "identifiable": any(found["identifiable"] for found in (answer, *answer["gain"])),
         "why": "" if answer["identifiable"] else not_identifiable(answer),
@@ -74,6 +74,7 @@ def answer_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> dict[st
         "parts": _bars(
             [(_part(part["name"]), part) for part in parts], sign_of(answer),
             lambda part: " ".join(signed(part, sign_of(answer))),
+            x_label="← better · worse →" if answer["lower_is_better"] else "← worse · better →",
             about=[READ.get(part["name"].split(" (")[0], "") for part in parts],
         ),
     }  # fmt: skip
@@ -93,21 +94,14 @@ def lines_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> list[Lin
     shares = [share for shares in answer["reference"].values() for share in shares.items()]
     used = [arm for arm in points if any(name == arm and share >= _SELECTED for name, share in shares)]
     order = [arm for arm in dict.fromkeys([question["arm"], *used, *points]) if arm in points]
-    slots = slots_of(order)
     found = []
-    for place, arm in enumerate(order):
+    for arm in order:
         marks = tuple(_mark(answer, point) for point in sorted(points[arm], key=lambda point: point["size"]))
         label = f"{arm}, reference" if arm in used else arm
         if [mark.size for mark in marks] == [0]:
             label = f"{arm}, untrained"
-        found.append(Line(arm, marks, slots[arm], place, strong=arm == question["arm"] or arm in used, ends_as=label))
+        found.append(Line(arm, label, marks, strong=arm == question["arm"] or arm in used))
     return found
-
-
-def slots_of(order: Sequence[str]) -> dict[str, int]:
-    """The colour of each arm, as a slot of `curves.COLOURS`."""
-    known, others = list(COLOURS), [arm for arm in order if arm not in COLOURS]
-    return {arm: known.index(arm) if arm in known else len(known) + others.index(arm) % 3 for arm in order}
 
 
 def _mark(answer: Mapping[str, Any], point: Mapping[str, Any]) -> Mark:
@@ -130,7 +124,7 @@ def _mark(answer: Mapping[str, Any], point: Mapping[str, Any]) -> Mark:
         if share >= _SELECTED:
             tip.append(f"reference in {percent(share)} of draws{'' if size else f' at {each:,} rows'}")
     ringed = any(str(each) in answer["reference"] and reference_at(answer, each) == point["arm"] for each in at)
-    return Mark(size, float(score["estimate"] or 0), low, high, seeds, tuple(tip), ringed)
+    return Mark(size, float(score["estimate"] or 0), low, high, seeds, "\n".join(tip), ringed)
 
 
 def reading_of(answer: Mapping[str, Any], question: Mapping[str, Any]) -> Reading | None:
@@ -169,28 +163,28 @@ def _bars(
     sign: int,
     show: Callable[[Mapping[str, Any]], str],
     *,
+    x_label: str,
     about: Sequence[str] = (),
-    slots: Mapping[str, int] | None = None,
+    colours: Mapping[str, str] | None = None,
     limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> dict[str, Any]:
-    """Dots with intervals on one axis, with their texts: (name, what of it), estimate and ends."""
-    values = []
-    for _, part in named:
-        known = [] if part["low"] is None or part["high"] is None else [sign * part["low"], sign * part["high"]]
-        low, high = [min(max(end, limits[0]), limits[1]) for end in sorted(known)] or (None, None)
-        values.append((sign * float(part["estimate"] or 0), low, high))
-    axis = axes.bars(values)
-    rows = [
-        {"name": name, "bar": bar, "text": show(part), "about": text, "slot": (slots or {}).get(name[0])}
-        for (name, part), bar, text in zip(named, axis.bars, about or [""] * len(named), strict=True)
-    ]
-    return {"axis": axis, "rows": rows}
+    """Dots with intervals on one axis that holds 0, with their texts: (name, what of it), estimate and ends."""
+    dots, rows = [], []
+    for (name, part), text in zip(named, about or [""] * len(named), strict=True):
+        ends_ = [math.nan, math.nan]
+        if part["low"] is not None and part["high"] is not None:
+            ends_ = sorted(min(max(sign * part[end], limits[0]), limits[1]) for end in ("low", "high"))
+        interval = Interval(sign * float(part["estimate"] or 0), *ends_)
+        label = ", ".join(filter(None, name)) if colours else name[0]
+        dots.append(plots.Dot(label, interval, colour=(colours or {}).get(name[0], plots.INK)))
+        rows.append({"name": name, "text": show(part), "about": text})
+    return {"svg": plots.dots([plots.Dots("", x_label, dots, 0.0)]), "rows": rows}
 
 
 def effects_of(certificate: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Side effects as dots with intervals: forgetting, drift, leakage, dependency; arms as in the learning curves."""
     answer = certificate["answers"][0]
-    arms = [line.name for line in lines_of(answer, certificate["question"])]
+    arms = [line.arm for line in lines_of(answer, certificate["question"])]
     kinds = ("forgetting", "drift", "leakage", "dependency")
     effects = certificate.get("side_effects") or []
     order = sorted(effects, key=lambda effect: kinds.index(effect["metric"].partition(":")[0]))
@@ -201,6 +195,7 @@ def _effect(effect: Mapping[str, Any], n: int, order: Sequence[str]) -> dict[str
     """One side effect: rises over the untrained model where there is one, shares for leakage."""
     kind, _, what = effect["metric"].partition(":")
     arms = sorted(effect["arms"], key=lambda arm: order.index(arm["arm"]) if arm["arm"] in order else len(order))
+    known = [arm["arm"] for arm in effect["arms"]]
     base = next((arm["arm"] for arm in effect["arms"] if arm["size"] == 0), None)
     rises = kind == "forgetting" and any(arm["rise"] for arm in arms)
     shown = [arm for arm in arms if arm["rise"]] if rises else arms
@@ -212,10 +207,11 @@ def _effect(effect: Mapping[str, Any], n: int, order: Sequence[str]) -> dict[str
     def show(part: Mapping[str, Any]) -> str:
         return " ".join(signed(part)) if rises else ends(part, percents=kind == "leakage")
 
+    x_label = {"drift": "further →", "dependency": "rise"}.get(kind, "worse →")
     limits = {"leakage": (0.0, 1.0), "drift": (0.0, math.inf)}.get(kind, (-math.inf, math.inf))
     return {
         "kind": kind, "what": what.strip(), "asked": ASKED.get(what.strip(), what.strip()), "base": base, "rises": rises,
         "seeds": effect["seeds"], "groups": f"{effect['groups']:g}", "apart": any(arm["size"] not in (0, n) for arm in shown),
-        "plot": _bars(rows, 1, show, slots=slots_of(order), limits=limits),
+        "plot": _bars(rows, 1, show, x_label=x_label, colours=plots.arm_colours([*order, *known]), limits=limits),
         "level": next((ends(arm["score"]) for arm in arms if arm["arm"] == base), ""),
     }  # fmt: skip

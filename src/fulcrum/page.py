@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fulcrum import certificate, curves, exhibit, store, summary
+from fulcrum import certificate, exhibit, store, summary
 from fulcrum.errors import StoreError
 from fulcrum.wording import factor_text, gain_of, in_rows, more_rows_text, not_identifiable, percent, signed, verdict_of
 
@@ -46,7 +46,7 @@ def views(certificates: Mapping[str, Certificate]) -> list[dict[str, Any]]:
 def html(certificates: Mapping[str, Certificate]) -> str:
     """The certificates as one page."""
     page = environment().get_template("certificate_page.html.j2")
-    return str(page.render(views=views(certificates), colours=colours()))
+    return str(page.render(views=views(certificates)))
 
 
 def write(folder: Path) -> Path:
@@ -68,11 +68,6 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def colours() -> list[tuple[str, str]]:
-    """Each slot's colour on a light and on a dark page."""
-    return list(zip(curves.COLOURS, curves.DARK, strict=True))
 
 
 def view(known: Certificate) -> dict[str, Any]:
