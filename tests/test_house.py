@@ -112,7 +112,7 @@ FLOORS = (
         "identity",
         "run",
     ),
-    ("preview", "proof", "units", "workers", "comparison", "budget", "estimate", "scale", "quanta"),
+    ("preview", "proof", "units", "workers", "comparison", "presets", "budget", "scale", "quanta"),
     (
         "trackers",
         "use",

@@ -1,153 +1,236 @@
-"""What a time budget buys: the speed of this model on these rows is measured first, then the richest honest design that fits.
+"""How long a run will take on this machine, and which preset fits a time budget.
 
-A dense curve of SFT is cheap and shows whether anything can be identified; arms with general rows stand at few sizes. What a
-design leaves out is said, here and in the certificate. While it runs, whole seeds are dropped rather than the budget overrun.
+The model's speed is measured on a few rows of the run, the jobs of each preset are counted. An estimate, no promise: a run
+with a budget drops whole seeds rather than exceed it (`comparison.by_seeds`).
 """
 
-import itertools
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from fulcrum import adapter, cell, encode, generate, material, metrics, model, pool, training
-from fulcrum.arms import ARMS, chosen_arms, sizes_of, stream
+from fulcrum import adapter, arms, cell, encode, generate, material, metrics, model, pool, training
 from fulcrum.comparison import plan_trials
-from fulcrum.config import LEAST_FOLDS, CompareSettings, Settings
-from fulcrum.errors import ConfigError
+from fulcrum.config import LEAST_FOLDS, Arm, Settings
+from fulcrum.errors import ConfigError, FulcrumError
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
+from fulcrum.presets import FULL, PRESETS, Preset, apply, preset_named, reductions, seeds_from
 from fulcrum.records import Tried
 from fulcrum.units import Speed, Study, Unit
 
-QUICK_SECONDS = 600
-_FEWEST = 8  # task rows of a design
+PLANNED = 0.92  # of a budget; the rest is for loading, writing and the unforeseen
 _SAMPLE = 32  # rows of each kind by which speed is measured
-PLANNED = 0.92  # of the budget: what is left over is for reading, writing and the unforeseen
-_OPTIONAL = (
-    "sft_matched",
-    "replay_10",
-    "base_anchor",
-    "placebo_permuted",
-    "general_then_task",
-    "kshot",
-    "mix",
-)  # the first goes first
+_FEWEST = 8  # task rows to which a design is reduced
 
 
-def parse(text: str) -> float:
-    """Seconds of a text such as 2h, 1h30m, 90m or 600s. Raises ConfigError."""
-    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+)s)?", text.strip())
-    seconds = sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0.0
-    if seconds <= 0:
-        raise ConfigError(f"--budget {text!r}: write hours, minutes and seconds as 2h, 1h30m, 90m or 600s")
-    return seconds
+# ---- which preset
 
 
 @dataclass(frozen=True)
 class Design:
-    """Settings that a budget allows, the seconds that they are expected to take, and what had to be left out, in words."""
+    """A preset on the rows of this run.
+
+    preset: its name
+    settings: the run's settings with this design
+    rows: task rows of each task that it may use
+    jobs: number of trials and trainings
+    seconds: expected; infinite if the design cannot be run here
+    why_not: what it lacks then
+    """
+
+    preset: str
+    settings: Settings
+    rows: int
+    jobs: int
+    seconds: float
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run.
+
+    design: the chosen one
+    designs: every preset with all task rows, for the user to compare
+    left_out: what the chosen one has less of than `full`, in a few words each
+    """
+
+    design: Design
+    designs: tuple[Design, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What designs are worked out from: the settings, their rows and model, its speed, and the size of the general pool."""
 
     settings: Settings
-    seconds: float
-    left_out: tuple[str, ...]
-    units: int
+    rows: Material
+    loaded: LoadedModel
+    speed: Speed
+    pool: int
+
+    @property
+    def every(self) -> int:
+        """Task rows of the smallest task."""
+        return min(len(task.train) for task in self.rows.tasks)
 
 
-def plan(settings: Settings, seconds: float, *, quick: bool = False) -> Design:
-    """The richest design that `seconds` buy on this machine. Raises ConfigError where not even the least one fits."""
+def plan(settings: Settings, *, preset: str | None = None, seconds: float | None = None) -> Plan:
+    """Choose the preset that is asked for, or else the richest that `seconds` allow on this machine.
+
+    If none fits, the smallest is given fewer task rows, unless the file sets their number. Raises ConfigError if that does not
+    fit either, or cannot be run.
+    """
     if settings.mix.general_per_task == "auto":
         raise ConfigError(
-            "--budget plans with a number of general rows, and mix.general_per_task is auto; set one, or leave --budget out"
+            "a preset or budget needs a known number of general rows, and mix.general_per_task is auto; set a number, or "
+            "run without --preset, --budget and --quick"
         )
     started = time.perf_counter()
-    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
-    wide = _widest(settings)
-    rows = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds, mixed_rows=_SAMPLE)[0]
-    speed = measure(rows, loaded, settings)
-    found = None
-    every = min(len(task.train) for task in rows.tasks)
-    near = settings.clean.near_duplicates
-    general = len(pool.open_pool(settings.general, settings.seed, near=near)) if settings.general else 0
-    sizes = [every] if settings.compare.sizes is not None else _fewer(every)
-    # Rather fewer rows than two seeds, whose intervals hold nearly everything.
-    for seeds, most in itertools.product((1,) if quick else (3, 1), sizes):
-        for design, left_out in designs(settings, most, quick=quick):
-            if _general_rows(design, every) > general or len(design.seeds) < seeds:
-                continue  # the pool cannot feed it, or there are too few seeds
-            try:
-                units, cost = predict(design, rows, loaded, speed)
-            except ConfigError:
-                continue  # what these settings ask of SFT does not fit into so few steps
-            beyond = [f"task rows beyond {most} of {every}"] if most < every else []
-            found = Design(design, cost, (*beyond, *left_out), units)
-            if cost <= seconds * PLANNED - (time.perf_counter() - started):
-                return found
-    least = 0.0 if found is None else found.seconds
+    wanted = [preset_named(preset)] if preset else list(PRESETS.values())
+    measured = _measure_run(settings)
+    every = measured.every
+    designs = tuple(_design(one, measured, every) for one in PRESETS.values())
+    names = {one.name for one in wanted}
+    candidates = [design for design in reversed(designs) if design.preset in names]
+    limit = math.inf
+    if seconds is not None:
+        limit = PLANNED * seconds - (time.perf_counter() - started)
+        if settings.compare.sizes is None:  # numbers of rows that the file sets are kept
+            candidates += [_design(wanted[0], measured, rows) for rows in _fewer(every)]
+    for design in candidates:
+        if design.seconds <= limit and not design.why_not:
+            return Plan(design, designs, _left_out(design, measured))
+    least = candidates[-1]
+    if seconds is None or least.why_not:
+        raise ConfigError(f"--preset {least.preset}: {least.why_not}")
+    needed = math.ceil((least.seconds + PLANNED * seconds - limit) / PLANNED / 60)
+    fewer = "" if least.rows == every else f" with {least.rows} of {every} task rows"
     raise ConfigError(
-        f"--budget: the least design takes about {least / PLANNED / 60:.0f} minutes with this model on this machine, the "
-        f"budget has {seconds / 60:.0f}; raise it, or lower mix.general_per_task, train.max_length or task.test_limit"
+        f"--budget: the smallest design, {least.preset}{fewer}, takes about {needed} minutes with this model on this machine, "
+        f"more than the {seconds / 60:.0f} given; use --budget {needed}m, or lower mix.general_per_task, train.max_length "
+        "or task.test_limit"
     )
 
 
-def _fewer(every: int) -> list[int]:
-    """All rows and ever fewer of them, by a factor of the root of 2, down to the fewest that say anything."""
-    steps = (round(every / 2 ** (k / 2)) for k in range(64))
-    return list(itertools.takewhile(lambda number: number >= _FEWEST, steps)) or [every]
+def _left_out(design: Design, measured: _Measured) -> tuple[str, ...]:
+    full = apply(FULL, measured.settings, design.rows)
+    test_rows = max(len(task.test) for task in measured.rows.tasks)
+    found = reductions(design.settings, full, test_rows)
+    if design.rows < measured.every:
+        found.insert(0, f"{design.rows} of {measured.every} task rows")
+    return tuple(found)
 
 
-def _general_rows(settings: Settings, every: int) -> float:
-    """About how many general rows a design needs."""
-    largest = [max(sizes_of(settings, arm, every)) for arm in chosen_arms(settings) if arm.mixes]
-    shown = max(largest, default=0) * max(settings.mix.candidates) * len(settings.tasks)
-    return shown * settings.mix.per_task + settings.eval.general_rows
+def _measure_run(settings: Settings) -> _Measured:
+    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    wide = _widest(settings)
+    rows = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds, mixed_rows=_SAMPLE)[0]
+    general = 0
+    if settings.general:
+        general = len(pool.open_pool(settings.general, settings.seed, near=settings.clean.near_duplicates))
+    return _Measured(settings, rows, loaded, measure(rows, loaded, settings), general)
 
 
 def _widest(settings: Settings) -> Settings:
-    """The settings with all rows, so that every smaller design can be counted from the same material.
+    """Return the settings with all rows, so that every design can be counted from the same ones.
 
-    Where seeds hold out folds of the rows: the fewest, and so largest, folds that there may be, which leave the fewest rows.
+    If seeds hold out folds of the rows: with the fewest folds, which are the largest and leave the fewest rows.
     """
-    seeds = _seeds(settings, LEAST_FOLDS if settings.outer_folds else 1)
-    changes: dict[str, Any] = {"sizes": None, "sizes_of": {}, "seeds": seeds}
-    return settings.model_copy(update={"compare": settings.compare.model_copy(update=changes)})
+    seeds = seeds_from(settings, LEAST_FOLDS if settings.outer_folds else 1)
+    compare = settings.compare.model_copy(update={"sizes": None, "sizes_of": {}, "seeds": seeds})
+    return settings.model_copy(update={"compare": compare})
+
+
+def _design(preset: Preset, measured: _Measured, rows: int) -> Design:
+    """Work out a preset on `rows` task rows."""
+    settings = apply(preset, measured.settings, rows)
+    general = _general_rows(settings, rows)
+    if general > measured.pool:
+        lacks = (
+            f"it needs about {general:,} general rows, the pool has {measured.pool:,}; add some, lower "
+            "mix.general_per_task, or use fewer task rows"
+        )
+        return Design(preset.name, settings, rows, 0, math.inf, lacks)
+    try:
+        jobs, seconds = predict(settings, measured.rows, measured.loaded, measured.speed)
+    except ConfigError as error:  # SFT may not take the steps that these settings ask for
+        return Design(preset.name, settings, rows, 0, math.inf, str(error))
+    return Design(preset.name, settings, rows, jobs, seconds)
+
+
+def _general_rows(settings: Settings, rows: int) -> int:
+    """Return about how many general rows a design needs, those held out among them."""
+    largest = 0
+    for arm in arms.chosen_arms(settings):
+        if arm.mixes:
+            largest = max(largest, *arms.sizes_of(settings, arm, rows))
+    shown = largest * max(settings.mix.candidates) * len(settings.tasks)
+    return round(shown * settings.mix.per_task) + settings.eval.general_rows
+
+
+def _fewer(every: int) -> list[int]:
+    """Return ever fewer task rows, by a factor of the root of 2, down to the fewest that say anything."""
+    found = []
+    rows = every / math.sqrt(2)
+    while round(rows) >= _FEWEST:
+        found.append(round(rows))
+        rows /= math.sqrt(2)
+    return found
+
+
+# ---- how long
 
 
 def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
-    """Seconds a row: of training on task rows and on general rows, of scoring, of an answer; on rows of this run."""
+    """Measure on a few rows of this run how long training, scoring and answering take."""
     few = rows.at(_SAMPLE)
-    mixed = next((arm for arm in chosen_arms(settings) if arm.mixes and arm.task_rows), None)
-    plain = ARMS["sft_anchor" if any(task.anchor for task in few.tasks) else "sft"]
-    task = general = start = 0.0
-    for arm in (plain, mixed):
-        if arm is None:
-            continue
-        part = stream(few, loaded.tokenizer, arm, settings, 1, 0)
-        began = time.perf_counter()
-        _, result = training.train(loaded, part, None, settings.train, seed=0, repeats=1)
-        # The first step warms up; what is no step is spent on every training alike.
-        start = time.perf_counter() - began - result.seconds
-        first, last = result.history[0], result.history[-1]
-        seconds = (last.seconds - first.seconds) / (last.step - 1) * last.step if last.step > 1 else last.seconds
-        if arm.mixes:
-            general = max(0.0, seconds - task * part.plan.task_positions) / max(1, part.plan.general_used)
-        else:
-            task = seconds / part.plan.task_positions
+    anchored = any(task.anchor for task in few.tasks)
+    task, start = _time_training(few, loaded, arms.ARMS["sft_anchor" if anchored else "sft"], settings, 0.0)
+    mixed = next((arm for arm in arms.chosen_arms(settings) if arm.mixes and arm.task_rows), None)
+    general = 0.0
+    if mixed is not None:
+        general, start = _time_training(few, loaded, mixed, settings, task)
     own = few.tasks[0]
     form = encode.make_format(loaded.tokenizer, own.anchor)
-    rows_of_test = own.test[:_SAMPLE]
-    tokens = [encode.final_answer(row, form) for row in rows_of_test]
-    prompts = [encode.prompt_ids(row.prompt, form) for row in rows_of_test]
-    longest, at_once = own.max_new_tokens, settings.eval.batch_tokens
-    scored = _timed(partial(generate.nats_at, loaded, tokens, cell.TEMPERATURES)) / len(tokens)
-    answering = partial(generate.generate, loaded, prompts, form, max_new_tokens=longest, batch_tokens=at_once)
-    answered = _timed(answering) / len(prompts)
+    test = own.test[:_SAMPLE]
+    tokens = [encode.final_answer(row, form) for row in test]
+    prompts = [encode.prompt_ids(row.prompt, form) for row in test]
+    score = partial(generate.nats_at, loaded, tokens, cell.TEMPERATURES)
+    answer = partial(
+        generate.generate,
+        loaded,
+        prompts,
+        form,
+        max_new_tokens=own.max_new_tokens,
+        batch_tokens=settings.eval.batch_tokens,
+    )
+    scored, answered = _timed(score) / len(tokens), _timed(answer) / len(prompts)
     adapter.drop_adapter(loaded)
     return Speed(task, general, scored, answered, start)
+
+
+def _time_training(
+    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, task: float
+) -> tuple[float, float]:
+    """Train an arm once; return seconds a task row (of a mixed arm: a general row, of which one of the task takes `task`), and
+    seconds that every training takes outside its steps."""
+    part = arms.stream(rows, loaded.tokenizer, arm, settings, 1, 0)
+    began = time.perf_counter()
+    _, result = training.train(loaded, part, None, settings.train, seed=0, repeats=1)
+    start = time.perf_counter() - began - result.seconds
+    first, last = result.history[0], result.history[-1]
+    seconds = last.seconds
+    if last.step > 1:  # the first step warms up
+        seconds = (last.seconds - first.seconds) / (last.step - 1) * last.step
+    if arm.mixes:
+        general = seconds - task * part.plan.task_positions
+        return max(0.0, general) / max(1, part.plan.general_used), start
+    return seconds / part.plan.task_positions, start
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -157,133 +240,100 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def predict(settings: Settings, rows: Material, loaded: LoadedModel, speed: Speed) -> tuple[int, float]:
-    """The number of units of a design, and about how many seconds they take. Of what is tuned, the mean counts."""
+    """Return the number of jobs of a comparison, and about how many seconds they take.
+
+    Which setting an arm's trials will choose is unknown: the mean over them counts.
+    """
+    study = Study(
+        settings,
+        dict.fromkeys(settings.seeds, _rows_of(settings, rows)),
+        Path(settings.output_dir),
+        speed,
+    )
+    chosen = arms.chosen_arms(settings)
+    trials = list(plan_trials(study, chosen, loaded))
+    jobs, seconds = len(trials), sum(study.cost(trial) for trial in trials)
+    for arm in chosen:
+        for size in study.sizes(arm):
+            finals = _possible_finals(study, arm, size, trials)
+            mean = sum(study.cost(final) for final in finals) / len(finals)
+            times = len(study.seeds_of(arm))
+            jobs, seconds = jobs + times, seconds + times * mean
+    return jobs, seconds
+
+
+def _rows_of(settings: Settings, rows: Material) -> Material:
+    """Return the rows with as many test and general rows as these settings use."""
+    tasks = []
+    for task, own in zip(rows.tasks, settings.tasks, strict=True):
+        tasks.append(replace(task, test=task.test[: own.test_limit], metrics=own.metrics))
     repeats = settings.mix.candidates
     general = rows.general[: round(len(rows.general) * max(repeats) / max(rows.repeats))]
-    pairs = zip(rows.tasks, settings.tasks, strict=True)
-    tasks = tuple(replace(task, test=task.test[: own.test_limit], metrics=own.metrics) for task, own in pairs)
     held_out = {name: part[: settings.eval.general_rows] for name, part in rows.held_out.items()}
-    tried_now = replace(rows, repeats=repeats, general=general, tasks=tasks, held_out=held_out)
-    study = Study(settings, dict.fromkeys(settings.seeds, tried_now), Path(settings.output_dir), speed)
-    arms = chosen_arms(settings)
-    tries = list(plan_trials(study, arms, loaded))
-    seconds, number = sum(study.cost(unit) for unit in tries), len(tries)
-    for arm in arms:
-        for size in study.sizes(arm):
-            tried = [
-                Tried(u.setting, 0.0, 0, 0.0)
-                for u in tries if (u.arm.name, u.size) == (arm.settings_of or arm.name, size) and u.setting
-            ]  # fmt: skip
-            known = tried[: len({t.setting for t in tried})]
-            each = [study.cost(Unit(arm, size, study.seeds[0], None, (one,))) for one in known]
-            times = len(study.seeds_of(arm))
-            seconds, number = seconds + times * sum(each) / len(each), number + times
-    return number, seconds
+    return replace(rows, repeats=repeats, general=general, tasks=tuple(tasks), held_out=held_out)
 
 
-def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Settings, list[str]]]:
-    """Designs from the richest to the least, each with what it leaves out. What the settings fix themselves is kept."""
-    compare, left_out = settings.compare, dict[str, str]()  # by what is left out: the last word counts
-    fixed = compare.model_fields_set
-    curve = [size for size in (16 * 2**k for k in range(20)) if size <= 0.75 * rows] + [rows]
-    rows = max(compare.sizes) if compare.sizes else rows
-    curve = [size for size in curve if size <= rows]
-    arms = [arm.name for arm in chosen_arms(settings)]
-    usual = ("sft_anchor", "sft") if quick else ("sft", "sft_anchor")
-    reference = next((name for name in usual if name in arms), None)
-    changes: dict[str, Any] = {
-        name: value
-        for name, value in (("tune", "each" if settings.outer_folds else "first"), ("folds", 2))
-        if name not in fixed
-    }
-    if "arms" not in fixed and not quick:
-        changes["arms"] = tuple(dict.fromkeys((*arms, "general_then_task", "placebo_permuted")))
-    if "seeds" not in fixed:
-        changes["seeds"] = _seeds(settings, 2 if quick else 8 if rows <= 64 else 5)
-    if "sizes" not in fixed:
-        smaller = max(16, rows // 4)
-        changes["sizes"] = (rows,) if quick or smaller > 0.75 * rows else (smaller, rows)
-    if "sizes_of" not in fixed and reference is not None:
-        changes["sizes_of"] = {reference: tuple(curve[-3:] if quick else curve)}
-    if quick:
-        left_out["look"] = (
-            "for a quick look: seeds but two, sizes of the mixture but one, most trials, metrics but one, side effects"
-        )
-    design = _changed(settings, **changes)
-    if quick:
-        design = few_rows(_thrifty(design, 4), 100)
-        tasks = tuple(task.model_copy(update={"metrics": _few_metrics(task.metrics)}) for task in design.tasks)
-        design = design.model_copy(update={"tasks": tasks, "eval": design.eval.model_copy(update={"general_rows": 0})})
-        if "arms" not in fixed:
-            mixed = "tell" if "tell" in arms else "mix"
-            design = _changed(design, arms=tuple(name for name in arms if name in ("base", reference, mixed)))
-    yield design, list(left_out.values())
-    for rival in () if "arms" in fixed else _OPTIONAL:
-        present = [arm if isinstance(arm, str) else arm.name for arm in design.compare.arms]
-        if rival in present:
-            left_out[rival] = f"arm {rival}"
-            design = _changed(design, arms=tuple(name for name in present if name != rival))
-            yield design, list(left_out.values())
-    if "seeds" not in fixed and len(design.seeds) > 5:
-        left_out["seeds"] = "seeds beyond the fifth"
-        design = _changed(design, seeds=_seeds(settings, 5))
-        yield design, list(left_out.values())
-    for limit in (300, 200, 100):
-        if any((task.test_limit or limit + 1) > limit for task in settings.tasks):
-            left_out["test"] = f"test rows beyond {limit}"
-            design = few_rows(design, limit)
-            yield design, list(left_out.values())
-    if "sizes" not in fixed and len(design.compare.sizes or ()) > 1:
-        left_out["mixtures"] = "mixtures of fewer than all rows, and so every row saving"
-        design = _changed(design, sizes=(rows,))
-        yield design, list(left_out.values())
-    if design.mix.repeats == "auto":
-        left_out["trials"] = "all but one number of repeats, and of epochs all but two"
-        design = _thrifty(design, 4)
-        yield design, list(left_out.values())
-    if "sizes_of" not in fixed and reference is not None and len(curve) > 3:
-        left_out["curve"] = "sizes of the reference but three"
-        design = _changed(design, sizes_of={reference: (curve[0], curve[len(curve) // 2], rows)})
-        yield design, list(left_out.values())
-    if "seeds" not in fixed:
-        for number in (3, 2):
-            if len(design.seeds) > number:
-                left_out["seeds"] = f"seeds but {number}: intervals will be wide"
-                design = _changed(design, seeds=_seeds(settings, number))
-                yield design, list(left_out.values())
+def _possible_finals(study: Study, arm: Arm, size: int, trials: Sequence[Unit]) -> list[Unit]:
+    """Return an arm's training on all rows at a size, once for each setting that its trials may choose."""
+    tuned = arm.settings_of or arm.name
+    own = [trial.setting for trial in trials if (trial.arm.name, trial.size) == (tuned, size)]
+    settings = dict.fromkeys(setting for setting in own if setting is not None)
+    return [Unit(arm, size, study.seeds[0], None, (Tried(setting, 0.0, 0, 0.0),)) for setting in settings]
 
 
-def _seeds(settings: Settings, number: int) -> tuple[int, ...]:
-    return tuple(range(settings.seed, settings.seed + number))
+@dataclass(frozen=True)
+class Estimate:
+    """About how long a verb takes on this machine.
+
+    verb: train or compare
+    seconds: None if nobody can say
+    trainings: how many these are (trials of a comparison, too)
+    why_not: the reason why nobody can say
+    """
+
+    verb: str
+    seconds: float | None
+    trainings: int
+    why_not: str = ""
 
 
-def _changed(settings: Settings, **changes: Any) -> Settings:
-    """The settings with others for the comparison; sizes of arms that are no more go with these."""
-    values = {**settings.compare.model_dump(), **changes}
-    names = [arm if isinstance(arm, str) else arm["name"] if isinstance(arm, dict) else arm.name for arm in values["arms"]]
-    values["sizes_of"] = {name: sizes for name, sizes in values["sizes_of"].items() if name in names}
-    compare = CompareSettings.model_validate(values)
-    return settings.model_copy(update={"compare": compare})
+def estimate(settings: Settings) -> list[Estimate]:
+    """Estimate how long `train` and `compare` take. The scoring of anchors for `anchor: auto` is not counted.
+
+    Raises ConfigError, DataError or ModelError as these would.
+    """
+    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    own = arms.own_arm(settings)
+    among = arms.choose_from([own], settings)
+    rows = material.prepare(settings, loaded.tokenizer, loaded.context, settings.seed, choose_from=among)
+    speed = measure(rows, loaded, settings)
+    train = estimate_training(settings, rows, own, speed)
+    if settings.mix.general_per_task == "auto":
+        why_not = "a pilot chooses how many general rows there will be"
+        return [train, Estimate("compare", None, 0, why_not)]
+    try:
+        largest = arms.largest_mixture(settings)
+        wide = material.of_seeds(settings, loaded.tokenizer, loaded.context, settings.seeds, mixed_rows=largest)[0]
+        jobs, seconds = predict(settings, wide, loaded, speed)
+    except FulcrumError as error:  # too few rows to be cut into folds, say: `train` is possible nonetheless
+        return [train, Estimate("compare", None, 0, str(error))]
+    return [train, Estimate("compare", seconds, jobs)]
 
 
-def _few_metrics(names: Sequence[str]) -> tuple[str, ...]:
-    """The first metric that has a value for each row, beside those of labels, which need no more time."""
-    first = next((name for name in names if metrics.HAS_OUTCOMES[name]), names[0])
-    return tuple(name for name in names if name == first or name in metrics.LABELS)
-
-
-def few_rows(settings: Settings, limit: int) -> Settings:
-    """The settings with at most `limit` test rows of each task."""
-    tasks = [task.model_copy(update={"test_limit": min(limit, task.test_limit or limit)}) for task in settings.tasks]
-    return settings.model_copy(update={"tasks": tuple(tasks)})
-
-
-def _thrifty(settings: Settings, repeats: int) -> Settings:
-    """One number of repeats for mixtures, as many and three times as many epochs for SFT."""
-    if settings.mix.repeats == "auto":
-        settings = settings.model_copy(update={"mix": settings.mix.model_copy(update={"repeats": repeats})})
-    repeats = max(settings.mix.candidates)
-    if settings.compare.sft_epochs is not None or settings.mix.unit == "tokens":
-        return settings
-    most = math.floor(repeats * (1 + settings.mix.per_task))
-    return _changed(settings, sft_epochs=tuple(sorted({repeats, min(most, 3 * repeats)})))
+def estimate_training(settings: Settings, rows: Material, arm: Arm, speed: Speed) -> Estimate:
+    """Estimate `train`: every trial with its looks at the dev rows, then the test rows before and after."""
+    n_dev = sum(len(task.dev) for task in rows.tasks)
+    n_test = sum(len(task.test) for task in rows.tasks)
+    trials = arms.trials(rows, arm, settings)
+    seconds = 0.0
+    for setting in trials:
+        general = arms.general_count(rows, arm, setting.repeats) if arm.mixes else 0
+        trained = speed.task * setting.repeats * rows.n_task + speed.general * general
+        seconds += speed.start + trained + settings.train.evaluations * n_dev * speed.scored
+    answered = 0
+    for task, own in zip(rows.tasks, settings.tasks, strict=True):
+        if metrics.needs_generation(own.metrics):
+            answered += len(task.test)
+    held_out = sum(map(len, rows.held_out.values()))
+    seconds += 2 * ((n_test + held_out) * speed.scored + answered * speed.answered)
+    return Estimate("train", seconds, len(trials))

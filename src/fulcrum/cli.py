@@ -49,8 +49,14 @@ ForceNew = Annotated[
     bool, typer.Option("--force-new", help="Where output_dir is taken, begin a new run in output_dir-2, -3 ... beside it.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, shares and steps, and train nothing.")]
-Budget = Annotated[str, typer.Option("--budget", metavar="TIME", help="As 2h or 90m: plan what it buys, keep to it.")]
-Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before what a budget planned.")]
+Preset = Annotated[str, typer.Option("--preset", metavar="quick|standard|full", help="Run this design.")]
+Budget = Annotated[
+    str, typer.Option("--budget", metavar="TIME", help="Keep to 2h or 90m, say: run the richest design that fits.")
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="About 10 minutes, for a first answer; short for --preset quick --budget 10m.")
+]
+Yes = Annotated[bool, typer.Option("-y", "--yes", help="Start a planned run without asking.")]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Units run at once, each with its part of the threads.")]
 On = Annotated[str, typer.Option("--on", metavar="local|ray", help="Local processes, or a Ray cluster.")]
 ArmName = Annotated[str | None, typer.Option("--arm", help="Arm (default: the first there of tell, mix, sft_anchor, sft).")]
@@ -171,20 +177,29 @@ def train(
 def compare(
     ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
     seed: Seed = None, resume: Resume = False, force_new: ForceNew = False, dry_run: DryRun = False,
-    budget: Budget = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Ten minutes: is anything identifiable, does the pool help?")] = False,
+    preset: Preset = "", budget: Budget = "", quick: Quick = False,
     yes: Yes = False, jobs: Jobs = 1, on: On = "local",
 ) -> None:  # fmt: skip
     """Train every arm on the same rows and say what mixing brought."""
     settings = _settings(run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume))
+    request = cli_budget.read_request(preset, budget, quick=quick)
     how: dict[str, Any] = {"jobs": jobs, "on": on}
-    if budget or quick or cli_budget.goes_on(settings, resume=resume):
-        screen = cli_start.ready(ctx, settings, dry_run=dry_run)
-        settings, planned = cli_budget.planned(screen, settings, budget, quick=quick, resume=resume, ask=not (yes or dry_run))
-        how |= planned
+    if cli_budget.is_planned(settings, resume=resume):
+        settings, how["budget"] = cli_budget.read_plan(settings)
+    elif request is not None:
+        screen = _ready_to_plan(ctx, settings, resume=resume, dry_run=dry_run)
+        settings, how["budget"] = cli_budget.plan_comparison(screen, settings, request, ask=not (yes or dry_run))
     _launch(ctx, "compare", settings, resume=resume, dry_run=dry_run, **how)
-    if quick and not dry_run:
-        cli_budget.answer(screen, Path(settings.output_dir))
+    if request is not None and request.preset == "quick" and not dry_run:
+        cli_budget.answer(Path(settings.output_dir))
+
+
+def _ready_to_plan(ctx: typer.Context, settings: "Settings", *, resume: bool, dry_run: bool) -> "Console":
+    """Return a console once the run folder is free and the model and general data are ready."""
+    from fulcrum import run_folder
+
+    run_folder.check_free(Path(settings.output_dir), resume=resume)
+    return cli_start.ready(ctx, settings, dry_run=dry_run)
 
 
 @app.command()
@@ -199,10 +214,12 @@ def scale(
     settings = _settings(run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume))
     ladder.prepared(settings)  # what cannot be scaled is said before anything is read
     how: dict[str, Any] = {"jobs": jobs, "on": on}
-    if budget or cli_budget.goes_on(settings, resume=resume):
-        screen = cli_start.ready(ctx, settings, dry_run=dry_run)
-        settings, planned = cli_budget.planned_scale(screen, settings, budget, resume=resume, ask=not (yes or dry_run))
-        how |= planned
+    if cli_budget.is_planned(settings, resume=resume):
+        settings, how["budget"] = cli_budget.read_plan(settings)
+    elif budget:
+        seconds = cli_budget.parse_duration(budget)
+        screen = _ready_to_plan(ctx, settings, resume=resume, dry_run=dry_run)
+        settings, how["budget"] = cli_budget.plan_scaling(screen, settings, seconds, ask=not (yes or dry_run))
     _launch(ctx, "scale", settings, resume=resume, dry_run=dry_run, **how)
 
 

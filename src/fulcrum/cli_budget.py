@@ -1,8 +1,10 @@
-"""`compare --budget` and `--quick`: what the time buys, before it is spent, and what a quick look said."""
+"""`--preset`, `--budget` and `--quick`: what will run is shown and agreed to first; and what a quick look found."""
 
 import json
 import math
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,108 +15,195 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from fulcrum.budget import Design, Plan
+    from fulcrum.comparison import Budget
     from fulcrum.config import Settings
 
+_QUICK_SECONDS = 600.0
 
-def planned(
-    screen: "Console", settings: "Settings", text: str, *, quick: bool, resume: bool, ask: bool
-) -> tuple["Settings", dict[str, Any]]:
-    """The settings of the design that the budget buys, shown and agreed to; and what `compare` has to know of it.
 
-    A resumed comparison goes on with the design that was agreed to. Raises ConfigError where nothing fits, or nobody agrees.
+@dataclass(frozen=True)
+class Request:
+    """What the options ask for.
+
+    option: the one that was given, for messages
+    preset: None: the richest that fits
+    seconds: None: no limit
     """
-    if (known := _agreed(settings, resume=resume)) is not None:
-        return known
+
+    option: str
+    preset: str | None
+    seconds: float | None
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a text such as 2h, 1h30m, 90m or 600s. Raises ConfigError."""
+    pattern = r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+)s)?"
+    match = re.fullmatch(pattern, text.strip())
+    seconds = 0.0
+    if match:
+        hours, minutes, rest = (float(part or 0) for part in match.groups())
+        seconds = 3600 * hours + 60 * minutes + rest
+    if seconds <= 0:
+        raise ConfigError(f"--budget {text!r}: write hours, minutes and seconds as 2h, 1h30m, 90m or 600s")
+    return seconds
+
+
+def read_request(preset: str, duration: str, *, quick: bool) -> Request | None:
+    """Read the options; None if none of them is given. `--quick` is short for `--preset quick --budget 10m`."""
+    if not (preset or duration or quick):
+        return None
+    from fulcrum import presets
+
+    seconds = parse_duration(duration) if duration else None
+    if quick:
+        if preset not in ("", presets.QUICK.name):
+            raise ConfigError(f"--quick stands for --preset quick; leave it out, or --preset {preset}")
+        return Request("--quick", presets.QUICK.name, seconds or _QUICK_SECONDS)
+    if preset:
+        return Request("--preset", presets.preset_named(preset).name, seconds)
+    return Request("--budget", None, seconds)
+
+
+def plan_comparison(
+    screen: "Console", settings: "Settings", request: Request, *, ask: bool
+) -> tuple["Settings", "Budget"]:
+    """Return the settings of the chosen design, once it is shown and agreed to, and the budget to keep.
+
+    Raises ConfigError if nothing fits or nobody agrees.
+    """
     from fulcrum import budget, terminal
+    from fulcrum.comparison import Budget
 
-    seconds = budget.parse(text) if text else budget.QUICK_SECONDS
-    with terminal.working(screen, "measuring what the budget buys"):
-        design = budget.plan(settings, seconds, quick=quick)
-    compare = design.settings.compare
-    rows = [
-        ("arms", ", ".join(arm if isinstance(arm, str) else arm.name for arm in compare.arms)),
-        ("task rows", ", ".join(map(str, compare.sizes or ("all",)))),
-        *((f"task rows of {name}", ", ".join(map(str, sizes))) for name, sizes in compare.sizes_of.items()),
-        ("repeats tried", str(design.settings.mix.repeats) if design.settings.mix.repeats != "auto" else "1, 2, 4, 8"),
-        ("trials and trainings", f"{design.units}"),
+    with terminal.working(screen, "measuring speed on a few rows"):
+        plan = budget.plan(settings, preset=request.preset, seconds=request.seconds)
+    screen.print(_preset_table(plan))
+    design = plan.design
+    _show_choice(screen, f"Preset {design.preset}", design.seconds, request.seconds, plan.left_out)
+    if ask:
+        _confirm(request.option)
+    return design.settings, Budget(request.seconds, plan.left_out)
+
+
+def plan_scaling(
+    screen: "Console", settings: "Settings", seconds: float, *, ask: bool
+) -> tuple["Settings", "Budget"]:
+    """Do the same for `scale`."""
+    from fulcrum import ladder, scale, terminal
+    from fulcrum.comparison import Budget
+
+    with terminal.working(screen, "measuring speed on a few rows"):
+        plan = scale.plan(settings, seconds)
+    rows = []
+    levels = ladder.levels(plan.settings)
+    for name in plan.settings.scale.designs:
+        ratios = [f"{level.ratio:.3g}" for level in levels if level.design == name]
+        rows.append((f"ratios, {name}", ", ".join(ratios)))
+    rows += [
+        ("seeds", f"{len(plan.settings.seeds)}"),
+        ("test rows", _test_rows(plan.settings)),
+        ("trainings", f"{plan.trainings}"),
     ]
-    _agree(screen, rows, design.settings, design.left_out, design.seconds, seconds, ask=ask)
-    return design.settings, {"budget": seconds, "left_out": design.left_out}
+    screen.print(terminal.grid("The scaling run", ("", ""), rows, numbers=False))
+    _show_choice(screen, "Scaling run", plan.seconds, seconds, plan.left_out)
+    if ask:
+        _confirm("--budget")
+    return plan.settings, Budget(seconds, plan.left_out)
 
 
-def planned_scale(
-    screen: "Console", settings: "Settings", text: str, *, resume: bool, ask: bool
-) -> tuple["Settings", dict[str, Any]]:
-    """The same for `scale`."""
-    if (known := _agreed(settings, resume=resume)) is not None:
-        return known
-    from fulcrum import budget, ladder, scale, terminal
-
-    seconds = budget.parse(text)
-    with terminal.working(screen, "measuring what the budget buys"):
-        design = scale.plan(settings, seconds)
-    levels = ladder.levels(design.settings)
-    rows = [
-        (f"ratios, {name}", ", ".join(f"{level.ratio:.3g}" for level in levels if level.design == name))
-        for name in design.settings.scale.designs
-    ]
-    rows.append(("trainings", f"{design.trainings}"))
-    _agree(screen, rows, design.settings, design.left_out, design.seconds, seconds, ask=ask)
-    return design.settings, {"budget": seconds, "left_out": design.left_out}
-
-
-def goes_on(settings: "Settings", *, resume: bool) -> bool:
-    """Whether a run is resumed that a budget planned: then that plan counts, whether or not the budget is given again."""
+def is_planned(settings: "Settings", *, resume: bool) -> bool:
+    """Return whether a planned run is resumed: its plan counts then, whether or not the options are given again."""
     from fulcrum import store
 
     return resume and (Path(settings.output_dir) / store.PLAN).exists()
 
 
-def _agreed(settings: "Settings", *, resume: bool) -> tuple["Settings", dict[str, Any]] | None:
-    """The design that was agreed to, where a run is resumed that has one."""
-    from fulcrum import config, run_folder, store
+def read_plan(settings: "Settings") -> tuple["Settings", "Budget"]:
+    """Return the settings and the budget that a run was begun with."""
+    from fulcrum import config, store
+    from fulcrum.comparison import Budget
 
-    if goes_on(settings, resume=resume):
-        known = store.read_json(Path(settings.output_dir) / store.PLAN)
-        here = {"output_dir": settings.output_dir, "report_to": settings.report_to}
-        agreed = config.Settings.model_validate({**known["settings"], **here})
-        return agreed, {"budget": known["seconds"], "left_out": known["left_out"]}
-    run_folder.check_free(Path(settings.output_dir), resume=resume)
-    return None
+    known = store.read_json(Path(settings.output_dir) / store.PLAN)
+    here = {"output_dir": settings.output_dir, "report_to": settings.report_to}
+    agreed = config.Settings.model_validate({**known["settings"], **here})
+    return agreed, Budget(known["seconds"], tuple(known["left_out"]))
 
 
-def _agree(
-    screen: "Console", rows: list[tuple[str, str]], settings: "Settings", left_out: "Sequence[str]", expected: float,
-    seconds: float, *, ask: bool,
-) -> None:  # fmt: skip
-    """Show a design, and have it agreed to where somebody is to be asked."""
+def _preset_table(plan: "Plan") -> Any:
+    """Lay out every preset side by side, as it is on these rows and this machine."""
     from fulcrum import terminal
 
-    test = [task.test_limit for task in settings.tasks]
-    shown = [
-        *rows,
-        ("seeds", f"{len(settings.seeds)}"),
-        ("test rows", ", ".join("all" if limit is None else str(limit) for limit in test)),
-        ("left out", "; ".join(left_out) or "nothing"),
-        ("expected", f"{expected / 60:.0f} of {seconds / 60:.0f} minutes"),
-    ]
-    screen.print(terminal.grid("What the budget buys", ("", ""), shown, numbers=False))
-    if ask:
-        if not sys.stdin.isatty():
-            raise ConfigError("--budget asks before it starts, and nobody can answer here; give -y, or --dry-run to look only")
-        if input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
-            raise ConfigError("not started; change the budget or the settings")
+    head = ("", *(design.preset for design in plan.designs))
+    columns = [_describe(design) for design in plan.designs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [(name, *(column.get(name, "–") for column in columns)) for name in names]
+    return terminal.grid("Presets for these rows on this machine", head, rows, numbers=False)
 
 
-def answer(screen: "Console", folder: Path) -> None:
-    """Say what a quick look found, and how sure that is."""
+def _describe(design: "Design") -> dict[str, str]:
+    """Return a design's column of the table."""
+    settings = design.settings
+    compare = settings.compare
+    arms = [arm if isinstance(arm, str) else arm.name for arm in compare.arms]
+    found = {"seeds": f"{len(settings.seeds)}", "arms": ", ".join(arms)}
+    found["task rows"] = _listed(compare.sizes or (design.rows,))
+    for name, sizes in compare.sizes_of.items():
+        found[f"task rows of {name}"] = _listed(sizes)
+    found["repeats tried"] = _listed(settings.mix.candidates)
+    found["test rows"] = _test_rows(settings)
+    found["metrics"] = ", ".join(dict.fromkeys(name for task in settings.tasks for name in task.metrics))
+    found["side effects"] = "checked" if settings.eval.general_rows else "not checked"
+    found["trials, trainings"] = f"{design.jobs}"
+    found["expected"] = design.why_not or f"about {_minutes(design.seconds)}"
+    return found
+
+
+def _listed(numbers: "Sequence[int]") -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _test_rows(settings: "Settings") -> str:
+    limits = ["all" if task.test_limit is None else f"up to {task.test_limit}" for task in settings.tasks]
+    return ", ".join(dict.fromkeys(limits))
+
+
+def _minutes(seconds: float) -> str:
+    number = max(1, round(seconds / 60))
+    return "1 minute" if number == 1 else f"{number} minutes"
+
+
+def _show_choice(
+    screen: "Console", what: str, expected: float, limit: float | None, left_out: "Sequence[str]"
+) -> None:
+    """Say what will run, how long it will take, and what it has less of than it could have."""
+    from fulcrum import terminal
+
+    given = "" if limit is None else f" of the {_minutes(limit)} given"
+    terminal.say(screen, f"{what}: about {_minutes(expected)}{given}.", "bold")
+    if left_out:
+        aim = "Compared with the full design" if limit is None else f"To fit {_minutes(limit)}"
+        terminal.say(screen, f"{aim}: {', '.join(left_out)}.")
+
+
+def _confirm(option: str) -> None:
+    """Ask whether to start. Raises ConfigError if the answer is no or nobody can answer."""
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"{option} asks for confirmation, but this is not a terminal; add --yes, or --dry-run to see the plan"
+        )
+    if input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ConfigError("not started; choose another preset or budget, or change the settings")
+
+
+def answer(folder: Path) -> None:
+    """Say what a quick comparison found, and how sure that is."""
     from fulcrum import certificate, terminal
 
     file = folder / certificate.FILE
     if not file.exists():
         return
     found = json.loads(file.read_text(encoding="utf-8"))["answers"][0]
-    terminal.say(screen, quick_answer(found), "bold")
+    terminal.say(terminal.console(), quick_answer(found), "bold")
 
 
 def quick_answer(found: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from fulcrum.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fulcrum.budget import Estimate
     from fulcrum.config import Settings
-    from fulcrum.estimate import Estimate
     from fulcrum.pool import Pool
     from fulcrum.sections import GeneralSource
 
@@ -71,11 +71,11 @@ def convert(screen: "Console", settings: "Settings", sources: "Sequence[GeneralS
 
 def expected(screen: "Console", settings: "Settings") -> "list[Estimate]":
     """About how long `train` and `compare` would take, measured and shown."""
-    from fulcrum import estimate, terminal
+    from fulcrum import budget, terminal
     from fulcrum.watch import clock
 
     with terminal.working(screen, "measuring speed on a few rows"):
-        found = estimate.estimates(settings)
+        found = budget.estimate(settings)
     for one in found:
         told = one.why_not if one.seconds is None else f"{one.trainings:,} trainings, about {clock(one.seconds)}, an estimate"
         terminal.say(screen, f"{one.verb}: {told}")

@@ -5,8 +5,9 @@ All trials come first, for a final training takes the best of them. A killed com
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fulcrum import candidates, cell, pilot, probe, pseudo, scoring, selfmade, store, workers
@@ -34,9 +35,36 @@ _PAIRS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What was agreed on before a run began.
+
+    seconds: the time that it may take; None: no limit
+    left_out: what its design has less of than the full one, in a few words each
+    """
+
+    seconds: float | None = None
+    left_out: tuple[str, ...] = ()
+
+    def keep(self, folder: Path, settings: Settings) -> None:
+        """Write it and the planned settings to the run folder, for `--resume`; what is there stays."""
+        if not (folder / store.PLAN).exists():
+            planned = {"seconds": self.seconds, "left_out": self.left_out, "settings": settings.described()}
+            store.write_json(folder / store.PLAN, planned)
+
+    def notes(self, dropped: Sequence[str]) -> list[str]:
+        """Say what was left out, and what was `dropped` as time ran out; nothing if neither was."""
+        if not (self.left_out or dropped):
+            return []
+        aim = "Compared with the full design"
+        if self.seconds is not None:
+            aim = f"To fit {self.seconds / 60:.0f} minutes"
+        return [f"{aim}: {', '.join((*self.left_out, *dropped))}."]
+
+
 def compare(
     settings: Settings, *, resume: bool = False, watcher: Watcher | None = None, jobs: int = 1, on: str = "local",
-    budget: float | None = None, left_out: Sequence[str] = (),
+    budget: Budget | None = None,
 ) -> Results:  # fmt: skip
     """Run every arm at every size and seed, and fill the run folder with results, certificate, predictions and report.
 
@@ -45,8 +73,7 @@ def compare(
     epochs); no arm may use more optimizer steps than TELL; learning rates decay fully within them; the last step counts; test
     is scored once per arm, size and seed.
     `jobs` units run at once, in local processes or (`on` "ray") on a Ray cluster, each with its part of the threads. With a
-    `budget` in seconds whole seeds are left out (at least two remain) rather than overrun it; that, and what was `left_out` of
-    the design before, stands in the certificate.
+    `budget` whole seeds are dropped (at least two remain) rather than exceed its time; the certificate says so.
     Raises ConfigError, DataError, ModelError or StoreError.
     """
     workers.share_threads(jobs, on)
@@ -63,9 +90,8 @@ def compare(
         gone = pilot.dropped(asked) if found is not None and found.chosen == 0 else ()
         kept_in = folder if writes() else None
         notes = [*candidates.keep(anchors, kept_in), *pilot.keep(found, kept_in, gone)]
-        if writes() and budget is not None and not (folder / store.PLAN).exists():
-            planned = {"seconds": budget, "left_out": list(left_out), "settings": settings.described()}
-            store.write_json(folder / store.PLAN, planned)
+        if writes() and budget is not None:
+            budget.keep(folder, settings)
         by_seed = selfmade.with_made_rows(
             dict(zip(settings.seeds, rows, strict=True)), loaded, arms, settings, kept_in,
             partial(watcher.count, "general rows that the model makes itself"),
@@ -82,11 +108,12 @@ def compare(
             tuning = Progress(study, tries, watcher, jobs)
             finals = list(plan_finals(study, arms, list(zip(tries, tuning.run(tries, runner), strict=True))))
             watcher.stage(f"{len(finals)} trainings on all task rows, each with its test")
-            left = None if budget is None else budget - tuning.seconds
-            results, unrun = by_seeds(study, finals, Progress(study, finals, watcher, jobs), runner, left)
-            left_out = [*left_out, *unrun]
-        if budget and left_out:
-            notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left_out)}.")
+            left = None
+            if budget is not None and budget.seconds is not None:
+                left = budget.seconds - tuning.seconds
+            results, dropped = by_seeds(study, finals, Progress(study, finals, watcher, jobs), runner, left)
+        if budget is not None:
+            notes += budget.notes(dropped)
         at = shown_size(results, settings)
         shown = [result for result in results if result.size in (0, at)]
         differences = paired_differences(shown, settings)
@@ -98,8 +125,8 @@ def compare(
 def by_seeds(
     study: Study, units: Sequence[Unit], progress: "Progress", runner: workers.Runner, budget: float | None
 ) -> tuple[list[ArmResult], list[str]]:
-    """The results of final trainings, seed by seed, and what was left out, in words: of a `budget` in seconds whole seeds (two
-    remain at least) rather than overrun it."""
+    """Return the results of final trainings, seed by seed, and what was dropped, in words: whole seeds (at least two remain)
+    rather than exceed a `budget` in seconds."""
     results: list[ArmResult] = []
     for number, seed in enumerate(study.seeds, 1):
         before = progress.seconds
@@ -107,7 +134,7 @@ def by_seeds(
         next_end = progress.seconds + (progress.seconds - before)
         left = [unit for unit in units if unit.seed not in study.seeds[:number] and read(study, unit) is None]
         if budget is not None and next_end > budget and number >= 2 and left:
-            return results, [f"seeds after {seed}, for which there was no time"]
+            return results, [f"no seeds after {seed}"]
     return results, []
 
 

@@ -4,19 +4,22 @@ The machinery is a comparison's: same nested task rows, stored units, workers, r
 the amount of general data changes, and what a design holds fixed does not.
 """
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fulcrum import budget as planning
-from fulcrum import ladder, material, model, pool, store, workers
+from fulcrum import ladder, material, model, pool, workers
 from fulcrum.arms import chosen_arms
 from fulcrum.cell import Silent, Watcher
-from fulcrum.comparison import Progress, by_seeds
+from fulcrum.comparison import Budget, Progress, by_seeds
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
 from fulcrum.launched import writes
+from fulcrum.presets import limit_test_rows, seeds_from
 from fulcrum.records import Results
 from fulcrum.run import begin, claimed, finish
 from fulcrum.units import Study, Unit
@@ -26,7 +29,7 @@ _FEWEST_LEVELS = 7  # with fewer the verdict is "not enough data" whatever comes
 
 def scale(
     settings: Settings, *, resume: bool = False, watcher: Watcher | None = None, jobs: int = 1, on: str = "local",
-    budget: float | None = None, left_out: Sequence[str] = (),
+    budget: Budget | None = None,
 ) -> Results:  # fmt: skip
     """Train at every amount of general data of `settings.scale`, and fill the run folder with results, verdicts and report.
 
@@ -41,17 +44,15 @@ def scale(
     with claimed(settings, resume=resume):
         arms = chosen_arms(settings)
         loaded, rows, folder = begin("scale", settings, arms, settings.seeds, resume, watcher)
-        if writes() and budget is not None and not (folder / store.PLAN).exists():
-            planned = {"seconds": budget, "left_out": list(left_out), "settings": settings.described()}
-            store.write_json(folder / store.PLAN, planned)
+        if writes() and budget is not None:
+            budget.keep(folder, settings)
         study = Study(settings, dict(zip(settings.seeds, rows, strict=True)), folder, probed=False)
         units = _units(study)
         watcher.stage(f"{len(units)} trainings, each with its test")
         with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
-            results, unrun = by_seeds(study, units, Progress(study, units, watcher, jobs), runner, budget)
-        notes = []
-        if budget and (left := [*left_out, *unrun]):
-            notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left)}.")
+            seconds = None if budget is None else budget.seconds
+            results, dropped = by_seeds(study, units, Progress(study, units, watcher, jobs), runner, seconds)
+        notes = [] if budget is None else budget.notes(dropped)
         return finish("scale", settings, folder, loaded, rows, results, (), started, notes)
 
 
@@ -76,7 +77,13 @@ def _units(study: Study) -> list[Unit]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings that a budget allows, the seconds they are expected to take, what had to be left out, and how many trainings."""
+    """A scaling run that a budget allows.
+
+    settings: the run's, with this design
+    seconds: expected
+    left_out: what it has less of than the settings ask for, in a few words each
+    trainings: their number
+    """
 
     settings: Settings
     seconds: float
@@ -85,67 +92,74 @@ class Plan:
 
 
 def plan(settings: Settings, seconds: float) -> Plan:
-    """The richest experiment that `seconds` buy on this machine. Left out, in this order: seeds beyond the third, test rows
-    beyond 200 and 100, the design of fixed steps, the largest ratios down to seven, seeds beyond the second. Seeds, designs and
-    ratios that the settings name are kept.
+    """Return the richest scaling run that `seconds` allow on this machine.
 
-    Raises ConfigError where not even that fits.
+    What is reduced, in this order: seeds to three, test rows to 200 and 100, the design of fixed steps, ratios to the seven
+    smallest, seeds to two. Seeds, designs and ratios that the settings name are kept. Raises ConfigError if not even that fits.
     """
     began = time.perf_counter()
     loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
     wide = ladder.prepared(settings)
     _require_general(wide)
-    (rows,) = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds[:1], mixed_rows=settings.scale.rows)
+    (rows,) = material.of_seeds(
+        wide, loaded.tokenizer, loaded.context, wide.seeds[:1], mixed_rows=settings.scale.rows
+    )
     speed = planning.measure(rows, loaded, wide)
     cost = 0.0
     for design, left_out in _designs(settings):
         ready = ladder.prepared(design)
-        tasks = tuple(
-            replace(task, test=task.test[: own.test_limit]) for task, own in zip(rows.tasks, ready.tasks, strict=True)
-        )
-        shown = replace(rows, tasks=tasks)
-        study = Study(ready, dict.fromkeys(ready.seeds, shown), Path(ready.output_dir), speed, probed=False)
+        tasks = []
+        for task, own in zip(rows.tasks, ready.tasks, strict=True):
+            tasks.append(replace(task, test=task.test[: own.test_limit]))
+        shown = dict.fromkeys(ready.seeds, replace(rows, tasks=tuple(tasks)))
+        study = Study(ready, shown, Path(ready.output_dir), speed, probed=False)
         units = _units(study)
         cost = sum(study.cost(unit) for unit in units)
         if cost <= planning.PLANNED * seconds - (time.perf_counter() - began):
             return Plan(ready, cost, left_out, len(units))
+    needed = math.ceil((cost + time.perf_counter() - began) / planning.PLANNED / 60)
     raise ConfigError(
-        f"--budget: the least experiment takes about {cost / planning.PLANNED / 60:.0f} minutes with this model on this "
-        f"machine, the budget has {seconds / 60:.0f}; raise it, or lower scale.rows, scale.repeats or train.max_length"
+        f"--budget: the smallest scaling run takes about {needed} minutes with this model on this machine, more than the "
+        f"{seconds / 60:.0f} given; use --budget {needed}m, or lower scale.rows, scale.repeats or train.max_length"
     )
 
 
 def _designs(settings: Settings) -> Iterator[tuple[Settings, tuple[str, ...]]]:
-    """Experiments from the richest to the least, each with what it leaves out."""
-    left_out: dict[str, str] = {}  # by what is left out: the last word counts
+    """Yield scaling runs from the richest to the smallest, each with what it leaves out."""
+    left_out: dict[str, str] = {}  # by what is reduced: the last word counts
     yield settings, ()
-
-    def without(what: str, why: str, found: Settings) -> tuple[Settings, tuple[str, ...]]:
-        left_out[what] = why
-        return found, tuple(left_out.values())
-
-    def seeds(number: int) -> Settings:
-        chosen = tuple(range(settings.seed, settings.seed + number))
-        return settings.model_copy(update={"compare": settings.compare.model_copy(update={"seeds": chosen})})
-
-    fixed = settings.compare.seeds is not None
-    if not fixed:
-        settings = seeds(3)
-        yield without("seeds", "seeds beyond the third", settings)
-    for limit in (200, 100):
-        if any((task.test_limit or limit + 1) > limit for task in settings.tasks):
-            settings = planning.few_rows(settings, limit)
-            yield without("test", f"test rows beyond {limit}", settings)
     named = settings.scale.model_fields_set
+    free_seeds = settings.compare.seeds is None
+    if free_seeds:
+        settings = _with_seeds(settings, 3)
+        left_out["seeds"] = "3 seeds"
+        yield settings, tuple(left_out.values())
+    for limit in (200, 100):
+        if any(task.test_limit is None or task.test_limit > limit for task in settings.tasks):
+            settings = limit_test_rows(settings, limit)
+            left_out["test"] = f"at most {limit} test rows"
+            yield settings, tuple(left_out.values())
     if len(settings.scale.designs) > 1 and "designs" not in named:
-        only = settings.scale.model_copy(update={"designs": settings.scale.designs[:1]})
-        settings = settings.model_copy(update={"scale": only})
-        yield without("designs", "the design of fixed steps", settings)
+        settings = _with_scale(settings, designs=settings.scale.designs[:1])
+        left_out["designs"] = "no trainings at fixed steps"
+        yield settings, tuple(left_out.values())
     while len(settings.scale.ratios) > _FEWEST_LEVELS and "ratios" not in named:
-        fewer = settings.scale.model_copy(update={"ratios": settings.scale.ratios[:-1]})
-        settings = settings.model_copy(update={"scale": fewer})
-        hard = " (of seven amounts a jump can hardly be seen)" if len(fewer.ratios) == _FEWEST_LEVELS else ""
-        yield without("ratios", f"ratios beyond {fewer.ratios[-1]:g}{hard}", settings)
-    if not fixed:
-        settings = seeds(2)
-        yield without("seeds", "seeds beyond the second", settings)
+        ratios = settings.scale.ratios[:-1]
+        settings = _with_scale(settings, ratios=ratios)
+        left_out["ratios"] = f"ratios up to {ratios[-1]:g}"
+        if len(ratios) == _FEWEST_LEVELS:
+            left_out["ratios"] += " (seven amounts hardly show a jump)"
+        yield settings, tuple(left_out.values())
+    if free_seeds:
+        settings = _with_seeds(settings, 2)
+        left_out["seeds"] = "2 seeds"
+        yield settings, tuple(left_out.values())
+
+
+def _with_seeds(settings: Settings, number: int) -> Settings:
+    compare = settings.compare.model_copy(update={"seeds": seeds_from(settings, number)})
+    return settings.model_copy(update={"compare": compare})
+
+
+def _with_scale(settings: Settings, **changes: Any) -> Settings:
+    return settings.model_copy(update={"scale": settings.scale.model_copy(update=changes)})

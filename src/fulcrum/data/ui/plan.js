@@ -32,8 +32,8 @@ function cost(found) {
 
 const VERBS = [
   ["train", "Train one adapter", "Scored beside the untouched model. Says nothing of what plain fine-tuning would have given."],
-  ["quick", "A quick comparison", "Ten minutes: is anything identifiable, does the pool help? Ends with go, no go, or not known."],
-  ["compare", "The whole comparison", "Every arm on the same rows, with intervals and a certificate. Takes long; a budget keeps it to a time."],
+  ["quick", "A quick comparison", "About 10 minutes: a first answer to whether general data helps your task."],
+  ["compare", "The whole comparison", "Every arm on the same rows, with intervals and a certificate. Takes long; a budget limits its time."],
 ];
 
 export async function plan(main, run, signal) {
