@@ -106,7 +106,7 @@ FLOORS = (
         "anchor_outcomes",
         "page",
         "scaling",
-        "quanta_page",
+        "quanta_report",
         "report",
         "materials",
         "identity",

@@ -19,6 +19,7 @@ from fulcrum.errors import ConfigError
 from fulcrum.launched import writes
 from fulcrum.records import Results
 from fulcrum.run import begin, claimed, finish
+from fulcrum.scale_report import SCALE
 from fulcrum.units import Study, Unit
 
 _FEWEST_LEVELS = 7  # with fewer the verdict is "not enough data" whatever comes
@@ -31,7 +32,7 @@ def scale(
     """Train at every amount of general data of `settings.scale`, and fill the run folder with results, verdicts and report.
 
     The arguments are those of `comparison.compare`. What the curves say is computed from results and predictions, here and
-    whenever the report is written (`scaling.analyse`).
+    whenever the report is written (`scale_report.analyse`).
     Raises ConfigError, DataError, ModelError or StoreError.
     """
     workers.share_threads(jobs, on)
@@ -40,7 +41,7 @@ def scale(
     _require_general(settings)
     with claimed(settings, resume=resume):
         arms = chosen_arms(settings)
-        loaded, rows, folder = begin("scale", settings, arms, settings.seeds, resume, watcher)
+        loaded, rows, folder = begin(SCALE, settings, arms, settings.seeds, resume, watcher)
         if writes() and budget is not None and not (folder / store.PLAN).exists():
             planned = {"seconds": budget, "left_out": list(left_out), "settings": settings.described()}
             store.write_json(folder / store.PLAN, planned)
@@ -52,7 +53,7 @@ def scale(
         notes = []
         if budget and (left := [*left_out, *unrun]):
             notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left)}.")
-        return finish("scale", settings, folder, loaded, rows, results, (), started, notes)
+        return finish(SCALE, settings, folder, loaded, rows, results, (), started, notes)
 
 
 def _require_general(settings: Settings) -> None:

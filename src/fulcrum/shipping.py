@@ -21,11 +21,24 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fulcrum import artefact, encode, gguf, gguf_export, materials, merge, metrics, modelfile, report, sources, store, use
+from fulcrum import (
+    artefact,
+    encode,
+    finished,
+    gguf,
+    gguf_export,
+    materials,
+    merge,
+    metrics,
+    modelfile,
+    run_report,
+    sources,
+    store,
+)
 from fulcrum.artefact import Check, Measured, Plain, Trained
 from fulcrum.errors import ConfigError, ModelError, nearest
+from fulcrum.finished import Adapter
 from fulcrum.records import Example
-from fulcrum.use import Adapter
 
 KINDS = ("adapter", "merged", "gguf", "modelfile")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -84,7 +97,7 @@ def export(
     Raises ConfigError, DataError, StoreError; ModelError where it is further from the trained adapter than `artefact` allows.
     """
     folder = Path(folder)
-    adapter = use.load_adapter(folder, arm=arm)
+    adapter = finished.load_adapter(folder, arm=arm)
     if task is None and len(adapter.anchors) > 1:
         raise ConfigError(f"the run has the tasks {', '.join(adapter.anchors)}, an export has one anchor: choose with --task")
     form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
@@ -96,7 +109,7 @@ def export(
         raise ConfigError(f"{target}: exists and is no export; name another folder with --out")
     if wanted.to == "modelfile" and modelfile.pieces(form) is None:
         raise ModelError("the model's chat template has a shape that a Modelfile cannot have; use --to gguf or merged")
-    chosen = use.rows_to_check(folder, adapter, own.name, rows) if rows else []
+    chosen = finished.rows_to_check(folder, adapter, own.name, rows) if rows else []
     most = own.max_new_tokens if metrics.needs_generation(own.metrics) else 0
     as_trained, as_exported = (partial(count, f"rows scored as {how}") for how in ("trained", "exported"))
     trained = artefact.measure(Trained(adapter.loaded, form), chosen, form, most, as_trained) if chosen else None
@@ -121,7 +134,9 @@ def export(
         store.write_json(place / RECORD, {"version": 1, "to": wanted.to, "arm": adapter.arm, "task": own.name, "check": check})
         made = sorted(path.name for path in place.iterdir())
         what = wanted.to, adapter.arm, adapter.train.lora_r
-        card = report.export_card(report.load(folder), *what, made, form.anchor, store.plain(check), listed["components"])
+        card = run_report.export_card(
+            run_report.load(folder), *what, made, form.anchor, store.plain(check), listed["components"]
+        )
         store.write_bytes(place / "README.md", card.encode())
 
     store.write_folder(target, fill)
