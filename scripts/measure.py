@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from fulcrum import report, summary
+from fulcrum import run_report, summary
 
 ANCHORS = {
     "snips": "Turn the request into one JSON object with its intent and slots.",
@@ -79,7 +79,7 @@ def settings(data: Path, out: Path, name: str) -> dict[str, Any]:
 
 def tables(folder: Path) -> str:
     """What a run says, as Markdown."""
-    results = report.load(folder)
+    results = run_report.load(folder)
     lines = []
     for task in results["tasks"]:
         size = f"{task['train']} train, {task['dev']} dev, {task['test']} test rows in {task['test_groups']} groups"
@@ -91,7 +91,7 @@ def tables(folder: Path) -> str:
         + _markdown(_telling(summary.difference_grid(results)))
         + _markdown(summary.forgetting_grid(results))
         + _markdown(summary.training_grid(results))
-        + [report.headline(results)]
+        + [summary.headline(results)]
     )
 
 

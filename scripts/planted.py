@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fulcrum import config, scale, scaling, store, terminal
+from fulcrum import config, scale, scale_report, store, terminal
 from fulcrum.stats import Interval
 from fulcrum.watch import Watch
 
@@ -106,7 +106,7 @@ def _designs(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _change(by_seed: list[list[float]]) -> Interval:
     """From no general rows to the most."""
     values = np.array(by_seed)
-    return scaling.over_seeds(values[:, -1] - values[:, 0])
+    return scale_report.over_seeds(values[:, -1] - values[:, 0])
 
 
 def _told(interval: Interval) -> str:

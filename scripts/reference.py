@@ -29,7 +29,9 @@ NOTE = "<!-- Made from the code by scripts/reference.py; `make docs` writes it a
 
 # Names beside those of `fulcrum` itself, which pages of docs/ and README.md offer: by module, in the order of the page.
 OFFERED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("use", ("Adapter", "Evaluation", "evaluation", "scale", "quanta")),
+    ("api", ("scale", "quanta", "write_report", "repeat")),
+    ("finished", ("Adapter", "Evaluation", "evaluate")),
+    ("verification", ("Verification",)),
     ("mix", ("Plan",)),
     ("records", ("Score", "Prediction", "Reject")),
     ("errors", ("FulcrumError", "ConfigError", "DataError", "ModelError", "StoreError")),

@@ -37,9 +37,7 @@ def score(
     counted: list[tuple[int, int]] | None = None,
 ) -> list[AnchorScore]:
     told = [] if counted is None else counted
-    return anchor_scores.score(
-        candidates, TASK, loaded, seed=0, count=lambda done, total: told.append((done, total))
-    )
+    return anchor_scores.score(candidates, TASK, loaded, seed=0, count=lambda done, total: told.append((done, total)))
 
 
 def test_the_loss_is_that_of_answers_asked_with_the_anchor(loaded: LoadedModel) -> None:
@@ -86,9 +84,7 @@ def test_controls_are_none_random_tokens_and_another_tasks(loaded: LoadedModel) 
     )
 
 
-def test_what_was_scored_before_is_not_scored_again(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_scored_before_is_not_scored_again(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[tuple[int, int]] = []
     first = score(loaded, NONE, Candidate(NAME, "given"), counted=counted)
     assert counted == [(1, 2), (2, 2)]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulcrum import arms, cell, config, encode, labelled, preview, scoring, use
+from fulcrum import api, arms, cell, config, encode, finished, labelled, preview, scoring
 from fulcrum.anchor import reworded
 from fulcrum.comparison import compare
 from fulcrum.config import Arm
@@ -104,13 +104,13 @@ def test_an_arms_own_anchor_is_trained_asked_saved_and_used(tmp_path: Path) -> N
     settings = comparison_settings(save_task(tmp_path, 12, 4), tmp_path / "out", compare=compared)
     results = compare(settings)
     assert {arm.arm for arm in results.arms} == {"base", "sft_anchor", "other"}
-    adapter = use.load_adapter(tmp_path / "out", arm="other")
+    adapter = api.load_adapter(tmp_path / "out", arm="other")
     assert adapter.anchor() == Anchor("Say which.", "user_suffix")
     saved = (tmp_path / "out" / "adapters" / "other" / "chat_template.jinja").read_text()
     assert "Say which." in saved
     assert "Name it." not in saved
     assert "Name it." in (tmp_path / "out" / "adapters" / "sft_anchor" / "chat_template.jinja").read_text()
-    again = use.evaluation(tmp_path / "out", arm="other")
+    again = finished.evaluate(tmp_path / "out", arm="other")
     scored = next(arm for arm in results.arms if arm.arm == "other")
     assert again.scores[0].value == pytest.approx(scored.scores["task"][0].value, abs=1e-5)
 
@@ -125,7 +125,7 @@ def test_a_model_that_does_without_its_anchor_is_scored_saved_and_used_without(t
     saved = (tmp_path / "out" / "adapter" / "chat_template.jinja").read_text()
     assert "Name it." not in saved
     assert "does not need" in (tmp_path / "out" / "README.md").read_text()
-    adapter = use.load_adapter(tmp_path / "out")
+    adapter = api.load_adapter(tmp_path / "out")
     assert adapter.anchor() is None
     task = Task("task", (), (), tuple(preview.open_preview(settings, 0).rows.tasks[0].test), None, ("nll",))
     expected = scoring.predict(adapter.loaded, task, task.test, batch_tokens=4096)

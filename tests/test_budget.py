@@ -24,9 +24,7 @@ def settings(place: Path, output: Path, **changes: Any) -> config.Settings:
     return comparison_settings(place, output, **{"mix": {"general_per_task": 1}, **changes})
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("2h", 7200), ("1h30m", 5400), ("90m", 5400), ("600s", 600), ("0.5h", 1800)]
-)
+@pytest.mark.parametrize(("text", "seconds"), [("2h", 7200), ("1h30m", 5400), ("90m", 5400), ("600s", 600), ("0.5h", 1800)])
 def test_times_are_read(text: str, seconds: float) -> None:
     assert cli_budget.parse_duration(text) == seconds
 
@@ -206,7 +204,7 @@ def test_a_pool_that_cannot_feed_a_preset_is_said(place: Path, known_speed: None
 
 
 def test_a_number_of_general_rows_must_be_known(place: Path) -> None:
-    with pytest.raises(ConfigError, match="mix.general_per_task is auto; set a number"):
+    with pytest.raises(ConfigError, match=r"mix\.general_per_task is auto; set a number"):
         budget.plan(settings(place, place / "x", mix={"general_per_task": "auto"}), preset="quick")
 
 

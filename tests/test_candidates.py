@@ -9,7 +9,7 @@ import pytest
 
 import answering
 from answering import Asked
-from fulcrum import anchor_outcomes, anchor_scores, candidates, config, report, use
+from fulcrum import anchor_outcomes, anchor_scores, api, candidates, config
 from fulcrum.cell import Silent
 from fulcrum.comparison import compare
 from fulcrum.errors import ConfigError, DataError, StoreError
@@ -53,8 +53,8 @@ def test_a_run_chooses_keeps_says_and_shows(tmp_path: Path, monkeypatch: pytest.
     kept = config.load(tmp_path / "out" / "config.yaml").tasks[0].anchor
     assert kept is not None
     assert (kept.text, kept.placement, kept.candidates) == (chosen["text"], "user_suffix", ())
-    assert use.load_adapter(tmp_path / "out").anchor().text == chosen["text"]
-    page = report.write(tmp_path / "out").read_text()
+    assert api.load_adapter(tmp_path / "out").anchor().text == chosen["text"]
+    page = api.write_report(tmp_path / "out").read_text()
     assert '<h2 id="anchors">Anchors</h2>' in page
     assert page.count("<strong>(chosen)</strong>") == 1
     monkeypatch.setattr(anchor_scores, "score", lambda *_, **__: pytest.fail("scored again"))

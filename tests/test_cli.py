@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from fulcrum import arms, config, encode, preview, sources, starter, terminal, use
+from fulcrum import arms, config, encode, preview, run, sources, starter, terminal
 from fulcrum.cli import app
 from fulcrum.records import Anchor, Example, Message, TrainPoint
 from fulcrum.talk import Talk
@@ -179,7 +179,7 @@ def test_an_error_of_the_system_is_one_line(place: Path, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "rows.jsonl")
 
-    monkeypatch.setitem(use.VERBS, "train", broken)
+    monkeypatch.setattr(run, "run", broken)
     assert refused("train", place / "run.yaml") == (
         "error: rows.jsonl: Permission denied; check the path, its permissions and the disk"
     )
@@ -189,7 +189,7 @@ def test_a_fault_of_ours_is_one_line_that_says_so(place: Path, monkeypatch: pyte
     def broken(*_: object, **__: object) -> None:
         raise KeyError("no such\nthing")
 
-    monkeypatch.setitem(use.VERBS, "train", broken)
+    monkeypatch.setattr(run, "run", broken)
     result = fulcrum("train", place / "run.yaml")
     assert result.exit_code == 1
     assert result.stderr == "error: a fault of Fulcrum itself: KeyError: 'no such\\nthing'; --debug shows where\n"
@@ -211,7 +211,7 @@ def test_interrupting_says_that_work_is_kept(place: Path, monkeypatch: pytest.Mo
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(use.VERBS, "train", interrupted)
+    monkeypatch.setattr(run, "run", interrupted)
     result = fulcrum("train", place / "run.yaml")
     assert result.exit_code == 130
     assert result.stderr == "stopped: what was finished is kept; go on with --resume\n"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fulcrum import arms, comparison, config, material, report, store, use, words
+from fulcrum import api, arms, comparison, config, material, run_report, store, summary, words
 from fulcrum.errors import ConfigError, DataError
 from fulcrum.records import Results, TrainPoint
 from test_run import KillAfter, Killed, lines
@@ -69,8 +69,8 @@ def test_an_arm_may_have_sizes_of_its_own(place: Path, tmp_path: Path) -> None:
     found = comparison.compare(settings(place, tmp_path / "r", compare=compare))
     assert sorted((arm.arm, arm.size) for arm in found.arms) == [("base", 0), ("sft", 4), ("sft", 6), ("sft", 8), ("tell", 6)]
     assert found.size == 6  # the most that an arm with general rows had
-    shown = report.load(tmp_path / "r")
-    assert {name: len(arm) for name, arm in report.summary.by_arm(shown).items()} == {"base": 1, "sft": 1, "tell": 1}
+    shown = run_report.load(tmp_path / "r")
+    assert {name: len(arm) for name, arm in summary.by_arm(shown).items()} == {"base": 1, "sft": 1, "tell": 1}
     steps = {(arm.arm, arm.size): arm.training.steps for arm in found.arms if arm.training}
     assert steps == {("sft", 4): 1, ("sft", 6): 2, ("sft", 8): 2, ("tell", 6): 5}  # 6 rows and 12 general ones, 4 a step
     points = json.loads((tmp_path / "r" / "certificate.json").read_text())["answers"][0]["points"]
@@ -164,10 +164,10 @@ def test_an_arm_of_a_file_runs_and_is_set_against_sft(place: Path, tmp_path: Pat
         assert (share.task_examples, share.general_examples) == (9, 18)
     assert max(point.learning_rate for point in found["mine"].training.history) == 0.001
     assert max(point.learning_rate for point in found["other"].training.history) == 0.01
-    shown = report.load(tmp_path / "r")
+    shown = run_report.load(tmp_path / "r")
     assert {(d["arm"], d["reference"]) for d in shown["differences"]} == {("mine", "sft"), ("other", "sft")}
     for name, anchor in (("mine", "Name it."), ("other", None)):
-        adapter = use.load_adapter(tmp_path / "r", arm=name)
+        adapter = api.load_adapter(tmp_path / "r", arm=name)
         assert (adapter.arm, adapter.anchor() and adapter.anchor().text) == (name, anchor)
     assert config.load(tmp_path / "r" / "config.yaml").compare == given.compare
 
@@ -176,7 +176,7 @@ def test_an_arm_of_a_file_runs_and_is_set_against_sft(place: Path, tmp_path: Pat
 def test_an_adapter_with_settings_of_its_own_scores_as_it_was_scored(place: Path, tmp_path: Path, train: dict) -> None:
     given = written(place, tmp_path, ["sft", {"name": "mine", "train": train}], compare={"sft_epochs": [1]})
     result = next(arm for arm in comparison.compare(given).arms if arm.arm == "mine")
-    (score,), _ = use.evaluate_run(tmp_path / "r", arm="mine")
+    (score,), _ = api.evaluate(tmp_path / "r", arm="mine")
     assert score.value == pytest.approx(result.scores["task"][0].value, rel=1e-6)
 
 
@@ -251,9 +251,9 @@ def test_words_alone_are_refused_where_answers_are_no_labels(place: Path, tmp_pa
 def test_a_saved_average_answers_as_predicted(rivals: tuple[Path, Results]) -> None:
     folder, results = rivals
     rows = [row for row in lines(folder / "predictions.jsonl") if (row["arm"], row["task"]) == ("soup", "task")]
-    adapter = use.load_adapter(folder, arm="soup")
+    adapter = api.load_adapter(folder, arm="soup")
     assert adapter.answer([row["prompt"] for row in rows]) == [row["output"] for row in rows]
-    scores, _ = use.evaluate_run(folder, arm="soup", metric_names=["nll"])
+    scores, _ = api.evaluate(folder, arm="soup", metric_names=["nll"])
     known = next(arm for arm in results.arms if arm.arm == "soup").scores["task"][0]
     assert scores[0].value == pytest.approx(known.value, rel=1e-6)
     assert json.loads((folder / "adapters" / "soup" / "adapter_config.json").read_text())["r"] == 12

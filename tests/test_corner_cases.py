@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import test_comparison
-from fulcrum import arms, comparison, config, material, preview, use
+from fulcrum import api, arms, comparison, config, finished, material, preview
 from fulcrum.errors import ConfigError, DataError
 from test_cell import made, row
 from test_comparison import Counting, settings, written
@@ -39,7 +39,7 @@ def test_the_cap_is_that_of_the_size_at_which_arms_are_compared(place: Path, tmp
 def test_an_adapter_with_settings_of_its_own_scores_as_it_was_scored(place: Path, tmp_path: Path, train: dict) -> None:
     given = written(place, tmp_path, ["sft", {"name": "mine", "train": train}], compare={"sft_epochs": [1]})
     result = next(arm for arm in comparison.compare(given).arms if arm.arm == "mine")
-    (score,), _ = use.evaluate_run(tmp_path / "r", arm="mine")
+    (score,), _ = api.evaluate(tmp_path / "r", arm="mine")
     assert score.value == pytest.approx(result.scores["task"][0].value, rel=1e-6)
 
 
@@ -138,8 +138,8 @@ def test_rows_beyond_the_size_that_was_trained_on_may_be_scored(place: Path, tmp
         name: write_rows(tmp_path / f"{name}.jsonl", [(e.question, e.answer) for e in part]) for name, part in parts.items()
     }
     with pytest.raises(DataError, match="4 of 4 given rows have content of the task training rows"):
-        use.evaluation(tmp_path / "r", data=files["own"])
-    assert len(use.evaluation(tmp_path / "r", data=files["rest"]).predictions) == 5
+        finished.evaluate(tmp_path / "r", data=files["own"])
+    assert len(finished.evaluate(tmp_path / "r", data=files["rest"]).predictions) == 5
 
 
 def test_a_size_given_twice_for_one_arm_is_refused() -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulcrum import adapter, encode, export, fetch, report
+from fulcrum import adapter, encode, export, fetch, run_report
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor, Message
-from test_report import make
+from fulcrum.run_kinds import COMPARE
+from test_run_report import make
 from tiny import load_tiny, tiny_settings
 
 
@@ -51,7 +52,7 @@ def test_the_lines_of_the_model_card_give_fulcrums_tokens_and_outputs(
     anchors = {task: Anchor(f"ABOUT {task}.") for task in tasks}
     saved(loaded, tmp_path / "run" / "adapters" / "tell", dict(anchors))
     model = loaded.path if kind == "folder" else "smollm2-135m-instruct"
-    card = report.card(make(tasks=tasks, settings={"model": model, "tasks": [{"max_new_tokens": 3}]}), export.NOTE)
+    card = run_report.card(make(tasks=tasks, settings={"model": model, "tasks": [{"max_new_tokens": 3}]}), COMPARE, export.NOTE)
     (snippet,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path / "run")
     found: dict = {}

@@ -24,9 +24,11 @@ from safetensors.torch import load_file, save_file
 import answering
 from fulcrum import (
     adapter,
+    api,
     candidates,
     config,
     encode,
+    finished,
     generate,
     ingest,
     model,
@@ -36,13 +38,11 @@ from fulcrum import (
     scoring,
     sources,
     store,
-    use,
 )
 from fulcrum.cell import Silent
 from fulcrum.comparison import compare
 from fulcrum.errors import DataError, DivergedError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Example, Message
-from fulcrum.repeat import again
 from fulcrum.run import run
 from fulcrum.sections import DataSource
 from test_cli import done, refused
@@ -67,15 +67,15 @@ def settings_of(place: Path, out: Path, **changes: Any) -> config.Settings:
 
 
 @pytest.fixture(scope="module")
-def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "one"
     run(settings_of(place, folder))
     return folder
 
 
 @pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 # Rows that train nothing, markers that are not trained.
@@ -147,7 +147,7 @@ def test_a_template_that_was_changed_after_training_is_refused(copied: Path) -> 
     file = next((copied / "adapter").glob("chat_template*"))
     file.write_text(file.read_text().replace("Name it.", "Name it!"))
     with pytest.raises(StoreError, match=rf"adapter: {file.name} changed or missing since training"):
-        use.load_adapter(copied)
+        api.load_adapter(copied)
 
 
 def test_a_base_model_that_is_not_that_of_training_is_said(place: Path, copied: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_base_model_that_is_not_that_of_training_is_said(place: Path, copied: 
     template.write_text(template.read_text().replace("\\n", " "))
     settings = (copied / "config.yaml").read_text().replace(str(place / "model"), str(moved))
     (copied / "config.yaml").write_text(settings)
-    found = use.load_adapter(copied)
+    found = api.load_adapter(copied)
     assert len(found.notes) == 2
     assert "its files differ here from those of training" in found.notes[0]
     assert "its chat template" in found.notes[1]
@@ -183,9 +183,9 @@ def test_dropout_that_somebody_left_on_is_off_in_scoring_and_answering(tmp_path:
 
 
 def test_an_adapter_that_changes_nothing_is_said_when_it_is_scored(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any("not applied" in note for note in use.evaluation(copied).notes)
+    assert not any("not applied" in note for note in finished.evaluate(copied).notes)
     monkeypatch.setattr(adapter, "set_adapter_state", lambda loaded, state: None)  # the fault: weights go nowhere
-    assert any("the base model's very losses: it is not applied" in note for note in use.evaluation(copied).notes)
+    assert any("the base model's very losses: it is not applied" in note for note in finished.evaluate(copied).notes)
 
 
 def test_a_run_whose_adapter_is_not_on_the_model_when_it_is_scored_says_so(
@@ -270,10 +270,10 @@ def test_a_changed_file_of_an_adapter_is_refused_and_made_again(copied: Path, pl
     middle = len(before) // 2
     file.write_bytes(before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :])
     with pytest.raises(StoreError, match="changed or missing since training"):
-        use.load_adapter(copied)
+        api.load_adapter(copied)
     run(settings_of(place, copied), resume=True)
     assert file.read_bytes() == before
-    use.load_adapter(copied)
+    api.load_adapter(copied)
 
 
 def test_a_comparison_makes_damaged_adapters_and_cells_again(place: Path, tmp_path: Path) -> None:
@@ -388,12 +388,12 @@ def test_a_signal_ends_a_process_with_its_code_and_says_how_to_go_on(
         assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_run_that_another_process_works_on_is_refused(place: Path, finished: Path) -> None:
+def test_a_run_that_another_process_works_on_is_refused(place: Path, trained: Path) -> None:
     with (
-        run_folder.held(finished),
+        run_folder.held(trained),
         pytest.raises(StoreError, match=f"process {os.getpid()} on .* has been at work"),
     ):
-        run(settings_of(place, finished), resume=True)
+        run(settings_of(place, trained), resume=True)
 
 
 def test_a_data_file_that_vanished_or_changed_is_said_and_a_new_run_stands_beside(place: Path, tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_a_run_made_again_gives_the_same_bits_and_verify_sees_other_ones(copied:
     known = json.loads((copied / "manifest.json").read_text())
     known["outputs"]["adapter/adapter_model.safetensors"] = "0" * 64
     (copied / "manifest.json").write_text(json.dumps(known))
-    assert again(copied).wrong == ["adapter/adapter_model.safetensors: other bits than before"]
+    assert api.repeat(copied).wrong == ["adapter/adapter_model.safetensors: other bits than before"]
     assert "adapter_model.safetensors: changed" in done_or_refused("verify", copied)
 
 
@@ -438,7 +438,7 @@ def test_what_other_threads_would_change_is_named(copied: Path) -> None:
     known = json.loads((copied / "manifest.json").read_text())
     known["environment"]["machine"] = "riscv64"
     (copied / "manifest.json").write_text(json.dumps(known))
-    found = again(copied)
+    found = api.repeat(copied)
     assert found.wrong == []
     assert len(found.unchecked) == 1
     assert "machine ('riscv64' -> " in found.unchecked[0]
@@ -534,7 +534,7 @@ def test_reading_local_files_and_training_on_them_opens_no_connection(
     settings = settings_of(place, tmp_path / "r").model_dump(mode="json")
     settings["tasks"][0]["train"] = [{"path": str(tmp_path / "train.parquet")}]
     run(config.from_dict(settings))
-    use.evaluation(tmp_path / "r")
+    finished.evaluate(tmp_path / "r")
     assert asked == []
 
 

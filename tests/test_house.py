@@ -105,9 +105,10 @@ FLOORS = (
         "exhibit",
         "anchor_outcomes",
         "page",
-        "scaling",
-        "quanta_page",
-        "report",
+        "run_kinds",
+        "scale_report",
+        "quanta_report",
+        "run_report",
         "materials",
         "identity",
         "run",
@@ -115,20 +116,19 @@ FLOORS = (
     ("preview", "proof", "units", "workers", "comparison", "presets", "budget", "scale", "quanta"),
     (
         "trackers",
-        "use",
+        "finished",
         "speakers",
         "openai_api",
         "serve",
-        "repeat",
         "shipping",
+        "api",
         "terminal",
         "talk",
         "watch",
         "jobs",
         "workspace",
-        "onlooker",
         "chatting",
-        "desk",
+        "runs",
         "guard",
         "web",
         "cli_group",
@@ -153,7 +153,7 @@ FIRST_HEAVY = ORDER.index("gguf")
 # They stand high and need results.json or a certificate only.
 READERS = {*FLOORS[4]} - {"identity", "run"}
 # All that answers a command at once: the last floor, without what holds a model or its libraries.
-LIGHT = {*READERS, "llamacpp", *FLOORS[-1]} - {"trackers", "use", "speakers", "serve", "repeat", "shipping"}
+LIGHT = {*READERS, "llamacpp", *FLOORS[-1]} - {"trackers", "finished", "speakers", "serve", "shipping"}
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -216,7 +216,7 @@ def test_what_must_answer_at_once_loads_no_model_library(start: str) -> None:
 
 
 def test_python_agrees() -> None:
-    code = "import sys, fulcrum, fulcrum.cli, fulcrum.report, fulcrum.stats; print(*sys.modules)"
+    code = "import sys, fulcrum, fulcrum.cli, fulcrum.api, fulcrum.stats; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert HEAVY & set(done.stdout.split()) == set()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from fulcrum import certificate, comparison, ingest, leverage, outcomes, use, verification
+from fulcrum import api, certificate, comparison, finished, ingest, leverage, outcomes, verification
 from fulcrum.errors import ConfigError, DataError
 from fulcrum.records import Example, Message
 from tiny import comparison_settings, save_task
@@ -179,8 +179,8 @@ def test_a_resumed_one_gives_the_same_certificate(done):
 
 def test_the_kept_adapter_is_checked_against_the_first_seeds_rows(done):
     folder, _, results = done
-    scores, _ = use.evaluate_run(folder, arm="tell", metric_names=["nll"])
-    assert use.evaluation(folder, arm="tell", metric_names=["nll"]).notes == ()
+    scores, _ = api.evaluate(folder, arm="tell", metric_names=["nll"])
+    assert finished.evaluate(folder, arm="tell", metric_names=["nll"]).notes == ()
     first = next(arm for arm in results.arms if (arm.arm, arm.size, arm.seed) == ("tell", 12, SEEDS[0]))
     assert scores[0].value == pytest.approx(first.scores["task"][0].value, rel=1e-4)
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulcrum import certificate, outcomes, page, report, wording
+from fulcrum import certificate, outcomes, page, run_report, wording
 from fulcrum.certificate import Question
 from fulcrum.errors import StoreError
+from fulcrum.run_kinds import COMPARE
 from test_certificate import QUESTION, lines, save
 from test_cli import done, refused
-from test_report import folder_with, make, predictions
+from test_run_report import folder_with, make, predictions
 
 EVIL = "<script>alert(1)</script>"
 NEEDS_BROWSER = "FULCRUM_NEEDS_BROWSER"  # set where a missing browser is a fault, as in .ci/run
@@ -326,9 +327,9 @@ def test_what_is_no_certificate_is_refused(tmp_path: Path) -> None:
 
 def test_a_runs_report_opens_with_its_certificate_in_place_of_claims(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, make(notes=(*NOTES, "another note")), predictions())
-    assert 'class="claim' in report.write(folder).read_text()
+    assert 'class="claim' in run_report.write(folder, COMPARE).read_text()
     certified(folder, compared(), rich_question())
-    text = report.write(folder).read_text()
+    text = run_report.write(folder, COMPARE).read_text()
     assert known(folder)["headline"] in text
     assert 'class="claim' not in text
     assert text.count(NOTES[0]) == 1
@@ -342,7 +343,7 @@ def test_each_task_of_a_run_has_its_certificate(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, make(tasks=("a", "b")), predictions())
     for task in ("b", "a"):
         certified(folder / "certificates" / task, lines(), Question("tell", ("sft",), ("quality",), task=task))
-    text = report.write(folder).read_text()
+    text = run_report.write(folder, COMPARE).read_text()
     assert re.findall(r'<h2 id="(c\d)-curves">(.*?): ', text) == [("c1", "a"), ("c2", "b")]
     assert "fulcrum verify certificates/b/certificate.json" in text
     ids = re.findall(r'\bid="(c\d-[^"]+)"', text)
@@ -544,7 +545,7 @@ def test_on_paper_tables_stand_open_and_nothing_is_cut(browser: Any, written: Pa
 def test_a_runs_whole_report_is_quiet_and_fits_a_phone(browser: Any, tmp_path: Path) -> None:
     folder = folder_with(tmp_path, make(), predictions())
     certified(folder, compared(0.0), rich_question())
-    path = report.write(folder)
+    path = run_report.write(folder, COMPARE)
     assert path.stat().st_size < 1_000_000
     opened(browser, path, 390)
     assert browser.get_log("browser") == []

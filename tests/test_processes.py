@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from fulcrum import launched, run_folder, store, use
+from fulcrum import api, launched, run_folder, store
 from fulcrum.errors import ConfigError
 from tiny import save_tiny, write_rows
 
@@ -100,7 +100,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone(settings: dict[str, Any]) -> Path:
     """The run of one process, without any launcher."""
-    use.train(**settings)
+    api.train(**settings)
     return Path(settings["output_dir"])
 
 
@@ -192,7 +192,7 @@ def test_a_kind_of_sharding_that_is_not_done_is_refused(
     for name, value in {**SHARDS, **told}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=words):
-        use.train(**{**settings, "train": {**settings["train"], **settled}, "output_dir": str(tmp_path / "sharded")})
+        api.train(**{**settings, "train": {**settings["train"], **settled}, "output_dir": str(tmp_path / "sharded")})
 
 
 def test_only_the_example_of_sharding_asks_for_it() -> None:

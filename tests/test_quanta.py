@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulcrum import adapter, encode, generate, items, model, probe, quanta, quanta_page, report, store
+from fulcrum import adapter, encode, generate, items, model, probe, quanta, quanta_report, run_report, store
 from fulcrum.errors import DataError
 from fulcrum.records import Anchor, Example, Message
 from test_run import KillAfter, Killed
@@ -89,7 +89,7 @@ def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_item_has_its_losses_in_both_arms_along_the_way(done: Path, place: Path) -> None:
-    record = quanta_page.read(done)
+    record = quanta_report.read(done)
     assert record["arms"] == ["sft_anchor", "tell"]
     assert record["steps"] == {"sft_anchor": [3, 6], "tell": [6, 12]}  # 12 rows twice in batches of 4; as many general ones
     assert [item["general"] for item in record["items"]] == [False] * 30 + [True] * 30
@@ -98,14 +98,14 @@ def test_every_item_has_its_losses_in_both_arms_along_the_way(done: Path, place:
     assert task["origin"].endswith("test.jsonl:" + task["origin"].rpartition(":")[2])
     assert "pool.jsonl" in general["origin"]
     assert np.isfinite([value for item in record["items"] for own in item["losses"].values() for value in own]).all()
-    tested = report.load(done)["arms"]
+    tested = run_report.load(done)["arms"]
     assert [(arm["arm"], arm["size"], arm["training"]["steps"]) for arm in tested] == [("sft_anchor", 12, 6), ("tell", 12, 12)]
     form = encode.make_format(loaded.tokenizer, None)
     assert form.tokenizer.decode(loaded.tokenizer(task["text"])["input_ids"]) == task["text"]
 
 
 def test_general_items_are_of_rows_that_no_arm_was_trained_on(done: Path) -> None:
-    record, results = quanta_page.read(done), report.load(done)
+    record, results = quanta_report.read(done), run_report.load(done)
     held_out = {item["origin"] for item in record["items"] if item["general"]}
     assert len(held_out) <= results["settings"]["eval"]["general_rows"]
     lines = [json.loads(line) for line in (done / "predictions.jsonl").read_text().splitlines()]
@@ -124,8 +124,8 @@ def test_a_killed_run_ends_in_the_same_record(done: Path, place: Path, tmp_path:
 
 
 def test_random_weights_have_no_skills_and_the_page_says_so(done: Path) -> None:
-    record = quanta_page.read(done)
-    text = (done / quanta_page.PAGE).read_text()
+    record = quanta_report.read(done)
+    text = (done / quanta_report.PAGE).read_text()
     if record["clusters"]["k"] == 0:
         assert "No stable clusters" in text
         assert record["test"] is None
@@ -144,15 +144,15 @@ def test_items_without_a_gradient_are_left_out_and_counted(
 
     monkeypatch.setattr(probe, "in_blocks", sure_of_three)
     quanta.quanta(settings(place, tmp_path / "run"))
-    record = quanta_page.read(tmp_path / "run")
+    record = quanta_report.read(tmp_path / "run")
     assert record["without_gradient"] == 3
     assert [item["general"] for item in record["items"]] == [False] * 29 + [True] * 28
-    assert "3 more have a gradient of zero and are left out" in (tmp_path / "run" / quanta_page.PAGE).read_text()
+    assert "3 more have a gradient of zero and are left out" in (tmp_path / "run" / quanta_report.PAGE).read_text()
 
 
 def test_few_items_make_few_clusters_and_no_error(place: Path, tmp_path: Path) -> None:
     quanta.quanta(settings(place, tmp_path / "run", quanta={"items": 40, "repeats": 1, "points": 1}))
-    record = quanta_page.read(tmp_path / "run")
+    record = quanta_report.read(tmp_path / "run")
     assert len(record["items"]) == 40
     assert max(one["k"] for one in record["clusters"]["candidates"]) <= 19
 

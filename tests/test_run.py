@@ -13,7 +13,21 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulcrum import arms, comparison, compiled, config, encode, ingest, material, report, run, scoring, store, training, use
+from fulcrum import (
+    api,
+    arms,
+    comparison,
+    compiled,
+    config,
+    encode,
+    ingest,
+    material,
+    run,
+    run_report,
+    scoring,
+    store,
+    training,
+)
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Message, Prediction, Setting, TrainPoint
 from fulcrum.sections import DataSource
@@ -120,7 +134,7 @@ def test_a_run_fills_its_folder(finished: Path) -> None:
 
 
 def test_a_runs_results(finished: Path, place: Path) -> None:
-    results = report.load(finished)
+    results = run_report.load(finished)
     assert results["kind"] == "train"
     assert json.loads((finished / "manifest.json").read_text())["left_out"] == [results["rejects"]]
     assert [arm["arm"] for arm in results["arms"]] == ["base_anchor", "tell"]
@@ -157,7 +171,7 @@ def test_a_runs_results(finished: Path, place: Path) -> None:
 
 
 def test_a_runs_predictions_are_the_scores(finished: Path) -> None:
-    results = report.load(finished)
+    results = run_report.load(finished)
     rows = answers(finished)
     assert {(row["prompt"], row["gold"]) for row in rows} == {(f"colour {WORDS[i]}", COLOURS[i % 4]) for i in range(9, 16)}
     nll, match = results["arms"][1]["scores"]["task"]
@@ -187,7 +201,7 @@ def test_the_adapter_folder_works_without_fulcrum(finished: Path, place: Path) -
 
 
 def test_a_finished_run_is_loaded_and_used(finished: Path) -> None:
-    adapter = use.load_adapter(finished)
+    adapter = api.load_adapter(finished)
     rows = answers(finished)
     assert adapter.answer([row["prompt"] for row in rows]) == [row["output"] for row in rows]
     conversation = [Message("user", rows[0]["prompt"]), Message("assistant", "red"), Message("user", "again")]
@@ -197,10 +211,10 @@ def test_a_finished_run_is_loaded_and_used(finished: Path) -> None:
 
 
 def test_a_finished_run_is_evaluated_again(finished: Path, place: Path) -> None:
-    scores, predictions = use.evaluate_run(finished)
-    expected = report.load(finished)["arms"][1]["scores"]["task"]
+    scores, predictions = api.evaluate(finished)
+    expected = run_report.load(finished)["arms"][1]["scores"]["task"]
     assert [(score.metric, score.value) for score in scores] == [(score["metric"], score["value"]) for score in expected]
-    (score,), predictions = use.evaluate_run(finished, data=str(place / "dev.jsonl"), metric_names=["nll"])
+    (score,), predictions = api.evaluate(finished, data=str(place / "dev.jsonl"), metric_names=["nll"])
     assert (score.n, len(predictions), predictions[0].output) == (3, 3, None)
 
 
@@ -208,16 +222,16 @@ def test_test_rows_that_changed_since_the_run_are_refused(place: Path, tmp_path:
     test = tmp_path / "test.jsonl"
     shutil.copy(place / "test.jsonl", test)
     run.run(settings(place, tmp_path / "r", task__test=str(test), mix__repeats=1))
-    use.evaluate_run(tmp_path / "r")
+    api.evaluate(tmp_path / "r")
     test.write_text(test.read_text().replace("red", "blue", 1))
     with pytest.raises(DataError, match=r"the test rows of 'task' changed since the run.*with --data FILE"):
-        use.evaluate_run(tmp_path / "r")
+        api.evaluate(tmp_path / "r")
 
 
 def test_a_run_without_test_rows_of_its_own_is_evaluated_on_those_it_held_out(place: Path, tmp_path: Path) -> None:
     changes = {"task__train": str(place / "sizes.jsonl"), "task__dev": None, "task__test": None, "mix__repeats": 1}
     results = run.run(settings(place, tmp_path / "r", **changes, task__test_limit=3))
-    scores, predictions = use.evaluate_run(tmp_path / "r")
+    scores, predictions = api.evaluate(tmp_path / "r")
     expected = results.arms[1].scores["task"]
     assert [(score.metric, score.value, score.n) for score in scores] == [(s.metric, s.value, 3) for s in expected]
     assert [row.origin for row in predictions] == [row["origin"] for row in answers(tmp_path / "r")]
@@ -228,17 +242,17 @@ def test_a_truncated_adapter_says_so(finished: Path, tmp_path: Path) -> None:
     file = tmp_path / "r" / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(StoreError, match=r"adapter: adapter_model\.safetensors changed or missing since training; make"):
-        use.load_adapter(tmp_path / "r")
+        api.load_adapter(tmp_path / "r")
 
 
 def test_a_folder_that_holds_no_run(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"not a run folder \(no config\.yaml\)"):
-        use.load_adapter(tmp_path)
+        api.load_adapter(tmp_path)
     with pytest.raises(StoreError, match="holds the arm 'tell' only, not 'sft'"):
-        use.load_adapter(finished, arm="sft")
+        api.load_adapter(finished, arm="sft")
     shutil.copy(finished / "config.yaml", tmp_path)
     with pytest.raises(StoreError, match="no trained adapter in it; finish the run with --resume"):
-        use.load_adapter(tmp_path)
+        api.load_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +287,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(place: Path, tmp_path: Path, step
     whole, resumed = tmp_path / "whole", tmp_path / "killed"
     for name in ("adapter/adapter_model.safetensors", "predictions.jsonl"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
-    assert timeless(report.load(whole)) == timeless(report.load(resumed))
+    assert timeless(run_report.load(whole)) == timeless(run_report.load(resumed))
 
 
 def test_equal_seeds_give_equal_adapters_and_others_do_not(place: Path, tmp_path: Path) -> None:
@@ -557,7 +571,7 @@ def compared(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_comparison_has_every_arm_at_every_seed(compared: Path) -> None:
-    results = report.load(compared)
+    results = run_report.load(compared)
     assert results["kind"] == "compare"
     found = [(arm["arm"], arm["size"], arm["seed"]) for arm in results["arms"]]
     # Four training and two dev rows of each task; the second has no test file, so that every arm is asked anew at each seed.
@@ -590,7 +604,7 @@ def test_p_values_of_several_tasks_are_adjusted_for_their_number(compared: Path)
 
 
 def test_no_arm_uses_more_steps_than_tell(compared: Path) -> None:
-    results = report.load(compared)
+    results = run_report.load(compared)
     assert results["step_cap"] == 18  # 2 x 12 task rows + 48 general ones, 4 a step
     tried = {(arm["arm"], arm["seed"]): [t["setting"]["repeats"] for t in arm["tried"]] for arm in results["arms"]}
     for seed in (0, 1):
@@ -617,7 +631,7 @@ def test_no_arm_uses_more_steps_than_tell(compared: Path) -> None:
 
 
 def test_arms_differ_in_their_tokens_only_as_they_say(compared: Path) -> None:
-    trials = {arm["arm"]: arm["training"] for arm in report.load(compared)["arms"] if arm["training"]}
+    trials = {arm["arm"]: arm["training"] for arm in run_report.load(compared)["arms"] if arm["training"]}
     assert trials["sft"]["share"]["general_examples"] == trials["sft_anchor"]["share"]["general_examples"] == 0
     assert trials["mix"]["share"]["general_examples"] == trials["tell"]["share"]["general_examples"] == 48
     assert trials["tell"]["share"]["task_examples"] == trials["mix"]["share"]["task_examples"] == 24
@@ -625,7 +639,7 @@ def test_arms_differ_in_their_tokens_only_as_they_say(compared: Path) -> None:
 
 
 def test_paired_differences_are_those_of_the_predictions(compared: Path) -> None:
-    results = report.load(compared)
+    results = run_report.load(compared)
     pairs = {(d["task"], d["metric"], d["arm"], d["reference"]): d for d in results["differences"]}
     assert len(pairs) == len(results["differences"]) == 12 * 2 * 2
     rows = lines(compared / "predictions.jsonl")
@@ -672,10 +686,10 @@ def test_each_tasks_anchor_has_its_own_template_in_the_shared_adapter(compared: 
 
 def test_a_compared_adapter_answers_as_predicted(compared: Path) -> None:
     rows = [r for r in lines(compared / "predictions.jsonl") if (r["arm"], r["task"], r["seed"]) == ("tell", "size", 0)]
-    adapter = use.load_adapter(compared)
+    adapter = api.load_adapter(compared)
     assert adapter.answer([row["prompt"] for row in rows], task="size", max_new_tokens=3) == [row["output"] for row in rows]
     with pytest.raises(StoreError, match="no adapter of arm 'tel'; did you mean 'tell'"):
-        use.load_adapter(compared, arm="tel")
+        api.load_adapter(compared, arm="tel")
 
 
 @pytest.mark.parametrize("steps", [12, 200])
@@ -688,7 +702,7 @@ def test_a_killed_comparison_goes_on_to_the_same_results(place: Path, compared: 
     assert finished_cells
     comparison.compare(two_tasks(place, folder), resume=True)
     assert finished_cells.items() <= {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}.items()
-    assert timeless(report.load(folder)) == timeless(report.load(compared))
+    assert timeless(run_report.load(folder)) == timeless(run_report.load(compared))
     proofs = [
         Path("certificates") / task / name for task in ("colour", "size") for name in ("certificate.json", "outcomes.jsonl")
     ]

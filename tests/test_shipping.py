@@ -8,16 +8,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from test_use import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fulcrum
-from fulcrum import artefact, encode, gguf, merge, shipping, store, use
+from fulcrum import api, artefact, encode, gguf, merge, shipping, store
 from fulcrum.errors import ConfigError, DataError, ModelError
 from fulcrum.records import Message
 from fulcrum.shipping import Wanted
 from test_cli import done, refused
 from test_gguf import write_gguf
-from test_use import settings
 from tiny import save_tiny, write_rows
 
 WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lynx")
@@ -70,7 +70,7 @@ def answers(folder: Path, **dtype: Any) -> torch.Tensor:
 
 def test_a_merged_folder_in_plain_transformers_is_the_adapter_with_its_anchor(run: Path, tmp_path: Path) -> None:
     found = shipping.export(run, Wanted("merged", dtype="float32"), out=tmp_path / "merged")
-    adapter = use.load_adapter(run)
+    adapter = api.load_adapter(run)
     form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor())
     ids = encode.prompt_ids((Message("user", "colour ox"),), form)
     torch.testing.assert_close(

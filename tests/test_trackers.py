@@ -16,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import stand_ins
-from fulcrum import config, report, store, summary, trackers, use, verification
+from fulcrum import api, config, run_report, store, summary, trackers, verification
 from fulcrum.cell import Silent
 from fulcrum.errors import ConfigError
 from fulcrum.records import TrainPoint
@@ -40,7 +40,7 @@ class Heard(Silent):
 
 
 def settings_of(place: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """Keywords of `use.train` for a tiny run of four steps."""
+    """Keywords of `finished.train` for a tiny run of four steps."""
     data = comparison_settings(place, output, mix={"general_per_task": 1, "repeats": 1}).model_dump(mode="json")
     return {**data, **changes}
 
@@ -67,7 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Path:
     """A run folder whose training was reported to TensorBoard; nobody changes it."""
-    use.train(**settings_of(place, place / "run", report_to="tensorboard"))
+    api.train(**settings_of(place, place / "run", report_to="tensorboard"))
     return place / "run"
 
 
@@ -109,7 +109,7 @@ def test_curves_are_those_of_the_events(finished: Path) -> None:
 
 
 def test_scores_are_those_of_the_results_and_files_are_those_of_the_folder(finished: Path) -> None:
-    events, results = read(finished)[trackers.RESULTS], report.load(finished)
+    events, results = read(finished)[trackers.RESULTS], run_report.load(finished)
     known = {arm["arm"]: arm["scores"]["task"][0] for arm in results["arms"]}
     assert set(known) == {"base_anchor", "tell"}
     for arm, score in known.items():
@@ -126,7 +126,7 @@ def test_a_run_goes_on_with_other_trackers_and_its_identity_knows_none(finished:
     assert "report_to" not in settings
     assert config.load(folder / "config.yaml").report_to == ("tensorboard",)
     shutil.rmtree(folder / store.TRACKERS)
-    use.train(**settings_of(place, folder, report_to=[]), resume=True)
+    api.train(**settings_of(place, folder, report_to=[]), resume=True)
     assert store.read_json(folder / store.MANIFEST)["settings"] == settings
     assert config.load(folder / "config.yaml").report_to == ()
     assert not (folder / store.TRACKERS).exists()
@@ -157,7 +157,7 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_is_done(
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"wandb is not installed; pip install 'fulcrum-llm\[wandb\]'"):
-        use.train(**settings_of(place, tmp_path / "run", report_to="wandb"))
+        api.train(**settings_of(place, tmp_path / "run", report_to="wandb"))
     assert not (tmp_path / "run").exists()
 
 
@@ -262,7 +262,7 @@ def test_a_run_reports_scores_and_files_and_sends_nothing_away(
     assert (name, facts["project"], facts["away"]) == ("my run/results", "fulcrum", False)
     assert tool == "trackio" or str(folder / store.TRACKERS) in unquote(facts["dir"])
     ((_, _, step, values),) = _of(told(), "log")
-    assert (step, values) == (0, trackers.scores(report.load(folder)))
+    assert (step, values) == (0, trackers.scores(run_report.load(folder)))
     files = {file: text for one in _of(told(), "files") for file, text in one[2].items()}
     names = ("config.yaml", "manifest.json", "certificates/task/certificate.json")
     assert files == {file: (folder / file).read_text() for file in names}

@@ -24,15 +24,15 @@ import uvicorn
 import yaml
 
 from fulcrum import (
+    api,
     budget,
     chatting,
     config,
-    desk,
     guard,
     jobs,
     material,
-    onlooker,
     run_folder,
+    runs,
     shipping,
     store,
     web,
@@ -112,7 +112,7 @@ def served(space: Workspace, most_upload: int = 10_000) -> Iterator[tuple[Client
     with create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         talks = chatting.Talks(space)
-        app = guard.Guard(web.make_app(space, talks), port, most_upload, told.append)
+        app = guard.Guard(web.make_app(space, talks, api.KINDS), port, most_upload, told.append)
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False))
         thread = Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
@@ -430,10 +430,10 @@ def test_a_killed_server_hurts_no_run(space: Workspace, run: Run, monkeypatch: p
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
     server.stdout.close()
-    assert onlooker.state(run) == ("running", "")
-    desk.stop(run)
+    assert runs.find_state(run) == ("running", "")
+    runs.stop(run)
     until(lambda: not jobs.is_running(run.job("run")))
-    assert onlooker.state(run)[0] == "stopped"
+    assert runs.find_state(run)[0] == "stopped"
 
 
 def test_a_process_of_the_same_number_is_not_the_jobs(tmp_path: Path) -> None:
@@ -460,12 +460,12 @@ def test_how_a_run_ended_is_said(run: Run) -> None:
     job = run.job("run")
     job.record.write_text(json.dumps({"pid": 2**30, "began": "0", "words": ["train"]}))
     job.log.write_text("reading data\nerror: x.jsonl: no such file\n")
-    assert onlooker.state(run) == ("failed", "x.jsonl: no such file")
-    assert desk.may_change(run)  # it made nothing
+    assert runs.find_state(run) == ("failed", "x.jsonl: no such file")
+    assert runs.can_change(run)  # it made nothing
     job.log.write_text("reading data\n")
-    assert onlooker.state(run)[1].startswith("it ended without a word: it was killed")
+    assert runs.find_state(run)[1].startswith("it ended without a word: it was killed")
     job.record.write_text(json.dumps({"pid": 2**30, "began": "0", "words": ["train"], "asked": True}))
-    assert onlooker.state(run)[0] == "stopped"
+    assert runs.find_state(run)[0] == "stopped"
 
 
 def test_data_that_could_not_be_read_are_no_run_to_come(run: Run) -> None:
@@ -474,8 +474,8 @@ def test_data_that_could_not_be_read_are_no_run_to_come(run: Run) -> None:
     first.folder.mkdir(exist_ok=True)
     first.record.write_text(json.dumps({"pid": 2**30, "began": "0", "words": ["init"]}))
     first.log.write_text("error: tickets.jsonl: no row format fits\n")
-    assert onlooker.state(run) == ("failed", "tickets.jsonl: no row format fits")
-    assert not onlooker.can_resume(run)
+    assert runs.find_state(run) == ("failed", "tickets.jsonl: no row format fits")
+    assert not runs.can_resume(run)
 
 
 def test_who_asks_twice_to_stop_is_obeyed_once(tmp_path: Path) -> None:
@@ -529,10 +529,10 @@ def test_a_log_that_is_half_written_or_begun_anew(run: Run) -> None:
     run.folder.mkdir()
     log = run.folder / "events.jsonl"
     log.write_text('{"step": 1}\n\xff\n{"step": 2}\n{"st')
-    first = onlooker.watched(run, 0)
+    first = runs.follow(run, 0)
     assert [point["step"] for point in first["points"]] == [1, 2]
     log.write_text('{"step": 1}\n')
-    assert onlooker.watched(run, first["end"])["end"] == 12
+    assert runs.follow(run, first["end"])["end"] == 12
 
 
 def test_a_removed_run_takes_along_what_nobody_else_names(client: Client, space: Workspace, run: Run) -> None:
@@ -559,7 +559,7 @@ def test_uploads_that_a_run_of_the_users_folders_names_stay(tmp_path: Path, spac
     (folder / "manifest.json").write_text('{"kind": "train"}')
     (folder / "config.yaml").write_text(f"task: {{train: {space.datum(run.data).path}}}\n")
     both = Workspace(space.folder, runs=[folder])
-    desk.remove(both, run)
+    runs.remove(both, run)
     assert [one.id for one in both.data()] == [run.data]
 
 
@@ -576,7 +576,7 @@ def test_a_run_that_a_terminal_works_on_is_not_removed(client: Client, space: Wo
 def test_what_cannot_be_removed_whole_is_said(space: Workspace, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
     with pytest.raises(StoreError, match="not all of it could be removed; look who may write there"):
-        desk.remove(space, run)
+        runs.remove(space, run)
     assert [one.id for one in space.data()] == [run.data]
 
 
@@ -604,15 +604,15 @@ def test_runs_of_other_folders_are_shown_and_left_alone(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text('{"kind": "compare"}')
     space = Workspace(tmp_path / "space", runs=[tmp_path / "mine"])
     (found,) = space.runs()
-    assert (found.title, found.is_own, onlooker.state(found)) == ("mine/deep/run", False, ("stopped", ""))
+    assert (found.title, found.is_own, runs.find_state(found)) == ("mine/deep/run", False, ("stopped", ""))
     (folder / ".owner.json").write_text(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
-    assert onlooker.state(found)[0] == "running"
+    assert runs.find_state(found)[0] == "running"
     for refused in (
-        lambda: desk.stop(found),
-        lambda: desk.resume(space, found),
-        lambda: desk.begin(space, found, "train", None),
-        lambda: desk.look(space, found, "check"),
-        lambda: desk.remove(space, found),
+        lambda: runs.stop(found),
+        lambda: runs.resume(space, found),
+        lambda: runs.begin(space, found, "train", None),
+        lambda: runs.start_look(space, found, "check"),
+        lambda: runs.remove(space, found),
     ):
         with pytest.raises(StoreError):
             refused()
@@ -670,7 +670,7 @@ def test_a_chat_ends_with_the_server_when_idle_and_where_one_was_left(
 
 
 def test_an_export_is_downloaded_whole(client: Client, run: Run) -> None:
-    folder = desk.export_folder(run, "export-tell-merged")
+    folder = runs.export_folder(run, "export-tell-merged")
     folder.mkdir(parents=True)
     content = {"export.json": b"{}", "model.safetensors": bytes(range(256)) * 9000, "README.md": "é".encode()}
     for name, data in content.items():
@@ -683,7 +683,7 @@ def test_an_export_is_downloaded_whole(client: Client, run: Run) -> None:
 
 
 def test_only_what_is_there_is_exported(space: Workspace, run: Run) -> None:
-    assert desk.KINDS == shipping.KINDS
+    assert runs.EXPORTS == shipping.KINDS
     for to, arm, quantization in (
         ("adapter", "tell", "q8_0"),
         ("exe", "tell", "q8_0"),
@@ -691,7 +691,7 @@ def test_only_what_is_there_is_exported(space: Workspace, run: Run) -> None:
         ("gguf", "tell", "q4"),
     ):
         with pytest.raises(ConfigError, match="no export of"):
-            desk.export(space, run, to, arm, quantization)
+            runs.export(space, run, to, arm, quantization)
 
 
 # ---- what commands write for it

@@ -7,13 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fulcrum.api import compare, evaluate, load_adapter, train, verify
     from fulcrum.config import MixSettings as Mix
     from fulcrum.config import TaskSettings as Task
     from fulcrum.ingest import read
     from fulcrum.mix import plan
     from fulcrum.records import Anchor, Example, Message, Results
-    from fulcrum.use import compare, load_adapter, train
-    from fulcrum.use import evaluate_run as evaluate
 
 _HOME = {
     "Anchor": "records.Anchor",
@@ -22,17 +21,18 @@ _HOME = {
     "Mix": "config.MixSettings",
     "Results": "records.Results",
     "Task": "config.TaskSettings",
-    "compare": "use.compare",
-    "evaluate": "use.evaluate_run",
-    "load_adapter": "use.load_adapter",
+    "compare": "api.compare",
+    "evaluate": "api.evaluate",
+    "load_adapter": "api.load_adapter",
     "plan": "mix.plan",
     "read": "ingest.read",
-    "train": "use.train",
+    "train": "api.train",
+    "verify": "api.verify",
 }
 
 __all__ = [
     "Anchor", "Example", "Message", "Mix", "Results", "Task",
-    "compare", "evaluate", "load_adapter", "plan", "read", "train",
+    "compare", "evaluate", "load_adapter", "plan", "read", "train", "verify",
 ]  # fmt: skip
 
 

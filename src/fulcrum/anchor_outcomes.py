@@ -56,9 +56,7 @@ class Group:
 def read_groups(folder: Path) -> list[Group]:
     """Return the groups of a run folder. Raise StoreError if it holds no finished comparison."""
     if not (folder / "results.json").exists():
-        raise StoreError(
-            f"{folder}: no finished run (no results.json); give the output_dir of `fulcrum compare`"
-        )
+        raise StoreError(f"{folder}: no finished run (no results.json); give the output_dir of `fulcrum compare`")
     if not (folder / store.ANCHORS).exists():
         return []
     results = store.read_json(folder / "results.json")
@@ -176,10 +174,7 @@ def verdict(groups: Sequence[Group]) -> str:
     found = correlation(groups)
     count = sum(len(group.anchors) for group in groups)
     if found is None:
-        return (
-            f"Selection unproven: {count} trained anchors, "
-            f"and {FEWEST} of one task are needed to rank them."
-        )
+        return f"Selection unproven: {count} trained anchors, and {FEWEST} of one task are needed to rank them."
     rank = f"Spearman {found.estimate:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
     p = permutation_p(groups)
     if p is not None:
@@ -187,18 +182,10 @@ def verdict(groups: Sequence[Group]) -> str:
     comparisons = f"{len(groups)} comparison{'s' if len(groups) != 1 else ''}"
     basis = f"({rank}, over {count} trained anchors in {comparisons})"
     if found.low > 0:
-        return (
-            "Selection supported: a lower loss before training went with a lower test loss "
-            f"after it {basis}."
-        )
+        return f"Selection supported: a lower loss before training went with a lower test loss after it {basis}."
     if found.high < 0:
-        return (
-            "Selection refuted: a lower loss before training went with a higher test loss "
-            f"after it {basis}."
-        )
-    return (
-        f"Selection unproven: the loss before training did not tell the test loss after it {basis}."
-    )
+        return f"Selection refuted: a lower loss before training went with a higher test loss after it {basis}."
+    return f"Selection unproven: the loss before training did not tell the test loss after it {basis}."
 
 
 def rows(results: Record, anchors: Sequence[Record]) -> list[dict[str, Any]]:

@@ -34,9 +34,7 @@ class Candidate:
     source: str
 
 
-def controls(
-    candidates: Sequence[Candidate], loaded: LoadedModel, other: str | None, seed: int
-) -> list[Candidate]:
+def controls(candidates: Sequence[Candidate], loaded: LoadedModel, other: str | None, seed: int) -> list[Candidate]:
     """Return what anchors are compared with: none, random rare tokens, and another task's anchor.
 
     The random one has as many tokens as the median candidate.

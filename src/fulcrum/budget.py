@@ -214,9 +214,7 @@ def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
     return Speed(task, general, scored, answered, start)
 
 
-def _time_training(
-    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, task: float
-) -> tuple[float, float]:
+def _time_training(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, task: float) -> tuple[float, float]:
     """Train an arm once; return seconds a task row (of a mixed arm: a general row, of which one of the task takes `task`), and
     seconds that every training takes outside its steps."""
     part = arms.stream(rows, loaded.tokenizer, arm, settings, 1, 0)

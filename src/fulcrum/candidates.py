@@ -74,9 +74,7 @@ def proposals(
             if len(found) >= limit:
                 break
             count = limit - len(found)
-            questions = _questions(
-                rows, placement, count, store.seed_for(seed, f"anchors {attempt}")
-            )
+            questions = _questions(rows, placement, count, store.seed_for(seed, f"anchors {attempt}"))
             if source == "endpoint":
                 texts = _ask_endpoint(endpoint, questions, seed)
             else:
@@ -102,10 +100,7 @@ def _questions(rows: Sequence[Example], placement: Placement, count: int, seed: 
 
 def _ask_endpoint(endpoint: Endpoint | None, questions: Sequence[Any], seed: int) -> list[str]:
     if endpoint is None:
-        raise ConfigError(
-            "anchors by an endpoint need its address and model; "
-            "give --endpoint and --endpoint-model"
-        )
+        raise ConfigError("anchors by an endpoint need its address and model; give --endpoint and --endpoint-model")
     texts = []
     for k, question in enumerate(questions):
         text = endpoint.say(question, _WRITTEN_TOKENS, _TEMPERATURE, seed + k, whole=True)
@@ -113,9 +108,7 @@ def _ask_endpoint(endpoint: Endpoint | None, questions: Sequence[Any], seed: int
     return texts
 
 
-def _ask_model(
-    loaded: LoadedModel, questions: Sequence[Any], form: encode.Format, seed: int
-) -> list[str]:
+def _ask_model(loaded: LoadedModel, questions: Sequence[Any], form: encode.Format, seed: int) -> list[str]:
     return generate.generate(
         loaded,
         [encode.prompt_ids(question, form) for question in questions],
@@ -154,10 +147,7 @@ def score_candidates(
         )
     if not candidates:
         why = ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
-        raise DataError(
-            f"{task.name}: no anchor to score; proposals were none, by reason: {why}; "
-            "write one by hand"
-        )
+        raise DataError(f"{task.name}: no anchor to score; proposals were none, by reason: {why}; write one by hand")
     others = [one.anchor.text for one in tasks if one.anchor is not None and one.name != task.name]
     other = others[0] if others else None
     every = [*candidates, *anchor_scores.controls(candidates, loaded, other, seed)]
@@ -182,9 +172,7 @@ def _enough(rows: Sequence[Example]) -> bool:
     return len(rows) >= FEWEST and len({row.group for row in rows}) > 1
 
 
-def resolve(
-    settings: Settings, *, compared: bool, watcher: Watcher
-) -> tuple[Settings, tuple[AnchorScores, ...]]:
+def resolve(settings: Settings, *, compared: bool, watcher: Watcher) -> tuple[Settings, tuple[AnchorScores, ...]]:
     """Return the settings with a chosen text for every `anchor: auto`, and the scores behind it.
 
     Anchors of a comparison's own arms are scored too. A run that is resumed reads its scores back.
@@ -195,9 +183,7 @@ def resolve(
     if not wanting and not own:
         return settings, ()
     if wanting and compared:
-        settings.refuse_choosing_by(
-            "task.anchor: auto", "anything", "use one seed, write an anchor"
-        )
+        settings.refuse_choosing_by("task.anchor: auto", "anything", "use one seed, write an anchor")
     folder = Path(settings.output_dir)
     if (folder / store.ANCHORS).exists():
         known = store.read_as(folder / store.ANCHORS, tuple[AnchorScores, ...])
@@ -222,10 +208,7 @@ def resolve(
             made, left_out = proposals(task, auto.placement, loaded, seed=seed, watcher=watcher)
             candidates += made
         elif not candidates or not _enough(rows_left(task)):  # nothing hangs on these scores
-            watcher.stage(
-                f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows "
-                "and an anchor"
-            )
+            watcher.stage(f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and an anchor")
             continue
         result.append(
             score_candidates(
@@ -246,9 +229,7 @@ def resolve(
 
 def _check_same_question(settings: Settings, known: Sequence[AnchorScores], folder: Path) -> None:
     """Raise StoreError if the run scored other candidates; its manifest holds only the chosen."""
-    scored = {
-        each.task: {one.text for one in each.scores if one.source == "given"} for each in known
-    }
+    scored = {each.task: {one.text for one in each.scores if one.source == "given"} for each in known}
     for task in settings.tasks:
         if task.anchor is None or not task.anchor.is_auto:
             continue
@@ -259,22 +240,16 @@ def _check_same_question(settings: Settings, known: Sequence[AnchorScores], fold
             )
 
 
-def rows_to_score(
-    settings: Settings, *, compared: bool
-) -> tuple[LoadedModel, tuple[Task, ...], int]:
+def rows_to_score(settings: Settings, *, compared: bool) -> tuple[LoadedModel, tuple[Task, ...], int]:
     """Return the model, the tasks with the training rows that may be seen, and their seed."""
-    loaded = model.load(
-        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
-    )
+    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
     tasks = []
     for task in settings.tasks:
         is_auto = task.anchor is not None and task.anchor.is_auto
         tasks.append(task.model_copy(update={"anchor": None}) if is_auto else task)
     drawn = settings.model_copy(update={"tasks": tuple(tasks), "general": ()})
     seed = settings.seeds[0] if compared else settings.seed
-    rows = material.prepare(
-        drawn, loaded.tokenizer, loaded.context, seed, dev_apart=not compared, by_fold=compared
-    )
+    rows = material.prepare(drawn, loaded.tokenizer, loaded.context, seed, dev_apart=not compared, by_fold=compared)
     size = _smallest_size(settings) if compared else None
     if size is not None:
         rows = rows.at(size)

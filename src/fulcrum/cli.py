@@ -4,7 +4,7 @@ What goes on is told on stdout; on stderr by `eval` and `chat`, whose output may
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fulcrum.config import Settings
+    from fulcrum.run_kinds import RunKind
 
 app = typer.Typer(
     cls=Group, name="fulcrum", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -218,9 +219,9 @@ def scale(
         settings, how["budget"] = cli_budget.read_plan(settings)
     elif budget:
         seconds = cli_budget.parse_duration(budget)
-        screen = _ready_to_plan(ctx, settings, resume=resume, dry_run=dry_run)
+        screen = cli_start.ready(ctx, settings, dry_run=dry_run)
         settings, how["budget"] = cli_budget.plan_scaling(screen, settings, seconds, ask=not (yes or dry_run))
-    _launch(ctx, "scale", settings, resume=resume, dry_run=dry_run, **how)
+    _launch(ctx, "scale", settings, resume=resume, dry_run=dry_run, plan=ladder.prepared, **how)
 
 
 @app.command()
@@ -233,7 +234,7 @@ def quanta(
 
     settings = _settings(run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume))
     ladder.paired(settings)  # what cannot be asked is said before anything is read
-    _launch(ctx, "quanta", settings, resume=resume, dry_run=dry_run)
+    _launch(ctx, "quanta", settings, resume=resume, dry_run=dry_run, plan=ladder.paired)
 
 
 @app.command("eval")
@@ -258,10 +259,10 @@ def evaluate(
     names = cli_start.names(metrics)
     scoring.needs_generation(names)  # a misspelt name is said before the model is loaded
     notes = cli_start.notes(ctx)
-    from fulcrum import use
+    from fulcrum import finished
 
     with terminal.working(notes, "loading the model and scoring"):
-        found = use.evaluation(run_folder, data=data, arm=arm, task=task, metric_names=names, out=out)
+        found = finished.evaluate(run_folder, data=data, arm=arm, task=task, metric_names=names, out=out)
     if found.rejects:
         terminal.say(notes, f"rows of {data} left out, by reason:")
         terminal.say_rejects(notes, found.rejects)
@@ -340,10 +341,9 @@ def mix(
 @app.command()
 def report(run_folder: RunFolder) -> None:
     """Write report.html of a run, or of a certificate's folder, anew and print what it says."""
-    from fulcrum import report as reporting
-    from fulcrum import terminal
+    from fulcrum import api, terminal
 
-    reporting.write(run_folder)
+    api.write_report(run_folder)
     terminal.conclude(terminal.console(), run_folder)
 
 
@@ -365,32 +365,42 @@ def _forced(force_new: bool, resume: bool) -> bool:
 
 
 def _launch(
-    ctx: typer.Context, verb: str, settings: "Settings", *, resume: bool, dry_run: bool, **how: Any
-) -> None:  # fmt: skip
-    """Do what `train`, `compare` and `scale` do, or print what they would."""
+    ctx: typer.Context,
+    verb: str,
+    settings: "Settings",
+    *,
+    resume: bool,
+    dry_run: bool,
+    plan: "Callable[[Settings], Settings] | None" = None,
+    **how: Any,
+) -> None:
+    """Do what `train`, `compare`, `scale` and `quanta` do, or print what they would; `plan` gives the settings with the arms
+    that the verb trains, if these are not the settings' own."""
     screen = cli_start.ready(ctx, settings, dry_run=dry_run)
-    if dry_run:
-        from fulcrum import arms, ladder
+    from fulcrum import api
 
-        settings = {"scale": ladder.prepared, "quanta": ladder.paired}.get(verb, lambda given: given)(settings)
-        one = [arms.own_arm(settings)], [settings.seed]
-        _dry_run(screen, settings, *(one if verb == "train" else (arms.chosen_arms(settings), settings.seeds)), verb=verb)
+    kind = api.KINDS[verb]
+    if dry_run:
+        _dry_run(screen, settings if plan is None else plan(settings), kind)
         return
-    from fulcrum import launched, terminal, use
+    from fulcrum import launched, terminal
     from fulcrum.watch import Watch
 
     with Watch(screen) if launched.writes() else nullcontext() as watch:
-        use.launch(verb, settings, resume=resume, watcher=watch, **how)
+        api.launch(kind, settings, resume=resume, watcher=watch, **how)
     if launched.writes():
         terminal.conclude(screen, Path(settings.output_dir))
 
 
-def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds: Sequence[int], *, verb: str) -> None:
-    from fulcrum import config, preview, store, terminal
+def _dry_run(screen: "Console", settings: "Settings", kind: "RunKind") -> None:
+    from fulcrum import arms, config, preview, store, terminal
 
+    # With dev rows apart there is one adapter at one seed.
+    chosen = [arms.own_arm(settings)] if kind.has_dev_apart else arms.chosen_arms(settings)
+    seeds = [settings.seed] if kind.has_dev_apart else settings.seeds
     with terminal.working(screen, "reading data"):
-        seen = preview.open_preview(settings, seeds[0], arms, dev_apart=verb == "train")
-        trials = preview.trials(seen, arms)
+        seen = preview.open_preview(settings, seeds[0], chosen, dev_apart=kind.has_dev_apart)
+        trials = preview.trials(seen, chosen)
     terminal.say(terminal.console(), config.dump(settings).rstrip())
     screen.print(terminal.trial_table(trials))
     terminal.warn(screen, trials, seen.rows.notes)
@@ -398,7 +408,7 @@ def _dry_run(screen: "Console", settings: "Settings", arms: Sequence[Any], seeds
         terminal.say(screen, f"warning: {settings.output_dir} holds a run already; --resume goes on with it", "yellow")
     many = f"{len(seeds)} seeds: " if len(seeds) > 1 else ""
     runs, steps = len(trials) * len(seeds), sum(trial.steps for trial in trials) * len(seeds)
-    if verb == "compare":
+    if kind.selection == "cross-validation":
         many += f"each tried by {settings.compare.folds}-fold cross-validation, the best trained on all rows: up to "
     counted = f"{runs:,} training run{'s' if runs != 1 else ''}, {steps:,} step{'s' if steps != 1 else ''} in all"
     terminal.say(screen, f"{many}{counted}; nothing was trained (--dry-run)")

@@ -33,21 +33,13 @@ def propose(
     ctx: typer.Context,
     run_file: RunFile,
     out: Annotated[Path, typer.Option("--out", help="File to write, .jsonl: one anchor a line.")],
-    count: Annotated[
-        int, typer.Option("--count", "-n", min=1, help="How many, in each placement.")
-    ] = 12,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many, in each placement.")] = 12,
     placement: Annotated[
         list[str] | None,
-        typer.Option(
-            "--placement", help="system, user_prefix, user_suffix, response_prefix; repeatable."
-        ),
+        typer.Option("--placement", help="system, user_prefix, user_suffix, response_prefix; repeatable."),
     ] = None,
-    by: Annotated[
-        str, typer.Option("--by", metavar="A,B", help="Who: template, model, endpoint.")
-    ] = "template,model",
-    text: Annotated[
-        list[str] | None, typer.Option("--text", help="An anchor of your own; repeatable.")
-    ] = None,
+    by: Annotated[str, typer.Option("--by", metavar="A,B", help="Who: template, model, endpoint.")] = "template,model",
+    text: Annotated[list[str] | None, typer.Option("--text", help="An anchor of your own; repeatable.")] = None,
     task: TaskName = None,
     endpoint: EndpointUrl = "",
     endpoint_model: EndpointModel = "",
@@ -67,10 +59,7 @@ def propose(
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out {out}: the name must end in .jsonl")
     if "endpoint" in who and not (endpoint and endpoint_model):
-        raise ConfigError(
-            "--by endpoint needs --endpoint, its address, "
-            "and --endpoint-model, the model's name there"
-        )
+        raise ConfigError("--by endpoint needs --endpoint, its address, and --endpoint-model, the model's name there")
     settings = config.load(run_file, changes or ())
     screen = cli_start.ready(ctx, settings)
     from fulcrum import anchor_scores, candidates, store, terminal
@@ -106,9 +95,7 @@ def propose(
         tokens = anchor_scores.count_tokens(one.anchor, loaded)
         lines.append({**store.plain(one.anchor), "source": one.source, "tokens": tokens})
     store.write_jsonl(out, lines)
-    rows = [
-        (line["text"], line["placement"], line["source"], str(line["tokens"])) for line in lines
-    ]
+    rows = [(line["text"], line["placement"], line["source"], str(line["tokens"])) for line in lines]
     head = ("anchor", "placement", "by", "tokens")
     screen.print(terminal.grid(f"Anchors for {chosen.name}", head, rows, numbers=False))
     terminal.say(screen, "proposals that were no anchors, by reason:")
@@ -117,8 +104,7 @@ def propose(
     if len(found) < wanted:
         terminal.say(
             screen,
-            f"{len(found)} of {wanted}: write some yourself (--text), "
-            "or ask a larger model (--by endpoint)",
+            f"{len(found)} of {wanted}: write some yourself (--text), or ask a larger model (--by endpoint)",
             "yellow",
         )
     terminal.say(screen, f"wrote {out}; next: fulcrum anchor score {run_file} {out}")
@@ -130,13 +116,9 @@ def score(
     run_file: RunFile,
     anchors: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="ANCHORS.jsonl", help="Of `anchor propose`, or your own: lines with a `text`."
-        ),
+        typer.Argument(metavar="ANCHORS.jsonl", help="Of `anchor propose`, or your own: lines with a `text`."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the scores there too, as .json.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the scores there too, as .json.")] = None,
     task: TaskName = None,
     changes: Changes = None,
 ) -> None:
@@ -163,9 +145,7 @@ def score(
     left_out: dict[str, int] = {}
     with Watch(screen) as watch:
         if anchors is None:
-            where: Placement = (
-                chosen.anchor.placement if chosen.anchor is not None else "user_prefix"
-            )
+            where: Placement = chosen.anchor.placement if chosen.anchor is not None else "user_prefix"
             made, left_out = candidates.proposals(chosen, where, loaded, seed=seed, watcher=watch)
             found += made
         scores = candidates.score_candidates(
@@ -189,9 +169,7 @@ def score(
 def outcome(
     run_folders: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN_FOLDER...", help="Comparisons with arms that differ in their `anchor:`."
-        ),
+        typer.Argument(metavar="RUN_FOLDER...", help="Comparisons with arms that differ in their `anchor:`."),
     ],
 ) -> None:
     """Say whether the loss before training told which anchors trained best, over all folders."""
@@ -203,8 +181,7 @@ def outcome(
         groups += anchor_outcomes.read_groups(folder)
     if not groups:
         raise ConfigError(
-            f"{run_folders[0]}: no arms that differ in their anchor alone; "
-            "give arms an `anchor:` of their own and compare them"
+            f"{run_folders[0]}: no arms that differ in their anchor alone; give arms an `anchor:` of their own and compare them"
         )
     for group in groups:
         rows = []
@@ -240,8 +217,7 @@ def show(screen: "Console", scores: "AnchorScores") -> None:
     screen.print(terminal.grid(title, head, rows, numbers=False))
     terminal.say(
         screen,
-        "S_loss: nats per answer token before training, "
-        "with the 95% interval of its difference to no anchor.",
+        "S_loss: nats per answer token before training, with the 95% interval of its difference to no anchor.",
     )
     if any(one.chosen for one in scores.scores):
         terminal.say(screen, candidates.sentence(scores), "bold")
@@ -252,9 +228,7 @@ def _task(tasks: Any, name: str | None) -> Any:
 
     found = next((task for task in tasks if name in (None, task.name)), None)
     if found is None:
-        raise ConfigError(
-            f"--task {name}: no such task{nearest(str(name), [task.name for task in tasks])}"
-        )
+        raise ConfigError(f"--task {name}: no such task{nearest(str(name), [task.name for task in tasks])}")
     return found
 
 
@@ -265,9 +239,7 @@ def _read(file: Path) -> list[tuple[Any, str]]:
     try:
         lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file}: cannot be read ({error}); give a file of `fulcrum anchor propose`"
-        ) from None
+        raise DataError(f"{file}: cannot be read ({error}); give a file of `fulcrum anchor propose`") from None
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -275,13 +247,11 @@ def _read(file: Path) -> list[tuple[Any, str]]:
             text, where = str(row["text"]), row.get("placement", "user_prefix")
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(
-                f"{file}:{number}: no anchor: {line[:80]!r}; "
-                'a line is {"text": "...", "placement": "user_prefix"}'
+                f'{file}:{number}: no anchor: {line[:80]!r}; a line is {{"text": "...", "placement": "user_prefix"}}'
             ) from None
         if where not in get_args(Placement) or not text.strip():
             raise DataError(
-                f"{file}:{number}: placement {where!r} or text {text!r:.40} is none; "
-                f"known: {', '.join(get_args(Placement))}"
+                f"{file}:{number}: placement {where!r} or text {text!r:.40} is none; known: {', '.join(get_args(Placement))}"
             )
         found.append((Anchor(text, where), str(row.get("source", "given"))))
     if not found:

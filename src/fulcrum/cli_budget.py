@@ -65,9 +65,7 @@ def read_request(preset: str, duration: str, *, quick: bool) -> Request | None:
     return Request("--budget", None, seconds)
 
 
-def plan_comparison(
-    screen: "Console", settings: "Settings", request: Request, *, ask: bool
-) -> tuple["Settings", "Budget"]:
+def plan_comparison(screen: "Console", settings: "Settings", request: Request, *, ask: bool) -> tuple["Settings", "Budget"]:
     """Return the settings of the chosen design, once it is shown and agreed to, and the budget to keep.
 
     Raises ConfigError if nothing fits or nobody agrees.
@@ -85,9 +83,7 @@ def plan_comparison(
     return design.settings, Budget(request.seconds, plan.left_out)
 
 
-def plan_scaling(
-    screen: "Console", settings: "Settings", seconds: float, *, ask: bool
-) -> tuple["Settings", "Budget"]:
+def plan_scaling(screen: "Console", settings: "Settings", seconds: float, *, ask: bool) -> tuple["Settings", "Budget"]:
     """Do the same for `scale`."""
     from fulcrum import ladder, scale, terminal
     from fulcrum.comparison import Budget
@@ -172,9 +168,7 @@ def _minutes(seconds: float) -> str:
     return "1 minute" if number == 1 else f"{number} minutes"
 
 
-def _show_choice(
-    screen: "Console", what: str, expected: float, limit: float | None, left_out: "Sequence[str]"
-) -> None:
+def _show_choice(screen: "Console", what: str, expected: float, limit: float | None, left_out: "Sequence[str]") -> None:
     """Say what will run, how long it will take, and what it has less of than it could have."""
     from fulcrum import terminal
 

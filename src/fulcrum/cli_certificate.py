@@ -101,21 +101,19 @@ def verify(
     ] = False,
 ) -> None:
     """Compare what a run made with its manifest, and compute every number of certificates again from their outcomes."""
-    from fulcrum import certificate, store, terminal, verification
+    from fulcrum import api, certificate, store, terminal
 
     is_run = (path / store.MANIFEST).is_file()
     if again and not is_run:
         raise ConfigError(f"--again: {path} is not a run folder; give the output_dir of `fulcrum train` or `compare`")
     screen = terminal.console()
     with terminal.working(screen, "reading hashes, computing intervals"):
-        file = path / certificate.FILE if path.is_dir() else path
-        wrong, unchecked = verification.of_run(path) if is_run else verification.verify(file)
+        wrong, unchecked = api.verify(path)
     if again:
-        from fulcrum import repeat
         from fulcrum.watch import Watch
 
         with Watch(screen) as watch:
-            found = repeat.again(path, watch)
+            found = api.repeat(path, watch)
         wrong, unchecked = wrong + found.wrong, unchecked + found.unchecked
     for text in unchecked:
         terminal.say(screen, f"not checked: {text}", "yellow")

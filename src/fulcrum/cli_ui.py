@@ -34,7 +34,7 @@ def ui(
         raise ConfigError(f"the page needs {error.name}: pip install 'fulcrum-llm[ui]'") from None
     import webbrowser
 
-    from fulcrum import terminal
+    from fulcrum import api, terminal
     from fulcrum.workspace import Workspace
 
     screen = terminal.console()
@@ -47,7 +47,7 @@ def ui(
 
     with space.held(), cli_start.bound("127.0.0.1", port) as listening:
         listening.listen()
-        app = web.guarded(space, listening.getsockname()[1], told)
+        app = web.guarded(space, listening.getsockname()[1], told, api.KINDS)
         terminal.say(screen, f"kept in {space.folder}; Ctrl-C ends the page and no run")
         if browser:
             webbrowser.open(addresses[0])

@@ -21,6 +21,7 @@ from fulcrum.model import LoadedModel
 from fulcrum.proof import certificates
 from fulcrum.records import ArmResult, Difference, Results, Setting, Tried
 from fulcrum.run import begin, claimed, finish, shown_size
+from fulcrum.run_kinds import COMPARE
 from fulcrum.units import Study, Unit, keep, read
 
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
@@ -86,7 +87,7 @@ def compare(
         if settings.compare.tune == "first":
             settings.refuse_choosing_by("compare.tune: first", "settings", "use `tune: each`")
         _require_common_size(settings, arms)
-        loaded, rows, folder = begin("compare", settings, arms, settings.seeds, resume, watcher)
+        loaded, rows, folder = begin(COMPARE, settings, arms, settings.seeds, resume, watcher)
         gone = pilot.dropped(asked) if found is not None and found.chosen == 0 else ()
         kept_in = folder if writes() else None
         notes = [*candidates.keep(anchors, kept_in), *pilot.keep(found, kept_in, gone)]
@@ -119,7 +120,7 @@ def compare(
         differences = paired_differences(shown, settings)
         if writes():
             certificates(folder, settings, study.rows, results, loaded, notes)
-        return finish("compare", settings, folder, loaded, rows, results, differences, started, notes)
+        return finish(COMPARE, settings, folder, loaded, rows, results, differences, started, notes)
 
 
 def by_seeds(

@@ -78,9 +78,7 @@ def learning_curves(lines: Sequence[Line], reading: Reading | None, *, narrow: b
     return draw_svg(3.8 if narrow else 4.4, draw, width=width)
 
 
-def _draw_learning_curves(
-    figure: "Figure", lines: Sequence[Line], reading: Reading | None, points: float
-) -> None:
+def _draw_learning_curves(figure: "Figure", lines: Sequence[Line], reading: Reading | None, points: float) -> None:
     """Draw learning curves on an axis that is about so many points wide."""
     from matplotlib.lines import Line2D
 
@@ -127,9 +125,7 @@ def _columns(lines: Sequence[Line]) -> dict[int, float]:
 
 def _shifts(lines: Sequence[Line], columns: Mapping[int, float], most: float) -> dict[str, float]:
     """Return by how much each trained arm stands beside its column: strong ones in the middle."""
-    trained = sorted(
-        (line for line in lines if not line.untrained), key=lambda line: not line.strong
-    )
+    trained = sorted((line for line in lines if not line.untrained), key=lambda line: not line.strong)
     places = sorted(columns.values())
     gap = min((b - a for a, b in pairwise(places)), default=math.inf)
     step = min(most, 0.5 * gap / max(1, len(trained)))
@@ -171,9 +167,7 @@ def _values_shown(lines: Sequence[Line], also: Sequence[float]) -> tuple[float, 
     return low - room, high + room
 
 
-def _draw_line(
-    axis: "Axes", line: Line, columns: Mapping[int, float], style: Mapping[str, Any]
-) -> None:
+def _draw_line(axis: "Axes", line: Line, columns: Mapping[int, float], style: Mapping[str, Any]) -> None:
     """Draw the line through the marks on the scale, with a band if it is strong, else whiskers."""
     bottom, top = axis.get_ylim()
     xs: list[float] = []
@@ -198,9 +192,7 @@ def _draw_line(
         axis.plot([x, x], [low, high], color=style["color"], linewidth=1.3, zorder=style["zorder"])
 
 
-def _draw_marks(
-    axis: "Axes", line: Line, columns: Mapping[int, float], marker: str, colour: str
-) -> None:
+def _draw_marks(axis: "Axes", line: Line, columns: Mapping[int, float], marker: str, colour: str) -> None:
     """Draw marks with their titles and seeds; a triangle at the edge is beyond the scale."""
     bottom, top = axis.get_ylim()
     for mark in line.marks:
@@ -208,9 +200,7 @@ def _draw_marks(
         y = min(max(mark.value, bottom), top)
         seeds = [value for value in mark.seeds if bottom <= value <= top]
         if len(mark.seeds) > 1:
-            axis.plot(
-                [x] * len(seeds), seeds, "o", markersize=2.8, color=colour, alpha=0.5, zorder=3.1
-            )
+            axis.plot([x] * len(seeds), seeds, "o", markersize=2.8, color=colour, alpha=0.5, zorder=3.1)
         shape = marker
         if mark.value > top:
             shape = "^"
@@ -249,9 +239,7 @@ def _draw_reading(axis: "Axes", reading: Reading, colour: str) -> None:
     fewest = math.log2(reading.smallest if reading.fewest is None else reading.fewest)
     most = math.log2(reading.n if reading.most is None else reading.most)
     span = {"color": colour, "alpha": 0.55, "clip_on": False, "zorder": 2.9}
-    axis.plot(
-        [start, at, at], [reading.value, reading.value, bottom], ":", color=INK, linewidth=1.5
-    )
+    axis.plot([start, at, at], [reading.value, reading.value, bottom], ":", color=INK, linewidth=1.5)
     axis.plot([fewest, most], [bottom, bottom], linewidth=5, solid_capstyle="butt", **span)
     if reading.fewest is None:
         axis.plot([fewest], [bottom], "<", markersize=9, markeredgewidth=0, **span)

@@ -23,9 +23,7 @@ def merge_adapter(settings: Settings, own: TrainSettings, state: State) -> tuple
 
     `own` are the settings with the adapter's rank and scale. Raise ModelError.
     """
-    exact = own.model_copy(
-        update={"dtype": "float32", "device": "cpu", "load_in_4bit": False, "compile": "never"}
-    )
+    exact = own.model_copy(update={"dtype": "float32", "device": "cpu", "load_in_4bit": False, "compile": "never"})
     loaded = load_model(settings.model, exact, trust_remote_code=settings.trust_remote_code)
     adapters.use(loaded, state, exact)
     _untie(loaded.causal)
@@ -45,9 +43,7 @@ def _untie(causal: Any) -> None:
             end.base_layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def save_merged(
-    causal: Any, tokenizer: Any, folder: Path, anchor: Anchor | None, dtype: torch.dtype
-) -> None:
+def save_merged(causal: Any, tokenizer: Any, folder: Path, anchor: Anchor | None, dtype: torch.dtype) -> None:
     """Write the model's files in `dtype` into a folder; the model in memory stays in `dtype`."""
     causal.to(dtype)
     causal.config.dtype = dtype

@@ -134,9 +134,7 @@ def _draw_dots(figure: "Figure", panel: Dots) -> None:
     for place, row in enumerate(panel.rows):
         low, high = row.interval.low, row.interval.high
         axis.axhline(place, color=FAINT, linewidth=0.8, zorder=0)
-        axis.plot(
-            [low, high], [place, place], color=row.colour, linewidth=2.4, solid_capstyle="round"
-        )
+        axis.plot([low, high], [place, place], color=row.colour, linewidth=2.4, solid_capstyle="round")
         if len(row.seeds) > 1:
             below = [place + 0.25] * len(row.seeds)  # on the line the estimate would hide them
             axis.plot(row.seeds, below, "o", markersize=3.2, color=row.colour)
@@ -234,9 +232,7 @@ def _draw_curve(axis: "Axes", line: Curve, colour: str, place: int) -> Any:
 # ---- a pilot
 
 
-def amounts(
-    ratios: Sequence[float], losses: Sequence[float], errors: Sequence[float], chosen: float
-) -> str:
+def amounts(ratios: Sequence[float], losses: Sequence[float], errors: Sequence[float], chosen: float) -> str:
     """Draw a pilot's losses over general rows for each shown task row, and return one ``<svg>``.
 
     The curve is the parabola that was fitted, the upright line what was chosen; `errors` are
@@ -251,9 +247,7 @@ def amounts(
         fine = np.linspace(places[0], places[-1], 65)
         fitted = np.polyval(np.polyfit(places, losses, 2), fine)
         axis.plot(fine, fitted, color=COLOURS["base_anchor"], linewidth=1.4)
-        axis.errorbar(
-            places, losses, errors, fmt="o", color=COLOURS["tell"], markersize=6.5, linewidth=2
-        )
+        axis.errorbar(places, losses, errors, fmt="o", color=COLOURS["tell"], markersize=6.5, linewidth=2)
         axis.axhline(losses[0], color=GREY, linewidth=1, linestyle=DASHED, zorder=0.5)
         at = math.log2(1 + chosen)
         axis.axvline(at, color=COLOURS["sft_anchor"], linewidth=1.7, linestyle="-.")
@@ -326,9 +320,7 @@ def draw_svg(height: float, draw: Callable[["Figure"], None], *, width: float = 
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(rf"<g id=([\"']){_TITLE}(.*?)\1>", r"<g><title>\2</title>", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r'<g id="[^"]*"', "<g", svg
-    )  # nothing refers to these, and other plots repeat them
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to these, and other plots repeat them
     svg = re.sub(r"<[^>]*>", _colour_for_both, svg)  # tags only: text may hold anything
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 

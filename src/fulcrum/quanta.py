@@ -23,6 +23,7 @@ from fulcrum.items import Item, draw
 from fulcrum.launched import writes
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
+from fulcrum.quanta_report import QUANTA
 from fulcrum.records import ArmResult, FloatArray, Results, TrainPoint
 from fulcrum.run import begin, claimed, finish
 from fulcrum.store import seed_for
@@ -41,7 +42,7 @@ def quanta(settings: Settings, *, resume: bool = False, watcher: Watcher | None 
     settings = ladder.paired(settings)
     with claimed(settings, resume=resume):
         arms = chosen_arms(settings)
-        loaded, (rows,), folder = begin("quanta", settings, arms, settings.seeds, resume, watcher)
+        loaded, (rows,), folder = begin(QUANTA, settings, arms, settings.seeds, resume, watcher)
         rows = rows.at(settings.quanta.rows or rows.longest)
         items = _items(rows, loaded, settings)
         gradients, seconds = probe.in_blocks(
@@ -65,7 +66,7 @@ def quanta(settings: Settings, *, resume: bool = False, watcher: Watcher | None 
             store.write_json(
                 folder / store.QUANTA, record(items, before, losses, found, settings, seconds, without), indent=None
             )
-        return finish("quanta", settings, folder, loaded, [rows], results, (), started)
+        return finish(QUANTA, settings, folder, loaded, [rows], results, (), started)
 
 
 def _items(rows: Material, loaded: LoadedModel, settings: Settings) -> list[Item]:

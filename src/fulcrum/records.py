@@ -359,7 +359,7 @@ class Results:
     `size` is the number of task rows at which arms are set against each other; other sizes stand in the certificate.
     """
 
-    kind: Literal["train", "compare", "eval", "scale", "quanta"]
+    kind: str  # the name of its `RunKind`
     settings: Mapping[str, object]
     environment: Mapping[str, str]
     tasks: tuple[TaskFacts, ...]

@@ -63,9 +63,7 @@ def _draw_amounts(figure: "Figure", panel: Amounts, names: Sequence[str]) -> Non
         )
     for x, column in zip(places, values.T, strict=True):
         if len(column) > 1:
-            axis.plot(
-                [x] * len(column), column, "o", markersize=3.2, color=COLOURS["mix"], zorder=3
-            )
+            axis.plot([x] * len(column), column, "o", markersize=3.2, color=COLOURS["mix"], zorder=3)
     intervals = [seed_interval(column) for column in values.T]
     means = np.array([interval.estimate for interval in intervals])
     below = means - [interval.low for interval in intervals]

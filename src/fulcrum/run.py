@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,8 +26,8 @@ from fulcrum import (
     model,
     pilot,
     probe,
-    report,
     run_folder,
+    run_report,
     scoring,
     store,
     training,
@@ -53,6 +52,7 @@ from fulcrum.identity import environment, manifest, peak_memory_bytes
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.records import ArmResult, Difference, Results, Setting, Tokens, TrialResult, Tried
+from fulcrum.run_kinds import TRAIN, RunKind
 
 _TOLD = ("one example per row", "could not be compiled", "are spread over")  # what of a model's facts a report says
 
@@ -67,7 +67,7 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
         settings, anchors = candidates.resolve(settings, compared=False, watcher=watcher)
         settings, found = pilot.resolve(settings, compared=False, watcher=watcher)
         arm = own_arm(settings)
-        loaded, (rows,), folder = begin("train", settings, [arm], [settings.seed], resume, watcher)
+        loaded, (rows,), folder = begin(TRAIN, settings, [arm], [settings.seed], resume, watcher)
         kept = folder if launched.writes() else None
         notes = [*candidates.keep(anchors, kept), *pilot.keep(found, kept)]
         rows = probe.with_gradients(rows, loaded, [(rows, arm)], settings, kept, partial(watcher.count, probe.LABEL))
@@ -76,7 +76,7 @@ def run(settings: Settings, *, resume: bool = False, watcher: Watcher | None = N
         results = [replace(untrained, seed=settings.seed), train_arm(rows, loaded, arm, settings, folder, watcher)]
         if launched.writes():
             export.save_adapter(loaded, folder / "adapter", {t.name: asked_anchor(arm, t, settings) for t in rows.tasks})
-        return finish("train", settings, folder, loaded, [rows], results, (), started, notes)
+        return finish(TRAIN, settings, folder, loaded, [rows], results, (), started, notes)
 
 
 @contextmanager
@@ -90,15 +90,15 @@ def claimed(settings: Settings, *, resume: bool) -> Iterator[None]:
 
 
 def begin(
-    kind: str, settings: Settings, arms: Sequence[Arm], seeds: Sequence[int], resume: bool, watcher: Watcher
+    kind: RunKind, settings: Settings, arms: Sequence[Arm], seeds: Sequence[int], resume: bool, watcher: Watcher
 ) -> tuple[LoadedModel, list[Material], Path]:
     """Load the model, read the rows of every seed, and make the output folder this run's, once nothing speaks against it.
 
     What the probes chose is written to the folder's config.yaml, and a resumed run takes it from there.
     """
     folder = Path(settings.output_dir)
-    if launched.wants_shards() and (kind != "train" or settings.train.use_dora):
-        what = "use_dora" if kind == "train" else kind
+    if launched.wants_shards() and (not kind.can_shard or settings.train.use_dora):
+        what = "use_dora" if kind.can_shard else kind.name
         raise ConfigError(f"the launcher asks for FSDP, with which {what} is not possible; use multi_gpu.yaml, or no launcher")
     kept = config.load(folder / "config.yaml") if (folder / "config.yaml").exists() else settings
     chosen = settings.train.model_copy(update={name: getattr(kept.train, name) for name in ("dtype", "device", "compile")})
@@ -111,7 +111,8 @@ def begin(
     loaded = model.load(settings.model, chosen, trust_remote_code=settings.trust_remote_code)
     watcher.stage("reading data")
     among = choose_from(arms, settings)
-    if apart := kind == "train":
+    apart = kind.has_dev_apart
+    if apart:
         rows = [material.prepare(settings, loaded.tokenizer, loaded.context, seed, choose_from=among) for seed in seeds]
     else:
         most = largest_mixture(settings)
@@ -132,7 +133,7 @@ def begin(
         shortest = min(rows[0].tasks[0].train, key=lambda row: sum(len(message.content) for message in row.messages))
         compiled.switch_on(loaded, chosen, shortest)
     if launched.writes():
-        run_folder.open_run(folder, manifest(kind, settings, loaded, rows), resume=resume)
+        run_folder.open_run(folder, manifest(kind.name, settings, loaded, rows), resume=resume)
         probed = {
             "dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type,
             "compile": "always" if loaded.compiled else "never",
@@ -178,10 +179,10 @@ def dev_loss(loaded: LoadedModel, dev: Sequence[Sequence[Tokens]]) -> float:
 
 
 def finish(
-    kind: Any, settings: Settings, folder: Path, loaded: LoadedModel, materials: Sequence[Material],
+    kind: RunKind, settings: Settings, folder: Path, loaded: LoadedModel, materials: Sequence[Material],
     arms: Sequence[ArmResult], differences: Sequence[Difference], started: float, more_notes: Sequence[str] = (),
 ) -> Results:  # fmt: skip
-    """Write results.json, predictions.jsonl, report.html and the model card; returns the results."""
+    """Write results.json, predictions.jsonl, report.html and, if the run keeps adapters, the model card; return the results."""
     first = materials[0]
     chosen = dict.fromkeys((a.arm, a.size, a.training.repeats) for a in arms if a.training is not None)
     plans = [
@@ -194,7 +195,7 @@ def finish(
         *(fact for fact in loaded.facts if any(told in fact for told in _TOLD)),
     ]
     notes += idle(arms)
-    if kind != "scale":  # whose shares are the question itself
+    if kind.has_mix_advice:
         notes += [f"{name}: {text}" for name, plan in plans for text in mix.warnings(plan, settings.train.batch_size)]
     shots: dict[tuple[str, int], list[int]] = {}
     for result in arms:
@@ -203,7 +204,7 @@ def finish(
     notes += [f"{arm} of {n} rows: examples in the prompt, by seed: {', '.join(map(str, k))}" for (arm, n), k in shots.items()]
     size = shown_size(arms, settings)
     results = Results(
-        kind=kind, settings=settings.model_dump(mode="json"), environment=environment(loaded),
+        kind=kind.name, settings=settings.model_dump(mode="json"), environment=environment(loaded),
         tasks=material.facts(first, loaded.tokenizer), notes=tuple(notes), rejects=first.rejects,
         arms=tuple(replace(arm, predictions={}, general={}) for arm in arms),
         differences=tuple(differences), forgetting=tuple(forgetting([arm for arm in arms if arm.size in (0, size)])),
@@ -219,9 +220,10 @@ def finish(
     if launched.writes():
         store.write_jsonl(folder / "predictions.jsonl", lines)
         store.write_json(folder / "results.json", results)
-        report.write(folder)
-        if kind not in ("scale", "quanta"):  # which keep no adapter that anybody would use
-            store.write_bytes(folder / "README.md", report.card(report.load(folder), export.NOTE).encode())
+        run_report.write(folder, kind)
+        if kind.adapters is not None:
+            card = run_report.card(run_report.load(folder), kind, export.NOTE)
+            store.write_bytes(folder / "README.md", card.encode())
         run_folder.seal(folder)
     launched.processes().wait_for_everyone()
     return results

@@ -22,6 +22,7 @@ from fulcrum.launched import writes
 from fulcrum.presets import limit_test_rows, seeds_from
 from fulcrum.records import Results
 from fulcrum.run import begin, claimed, finish
+from fulcrum.scale_report import SCALE
 from fulcrum.units import Study, Unit
 
 _FEWEST_LEVELS = 7  # with fewer the verdict is "not enough data" whatever comes
@@ -34,7 +35,7 @@ def scale(
     """Train at every amount of general data of `settings.scale`, and fill the run folder with results, verdicts and report.
 
     The arguments are those of `comparison.compare`. What the curves say is computed from results and predictions, here and
-    whenever the report is written (`scaling.analyse`).
+    whenever the report is written (`scale_report.analyse`).
     Raises ConfigError, DataError, ModelError or StoreError.
     """
     workers.share_threads(jobs, on)
@@ -43,7 +44,7 @@ def scale(
     _require_general(settings)
     with claimed(settings, resume=resume):
         arms = chosen_arms(settings)
-        loaded, rows, folder = begin("scale", settings, arms, settings.seeds, resume, watcher)
+        loaded, rows, folder = begin(SCALE, settings, arms, settings.seeds, resume, watcher)
         if writes() and budget is not None:
             budget.keep(folder, settings)
         study = Study(settings, dict(zip(settings.seeds, rows, strict=True)), folder, probed=False)
@@ -53,7 +54,7 @@ def scale(
             seconds = None if budget is None else budget.seconds
             results, dropped = by_seeds(study, units, Progress(study, units, watcher, jobs), runner, seconds)
         notes = [] if budget is None else budget.notes(dropped)
-        return finish("scale", settings, folder, loaded, rows, results, (), started, notes)
+        return finish(SCALE, settings, folder, loaded, rows, results, (), started, notes)
 
 
 def _require_general(settings: Settings) -> None:
@@ -101,9 +102,7 @@ def plan(settings: Settings, seconds: float) -> Plan:
     loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
     wide = ladder.prepared(settings)
     _require_general(wide)
-    (rows,) = material.of_seeds(
-        wide, loaded.tokenizer, loaded.context, wide.seeds[:1], mixed_rows=settings.scale.rows
-    )
+    (rows,) = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds[:1], mixed_rows=settings.scale.rows)
     speed = planning.measure(rows, loaded, wide)
     cost = 0.0
     for design, left_out in _designs(settings):

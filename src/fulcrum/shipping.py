@@ -24,21 +24,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from fulcrum import (
     artefact,
     encode,
+    finished,
     gguf,
     gguf_export,
     materials,
     merge,
     metrics,
     modelfile,
-    report,
+    run_report,
     sources,
     store,
-    use,
 )
 from fulcrum.artefact import Check, Measured, Plain, Trained
 from fulcrum.errors import ConfigError, ModelError, nearest
+from fulcrum.finished import Adapter
 from fulcrum.records import Example
-from fulcrum.use import Adapter
 
 KINDS = ("adapter", "merged", "gguf", "modelfile")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -126,12 +126,9 @@ def export(
     `artefact` allows.
     """
     folder = Path(folder)
-    adapter = use.load_adapter(folder, arm=arm)
+    adapter = finished.load_adapter(folder, arm=arm)
     if task is None and len(adapter.anchors) > 1:
-        raise ConfigError(
-            f"the run has the tasks {', '.join(adapter.anchors)}, an export has one anchor: "
-            "choose with --task"
-        )
+        raise ConfigError(f"the run has the tasks {', '.join(adapter.anchors)}, an export has one anchor: choose with --task")
     form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
     tasks = adapter.settings.tasks
     own = next(one for one in tasks if one.name == (task or tasks[0].name))
@@ -143,11 +140,8 @@ def export(
     if not _may_write(target):
         raise ConfigError(f"{target}: exists and is no export; name another folder with --out")
     if wanted.to == "modelfile" and modelfile.pieces(form) is None:
-        raise ModelError(
-            "the model's chat template has a shape that a Modelfile cannot have; "
-            "use --to gguf or merged"
-        )
-    chosen = use.rows_to_check(folder, adapter, own.name, rows) if rows else []
+        raise ModelError("the model's chat template has a shape that a Modelfile cannot have; use --to gguf or merged")
+    chosen = finished.rows_to_check(folder, adapter, own.name, rows) if rows else []
     limit = own.max_new_tokens if metrics.needs_generation(own.metrics) else 0
     trained = None
     if chosen:
@@ -167,9 +161,7 @@ def export(
                 known = wanted.precision in artefact.MOST_NATS
                 allowed = wanted.precision if known else "q8_0"
                 lost = partial(_lost, place, adapter, wanted)
-                check = artefact.compared(
-                    trained, found, exact, chosen, own.metrics, allowed, reader.name, lost
-                )
+                check = artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name, lost)
                 done.append(check)
                 wrong = check.wrong
             if wrong:
@@ -177,8 +169,8 @@ def export(
         check = done[0] if done else None
         record = {"version": 1, "to": wanted.to, "arm": adapter.arm, "task": own.name}
         store.write_json(place / RECORD, {**record, "check": check})
-        card = report.export_card(
-            report.load(folder),
+        card = run_report.export_card(
+            run_report.load(folder),
             wanted.to,
             adapter.arm,
             adapter.train.lora_r,
@@ -201,9 +193,7 @@ def _may_write(target: Path) -> bool:
     return target.is_dir() and not any(target.iterdir())
 
 
-def _write(
-    place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, rows: Sequence[Example]
-) -> Measured | None:
+def _write(place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, rows: Sequence[Example]) -> Measured | None:
     """Write the files to load; of a merged model, measure the rows before it is rounded."""
     if wanted.to in ("adapter", "modelfile"):
         _copy_adapter(place, adapter, form)
@@ -240,9 +230,7 @@ def _copy_adapter(place: Path, adapter: Adapter, form: encode.Format) -> None:
         store.write_bytes(place / "Modelfile", text.encode())
 
 
-def _write_gguf(
-    file: Path, adapter: Adapter, causal: Any, tokenizer: Any, form: encode.Format, wanted: Wanted
-) -> None:
+def _write_gguf(file: Path, adapter: Adapter, causal: Any, tokenizer: Any, form: encode.Format, wanted: Wanted) -> None:
     """Write a GGUF file.
 
     Fulcrum does it itself for a model that came as a GGUF file, as f16 or q8_0; else llama.cpp's
@@ -336,10 +324,7 @@ def _lost(place: Path, adapter: Adapter, wanted: Wanted) -> str:
             apart.append(name)
     if not apart:
         return ""
-    return (
-        f"{len(apart)} of {len(expected)} tensors are not the merged model's, "
-        f"the first is {apart[0]}"
-    )
+    return f"{len(apart)} of {len(expected)} tensors are not the merged model's, the first is {apart[0]}"
 
 
 def _reader(place: Path, adapter: Adapter, wanted: Wanted, longest: int) -> artefact.Reader:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulcrum import adapter as adapters
-from fulcrum import arms, encode, generate, use
+from fulcrum import arms, encode, finished, generate
 from fulcrum.config import Settings, TrainSettings
 from fulcrum.engine import Speaker, TooLongError, check_room
 from fulcrum.errors import ConfigError, DataError, ModelError, nearest
@@ -46,19 +46,19 @@ def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> Speakers:
     An adapter is called by its arm, with several tasks `ARM/TASK`, of several runs `RUN/ARM`. Raises StoreError; ConfigError
     for an arm that no run has; ModelError where the runs' base models differ.
     """
-    runs = {Path(folder): use.settings_of(Path(folder)) for folder in folders}
+    runs = {Path(folder): finished.read_settings(Path(folder)) for folder in folders}
     first, *others = runs
     for folder in others:
         if runs[folder].model != runs[first].model:
             raise ModelError(
                 f"{folder} is a run of {runs[folder].model!r}, {first} of {runs[first].model!r}: serve them by two servers"
             )
-    found = {folder: use.adapter_folders(folder, settings) for folder, settings in runs.items()}
+    found = {folder: finished.adapter_folders(folder, settings) for folder, settings in runs.items()}
     there = {name for arms_there in found.values() for name in arms_there}
     for name in wanted:
         if name not in {BASE, *there}:
             raise ConfigError(f"no adapter of arm {name!r} in {', '.join(map(str, runs))}{nearest(name, {BASE, *there})}")
-    loaded = use.load_base(runs[first])
+    loaded = finished.load_base(runs[first])
     longest = max(task.max_new_tokens for settings in runs.values() for task in settings.tasks)
     known = {BASE: Speaker(adapters.BASE, encode.make_format(loaded.tokenizer, None), longest)}
     states: dict[str, tuple[adapters.State, TrainSettings]] = {}
@@ -68,25 +68,25 @@ def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> Speakers:
                 continue
             key = f"adapter{len(states)}"  # an arm's own name may hold a dot, which PEFT's must not
             arm = arms.arm_of(settings, name) if weights.name != "adapter" else arms.own_arm(settings)
-            states[key] = use.read_state(weights), use.as_saved(weights, settings.train, arm)
+            states[key] = finished.read_state(weights), finished.as_saved(weights, settings.train, arm)
             for task, called in _names(folder, name, settings, several=len(runs) > 1).items():
                 if called in known:
                     raise ConfigError(f"two adapters would be called {called!r}; rename a folder, or an arm")
                 own = next(one for one in settings.tasks if one.name == task)
-                form = encode.make_format(loaded.tokenizer, use.asked(own, arm, settings))
+                form = encode.make_format(loaded.tokenizer, finished.task_anchor(own, arm, settings))
                 known[called] = Speaker(key, form, own.max_new_tokens)
     adapters.put_on(loaded, states)
-    return Speakers(loaded, known, tuple(note for folder in runs for note in use.other_base(folder, loaded)))
+    return Speakers(loaded, known, tuple(note for folder in runs for note in finished.other_base(folder, loaded)))
 
 
 def side_by_side(folder: Path, arm: str | None, others: Sequence[str], task: str | None) -> tuple[Speakers, list[str]]:
     """The adapter of an arm (default: the first that the run has) and others beside it, and by which names they are asked for a
     task (default: the first). Raises as `load`, and ConfigError for an unknown task."""
-    settings = use.settings_of(folder)
+    settings = finished.read_settings(folder)
     tasks = [one.name for one in settings.tasks]
     if task is not None and task not in tasks:
         raise ConfigError(f"no task {task!r} in this run{nearest(task, tasks)}")
-    first = arm or next(iter(use.adapter_folders(folder, settings)))
+    first = arm or next(iter(finished.adapter_folders(folder, settings)))
     wanted = list(dict.fromkeys([first, *others]))
     named = {name: name if name == BASE or len(tasks) == 1 else f"{name}/{task or tasks[0]}" for name in wanted}
     return load([folder], wanted), list(named.values())

@@ -160,7 +160,7 @@ def claims(results: Record) -> list[Claim]:
     for facts in results["tasks"]:
         metrics = metrics_of(arms, facts["name"])
         if metrics:
-            compared = _comparison(results, arms, facts["name"], metrics[0]) if results["kind"] == "compare" else None
+            compared = _comparison(results, arms, facts["name"], metrics[0])
             found.append(compared or _state_scores(arms, facts["name"], metrics[0]))
     return found
 
@@ -264,9 +264,10 @@ def cost_grid(results: Record) -> Grid:
         arm = [result for result in results["arms"] if result["arm"] == name]
         # Where the first seed's trials stand for all seeds, each of them was paid for once.
         tried = {(*t["setting"].values(), t["dev_nll"], t["seconds"]): t for result in arm for t in result["tried"]}.values()
-        apart = results["kind"] == "compare"  # `train` tries what it keeps
-        tokens = sum(one["train_tokens"] for one in [*tried, *(trainings(arm) if apart else ())])
-        seconds = sum(value_of(one, "seconds") for one in [*arm, *(tried if apart else ())])
+        # A training that was watched on dev rows is one of the trials, and its seconds are among those of the arm.
+        is_trial = any(training["dev_nll"] for training in trainings(arm))
+        tokens = sum(one["train_tokens"] for one in [*tried, *(() if is_trial else trainings(arm))])
+        seconds = sum(value_of(one, "seconds") for one in [*arm, *(() if is_trial else tried)])
         operations = decimal(4e-15 * parameters * tokens)
         rows.append((name, f"{len(arm)}", f"{len(tried)}", f"{tokens:,}", operations, f"{seconds:,.0f}"))
     head = ("arm", "cells", "trials", "train tokens in all", "PFLOP, about", "seconds in all")

@@ -233,21 +233,20 @@ def _factor(factor: Mapping[str, Any]) -> str:
 
 def conclude(out: Console, folder: Path) -> None:
     """Print what a folder says: tables of a run, of its certificates, one sentence, and where its report and adapters are."""
-    from fulcrum import page, quanta_page, report, scaling, store
+    from fulcrum import api, page, run_report
+    from fulcrum.run_kinds import kind_of
 
     certificates = page.find(folder)
-    if not report.has_certificate_only(folder):
-        results = report.load(folder)
-        for table in report.tables(results, certified=bool(certificates)):
+    pages: tuple[str, ...] = ()
+    if not run_report.has_certificate_only(folder):
+        results = run_report.load(folder)
+        kind = kind_of(results, api.KINDS)
+        pages = kind.pages
+        for table in run_report.tables(results, certified=bool(certificates)):
             out.print(table)
-        if results["kind"] == "scale":
-            said = scaling.sentences(store.read_json(folder / store.SCALING))
-        elif results["kind"] == "quanta":
-            said = quanta_page.sentences(quanta_page.read(folder))
-        else:
-            said = [] if certificates else [report.headline(results)]
-        for text in said:
-            say(out, text, "bold")
+        if not certificates:
+            for text in kind.sentences(folder, results):
+                say(out, text, "bold")
     for known in certificates.values():
         for table in certificate_tables(known["answers"][0]):
             out.print(table)
@@ -257,6 +256,6 @@ def conclude(out: Console, folder: Path) -> None:
     if over_tasks:
         adjusted = ", ".join(f"{task} {p:.3g}" for task, p in over_tasks.items())
         say(out, f"p of the differences, adjusted for several tasks (Holm): {adjusted}")
-    for place in ("report.html", "quanta.html", "adapter", "adapters"):
+    for place in (page.REPORT, *pages, "adapter", "adapters"):
         if (folder / place).exists():
             say(out, f"{place.partition('.')[0]}: {folder / place}")

@@ -23,7 +23,7 @@ from typing import Any
 
 from accelerate import tracking
 
-from fulcrum import certificate, report, run_folder, store, summary, training
+from fulcrum import certificate, run_folder, run_report, store, summary, training
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
@@ -214,7 +214,7 @@ class Trackers:
 
     def conclude(self) -> None:
         """Send the scores, settings, manifest and certificates of the run folder, which is finished."""
-        found = scores(report.load(self.folder))
+        found = scores(run_report.load(self.folder))
         paths = [*(self.folder / name for name in _FILES), *run_folder.made(self.folder, certificate.FILE)]
         files = {path.relative_to(self.folder).as_posix(): path for path in paths}
         name = re.sub(r"[^A-Za-z0-9_.-]", "-", self.folder.name)

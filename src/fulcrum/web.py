@@ -19,12 +19,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from fulcrum import config, desk, onlooker, settings_file, store
+from fulcrum import config, runs, settings_file, store
 from fulcrum import workspace as places
 from fulcrum.chatting import Talks
 from fulcrum.errors import FulcrumError, StoreError
 from fulcrum.guard import SHOWN_POLICY, App, Guard
 from fulcrum.page import REPORT
+from fulcrum.run_kinds import Kinds
 from fulcrum.workspace import Run, Workspace
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -87,8 +88,8 @@ class Asked(_Body):
     messages: list[Turn] = Field(min_length=1, max_length=100)
 
 
-def make_app(space: Workspace, talks: Talks) -> FastAPI:
-    """The application, unguarded."""
+def make_app(space: Workspace, talks: Talks, kinds: Kinds) -> FastAPI:
+    """Make the application, unguarded; it shows results of these `kinds` of runs."""
 
     @asynccontextmanager
     async def alive(app: FastAPI) -> AsyncIterator[None]:
@@ -109,14 +110,14 @@ def make_app(space: Workspace, talks: Talks) -> FastAPI:
     _data(app, space)
     _settings(app, space, talks)
     _running(app, space)
-    _results(app, space)
+    _results(app, space, kinds)
     _chat(app, space, talks)
     return app
 
 
-def guarded(space: Workspace, port: int, told: Callable[[str], None]) -> App:
-    """The whole server for a port; `told` is given each address to open."""
-    return Guard(make_app(space, Talks(space)), port, places.MOST_BYTES, told)
+def guarded(space: Workspace, port: int, told: Callable[[str], None], kinds: Kinds) -> App:
+    """Make the whole server for a port; `told` is given each address to open."""
+    return Guard(make_app(space, Talks(space), kinds), port, places.MOST_BYTES, told)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -170,44 +171,44 @@ def _data(app: FastAPI, space: Workspace) -> None:
             return store.plain(await asyncio.to_thread(space.add_data, name, iter(lambda: spool.read(_PIECE), b"")))
 
     @app.get("/api/runs")
-    def runs() -> Any:
-        return [_worded(space, onlooker.card(run)) for run in space.runs()]
+    def all_runs() -> Any:
+        return [_worded(space, runs.summarize(run)) for run in space.runs()]
 
     @app.post("/api/runs")
     def new(body: NewRun) -> Any:
         data, model = space.datum(body.data), space.model(body.model)
         run = space.new_run(Path(data.name).stem, data)
-        desk.first_look(space, run, model)
-        return onlooker.card(run)
+        runs.start_init(space, run, model)
+        return runs.summarize(run)
 
     @app.post("/api/runs/{run_id}/init")
     def init(run_id: Id, body: Columns) -> Any:
-        desk.first_look(space, space.run(run_id), None, body.columns)
-        return _told(space, run_id, onlooker.INIT)
+        runs.start_init(space, space.run(run_id), None, body.columns)
+        return _told(space, run_id, runs.INIT)
 
     @app.post("/api/runs/{run_id}/again")
     def again(run_id: Id) -> Any:
-        return onlooker.card(space.again(space.run(run_id)))
+        return runs.summarize(space.again(space.run(run_id)))
 
 
 def _settings(app: FastAPI, space: Workspace, talks: Talks) -> None:
     @app.get("/api/runs/{run_id}")
     def run(run_id: Id) -> Any:
         found = space.run(run_id)
-        desk.settle(space, found)
-        return {**onlooker.card(found), "changeable": desk.may_change(found), "data_id": found.data, **_written(space, found)}
+        runs.settle(space, found)
+        return {**runs.summarize(found), "changeable": runs.can_change(found), "data_id": found.data, **_written(space, found)}
 
     @app.delete("/api/runs/{run_id}")
     def remove(run_id: Id) -> Any:
         found = space.run(run_id)
-        desk.remove(space, found)
+        runs.remove(space, found)
         talks.end(found)
         return {"removed": found.title}
 
     @app.put("/api/runs/{run_id}/settings")
     def change(run_id: Id, body: Changed) -> Any:
         found = space.run(run_id)
-        if not desk.may_change(found):
+        if not runs.can_change(found):
             raise StoreError("this run was begun: its settings stand; make another with the same settings")
         if body.text is not None:
             space.save(found, body.text)
@@ -217,7 +218,7 @@ def _settings(app: FastAPI, space: Workspace, talks: Talks) -> None:
 
     @app.post("/api/runs/{run_id}/jobs/{name}")
     def look(run_id: Id, name: Name) -> Any:
-        desk.look(space, space.run(run_id), name)
+        runs.start_look(space, space.run(run_id), name)
         return _told(space, run_id, name)
 
     @app.get("/api/runs/{run_id}/jobs/{name}")
@@ -226,11 +227,11 @@ def _settings(app: FastAPI, space: Workspace, talks: Talks) -> None:
 
     @app.delete("/api/runs/{run_id}/jobs/{name}")
     def end(run_id: Id, name: Name) -> Any:
-        return desk.end(space.run(run_id), name)
+        return runs.stop_job(space.run(run_id), name)
 
 
 def _told(space: Workspace, run_id: str, name: str) -> dict[str, Any]:
-    return _worded(space, desk.told(space.run(run_id), name))
+    return _worded(space, runs.read_job(space.run(run_id), name))
 
 
 def _worded(space: Workspace, found: dict[str, Any]) -> dict[str, Any]:
@@ -252,28 +253,28 @@ def _written(space: Workspace, run: Run) -> dict[str, Any]:
 def _running(app: FastAPI, space: Workspace) -> None:
     @app.post("/api/runs/{run_id}/begin")
     def begin(run_id: Id, body: Begun) -> Any:
-        desk.begin(space, space.run(run_id), body.verb, body.minutes)
-        return onlooker.card(space.run(run_id))
+        runs.begin(space, space.run(run_id), body.verb, body.minutes)
+        return runs.summarize(space.run(run_id))
 
     @app.post("/api/runs/{run_id}/stop")
     def stop(run_id: Id) -> Any:
-        desk.stop(space.run(run_id))
-        return onlooker.card(space.run(run_id))
+        runs.stop(space.run(run_id))
+        return runs.summarize(space.run(run_id))
 
     @app.post("/api/runs/{run_id}/resume")
     def resume(run_id: Id) -> Any:
-        desk.resume(space, space.run(run_id))
-        return onlooker.card(space.run(run_id))
+        runs.resume(space, space.run(run_id))
+        return runs.summarize(space.run(run_id))
 
     @app.get("/api/runs/{run_id}/watch")
     def watch(run_id: Id, after: Annotated[int, Query(ge=0)] = 0) -> Any:
-        return _worded(space, onlooker.watched(space.run(run_id), after))
+        return _worded(space, runs.follow(space.run(run_id), after))
 
 
-def _results(app: FastAPI, space: Workspace) -> None:
+def _results(app: FastAPI, space: Workspace, kinds: Kinds) -> None:
     @app.get("/api/runs/{run_id}/result")
     def result(run_id: Id) -> Any:
-        return onlooker.result(space.run(run_id))
+        return runs.read_result(space.run(run_id), kinds)
 
     @app.get("/runs/{run_id}/report")
     def report(run_id: Id) -> Response:
@@ -289,15 +290,15 @@ def _results(app: FastAPI, space: Workspace) -> None:
 
     @app.get("/api/runs/{run_id}/exports")
     def exports(run_id: Id) -> Any:
-        return desk.exports(space.run(run_id))
+        return runs.list_exports(space.run(run_id))
 
     @app.post("/api/runs/{run_id}/exports")
     def ship(run_id: Id, body: Shipped) -> Any:
-        return {"name": desk.export(space, space.run(run_id), body.to, body.arm, body.quantization)}
+        return {"name": runs.export(space, space.run(run_id), body.to, body.arm, body.quantization)}
 
     @app.get("/runs/{run_id}/exports/{name}.zip")
     def download(run_id: Id, name: Name) -> Response:
-        folder = desk.export_folder(space.run(run_id), name)
+        folder = runs.export_folder(space.run(run_id), name)
         if not (folder / "export.json").is_file():
             raise StoreError("no such export here")
         headers = {"content-disposition": f'attachment; filename="{name}.zip"'}
@@ -334,7 +335,7 @@ def _zipped(folder: Path) -> Iterator[bytes]:
     drain = _Drain()
     file: Any = drain
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for item in desk.files_of(folder):
+        for item in runs.list_files(folder):
             with archive.open(item["name"], "w", force_zip64=True) as target, (folder / item["name"]).open("rb") as stream:
                 while block := stream.read(_PIECE):
                     target.write(block)

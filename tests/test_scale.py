@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulcrum import config, ladder, report, scale, scaling, store
+from fulcrum import config, ladder, run_report, scale, scale_report, store
 from fulcrum.errors import ConfigError, DataError
 from test_cli import done, refused
 from test_run import KillAfter, Killed, timeless
@@ -51,7 +51,7 @@ def design(found: dict[str, Any], place: int = 0) -> dict[str, Any]:
 
 
 def test_a_planted_jump_of_the_loss_is_found_where_it_is() -> None:
-    found = design(scaling.analyse(*run(step)))
+    found = design(scale_report.analyse(*run(step)))
     nll = found["metrics"][0]
     assert found["word"] == "jump"
     said = r"From none to 64 general rows .* from (1\.9|2\.0)\d\d to 1\.[12]\d\d nats per token \(-0\.[78]\d\d; -.*4 seeds\)"
@@ -69,26 +69,26 @@ def test_a_power_law_is_smooth_and_a_hard_metric_that_jumps_beside_it_an_artefac
     def law(ratio: float) -> float:
         return 1.0 + (1 + ratio) ** -0.5
 
-    smooth = design(scaling.analyse(*run(law)))
+    smooth = design(scale_report.analyse(*run(law)))
     assert smooth["word"] == "smooth"
     assert smooth["metrics"][0]["best"] == "power"
     assert smooth["metrics"][0]["fits"]["power"]["parameters"]["beta"] == pytest.approx(0.5, abs=0.1)
     assert smooth["rows"]["jumps"] == 0
-    assert design(scaling.analyse(*run(law, hard=lambda ratio: float(ratio >= 4))))["word"] == "metric artefact"
+    assert design(scale_report.analyse(*run(law, hard=lambda ratio: float(ratio >= 4))))["word"] == "metric artefact"
 
 
 def test_few_amounts_are_not_enough_data() -> None:
-    found = design(scaling.analyse(*run(step, ratios=RATIOS[:6])))
+    found = design(scale_report.analyse(*run(step, ratios=RATIOS[:6])))
     assert found["word"] == "not enough data"
     assert found["metrics"][0]["p"] is None
     assert "6 amounts are too few" in found["rows"]["sentence"]
     results, _ = run(step)
-    assert "no predictions are stored" in design(scaling.analyse(results, []))["rows"]["sentence"]  # they were taken away
+    assert "no predictions are stored" in design(scale_report.analyse(results, []))["rows"]["sentence"]  # they were taken away
 
 
 def test_a_jump_in_one_design_alone_is_said_to_be_one_of_length() -> None:
     asked = {"designs": ["exposures", "steps"], "ratios": RATIOS}
-    both = scaling.analyse(*run(step, **asked))["tasks"][0]
+    both = scale_report.analyse(*run(step, **asked))["tasks"][0]
     assert [one["word"] for one in both["designs"]] == ["jump", "jump"]
     assert "neither" in both["sentence"]
     results, lines = run(step, **asked)
@@ -96,7 +96,7 @@ def test_a_jump_in_one_design_alone_is_said_to_be_one_of_length() -> None:
     for arm in results["arms"]:
         if arm["arm"].startswith("steps"):
             arm["scores"]["t"][0]["value"] = 1.5 + 0.01 * rng.standard_normal()
-    alone = scaling.analyse(results, lines)["tasks"][0]
+    alone = scale_report.analyse(results, lines)["tasks"][0]
     assert [one["word"] for one in alone["designs"]] == ["jump", "smooth"]
     assert "not with fixed steps: it may come of the length of training" in alone["sentence"]
     assert "No change with general data is shown" in alone["designs"][1]["sentence"]  # flat, and known well
@@ -110,7 +110,7 @@ def test_what_designs_say_of_each_other() -> None:
         return {"design": design, "word": word, "ratios": [0, 64], "metrics": [nll]}
 
     def said(*designs: dict[str, Any]) -> str:
-        return " ".join(filter(None, scaling._together(designs)))
+        return " ".join(filter(None, scale_report._together(designs)))
 
     jump, unknown = one("exposures", "jump", -0.8, 3), one("steps", "not enough data", 0, 3)
     assert said(jump, unknown) == "The jump is there with fixed exposures; whether it is with fixed steps could not be told."
@@ -131,8 +131,8 @@ def test_what_designs_say_of_each_other() -> None:
 
 def test_a_worsening_jump_is_shown_as_one() -> None:
     results, lines = run(lambda ratio: 3.2 - step(ratio))
-    found = scaling.analyse(results, lines)
-    shown = scaling.shown(found)[0]["designs"][0]
+    found = scale_report.analyse(results, lines)
+    shown = scale_report.shown(found)[0]["designs"][0]
     assert (shown["word"], shown["loss"]["improves"], shown["loss"]["failed"]) == ("jump", False, ["direction"])
     assert shown["sentence"].partition("nats per token")[2].count("A worsening jump") == 1
     assert "jump at" in shown["plot"]
@@ -142,15 +142,15 @@ def test_only_what_is_right_or_wrong_can_be_an_artefact_and_a_metric_without_a_v
     results, lines = run(lambda ratio: 1.0 + (1 + ratio) ** -0.5, hard=lambda ratio: float(ratio >= 4))
     for arm in results["arms"]:
         arm["scores"]["t"][1]["metric"] = "chrf"
-    assert design(scaling.analyse(results, lines))["word"] == "smooth"
+    assert design(scale_report.analyse(results, lines))["word"] == "smooth"
     results["arms"][3]["scores"]["t"][1]["value"] = None
-    found = design(scaling.analyse(results, lines))
+    found = design(scale_report.analyse(results, lines))
     assert [one["metric"] for one in found["metrics"]] == ["nll"]
     assert "Not looked at, for lack of a value in some training: chrf" in found["sentence"]
 
 
 def test_seeds_that_agree_are_not_called_one_seed() -> None:
-    found = design(scaling.analyse(*run(lambda ratio: 1.0 + 1 / (1 + ratio), noise=0.0)))
+    found = design(scale_report.analyse(*run(lambda ratio: 1.0 + 1 / (1 + ratio), noise=0.0)))
     assert re.search(r"\(-0\.985; -0\.985 to -0\.985, 4 seeds\)", found["sentence"])
 
 
@@ -158,19 +158,19 @@ def test_a_run_without_one_whole_seed_says_so() -> None:
     results, lines = run(step)
     results["arms"] = [arm for arm in results["arms"] if arm["arm"] != "exposures_64"]
     with pytest.raises(DataError, match="no seed has all of its trainings"):
-        scaling.analyse(results, lines)
+        scale_report.analyse(results, lines)
 
 
 def test_seeds_that_a_budget_cut_short_are_left_out() -> None:
     results, lines = run(step)
     results["arms"] = [arm for arm in results["arms"] if (arm["arm"], arm["seed"]) != ("exposures_64", 3)]
-    found = scaling.analyse(results, lines)
+    found = scale_report.analyse(results, lines)
     assert found["seeds"] == [0, 1, 2]
     assert np.shape(design(found)["metrics"][0]["by_seed"]) == (3, 9)
 
 
 def test_fitted_curves_go_through_their_levels() -> None:
-    one = design(scaling.analyse(*run(lambda ratio: 1.0 + (1 + ratio) ** -0.5, noise=0.0)))["metrics"][0]
+    one = design(scale_report.analyse(*run(lambda ratio: 1.0 + (1 + ratio) ** -0.5, noise=0.0)))["metrics"][0]
     fine = dict(zip(np.round(one["fine"], 6).tolist(), one["fits"]["power"]["fine"], strict=True))
     assert fine[0.0] == pytest.approx(2.0, abs=1e-3)
     assert fine[64.0] == pytest.approx(1.0 + 65**-0.5, abs=1e-3)
@@ -197,7 +197,7 @@ def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_amount_is_trained_once_at_every_seed_and_nothing_is_tuned(finished: Path) -> None:
-    results = report.load(finished)
+    results = run_report.load(finished)
     trained = [(arm["arm"], arm["seed"], arm["training"]["steps"], arm["training"]["share"]) for arm in results["arms"]]
     names = ["exposures_0", "exposures_1", "exposures_2", "permuted_1", "permuted_2"]
     assert [(arm, seed) for arm, seed, *_ in trained] == [(arm, seed) for seed in (0, 1) for arm in names]
@@ -207,7 +207,8 @@ def test_every_amount_is_trained_once_at_every_seed_and_nothing_is_tuned(finishe
     ]  # fmt: skip
     assert all(arm["tried"] == [] and arm["chosen"] is None for arm in results["arms"])
     assert not (finished / "adapters").exists()
-    assert scaling.sentences(store.read_json(finished / store.SCALING))[0].startswith("task, exposures fixed: not enough data")
+    said = scale_report.read_sentences(finished, results)
+    assert said[0].startswith("task, exposures fixed: not enough data")
     assert "Exposures fixed: not enough data" in (finished / "report.html").read_text()
 
 

@@ -14,16 +14,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import anchor_outcomes, certificate, page, plots, quanta_page, sources, stats, store, summary
-from fulcrum import scaling as curves_of
+from fulcrum import anchor_outcomes, certificate, page, plots, sources, stats, store, summary
 from fulcrum.errors import ModelError, StoreError
 from fulcrum.records import Results
-from fulcrum.summary import Grid, Record, headline
+from fulcrum.run_kinds import Chapter, RunKind
+from fulcrum.summary import Grid, Record
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-__all__ = ["card", "has_certificate_only", "headline", "html", "load", "tables", "write"]
 
 EXAMPLE_ROWS, EXAMPLE_CHARACTERS, CURVE_POINTS = 10, 700, 50  # keep the page below 1 MB
 
@@ -218,13 +216,18 @@ def _clip(text: str) -> str:
 
 
 def html(
-    results: Record, predictions: Sequence[Record], certificates: Mapping[str, page.Certificate] | None = None,
-    pilot: Record | None = None, anchors: Sequence[Record] = (), scaling: Record | None = None, quanta: Sequence[str] = (),
-) -> str:  # fmt: skip
+    results: Record,
+    predictions: Sequence[Record],
+    kind: RunKind,
+    certificates: Mapping[str, page.Certificate] | None = None,
+    pilot: Record | None = None,
+    anchors: Sequence[Record] = (),
+    chapter: Chapter | None = None,
+) -> str:
     """Return the report as one page that needs no network and runs no script; equal inputs give equal text.
 
-    It opens with the certificates, where there are any, in place of the claims, or with what the curves of `scaling` say, or
-    the clusters (`quanta`, in sentences). A `pilot` chose how much general data; `anchors` were scored before training.
+    It opens with the certificates and the `chapter` of its kind of run; if there is neither, with the claims about the arms.
+    A `pilot` chose how much general data; `anchors` were scored before training.
     """
     import yaml
 
@@ -241,6 +244,7 @@ def html(
     return _render(
         "report.html.j2",
         results,
+        kind=kind,
         per_task=per_task,
         examples=examples(results, predictions),
         training_plot=training_plot(results),
@@ -250,34 +254,29 @@ def html(
         forgetting_plot=forgetting_plot(results),
         settings=yaml.safe_dump(dict(results["settings"]), sort_keys=False, allow_unicode=True),
         views=views,
-        scaling=None if scaling is None else {**scaling, "tasks": curves_of.shown(scaling)},
-        quanta=quanta,
+        chapter=chapter,
         notes=[note for note in results["notes"] if not any(note in view["notes"] for view in views)],
     )
 
 
-def write(folder: Path) -> Path:
-    """Write ``report.html`` into a run folder, or one with a certificate alone, and return its path.
+def write(folder: Path, kind: RunKind) -> Path:
+    """Write ``report.html`` into the folder of a run of this kind, and return its path.
 
-    Raises StoreError where the run or a certificate cannot be read.
+    Raises StoreError if the run or a certificate cannot be read.
     """
-    if has_certificate_only(folder):
-        return page.write(folder)
     results = load(folder)
-    path = folder / "report.html"
     predictions = _read_predictions(folder / "predictions.jsonl")
-    pilot, anchors = (
-        store.read_json(file) if file.exists() else None for file in (folder / store.PILOT, folder / store.ANCHORS)
-    )
-    found: dict[str, Any] = {}
-    if results["kind"] == "scale":
-        found["scaling"] = curves_of.analyse(results, predictions)
-        store.write_json(folder / store.SCALING, found["scaling"], indent=None)
-    if results["kind"] == "quanta":
-        quanta_page.write(folder, ", ".join(facts["name"] for facts in results["tasks"]))
-        found["quanta"] = quanta_page.sentences(quanta_page.read(folder))
-    store.write_bytes(path, html(results, predictions, page.find(folder), pilot, anchors or (), **found).encode())
+    pilot = _read_if_there(folder / store.PILOT)
+    anchors = _read_if_there(folder / store.ANCHORS) or ()
+    chapter = kind.write_chapter(folder, results, predictions) if kind.write_chapter else None
+    text = html(results, predictions, kind, page.find(folder), pilot, anchors, chapter)
+    path = folder / page.REPORT
+    store.write_bytes(path, text.encode())
     return path
+
+
+def _read_if_there(file: Path) -> Any:
+    return store.read_json(file) if file.exists() else None
 
 
 def has_certificate_only(folder: Path) -> bool:
@@ -285,17 +284,28 @@ def has_certificate_only(folder: Path) -> bool:
     return not (folder / "results.json").exists() and (folder / certificate.FILE).exists()
 
 
-def card(results: Record, adapter_note: str) -> str:
-    """Return the model card in Markdown; `adapter_note` says in a sentence how the anchor gets into the prompt."""
+def card(results: Record, kind: RunKind, adapter_note: str) -> str:
+    """Return the model card of a run that keeps adapters, in Markdown; `adapter_note` says in a sentence how the anchor gets
+    into the prompt.
+    """
     anchors = [facts for facts in results["tasks"] if facts["anchor"] is not None]
     grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
     longest = max((task["max_new_tokens"] for task in results["settings"].get("tasks", ())), default=64)
     trained = [arm["arm"] for arm in results["arms"] if arm["training"] is not None]
-    folder = "adapter" if results["kind"] == "train" else f"adapters/{'tell' if 'tell' in trained else (trained or ['sft'])[0]}"
+    shown = "tell" if "tell" in trained else (trained or ["sft"])[0]
+    folder = (kind.adapters or "").format(arm=shown)
     return _render(
-        "card.md.j2", results, adapter_note=adapter_note, anchors=anchors, grids=grids, max_new_tokens=longest, folder=folder,
-        base=_kind_of_base(results["settings"]["model"]), asked=results["settings"].get("eval", {}).get("anchored", True),
-    )  # fmt: skip
+        "card.md.j2",
+        results,
+        kind=kind,
+        adapter_note=adapter_note,
+        anchors=anchors,
+        grids=grids,
+        max_new_tokens=longest,
+        folder=folder,
+        base=_kind_of_base(results["settings"]["model"]),
+        asked=results["settings"].get("eval", {}).get("anchored", True),
+    )
 
 
 def export_card(

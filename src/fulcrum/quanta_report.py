@@ -13,12 +13,12 @@ import numpy as np
 
 from fulcrum import page, plots, research_plots, store
 from fulcrum.errors import StoreError
+from fulcrum.run_kinds import Chapter, RunKind
+from fulcrum.summary import Record
 
-PAGE = "quanta.html"
+PAGE, TITLE = "quanta.html", "Clusters of answers"
 SHOWN = 40  # items of a cluster that the page holds
 _PICTURES = 24  # clusters, the largest, whose curves are drawn
-
-Record = Mapping[str, Any]
 
 
 def read(folder: Path) -> Record:
@@ -137,8 +137,25 @@ def _panels(row: Mapping[str, Any], arms: Sequence[str], steps: Mapping[str, Seq
     ]  # fmt: skip
 
 
-def write(folder: Path, title: str) -> Path:
-    """Write the explorer page of a run folder, and return its path."""
-    path = folder / PAGE
-    store.write_bytes(path, html(read(folder), title).encode())
-    return path
+def write_chapter(folder: Path, results: Record, predictions: Sequence[Record]) -> Chapter:
+    """Write the explorer page into a run folder, and return what the report says of the clusters."""
+    found = read(folder)
+    title = ", ".join(facts["name"] for facts in results["tasks"])
+    store.write_bytes(folder / PAGE, html(found, title).encode())
+    template = page.environment().get_template("quanta_opening.html.j2")
+    return Chapter(template.render(title=TITLE, sentences=sentences(found), page=PAGE))
+
+
+def read_sentences(folder: Path, results: Record) -> list[str]:
+    """Return what was found in a run folder, in words. Raises StoreError if it cannot be read."""
+    return sentences(read(folder))
+
+
+QUANTA = RunKind(
+    "quanta",
+    TITLE,
+    selection="none",
+    write_chapter=write_chapter,
+    sentences=read_sentences,
+    pages=(PAGE,),
+)

@@ -4,13 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from fulcrum import report, store, summary
+from fulcrum import run_report, store, summary
 from fulcrum.errors import StoreError
 from fulcrum.records import (
     ArmResult,
@@ -25,6 +26,8 @@ from fulcrum.records import (
     TrialResult,
     Tried,
 )
+from fulcrum.run_kinds import COMPARE, TRAIN, Chapter, RunKind, kind_of
+from fulcrum.summary import Record
 
 ARMS = {"base": 2.31, "base_anchor": 2.05, "sft": 1.42, "sft_anchor": 1.38, "mix": 1.33, "tell": 1.26}
 MATCH = {"base": 0.02, "base_anchor": 0.05, "sft": 0.4, "sft_anchor": 0.45, "mix": 0.483, "tell": 0.55}
@@ -137,25 +140,25 @@ def folder_with(tmp_path: Path, results: dict, lines: list[dict]) -> Path:
 def terminal(results: dict, width: int = 240) -> str:
     console = Console(width=width)
     with console.capture() as capture:
-        console.print(*report.tables(results))
+        console.print(*run_report.tables(results))
     return capture.get()
 
 
 class TestHeadline:
     def test_a_gain_is_stated_against_the_best_arm_without_general_data(self):
-        assert report.headline(make()) == (
+        assert summary.headline(make()) == (
             "tell is better than sft_anchor by 0.115 nats per answer token (95% interval 0.030 to 0.200; n=60 test rows, "
             "one seed: differences between seeds are not covered)."
         )
 
     def test_an_interval_over_0_shows_no_gain_and_advises_sft(self):
-        assert report.headline(make(bounds=(-0.2, 0.04))) == (
+        assert summary.headline(make(bounds=(-0.2, 0.04))) == (
             "No gain shown: tell's advantage over sft_anchor is 0.080 nats per answer token (95% interval −0.040 to 0.200; "
             "n=60 test rows, one seed: differences between seeds are not covered). Use SFT with the anchor."
         )
 
     def test_a_loss_is_said_plainly(self):
-        assert report.headline(make(seeds=(0, 1), bounds=(0.03, 0.2))) == (
+        assert summary.headline(make(seeds=(0, 1), bounds=(0.03, 0.2))) == (
             "tell is worse than sft_anchor by 0.115 nats per answer token (95% interval 0.030 to 0.200; n=60 test rows, "
             "2 seeds). Use SFT with the anchor."
         )
@@ -164,7 +167,7 @@ class TestHeadline:
         results = make()
         for arm in results["arms"]:
             arm["scores"]["tickets"].reverse()  # exact_match first
-        assert "tell is better than sft_anchor by 0.115 in exact match (95% interval 0.030 to 0.200;" in report.headline(
+        assert "tell is better than sft_anchor by 0.115 in exact match (95% interval 0.030 to 0.200;" in summary.headline(
             results
         )
 
@@ -172,27 +175,26 @@ class TestHeadline:
         results = make()
         for difference in results["differences"]:
             difference["low"] = difference["high"] = None
-        assert report.headline(results).startswith("No gain shown: tell's advantage over sft_anchor is 0.115")
+        assert summary.headline(results).startswith("No gain shown: tell's advantage over sft_anchor is 0.115")
 
     def test_the_arm_to_beat_is_the_one_best_on_dev_not_on_test(self):
         results = make()
         sft = next(arm for arm in results["arms"] if arm["arm"] == "sft")
         sft["tried"][sft["chosen"]]["dev_nll"] = 1.47  # sft_anchor has 1.48, and less on test
-        assert report.headline(results).startswith("tell is better than sft by 0.115")
+        assert summary.headline(results).startswith("tell is better than sft by 0.115")
 
     def test_an_untrained_model_that_wins_is_recommended(self):
         extra = Difference("tickets", "nll", "tell", "base_anchor", 0.4, 0.3, 0.5, 1, False)
         results = make(differences=(extra,))
-        assert report.headline(results).endswith("Use the base model with the anchor, untrained.")
+        assert summary.headline(results).endswith("Use the base model with the anchor, untrained.")
 
     def test_every_task_has_its_say(self):
-        text = report.headline(make(tasks=("a", "b")))
+        text = summary.headline(make(tasks=("a", "b")))
         assert text.startswith("a: tell is better")
         assert " b: tell is better" in text
 
-    @pytest.mark.parametrize("kind", ["train", "eval"])
-    def test_without_a_comparison_the_scores_are_stated(self, kind: str):
-        text = report.headline(make(kind=kind))
+    def test_without_differences_the_scores_are_stated(self):
+        text = summary.headline(make(kind="train", differences=()))
         assert text.startswith("NLL in nats per answer token [95% interval]: base 2.310 [2.210, 2.410]; base_anchor")
         assert text.endswith("tell 1.260 [1.160, 1.360] (n=60 test rows, one seed: differences between seeds are not covered).")
         assert "better" not in text
@@ -201,7 +203,7 @@ class TestHeadline:
         results = make()
         for arm in results["arms"]:
             arm["scores"]["tickets"][0]["n_groups"] = 20
-        assert "n=60 test rows in 20 groups" in report.headline(results)
+        assert "n=60 test rows in 20 groups" in summary.headline(results)
 
 
 class TestNumbers:
@@ -264,7 +266,7 @@ class TestNumbers:
         assert summary.headline(results) == summary.headline(make())
         rows = {row[0]: row for row in summary.cost_grid(results).rows}
         assert rows["tell"] == ("tell", "2", "4", "1,100,000", "0.440", "560")
-        shown = report.examples(results, [row | {"size": 30, "output": "small"} for row in predictions()] + predictions())
+        shown = run_report.examples(results, [row | {"size": 30, "output": "small"} for row in predictions()] + predictions())
         assert all(text != "small" for row in shown["tickets"] for _, text, _ in row["outputs"])
 
     def test_seeds_that_differ_are_shown_as_a_range(self):
@@ -283,7 +285,7 @@ class TestNumbers:
 class TestTerminal:
     def test_one_table_a_task_and_three_of_the_run(self):
         results = make(tasks=("a", "b"))
-        assert [str(table.title) for table in report.tables(results)] == [
+        assert [str(table.title) for table in run_report.tables(results)] == [
             "a",
             "b",
             "Paired differences (first metric; the others stand in the report)",
@@ -319,7 +321,7 @@ class TestTerminal:
         assert "[red]a[/red]" in terminal(make(tasks=("[red]a[/red]",)))
 
     def test_a_run_without_differences_has_no_empty_table(self):
-        found = report.tables(make(kind="train", differences=(), forgetting=()))
+        found = run_report.tables(make(kind="train", differences=(), forgetting=()))
         assert [str(table.title) for table in found] == ["tickets", "Training and cost"]
 
 
@@ -332,12 +334,12 @@ class TestPage:
         rows = predictions(EVIL, EVIL)
         for row in rows:
             row.update(output=EVIL, gold=EVIL, origin=f"{EVIL}{row['origin']}")
-        page = report.html(results, rows)
+        page = run_report.html(results, rows, COMPARE)
         assert "<script" not in page.lower()
         assert page.count("&lt;script&gt;") > 20
 
     def test_the_page_asks_no_network(self, tmp_path: Path):
-        page = report.html(make(), predictions())
+        page = run_report.html(make(), predictions(), COMPARE)
         assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
         assert not re.search(r"url\((?!#)|@import|<(link|iframe|img|object|script)\b", page)
         assert "default-src 'none'" in page
@@ -345,20 +347,21 @@ class TestPage:
     def test_equal_inputs_give_an_equal_file_below_a_megabyte(self, tmp_path: Path):
         results = make(seeds=(0, 1), tasks=("tickets", "mails"))
         folder = folder_with(tmp_path, results, predictions(text="x" * 5000) + predictions("mails", "y" * 5000))
-        path = report.write(folder)
+        path = run_report.write(folder, COMPARE)
         first = path.read_bytes()
         assert path == folder / "report.html"
         assert len(first) < 1_000_000
-        report.write(folder)
+        run_report.write(folder, COMPARE)
         assert path.read_bytes() == first
 
     def test_all_sections_and_figures_have_names(self):
-        page = report.html(make(), predictions())
+        page = run_report.html(make(), predictions(), COMPARE)
         for name in ("scores", "training", "forgetting", "examples", "data", "method", "cost", "settings"):
             assert page.count(f'id="{name}"') == 1
         assert len(re.findall(r'role="img" aria-label="[^"]{40,}"', page)) == 3
         assert "the last step’s weights count" in page
-        assert "The weights of the step with the best dev NLL are kept" in report.html(make(kind="train"), predictions())
+        single = run_report.html(make(kind="train"), predictions(), TRAIN)
+        assert "The weights of the step with the best dev NLL are kept" in single
         ids = re.findall(r'<h2 id="([^"]+)"', page)
         assert len(ids) == len(set(ids)) == 9
         for words in ("tell is better than sft_anchor by 0.115", "duplicate of a test row", "shared a 13-gram", "1,500 MiB"):
@@ -369,98 +372,98 @@ class TestPage:
         arms = tuple(arm_result(arm, 0, ("tickets",), 0, "train") for arm in ("base_anchor", "tell"))
         fallen = Difference("builtin", "nll", "tell", "base_anchor", -0.02, -0.05, 0.02, 1, False)
         results = make(kind="train", arms=arms, differences=(), forgetting=(fallen,))
-        page = report.html(results, [])
+        page = run_report.html(results, [], TRAIN)
         assert "The dashed line is base_anchor, the untrained model: to its right" in page
         assert "Nats per answer token above base_anchor, the untrained model, on general rows" in page
         assert "minus that of base_anchor, the untrained model, on the same held-out general rows.</li>" in page
         assert "the changes against base_anchor stand in the table above" in page
-        assert report.forgetting_plot(results).count("stroke-dasharray") == 1
-        assert "against base_anchor, the untrained model" in report.card(results, "")
+        assert run_report.forgetting_plot(results).count("stroke-dasharray") == 1
+        assert "against base_anchor, the untrained model" in run_report.card(results, TRAIN, "")
 
     def test_without_an_untrained_arm_there_is_no_dashed_line_and_no_word_of_it(self):
         arms = tuple(arm_result(arm, 0, ("tickets",), 0) for arm in ("sft", "tell"))
         results = make(arms=arms, differences=(), forgetting=())
-        page = report.html(results, [])
+        page = run_report.html(results, [], COMPARE)
         assert "NLL on held-out general rows, with 95% intervals.\n" in page
         assert not re.search("dashed|untrained|stand in the table above|Forgetting is", page)
-        assert "stroke-dasharray" not in report.forgetting_plot(results)
+        assert "stroke-dasharray" not in run_report.forgetting_plot(results)
 
     @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
     def test_forgetting_has_its_intervals_and_no_word_against_them(self, seeds: tuple[int, ...]):
-        page = report.html(make(seeds=seeds), [])
+        page = run_report.html(make(seeds=seeds), [], COMPARE)
         assert "−0.020 [−0.050, 0.020]" in page
         assert "without an interval" not in page
 
     def test_the_step_cap_is_claimed_only_where_it_held(self):
         # A run without general data takes the epochs that it was told, over any cap.
         for cap, said in ((120, True), (119, False)):
-            assert ("Step cap: no trial of any arm" in report.html(make(step_cap=cap), [])) is said
+            assert ("Step cap: no trial of any arm" in run_report.html(make(step_cap=cap), [], COMPARE)) is said
 
     def test_examples_are_the_rows_where_tell_and_sft_differ_most(self):
-        shown = report.examples(make(), predictions())["tickets"]
+        shown = run_report.examples(make(), predictions())["tickets"]
         assert len(shown) == 10
         assert shown[0]["origin"] == "tickets.jsonl:14"
         assert shown[0]["outputs"][5] == ("tell", "tell says 14", "4.060")
         assert shown[0]["prompt"] == "Printer on floor 3 is out of toner. #14"
 
     def test_long_texts_are_cut_and_say_so(self):
-        shown = report.examples(make(), predictions(text="x" * 5000))["tickets"]
+        shown = run_report.examples(make(), predictions(text="x" * 5000))["tickets"]
         assert shown[0]["prompt"].endswith("x … (4,304 more characters)")
 
-    def test_an_eval_without_predictions_or_training_still_has_a_page(self, tmp_path: Path):
+    def test_a_run_without_predictions_or_training_still_has_a_page(self, tmp_path: Path):
         arms = tuple(replace(arm_result(arm, 0, ("tickets",), 0), general_nll={}) for arm in ("base", "base_anchor"))
-        folder = folder_with(tmp_path, make(kind="eval", arms=arms, differences=(), notes=(), rejects={}), [])
+        folder = folder_with(tmp_path, make(arms=arms, differences=(), notes=(), rejects={}), [])
         (folder / "predictions.jsonl").unlink()
-        page = report.write(folder).read_text()
+        page = run_report.write(folder, COMPARE).read_text()
         assert "No predictions are stored" in page
         assert "No arm was trained" in page
         assert "No row was rejected" in page
 
     def test_a_line_separator_inside_a_row_breaks_no_line(self, tmp_path: Path):
         folder = folder_with(tmp_path, make(), predictions(text="a\u2028b\x85c"))
-        assert "a\u2028b\x85c #14" in report.write(folder).read_text()
+        assert "a\u2028b\x85c #14" in run_report.write(folder, COMPARE).read_text()
 
     def test_scored_rows_without_text_say_so(self):
         rows = [row | {"output": None} for row in predictions()]
-        assert "only scored, no text generated" in report.html(make(), rows)
+        assert "only scored, no text generated" in run_report.html(make(), rows, COMPARE)
 
 
 class TestLoad:
     def test_what_was_written_is_read(self, tmp_path: Path):
-        assert report.load(folder_with(tmp_path, make(), [])) == make()
+        assert run_report.load(folder_with(tmp_path, make(), [])) == make()
 
     def test_a_missing_folder_or_file(self, tmp_path: Path):
         with pytest.raises(StoreError, match="no such run folder"):
-            report.load(tmp_path / "nowhere")
+            run_report.load(tmp_path / "nowhere")
         with pytest.raises(StoreError, match=r"results\.json: no such file"):
-            report.load(tmp_path)
+            run_report.load(tmp_path)
 
     def test_another_version(self, tmp_path: Path):
         with pytest.raises(StoreError, match="has version 2, this Fulcrum reads 3"):
-            report.load(folder_with(tmp_path, make() | {"version": 2}, []))
+            run_report.load(folder_with(tmp_path, make() | {"version": 2}, []))
 
     def test_a_damaged_file(self, tmp_path: Path):
         (tmp_path / "results.json").write_text('{"version": 3')
         with pytest.raises(StoreError, match="not readable as JSON"):
-            report.load(tmp_path)
+            run_report.load(tmp_path)
         store.write_json(tmp_path / "results.json", [1])
         with pytest.raises(StoreError, match="has version None"):
-            report.load(tmp_path)
+            run_report.load(tmp_path)
         store.write_json(tmp_path / "results.json", {"version": 3, "arms": []})
         with pytest.raises(StoreError, match="lacks differences, environment, forgetting, kind"):
-            report.load(tmp_path)
+            run_report.load(tmp_path)
 
     def test_a_damaged_prediction_names_its_line(self, tmp_path: Path):
         folder = folder_with(tmp_path, make(), predictions()[:1])
         with (folder / "predictions.jsonl").open("a") as stream:
             stream.write('{"arm": "te')
         with pytest.raises(StoreError, match=r"predictions\.jsonl:2: not readable as JSON"):
-            report.write(folder)
+            run_report.write(folder, COMPARE)
 
 
 class TestCard:
     def test_it_says_what_how_and_how_well(self):
-        text = report.card(make(), "The tokenizer's chat template adds the anchor.")
+        text = run_report.card(make(), COMPARE, "The tokenizer's chat template adds the anchor.")
         assert text.startswith("---\nlibrary_name: peft\n")
         assert "\n# tickets: a LoRA adapter for smollm2-135m-instruct\n" in text
         assert "```text\nSort the ticket below; answer with one JSON object.\n```" in text
@@ -472,14 +475,14 @@ class TestCard:
         assert "for one training seed" in text
         assert "LoRA r=16" in text
         assert "chosen by cross-validation inside the task rows; the last step's weights were kept. All settings" in text
-        assert "with the best dev NLL were kept. All settings: `config.yaml`" in report.card(make(kind="train"), "")
+        assert "with the best dev NLL were kept. All settings: `config.yaml`" in run_report.card(make(kind="train"), TRAIN, "")
         assert "empty answer 2, duplicate of a test row 1." in text
         assert "\n\n\n\n" not in text
 
     def test_an_anchor_cannot_leave_its_fence(self):
         results = make()
         results["tasks"][0]["anchor"] = "a ```` b\n```\n<b>"
-        assert "`````text\na ```` b\n```\n<b>\n`````" in report.card(results, "")
+        assert "`````text\na ```` b\n```\n<b>\n`````" in run_report.card(results, COMPARE, "")
 
     @pytest.mark.parametrize(
         ("model", "says", "loads"),
@@ -499,24 +502,53 @@ class TestCard:
         ],
     )
     def test_it_says_how_to_come_by_the_base_model(self, model: str, says: str, loads: str):
-        text = report.card(make(settings={"model": model}), "NOTE")
+        text = run_report.card(make(settings={"model": model}), COMPARE, "NOTE")
         assert f"\nThe base model is `{model}`, {says}" in text
         assert f"\nbase = AutoModelForCausalLM.from_pretrained({loads})\n" in text
         assert ("\nfrom fulcrum.fetch import prepare\n" in text) == loads.startswith("prepare")
         assert '\nmodel = PeftModel.from_pretrained(base, "adapters/tell")\n' in text
 
     def test_of_several_tasks_one_is_chosen_by_name(self):
-        text = report.card(make(tasks=("Größe", "b", "c")), "")
+        text = run_report.card(make(tasks=("Größe", "b", "c")), COMPARE, "")
         assert '\ntask = "Größe"  # or "b", "c"\n' in text
         assert "\n    messages, chat_template=task, add_generation_prompt=True, " in text
-        assert "chat_template=" not in report.card(make(), "")
+        assert "chat_template=" not in run_report.card(make(), COMPARE, "")
 
     def test_without_anchor_there_is_no_anchor_section(self):
         results = make()
         results["tasks"][0].update(anchor=None, placement=None)
-        assert "## Anchor" not in report.card(results, "")
+        assert "## Anchor" not in run_report.card(results, COMPARE, "")
 
 
 def test_the_report_needs_no_torch():
-    code = "import sys, fulcrum.report as r; assert not {'torch', 'matplotlib', 'jinja2', 'rich'} & sys.modules.keys()"
+    code = "import sys, fulcrum.run_report as r; assert not {'torch', 'matplotlib', 'jinja2', 'rich'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_kind_of_a_run_is_looked_up_by_its_name():
+    kinds = {kind.name: kind for kind in (TRAIN, COMPARE)}
+    assert kind_of(make(kind="train"), kinds) is TRAIN
+    with pytest.raises(StoreError, match="unknown kind of run 'walk', this Fulcrum knows train, compare; use the Fulcrum that"):
+        kind_of(make(kind="walk"), kinds)
+
+
+def test_a_kind_of_run_opens_its_report_with_a_chapter_of_its_own(tmp_path: Path):
+    def write_chapter(folder: Path, results: Record, predictions: Sequence[Record]) -> Chapter:
+        (folder / "own.json").write_text(str(len(predictions)))
+        return Chapter("<p>One finding.</p>", '<a href="#own">Own</a>', '<section id="own"></section>')
+
+    kind = RunKind("walk", "A walk", "none", write_chapter=write_chapter)
+    folder = folder_with(tmp_path, make(kind="walk"), predictions())
+    page = run_report.write(folder, kind).read_text()
+    assert (folder / "own.json").read_text() == str(len(predictions()))
+    assert "<p>A walk with smollm2-135m-instruct</p>" in page
+    assert page.count("<p>One finding.</p>") == 1
+    assert 'class="claim' not in page
+    assert page.index('<a href="#own">Own</a>') < page.index('<section id="own">') < page.index('id="scores"')
+    assert "Nothing is chosen: there are no trials and no dev rows" in page
+
+
+def test_a_training_without_trials_is_counted_in_its_cost():
+    arms = tuple(replace(arm_result(arm, 0, ("tickets",), 0), tried=(), chosen=None) for arm in ("sft", "tell"))
+    rows = summary.cost_grid(make(arms=arms, differences=(), forgetting=())).rows
+    assert [(row[0], row[2], row[3]) for row in rows] == [("sft", "0", "52,000"), ("tell", "0", "110,000")]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulcrum import clusters, quanta_page, store
+from fulcrum import clusters, quanta_report, store
 from fulcrum.errors import StoreError
 
 
@@ -45,7 +45,7 @@ def record(k: int = 6, per: int = 10, evil: str = "ending") -> dict[str, Any]:
 
 
 def test_every_cluster_has_its_sizes_losses_and_gain() -> None:
-    rows = quanta_page.cluster_rows(record())
+    rows = quanta_report.cluster_rows(record())
     assert [(row["label"], row["size"], row["task"], row["general"]) for row in rows] == [
         (k, 10 + 3 * k, 10, 3 * k) for k in range(6)
     ]
@@ -61,16 +61,16 @@ def test_every_cluster_has_its_sizes_losses_and_gain() -> None:
 def test_the_page_says_the_verdict_and_shows_both_kinds_in_context() -> None:
     known = record()
     assert known["test"]["verdict"] == "rises"
-    text = quanta_page.html(known, "inflections")
+    text = quanta_report.html(known, "inflections")
     assert known["test"]["sentence"].split(";")[0].replace("'", "&#39;") in text
     assert text.count("<details") == 6
     assert "the stem of <mark>␣ending</mark>" in text
     assert ">general</span>" in text
-    assert quanta_page.html(known, "inflections") == text
+    assert quanta_report.html(known, "inflections") == text
 
 
 def test_a_large_cluster_shows_some_of_each_kind() -> None:
-    rows = quanta_page.cluster_rows(record(per=100))
+    rows = quanta_report.cluster_rows(record(per=100))
     shown = [item["general"] for item in rows[5]["items"]]
     assert (len(shown), sum(shown)) == (40, 15)  # all 15 general ones, and 25 of 100
     assert rows[5]["items"][0]["origin"] == "r5-0"
@@ -78,7 +78,7 @@ def test_a_large_cluster_shows_some_of_each_kind() -> None:
 
 
 def test_text_of_rows_is_inert() -> None:
-    text = quanta_page.html(record(evil="<script>alert(1)</script>"), "<b>t</b>")
+    text = quanta_report.html(record(evil="<script>alert(1)</script>"), "<b>t</b>")
     assert "<script" not in text
     assert "<b>t" not in text
     assert "default-src 'none'" in text
@@ -88,7 +88,7 @@ def test_text_of_rows_is_inert() -> None:
     ("text", "seen"), [(" a", "␣a"), ("a ", "a␣"), ("\n", "⏎"), ("  ", "␣␣"), ("a b", "a b"), ("\t.", "⇥."), ("", "")]
 )
 def test_white_space_is_seen(text: str, seen: str) -> None:
-    assert quanta_page.shown(text) == seen
+    assert quanta_report.shown(text) == seen
 
 
 def test_no_clusters_are_said_and_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -96,9 +96,9 @@ def test_no_clusters_are_said_and_a_record_of_another_version_is_refused(tmp_pat
     known |= {"test": None, "clusters": {"k": 0, "stability": None, "eigenvalues": [1.0, 0.5], "candidates": []}}
     for item in known["items"]:
         item["cluster"] = None
-    (said,) = quanta_page.sentences(known)
+    (said,) = quanta_report.sentences(known)
     assert said.startswith("No stable clusters in 105 answer tokens (60 of the task's test rows, 45 general)")
-    assert "<details" not in quanta_page.html(known, "t")
+    assert "<details" not in quanta_report.html(known, "t")
     (tmp_path / store.QUANTA).write_text(json.dumps({"version": 99}))
     with pytest.raises(StoreError, match=r"quanta\.json: not a record of this version"):
-        quanta_page.read(tmp_path)
+        quanta_report.read(tmp_path)

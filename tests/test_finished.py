@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import fulcrum
-from fulcrum import adapter, config, material, report, scoring, use
+from fulcrum import adapter, api, config, finished, material, run_report, scoring
 from fulcrum.errors import ConfigError, DataError, ModelError, StoreError
 from fulcrum.records import Example, Message
 from tiny import CONTEXT, load_tiny, save_tiny, tiny_settings, tiny_tokenizer, write_rows
@@ -53,16 +53,16 @@ def settings(place: Path, output: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "one"
     fulcrum.train(**settings(place, folder))
     return folder
 
 
 @pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
+def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, for tests that change it."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 # ---- which rows
@@ -71,7 +71,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def test_rows_that_the_adapter_was_trained_on_are_refused(run: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "mixed.jsonl", [ROWS[13], ("Colour  ant", "green"), ROWS[3]])
     with pytest.raises(DataError) as error:
-        use.evaluation(run, data=data)
+        finished.evaluate(run, data=data)
     message = str(error.value)
     assert message.startswith(f"{data}: 2 of 3 given rows have content of the colour training rows (2 the same prompt): ")
     assert message.endswith("the adapter was trained on them: remove them, and score rows that it never saw")
@@ -79,15 +79,15 @@ def test_rows_that_the_adapter_was_trained_on_are_refused(run: Path, tmp_path: P
 
 
 def test_rows_that_chose_the_checkpoint_are_scored_and_named(run: Path, place: Path) -> None:
-    found = use.evaluation(run, data=str(place / "dev.jsonl"), metric_names=["nll"])
+    found = finished.evaluate(run, data=str(place / "dev.jsonl"), metric_names=["nll"])
     (note,) = found.notes
     assert "2 of 2 given rows have content of the colour dev rows" in note
     assert note.endswith("these chose the checkpoint, so their scores flatter the adapter")
-    assert use.evaluation(run, data=str(place / "test.jsonl"), metric_names=["nll"]).notes == ()
+    assert finished.evaluate(run, data=str(place / "test.jsonl"), metric_names=["nll"]).notes == ()
 
 
 def test_rejected_rows_are_counted(run: Path, place: Path) -> None:
-    found = use.evaluation(run, data=str(place / "new.jsonl"), metric_names=["nll"])
+    found = finished.evaluate(run, data=str(place / "new.jsonl"), metric_names=["nll"])
     assert (len(found.predictions), found.rejects, found.notes) == (3, {"duplicate": 1, "empty answer": 1}, ())
     with pytest.warns(UserWarning, match="rows left out") as told:
         fulcrum.evaluate(run, data=str(place / "new.jsonl"), metric_names=["nll"])
@@ -104,10 +104,10 @@ def test_only_rows_that_were_trained_on_are_refused(place: Path, tmp_path: Path)
     trained, other = ({row.question for row in task.train} for task in prepared)
     assert trained != other
     rest = write_rows(tmp_path / "rest.jsonl", [row for row in ROWS[:8] if row[0] not in trained])
-    found = use.evaluation(tmp_path / "r", data=rest, metric_names=["nll"])
+    found = finished.evaluate(tmp_path / "r", data=rest, metric_names=["nll"])
     assert (len(found.predictions), found.notes) == (4, ())
     with pytest.raises(DataError, match="4 of 8 given rows have content of the colour training rows"):
-        use.evaluation(tmp_path / "r", data=str(place / "train.jsonl"))
+        finished.evaluate(tmp_path / "r", data=str(place / "train.jsonl"))
 
 
 def test_rows_that_another_task_was_trained_on_are_refused(place: Path, tmp_path: Path) -> None:
@@ -116,14 +116,14 @@ def test_rows_that_another_task_was_trained_on_are_refused(place: Path, tmp_path
     given["tasks"] = [given.pop("task") | {"metrics": ["nll"]}, sizes]
     fulcrum.train(**given)
     with pytest.raises(DataError, match=r"\d of 16 given rows have content of the size training rows"):
-        use.evaluation(tmp_path / "r", data=str(place / "sizes.jsonl"), task="colour")
+        finished.evaluate(tmp_path / "r", data=str(place / "sizes.jsonl"), task="colour")
 
 
 def test_a_run_without_its_data_is_scored_with_a_warning(run: Path, place: Path) -> None:
     """A run folder that came from another machine."""
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(str(place / "train.jsonl"), "gone/train.jsonl"))
-    found = use.evaluation(run, data=str(place / "new.jsonl"), metric_names=["nll"])
+    found = finished.evaluate(run, data=str(place / "new.jsonl"), metric_names=["nll"])
     (note,) = found.notes
     assert note.startswith(f"{place / 'new.jsonl'}: not checked against the run's training rows: gone/train.jsonl")
     assert len(found.predictions) == 3
@@ -132,7 +132,7 @@ def test_a_run_without_its_data_is_scored_with_a_warning(run: Path, place: Path)
 def test_training_rows_that_changed_since_the_run_are_said(run: Path, place: Path, tmp_path: Path) -> None:
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(str(place / "train.jsonl"), write_rows(tmp_path / "train.jsonl", ROWS[:6])))
-    (note,) = use.evaluation(run, data=str(place / "new.jsonl"), metric_names=["nll"]).notes
+    (note,) = finished.evaluate(run, data=str(place / "new.jsonl"), metric_names=["nll"]).notes
     assert note.endswith("checked against rows (colour train) that changed since the run; it may hold rows trained on")
 
 
@@ -140,15 +140,15 @@ def test_training_rows_that_changed_since_the_run_are_said(run: Path, place: Pat
 
 
 def test_predictions_are_saved_and_never_overwritten(run: Path, place: Path, tmp_path: Path) -> None:
-    first = use.evaluation(run)
+    first = finished.evaluate(run)
     assert first.file == run / "eval" / "test-sft_anchor-colour.jsonl"
     before = first.file.read_bytes()
     prompts = [json.loads(line)["prompt"] for line in before.decode().splitlines()]
     assert sorted(prompts) == ["colour kiwi", "colour lynx", "colour mole"]
-    again = [use.evaluation(run, metric_names=["nll"]).file.name for _ in range(2)]
+    again = [finished.evaluate(run, metric_names=["nll"]).file.name for _ in range(2)]
     assert again == ["test-sft_anchor-colour-2.jsonl", "test-sft_anchor-colour-3.jsonl"]
     assert first.file.read_bytes() == before
-    named = use.evaluation(run, data=str(place / "new.jsonl"), metric_names=["nll"])
+    named = finished.evaluate(run, data=str(place / "new.jsonl"), metric_names=["nll"])
     assert named.file == run / "eval" / "new-sft_anchor-colour.jsonl"
     with warnings.catch_warnings(action="error", category=UserWarning):
         _, predictions = fulcrum.evaluate(run, out=tmp_path / "mine.jsonl")
@@ -165,21 +165,21 @@ def test_the_device_is_this_machines_own(run: Path, monkeypatch: pytest.MonkeyPa
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     resolved["train"] |= {"device": "cuda", "dtype": "bfloat16"}
     (run / "config.yaml").write_text(yaml.safe_dump(resolved))
-    loaded = use.load_adapter(run).loaded
+    loaded = api.load_adapter(run).loaded
     assert (loaded.device.type, loaded.dtype) == ("cpu", torch.bfloat16)
 
 
-def test_the_default_arm_is_the_nearest_to_tell(finished: Path, tmp_path: Path) -> None:
+def test_the_default_arm_is_the_nearest_to_tell(trained: Path, tmp_path: Path) -> None:
     for name in ("adapters/sft", "adapters/sft_anchor"):
-        shutil.copytree(finished / "adapter", tmp_path / name)
+        shutil.copytree(trained / "adapter", tmp_path / name)
     for name in ("config.yaml", "manifest.json"):
-        shutil.copy(finished / name, tmp_path)
-    assert use.load_adapter(tmp_path).arm == "sft_anchor"
-    assert use.load_adapter(tmp_path, arm="sft").anchor() is None
-    shutil.copytree(finished / "adapter", tmp_path / "adapters" / "mix")
-    assert use.load_adapter(tmp_path).arm == "mix"
+        shutil.copy(trained / name, tmp_path)
+    assert api.load_adapter(tmp_path).arm == "sft_anchor"
+    assert api.load_adapter(tmp_path, arm="sft").anchor() is None
+    shutil.copytree(trained / "adapter", tmp_path / "adapters" / "mix")
+    assert api.load_adapter(tmp_path).arm == "mix"
     with pytest.raises(StoreError, match="no adapter of arm 'tell'; known: mix, sft, sft_anchor"):
-        use.load_adapter(tmp_path, arm="tell")
+        api.load_adapter(tmp_path, arm="tell")
 
 
 def test_devices_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_notebooks_resume_too(place: Path, tmp_path: Path, verb: str) -> None:
         call(**given)
     (tmp_path / "r" / "results.json").unlink()
     call(**given, resume=True)
-    assert report.load(tmp_path / "r")["kind"] == verb
+    assert run_report.load(tmp_path / "r")["kind"] == verb
 
 
 # ---- target modules, held-out rows

@@ -5,17 +5,20 @@ So an old run can be judged anew, and other trainers' numbers by the same functi
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulcrum import emergence, research_plots, scaling_fits, store, summary, verdicts
+from fulcrum import emergence, page, research_plots, scaling_fits, store, summary, verdicts
 from fulcrum.config import Settings
 from fulcrum.emergence import LEAST_LEVELS, JumpTest
 from fulcrum.errors import DataError
 from fulcrum.records import FloatArray
 from fulcrum.row_jumps import row_jumps
+from fulcrum.run_kinds import Chapter, RunKind
 from fulcrum.stats import Interval, seed_interval
+from fulcrum.summary import Record
 
 if TYPE_CHECKING:
     from fulcrum.ladder import Level
@@ -34,8 +37,6 @@ _HELD = {
 _STEPWISE = {"exact_match", "accuracy", "balanced_accuracy", "mcc", "json_valid", "json_fields"}  # a row is right or wrong
 
 _FIXED = {"exposures": "exposures fixed", "steps": "steps fixed", "permuted": "answers permuted"}
-
-Record = Mapping[str, Any]
 
 
 def analyse(results: Record, predictions: Sequence[Record]) -> dict[str, Any]:
@@ -279,7 +280,31 @@ def plot(design: Record) -> str:
         label = ",\n".join(filter(None, (summary.UNITS.get(name), f"{direction} is better")))
         jump = one["location"] if one["abrupt"] else None
         title, ratios = summary.label_of(name), design["ratios"]
-        panels.append(
-            research_plots.Amounts(title, label, ratios, one["by_seed"], one["fine"], fitted, jump)
-        )
+        panels.append(research_plots.Amounts(title, label, ratios, one["by_seed"], one["fine"], fitted, jump))
     return research_plots.scaling(panels)
+
+
+def write_chapter(folder: Path, results: Record, predictions: Sequence[Record]) -> Chapter:
+    """Write ``scaling.json`` into a run folder, and return what the report shows of it."""
+    found = analyse(results, predictions)
+    store.write_json(folder / store.SCALING, found, indent=None)
+    tasks = shown(found)
+    parts = page.environment().get_template("scaling.html.j2").module
+    link = '<a href="#amounts">Amounts</a>'
+    return Chapter(str(parts.opening(tasks)), link, str(parts.section(tasks, found["seeds"])))
+
+
+def read_sentences(folder: Path, results: Record) -> list[str]:
+    """Return the verdicts that the report of a run folder was written with. Raises StoreError if they cannot be read."""
+    return sentences(store.read_json(folder / store.SCALING))
+
+
+# Warnings about shares are of no use here: the shares are the question itself.
+SCALE = RunKind(
+    "scale",
+    "Amounts of general data",
+    selection="none",
+    has_mix_advice=False,
+    write_chapter=write_chapter,
+    sentences=read_sentences,
+)

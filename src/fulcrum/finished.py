@@ -1,13 +1,11 @@
-"""A finished run folder in use: answers, a conversation, scores on other rows. Also the face for notebooks."""
+"""A finished run folder in use: answers, a conversation, scores on other rows."""
 
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
@@ -15,7 +13,6 @@ from fulcrum import adapter as adapters
 from fulcrum import (
     arms,
     cell,
-    comparison,
     config,
     encode,
     generate,
@@ -27,21 +24,16 @@ from fulcrum import (
     scoring,
     starter,
     store,
-    trackers,
 )
-from fulcrum import quanta as clustering_runs
-from fulcrum import run as running
-from fulcrum import scale as scaling_runs
-from fulcrum.cell import Watcher
 from fulcrum.config import Arm, Settings, TaskSettings, TrainSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
 from fulcrum.identity import environment
 from fulcrum.model import LoadedModel
-from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Results, Score, Setting, Task, Tokens
+from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Score, Setting, Task, Tokens
 from fulcrum.sections import DataSource
 
 _ASKED = 8  # rows by which an adapter is seen to be at work
-_USED_FIRST = ("tell", "mix", "sft_anchor", "sft")  # of a comparison, where no arm is named
+_USED_FIRST = ("tell", "mix", "sft_anchor", "sft")  # of a comparison, if no arm is named
 
 
 @dataclass(frozen=True)
@@ -81,64 +73,66 @@ class Adapter:
 
 def load_adapter(folder: Path | str, *, arm: str | None = None) -> Adapter:
     """Load the base model and the adapter of a run folder; of a comparison, the adapter of `arm` (default: the first of tell,
-    mix, sft_anchor, sft in it). The device is this machine's own: a GPU where there is one.
+    mix, sft_anchor, sft in it). The device is this machine's own: a GPU if there is one.
 
-    Raises StoreError where the folder holds no finished run or no such arm, or where its files were changed.
+    Raises StoreError if the folder holds no finished run or no such arm, or if its files were changed.
     """
     folder = Path(folder)
-    settings = settings_of(folder)
+    settings = read_settings(folder)
     weights, own = _adapter_folder(folder, arm, settings)
     state = read_state(weights)
     loaded = load_base(settings)
     trained = as_saved(weights, settings.train, own)
     adapters.use(loaded, state, trained)
-    anchors = {task.name: asked(task, own, settings) for task in settings.tasks}
+    anchors = {task.name: task_anchor(task, own, settings) for task in settings.tasks}
     return Adapter(loaded, settings, own.name, anchors, weights, trained, tuple(other_base(folder, loaded)))
 
 
-def settings_of(folder: Path) -> Settings:
-    """The settings of a run folder. Raises StoreError where it is none."""
+def read_settings(folder: Path) -> Settings:
+    """Read the settings of a run folder. Raises StoreError if it is none."""
     if not (folder / "config.yaml").exists():
         raise StoreError(f"{folder}: not a run folder (no config.yaml); give the output_dir of `fulcrum train` or `compare`")
     return config.load(folder / "config.yaml")
 
 
 def load_base(settings: Settings) -> LoadedModel:
-    """The base model of a run, on this machine's own device."""
+    """Load the base model of a run onto this machine's own device."""
     here = settings.train.model_copy(update={"device": "auto"})  # the run's device may have been another machine's GPU
     return model.load(settings.model, here, trust_remote_code=settings.trust_remote_code)
 
 
 def read_state(weights: Path) -> adapters.State:
-    """An adapter's weights. Raises StoreError where its files are not those that were trained."""
+    """Read an adapter's weights. Raises StoreError if its files are not those that were trained."""
     if damaged := store.damaged(weights):
         raise StoreError(f"{weights}: {', '.join(damaged)} changed or missing since training; make it again with --resume")
     return load_file(weights / "adapter_model.safetensors")
 
 
 def other_base(folder: Path, loaded: LoadedModel) -> Iterator[str]:
-    """What the run's manifest says of the base model and is not so here."""
+    """Yield what differs between the base model here and the one in the run's manifest, in words."""
     known, here = store.read_json(folder / store.MANIFEST)["environment"], environment(loaded)
     for name, what in (("weights", "files"), ("prompt", "chat template, or the date that it writes,")):
         if known[name] != here[name]:
             yield f"{loaded.name}: its {what} differ here from those of training: answers may be others"
 
 
-def asked(task: TaskSettings, own: Arm, settings: Settings) -> Anchor | None:
-    """The anchor that an arm is asked with."""
+def task_anchor(task: TaskSettings, own: Arm, settings: Settings) -> Anchor | None:
+    """Return the anchor with which an arm is asked."""
     return arms.asked_anchor(own, Task(task.name, (), (), (), task.anchor_value()), settings)
 
 
 def as_saved(weights: Path, settings: TrainSettings, own: Arm) -> TrainSettings:
-    """The settings with those of the arm, and with the rank and scale that were saved: averaged adapters have others."""
+    """Return the settings with the arm's own, and with the rank and scale that were saved: averaged adapters have others."""
     saved = store.read_json(weights / "adapter_config.json")
     settings = cell.own_settings(settings, own, Setting())
     return settings.model_copy(update={"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"]})
 
 
 def adapter_folders(folder: Path, settings: Settings) -> dict[str, Path]:
-    """The trained adapters of a run folder by their arms, first the one that is used where none is named. Raises StoreError
-    where there is none."""
+    """Return the trained adapters of a run folder by their arms, first the one that is used if none is named.
+
+    Raises StoreError if there is none.
+    """
     if (folder / "adapter").is_dir():
         return {arms.own_arm(settings).name: folder / "adapter"}
     names = (*_USED_FIRST, *arms.ARMS, *(arm.name for arm in settings.compare.arms if not isinstance(arm, str)))
@@ -173,22 +167,15 @@ class Evaluation:
     notes: tuple[str, ...]
 
 
-def evaluate_run(
-    folder: Path | str, *, data: str | None = None, arm: str | None = None, task: str | None = None,
-    metric_names: Sequence[str] = (), out: Path | str | None = None,
-) -> tuple[tuple[Score, ...], tuple[Prediction, ...]]:  # fmt: skip
-    """Score an adapter as `evaluation` does; rejected rows and rows that the run knows are Python warnings."""
-    found = evaluation(folder, data=data, arm=arm, task=task, metric_names=metric_names, out=out)
-    rejected = [f"{data}: {number} rows left out: {reason}" for reason, number in found.rejects.items()]
-    for text in (*rejected, *found.notes):
-        warnings.warn(text, stacklevel=2)
-    return found.scores, found.predictions
-
-
-def evaluation(
-    folder: Path | str, *, data: str | None = None, arm: str | None = None, task: str | None = None,
-    metric_names: Sequence[str] = (), out: Path | str | None = None,
-) -> Evaluation:  # fmt: skip
+def evaluate(
+    folder: Path | str,
+    *,
+    data: str | None = None,
+    arm: str | None = None,
+    task: str | None = None,
+    metric_names: Sequence[str] = (),
+    out: Path | str | None = None,
+) -> Evaluation:
     """Score an adapter on `data` (default: the task's own test rows), and write the predictions to `out`, as JSON lines.
 
     `out` is a new file in the run folder's eval/ by default. Raises DataError (also for rows that the adapter was trained on),
@@ -311,57 +298,3 @@ def _test_rows(folder: Path, adapter: Adapter, task: TaskSettings) -> list[Examp
             "restore the files, or score other rows with --data FILE"
         )
     return list(own.test)
-
-
-VERBS: Mapping[str, Callable[..., Results]] = {  # what fills a run folder, by its kind
-    "train": running.run, "compare": comparison.compare, "scale": scaling_runs.scale,
-    "quanta": clustering_runs.quanta,
-}  # fmt: skip
-
-
-def launch(
-    kind: str, settings: Settings, *, resume: bool = False, watcher: Watcher | None = None, **how: Any
-) -> Results:  # fmt: skip
-    """Fill a run folder (one of `VERBS`), and report to the trackers that the settings name.
-
-    Raises what the verb raises, and ConfigError where a tracker is not installed; one that fails later ends nothing.
-    """
-    with trackers.reporting(settings, watcher) as told:
-        return VERBS[kind](settings, resume=resume, watcher=told, **how)
-
-
-def train(*, resume: bool = False, **settings: Any) -> Results:
-    """Train one adapter; the keywords are the keys of the YAML file (`model=`, `task=`, `general=`, `mix=` ...).
-
-    `resume` goes on with the run that `output_dir` holds. Raises ConfigError, DataError, ModelError or StoreError, each naming
-    the remedy; all are FulcrumErrors.
-    """
-    return launch("train", config.from_dict(settings), resume=resume)
-
-
-def compare(*, resume: bool = False, **settings: Any) -> Results:
-    """Compare arms; the keywords are the keys of the YAML file (`model=`, `task=`, `compare=` ...).
-
-    `resume` goes on with the comparison that `output_dir` holds: finished cells are read back. Raises ConfigError, DataError,
-    ModelError or StoreError, each naming the remedy; all are FulcrumErrors.
-    """
-    return launch("compare", config.from_dict(settings), resume=resume)
-
-
-def scale(*, resume: bool = False, **settings: Any) -> Results:
-    """Train with more and more general data; the keywords are the keys of the YAML file (`model=`, `task=`, `scale=` ...).
-
-    What the curves say stands in `scaling.json` and the report of `output_dir`; `fulcrum.emergence` has its tests for arrays of
-    one's own. `resume` goes on with the run that `output_dir` holds. Raises ConfigError, DataError, ModelError or StoreError.
-    """
-    return launch("scale", config.from_dict(settings), resume=resume)
-
-
-def quanta(*, resume: bool = False, **settings: Any) -> Results:
-    """Cluster answers by their gradients and ask whether general data helped where they are dense; the keywords are the keys of
-    the YAML file (`model=`, `task=`, `quanta=` ...).
-
-    What was found stands in `quanta.json` and `quanta.html` of `output_dir`; `fulcrum.clusters` has its parts for arrays of
-    one's own. `resume` goes on with the run that `output_dir` holds. Raises ConfigError, DataError, ModelError or StoreError.
-    """
-    return launch("quanta", config.from_dict(settings), resume=resume)
