@@ -161,9 +161,9 @@ def export(
                 known = wanted.precision in artefact.MOST_NATS
                 allowed = wanted.precision if known else "q8_0"
                 lost = partial(_lost, place, adapter, wanted)
-                check = artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name, lost)
-                done.append(check)
-                wrong = check.wrong
+                result = artefact.compared(trained, found, exact, chosen, own.metrics, allowed, reader.name, lost)
+                done.append(result)
+                wrong = result.wrong
             if wrong:
                 raise ModelError(f"{name}: not written: {wrong} (--rows 0 writes it unchecked)")
         check = done[0] if done else None
