@@ -92,7 +92,7 @@ def _draw_learning_curves(figure: "Figure", lines: Sequence[Line], reading: Read
     colours = arm_colours(line.arm for line in lines)
     handles = []
     for place, line in enumerate(lines):
-        style = {
+        style: dict[str, Any] = {
             "color": colours[line.arm],
             "linestyle": DASHES[place % len(DASHES)],
             "linewidth": 2.4 if line.strong else 1.5,
