@@ -251,7 +251,7 @@ def test_a_plan_leaves_out_what_a_budget_does_not_buy(place: Path, tmp_path: Pat
     rich = scale.plan(wide, 100_000)
     assert rich.left_out == ()
     assert rich.trainings == 5 * (9 + 9)
-    with pytest.raises(ConfigError, match=r"the smallest scaling run takes about (\d+) minutes .*use --budget \1m"):
+    with pytest.raises(ConfigError, match=r"the smallest scaling run takes about (\d+) min .*use --budget \1m"):
         scale.plan(wide, 0.001)
     some = scale.plan(wide, rich.seconds * 0.35)
     assert some.left_out[0] == "3 seeds"

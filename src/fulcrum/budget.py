@@ -1,7 +1,7 @@
 """How long a run will take on this machine, and which preset fits a time budget.
 
-The model's speed is measured on a few rows of the run, the jobs of each preset are counted. An estimate, no promise: a run
-with a budget drops whole seeds rather than exceed it (`comparison.by_seeds`).
+The model's speed is measured on a few rows of the run, the jobs of each preset are counted. That is
+an estimate, no promise: a run with a budget drops whole seeds rather than exceed it.
 """
 
 import math
@@ -65,7 +65,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What designs are worked out from: the settings, their rows and model, its speed, and the size of the general pool."""
+    """What designs are worked out from.
+
+    settings: as the file has them
+    rows: all of the first seed
+    speed: of the model on this machine
+    pool: number of general rows
+    """
 
     settings: Settings
     rows: Material
@@ -80,15 +86,15 @@ class _Measured:
 
 
 def plan(settings: Settings, *, preset: str | None = None, seconds: float | None = None) -> Plan:
-    """Choose the preset that is asked for, or else the richest that `seconds` allow on this machine.
+    """Choose the preset that is asked for, or else the richest that `seconds` allow here.
 
-    If none fits, the smallest is given fewer task rows, unless the file sets their number. Raises ConfigError if that does not
-    fit either, or cannot be run.
+    If none fits, the smallest is given fewer task rows, unless the file sets their number. Raises
+    ConfigError if that does not fit either, or cannot be run.
     """
     if settings.mix.general_per_task == "auto":
         raise ConfigError(
-            "a preset or budget needs a known number of general rows, and mix.general_per_task is auto; set a number, or "
-            "run without --preset, --budget and --quick"
+            "a preset or budget needs a known number of general rows, and mix.general_per_task is "
+            "auto; set a number, or run without --preset, --budget and --quick"
         )
     started = time.perf_counter()
     wanted = [preset_named(preset)] if preset else list(PRESETS.values())
@@ -111,9 +117,9 @@ def plan(settings: Settings, *, preset: str | None = None, seconds: float | None
     needed = math.ceil((least.seconds + PLANNED * seconds - limit) / PLANNED / 60)
     fewer = "" if least.rows == every else f" with {least.rows} of {every} task rows"
     raise ConfigError(
-        f"--budget: the smallest design, {least.preset}{fewer}, takes about {needed} minutes with this model on this machine, "
-        f"more than the {seconds / 60:.0f} given; use --budget {needed}m, or lower mix.general_per_task, train.max_length "
-        "or task.test_limit"
+        f"--budget: the smallest design, {least.preset}{fewer}, takes about {needed} min with this "
+        f"model on this machine, more than the {seconds / 60:.0f} min given; use --budget "
+        f"{needed}m, or lower mix.general_per_task, train.max_length or task.test_limit"
     )
 
 
@@ -127,19 +133,26 @@ def _left_out(design: Design, measured: _Measured) -> tuple[str, ...]:
 
 
 def _measure_run(settings: Settings) -> _Measured:
-    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    loaded = model.load(
+        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
+    )
     wide = _widest(settings)
-    rows = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds, mixed_rows=_SAMPLE)[0]
+    rows = material.of_seeds(
+        wide, loaded.tokenizer, loaded.context, wide.seeds, mixed_rows=_SAMPLE
+    )[0]
     general = 0
     if settings.general:
-        general = len(pool.open_pool(settings.general, settings.seed, near=settings.clean.near_duplicates))
+        general = len(
+            pool.open_pool(settings.general, settings.seed, near=settings.clean.near_duplicates)
+        )
     return _Measured(settings, rows, loaded, measure(rows, loaded, settings), general)
 
 
 def _widest(settings: Settings) -> Settings:
     """Return the settings with all rows, so that every design can be counted from the same ones.
 
-    If seeds hold out folds of the rows: with the fewest folds, which are the largest and leave the fewest rows.
+    If seeds hold out folds of the rows: with the fewest folds, which are the largest and leave the
+    fewest rows.
     """
     seeds = seeds_from(settings, LEAST_FOLDS if settings.outer_folds else 1)
     compare = settings.compare.model_copy(update={"sizes": None, "sizes_of": {}, "seeds": seeds})
@@ -152,8 +165,8 @@ def _design(preset: Preset, measured: _Measured, rows: int) -> Design:
     general = _general_rows(settings, rows)
     if general > measured.pool:
         lacks = (
-            f"it needs about {general:,} general rows, the pool has {measured.pool:,}; add some, lower "
-            "mix.general_per_task, or use fewer task rows"
+            f"it needs about {general:,} general rows, the pool has {measured.pool:,}; add some, "
+            "lower mix.general_per_task, or use fewer task rows"
         )
         return Design(preset.name, settings, rows, 0, math.inf, lacks)
     try:
@@ -174,7 +187,7 @@ def _general_rows(settings: Settings, rows: int) -> int:
 
 
 def _fewer(every: int) -> list[int]:
-    """Return ever fewer task rows, by a factor of the root of 2, down to the fewest that say anything."""
+    """Return ever fewer task rows, by a factor of √2, down to the fewest that say anything."""
     found = []
     rows = every / math.sqrt(2)
     while round(rows) >= _FEWEST:
@@ -190,7 +203,9 @@ def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
     """Measure on a few rows of this run how long training, scoring and answering take."""
     few = rows.at(_SAMPLE)
     anchored = any(task.anchor for task in few.tasks)
-    task, start = _time_training(few, loaded, arms.ARMS["sft_anchor" if anchored else "sft"], settings, 0.0)
+    task, start = _time_training(
+        few, loaded, arms.ARMS["sft_anchor" if anchored else "sft"], settings, 0.0
+    )
     mixed = next((arm for arm in arms.chosen_arms(settings) if arm.mixes and arm.task_rows), None)
     general = 0.0
     if mixed is not None:
@@ -214,9 +229,13 @@ def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
     return Speed(task, general, scored, answered, start)
 
 
-def _time_training(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, task: float) -> tuple[float, float]:
-    """Train an arm once; return seconds a task row (of a mixed arm: a general row, of which one of the task takes `task`), and
-    seconds that every training takes outside its steps."""
+def _time_training(
+    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, task: float
+) -> tuple[float, float]:
+    """Train an arm once and return the seconds of a row, and those outside the training's steps.
+
+    The row is a task row; of a mixed arm it is a general row, with `task` seconds for a task row.
+    """
     part = arms.stream(rows, loaded.tokenizer, arm, settings, 1, 0)
     began = time.perf_counter()
     _, result = training.train(loaded, part, None, settings.train, seed=0, repeats=1)
@@ -237,7 +256,9 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def predict(settings: Settings, rows: Material, loaded: LoadedModel, speed: Speed) -> tuple[int, float]:
+def predict(
+    settings: Settings, rows: Material, loaded: LoadedModel, speed: Speed
+) -> tuple[int, float]:
     """Return the number of jobs of a comparison, and about how many seconds they take.
 
     Which setting an arm's trials will choose is unknown: the mean over them counts.
@@ -272,11 +293,14 @@ def _rows_of(settings: Settings, rows: Material) -> Material:
 
 
 def _possible_finals(study: Study, arm: Arm, size: int, trials: Sequence[Unit]) -> list[Unit]:
-    """Return an arm's training on all rows at a size, once for each setting that its trials may choose."""
+    """Return an arm's final training at a size, once for each setting its trials may choose."""
     tuned = arm.settings_of or arm.name
     own = [trial.setting for trial in trials if (trial.arm.name, trial.size) == (tuned, size)]
     settings = dict.fromkeys(setting for setting in own if setting is not None)
-    return [Unit(arm, size, study.seeds[0], None, (Tried(setting, 0.0, 0, 0.0),)) for setting in settings]
+    return [
+        Unit(arm, size, study.seeds[0], None, (Tried(setting, 0.0, 0, 0.0),))
+        for setting in settings
+    ]
 
 
 @dataclass(frozen=True)
@@ -296,14 +320,18 @@ class Estimate:
 
 
 def estimate(settings: Settings) -> list[Estimate]:
-    """Estimate how long `train` and `compare` take. The scoring of anchors for `anchor: auto` is not counted.
+    """Estimate how long `train` and `compare` take, without the scoring of `anchor: auto`.
 
     Raises ConfigError, DataError or ModelError as these would.
     """
-    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    loaded = model.load(
+        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
+    )
     own = arms.own_arm(settings)
     among = arms.choose_from([own], settings)
-    rows = material.prepare(settings, loaded.tokenizer, loaded.context, settings.seed, choose_from=among)
+    rows = material.prepare(
+        settings, loaded.tokenizer, loaded.context, settings.seed, choose_from=among
+    )
     speed = measure(rows, loaded, settings)
     train = estimate_training(settings, rows, own, speed)
     if settings.mix.general_per_task == "auto":
@@ -311,15 +339,19 @@ def estimate(settings: Settings) -> list[Estimate]:
         return [train, Estimate("compare", None, 0, why_not)]
     try:
         largest = arms.largest_mixture(settings)
-        wide = material.of_seeds(settings, loaded.tokenizer, loaded.context, settings.seeds, mixed_rows=largest)[0]
+        wide = material.of_seeds(
+            settings, loaded.tokenizer, loaded.context, settings.seeds, mixed_rows=largest
+        )[0]
         jobs, seconds = predict(settings, wide, loaded, speed)
-    except FulcrumError as error:  # too few rows to be cut into folds, say: `train` is possible nonetheless
+    except (
+        FulcrumError
+    ) as error:  # too few rows to be cut into folds, say: `train` is possible nonetheless
         return [train, Estimate("compare", None, 0, str(error))]
     return [train, Estimate("compare", seconds, jobs)]
 
 
 def estimate_training(settings: Settings, rows: Material, arm: Arm, speed: Speed) -> Estimate:
-    """Estimate `train`: every trial with its looks at the dev rows, then the test rows before and after."""
+    """Estimate `train`: its trials, which score the dev rows, and the test rows before and after."""
     n_dev = sum(len(task.dev) for task in rows.tasks)
     n_test = sum(len(task.test) for task in rows.tasks)
     trials = arms.trials(rows, arm, settings)

@@ -50,12 +50,17 @@ ForceNew = Annotated[
     bool, typer.Option("--force-new", help="Where output_dir is taken, begin a new run in output_dir-2, -3 ... beside it.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, shares and steps, and train nothing.")]
-Preset = Annotated[str, typer.Option("--preset", metavar="quick|standard|full", help="Run this design.")]
+Preset = Annotated[
+    str,
+    typer.Option("--preset", metavar="quick|standard|full", help="Run this design; its cost is shown first."),
+]
 Budget = Annotated[
-    str, typer.Option("--budget", metavar="TIME", help="Keep to 2h or 90m, say: run the richest design that fits.")
+    str,
+    typer.Option("--budget", metavar="TIME", help="As 2h or 90m: run the richest design that fits."),
 ]
 Quick = Annotated[
-    bool, typer.Option("--quick", help="About 10 minutes, for a first answer; short for --preset quick --budget 10m.")
+    bool,
+    typer.Option("--quick", help="A first answer: short for --preset quick --budget 10m."),
 ]
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="Start a planned run without asking.")]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Units run at once, each with its part of the threads.")]
@@ -189,13 +194,16 @@ def compare(
         settings, how["budget"] = cli_budget.read_plan(settings)
     elif request is not None:
         screen = _ready_to_plan(ctx, settings, resume=resume, dry_run=dry_run)
-        settings, how["budget"] = cli_budget.plan_comparison(screen, settings, request, ask=not (yes or dry_run))
+        ask = not (yes or dry_run)
+        settings, how["budget"] = cli_budget.plan_comparison(screen, settings, request, ask=ask)
     _launch(ctx, "compare", settings, resume=resume, dry_run=dry_run, **how)
     if request is not None and request.preset == "quick" and not dry_run:
         cli_budget.answer(Path(settings.output_dir))
 
 
-def _ready_to_plan(ctx: typer.Context, settings: "Settings", *, resume: bool, dry_run: bool) -> "Console":
+def _ready_to_plan(
+    ctx: typer.Context, settings: "Settings", *, resume: bool, dry_run: bool
+) -> "Console":
     """Return a console once the run folder is free and the model and general data are ready."""
     from fulcrum import run_folder
 
@@ -220,7 +228,8 @@ def scale(
     elif budget:
         seconds = cli_budget.parse_duration(budget)
         screen = cli_start.ready(ctx, settings, dry_run=dry_run)
-        settings, how["budget"] = cli_budget.plan_scaling(screen, settings, seconds, ask=not (yes or dry_run))
+        ask = not (yes or dry_run)
+        settings, how["budget"] = cli_budget.plan_scaling(screen, settings, seconds, ask=ask)
     _launch(ctx, "scale", settings, resume=resume, dry_run=dry_run, plan=ladder.prepared, **how)
 
 

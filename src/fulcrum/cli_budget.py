@@ -1,4 +1,4 @@
-"""`--preset`, `--budget` and `--quick`: what will run is shown and agreed to first; and what a quick look found."""
+"""`--preset`, `--budget` and `--quick`: show what will run and ask; say what `quick` found."""
 
 import json
 import math
@@ -45,12 +45,17 @@ def parse_duration(text: str) -> float:
         hours, minutes, rest = (float(part or 0) for part in match.groups())
         seconds = 3600 * hours + 60 * minutes + rest
     if seconds <= 0:
-        raise ConfigError(f"--budget {text!r}: write hours, minutes and seconds as 2h, 1h30m, 90m or 600s")
+        raise ConfigError(
+            f"--budget {text!r}: write hours, minutes and seconds as 2h, 1h30m, 90m or 600s"
+        )
     return seconds
 
 
 def read_request(preset: str, duration: str, *, quick: bool) -> Request | None:
-    """Read the options; None if none of them is given. `--quick` is short for `--preset quick --budget 10m`."""
+    """Return what the options ask for; None if none of them is given.
+
+    `--quick` is short for `--preset quick --budget 10m`.
+    """
     if not (preset or duration or quick):
         return None
     from fulcrum import presets
@@ -58,15 +63,19 @@ def read_request(preset: str, duration: str, *, quick: bool) -> Request | None:
     seconds = parse_duration(duration) if duration else None
     if quick:
         if preset not in ("", presets.QUICK.name):
-            raise ConfigError(f"--quick stands for --preset quick; leave it out, or --preset {preset}")
+            raise ConfigError(
+                f"--quick stands for --preset quick; leave it out, or --preset {preset}"
+            )
         return Request("--quick", presets.QUICK.name, seconds or _QUICK_SECONDS)
     if preset:
         return Request("--preset", presets.preset_named(preset).name, seconds)
     return Request("--budget", None, seconds)
 
 
-def plan_comparison(screen: "Console", settings: "Settings", request: Request, *, ask: bool) -> tuple["Settings", "Budget"]:
-    """Return the settings of the chosen design, once it is shown and agreed to, and the budget to keep.
+def plan_comparison(
+    screen: "Console", settings: "Settings", request: Request, *, ask: bool
+) -> tuple["Settings", "Budget"]:
+    """Show the chosen design and have it agreed to; return its settings and the budget to keep.
 
     Raises ConfigError if nothing fits or nobody agrees.
     """
@@ -83,7 +92,9 @@ def plan_comparison(screen: "Console", settings: "Settings", request: Request, *
     return design.settings, Budget(request.seconds, plan.left_out)
 
 
-def plan_scaling(screen: "Console", settings: "Settings", seconds: float, *, ask: bool) -> tuple["Settings", "Budget"]:
+def plan_scaling(
+    screen: "Console", settings: "Settings", seconds: float, *, ask: bool
+) -> tuple["Settings", "Budget"]:
     """Do the same for `scale`."""
     from fulcrum import ladder, scale, terminal
     from fulcrum.comparison import Budget
@@ -108,7 +119,7 @@ def plan_scaling(screen: "Console", settings: "Settings", seconds: float, *, ask
 
 
 def is_planned(settings: "Settings", *, resume: bool) -> bool:
-    """Return whether a planned run is resumed: its plan counts then, whether or not the options are given again."""
+    """Return whether a planned run is resumed: its plan counts then, and no option does."""
     from fulcrum import store
 
     return resume and (Path(settings.output_dir) / store.PLAN).exists()
@@ -147,7 +158,9 @@ def _describe(design: "Design") -> dict[str, str]:
         found[f"task rows of {name}"] = _listed(sizes)
     found["repeats tried"] = _listed(settings.mix.candidates)
     found["test rows"] = _test_rows(settings)
-    found["metrics"] = ", ".join(dict.fromkeys(name for task in settings.tasks for name in task.metrics))
+    found["metrics"] = ", ".join(
+        dict.fromkeys(name for task in settings.tasks for name in task.metrics)
+    )
     found["side effects"] = "checked" if settings.eval.general_rows else "not checked"
     found["trials, trainings"] = f"{design.jobs}"
     found["expected"] = design.why_not or f"about {_minutes(design.seconds)}"
@@ -159,7 +172,9 @@ def _listed(numbers: "Sequence[int]") -> str:
 
 
 def _test_rows(settings: "Settings") -> str:
-    limits = ["all" if task.test_limit is None else f"up to {task.test_limit}" for task in settings.tasks]
+    limits = [
+        "all" if task.test_limit is None else f"up to {task.test_limit}" for task in settings.tasks
+    ]
     return ", ".join(dict.fromkeys(limits))
 
 
@@ -168,7 +183,9 @@ def _minutes(seconds: float) -> str:
     return "1 minute" if number == 1 else f"{number} minutes"
 
 
-def _show_choice(screen: "Console", what: str, expected: float, limit: float | None, left_out: "Sequence[str]") -> None:
+def _show_choice(
+    screen: "Console", what: str, expected: float, limit: float | None, left_out: "Sequence[str]"
+) -> None:
     """Say what will run, how long it will take, and what it has less of than it could have."""
     from fulcrum import terminal
 
@@ -183,7 +200,8 @@ def _confirm(option: str) -> None:
     """Ask whether to start. Raises ConfigError if the answer is no or nobody can answer."""
     if not sys.stdin.isatty():
         raise ConfigError(
-            f"{option} asks for confirmation, but this is not a terminal; add --yes, or --dry-run to see the plan"
+            f"{option} asks for confirmation, but this is not a terminal; add --yes, or --dry-run "
+            "to see the plan"
         )
     if input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
         raise ConfigError("not started; choose another preset or budget, or change the settings")
@@ -229,7 +247,9 @@ def quick_answer(found: dict[str, Any]) -> str:
     elif falls:
         verdict = "No go, since more rows bring nothing, so that none can be saved"
     else:
-        verdict = "Not known yet" if rises else "Not known yet, nor whether more rows bring anything"
+        verdict = (
+            "Not known yet" if rises else "Not known yet, nor whether more rows bring anything"
+        )
     return f"{verdict}: {steep}; {brings}. How sure: {sure}."
 
 
@@ -237,11 +257,17 @@ def _narrowed(half: float, seeds: int, then: int = 5) -> float:
     """The half width of a t interval with as many seeds, from that of fewer; test rows may keep it wider."""
     from scipy.special import stdtrit
 
-    return float(half * math.sqrt(seeds / then) * stdtrit(then - 1, 0.975) / stdtrit(seeds - 1, 0.975))
+    return float(
+        half * math.sqrt(seeds / then) * stdtrit(then - 1, 0.975) / stdtrit(seeds - 1, 0.975)
+    )
 
 
 def _span(interval: dict[str, float | None]) -> str:
-    known = [value for value in (interval["estimate"], interval["low"], interval["high"]) if value is not None]
+    known = [
+        value
+        for value in (interval["estimate"], interval["low"], interval["high"])
+        if value is not None
+    ]
     if len(known) < 3:
         return f"{known[0]:+.3f} (no interval)" if known else "nobody knows what"
     return f"{known[0]:+.3f} ({known[1]:+.3f} to {known[2]:+.3f})"

@@ -48,10 +48,15 @@ class Budget:
     left_out: tuple[str, ...] = ()
 
     def keep(self, folder: Path, settings: Settings) -> None:
-        """Write it and the planned settings to the run folder, for `--resume`; what is there stays."""
-        if not (folder / store.PLAN).exists():
-            planned = {"seconds": self.seconds, "left_out": self.left_out, "settings": settings.described()}
-            store.write_json(folder / store.PLAN, planned)
+        """Write it to a new run's folder with the planned settings, for `--resume`."""
+        if (folder / store.PLAN).exists():
+            return
+        planned = {
+            "seconds": self.seconds,
+            "left_out": self.left_out,
+            "settings": settings.described(),
+        }
+        store.write_json(folder / store.PLAN, planned)
 
     def notes(self, dropped: Sequence[str]) -> list[str]:
         """Say what was left out, and what was `dropped` as time ran out; nothing if neither was."""
@@ -74,7 +79,8 @@ def compare(
     epochs); no arm may use more optimizer steps than TELL; learning rates decay fully within them; the last step counts; test
     is scored once per arm, size and seed.
     `jobs` units run at once, in local processes or (`on` "ray") on a Ray cluster, each with its part of the threads. With a
-    `budget` whole seeds are dropped (at least two remain) rather than exceed its time; the certificate says so.
+    `budget` whole seeds are dropped (at least two remain) rather than exceed its time, and the
+    certificate says so.
     Raises ConfigError, DataError, ModelError or StoreError.
     """
     workers.share_threads(jobs, on)
@@ -112,7 +118,8 @@ def compare(
             left = None
             if budget is not None and budget.seconds is not None:
                 left = budget.seconds - tuning.seconds
-            results, dropped = by_seeds(study, finals, Progress(study, finals, watcher, jobs), runner, left)
+            training = Progress(study, finals, watcher, jobs)
+            results, dropped = by_seeds(study, finals, training, runner, left)
         if budget is not None:
             notes += budget.notes(dropped)
         at = shown_size(results, settings)
@@ -126,8 +133,10 @@ def compare(
 def by_seeds(
     study: Study, units: Sequence[Unit], progress: "Progress", runner: workers.Runner, budget: float | None
 ) -> tuple[list[ArmResult], list[str]]:
-    """Return the results of final trainings, seed by seed, and what was dropped, in words: whole seeds (at least two remain)
-    rather than exceed a `budget` in seconds."""
+    """Return the results of final trainings, seed by seed, and what was dropped, in words.
+
+    Whole seeds are dropped (at least two remain) rather than exceed a `budget` in seconds.
+    """
     results: list[ArmResult] = []
     for number, seed in enumerate(study.seeds, 1):
         before = progress.seconds

@@ -1,4 +1,4 @@
-"""Three designs of a comparison, from a first answer to one with row savings: `quick`, `standard` and `full`.
+"""Three designs of a comparison: `quick`, `standard` and `full`.
 
 Every key that the settings file sets under `compare` stays as it is; a preset fills in the others.
 """
@@ -27,13 +27,16 @@ class Preset:
     seeds: number of seeds
     arms: what is compared
     mixed_sizes: 1 (all task rows) or 2 (about a quarter of them, too)
-    sft_sizes: sizes of plain fine-tuning's curve, the largest ones of 16, 32, 64 ... all; None: all of these
-    repeats: times that mixed arms show each task row; SFT tries so many epochs and three times as many; None: tuned
+    sft_sizes: sizes of plain fine-tuning, the largest of 16, 32, 64 ... all; None: all of these
+    repeats: times that mixed arms show each task row, while SFT tries so many epochs and three
+        times as many; None: tuned
     test_rows: most test rows of a task; None: all
-    all_metrics: whether every metric of the task is scored, or only the first (and those of labels, which cost no time)
+    all_metrics: whether every metric of the task is scored; else the first, and those of labels,
+        which cost no time
     side_effects: whether forgetting and leakage of the anchor are measured on general data
 
-    Settings are chosen once, by the first seed's rows in two folds (without a test file: for each seed).
+    Settings are chosen once, by the first seed's rows in two folds (without a test file: for each
+    seed).
     """
 
     name: str
@@ -95,7 +98,10 @@ def preset_named(name: str) -> Preset:
 
 
 def apply(preset: Preset, settings: Settings, rows: int) -> Settings:
-    """Return the settings with the preset's design on `rows` task rows; keys of `compare` that are set stay."""
+    """Return the settings with the preset's design on `rows` task rows.
+
+    Keys of `compare` that the settings set stay as they are.
+    """
     compare = settings.compare
     fixed = compare.model_fields_set
     curve = _curve(max(compare.sizes) if compare.sizes else rows)
@@ -124,15 +130,23 @@ def apply(preset: Preset, settings: Settings, rows: int) -> Settings:
     if not preset.all_metrics:
         design = _with_first_metric(design)
     if not preset.side_effects:
-        design = design.model_copy(update={"eval": design.eval.model_copy(update={"general_rows": 0})})
+        design = design.model_copy(
+            update={"eval": design.eval.model_copy(update={"general_rows": 0})}
+        )
     return design
 
 
 def reductions(design: Settings, full: Settings, test_rows: int) -> list[str]:
-    """Say in a few words each what a design has less of than `full`; there are `test_rows` at most for a task."""
+    """Say in a few words each what a design has less of than `full`.
+
+    No task has more than `test_rows` test rows.
+    """
     found = []
     own, whole = design.compare, full.compare
-    counts = [("seeds", len(design.seeds), len(full.seeds)), ("arms", len(own.arms), len(whole.arms))]
+    counts = [
+        ("seeds", len(design.seeds), len(full.seeds)),
+        ("arms", len(own.arms), len(whole.arms)),
+    ]
     counts.append(("mix sizes", len(own.sizes or ()), len(whole.sizes or ())))
     for arm, sizes in whole.sizes_of.items():
         counts.append((f"sizes of {arm}", len(own.sizes_of.get(arm, ())), len(sizes)))
@@ -189,7 +203,7 @@ def _with_compare(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 
 
 def _with_first_metric(settings: Settings) -> Settings:
-    """Return the settings with each task's first metric that has a value for each row, and metrics of labels."""
+    """Return the settings with each task's first metric that scores rows, and those of labels."""
     tasks = []
     for task in settings.tasks:
         with_outcomes = [name for name in task.metrics if metrics.HAS_OUTCOMES[name]]
@@ -200,7 +214,7 @@ def _with_first_metric(settings: Settings) -> Settings:
 
 
 def _with_fewer_trials(settings: Settings, repeats: int) -> Settings:
-    """Return the settings with one number of repeats, and with as many and three times as many epochs for SFT."""
+    """Return the settings with one number of repeats, of which SFT's epochs are made."""
     mix: MixSettings = settings.mix
     if mix.repeats == "auto":
         mix = mix.model_copy(update={"repeats": repeats})

@@ -52,7 +52,8 @@ def scale(
         watcher.stage(f"{len(units)} trainings, each with its test")
         with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
             seconds = None if budget is None else budget.seconds
-            results, dropped = by_seeds(study, units, Progress(study, units, watcher, jobs), runner, seconds)
+            progress = Progress(study, units, watcher, jobs)
+            results, dropped = by_seeds(study, units, progress, runner, seconds)
         notes = [] if budget is None else budget.notes(dropped)
         return finish(SCALE, settings, folder, loaded, rows, results, (), started, notes)
 
@@ -95,8 +96,9 @@ class Plan:
 def plan(settings: Settings, seconds: float) -> Plan:
     """Return the richest scaling run that `seconds` allow on this machine.
 
-    What is reduced, in this order: seeds to three, test rows to 200 and 100, the design of fixed steps, ratios to the seven
-    smallest, seeds to two. Seeds, designs and ratios that the settings name are kept. Raises ConfigError if not even that fits.
+    What is reduced, in this order: seeds to three, test rows to 200 and 100, the design of fixed
+    steps, ratios to the seven smallest, seeds to two. Seeds, designs and ratios that the settings
+    name are kept. Raises ConfigError if not even that fits.
     """
     began = time.perf_counter()
     loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
@@ -118,8 +120,9 @@ def plan(settings: Settings, seconds: float) -> Plan:
             return Plan(ready, cost, left_out, len(units))
     needed = math.ceil((cost + time.perf_counter() - began) / planning.PLANNED / 60)
     raise ConfigError(
-        f"--budget: the smallest scaling run takes about {needed} minutes with this model on this machine, more than the "
-        f"{seconds / 60:.0f} given; use --budget {needed}m, or lower scale.rows, scale.repeats or train.max_length"
+        f"--budget: the smallest scaling run takes about {needed} min with this model on this "
+        f"machine, more than the {seconds / 60:.0f} min given; use --budget {needed}m, or lower "
+        "scale.rows, scale.repeats or train.max_length"
     )
 
 
