@@ -282,7 +282,7 @@ def titled(text: str) -> str:
 
 def grid(axis: "Axes", which: str) -> None:
     """Draw faint lines at the ticks of "x", "y" or "both", behind everything."""
-    axis.grid(axis=which, color=FAINT, linewidth=0.8)  # type: ignore[arg-type]
+    axis.grid(axis=which, color=FAINT, linewidth=0.8)
     axis.set_axisbelow(True)
 
 
