@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fulcrum import certificate, leverage, metrics, outcomes, store
+from fulcrum import certificate, metrics, outcomes, row_savings, store
 from fulcrum.certificate import Question
 
 
@@ -48,7 +48,7 @@ def print_table(answers: dict[str, dict[str, Any]], references: list[str], size:
         if point["arm"] in references:
             print(f"| `{point['arm']}` | {point['size'] or ''} | {span(point['score'], sign)} | | | | |")
     known = {arm: answer["difference"]["p"] for arm, answer in answers.items() if answer["difference"]["p"] is not None}
-    adjusted = dict(zip(known, leverage.holm(list(known.values())), strict=True))
+    adjusted = dict(zip(known, row_savings.holm(list(known.values())), strict=True))
     for arm, answer in sorted(answers.items(), key=lambda item: -item[1]["difference"]["estimate"]):
         score = next(point["score"] for point in answer["points"] if (point["arm"], point["size"]) == (arm, size))
         gain = next((gain for gain in answer["gain"] if gain["size"] == size), None)

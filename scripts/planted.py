@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fulcrum import config, scale, scaling, store, terminal
-from fulcrum.stats import Interval
+from fulcrum.intervals import Interval
 from fulcrum.watch import Watch
 
 WORDS = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from fulcrum import certificate, comparison, ingest, leverage, outcomes, use, verification
+from fulcrum import certificate, comparison, ingest, outcomes, row_savings, use, verification
 from fulcrum.errors import ConfigError, DataError
 from fulcrum.records import Example, Message
 from tiny import comparison_settings, save_task
@@ -76,8 +76,8 @@ def widened(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 def test_folds_that_differ_equally_say_nothing_of_others():
     """Two folds of four rows, in each of which one row more is right: no spread, so no interval, whatever rounding leaves."""
     sft, tell = by_seed(np.array([[1, 1, 0, 0], [0, 1, 1, 0]])), by_seed(np.array([[1, 1, 1, 0], [1, 1, 1, 0]]))
-    drawn = leverage.draw(leverage.measure({("sft", 8): sft, ("tell", 8): tell}, [f"g{k}" for k in range(8)]))
-    found = leverage.interval(leverage.contrast((1, drawn.of("tell", 8)), (-1, drawn.of("sft", 8))))
+    drawn = row_savings.draw(row_savings.measure({("sft", 8): sft, ("tell", 8): tell}, [f"g{k}" for k in range(8)]))
+    found = row_savings.interval(row_savings.contrast((1, drawn.of("tell", 8)), (-1, drawn.of("sft", 8))))
     assert found.estimate == pytest.approx(0.25)
     assert np.isnan([found.low, found.high]).all()
 
@@ -87,9 +87,9 @@ def test_a_difference_over_folds_has_the_widened_paired_t_interval_of_the_folds(
     hard = rng.normal(size=(6, 1)) * 3  # what a fold's rows do to both arms
     sft, tell = (hard + rng.normal(size=(6, 9)) + gain for gain in (0, 0.4))
     names = [f"g{k}" for k in range(54)]
-    measured = leverage.measure({("sft", 8): by_seed(sft), ("tell", 8): by_seed(tell)}, names)
-    drawn = leverage.draw(measured, draws=60_000)
-    found = leverage.interval(leverage.contrast((1, drawn.of("tell", 8)), (-1, drawn.of("sft", 8))))
+    measured = row_savings.measure({("sft", 8): by_seed(sft), ("tell", 8): by_seed(tell)}, names)
+    drawn = row_savings.draw(measured, draws=60_000)
+    found = row_savings.interval(row_savings.contrast((1, drawn.of("tell", 8)), (-1, drawn.of("sft", 8))))
     expected = widened(tell.mean(axis=1), sft.mean(axis=1))
     assert found.estimate == pytest.approx(tell.mean() - sft.mean())
     assert (found.low, found.high) == pytest.approx(expected, abs=0.03)
@@ -99,7 +99,7 @@ def test_an_untrained_arm_measured_once_on_all_rows_is_paired_with_each_fold():
     rng = np.random.default_rng(1)
     values = rng.normal(size=(4, 5))
     outcome = {("base", 0): values.reshape(1, -1), ("sft", 8): by_seed(values + 1.0)}
-    measured = leverage.measure(outcome, [f"g{k}" for k in range(20)])
+    measured = row_savings.measure(outcome, [f"g{k}" for k in range(20)])
     assert measured.by_seed[1] - measured.by_seed[0] == pytest.approx([1.0] * 4)
     assert measured.by_seed[0] == pytest.approx(values.mean(axis=1))
 
@@ -107,7 +107,7 @@ def test_an_untrained_arm_measured_once_on_all_rows_is_paired_with_each_fold():
 def test_points_with_other_rows_at_a_seed_are_refused():
     a, b = by_seed(np.zeros((2, 2))), by_seed(np.zeros((2, 2)))[::-1]
     with pytest.raises(DataError, match="sft at 8 and tell at 8 have other test rows at a seed"):
-        leverage.measure({("sft", 8): a, ("tell", 8): b}, list("abcd"))
+        row_savings.measure({("sft", 8): a, ("tell", 8): b}, list("abcd"))
 
 
 def test_rows_tested_at_two_of_four_seeds_count_as_they_would_by_independent_folds():
@@ -118,7 +118,7 @@ def test_rows_tested_at_two_of_four_seeds_count_as_they_would_by_independent_fol
         level = rng.normal(size=(2, 30))  # two folds, each tested at two seeds, the same at both
         values = np.full((4, 60), np.nan)
         values[:2, :30], values[2:, 30:] = level[0], level[1]
-        measured = leverage.measure({("sft", 8): values}, [f"g{k}" for k in range(60)])
+        measured = row_savings.measure({("sft", 8): values}, [f"g{k}" for k in range(60)])
         total.append(measured.by_group[0, 0] + measured.by_seed[0].var(ddof=1) / 4)
         expected.append(1 / 60)  # the variance of the mean of 60 independent rows
     assert np.mean(total) == pytest.approx(np.mean(expected), rel=0.08)

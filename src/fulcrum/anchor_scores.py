@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fulcrum import adapter, encode, generate, probe, stats, store
+from fulcrum import adapter, encode, generate, intervals, probe, store
 from fulcrum.anchor import ANOTHER
 from fulcrum.config import TrainSettings
 from fulcrum.model import LoadedModel
@@ -205,7 +205,7 @@ class _Work:
     def loss_difference(self, own: _Measured, none: _Measured) -> tuple[float | None, float | None]:
         """95% interval of the difference of losses to none, by content group."""
         sums = np.stack([own.nats - none.nats, self.lengths], axis=1)
-        interval = stats.bootstrap(sums, [row.group for row in self.rows], stats.ratio, draws=_DRAWS, seed=self.seed)
+        interval = intervals.bootstrap(sums, [row.group for row in self.rows], intervals.ratio, draws=_DRAWS, seed=self.seed)
         return (None, None) if np.isnan(interval.low) else (interval.low, interval.high)
 
     def separates(self, own: _Measured, none: _Measured) -> bool:

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from fulcrum import leverage, outcomes, store
+from fulcrum import outcomes, row_savings, store
 from fulcrum.errors import DataError, StoreError, nearest
-from fulcrum.leverage import Draws, Factor, Reference
+from fulcrum.intervals import Interval
 from fulcrum.outcomes import Cell, Outcomes
 from fulcrum.records import FloatArray
-from fulcrum.stats import Interval
+from fulcrum.row_savings import Draws, Factor, Reference
 
 FILE, OUTCOMES = "certificate.json", "outcomes.jsonl"
 FORMAT = 2  # 1 knew no `identifiable` of each row gain
@@ -110,12 +110,12 @@ def _measure(found: Outcomes, question: Question, metric: str) -> Draws:
     known = {point: [found.tokens[cell] for cell in own] for point, own in cells.items() if _all_in(own, found.tokens)}
     missing = [point for point in points if point[0] in question.references and point not in dev]
     scores = {point: sign * found.matrix(metric, *point) for point in points}
-    measured = leverage.measure(
+    measured = row_savings.measure(
         scores, found.groups[metric], denominators=found.weights[metric],
         dev=None if missing else {point: dev.get(point, [0.0]) for point in points},
         tokens={point: float(np.mean(values)) for point, values in known.items()},
     )  # fmt: skip
-    return leverage.draw(measured, draws=question.draws, seed=question.seed)
+    return row_savings.draw(measured, draws=question.draws, seed=question.seed)
 
 
 def _named(seeds: Sequence[int]) -> str:
@@ -130,44 +130,44 @@ def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
     """All that one metric says."""
     measured = draws.measured
     n = _largest(draws, question)
-    ref = leverage.reference(draws, question.references, n)
-    whole = leverage.curve(draws, question.references, n)
-    gained = leverage.contrast((1, draws.of(question.arm, n)), (-1, ref.last))
-    slope, on_test = leverage.slope(whole), measured.dev is measured.by_seed
-    difference = leverage.interval(gained)
+    ref = row_savings.reference(draws, question.references, n)
+    whole = row_savings.curve(draws, question.references, n)
+    gained = row_savings.contrast((1, draws.of(question.arm, n)), (-1, ref.last))
+    slope, on_test = row_savings.slope(whole), measured.dev is measured.by_seed
+    difference = row_savings.interval(gained)
     in_tokens = _tokens_rise(draws, question)
     units = {"rows": False, "tokens": True} if in_tokens else {"rows": False}
 
     def worth(size: int) -> dict[str, Any]:
-        gains = {unit: leverage.row_gain(draws, question.arm, size, whole, tokens=tokens) for unit, tokens in units.items()}
-        known = leverage.gain_identifiable(whole, size)
+        gains = {unit: row_savings.row_gain(draws, question.arm, size, whole, tokens=tokens) for unit, tokens in units.items()}
+        known = row_savings.gain_identifiable(whole, size)
         return {"size": size, "identifiable": known, **{unit: _factor(gain) for unit, gain in gains.items()}}
 
-    savings = {unit: leverage.row_saving(draws, question.arm, ref, tokens=tokens) for unit, tokens in units.items()}
+    savings = {unit: row_savings.row_saving(draws, question.arm, ref, tokens=tokens) for unit, tokens in units.items()}
     sizes = [size for size in measured.sizes([question.arm]) if 0 < size < whole.sizes[-1]]
     return {
         "metric": metric, "lower_is_better": metric in question.lower_is_better, "rows": n,
         "seeds": measured.by_seed.shape[1], "test_groups": round(measured.groups, 1),
         "points": [
             {"arm": arm, "size": size, "tokens": float(measured.tokens[k]) if in_tokens else None,
-             "by_seed": measured.by_seed[k].tolist(), "score": _ends(leverage.interval(draws.score[:, k]))}
+             "by_seed": measured.by_seed[k].tolist(), "score": _ends(row_savings.interval(draws.score[:, k]))}
             for k, (arm, size) in enumerate(measured.points)
         ],
         "reference": {str(size): dict(chosen) for size, chosen in {**ref.chosen, **whole.chosen, n: ref.chosen[n]}.items()},
         "reference_chosen": {str(size): arm for size, arm in {**ref.picked, **whole.picked, n: ref.picked[n]}.items()},
         "selected_on": "test, which favours the reference" if on_test else "dev",
         "difference": {**_ends(difference), "p": _p(difference, gained)},
-        "slope": _ends(slope), "slope_towards_rows": _ends(leverage.slope_towards(whole, n)),
-        "identifiable": leverage.identifiable(whole, n),
+        "slope": _ends(slope), "slope_towards_rows": _ends(row_savings.slope_towards(whole, n)),
+        "identifiable": row_savings.identifiable(whole, n),
         "saving": {unit: _factor(factor) for unit, factor in savings.items()},
         "gain": [worth(size) for size in sizes],
         "verdict": _verdict(
-            difference, leverage.beaten(draws, question.arm, question.references, n) if on_test else difference.high < 0
+            difference, row_savings.beaten(draws, question.arm, question.references, n) if on_test else difference.high < 0
         ),
         "more_rows": _more_rows(draws, question, whole, n, gained),
         "attribution": _attribution(draws, n),
         "_saving": savings["rows"],
-        "_gain": leverage.row_gain(draws, question.arm, n, whole) if leverage.gain_identifiable(whole, n) else None,
+        "_gain": row_savings.row_gain(draws, question.arm, n, whole) if row_savings.gain_identifiable(whole, n) else None,
     }  # fmt: skip
 
 
@@ -183,15 +183,15 @@ def _side_effect(found: Outcomes, question: Question, metric: str, n: int) -> di
     """
     points = _points_at(found, metric, n)
     scores = {point: found.matrix(metric, *point) for point in points}
-    measured = leverage.measure(scores, found.groups[metric], denominators=found.weights[metric])
-    draws = leverage.draw(measured, draws=question.draws, seed=question.seed)
+    measured = row_savings.measure(scores, found.groups[metric], denominators=found.weights[metric])
+    draws = row_savings.draw(measured, draws=question.draws, seed=question.seed)
     base = next((point for point in points if point[1] == 0), None)
     arms = []
     for point in points:
         rise = None
         if base is not None and point != base:
-            rise = _ends(leverage.interval(leverage.contrast((1, draws.of(*point)), (-1, draws.of(*base)))))
-        score = _ends(leverage.interval(draws.of(*point)))
+            rise = _ends(row_savings.interval(row_savings.contrast((1, draws.of(*point)), (-1, draws.of(*base)))))
+        score = _ends(row_savings.interval(draws.of(*point)))
         if metric in ("leakage", "drift"):  # a share, and a divergence
             most = 1.0 if metric == "leakage" else np.inf
             score = {end: None if value is None else min(most, max(0.0, value)) for end, value in score.items()}
@@ -225,8 +225,8 @@ def _attribution(draws: Draws, n: int) -> list[dict[str, Any]]:
     found = []
     for name, parts in ATTRIBUTION.items():
         if all((arm, n) in draws.measured.points for arm, _ in parts):
-            total = leverage.contrast(*((sign, draws.of(arm, n)) for arm, sign in parts))
-            found.append({"name": name, **_ends(leverage.interval(total))})
+            total = row_savings.contrast(*((sign, draws.of(arm, n)) for arm, sign in parts))
+            found.append({"name": name, **_ends(row_savings.interval(total))})
     return found
 
 
@@ -249,13 +249,13 @@ def _more_rows(draws: Draws, question: Question, ref: Reference, n: int, gained:
     with so many rows (`by`). These may not be the best there is, so that labelling is worth at least as much.
     """
     far = [arm for arm in question.references if max(draws.measured.sizes([arm]), default=0) >= n + MORE]
-    known = ref if ref.sizes[-1] >= n + MORE or not far else leverage.curve(draws, far, max(draws.measured.sizes(far)))
-    reached = leverage.at(known, n + MORE)
+    known = ref if ref.sizes[-1] >= n + MORE or not far else row_savings.curve(draws, far, max(draws.measured.sizes(far)))
+    reached = row_savings.at(known, n + MORE)
     if reached is None:
         return {"rows": MORE, "answer": "cannot be said: the reference was not measured with so many"}
-    advantage_draws = leverage.contrast((1, draws.of(question.arm, n)), (-1, reached))
-    advantage = leverage.interval(advantage_draws)
-    labelling = leverage.interval(leverage.contrast((1, gained), (-1, advantage_draws)))
+    advantage_draws = row_savings.contrast((1, draws.of(question.arm, n)), (-1, reached))
+    advantage = row_savings.interval(advantage_draws)
+    labelling = row_savings.interval(row_savings.contrast((1, gained), (-1, advantage_draws)))
     return {
         "rows": MORE, "by": sorted(set(known.picked.values())), "labelling": _ends(labelling), "advantage": _ends(advantage),
         "answer": "general data" if advantage.low > 0 else "labelling" if advantage.high < 0 else "cannot be told apart",
@@ -263,7 +263,7 @@ def _more_rows(draws: Draws, question: Question, ref: Reference, n: int, gained:
 
 
 def _p(difference: Interval, gained: FloatArray) -> float | None:
-    return None if np.isnan(difference.low) else leverage.p_value(gained)
+    return None if np.isnan(difference.low) else row_savings.p_value(gained)
 
 
 def _verdict(difference: Interval, is_worse: bool) -> str:
@@ -281,9 +281,9 @@ def _contradiction(answers: Sequence[Mapping[str, Any]]) -> str | None:
     if {"gain", "loss"} <= verdicts.keys():
         return f"{verdicts['gain']} is better, and {verdicts['loss']} is worse"
     for a, b in combinations(answers, 2):
-        if a["identifiable"] and b["identifiable"] and leverage.apart(a["_saving"], b["_saving"]):
+        if a["identifiable"] and b["identifiable"] and row_savings.apart(a["_saving"], b["_saving"]):
             return f"the row savings by {a['metric']} and by {b['metric']} contradict each other"
-        if a["_gain"] is not None and b["_gain"] is not None and leverage.apart(a["_gain"], b["_gain"]):
+        if a["_gain"] is not None and b["_gain"] is not None and row_savings.apart(a["_gain"], b["_gain"]):
             return f"the row gains by {a['metric']} and by {b['metric']} contradict each other"
     return None
 

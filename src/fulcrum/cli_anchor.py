@@ -148,10 +148,10 @@ def outcome(
     ],
 ) -> None:
     """Say whether the scores before training told which anchors trained best, over all folders together."""
-    from fulcrum import anchor_outcomes, terminal
+    from fulcrum import anchor_validity, terminal
 
     screen = terminal.console()
-    trained = [one for folder in run_folders for one in anchor_outcomes.trained(folder)]
+    trained = [one for folder in run_folders for one in anchor_validity.trained(folder)]
     if not trained:
         raise ConfigError(
             f"{run_folders[0]}: no arms that differ in their anchor alone; give arms an `anchor:` of their own and compare them"
@@ -164,9 +164,9 @@ def outcome(
         ]  # fmt: skip
         head = ("arm", "anchor", "tokens", "S_loss", "S_sep", "S_conf", f"test NLL, {group.seeds} seeds")
         screen.print(terminal.grid(f"{group.task} ({group.folder})", head, rows, numbers=False))
-    for sentence in anchor_outcomes.sentences(trained):
+    for sentence in anchor_validity.sentences(trained):
         terminal.say(screen, sentence)
-    terminal.say(screen, anchor_outcomes.verdict(trained), "bold")
+    terminal.say(screen, anchor_validity.verdict(trained), "bold")
 
 
 def show(screen: "Console", scores: "AnchorScores") -> None:

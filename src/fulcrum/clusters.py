@@ -23,8 +23,8 @@ from scipy.linalg import eigh, qr, svd
 from scipy.stats import norm, rankdata
 
 from fulcrum.errors import DataError
+from fulcrum.intervals import Interval
 from fulcrum.records import BoolArray, FloatArray, IntArray
-from fulcrum.stats import Interval
 
 Verdict = Literal["rises", "not shown", "not enough clusters", "no variation"]
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fulcrum.stats import Interval, seed_interval
+from fulcrum.intervals import Interval, seed_interval
 
 # Okabe & Ito 2008, "Color Universal Design"; its yellow is left out, as it cannot be seen on white.
 COLOURS = {

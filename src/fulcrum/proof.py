@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fulcrum import certificate, encode, inputs, leverage, metrics, outcomes, scoring, store, words
+from fulcrum import certificate, encode, inputs, metrics, outcomes, row_savings, scoring, store, words
 from fulcrum.arms import arm_of
 from fulcrum.cell import DRIFT, GENERAL_PROMPTS, OTHER_ANCHORS
 from fulcrum.certificate import Question
@@ -61,7 +61,7 @@ def _holm(asked_by: Mapping[str, tuple[Question, Outcomes]]) -> dict[str, float]
         return {}
     answers = {name: certificate.certify(found, question)["answers"][0] for name, (question, found) in asked_by.items()}
     known = {name: answer["difference"]["p"] for name, answer in answers.items() if answer["difference"]["p"] is not None}
-    return dict(zip(known, leverage.holm(list(known.values())), strict=True))
+    return dict(zip(known, row_savings.holm(list(known.values())), strict=True))
 
 
 def asked_of(settings: Settings, results: Sequence[ArmResult]) -> tuple[str, tuple[str, ...]] | None:

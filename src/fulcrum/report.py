@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import anchor_outcomes, certificate, page, plots, quanta_page, sources, stats, store, summary
+from fulcrum import anchor_validity, certificate, intervals, page, plots, quanta_page, sources, store, summary
 from fulcrum import scaling as curves_of
 from fulcrum.errors import ModelError, StoreError
 from fulcrum.records import Results
@@ -168,7 +168,7 @@ def anchor_plot(anchors: Record) -> str:
     rows = []
     for place, score in enumerate(anchors["scores"], 1):
         ends = [none + end if end is not None else math.nan for end in (score["low"], score["high"])]
-        rows.append((f"{place}: {score['source']}", stats.Interval(score["loss"], *ends), [score["loss"]]))
+        rows.append((f"{place}: {score['source']}", intervals.Interval(score["loss"], *ends), [score["loss"]]))
     return plots.dots([plots.Dots("Loss before training", "nats per answer token, lower is better", rows, none)])
 
 
@@ -242,7 +242,7 @@ def html(
         examples=examples(results, predictions),
         training_plot=training_plot(results),
         pilot=pilot,
-        anchors=[{**each, "plot": anchor_plot(each)} for each in anchor_outcomes.rows(results, anchors)],
+        anchors=[{**each, "plot": anchor_plot(each)} for each in anchor_validity.rows(results, anchors)],
         pilot_plot=plots.amounts(pilot["ratios"], pilot["losses"], pilot["errors"], pilot["chosen"]) if pilot else "",
         forgetting_plot=forgetting_plot(results),
         settings=yaml.safe_dump(dict(results["settings"]), sort_keys=False, allow_unicode=True),

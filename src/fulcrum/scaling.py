@@ -13,9 +13,9 @@ from fulcrum import emergence, plots, scaling_fits, store, summary, verdicts
 from fulcrum.config import Settings
 from fulcrum.emergence import LEAST_LEVELS, JumpTest
 from fulcrum.errors import DataError
+from fulcrum.intervals import Interval, seed_interval
 from fulcrum.records import FloatArray
 from fulcrum.row_jumps import row_jumps
-from fulcrum.stats import Interval, seed_interval
 
 if TYPE_CHECKING:
     from fulcrum.ladder import Level

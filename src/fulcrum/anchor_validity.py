@@ -17,7 +17,7 @@ from scipy.stats import norm, rankdata, spearmanr
 
 from fulcrum import store
 from fulcrum.errors import StoreError
-from fulcrum.stats import Interval
+from fulcrum.intervals import Interval
 from fulcrum.summary import Record
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fulcrum.errors import DataError
+from fulcrum.intervals import Interval
 from fulcrum.records import BoolArray, FloatArray
-from fulcrum.stats import Interval
 
 Point = tuple[str, int]  # arm, size in task rows
 

@@ -3,7 +3,7 @@ import pytest
 import scipy.stats
 from scipy.stats import binomtest
 
-from fulcrum import stats
+from fulcrum import intervals
 from fulcrum.errors import DataError
 
 
@@ -11,9 +11,9 @@ def names(n: int, per_group: int = 1) -> list[str]:
     return [f"g{i // per_group}" for i in range(n)]
 
 
-def mean_interval(values, groups, denominators=None, **options) -> stats.Interval:
+def mean_interval(values, groups, denominators=None, **options) -> intervals.Interval:
     sizes = np.ones(len(values)) if denominators is None else denominators
-    return stats.bootstrap(np.column_stack([values, sizes]), groups, stats.ratio, **options)
+    return intervals.bootstrap(np.column_stack([values, sizes]), groups, intervals.ratio, **options)
 
 
 def test_mean_agrees_with_scipy_when_every_row_is_its_own_group():
@@ -64,7 +64,7 @@ def test_row_order_does_not_matter_and_the_seed_alone_decides():
 def test_chunks_do_not_change_the_draws(monkeypatch):
     values = np.random.default_rng(2).normal(size=30)
     whole = mean_interval(values, names(30))
-    monkeypatch.setattr(stats, "MAX_CELLS", 100)
+    monkeypatch.setattr(intervals, "MAX_CELLS", 100)
     assert mean_interval(values, names(30)) == pytest.approx(whole)
 
 
@@ -80,7 +80,7 @@ def test_paired_difference_finds_a_small_planted_one_under_large_row_effects():
     hardness = rng.normal(scale=5, size=300)
     a = hardness + 0.3 + rng.normal(scale=0.5, size=300)
     b = hardness + rng.normal(scale=0.5, size=300)
-    difference = stats.paired_over_seeds((a - b)[None, :], names(300))
+    difference = intervals.paired_over_seeds((a - b)[None, :], names(300))
     assert 0.1 < difference.low < 0.3 < difference.high < 0.5
     unpaired_width = np.diff(mean_interval(a, names(300))[1:])[0]
     assert difference.high - difference.low < unpaired_width / 5
@@ -89,40 +89,40 @@ def test_paired_difference_finds_a_small_planted_one_under_large_row_effects():
 def test_paired_difference_covers_zero_where_there_is_none():
     rng = np.random.default_rng(6)
     nats, tokens = rng.gamma(3, size=(2, 200)), rng.integers(1, 30, size=200).astype(float)
-    low, high = stats.paired_over_seeds(nats[:1] - nats[1:], names(200, 2), denominators=tokens)[1:]
+    low, high = intervals.paired_over_seeds(nats[:1] - nats[1:], names(200, 2), denominators=tokens)[1:]
     assert low < 0 < high
 
 
 def test_seed_interval_literal_values():
     # mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.302653
-    assert stats.seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, -0.484138, 4.484138), abs=1e-6)
+    assert intervals.seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, -0.484138, 4.484138), abs=1e-6)
     # mean 0.5, standard error 0.5, t(0.95, 1) = 6.313752
-    assert stats.seed_interval([0.0, 1.0], level=0.9) == pytest.approx((0.5, -2.656876, 3.656876), abs=1e-6)
-    alone = stats.seed_interval([4.0])
+    assert intervals.seed_interval([0.0, 1.0], level=0.9) == pytest.approx((0.5, -2.656876, 3.656876), abs=1e-6)
+    alone = intervals.seed_interval([4.0])
     assert alone.estimate == 4.0
     assert np.isnan([alone.low, alone.high]).all()
-    agreed = stats.seed_interval([1.0, 1.0, 1.0])  # three equal scores are no certainty
+    agreed = intervals.seed_interval([1.0, 1.0, 1.0])  # three equal scores are no certainty
     assert agreed.estimate == 1.0
     assert np.isnan([agreed.low, agreed.high]).all()
 
 
 def test_over_seeds_with_one_seed_is_the_t_interval_over_groups():
     values = np.array([1.0, 2.0, 3.0, 6.0])
-    interval = stats.paired_over_seeds(values[None, :], names(4))
+    interval = intervals.paired_over_seeds(values[None, :], names(4))
     low, high = scipy.stats.t.interval(0.95, 3, loc=3.0, scale=scipy.stats.sem(values))
     assert interval == pytest.approx((3.0, low, high))
 
 
 def test_over_seeds_with_equal_rows_is_the_seed_interval():
     means = np.array([0.1, 0.4, 0.2, 0.5])
-    interval = stats.paired_over_seeds(np.repeat(means[:, None], 10, axis=1), names(10))
-    assert interval == pytest.approx(stats.seed_interval(means))
+    interval = intervals.paired_over_seeds(np.repeat(means[:, None], 10, axis=1), names(10))
+    assert interval == pytest.approx(intervals.seed_interval(means))
 
 
 def test_over_seeds_group_part_is_what_the_group_bootstrap_estimates():
     rng = np.random.default_rng(8)
     nats, tokens = rng.normal(1, 1, size=240), rng.integers(5, 10, size=240).astype(float)
-    linear = stats.paired_over_seeds(nats[None, :], names(240, 3), denominators=tokens)
+    linear = intervals.paired_over_seeds(nats[None, :], names(240, 3), denominators=tokens)
     drawn = mean_interval(nats, names(240, 3), denominators=tokens, draws=20_000)
     assert linear == pytest.approx(drawn, abs=0.003)
 
@@ -132,46 +132,46 @@ def test_over_seeds_covers_where_seeds_and_groups_both_vary():
     covered = 0
     for _ in range(400):
         seeds, groups = rng.normal(scale=0.3, size=(5, 1)), np.repeat(rng.normal(scale=0.5, size=20), 2)
-        low, high = stats.paired_over_seeds(seeds + groups + rng.normal(size=(5, 40)), names(40, 2))[1:]
+        low, high = intervals.paired_over_seeds(seeds + groups + rng.normal(size=(5, 40)), names(40, 2))[1:]
         covered += low <= 0 <= high
     assert 0.92 <= covered / 400 <= 0.99
 
 
 def test_one_group_is_nan():
-    assert np.isnan(stats.paired_over_seeds(np.ones((3, 2)), ["a", "a"]).low)
+    assert np.isnan(intervals.paired_over_seeds(np.ones((3, 2)), ["a", "a"]).low)
 
 
 def test_what_cannot_be_resampled_is_refused():
     with pytest.raises(DataError, match="1 of 3 values are not finite, the first at index 1"):
-        stats.seed_interval([1.0, np.nan, 2.0])
+        intervals.seed_interval([1.0, np.nan, 2.0])
     with pytest.raises(DataError, match="not finite"):
-        stats.paired_over_seeds(np.array([[1.0, np.inf]]), names(2))
+        intervals.paired_over_seeds(np.array([[1.0, np.inf]]), names(2))
     with pytest.raises(DataError, match="no rows"):
         mean_interval(np.empty(0), [])
     with pytest.raises(DataError, match="row 1: a denominator must be above 0, got 0"):
-        stats.paired_over_seeds(np.ones((1, 2)), names(2), denominators=np.array([3.0, 0.0]))
+        intervals.paired_over_seeds(np.ones((1, 2)), names(2), denominators=np.array([3.0, 0.0]))
     with pytest.raises(ValueError, match=r"denominators: shape \(3,\) for 2 rows"):
-        stats.paired_over_seeds(np.ones((1, 2)), names(2), denominators=np.ones(3))
+        intervals.paired_over_seeds(np.ones((1, 2)), names(2), denominators=np.ones(3))
     with pytest.raises(ValueError, match="for 2 group names"):
         mean_interval(np.ones(3), names(2))
 
 
 def test_a_share_that_never_varied_is_not_certain():
-    assert stats.certain_only(0.0, 20) == (0.0, 0.0, pytest.approx(1 - 0.025**0.05))  # 0.168, as binomtest gives
-    assert stats.certain_only(1.0, 20) == (1.0, pytest.approx(0.025**0.05), 1.0)
+    assert intervals.certain_only(0.0, 20) == (0.0, 0.0, pytest.approx(1 - 0.025**0.05))  # 0.168, as binomtest gives
+    assert intervals.certain_only(1.0, 20) == (1.0, pytest.approx(0.025**0.05), 1.0)
     exact = binomtest(0, 20).proportion_ci(method="exact")
-    assert stats.certain_only(0.0, 20).high == pytest.approx(exact.high)
+    assert intervals.certain_only(0.0, 20).high == pytest.approx(exact.high)
     reach = pytest.approx(1 - 0.025**0.05)
-    low, high = stats.certain_only(-1.0, 20, lowest=-1.0)[1:]
+    low, high = intervals.certain_only(-1.0, 20, lowest=-1.0)[1:]
     assert (low, high + 1) == (-1.0, reach)
-    low, high = stats.certain_only(0.0, 20, lowest=-1.0)[1:]
+    low, high = intervals.certain_only(0.0, 20, lowest=-1.0)[1:]
     assert (-low, high) == (reach, reach)
     with pytest.raises(ValueError, match=r"0 or 1, got 0\.5"):
-        stats.certain_only(0.5, 20)
+        intervals.certain_only(0.5, 20)
 
 
 def test_differences_that_never_varied_have_no_interval():
-    found = stats.paired_over_seeds(np.zeros((1, 5)), list("abcde"))
+    found = intervals.paired_over_seeds(np.zeros((1, 5)), list("abcde"))
     assert found.estimate == 0
     assert np.isnan([found.low, found.high]).all()
 
@@ -190,12 +190,12 @@ def test_few_groups_widen_the_percentiles_as_much_as_a_t_interval():
 
 
 def test_an_estimate_stands_where_an_interval_does_not():
-    one = stats.bootstrap(np.array([[2.0, 1.0]]), ["a"], stats.ratio)
+    one = intervals.bootstrap(np.array([[2.0, 1.0]]), ["a"], intervals.ratio)
     alike = mean_interval(np.full(6, 0.1), names(6))
-    few = stats.paired_over_seeds(np.array([[0.5, 0.7]]), ["a", "a"])
+    few = intervals.paired_over_seeds(np.array([[0.5, 0.7]]), ["a", "a"])
     for interval, estimate in ((one, 2.0), (alike, 0.1), (few, 0.6)):
         assert interval.estimate == pytest.approx(estimate)
-        assert isinstance(interval, stats.Interval)
+        assert isinstance(interval, intervals.Interval)
         assert np.isnan([interval.low, interval.high]).all()
 
 
@@ -215,21 +215,23 @@ def test_defaults_are_2000_draws_of_seed_0():
 
 def test_over_two_seeds_and_two_groups_by_hand():
     """Seeds' means 1 and 2, groups' means 1 and 2: each part has variance 1/4 with one degree of freedom, together t with 2."""
-    interval = stats.paired_over_seeds(np.array([[0.5, 1.5], [1.5, 2.5]]), ["a", "b"])
+    interval = intervals.paired_over_seeds(np.array([[0.5, 1.5], [1.5, 2.5]]), ["a", "b"])
     half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(1 / 2)
     assert interval == pytest.approx((1.5, 1.5 - half, 1.5 + half))
 
 
 def test_whole_numbers_are_read_as_numbers():
-    assert stats.seed_interval([1, 2, 3]) == stats.seed_interval([1.0, 2.0, 3.0])
-    counted = stats.paired_over_seeds(np.array([[1, 2], [3, 4]]), ["a", "b"], denominators=np.array([1, 3]))
-    assert counted == stats.paired_over_seeds(np.array([[1.0, 2.0], [3.0, 4.0]]), ["a", "b"], denominators=np.array([1.0, 3.0]))
+    assert intervals.seed_interval([1, 2, 3]) == intervals.seed_interval([1.0, 2.0, 3.0])
+    counted = intervals.paired_over_seeds(np.array([[1, 2], [3, 4]]), ["a", "b"], denominators=np.array([1, 3]))
+    assert counted == intervals.paired_over_seeds(
+        np.array([[1.0, 2.0], [3.0, 4.0]]), ["a", "b"], denominators=np.array([1.0, 3.0])
+    )
     with pytest.raises(DataError, match="row 1: a denominator must be above 0, got 0"):
-        stats.paired_over_seeds(np.ones((1, 3)), names(3), denominators=np.array([0.5, 0.0, 2.0]))
+        intervals.paired_over_seeds(np.ones((1, 3)), names(3), denominators=np.array([0.5, 0.0, 2.0]))
     with pytest.raises(DataError, match=r"^no rows: an interval needs at least one value$"):
-        stats.seed_interval([])
+        intervals.seed_interval([])
     with pytest.raises(DataError, match="1 of 2 values are not finite, the first at index 1, 0"):
-        stats._require_finite(np.array([[1.0], [np.nan]]))
+        intervals._require_finite(np.array([[1.0], [np.nan]]))
 
 
 def test_the_tail_is_that_of_the_expanded_percentile_interval():

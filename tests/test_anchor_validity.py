@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from fulcrum import anchor_outcomes
-from fulcrum.anchor_outcomes import Group, TrainedAnchor
+from fulcrum import anchor_validity
+from fulcrum.anchor_validity import Group, TrainedAnchor
 from fulcrum.errors import StoreError
 
 
@@ -21,7 +21,7 @@ def group(losses: list[float], outcomes: list[float], task: str = "t") -> Group:
 def test_one_groups_correlation_is_scipys() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=8).tolist(), rng.normal(size=8).tolist()
-    found = anchor_outcomes.correlation([group(x, y)], "loss")
+    found = anchor_validity.correlation([group(x, y)], "loss")
     assert found is not None
     assert found.estimate == pytest.approx(spearmanr(x, y).statistic)
     r = found.estimate
@@ -32,29 +32,29 @@ def test_one_groups_correlation_is_scipys() -> None:
 def test_groups_are_ranked_apart() -> None:
     """Tasks differ in their losses; that must not look like a correlation."""
     apart = [group([1, 2, 3, 4], [1.2, 1.1, 1.4, 1.3]), group([11, 12, 13, 14], [9.2, 9.1, 9.4, 9.3])]
-    found = anchor_outcomes.correlation(apart, "loss")
+    found = anchor_validity.correlation(apart, "loss")
     assert found is not None
     assert found.estimate == pytest.approx(0.6)
 
 
 def test_permutations_are_exact_where_they_are_few() -> None:
-    p = anchor_outcomes.permutation_p([group([1, 2, 3, 4], [1, 2, 3, 4])], "loss")
+    p = anchor_validity.permutation_p([group([1, 2, 3, 4], [1, 2, 3, 4])], "loss")
     assert p == pytest.approx(2 / 24)  # this order and its reverse
     both = [group([1, 2, 3, 4], [1, 2, 3, 4]), group([5, 6, 7, 8], [5, 6, 7, 8])]
-    assert anchor_outcomes.permutation_p(both, "loss") == pytest.approx(2 / 24**2)
+    assert anchor_validity.permutation_p(both, "loss") == pytest.approx(2 / 24**2)
     x, y = [3.0, 1.0, 4.0, 2.0, 5.0], [1.0, 2.0, 5.0, 3.0, 4.0]
     observed = abs(spearmanr(x, y).statistic)
     expected = np.mean([abs(spearmanr(x, z).statistic) >= observed - 1e-9 for z in itertools.permutations(y)])
-    assert anchor_outcomes.permutation_p([group(x, y)], "loss") == pytest.approx(expected)
+    assert anchor_validity.permutation_p([group(x, y)], "loss") == pytest.approx(expected)
 
 
 def test_many_permutations_are_drawn() -> None:
     rng = np.random.default_rng(1)
     chance = group(rng.normal(size=12).tolist(), rng.normal(size=12).tolist())
-    p = anchor_outcomes.permutation_p([chance], "loss")
+    p = anchor_validity.permutation_p([chance], "loss")
     assert p is not None
-    assert p == anchor_outcomes.permutation_p([chance], "loss")  # equal seeds, equal draws
-    x, y = zip(*anchor_outcomes._pairs(chance, "loss"), strict=True)
+    assert p == anchor_validity.permutation_p([chance], "loss")  # equal seeds, equal draws
+    x, y = zip(*anchor_validity._pairs(chance, "loss"), strict=True)
     assert p == pytest.approx(spearmanr(x, y).pvalue, abs=0.05)
 
 
@@ -67,18 +67,18 @@ def test_many_permutations_are_drawn() -> None:
     ],
 )
 def test_the_verdict_says_what_the_interval_allows(outcomes: list[float], said: str) -> None:
-    assert anchor_outcomes.verdict([group(list(range(9)), outcomes)]).startswith(said)
+    assert anchor_validity.verdict([group(list(range(9)), outcomes)]).startswith(said)
 
 
 def test_too_few_anchors_prove_nothing() -> None:
-    text = anchor_outcomes.verdict([group([1, 2, 3], [1, 2, 3])])
+    text = anchor_validity.verdict([group([1, 2, 3], [1, 2, 3])])
     assert text == "Selection unproven: 3 trained anchors, and 4 of one task are needed to rank them."
-    assert anchor_outcomes.correlation([group([1, 1, 1, 1], [1, 2, 3, 4])], "loss") is None
-    assert anchor_outcomes.correlation([group([1, 2, 3, 4], [1, 2, 3, 4])], "agreement") is None
+    assert anchor_validity.correlation([group([1, 1, 1, 1], [1, 2, 3, 4])], "loss") is None
+    assert anchor_validity.correlation([group([1, 2, 3, 4], [1, 2, 3, 4])], "agreement") is None
 
 
 def test_each_score_is_said() -> None:
-    said = anchor_outcomes.sentences([group([1, 2, 3, 4], [2, 1, 4, 3])])
+    said = anchor_validity.sentences([group([1, 2, 3, 4], [2, 1, 4, 3])])
     assert said[0].startswith("S_loss with the test loss after training: Spearman +0.60 [")
     assert said[0].endswith("permutation p 0.417")  # 10 of 24 orders have a correlation of 0.6 or more, either way
     assert said[1:] == ["S_sep with the test loss after training: –", "S_conf with the test loss after training: –"]
@@ -107,14 +107,14 @@ def test_arms_that_differ_in_more_than_their_anchor_are_not_compared(tmp_path: P
         {**own, "name": "unscored", "anchor": {"text": "Two.", "placement": "user_prefix"}},
     ]
     losses = {"tell": [1.0, 2.0], "one": [3.0, 5.0], "few": [0.0, 0.0], "unscored": [7.0, 7.0]}
-    (found,) = anchor_outcomes.of_results(results(arms, losses), scores("Name it.", "One."), "run")
+    (found,) = anchor_validity.of_results(results(arms, losses), scores("Name it.", "One."), "run")
     assert [(one.arm, one.text, one.loss, one.outcome) for one in found.anchors] == [
         ("tell", "Name it.", 0, 1.5), ("one", "One.", 1, 4.0),
     ]  # fmt: skip
     assert found.seeds == 2
     (tmp_path / "results.json").write_text(json.dumps(results(arms, losses)))
-    assert anchor_outcomes.trained(tmp_path) == []  # anchors were not scored
+    assert anchor_validity.trained(tmp_path) == []  # anchors were not scored
     (tmp_path / "anchors.json").write_text(json.dumps(scores("Name it.", "One.")))
-    assert [one.task for one in anchor_outcomes.trained(tmp_path)] == ["t"]
+    assert [one.task for one in anchor_validity.trained(tmp_path)] == ["t"]
     with pytest.raises(StoreError, match="no finished run"):
-        anchor_outcomes.trained(tmp_path / "nowhere")
+        anchor_validity.trained(tmp_path / "nowhere")
