@@ -1,7 +1,5 @@
 """`compare --budget` and `--quick`: what the time buys, before it is spent, and what a quick look said."""
 
-import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,57 +106,9 @@ def _agree(
 
 def answer(screen: "Console", folder: Path) -> None:
     """Say what a quick look found, and how sure that is."""
-    from fulcrum import certificate, terminal
+    from fulcrum import certificate, terminal, wording
 
     file = folder / certificate.FILE
-    if not file.exists():
-        return
-    found = json.loads(file.read_text(encoding="utf-8"))["answers"][0]
-    terminal.say(screen, quick_answer(found), "bold")
-
-
-def quick_answer(found: dict[str, Any]) -> str:
-    """Go, no go, or not known, from the first metric of a certificate."""
-    slope, difference, n = found["slope"], found["difference"], found["rows"]
-    rises = slope["low"] is not None and slope["low"] > 0
-    falls = slope["high"] is not None and slope["high"] <= 0
-    unknown = any(part[end] is None for part in (slope, difference) for end in ("low", "high"))
-    steep = (
-        "of one number of rows alone nobody knows what more of them bring"
-        if slope["estimate"] is None
-        else f"without general data each doubling of rows brings {_span(slope)} {found['metric']}"
-    )
-    brings = f"the general data bring {_span(difference)} at {n} rows (positive is better)"
-    if found["seeds"] == 1:
-        sure = "with one seed nothing is known of others"
-    elif difference["low"] is None or difference["high"] is None:
-        sure = f"{found['seeds']} seeds leave no interval here"
-    else:
-        half = (difference["high"] - difference["low"]) / 2
-        then = _narrowed(half, found["seeds"])
-        sure = f"{found['seeds']} seeds leave ±{half:.3f}; 5 would leave ±{then:.3f} at best"
-    if unknown:
-        verdict = "Not known"
-    elif found["verdict"] == "gain":
-        verdict = "Go" if rises else "Go for the gain; no factor in rows will be identifiable"
-    elif found["verdict"] == "loss":
-        verdict = "No go"
-    elif falls:
-        verdict = "No go, since more rows bring nothing, so that none can be saved"
-    else:
-        verdict = "Not known yet" if rises else "Not known yet, nor whether more rows bring anything"
-    return f"{verdict}: {steep}; {brings}. How sure: {sure}."
-
-
-def _narrowed(half: float, seeds: int, then: int = 5) -> float:
-    """The half width of a t interval with as many seeds, from that of fewer; test rows may keep it wider."""
-    from scipy.special import stdtrit
-
-    return float(half * math.sqrt(seeds / then) * stdtrit(then - 1, 0.975) / stdtrit(seeds - 1, 0.975))
-
-
-def _span(interval: dict[str, float | None]) -> str:
-    known = [value for value in (interval["estimate"], interval["low"], interval["high"]) if value is not None]
-    if len(known) < 3:
-        return f"{known[0]:+.3f} (no interval)" if known else "nobody knows what"
-    return f"{known[0]:+.3f} ({known[1]:+.3f} to {known[2]:+.3f})"
+    if file.exists():
+        found = certificate.Certificate.read(file).answer
+        terminal.say(screen, wording.quick_answer(found), "bold")

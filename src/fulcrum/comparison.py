@@ -9,9 +9,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fulcrum import candidates, cell, pilot, probe, pseudo, scoring, selfmade, store, workers
+from fulcrum import candidates, cell, pilot, probe, pseudo, scoring, selfmade, store, wording, workers
 from fulcrum.arms import by_task_rows, chosen_arms, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
+from fulcrum.certificate import Budget
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError
 from fulcrum.launched import writes
@@ -85,13 +86,14 @@ def compare(
             left = None if budget is None else budget - tuning.seconds
             results, unrun = by_seeds(study, finals, Progress(study, finals, watcher, jobs), runner, left)
             left_out = [*left_out, *unrun]
-        if budget and left_out:
-            notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left_out)}.")
+        cut = Budget(budget, tuple(left_out)) if budget and left_out else None
+        if cut is not None:
+            notes.append(wording.left_out(cut))
         at = shown_size(results, settings)
         shown = [result for result in results if result.size in (0, at)]
         differences = paired_differences(shown, settings)
         if writes():
-            certificates(folder, settings, study.rows, results, loaded, notes)
+            certificates(folder, settings, study.rows, results, loaded, cut)
         return finish("compare", settings, folder, loaded, rows, results, differences, started, notes)
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fulcrum import jobs, page, report, store, summary
+from fulcrum import certificate_page, jobs, report, store, summary, wording
 from fulcrum.errors import FulcrumError
 from fulcrum.workspace import Run
 
@@ -66,7 +66,7 @@ def card(run: Run) -> dict[str, Any]:
     return {
         "id": run.id, "title": run.title, "own": run.is_own, "state": found, "why": why, "verb": verb,
         "made": datetime.fromtimestamp(run.made, UTC).isoformat(timespec="seconds"),
-        "report": (run.folder / page.REPORT).is_file(), "set": run.settings.is_file(),
+        "report": (run.folder / certificate_page.REPORT).is_file(), "set": run.settings.is_file(),
         "folder": str(run.folder),
     }  # fmt: skip
 
@@ -121,19 +121,26 @@ def result(run: Run) -> dict[str, Any]:
 
     Raises StoreError where its files were changed.
     """
-    certificates = page.find(run.folder)
+    certificates = certificate_page.find(run.folder)
     results = report.load(run.folder) if not report.has_certificate_only(run.folder) else None
-    verdicts = [
-        {"task": known["question"]["task"], "headline": known["headline"], "kind": page.view(known)["kind"],
-         "word": page.view(known)["word"], "glyph": page.view(known)["glyph"]}
-        for known in certificates.values()
-    ]  # fmt: skip
+    verdicts = []
+    for known in certificates.values():
+        glyph, kind, word = wording.badge(known.answer, known.contradiction)
+        verdicts.append(
+            {
+                "task": known.question.task,
+                "headline": wording.headline(known),
+                "kind": kind,
+                "word": word,
+                "glyph": glyph,
+            }
+        )
     grids = [] if results is None else _grids(results, certified=bool(certificates))
     said = "" if results is None or certificates or results["kind"] in ("scale", "quanta") else summary.headline(results)
     return {
         "verdicts": verdicts, "said": said, "notes": [] if results is None else list(dict.fromkeys(results["notes"])),
         "tables": grids, "arms": arms(run), "folder": str(run.folder),
-        "report": (run.folder / page.REPORT).is_file(), "certificate": bool(certificates),
+        "report": (run.folder / certificate_page.REPORT).is_file(), "certificate": bool(certificates),
         "seconds": None if results is None else results["seconds"],
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fulcrum import page, plots, store
+from fulcrum import certificate_page, plots, store
 from fulcrum.errors import StoreError
 
 PAGE = "quanta.html"
@@ -114,7 +114,7 @@ def html(record: Record, title: str) -> str:
     spots = [plots.Spot(row["density"], row["gain"], row["task"], str(row["label"] + 1)) for row in usable]
     plain, mixed = record["arms"]
     return str(
-        page.environment().get_template("quanta.html.j2").render(
+        certificate_page.environment().get_template("quanta.html.j2").render(
             record=record, title=title, rows=rows, sentences=sentences(record), shown=shown, plain=plain, mixed=mixed,
             eigenvalues=plots.eigenvalues(record["clusters"]["eigenvalues"], record["clusters"]["k"]),
             scatter=plots.spots(spots, "share of general items (each kind weighs as much)",

@@ -8,7 +8,7 @@ import torch
 from fulcrum import config, run_folder, store, use
 from fulcrum.cell import Silent, Watcher
 from fulcrum.run_folder import OUTPUTS
-from fulcrum.verification import Verification
+from fulcrum.verify import Verification
 
 # What depends on nothing but the manifest; results hold seconds too.
 _SAME = ("adapter_model.safetensors", "predictions.jsonl")

@@ -14,8 +14,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import anchor_validity, certificate, intervals, page, plots, quanta_page, sources, store, summary
+from fulcrum import anchor_validity, certificate, certificate_page, intervals, plots, quanta_page, sources, store, summary
 from fulcrum import scaling as curves_of
+from fulcrum.certificate import Certificate
 from fulcrum.errors import ModelError, StoreError
 from fulcrum.records import Results
 from fulcrum.summary import Grid, Record, headline
@@ -215,7 +216,7 @@ def _clip(text: str) -> str:
 
 
 def html(
-    results: Record, predictions: Sequence[Record], certificates: Mapping[str, page.Certificate] | None = None,
+    results: Record, predictions: Sequence[Record], certificates: Mapping[str, Certificate] | None = None,
     pilot: Record | None = None, anchors: Sequence[Record] = (), scaling: Record | None = None, quanta: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Return the report as one page that needs no network and runs no script; equal inputs give equal text.
@@ -225,7 +226,7 @@ def html(
     """
     import yaml
 
-    arms, views = summary.by_arm(results), page.views(certificates or {})
+    arms, views = summary.by_arm(results), certificate_page.views(certificates or {})
     per_task = [
         {
             "facts": facts,
@@ -250,7 +251,7 @@ def html(
         scaling=None if scaling is None else {**scaling, "tasks": curves_of.shown(scaling)},
         quanta=quanta,
         notes=[note for note in results["notes"] if not any(note in view["notes"] for view in views)],
-        colours=page.colours(),
+        colours=certificate_page.colours(),
     )
 
 
@@ -260,7 +261,7 @@ def write(folder: Path) -> Path:
     Raises StoreError where the run or a certificate cannot be read.
     """
     if has_certificate_only(folder):
-        return page.write(folder)
+        return certificate_page.write(folder)
     results = load(folder)
     path = folder / "report.html"
     predictions = _read_predictions(folder / "predictions.jsonl")
@@ -274,7 +275,7 @@ def write(folder: Path) -> Path:
     if results["kind"] == "quanta":
         quanta_page.write(folder, ", ".join(facts["name"] for facts in results["tasks"]))
         found["quanta"] = quanta_page.sentences(quanta_page.read(folder))
-    store.write_bytes(path, html(results, predictions, page.find(folder), pilot, anchors or (), **found).encode())
+    store.write_bytes(path, html(results, predictions, certificate_page.find(folder), pilot, anchors or (), **found).encode())
     return path
 
 
@@ -329,7 +330,7 @@ def _fence(text: str) -> str:
 
 
 def _render(template: str, results: Record, **more: Any) -> str:
-    environment = page.environment()
+    environment = certificate_page.environment()
     environment.filters |= {"fence": _fence, "literal": _literal}
     arms = summary.by_arm(results)
     steps = [result["training"]["steps"] for found in arms.values() for result in found if result["training"]]
