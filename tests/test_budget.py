@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fulcrum import arms, budget, cli_budget, comparison, config, material, model, verification
+from fulcrum import arms, budget, comparison, config, material, model, verify, wording
+from fulcrum.certificate import Certificate
 from fulcrum.errors import ConfigError
 from fulcrum.records import Setting, Tried
 from fulcrum.units import Speed, Study, Unit
@@ -137,7 +138,7 @@ def test_a_comparison_by_budget_says_what_was_left_out_and_goes_on_with_its_desi
     assert planned["seconds"] == 3600
     for given in (["--budget", "1h", "-y"], []):  # without the changes, and the budget: the plan stands in the folder
         assert "What the budget buys" not in done("compare", file, *given, "--resume")
-    assert verification.verify(out / "certificate.json") == ([], [])
+    assert verify.verify(out / "certificate.json") == ([], [])
 
 
 def test_whole_seeds_are_dropped_rather_than_the_budget_overrun(place: Path, tmp_path: Path) -> None:
@@ -151,49 +152,7 @@ def test_whole_seeds_are_dropped_rather_than_the_budget_overrun(place: Path, tmp
     }
     given = settings(place, tmp_path / "out", compare=compare, mix={"general_per_task": 1, "repeats": 1})
     comparison.compare(given, budget=1e-6, left_out=["mix"])
-    sealed = json.loads((tmp_path / "out" / "certificate.json").read_text())
-    assert {(p["arm"], len(p["by_seed"])) for p in sealed["answers"][0]["points"]} == {("base", 2), ("sft", 2), ("tell", 2)}
-    assert (
-        "Left out for the time budget of 0 minutes: mix; seeds after 1, for which there was no time."
-        in sealed["question"]["notes"]
-    )
-
-
-def answer(verdict: str, slope: tuple, difference: tuple, seeds: int = 2) -> dict[str, Any]:
-    ends = [dict(zip(("estimate", "low", "high"), values, strict=True)) for values in (slope, difference)]
-    return {"slope": ends[0], "difference": ends[1], "verdict": verdict, "rows": 64, "seeds": seeds, "metric": "nll"}
-
-
-@pytest.mark.parametrize(
-    ("found", "start"),
-    [
-        (answer("gain", (0.2, 0.1, 0.3), (0.1, 0.05, 0.15)), "Go: without general data each doubling of rows brings +0.200"),
-        (answer("gain", (0.0, -0.1, 0.1), (0.1, 0.05, 0.15)), "Go for the gain; no factor in rows will be identifiable: "),
-        (answer("loss", (0.2, 0.1, 0.3), (-0.1, -0.2, -0.05)), "No go: "),
-        (answer("no gain shown", (0.2, 0.1, 0.3), (0.0, -0.1, 0.1)), "Not known yet: "),
-        (answer("no gain shown", (0.0, -0.1, 0.1), (0.0, -0.1, 0.1)), "Not known yet, nor whether more rows bring anything: "),
-        (
-            answer("no gain shown", (-0.1, -0.2, -0.01), (0.0, -0.1, 0.1)),
-            "No go, since more rows bring nothing, so that none can be saved: ",
-        ),
-        (answer("cannot be said", (None, None, None), (0.0, None, None)), "Not known: "),
-    ],
-)
-def test_what_a_quick_look_says(found: dict[str, Any], start: str) -> None:
-    assert cli_budget.quick_answer(found).startswith(start)
-
-
-def test_a_quick_look_says_how_sure_it_is() -> None:
-    """Half width 0.1 with 2 seeds (t 12.706) is 0.1 * sqrt(2 / 5) * 2.776 / 12.706 = 0.0138 with 5."""
-    text = cli_budget.quick_answer(answer("gain", (0.2, 0.1, 0.3), (0.1, 0.0, 0.2)))
-    assert text.endswith("How sure: 2 seeds leave ±0.100; 5 would leave ±0.014 at best.")
-
-
-@pytest.mark.parametrize(("difference", "sure"), [((0.0, -0.1, 0.1), "±0.100"), ((0.0, None, None), "no interval here")])
-def test_a_quick_look_at_one_size_gives_no_numbers_that_are_none(difference: tuple, sure: str) -> None:
-    text = cli_budget.quick_answer(answer("cannot be said", (None, None, None), difference))
-    assert text.startswith(
-        "Not known: of one number of rows alone nobody knows what more of them bring; the general data bring +0"
-    )
-    assert f"How sure: 2 seeds leave {sure}" in text
-    assert "nan" not in text
+    sealed = Certificate.read(tmp_path / "out" / "certificate.json")
+    assert {(p.arm, len(p.by_seed)) for p in sealed.answer.points} == {("base", 2), ("sft", 2), ("tell", 2)}
+    said = "Left out for the time budget of 0 minutes: mix; seeds after 1, for which there was no time."
+    assert said in wording.notes(sealed)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from fulcrum import certificate, comparison, ingest, outcomes, row_savings, use, verification
+from fulcrum import certificate, comparison, ingest, outcomes, row_savings, use, verify, wording
+from fulcrum.certificate import Certificate
 from fulcrum.errors import ConfigError, DataError
 from fulcrum.records import Example, Message
 from tiny import comparison_settings, save_task
@@ -140,7 +141,7 @@ def done(tmp_path_factory: pytest.TempPathFactory):
 
 def test_every_row_is_a_test_row_at_one_seed_and_never_trained_on_there(done):
     folder, _, results = done
-    found = outcomes.read(folder / certificate.OUTCOMES)
+    found = outcomes.read(folder / outcomes.FILE)
     assert len(found.rows["nll"]) == ROWS
     for arm, size in found.points("nll"):
         assert found.seeds("nll", arm, size) == sorted(SEEDS)
@@ -154,15 +155,12 @@ def test_every_row_is_a_test_row_at_one_seed_and_never_trained_on_there(done):
 
 def test_the_certificate_says_so_and_holds(done):
     folder, _, results = done
-    known = certificate.read(folder / certificate.FILE)
-    assert any(
-        f"No test file: {ROWS} of the rows were test rows, each of them at one seed" in note
-        for note in known["question"]["notes"]
-    )
-    assert not verification.verify(folder / certificate.FILE).wrong
+    known = Certificate.read(folder / certificate.FILE)
+    said = f"No test file: {ROWS} of the rows were test rows, each of them at one seed"
+    assert any(said in note for note in wording.notes(known))
+    assert not verify.verify(folder / certificate.FILE).wrong
     difference = next(d for d in results.differences if (d.arm, d.reference, d.metric) == ("tell", "sft", "nll"))
-    answer = known["answers"][0]
-    scores = {p["arm"]: np.array(p["by_seed"]) for p in answer["points"] if p["size"] == 12}
+    scores = {p.arm: np.array(p.by_seed) for p in known.answer.points if p.size == 12}
     # 22 rows, 4.4 at a seed: as the average fold.
     assert (difference.low, difference.high) == pytest.approx(widened(scores["sft"], scores["tell"]))
     assert (folder / "report.html").stat().st_size > 1000
@@ -192,4 +190,4 @@ def test_all_rows_mean_as_many_at_each_seed(tmp_path: Path):
     compare = {"arms": ["sft", "tell"], "seeds": list(SEEDS), "folds": 2, "sft_epochs": [1]}
     results = comparison.compare(comparison_settings(place, tmp_path / "run", task=task, compare=compare))
     assert {arm.size for arm in results.arms} == {17}
-    assert len(certificate.read(tmp_path / "run" / certificate.FILE)["answers"][0]["points"]) == 2
+    assert len(Certificate.read(tmp_path / "run" / certificate.FILE).answer.points) == 2

@@ -1,10 +1,12 @@
 """The page of a certificate: it says what the certificate holds, acts on nobody's text, and works in a real browser."""
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulcrum import axes, certificate, curves, outcomes, page, report, wording
-from fulcrum.certificate import Question
+from fulcrum import axes, certificate_page, certification, curves, outcomes, report, wording
+from fulcrum.certificate import AtEnd, Certificate, Chosen, Design, Inputs, Question
 from fulcrum.curves import Line, Mark, Reading
 from fulcrum.errors import StoreError
+from fulcrum.row_savings import Factor
 from test_certificate import QUESTION, lines, save
 from test_cli import done, refused
 from test_report import folder_with, make, predictions
@@ -52,105 +55,41 @@ def compared(gain: float = 1.0) -> Iterator[dict[str, object]]:
                         yield {**cell, "metric": "dependency: wrong anchor", "row": f"r{row}", "outcome": rng.normal(0.3, 0.05)}
 
 
-NOTES = ("Settings tried: sft 2, tell 1.",)
+DESIGN = Design(2, "first", {"sft": 2, "tell": 1}, ("sft", "tell"))
+NOTE = "Settings tried: sft 2, tell 1."
 
 
-def certified(folder: Path, content: Iterator[dict[str, Any]], question: Question, about: dict[str, Any] | None = None) -> Path:
+def certified(folder: Path, content: Iterator[dict[str, Any]], question: Question, inputs: Inputs | None = None) -> Path:
     """A folder with the certificate of these outcomes."""
     folder.mkdir(parents=True, exist_ok=True)
-    certificate.write(folder, outcomes.read(save(folder / "in.jsonl", content)), question, about or {})
+    certification.write(folder, outcomes.read(save(folder / "in.jsonl", content)), question, inputs or Inputs())
     return folder
 
 
 def rich_question(task: str = "snips") -> Question:
-    return Question("tell", ("base", "sft", "sft_anchor"), ("nll", "match"), ("nll",), task, 400, notes=NOTES)
+    return Question("tell", ("base", "sft", "sft_anchor"), ("nll", "match"), ("nll",), task, 400, design=DESIGN)
 
 
-CHOSEN = {
-    f"sft at {size} rows, seed {seed}": {"repeats": 4 if size > 16 else 2, "kl": 0.0} for size in (16, 64) for seed in (0, 1)
-}
+CHOSEN = tuple(
+    Chosen("sft", size, seed, {"repeats": 4 if size > 16 else 2, "kl": 0.0}) for size in (16, 64) for seed in (0, 1)
+)
 
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rich")
-    return certified(folder, compared(), rich_question(), {"settings chosen": CHOSEN, "environment": {"torch": "2.13.0"}})
+    return certified(folder, compared(), rich_question(), Inputs(hyperparameters=CHOSEN, environment={"torch": "2.13.0"}))
 
 
-def known(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "certificate.json").read_text())
+def known(folder: Path) -> Certificate:
+    return Certificate.read(folder / "certificate.json")
 
 
 def shown(content: Iterator[dict[str, Any]], folder: Path, question: Question = QUESTION) -> dict[str, Any]:
-    return page.view(known(certified(folder, content, question)))
+    return certificate_page.view(known(certified(folder, content, question)))
 
 
 # ---- what is said
-
-
-def factor(estimate: Any, low: Any, high: Any, least: float = 1.0, most: float = 4.0) -> dict[str, Any]:
-    return {"estimate": estimate, "low": low, "high": high, "least": least, "most": most}
-
-
-@pytest.mark.parametrize(
-    ("found", "texts", "rows", "worth"),
-    [
-        (factor(1.6, 1.2, 2.3), ("1.6×", "[1.2, 2.3]"), "40 of 64 rows would have sufficed (28 to 53)", "102 (77 to 147)"),
-        (
-            factor("over", 2.0, "over"), ("at least 4.0×", "[2.0, at least 4.0]"),
-            "16 of 64 rows or fewer would have sufficed (≤16 to 32)", "at least 256 (128 to at least 256)",
-        ),
-        (
-            factor("over", "over", "over"), ("at least 4.0×", "(as is its whole interval)"),
-            "16 of 64 rows or fewer would have sufficed", "at least 256",
-        ),
-        (
-            factor("under", "under", 1.2), ("below 1.0×", "[below 1.0, 1.2]"),
-            "not even all 64 rows suffice (53 to more than 64)", "fewer than 64 (fewer than 64 to 77)",
-        ),
-        (factor(2.0, None, None), ("2.0×", "(no interval)"), "32 of 64 rows would have sufficed", "128"),
-    ],
-)  # fmt: skip
-def test_factors_in_words(found: dict[str, Any], texts: tuple[str, str], rows: str, worth: str) -> None:
-    assert wording.factor_text(found) == texts
-    assert wording.in_rows(found, 64) == rows
-    assert wording.in_rows(found, 64, short=True) == rows.replace(" would have sufficed", "")
-    assert wording.in_rows(found, 64, gain="tell") == f"64 rows of tell were worth {worth} rows without general data"
-
-
-def test_numbers_in_words() -> None:
-    assert wording.ends({"estimate": -0.5, "low": -0.75, "high": -0.25}, -1) == "0.500 [0.250, 0.750]"
-    assert wording.ends({"estimate": 0.5, "low": None, "high": None}) == "0.500 (no interval)"
-    assert wording.ends({"estimate": 0.02, "low": -0.03, "high": 0.07}, percents=True) == "2% [0%, 7%]"
-    assert wording.signed({"estimate": 0.5, "low": -0.25, "high": 1.0}) == ("+0.500", "[−0.250, +1.000]")
-    assert wording.signed({"estimate": 0.0, "low": None, "high": None}) == ("0.000", "(no interval)")
-    assert [wording.percent(share) for share in (0, 0.001, 0.5, 0.999, 1)] == ["0%", "<1%", "50%", ">99%", "100%"]
-
-
-@pytest.mark.parametrize(
-    ("slope", "why"),
-    [
-        ((None, None, None), "the reference was measured with one number of rows only"),
-        (
-            (0.1, -0.1, 0.3),
-            "the reference does not clearly get better with its rows (NLL −0.100 [−0.300, +0.100] with each doubling)",
-        ),
-        ((0.1, None, None), "nothing is known of other seeds and test groups (NLL −0.100 (no interval) with each doubling)"),
-        (
-            (0.2, 0.1, 0.3),
-            "the reference, which gets better as a whole (NLL −0.200 [−0.300, −0.100] with each doubling), does not clearly "
-            "do so towards 64 rows",
-        ),
-    ],
-)
-def test_why_no_factor_is_stated(slope: tuple[float | None, ...], why: str) -> None:
-    answer = {
-        "metric": "nll",
-        "lower_is_better": True,
-        "rows": 64,
-        "slope": dict(zip(("estimate", "low", "high"), slope, strict=True)),
-    }
-    assert wording.not_identifiable(answer) == why
 
 
 def test_a_gain(tmp_path: Path) -> None:
@@ -158,11 +97,11 @@ def test_a_gain(tmp_path: Path) -> None:
     assert (view["glyph"], view["kind"], view["word"]) == ("▲", "gain", "Gain")
     difference, saving, more = view["tiles"]
     assert difference[0] == "quality, higher is better: tell − sft at 64 rows"
-    ends = known(tmp_path)["answers"][0]["difference"]
-    assert difference[1:] == (f"+{ends['estimate']:.3f}", f"[+{ends['low']:.3f}, +{ends['high']:.3f}]")
+    ends = known(tmp_path).answer.difference
+    assert difference[1:] == (f"+{ends.estimate:.3f}", f"[+{ends.low:.3f}, +{ends.high:.3f}]")
     assert saving[1] == "2.0×"
     assert re.fullmatch(r"\[1\.\d, 2\.\d\]: 3\d of 64 rows would have sufficed \(\d\d to \d\d\)", saving[2])
-    assert more[1:] == ("Cannot be said", "The reference was not measured with so many (64 + 50).")
+    assert more[1:] == ("Can't tell", "The reference was not measured with so many (64 + 50).")
     names = [(found["name"], found["size"]) for found in view["answers"][0]["factors"]]
     assert names == [("row saving", 64), ("row gain", 16), ("row gain", 32)]
 
@@ -179,10 +118,10 @@ def test_a_gain(tmp_path: Path) -> None:
 def test_verdicts(tmp_path: Path, tell: float, sft: float, kind: str, word: str, saving: str) -> None:
     view = shown(lines(tell, sft), tmp_path)
     assert (view["kind"], view["word"], view["tiles"][1][1]) == (kind, word, saving)
-    text = page.html({"certificate.json": known(tmp_path)})
+    text = certificate_page.html({"certificate.json": known(tmp_path)})
     assert f"</span>{word}</p>" in text
     assert (view["answers"][0]["reading"] is None) == (kind in ("loss", "unclear"))
-    assert ("Not identifiable, because the reference does not clearly get better with its rows (quality" in text) == (
+    assert ("Not identifiable, because more rows do not clearly improve the reference (quality" in text) == (
         kind == "unclear"
     )
 
@@ -197,9 +136,9 @@ def test_a_gain_is_read_where_a_saving_cannot_be(tmp_path: Path) -> None:
     assert (saving["factors"], saving["words"]) == (["not identifiable"] * 2, "")
     assert gain["factors"][0].startswith(value)
     assert "The row saving is not identifiable, because the reference was measured" not in (
-        text := page.html({"certificate.json": known(tmp_path)})
+        text := certificate_page.html({"certificate.json": known(tmp_path)})
     )
-    assert "The row saving is not identifiable, because the reference, which gets better as a whole (quality" in text
+    assert "The row saving is not identifiable, because more rows improve the reference as a whole (quality" in text
 
 
 def test_a_contradiction_stands_beside_the_headline(tmp_path: Path) -> None:
@@ -209,7 +148,7 @@ def test_a_contradiction_stands_beside_the_headline(tmp_path: Path) -> None:
 
     view = shown(both(), tmp_path, Question("tell", ("sft",), ("quality", "taste")))
     assert view["word"] == "Gain by the first metric, contradicted by another"
-    text = page.html({"certificate.json": known(tmp_path)})
+    text = certificate_page.html({"certificate.json": known(tmp_path)})
     assert "<b>Contradiction:</b> quality is better, and taste is worse." in text
     _, value, both_of = view["tiles"][1]
     assert value == "none stated"
@@ -219,18 +158,19 @@ def test_a_contradiction_stands_beside_the_headline(tmp_path: Path) -> None:
 
 
 def test_more_rows_or_general_data(rich: Path) -> None:
-    answer = known(rich)["answers"][0]
-    more = answer["more_rows"]
-    short, brief, text = wording.more_rows_text(answer)
+    answer = known(rich).answer
+    more = answer.more_rows
+    short, brief, text = wording.more_rows(answer)
     assert short == "General data"
-    assert brief.startswith(f"general data over labelling: +{more['advantage']['estimate']:.3f} [+")
-    assert f"general data with 64 rows +{answer['difference']['estimate']:.3f} [+" in text
-    assert f"50 more labelled rows without it (sft) +{more['labelling']['estimate']:.3f} [+" in text
+    assert brief.startswith(f"general data − labelling: −{-more.advantage.estimate:.3f} [−")
+    assert brief.endswith("in NLL, lower is better")
+    assert f"general data with 64 rows −{-answer.difference.estimate:.3f} [−" in text
+    assert f"50 more labelled rows without it (sft) −{-more.labelling.estimate:.3f} [−" in text
 
 
 def test_one_seed_is_said_and_nothing_is_said_of_side_effects(tmp_path: Path) -> None:
     certified(tmp_path, lines(seeds=1), QUESTION)
-    text = page.html({"certificate.json": known(tmp_path)})
+    text = certificate_page.html({"certificate.json": known(tmp_path)})
     assert "One seed: intervals say nothing of another training run." in text
     assert "with one seed only the groups vary" in text
     assert "Not measured: the outcomes hold neither forgetting nor drift, leakage or dependency on the anchor." in text
@@ -239,20 +179,18 @@ def test_one_seed_is_said_and_nothing_is_said_of_side_effects(tmp_path: Path) ->
 
 
 def test_every_score_and_every_part_stands_in_the_page_with_its_interval(rich: Path) -> None:
-    certificate_ = known(rich)
-    text = page.html({"certificate.json": certificate_})
-    assert certificate_["headline"] in text
-    for answer in certificate_["answers"]:
-        sign = -1 if answer["lower_is_better"] else 1
-        name = {"nll": "NLL"}.get(answer["metric"], answer["metric"])
-        for point in answer["points"]:
-            low, high = sorted(sign * point["score"][key] for key in ("low", "high"))
-            score = f"{sign * point['score']['estimate']:.3f} [{low:.3f}, {high:.3f}]".replace("-", "−")
-            where = f"{point['size']} rows" if point["size"] else "untrained"
-            assert text.count(f'aria-label="{point["arm"]}, {where}, {name} {score}') == 2  # wide and narrow
+    certified_ = known(rich)
+    text = certificate_page.html({"certificate.json": certified_})
+    assert wording.headline(certified_) in text
+    for answer in certified_.answers:
+        name = {"nll": "NLL"}.get(answer.metric, answer.metric)
+        for point in answer.points:
+            score = "{:.3f} [{:.3f}, {:.3f}]".format(*point.score).replace("-", "−")
+            where = f"{point.size} rows" if point.size else "untrained"
+            assert text.count(f'aria-label="{point.arm}, {where}, {name} {score}') == 2  # wide and narrow
             assert f"<td>{score}</td>" in text
-        for part in answer["attribution"]:
-            low, high = sorted(sign * part[key] for key in ("low", "high"))
+        for part in answer.attribution:
+            low = part.difference.low
             assert f"[{'+' if low > 0 else ''}{low:.3f}, ".replace("-", "−") in text
     for words in (
         "interaction of anchor and mix",
@@ -265,17 +203,16 @@ def test_every_score_and_every_part_stands_in_the_page_with_its_interval(rich: P
     assert text.index("Forgetting: pool") < text.index("<h3>Leakage") < text.index("Dependency on the anchor: wrong anchor")
     assert "with another anchor" in text
     assert "<td>16</td><td>repeats 2</td>" in text  # of two seeds that agree
-    assert certificate_["sha256"] in text
+    assert certified_.sha256 in text
     assert "fulcrum verify certificate.json" in text
 
 
 def test_the_reference_is_ringed_and_its_share_is_said(rich: Path) -> None:
-    answer = known(rich)["answers"][0]
-    marks = {
-        (line.name, mark.size): mark for line in page.exhibit.lines_of(answer, known(rich)["question"]) for mark in line.marks
-    }
-    for size in (16, 64, 256):
-        chosen = max(answer["reference"][str(size)], key=answer["reference"][str(size)].get)
+    answer = known(rich).answer
+    lines = certificate_page.lines_of(answer, known(rich).question)
+    marks = {(line.name, mark.size): mark for line in lines for mark in line.marks}
+    for selection in answer.references:
+        chosen, size = max(selection.shares, key=selection.shares.__getitem__), selection.size
         assert [arm for (arm, at), mark in marks.items() if at == size and mark.ringed] == [chosen]
         assert marks[chosen, size].tip[-1].startswith("reference in ")
     assert marks["sft", 64].tip[2].startswith("5 seeds: ")
@@ -283,13 +220,13 @@ def test_the_reference_is_ringed_and_its_share_is_said(rich: Path) -> None:
 
 
 def test_equal_certificates_give_equal_bytes_below_a_megabyte(rich: Path) -> None:
-    first = page.write(rich).read_bytes()
-    assert page.write(rich).read_bytes() == first
+    first = certificate_page.write(rich).read_bytes()
+    assert certificate_page.write(rich).read_bytes() == first
     assert len(first) < 1_000_000
 
 
 def test_the_page_runs_nothing_and_asks_no_network(rich: Path) -> None:
-    text = page.html({"certificate.json": known(rich)})
+    text = certificate_page.html({"certificate.json": known(rich)})
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|https?:|url\(|@import|<(script|link|iframe|img|object)\b""", text)
     assert "default-src 'none'" in text
 
@@ -297,43 +234,34 @@ def test_the_page_runs_nothing_and_asks_no_network(rich: Path) -> None:
 def test_user_text_is_inert(tmp_path: Path) -> None:
     odd = {"sft": f"{EVIL}sft", "tell": f"{EVIL}tell"}
     content = ({**line, "arm": odd[line["arm"]], **({"metric": EVIL} if "row" in line else {})} for line in lines())
-    question = Question(odd["tell"], (odd["sft"],), (EVIL,), task=EVIL, notes=(EVIL,))
-    chosen = {f"{EVIL} at 16 rows, seed 0": {EVIL: EVIL, "repeats": EVIL}, EVIL: None}
-    certified(tmp_path, content, question, {EVIL: EVIL, "files": {EVIL: EVIL}, "settings chosen": chosen})
-    text = page.html({EVIL: known(tmp_path)})
+    design = Design(2, "first", {EVIL: 2}, (EVIL,), at_end=(AtEnd(EVIL, 16, "repeats", 2, 1, 2),))
+    question = Question(odd["tell"], (odd["sft"],), (EVIL,), task=EVIL, design=design)
+    chosen = (Chosen(EVIL, 16, 0, {EVIL: EVIL, "repeats": EVIL}), Chosen(EVIL, 32, 0, None))
+    certified(tmp_path, content, question, Inputs(files={EVIL: EVIL}, hyperparameters=chosen))
+    text = certificate_page.html({EVIL: known(tmp_path)})
     assert "<script" not in text.lower()
     assert text.count("&lt;script&gt;") > 40
 
 
-@pytest.mark.parametrize(
-    "change", [lambda c: c.pop("answers"), lambda c: c["answers"][0].pop("points"), lambda c: c.update(answers=[])]
-)
-def test_a_damaged_certificate_is_refused_in_one_line(rich: Path, change: Any) -> None:
-    broken = known(rich)
-    change(broken)
-    with pytest.raises(StoreError, match="not a certificate as it is written"):
-        page.html({"certificate.json": broken})
-
-
 def test_what_is_no_certificate_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no certificate\.json in it"):
-        page.write(tmp_path)
+        certificate_page.write(tmp_path)
     (tmp_path / "certificate.json").write_text('{"format": 1}')
-    with pytest.raises(StoreError, match="not a certificate of a format that this version knows"):
-        page.write(tmp_path)
+    with pytest.raises(StoreError, match=r"not a certificate of format 3 \(found 1\)"):
+        certificate_page.write(tmp_path)
 
 
 # ---- run folders and commands
 
 
 def test_a_runs_report_opens_with_its_certificate_in_place_of_claims(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path, make(notes=(*NOTES, "another note")), predictions())
+    folder = folder_with(tmp_path, make(notes=("another note",)), predictions())
     assert 'class="claim' in report.write(folder).read_text()
     certified(folder, compared(), rich_question())
     text = report.write(folder).read_text()
-    assert known(folder)["headline"] in text
+    assert wording.headline(known(folder)) in text
     assert 'class="claim' not in text
-    assert text.count(NOTES[0]) == 1
+    assert text.count(NOTE) == 1
     assert "another note" in text
     for name in ("c1-curves", "c1-rows", "c1-parts", "c1-effects", "c1-method", "scores", "training", "examples", "settings"):
         assert text.count(f'id="{name}"') == 1
@@ -358,7 +286,7 @@ def test_certify_writes_the_page_and_report_writes_it_anew(tmp_path: Path) -> No
     first = (out / "report.html").read_bytes()
     (out / "report.html").unlink()
     said = done("report", out)
-    assert known(out)["headline"] in said
+    assert wording.headline(known(out)) in said
     assert f"report: {out / 'report.html'}" in said
     assert (out / "report.html").read_bytes() == first
     (tmp_path / "full").mkdir()
@@ -422,24 +350,24 @@ def test_an_untrained_arm_and_one_that_ends_with_it_have_their_labels_apart() ->
 @pytest.mark.parametrize(
     ("saving", "rows", "fewest", "most"),
     [
-        (factor(2.0, 1.6, 3.2), 32, 20, 40),
-        (factor("over", "over", "over"), 16, None, 16),
-        (factor("over", 2.0, "over"), 16, None, 32),
-        (factor(2.0, "under", "over"), 32, None, None),
+        ((2.0, 1.6, 3.2), 32, 20, 40),
+        ((math.inf, math.inf, math.inf), 16, None, 16),
+        ((math.inf, 2.0, math.inf), 16, None, 32),
+        ((2.0, 0.0, math.inf), 32, None, None),
     ],
 )
 def test_the_reading_goes_no_further_than_what_was_measured(
-    rich: Path, saving: dict[str, Any], rows: float, fewest: float | None, most: float | None
+    rich: Path, saving: tuple[float, float, float], rows: float, fewest: float | None, most: float | None
 ) -> None:
-    answer = {**known(rich)["answers"][0], "saving": {"rows": saving}}
-    reading = page.exhibit.reading_of(answer, known(rich)["question"])
+    whole = known(rich).answer
+    worth = replace(whole.saving, identifiable=True, rows=Factor(*saving, least=1.0, most=4.0))
+    answer = replace(whole, saving=worth)
+    reading = certificate_page.reading_of(answer, known(rich).question)
     assert reading is not None
     assert (reading.rows, reading.fewest, reading.most, reading.smallest) == (rows, fewest, most, 16)
-    own, reference = (
-        {p["arm"]: p for p in answer["points"] if p["size"] == 64}[arm]["score"]["estimate"] for arm in ("tell", "sft")
-    )
-    assert reading.value == pytest.approx(-reference)
-    assert own > reference
+    scores = {point.arm: point.score.estimate for point in answer.points if point.size == 64}
+    assert reading.value == pytest.approx(scores["sft"])
+    assert scores["tell"] < scores["sft"]
 
 
 def test_an_untrained_arm_far_away_stands_at_the_edge_and_squashes_nothing() -> None:
@@ -490,7 +418,7 @@ def visible(browser: Any, selector: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def written(rich: Path) -> Path:
-    return page.write(rich)
+    return certificate_page.write(rich)
 
 
 def test_it_opens_without_a_word_and_asks_for_nothing(browser: Any, written: Path, rich: Path) -> None:
@@ -500,18 +428,18 @@ def test_it_opens_without_a_word_and_asks_for_nothing(browser: Any, written: Pat
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [entry["params"]["request"]["url"] for entry in sent if entry["method"] == "Network.requestWillBeSent"]
     assert asked == [written.as_uri()]
-    assert browser.find_element("css selector", ".headline").text == known(rich)["headline"]
+    assert browser.find_element("css selector", ".headline").text == wording.headline(known(rich))
     charts = visible(browser, ".chart svg")
     assert len(charts) == 2
     assert all(chart.size["height"] > 300 for chart in charts)
     assert len(visible(browser, ".forest")) == 5  # two attributions, forgetting, leakage, dependency
-    assert len(visible(browser, ".chart .pt")) == sum(len(answer["points"]) for answer in known(rich)["answers"])
+    assert len(visible(browser, ".chart .pt")) == sum(len(answer.points) for answer in known(rich).answers)
 
 
 def expected(rich: Path) -> str:
     """The NLL of tell at 64 rows as a reader should see it."""
-    score = next(p["score"] for p in known(rich)["answers"][0]["points"] if (p["arm"], p["size"]) == ("tell", 64))
-    return f"NLL {-score['estimate']:.3f} [{-score['high']:.3f}, {-score['low']:.3f}]"
+    score = next(point.score for point in known(rich).answer.points if (point.arm, point.size) == ("tell", 64))
+    return f"NLL {score.estimate:.3f} [{score.low:.3f}, {score.high:.3f}]"
 
 
 def test_hovering_a_point_shows_its_value(browser: Any, written: Path, rich: Path) -> None:

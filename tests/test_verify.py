@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fulcrum import comparison, inputs, store, verification
+from fulcrum import comparison, outcomes, store, verify
+from fulcrum.errors import DataError
 from tiny import comparison_settings, save_task
 
 
@@ -29,11 +30,11 @@ def copied(finished: Path) -> Path:
 
 
 def wrong(folder: Path) -> list[str]:
-    return verification.verify(folder / "certificate.json").wrong
+    return verify.verify(folder / "certificate.json").wrong
 
 
 def test_nothing_is_wrong_and_nothing_unchecked_where_all_is_there(copied: Path) -> None:
-    assert verification.verify(copied / "certificate.json") == ([], [])
+    assert verify.verify(copied / "certificate.json") == ([], [])
 
 
 def test_a_changed_outcome_is_named_with_its_cell(copied: Path) -> None:
@@ -44,6 +45,20 @@ def test_a_changed_outcome_is_named_with_its_cell(copied: Path) -> None:
     file.write_text("\n".join([*lines[:place], json.dumps(changed), *lines[place + 1 :]]) + "\n")
     cell = f"{changed['arm']} at {changed['size']} rows, seed {changed['seed']}, nll"
     assert f"outcomes.jsonl: outcomes of {cell}: changed" in wrong(copied)
+
+
+def test_outcomes_are_read_from_gzip_too(copied: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(copied, tmp_path / "packed")
+    found = outcomes.read(folder / "outcomes.jsonl")
+    for place in (folder / "outcomes.jsonl.gz", folder / "again" / "outcomes.jsonl.gz"):
+        outcomes.write(place, found)
+    packed = (folder / "outcomes.jsonl.gz").read_bytes()
+    assert packed == (folder / "again" / "outcomes.jsonl.gz").read_bytes()
+    (folder / "outcomes.jsonl").unlink()
+    assert verify.verify(folder / "certificate.json").wrong == []
+    (folder / "outcomes.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=r"outcomes\.jsonl\.gz: cannot be read: Compressed file ended"):
+        verify.verify(folder / "certificate.json")
 
 
 @pytest.mark.parametrize("file", ["certificate.json", "manifest.json"])
@@ -80,11 +95,11 @@ def test_a_certificate_elsewhere_says_what_it_could_not_check(copied: Path, tmp_
     for name in ("certificate.json", "outcomes.jsonl"):
         shutil.copy(copied / name, tmp_path / name)
     (copied.parent / "pool.jsonl").rename(tmp_path / "pool.jsonl")
-    found = verification.verify(tmp_path / "certificate.json")
+    found = verify.verify(tmp_path / "certificate.json")
     shutil.move(tmp_path / "pool.jsonl", copied.parent / "pool.jsonl")
     assert found.wrong == []
     assert found.unchecked == [
-        f"settings: no {store.MANIFEST} of the run beside the certificate",
+        f"settings: no {store.MANIFEST} of the run next to the certificate",
         f"data file {copied.parent / 'pool.jsonl'}: not here (paths are as they were given to the run)",
     ]
 
@@ -96,11 +111,11 @@ def test_rows_that_a_model_made_and_an_arms_own_pool_are_inputs_too(tmp_path: Pa
     settings = comparison_settings(folder, folder / "out", compare={"arms": ["sft", "tell", arm]})
     store.write_json(folder / "out" / store.MADE / "selfgen-seed0.json", {"rows": ["one"]})
     store.write_json(folder / "out" / store.MANIFEST, {"settings": settings.described()})
-    known = inputs.describe(settings, settings.tasks[0].name, ())
-    assert list(known["made"]) == ["selfgen-seed0.json"]
+    known = verify.describe_inputs(settings, settings.tasks[0].name, ())
+    assert list(known.made) == ["selfgen-seed0.json"]
 
     def checked() -> tuple[list[str], list[str]]:
-        return inputs.check(known, settings.tasks[0].name, folder / "out")
+        return verify.check_inputs(known, settings.tasks[0].name, folder / "out")
 
     assert checked() == ([], [])
     store.write_json(folder / "out" / store.MADE / "selfgen-seed0.json", {"rows": ["two"]})
