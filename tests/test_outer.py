@@ -162,7 +162,7 @@ def test_the_certificate_says_so_and_holds(done):
     difference = next(d for d in results.differences if (d.arm, d.reference, d.metric) == ("tell", "sft", "nll"))
     scores = {p.arm: np.array(p.by_seed) for p in known.answer.points if p.size == 12}
     # 22 rows, 4.4 at a seed: as the average fold.
-    assert (difference.low, difference.high) == pytest.approx(widened(scores["sft"], scores["tell"]))
+    assert (difference.low, difference.high) == pytest.approx(widened(scores["tell"], scores["sft"]))
     assert (folder / "report.html").stat().st_size > 1000
 
 

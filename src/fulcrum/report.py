@@ -34,6 +34,8 @@ def load(folder: Path) -> Record:
     if not folder.is_dir():
         raise StoreError(f"{folder}: no such run folder; give the output_dir of a finished run")
     path = folder / "results.json"
+    if not path.exists():
+        raise StoreError(f"{folder}: no results.json and no {certificate.FILE}; a report is made from one of them")
     results = store.read_json(path)
     known = {field.name: field.default for field in fields(Results)}
     version = results.get("version") if isinstance(results, dict) else None
