@@ -404,7 +404,7 @@ UNRUN_IN_README = {  # part of a command -> why it is parsed only
     "--quick": "is played by pages of docs/",
     "serve ": "is played by docs/serving.md",
     "quanta ": "tests/test_quanta.py runs it",
-    "anchor ": "tests/test_candidates.py and tests/test_anchor_outcomes.py run it",
+    "anchor ": "tests/test_candidates.py and tests/test_anchor_validity.py run it",
 }
 
 

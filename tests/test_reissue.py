@@ -50,7 +50,8 @@ def test_notes_become_a_design(folder: Path) -> None:
         AtEnd("tell", 64, "learning_rate", 1e-3, 1e-4, 1e-3),
     )
     assert design.diverged == (Diverged("sft", 64, 2, "repeats8-learning_rate0.01"),)
-    said = wording.notes(new)
+    favoured = "More settings were tried for sft than for other trained arms, which favours them."
+    assert favoured in wording.notes(new)
     assert new.inputs.hyperparameters[0] == Chosen("base", 0, 0, None)
     assert new.inputs.adjusted_p == {"small": 0.01}
 
