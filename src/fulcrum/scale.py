@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fulcrum import budget as planning
-from fulcrum import ladder, material, model, pool, store, wording, workers
+from fulcrum import ladder, material, model, pool, store, workers
 from fulcrum.arms import chosen_arms
 from fulcrum.cell import Silent, Watcher
-from fulcrum.certificate import Budget
 from fulcrum.comparison import Progress, by_seeds
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
@@ -52,7 +51,7 @@ def scale(
             results, unrun = by_seeds(study, units, Progress(study, units, watcher, jobs), runner, budget)
         notes = []
         if budget and (left := [*left_out, *unrun]):
-            notes.append(wording.left_out(Budget(budget, tuple(left))))
+            notes.append(f"Left out for the time budget of {budget / 60:.0f} minutes: {'; '.join(left)}.")
         return finish("scale", settings, folder, loaded, rows, results, (), started, notes)
 
 
