@@ -96,11 +96,11 @@ FLOORS = (
     (
         "summary",
         "plots",
+        "learning_plots",
+        "research_plots",
         "certificate",
         "certification",
         "verify",
-        "axes",
-        "curves",
         "wording",
         "certificate_page",
         "anchor_validity",

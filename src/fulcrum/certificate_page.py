@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fulcrum import axes, certificate, curves, store, summary, wording
+from fulcrum import certificate, plots, store, summary, wording
 from fulcrum.certificate import (
     Answer,
     Certificate,
@@ -26,10 +26,9 @@ from fulcrum.certificate import (
     SideEffect,
     Worth,
 )
-from fulcrum.curves import Line, Mark, Reading
 from fulcrum.errors import StoreError
 from fulcrum.intervals import Interval
-from fulcrum.plots import COLOURS
+from fulcrum.learning_plots import Line, Mark, Reading, learning_curves
 
 REPORT = "report.html"
 # What a dependency on the anchor is the rise of: test rows asked ...
@@ -67,7 +66,7 @@ def views(certificates: Mapping[str, Certificate]) -> list[dict[str, Any]]:
 def html(certificates: Mapping[str, Certificate]) -> str:
     """Return the certificates as one page."""
     template = environment().get_template("certificate_page.html.j2")
-    return str(template.render(views=views(certificates), colours=colours()))
+    return str(template.render(views=views(certificates)))
 
 
 def write(folder: Path) -> Path:
@@ -96,11 +95,6 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def colours() -> list[tuple[str, str]]:
-    """Return each slot's colour on a light and on a dark page."""
-    return list(zip(curves.COLOURS, curves.DARK, strict=True))
 
 
 def view(known: Certificate) -> dict[str, Any]:
@@ -184,13 +178,12 @@ def view_answer(answer: Answer, question: Question) -> dict[str, Any]:
         "kind": kind,
         "difference": wording.difference(answer.difference),
         "seeds": answer.seeds,
-        "charts": {
-            "wide": curves.learning(lines, reading, width=900, height=460),
-            "narrow": curves.learning(lines, reading, width=400, height=430, narrow=True),
+        "curves": {
+            "wide": learning_curves(lines, reading),
+            "narrow": learning_curves(lines, reading, narrow=True),
         },
-        **_scores_table(answer, [line.name for line in lines]),
+        **_scores_table(answer, [line.arm for line in lines]),
         "reading": reading,
-        "legend": [(line, curves.shape(line.place)) for line in lines],
         "factors": _factors(answer, question.arm, units),
         "units": units,
         "identifiable": any(worth.identifiable for worth in (answer.saving, *answer.gains)),
@@ -224,7 +217,9 @@ def _parts(answer: Answer, arm: str) -> dict[str, Any]:
     for part in answer.attribution:
         shown.append((wording.PARTS[part.code], part.difference))
     named_parts = [((name, arms), interval) for (name, arms, _), interval in shown]
-    return _bars(named_parts, wording.difference, about=[about for (*_, about), _ in shown])
+    ways = "← better · worse →" if answer.lower_is_better else "← worse · better →"
+    about = [text for (*_, text), _ in shown]
+    return _bars(named_parts, wording.difference, x_label=ways, about=about)
 
 
 def lines_of(answer: Answer, question: Question) -> list[Line]:
@@ -234,31 +229,21 @@ def lines_of(answer: Answer, question: Question) -> list[Line]:
         points.setdefault(point.arm, []).append(point)
     used = [arm for arm in points if _is_used(answer, arm)]
     order = [arm for arm in dict.fromkeys([question.arm, *used, *points]) if arm in points]
-    slots = slots_of(order)
     lines = []
-    for place, arm in enumerate(order):
+    for arm in order:
         by_size = sorted(points[arm], key=lambda point: point.size)
         marks = tuple(_mark(answer, point) for point in by_size)
         label = f"{arm}, reference" if arm in used else arm
         if [mark.size for mark in marks] == [0]:
             label = f"{arm}, untrained"
         is_strong = arm == question.arm or arm in used
-        lines.append(Line(arm, marks, slots[arm], place, strong=is_strong, ends_as=label))
+        lines.append(Line(arm, label, marks, strong=is_strong))
     return lines
 
 
 def _is_used(answer: Answer, arm: str) -> bool:
     """Return whether an arm is the reference often enough to be shown as one."""
     return any(selection.shares.get(arm, 0) >= _SELECTED for selection in answer.references)
-
-
-def slots_of(order: Sequence[str]) -> dict[str, int]:
-    """Return the colour of each arm, as a slot of `curves.COLOURS`."""
-    known, others = list(COLOURS), [arm for arm in order if arm not in COLOURS]
-    slots = {}
-    for arm in order:
-        slots[arm] = known.index(arm) if arm in known else len(known) + others.index(arm) % 3
-    return slots
 
 
 def _mark(answer: Answer, point: Point) -> Mark:
@@ -279,7 +264,7 @@ def _mark(answer: Answer, point: Point) -> Mark:
             tip.append(f"reference in {wording.percent(share)} of draws{there}")
     is_ringed = any(selection.usual == point.arm for selection in at)
     low, high = _or_none(score.low), _or_none(score.high)
-    return Mark(size, score.estimate, low, high, point.by_seed, tuple(tip), is_ringed)
+    return Mark(size, score.estimate, low, high, point.by_seed, "\n".join(tip), is_ringed)
 
 
 def _or_none(end: float) -> float | None:
@@ -327,30 +312,24 @@ def _bars(
     shown: Sequence[tuple[tuple[str, str], Interval]],
     text_of: Callable[[Interval], str],
     *,
+    x_label: str,
     about: Sequence[str] = (),
-    slots: Mapping[str, int] | None = None,
+    colours: Mapping[str, str] | None = None,
     limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> dict[str, Any]:
-    """Lay out dots with intervals on one axis, with their texts; each name has two parts."""
-    values = []
-    for _, interval in shown:
-        low, high = None, None
+    """Draw dots with intervals on one axis that holds 0; each name has two parts."""
+    dots, rows = [], []
+    for place, (name, interval) in enumerate(shown):
+        low, high = math.nan, math.nan
         if math.isfinite(interval.low) and math.isfinite(interval.high):
             low, high = (min(max(end, limits[0]), limits[1]) for end in interval[1:])
-        values.append((0.0 if math.isnan(interval.estimate) else interval.estimate, low, high))
-    axis = axes.bars(values)
-    rows = []
-    for place, (name, interval) in enumerate(shown):
-        rows.append(
-            {
-                "name": name,
-                "bar": axis.bars[place],
-                "text": text_of(interval),
-                "about": about[place] if about else "",
-                "slot": (slots or {}).get(name[0]),
-            }
-        )
-    return {"axis": axis, "rows": rows}
+        estimate = 0.0 if math.isnan(interval.estimate) else interval.estimate
+        label = ", ".join(filter(None, name)) if colours else name[0]
+        colour = (colours or {}).get(name[0], plots.INK)
+        dots.append(plots.Dot(label, Interval(estimate, low, high), colour=colour))
+        text = about[place] if about else ""
+        rows.append({"name": name, "text": text_of(interval), "about": text})
+    return {"svg": plots.dots([plots.Dots("", x_label, dots, 0.0)]), "rows": rows}
 
 
 # ---- side effects
@@ -358,7 +337,7 @@ def _bars(
 
 def view_effects(known: Certificate) -> list[dict[str, Any]]:
     """Return side effects as dots with intervals; arms as in the learning curves."""
-    arms = [line.name for line in lines_of(known.answer, known.question)]
+    arms = [line.arm for line in lines_of(known.answer, known.question)]
     order = sorted(known.side_effects, key=lambda effect: _EFFECTS.index(_kind_of(effect)))
     return [_view_effect(effect, known.answer.rows, arms) for effect in order]
 
@@ -385,6 +364,8 @@ def _view_effect(effect: SideEffect, n: int, order: Sequence[str]) -> dict[str, 
     def text_of(interval: Interval) -> str:
         return wording.with_interval(interval, signed=rises, percents=kind == "leakage")
 
+    x_label = {"drift": "further →", "dependency": "rise"}.get(kind, "worse →")
+    colours = plots.arm_colours([*order, *(arm.arm for arm in effect.arms)])
     limits = {"leakage": (0.0, 1.0), "drift": (0.0, math.inf)}.get(kind, (-math.inf, math.inf))
     return {
         "kind": kind,
@@ -395,7 +376,7 @@ def _view_effect(effect: SideEffect, n: int, order: Sequence[str]) -> dict[str, 
         "seeds": effect.seeds,
         "groups": f"{effect.groups:g}",
         "apart": bool(sizes - {0, n}),
-        "plot": _bars(shown, text_of, slots=slots_of(order), limits=limits),
+        "plot": _bars(shown, text_of, x_label=x_label, colours=colours, limits=limits),
         "level": "" if base is None else wording.with_interval(base.score),
     }
 

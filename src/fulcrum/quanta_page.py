@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fulcrum import certificate_page, plots, store
+from fulcrum import certificate_page, plots, research_plots, store
 from fulcrum.errors import StoreError
 
 PAGE = "quanta.html"
@@ -111,13 +111,13 @@ def html(record: Record, title: str) -> str:
     for row in rows:
         row["plot"] = plots.curves(_panels(row, record["arms"], steps)) if row["label"] < _PICTURES else ""
     usable = [row for row in rows if row["gain"] is not None and math.isfinite(row["gain"])]
-    spots = [plots.Spot(row["density"], row["gain"], row["task"], str(row["label"] + 1)) for row in usable]
+    spots = [research_plots.Spot(row["density"], row["gain"], row["task"], str(row["label"] + 1)) for row in usable]
     plain, mixed = record["arms"]
     return str(
         certificate_page.environment().get_template("quanta.html.j2").render(
             record=record, title=title, rows=rows, sentences=sentences(record), shown=shown, plain=plain, mixed=mixed,
-            eigenvalues=plots.eigenvalues(record["clusters"]["eigenvalues"], record["clusters"]["k"]),
-            scatter=plots.spots(spots, "share of general items (each kind weighs as much)",
+            eigenvalues=research_plots.eigenvalues(record["clusters"]["eigenvalues"], record["clusters"]["k"]),
+            scatter=research_plots.spots(spots, "share of general items (each kind weighs as much)",
                                 f"gain: nats that {mixed} is below {plain}") if spots else "",
         )
     )  # fmt: skip

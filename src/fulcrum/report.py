@@ -105,11 +105,8 @@ def score_plot(results: Record, task: str) -> str:
     for metric in summary.metrics_of(arms, task):
         name, direction = metric["metric"], "higher" if metric["higher_is_better"] else "lower"
         found = {arm: summary.scores_of(results, task, name) for arm, results in arms.items()}
-        rows = [
-            (arm, summary.interval_of(scores), [summary.value_of(score) for score in scores]) for arm, scores in found.items()
-        ]
         label = ", ".join(filter(None, (summary.UNITS.get(name), f"{direction} is better")))
-        panels.append(plots.Dots(summary.label_of(name), label, rows))
+        panels.append(plots.Dots(summary.label_of(name), label, _dots(found)))
     return plots.dots(panels) if panels else ""
 
 
@@ -120,15 +117,21 @@ def forgetting_plot(results: Record) -> str:
     panels = []
     for source in dict.fromkeys(source for arm in arms.values() for source in arm[0]["general_nll"]):
         found = {name: [r["general_nll"][source] for r in arm if source in r["general_nll"]] for name, arm in arms.items()}
-        rows = [
-            (name, summary.interval_of(scores), [summary.value_of(score) for score in scores])
-            for name, scores in found.items()
-            if scores
-        ]
         base = found[untrained] if untrained else []
         reference = summary.value_of(base[0]) if base else None
-        panels.append(plots.Dots(source, "NLL, nats per answer token, lower is better", rows, reference))
+        panels.append(plots.Dots(source, "NLL, nats per answer token, lower is better", _dots(found), reference))
     return plots.dots(panels) if panels else ""
+
+
+def _dots(scores: Mapping[str, Sequence[Any]]) -> list[plots.Dot]:
+    """Return a dot for each arm that has scores."""
+    colours = plots.arm_colours(scores)
+    dots = []
+    for arm, of_seeds in scores.items():
+        if of_seeds:
+            values = [summary.value_of(score) for score in of_seeds]
+            dots.append(plots.Dot(arm, summary.interval_of(of_seeds), values, colours[arm]))
+    return dots
 
 
 def _untrained(results: Record) -> str | None:
@@ -171,7 +174,7 @@ def anchor_plot(anchors: Record) -> str:
     rows = []
     for place, score in enumerate(anchors["scores"], 1):
         ends = [none + end if end is not None else math.nan for end in (score["low"], score["high"])]
-        rows.append((f"{place}: {score['source']}", intervals.Interval(score["loss"], *ends), [score["loss"]]))
+        rows.append(plots.Dot(f"{place}: {score['source']}", intervals.Interval(score["loss"], *ends)))
     return plots.dots([plots.Dots("Loss before training", "nats per answer token, lower is better", rows, none)])
 
 
@@ -253,7 +256,6 @@ def html(
         scaling=None if scaling is None else {**scaling, "tasks": curves_of.shown(scaling)},
         quanta=quanta,
         notes=[note for note in results["notes"] if not any(note in view["notes"] for view in views)],
-        colours=certificate_page.colours(),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulcrum import emergence, plots, scaling_fits, store, summary, verdicts
+from fulcrum import emergence, research_plots, scaling_fits, store, summary, verdicts
 from fulcrum.config import Settings
 from fulcrum.emergence import LEAST_LEVELS, JumpTest
 from fulcrum.errors import DataError
@@ -267,7 +267,7 @@ def shown(found: Record) -> list[dict[str, Any]]:
 def _bars(places: Sequence[tuple[str, int]]) -> str:
     if not any(count for _, count in places):
         return ""
-    return plots.bars([place for place, _ in places], [count for _, count in places], "between ratios", "test rows")
+    return research_plots.bars([place for place, _ in places], [count for _, count in places], "between ratios", "test rows")
 
 
 def plot(design: Record) -> str:
@@ -276,7 +276,10 @@ def plot(design: Record) -> str:
     for one in design["metrics"]:
         name, direction = one["metric"], "higher" if one["higher_is_better"] else "lower"
         fitted = {_NAMES[form]: one["fits"][form]["fine"] for form in _NAMES if one["fits"][form]["fine"]}
-        label = ", ".join(filter(None, (summary.UNITS.get(name), f"{direction} is better")))
+        label = ",\n".join(filter(None, (summary.UNITS.get(name), f"{direction} is better")))
         jump = one["location"] if one["abrupt"] else None
-        panels.append(plots.Amounts(summary.label_of(name), label, design["ratios"], one["by_seed"], one["fine"], fitted, jump))
-    return plots.scaling(panels)
+        title, ratios = summary.label_of(name), design["ratios"]
+        panels.append(
+            research_plots.Amounts(title, label, ratios, one["by_seed"], one["fine"], fitted, jump)
+        )
+    return research_plots.scaling(panels)
