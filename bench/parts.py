@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fulcrum import adapter, arms, choose, encode, generate, ingest, leverage, loss, mix, model, probe, training
+from fulcrum import adapter, arms, choose, encode, generate, ingest, loss, mix, model, probe, row_savings, training
 from fulcrum.config import TrainSettings
 from fulcrum.records import Anchor, Example, Message
 from fulcrum.sections import DataSource
@@ -212,16 +212,16 @@ def statistics_of_a_comparison() -> None:
     outcomes = {point: rng.normal(np.log2(point[1]), 1, (8, 10_000)) for point in points}
     dev = {point: rng.normal(np.log2(point[1]), 0.1, 8) for point in points}
     started = time.perf_counter()
-    drawn = leverage.draw(leverage.measure(outcomes, groups, dev=dev), draws=2000)
-    ref = leverage.reference(drawn, ("sft", "sft_anchor", "soup"), 256)
+    drawn = row_savings.draw(row_savings.measure(outcomes, groups, dev=dev), draws=2000)
+    ref = row_savings.reference(drawn, ("sft", "sft_anchor", "soup"), 256)
     for arm in arms:
-        leverage.interval(drawn.of(arm, 256) - ref.last)
+        row_savings.interval(drawn.of(arm, 256) - ref.last)
     for arm in ("tell", "mix"):
-        leverage.row_saving(drawn, arm, ref)
+        row_savings.row_saving(drawn, arm, ref)
         for size in sizes[:-1]:
-            leverage.row_gain(drawn, arm, size, ref)
-    leverage.slope(ref)
-    leverage.more_rows(ref, 64, 50)
+            row_savings.row_gain(drawn, arm, size, ref)
+    row_savings.slope(ref)
+    row_savings.at(ref, 64 + 50)
     print(f"statistics, 10,000 examples x 15 arms x 8 seeds, 2,000 draws: {time.perf_counter() - started:.1f} s", flush=True)
 
 

@@ -1,7 +1,7 @@
 """Which anchors of a task are trained, by a rule that is fixed before any is: a comparison's settings out of their scores.
 
-    fulcrum anchor score certificates/anchors/snips.yaml certificates/anchors/snips.jsonl --out snips.scores.json
-    python scripts/anchors_run.py certificates/anchors/snips.yaml snips.scores.json --out snips.run.yaml
+    fulcrum anchor score TASK.yaml CANDIDATES.jsonl --out scores.json
+    python scripts/anchors_run.py TASK.yaml scores.json --out run.yaml
 
 Trained are: every anchor written by hand; of the templates the one of the lowest and of the median loss before training; of
 the model's own those of the lowest and of the highest; and random tokens. `auto`, which knows no anchor written by hand,

@@ -1,18 +1,20 @@
-"""Every arm of finished comparisons against the arms without general data: the tables of LOG.md's map.
+"""Print every arm of finished comparisons against the arms without general data, as tables.
 
-    python scripts/arms_table.py certificates/map/*/ --size 32
+    python scripts/arms_table.py results/map/*/ --size 32
 
-A row an arm: its score, what it is better by than the best arm without general data (above 0 is better), p adjusted over
-the run's arms (Holm), how many rows that reference needs to be as good (where it clearly gets better with its rows), and the
-repeats that were chosen for it.
+A row an arm: its score, its difference to the best arm without general data, p adjusted over the
+run's arms (Holm), how many rows that reference needs to be as good (where it clearly gets better
+with its rows), and the repeats that were chosen for it.
 """
 
 import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from fulcrum import certificate, leverage, metrics, outcomes, store
-from fulcrum.certificate import Question
+from fulcrum import certificate, certification, metrics, outcomes, row_savings, wording
+from fulcrum.certificate import Answer, Certificate, Question
 
 
 def main() -> None:
@@ -22,72 +24,80 @@ def main() -> None:
     parser.add_argument("--size", type=int, required=True, help="task rows at which arms are compared")
     args = parser.parse_args()
     for folder in args.folders:
-        found = outcomes.read(folder / "outcomes.jsonl")
-        repeats = chosen_repeats(folder)
+        known = Certificate.read(folder / certificate.FILE)
+        found = outcomes.read(outcomes.file_in(folder))
+        references = known.question.references
+        repeats = chosen_repeats(known)
         names = [name for name in found.values if not certificate.is_side_effect(name)]
-        asked = store.read_json(folder / "certificate.json")["question"]
-        mixed = sorted({arm for arm, _ in found.points(names[0])} - set(asked["references"]))
+        mixed = sorted({arm for arm, _ in found.points(names[0])} - set(references))
         lower = tuple(name for name in names if not metrics.HIGHER_IS_BETTER.get(name))
         for metric in names:
-            answers = {
-                arm: certificate.certify(found, Question(arm, tuple(asked["references"]), (metric,), lower, "", notes=()))[
-                    "answers"
-                ][0]
-                for arm in mixed
-            }
-            print(f"\n**{folder.name}, {metric}** ({'lower' if metric in lower else 'higher'} is better)\n")
-            print_table(answers, asked["references"], args.size, repeats)
+            asked = Question("", references, (metric,), lower)
+            answers = {}
+            for arm in mixed:
+                answers[arm] = certification.certify(found, replace(asked, arm=arm)).answer
+            direction = wording.direction(next(iter(answers.values())))
+            print(f"\n**{folder.name}, {metric}** ({direction})\n")
+            print_table(answers, references, args.size, repeats)
 
 
-def print_table(answers: dict[str, dict[str, Any]], references: list[str], size: int, repeats: dict[str, str]) -> None:
+def print_table(
+    answers: Mapping[str, Answer],
+    references: Sequence[str],
+    size: int,
+    repeats: Mapping[str, str],
+) -> None:
     """Print one metric's table."""
-    print("| arm | rows | score | better by | p (Holm) | worth rows | repeats |\n|---|---|---|---|---|---|---|")
+    print("| arm | rows | score | difference | p (Holm) | worth rows | repeats |")
+    print("|---|---|---|---|---|---|---|")
     first = next(iter(answers.values()))
-    sign = -1 if first["lower_is_better"] else 1
-    for point in first["points"]:
-        if point["arm"] in references:
-            print(f"| `{point['arm']}` | {point['size'] or ''} | {span(point['score'], sign)} | | | | |")
-    known = {arm: answer["difference"]["p"] for arm, answer in answers.items() if answer["difference"]["p"] is not None}
-    adjusted = dict(zip(known, leverage.holm(list(known.values())), strict=True))
-    for arm, answer in sorted(answers.items(), key=lambda item: -item[1]["difference"]["estimate"]):
-        score = next(point["score"] for point in answer["points"] if (point["arm"], point["size"]) == (arm, size))
-        gain = next((gain for gain in answer["gain"] if gain["size"] == size), None)
-        p = f"{adjusted[arm]:.3f}" if arm in adjusted else ""
-        worth = "" if gain is None else rows_of(gain["rows"], size) if gain["identifiable"] else "not identifiable"
-        cells = (f"`{arm}`", size, span(score, sign), span(answer["difference"], 1), p, worth, repeats.get(arm, ""))
+    for point in first.points:
+        if point.arm in references:
+            score = wording.with_interval(point.score)
+            print(f"| `{point.arm}` | {point.size or ''} | {score} | | | | |")
+    known = {arm: answer.p for arm, answer in answers.items() if answer.p is not None}
+    adjusted = dict(zip(known, row_savings.holm(list(known.values())), strict=True))
+    best_first = sorted(answers.items(), key=lambda item: -item[1].improvement(item[1].difference).estimate)
+    for arm, answer in best_first:
+        point = next(own for own in answer.points if (own.arm, own.size) == (arm, size))
+        cells = (
+            f"`{arm}`",
+            size,
+            wording.with_interval(point.score),
+            wording.difference(answer.difference),
+            f"{adjusted[arm]:.3f}" if arm in adjusted else "",
+            worth_of(answer, size),
+            repeats.get(arm, ""),
+        )
         print(f"| {' | '.join(map(str, cells))} |")
 
 
-def span(interval: dict[str, Any], sign: int) -> str:
-    """An estimate with its interval, turned back where lower is better."""
-    estimate, low, high = (sign * interval[key] if interval[key] is not None else None for key in ("estimate", "low", "high"))
-    if low is None or high is None:
-        return f"{estimate:.3f}"
-    return f"{estimate:.3f} [{min(low, high):.3f}, {max(low, high):.3f}]"
+def worth_of(answer: Answer, size: int) -> str:
+    """Say how many rows of the reference an arm's are worth."""
+    gain = next((gain for gain in answer.gains if gain.size == size), None)
+    if gain is None:
+        return ""
+    if not gain.identifiable:
+        return "not identifiable"
+    texts = []
+    for end in (gain.rows.estimate, gain.rows.low, gain.rows.high):
+        if math.isnan(end):
+            texts.append("?")
+        elif end < gain.rows.least:
+            texts.append(f"under {gain.rows.least * size:.0f}")
+        elif end >= gain.rows.most:
+            texts.append(f"over {gain.rows.most * size:.0f}")
+        else:
+            texts.append(f"{end * size:.0f}")
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
-def rows_of(gain: dict[str, Any], size: int) -> str:
-    """How many rows of the reference an arm's are worth."""
-
-    least, most = (f"{gain[key] * size:.0f}" for key in ("least", "most"))
-
-    def end(value: float | str | None) -> str:
-        if value is None:
-            return "?"
-        if value == "under" or (isinstance(value, float) and value < gain["least"]):
-            return f"under {least}"
-        return f"over {most}" if isinstance(value, str) or value >= gain["most"] else f"{value * size:.0f}"
-
-    return f"{end(gain['estimate'])} [{end(gain['low'])}, {end(gain['high'])}]"
-
-
-def chosen_repeats(folder: Path) -> dict[str, str]:
-    """The repeats that an arm's final trainings took, by arm."""
-    described = store.read_json(folder / "certificate.json")["inputs"].get("settings chosen", {})
+def chosen_repeats(known: Certificate) -> dict[str, str]:
+    """Return the repeats that an arm's final trainings took, by arm."""
     found: dict[str, set[int]] = {}
-    for name, setting in described.items():
-        if setting is not None:
-            found.setdefault(name.partition(" at ")[0], set()).add(setting["repeats"])
+    for cell in known.inputs.hyperparameters:
+        if cell.values is not None:
+            found.setdefault(cell.arm, set()).add(cell.values["repeats"])
     return {arm: ", ".join(map(str, sorted(numbers))) for arm, numbers in found.items()}
 
 

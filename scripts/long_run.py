@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from fulcrum import config, stats, store
+from fulcrum import config, intervals, store
 
 _WARM_UP = 10.0  # minutes
 _EVERY = 5.0  # seconds
@@ -55,7 +55,7 @@ def main() -> None:
         out.write_text(json.dumps(samples))
         time.sleep(_EVERY)
     warm = np.array([sample for sample in samples if sample[0] >= _WARM_UP])
-    grows = stats.seed_interval(slopes(warm[:, 0], warm[:, 1]))
+    grows = intervals.seed_interval(slopes(warm[:, 0], warm[:, 1]))
     line, _ = np.polyfit(warm[:, 0] / 60, warm[:, 1], 1)
     events = folder / store.EVENTS
     print(f"exit code {process.returncode} after {samples[-1][0]:.0f} minutes, {len(samples)} samples")

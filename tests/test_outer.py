@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from fulcrum import api, certificate, comparison, finished, ingest, leverage, outcomes, verification
+from fulcrum import api, certificate, comparison, finished, ingest, outcomes, row_savings, verify, wording
+from fulcrum.certificate import Certificate
 from fulcrum.errors import ConfigError, DataError
 from fulcrum.records import Example, Message
 from tiny import comparison_settings, save_task
@@ -76,8 +77,8 @@ def widened(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 def test_folds_that_differ_equally_say_nothing_of_others():
     """Two folds of four rows, in each of which one row more is right: no spread, so no interval, whatever rounding leaves."""
     sft, tell = by_seed(np.array([[1, 1, 0, 0], [0, 1, 1, 0]])), by_seed(np.array([[1, 1, 1, 0], [1, 1, 1, 0]]))
-    drawn = leverage.draw(leverage.measure({("sft", 8): sft, ("tell", 8): tell}, [f"g{k}" for k in range(8)]))
-    found = leverage.interval(leverage.contrast((1, drawn.of("tell", 8)), (-1, drawn.of("sft", 8))))
+    drawn = row_savings.draw(row_savings.measure({("sft", 8): sft, ("tell", 8): tell}, [f"g{k}" for k in range(8)]))
+    found = row_savings.interval(row_savings.contrast((1, drawn.of("tell", 8)), (-1, drawn.of("sft", 8))))
     assert found.estimate == pytest.approx(0.25)
     assert np.isnan([found.low, found.high]).all()
 
@@ -87,9 +88,9 @@ def test_a_difference_over_folds_has_the_widened_paired_t_interval_of_the_folds(
     hard = rng.normal(size=(6, 1)) * 3  # what a fold's rows do to both arms
     sft, tell = (hard + rng.normal(size=(6, 9)) + gain for gain in (0, 0.4))
     names = [f"g{k}" for k in range(54)]
-    measured = leverage.measure({("sft", 8): by_seed(sft), ("tell", 8): by_seed(tell)}, names)
-    drawn = leverage.draw(measured, draws=60_000)
-    found = leverage.interval(leverage.contrast((1, drawn.of("tell", 8)), (-1, drawn.of("sft", 8))))
+    measured = row_savings.measure({("sft", 8): by_seed(sft), ("tell", 8): by_seed(tell)}, names)
+    drawn = row_savings.draw(measured, draws=60_000)
+    found = row_savings.interval(row_savings.contrast((1, drawn.of("tell", 8)), (-1, drawn.of("sft", 8))))
     expected = widened(tell.mean(axis=1), sft.mean(axis=1))
     assert found.estimate == pytest.approx(tell.mean() - sft.mean())
     assert (found.low, found.high) == pytest.approx(expected, abs=0.03)
@@ -99,7 +100,7 @@ def test_an_untrained_arm_measured_once_on_all_rows_is_paired_with_each_fold():
     rng = np.random.default_rng(1)
     values = rng.normal(size=(4, 5))
     outcome = {("base", 0): values.reshape(1, -1), ("sft", 8): by_seed(values + 1.0)}
-    measured = leverage.measure(outcome, [f"g{k}" for k in range(20)])
+    measured = row_savings.measure(outcome, [f"g{k}" for k in range(20)])
     assert measured.by_seed[1] - measured.by_seed[0] == pytest.approx([1.0] * 4)
     assert measured.by_seed[0] == pytest.approx(values.mean(axis=1))
 
@@ -107,7 +108,7 @@ def test_an_untrained_arm_measured_once_on_all_rows_is_paired_with_each_fold():
 def test_points_with_other_rows_at_a_seed_are_refused():
     a, b = by_seed(np.zeros((2, 2))), by_seed(np.zeros((2, 2)))[::-1]
     with pytest.raises(DataError, match="sft at 8 and tell at 8 have other test rows at a seed"):
-        leverage.measure({("sft", 8): a, ("tell", 8): b}, list("abcd"))
+        row_savings.measure({("sft", 8): a, ("tell", 8): b}, list("abcd"))
 
 
 def test_rows_tested_at_two_of_four_seeds_count_as_they_would_by_independent_folds():
@@ -118,7 +119,7 @@ def test_rows_tested_at_two_of_four_seeds_count_as_they_would_by_independent_fol
         level = rng.normal(size=(2, 30))  # two folds, each tested at two seeds, the same at both
         values = np.full((4, 60), np.nan)
         values[:2, :30], values[2:, 30:] = level[0], level[1]
-        measured = leverage.measure({("sft", 8): values}, [f"g{k}" for k in range(60)])
+        measured = row_savings.measure({("sft", 8): values}, [f"g{k}" for k in range(60)])
         total.append(measured.by_group[0, 0] + measured.by_seed[0].var(ddof=1) / 4)
         expected.append(1 / 60)  # the variance of the mean of 60 independent rows
     assert np.mean(total) == pytest.approx(np.mean(expected), rel=0.08)
@@ -140,7 +141,7 @@ def done(tmp_path_factory: pytest.TempPathFactory):
 
 def test_every_row_is_a_test_row_at_one_seed_and_never_trained_on_there(done):
     folder, _, results = done
-    found = outcomes.read(folder / certificate.OUTCOMES)
+    found = outcomes.read(folder / outcomes.FILE)
     assert len(found.rows["nll"]) == ROWS
     for arm, size in found.points("nll"):
         assert found.seeds("nll", arm, size) == sorted(SEEDS)
@@ -154,17 +155,14 @@ def test_every_row_is_a_test_row_at_one_seed_and_never_trained_on_there(done):
 
 def test_the_certificate_says_so_and_holds(done):
     folder, _, results = done
-    known = certificate.read(folder / certificate.FILE)
-    assert any(
-        f"No test file: {ROWS} of the rows were test rows, each of them at one seed" in note
-        for note in known["question"]["notes"]
-    )
-    assert not verification.verify(folder / certificate.FILE).wrong
+    known = Certificate.read(folder / certificate.FILE)
+    said = f"No test file: {ROWS} of the rows were test rows, each of them at one seed"
+    assert any(said in note for note in wording.notes(known))
+    assert not verify.verify(folder / certificate.FILE).wrong
     difference = next(d for d in results.differences if (d.arm, d.reference, d.metric) == ("tell", "sft", "nll"))
-    answer = known["answers"][0]
-    scores = {p["arm"]: np.array(p["by_seed"]) for p in answer["points"] if p["size"] == 12}
+    scores = {p.arm: np.array(p.by_seed) for p in known.answer.points if p.size == 12}
     # 22 rows, 4.4 at a seed: as the average fold.
-    assert (difference.low, difference.high) == pytest.approx(widened(scores["sft"], scores["tell"]))
+    assert (difference.low, difference.high) == pytest.approx(widened(scores["tell"], scores["sft"]))
     assert (folder / "report.html").stat().st_size > 1000
 
 
@@ -192,4 +190,4 @@ def test_all_rows_mean_as_many_at_each_seed(tmp_path: Path):
     compare = {"arms": ["sft", "tell"], "seeds": list(SEEDS), "folds": 2, "sft_epochs": [1]}
     results = comparison.compare(comparison_settings(place, tmp_path / "run", task=task, compare=compare))
     assert {arm.size for arm in results.arms} == {17}
-    assert len(certificate.read(tmp_path / "run" / certificate.FILE)["answers"][0]["points"]) == 2
+    assert len(Certificate.read(tmp_path / "run" / certificate.FILE).answer.points) == 2

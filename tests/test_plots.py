@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 
 from fulcrum import plots, research_plots
+from fulcrum.intervals import Interval
 from fulcrum.learning_plots import Line, Mark, Reading, learning_curves
-from fulcrum.stats import Interval
 
 EVIL = '<script>alert("1")</script>'
 
@@ -35,9 +35,7 @@ def line(arm: str, values: dict[int, float], *, strong: bool = True, ringed: int
 
 def marks_of(svg: str) -> dict[str, tuple[float, float]]:
     """Return where each mark with a title is, in points from the upper left."""
-    found = re.findall(
-        r"<title>([^<]*)</title>.*?<use [^>]*x=\"([0-9.]+)\" y=\"([0-9.]+)\"", svg, re.DOTALL
-    )
+    found = re.findall(r"<title>([^<]*)</title>.*?<use [^>]*x=\"([0-9.]+)\" y=\"([0-9.]+)\"", svg, re.DOTALL)
     return {title: (float(x), float(y)) for title, x, y in found}
 
 
@@ -94,26 +92,18 @@ class TestLearningCurves:
         } <= set(found)
 
     def test_sizes_that_would_touch_the_one_before_are_not_written(self) -> None:
-        svg = learning_curves(
-            [line("tell", {10_000: 0.5, 10_001: 0.55, 10_240_000: 0.6})], None, narrow=True
-        )
+        svg = learning_curves([line("tell", {10_000: 0.5, 10_001: 0.55, 10_240_000: 0.6})], None, narrow=True)
         assert "10,000" in texts(svg)
         assert "10,001" not in texts(svg)
 
     def test_arms_of_one_size_stand_side_by_side(self) -> None:
         many = [line(f"arm{place}", {16: 0.5, 64: 0.6}) for place in range(8)]
-        xs = sorted(
-            x
-            for title, (x, _) in marks_of(learning_curves(many, None)).items()
-            if title.endswith("64")
-        )
+        xs = sorted(x for title, (x, _) in marks_of(learning_curves(many, None)).items() if title.endswith("64"))
         assert len(xs) == 8
         assert all(b - a > 3 for a, b in pairwise(xs))
 
     def test_an_untrained_arm_far_away_stands_at_the_edge_and_squashes_nothing(self) -> None:
-        svg = learning_curves(
-            [line("sft", {16: 0.5, 64: 0.6}), line("base", {0: 9.0}, strong=False)], None
-        )
+        svg = learning_curves([line("sft", {16: 0.5, 64: 0.6}), line("base", {0: 9.0}, strong=False)], None)
         marks = marks_of(svg)
         assert marks["base 0"][1] < marks["sft 64"][1] - 20
         assert marks["sft 16"][1] - marks["sft 64"][1] > 100
@@ -139,9 +129,7 @@ class TestLearningCurves:
 
     def test_an_arm_without_intervals_is_drawn(self) -> None:
         mark = Mark(16, 0.5, None, None, (), "alone")
-        assert "alone" in marks_of(
-            learning_curves([Line("tell", "tell", (mark,), strong=True)], None)
-        )
+        assert "alone" in marks_of(learning_curves([Line("tell", "tell", (mark,), strong=True)], None))
 
 
 class TestColours:
@@ -156,9 +144,7 @@ class TestColours:
     def test_every_colour_has_one_for_dark_pages(self) -> None:
         arms = [*plots.COLOURS, "a", "b", "c"]
         lines = [plots.Curve(arm, [(0, 1.0), (1, 2.0)], 1) for arm in arms]
-        svg = plots.curves([plots.Curves("", "", lines)]) + plots.amounts(
-            [0, 1, 2], [3, 2, 2.5], [0, 1, 1], 1
-        )
+        svg = plots.curves([plots.Curves("", "", lines)]) + plots.amounts([0, 1, 2], [3, 2, 2.5], [0, 1, 1], 1)
         assert not re.search(r"(fill|stroke): #", svg)
         for arm, colour in plots.arm_colours(arms).items():
             assert f"light-dark({colour}, {plots.DARK[colour]})" in svg, arm

@@ -28,6 +28,7 @@ from fulcrum import (
     store,
     training,
 )
+from fulcrum.certificate import Certificate
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Message, Prediction, Setting, TrainPoint
 from fulcrum.sections import DataSource
@@ -593,14 +594,12 @@ def test_a_comparison_has_every_arm_at_every_seed(compared: Path) -> None:
 
 
 def test_p_values_of_several_tasks_are_adjusted_for_their_number(compared: Path) -> None:
-    known = {
-        task: json.loads((compared / "certificates" / task / "certificate.json").read_text()) for task in ("colour", "size")
-    }
-    single = {task: sealed["answers"][0]["difference"]["p"] for task, sealed in known.items()}
+    known = {task: Certificate.read(compared / "certificates" / task / "certificate.json") for task in ("colour", "size")}
+    single = {task: sealed.answer.p for task, sealed in known.items()}
     low, high = sorted(single, key=lambda task: single[task])
     expected = {low: min(1.0, 2 * single[low]), high: max(min(1.0, 2 * single[low]), single[high])}
     for sealed in known.values():
-        assert sealed["inputs"]["p over all tasks (Holm)"] == pytest.approx(expected)
+        assert sealed.inputs.adjusted_p == pytest.approx(expected)
 
 
 def test_no_arm_uses_more_steps_than_tell(compared: Path) -> None:

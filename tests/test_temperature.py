@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as functional
 from scipy.special import log_softmax
 
-from fulcrum import adapter, cell, certificate, comparison, config, generate, outcomes, proof, verification
+from fulcrum import adapter, cell, certificate, comparison, config, generate, outcomes, proof, verify, wording
+from fulcrum.certificate import AtEnd, Certificate
 from fulcrum.errors import ConfigError
 from fulcrum.records import ArmResult, Setting, Tokens, Tried
 from tiny import comparison_settings, load_tiny, save_task
@@ -63,7 +64,7 @@ def done(tmp_path_factory: pytest.TempPathFactory):
 
 def test_the_temperature_is_fitted_in_trials_and_used_on_test(done):
     folder, _, results = done
-    found = outcomes.read(folder / certificate.OUTCOMES)
+    found = outcomes.read(folder / outcomes.FILE)
     assert all(0.5 <= tried.temperature <= 4 for arm in results.arms for tried in arm.tried)
     for arm in results.arms:
         fitted = arm.tried[arm.chosen].temperature
@@ -71,13 +72,13 @@ def test_the_temperature_is_fitted_in_trials_and_used_on_test(done):
         assert (raw == tempered).all() == (fitted == 1.0)
     cells = [json.loads(file.read_text()) for file in (folder / "cells").glob("sft-*repeats6.json")]
     assert max(one["temperature"] for one in cells) > 1  # six epochs of nine rows: too sure of itself
-    known = certificate.read(folder / certificate.FILE)
-    drift = next(effect for effect in known["side_effects"] if effect["metric"] == "drift")
-    assert {arm["arm"] for arm in drift["arms"]} == {"sft", "sft_matched", "tell"}
-    assert all(arm["score"]["estimate"] > 0 for arm in drift["arms"])
-    assert [answer["metric"] for answer in known["answers"]] == ["nll", "nll_tempered"]
-    assert known["question"]["lower_is_better"] == ["nll", "nll_tempered"]
-    assert not verification.verify(folder / certificate.FILE).wrong
+    known = Certificate.read(folder / certificate.FILE)
+    drift = next(effect for effect in known.side_effects if effect.metric == "drift")
+    assert {arm.arm for arm in drift.arms} == {"sft", "sft_matched", "tell"}
+    assert all(arm.score.estimate > 0 for arm in drift.arms)
+    assert [answer.metric for answer in known.answers] == ["nll", "nll_tempered"]
+    assert known.question.lower_is_better == ("nll", "nll_tempered")
+    assert not verify.verify(folder / certificate.FILE).wrong
     assert "NLL at its best temperature" in (folder / "report.html").read_text()
 
 
@@ -93,14 +94,14 @@ def test_the_matched_arm_takes_what_tell_chose_and_tries_nothing(done):
         assert by_arm["sft_matched", seed].training.share.general_examples == 0
         assert by_arm["sft_matched", seed].tried[0].train_tokens == 0
     assert not list((folder / "cells").glob("sft_matched-*repeats*"))
-    known = certificate.read(folder / certificate.FILE)
-    assert known["question"]["references"] == ["base", "sft"]
-    part = next(part for part in known["answers"][0]["attribution"] if part["name"].startswith("equal exposures"))
-    points = {point["arm"]: np.mean(point["by_seed"]) for point in known["answers"][0]["points"]}
-    assert part["estimate"] == pytest.approx(points["tell"] - points["sft_matched"])
-    tried = next(note for note in known["question"]["notes"] if note.startswith("Settings tried"))
-    assert tried == "Settings tried: base 1, sft 1, tell 4."
-    assert known["question"]["notes"][0] == (
+    known = Certificate.read(folder / certificate.FILE)
+    assert known.question.references == ("base", "sft")
+    part = next(part for part in known.answer.attribution if part.code == "equal_exposures")
+    points = {point.arm: np.mean(point.by_seed) for point in known.answer.points}
+    assert part.difference.estimate == pytest.approx(points["tell"] - points["sft_matched"])
+    notes = wording.notes(known)
+    assert "Settings tried: base 1, sft 1, tell 4." in notes
+    assert notes[0] == (
         "Settings were chosen by 3-fold cross-validation inside the task rows of each seed, so on 2/3 of the rows; test rows "
         "were scored once."
     )
@@ -129,11 +130,11 @@ def test_settings_chosen_at_an_end_of_those_tried_are_said():
             chosen("base", 0, 1, of=[(1, None)]),
         ]
     )
-    assert found == [
-        "sft at 32 rows, passes 2 of 2 to 8",
-        "tell at 32 rows, passes 8 of 2 to 8",
-        "sft at 128 rows, learning rate 0.001 of 0.0001 to 0.001",
-    ]
+    assert found == (
+        AtEnd("sft", 32, "repeats", 2, 2, 8),
+        AtEnd("tell", 32, "repeats", 8, 2, 8),
+        AtEnd("sft", 128, "learning_rate", 1e-3, 1e-4, 1e-3),
+    )
 
 
 @pytest.mark.parametrize(

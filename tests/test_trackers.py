@@ -16,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import stand_ins
-from fulcrum import api, config, run_report, store, summary, trackers, verification
+from fulcrum import api, config, run_report, store, summary, trackers, verify
 from fulcrum.cell import Silent
 from fulcrum.errors import ConfigError
 from fulcrum.records import TrainPoint
@@ -136,7 +136,7 @@ def test_a_copy_that_a_tracker_keeps_is_no_certificate_of_the_run(finished: Path
     copied = shutil.copytree(finished, tmp_path / "copied")
     (copied / store.TRACKERS / "mlflow").mkdir()
     (copied / store.TRACKERS / "mlflow" / "certificate.json").write_text("{}")
-    assert verification.of_run(copied).wrong == []
+    assert verify.verify_run(copied).wrong == []
 
 
 def test_settings_name_trackers_once_and_the_nearest_for_another(place: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-
-from fulcrum import jobs
-from fulcrum.workspace import Workspace
 from test_page import browser as browser  # a fixture
+
+from fulcrum import jobs, wording
+from fulcrum.certificate import Certificate
+from fulcrum.workspace import Workspace
 from test_ui import STANDING_IN, Client, served, until
 from tiny import save_task
 
@@ -216,8 +217,8 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     walk.keys(Keys.ENTER)
     headline = walk.one(".verdict .headline").text
     run = walk.browser.current_url.split("/")[-2]
-    certificate = json.loads(next((tmp_path / "space" / "runs" / run / "out").rglob("certificate.json")).read_text())
-    assert headline == certificate["headline"]
+    file = next((tmp_path / "space" / "runs" / run / "out").rglob("certificate.json"))
+    assert headline == wording.headline(Certificate.read(file))
 
     monkeypatch.setattr(jobs, "COMMAND", STANDING_IN)
     walk.tab_to("e.id === 'begin-chat'")
@@ -230,7 +231,7 @@ def test_from_a_data_file_to_a_certificate_and_a_chat(walk: Walk, tmp_path: Path
     walk.looked_at("6-result")
 
     walk.browser.get(f"{walk.base}runs/{run}/report")
-    assert certificate["headline"] in walk.browser.find_element("css selector", "body").text
+    assert headline in walk.browser.find_element("css selector", "body").text
     assert [entry["message"] for entry in walk.browser.get_log("browser")] == []
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fulcrum import adapter, encode, generate, stats, store
+from fulcrum import adapter, encode, generate, intervals, store
 from fulcrum.anchor import ANOTHER
 from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor, AnchorScore, Example, FloatArray
@@ -158,7 +158,7 @@ def _difference(
     """Return the 95% interval of loss(with anchor) - loss(without), resampling content groups."""
     sums = np.stack([own - none, lengths], axis=1)
     groups = [row.group for row in rows]
-    interval = stats.bootstrap(sums, groups, stats.ratio, draws=_DRAWS, seed=seed)
+    interval = intervals.bootstrap(sums, groups, intervals.ratio, draws=_DRAWS, seed=seed)
     return (None, None) if np.isnan(interval.low) else (interval.low, interval.high)
 
 

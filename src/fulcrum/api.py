@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import certificate, config, page, run_folder, run_report, store, verification
+from fulcrum import certificate, certificate_page, config, run_folder, run_report, store
+from fulcrum import verify as verification
 from fulcrum.config import Settings
 from fulcrum.quanta_report import QUANTA
 from fulcrum.records import Prediction, Results, Score
 from fulcrum.run_kinds import COMPARE, TRAIN, Kinds, RunKind, kind_of
 from fulcrum.scale_report import SCALE
-from fulcrum.verification import Verification
+from fulcrum.verify import Verification
 
 if TYPE_CHECKING:
     from fulcrum.cell import Watcher
@@ -129,7 +130,7 @@ def write_report(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     if run_report.has_certificate_only(folder):
-        return page.write(folder)
+        return certificate_page.write(folder)
     return run_report.write(folder, kind_of(run_report.load(folder), KINDS))
 
 
@@ -141,7 +142,7 @@ def verify(path: Path | str) -> Verification:
     """
     path = Path(path)
     if (path / store.MANIFEST).is_file():
-        return verification.of_run(path)
+        return verification.verify_run(path)
     return verification.verify(path / certificate.FILE if path.is_dir() else path)
 
 

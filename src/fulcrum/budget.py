@@ -133,18 +133,12 @@ def _left_out(design: Design, measured: _Measured) -> tuple[str, ...]:
 
 
 def _measure_run(settings: Settings) -> _Measured:
-    loaded = model.load(
-        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
-    )
+    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
     wide = _widest(settings)
-    rows = material.of_seeds(
-        wide, loaded.tokenizer, loaded.context, wide.seeds, mixed_rows=_SAMPLE
-    )[0]
+    rows = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds, mixed_rows=_SAMPLE)[0]
     general = 0
     if settings.general:
-        general = len(
-            pool.open_pool(settings.general, settings.seed, near=settings.clean.near_duplicates)
-        )
+        general = len(pool.open_pool(settings.general, settings.seed, near=settings.clean.near_duplicates))
     return _Measured(settings, rows, loaded, measure(rows, loaded, settings), general)
 
 
@@ -203,9 +197,7 @@ def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
     """Measure on a few rows of this run how long training, scoring and answering take."""
     few = rows.at(_SAMPLE)
     anchored = any(task.anchor for task in few.tasks)
-    task, start = _time_training(
-        few, loaded, arms.ARMS["sft_anchor" if anchored else "sft"], settings, 0.0
-    )
+    task, start = _time_training(few, loaded, arms.ARMS["sft_anchor" if anchored else "sft"], settings, 0.0)
     mixed = next((arm for arm in arms.chosen_arms(settings) if arm.mixes and arm.task_rows), None)
     general = 0.0
     if mixed is not None:
@@ -229,9 +221,7 @@ def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
     return Speed(task, general, scored, answered, start)
 
 
-def _time_training(
-    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, task: float
-) -> tuple[float, float]:
+def _time_training(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, task: float) -> tuple[float, float]:
     """Train an arm once and return the seconds of a row, and those outside the training's steps.
 
     The row is a task row; of a mixed arm it is a general row, with `task` seconds for a task row.
@@ -256,9 +246,7 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def predict(
-    settings: Settings, rows: Material, loaded: LoadedModel, speed: Speed
-) -> tuple[int, float]:
+def predict(settings: Settings, rows: Material, loaded: LoadedModel, speed: Speed) -> tuple[int, float]:
     """Return the number of jobs of a comparison, and about how many seconds they take.
 
     Which setting an arm's trials will choose is unknown: the mean over them counts.
@@ -297,10 +285,7 @@ def _possible_finals(study: Study, arm: Arm, size: int, trials: Sequence[Unit]) 
     tuned = arm.settings_of or arm.name
     own = [trial.setting for trial in trials if (trial.arm.name, trial.size) == (tuned, size)]
     settings = dict.fromkeys(setting for setting in own if setting is not None)
-    return [
-        Unit(arm, size, study.seeds[0], None, (Tried(setting, 0.0, 0, 0.0),))
-        for setting in settings
-    ]
+    return [Unit(arm, size, study.seeds[0], None, (Tried(setting, 0.0, 0, 0.0),)) for setting in settings]
 
 
 @dataclass(frozen=True)
@@ -324,14 +309,10 @@ def estimate(settings: Settings) -> list[Estimate]:
 
     Raises ConfigError, DataError or ModelError as these would.
     """
-    loaded = model.load(
-        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
-    )
+    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
     own = arms.own_arm(settings)
     among = arms.choose_from([own], settings)
-    rows = material.prepare(
-        settings, loaded.tokenizer, loaded.context, settings.seed, choose_from=among
-    )
+    rows = material.prepare(settings, loaded.tokenizer, loaded.context, settings.seed, choose_from=among)
     speed = measure(rows, loaded, settings)
     train = estimate_training(settings, rows, own, speed)
     if settings.mix.general_per_task == "auto":
@@ -339,13 +320,9 @@ def estimate(settings: Settings) -> list[Estimate]:
         return [train, Estimate("compare", None, 0, why_not)]
     try:
         largest = arms.largest_mixture(settings)
-        wide = material.of_seeds(
-            settings, loaded.tokenizer, loaded.context, settings.seeds, mixed_rows=largest
-        )[0]
+        wide = material.of_seeds(settings, loaded.tokenizer, loaded.context, settings.seeds, mixed_rows=largest)[0]
         jobs, seconds = predict(settings, wide, loaded, speed)
-    except (
-        FulcrumError
-    ) as error:  # too few rows to be cut into folds, say: `train` is possible nonetheless
+    except FulcrumError as error:  # too few rows to be cut into folds, say: `train` is possible nonetheless
         return [train, Estimate("compare", None, 0, str(error))]
     return [train, Estimate("compare", seconds, jobs)]
 

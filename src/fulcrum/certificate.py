@@ -1,409 +1,398 @@
-"""Outcomes -> certificate: what the general data bought, in rows and in score, with intervals; sealed.
+"""A certificate, typed: what an arm's general data bought, in rows and in score, with intervals.
 
-A certificate folder holds `outcomes.jsonl` (every outcome of every test row) and `certificate.json`, whose numbers are all
-computed from these outcomes and from the question asked; `verification` computes them again.
+`certificate.json` holds codes and numbers alone. All of them follow from the outcomes next to it
+and the question asked (`certification`), so that `verify` can compute them again. `wording` makes
+the sentences, which may change without breaking a stored certificate.
+
+Invariant: every score, difference and slope is in its metric's own unit and sign. Of a loss, a
+difference below 0 is an improvement.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import combinations
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
-from pydantic import Field
+from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
-from fulcrum import leverage, outcomes, store
-from fulcrum.errors import DataError, StoreError, nearest
-from fulcrum.leverage import Draws, Factor, Reference
-from fulcrum.outcomes import Cell, Outcomes
-from fulcrum.records import FloatArray
-from fulcrum.stats import Interval
+from fulcrum import store
+from fulcrum.errors import StoreError
+from fulcrum.intervals import Interval
+from fulcrum.row_savings import Factor
 
-FILE, OUTCOMES = "certificate.json", "outcomes.jsonl"
-FORMAT = 2  # 1 knew no `identifiable` of each row gain
-_KEYS = {"format", "question", "headline", "contradiction", "answers", "side_effects", "inputs", "outcomes", "sha256"}
-MORE = 50  # rows that the user could label instead
+FILE = "certificate.json"
+FORMAT = 3  # 1 knew no `identifiable` of each row gain; 2 held sentences, and turned losses round
 
-# What a difference between arms at all rows says; each is a sum of scores, + or -.
-ATTRIBUTION: Mapping[str, tuple[tuple[str, int], ...]] = {
-    "mixing (mix - sft)": (("mix", 1), ("sft", -1)),
-    "anchor within the mix (tell - mix)": (("tell", 1), ("mix", -1)),
-    "interaction of anchor and mix": (("tell", 1), ("mix", -1), ("sft_anchor", -1), ("sft", 1)),
-    "shuffle (tell - general_then_task)": (("tell", 1), ("general_then_task", -1)),
-    "equal exposures (tell - sft_matched)": (("tell", 1), ("sft_matched", -1)),
-    "transfer (tell - placebo_permuted)": (("tell", 1), ("placebo_permuted", -1)),
-    "transfer (tell - placebo_own_answers)": (("tell", 1), ("placebo_own_answers", -1)),
-}
+Verdict = Literal["gain", "no_gain", "loss", "unknown"]
+Choice = Literal["general_data", "labelling", "undecided", "unmeasured"]
+
+
+# ---- numbers in JSON: null is what is not known, a code what lies beyond the measured sizes
+
+
+def _read_interval(given: Any) -> Interval:
+    if isinstance(given, Interval):
+        return given
+    _check_keys(given, Interval._fields)
+    return Interval(*(math.nan if given[key] is None else _finite(given[key]) for key in Interval._fields))
+
+
+def _plain_interval(interval: Interval) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in interval._asdict().items()}
+
+
+def _read_factor(given: Any) -> Factor:
+    if isinstance(given, Factor):
+        return given
+    _check_keys(given, Factor._fields)
+    return Factor(*(_read_end(given[key]) for key in Factor._fields))
+
+
+def _read_end(end: Any) -> float:
+    if end is None:
+        return math.nan
+    if end == "under":
+        return 0.0
+    return math.inf if end == "over" else _finite(end)
+
+
+def _plain_factor(factor: Factor) -> dict[str, float | str | None]:
+    plain: dict[str, float | str | None] = {}
+    for key, value in factor._asdict().items():
+        plain[key] = value
+        if math.isnan(value):
+            plain[key] = None
+        elif value == math.inf:
+            plain[key] = "over"
+        elif value == 0:
+            plain[key] = "under"
+    return plain
+
+
+def _check_keys(given: Any, keys: Sequence[str]) -> None:
+    if not isinstance(given, Mapping) or set(given) != set(keys):
+        raise ValueError(f"expected an object with {', '.join(keys)}")
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"expected a number, got {value!r:.40}")
+    return float(value)
+
+
+# A number with its 95% interval; nan where nothing is known.
+Estimate = Annotated[Interval, PlainValidator(_read_interval), PlainSerializer(_plain_interval)]
+# A factor in rows or tokens; 0 or inf beyond what was measured, nan where nothing is known.
+Censored = Annotated[Factor, PlainValidator(_read_factor), PlainSerializer(_plain_factor)]
+
+
+def signed(interval: Interval, sign: int) -> Interval:
+    """Multiply an interval by +1 or -1; a zero has no sign."""
+    if sign > 0:
+        return interval
+    return Interval(-interval.estimate + 0.0, -interval.high + 0.0, -interval.low + 0.0)
+
+
+# ---- what a certificate holds
+
+
+@dataclass(frozen=True, slots=True)
+class AtEnd:
+    """A hyperparameter whose best value was the least or the most that was tried."""
+
+    arm: str
+    size: int  # task rows
+    name: Literal["repeats", "learning_rate"]
+    chosen: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True, slots=True)
+class Diverged:
+    """A training on all rows that diverged with the best `trial`: the next best was used."""
+
+    arm: str
+    size: int  # task rows
+    seed: int
+    trial: str  # as in file names: "repeats4-learning_rate0.001"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What was agreed on before a comparison began, and what it skipped for it.
+
+    seconds: the time that it might take; None: no limit
+    left_out: what it has less of than the full design, in a few words each
+    """
+
+    seconds: float | None
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """How a run made the outcomes, as far as a reader of the numbers must know it."""
+
+    folds: int  # of the cross-validation inside the task rows, by which hyperparameters were chosen
+    tune: Literal["first", "each"]  # at the first seed for all seeds, or at each seed
+    trials: Mapping[str, int]  # settings tried, by arm
+    trained: tuple[str, ...]  # the arms among these that are trained
+    at_end: tuple[AtEnd, ...] = ()
+    diverged: tuple[Diverged, ...] = ()
+    all_rows: int | None = None  # the largest size, where the task has no further rows
+    test_rows: int | None = None  # rows held out as test rows, where the task has no test file
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of the outcomes: what `arm` brought over the best of `references`, which use no general data.
-
-    The first of `metrics` is the one that decides; those in `lower_is_better` are turned round before anything else.
-    `notes` say what a reader has to know of how the outcomes were made.
-    """
+    """What is asked: what `arm` brought over the best of `references`, which mix nothing in."""
 
     arm: str
     references: tuple[str, ...]
-    metrics: tuple[str, ...]
-    lower_is_better: tuple[str, ...] = ()
+    metrics: tuple[str, ...]  # the first decides
+    lower_is_better: tuple[str, ...] = ()  # of the metrics
     task: str = "task"
     draws: Annotated[int, Field(ge=200, le=100_000)] = 2000
-    seed: Annotated[int, Field(ge=0)] = 0
-    notes: tuple[str, ...] = ()
+    seed: Annotated[int, Field(ge=0)] = 0  # of the draws
+    design: Design | None = None  # None for outcomes that another trainer made
 
 
-def certify(found: Outcomes, question: Question) -> dict[str, Any]:
-    """The certificate's content: plain values, without its seal. Raises DataError where the question fits the outcomes not."""
-    _check(found, question)
-    measured = [_measure(found, question, metric) for metric in question.metrics]
-    answers = [_answer(draws, question, metric) for draws, metric in zip(measured, question.metrics, strict=True)]
-    contradiction = _contradiction(answers)
-    return {
-        "format": FORMAT,
-        "question": asdict(question),
-        "headline": _headline(answers[0], question, contradiction),
-        "contradiction": contradiction,
-        "answers": [_without_draws(answer) for answer in answers],
-        "side_effects": [
-            _side_effect(found, question, metric, answers[0]["rows"])
-            for metric in sorted(found.values)
-            if is_side_effect(metric)
-        ],
-    }
+@dataclass(frozen=True, slots=True)
+class Point:
+    """An arm at a size, by one metric."""
+
+    arm: str
+    size: int  # task rows; 0 for an untrained arm
+    tokens: float | None  # of the task rows, mean over seeds; None where they say nothing
+    by_seed: tuple[float, ...]
+    score: Estimate
 
 
-def _check(found: Outcomes, question: Question) -> None:
-    if not question.metrics:
-        raise DataError("no metric is asked for; name at least one")
-    for metric in (*question.metrics, *question.lower_is_better):
-        if metric not in found.values:
-            raise DataError(f"no outcomes of the metric {metric!r}{nearest(metric, list(found.values))}")
-    if not question.references:
-        raise DataError("no reference is named; name the arms without general data")
-    for metric in question.metrics:
-        known = sorted({arm for arm, _ in found.points(metric)})
-        for arm in (question.arm, *question.references):
-            if arm not in known:
-                raise DataError(f"no outcomes of the arm {arm!r} by {metric}{nearest(arm, known)}")
-    if question.arm in question.references:
-        raise DataError(f"{question.arm} cannot be its own reference; name the arms without general data as references")
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which arm is the reference at a size."""
+
+    size: int  # task rows
+    arm: str  # by the estimate itself
+    shares: Mapping[str, float]  # of the draws in which an arm was selected
+
+    @property
+    def usual(self) -> str:
+        """The arm that was selected in most draws."""
+        return max(self.shares, key=self.shares.__getitem__)
 
 
-def _measure(found: Outcomes, question: Question, metric: str) -> Draws:
-    """Draws of all points of one metric, higher is better."""
-    sign = -1.0 if metric in question.lower_is_better else 1.0
-    points = found.points(metric)
-    seeds = {point: found.seeds(metric, *point) for point in points}
-    most = max(seeds.values(), key=len)
-    for point, own in seeds.items():
-        if own != most and not (point[1] == 0 and len(own) == 1):
-            raise DataError(
-                f"{point[0]} at {point[1]} rows has the seeds {_named(own)}, other cells have {_named(most)}; every arm and "
-                "size needs the same seeds, since a seed is a whole chain (an untrained arm has size 0 and one seed)"
-            )
-    cells = {point: [(*point, seed) for seed in own] for point, own in seeds.items()}
-    dev = {point: [found.dev[cell] for cell in own] for point, own in cells.items() if all(cell in found.dev for cell in own)}
-    known = {point: [found.tokens[cell] for cell in own] for point, own in cells.items() if _all_in(own, found.tokens)}
-    missing = [point for point in points if point[0] in question.references and point not in dev]
-    scores = {point: sign * found.matrix(metric, *point) for point in points}
-    measured = leverage.measure(
-        scores, found.groups[metric], denominators=found.weights[metric],
-        dev=None if missing else {point: dev.get(point, [0.0]) for point in points},
-        tokens={point: float(np.mean(values)) for point, values in known.items()},
-    )  # fmt: skip
-    return leverage.draw(measured, draws=question.draws, seed=question.seed)
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """A row saving (of all rows), or the row gain of so many."""
+
+    size: int  # task rows
+    identifiable: bool  # whether the reference clearly rises where this is read off
+    rows: Censored
+    tokens: Censored | None  # the same in task tokens, where these rise with the rows
 
 
-def _named(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
+@dataclass(frozen=True, slots=True)
+class MoreRows:
+    """What labelling more rows would have brought, next to what general data brought."""
+
+    rows: int  # more labelled rows
+    choice: Choice
+    references: tuple[str, ...]  # the arms that were measured with so many
+    labelling: Estimate  # difference of the reference with more rows to the reference with all
+    advantage: Estimate  # difference of the arm with all rows to the reference with more
 
 
-def _all_in(cells: Sequence[Cell], known: Mapping[Cell, float]) -> bool:
-    return all(cell in known for cell in cells)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A difference between arms with all rows that tells what the whole difference comes from."""
+
+    code: str  # of ATTRIBUTION
+    difference: Estimate
 
 
-def _answer(draws: Draws, question: Question, metric: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Answer:
     """All that one metric says."""
-    measured = draws.measured
-    n = _largest(draws, question)
-    ref = leverage.reference(draws, question.references, n)
-    whole = leverage.curve(draws, question.references, n)
-    gained = leverage.contrast((1, draws.of(question.arm, n)), (-1, ref.last))
-    slope, on_test = leverage.slope(whole), measured.dev is measured.by_seed
-    difference = leverage.interval(gained)
-    in_tokens = _tokens_rise(draws, question)
-    units = {"rows": False, "tokens": True} if in_tokens else {"rows": False}
 
-    def worth(size: int) -> dict[str, Any]:
-        gains = {unit: leverage.row_gain(draws, question.arm, size, whole, tokens=tokens) for unit, tokens in units.items()}
-        known = leverage.gain_identifiable(whole, size)
-        return {"size": size, "identifiable": known, **{unit: _factor(gain) for unit, gain in gains.items()}}
+    metric: str
+    lower_is_better: bool
+    rows: int  # task rows at which arms are compared
+    seeds: int
+    test_groups: float  # equal content groups that the test rows are worth
+    points: tuple[Point, ...]
+    references: tuple[Selection, ...]  # by size, ascending
+    selected_on: Literal["dev", "test"]  # the scores that select the reference; its own test scores favour it
+    difference: Estimate  # the arm minus the reference
+    p: float | None  # two-sided, of a difference of 0
+    slope: Estimate  # of the reference, for each doubling of its rows
+    slope_towards_rows: Estimate  # the same over its last sizes up to `rows`
+    saving: Worth
+    gains: tuple[Worth, ...]  # by size, ascending
+    verdict: Verdict
+    more_rows: MoreRows
+    attribution: tuple[Part, ...]
 
-    savings = {unit: leverage.row_saving(draws, question.arm, ref, tokens=tokens) for unit, tokens in units.items()}
-    sizes = [size for size in measured.sizes([question.arm]) if 0 < size < whole.sizes[-1]]
-    return {
-        "metric": metric, "lower_is_better": metric in question.lower_is_better, "rows": n,
-        "seeds": measured.by_seed.shape[1], "test_groups": round(measured.groups, 1),
-        "points": [
-            {"arm": arm, "size": size, "tokens": float(measured.tokens[k]) if in_tokens else None,
-             "by_seed": measured.by_seed[k].tolist(), "score": _ends(leverage.interval(draws.score[:, k]))}
-            for k, (arm, size) in enumerate(measured.points)
-        ],
-        "reference": {str(size): dict(chosen) for size, chosen in {**ref.chosen, **whole.chosen, n: ref.chosen[n]}.items()},
-        "reference_chosen": {str(size): arm for size, arm in {**ref.picked, **whole.picked, n: ref.picked[n]}.items()},
-        "selected_on": "test, which favours the reference" if on_test else "dev",
-        "difference": {**_ends(difference), "p": _p(difference, gained)},
-        "slope": _ends(slope), "slope_towards_rows": _ends(leverage.slope_towards(whole, n)),
-        "identifiable": leverage.identifiable(whole, n),
-        "saving": {unit: _factor(factor) for unit, factor in savings.items()},
-        "gain": [worth(size) for size in sizes],
-        "verdict": _verdict(
-            difference, leverage.beaten(draws, question.arm, question.references, n) if on_test else difference.high < 0
-        ),
-        "more_rows": _more_rows(draws, question, whole, n, gained),
-        "attribution": _attribution(draws, n),
-        "_saving": savings["rows"],
-        "_gain": leverage.row_gain(draws, question.arm, n, whole) if leverage.gain_identifiable(whole, n) else None,
-    }  # fmt: skip
+    @property
+    def gain(self) -> Worth | None:
+        """The row gain of all rows, where it can be read off."""
+        for worth in self.gains:
+            if worth.size == self.rows and worth.identifiable:
+                return worth
+        return None
+
+    @property
+    def reference(self) -> Selection:
+        """The reference with all rows."""
+        return next(selection for selection in self.references if selection.size == self.rows)
+
+    def improvement(self, difference: Interval) -> Interval:
+        """Return a difference or slope of this metric with the sign that makes above 0 better."""
+        return signed(difference, -1 if self.lower_is_better else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """Two metrics that contradict each other, so that neither gives a headline."""
+
+    code: Literal["verdicts", "savings", "gains"]
+    metrics: tuple[str, str]  # of verdicts, the one that is better first
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """A side effect of one arm; lower is better."""
+
+    arm: str
+    size: int  # task rows; 0 for an untrained arm
+    score: Estimate
+    rise: Estimate | None  # over the first untrained arm, on the same rows
+
+
+@dataclass(frozen=True, slots=True)
+class SideEffect:
+    """What arms did next to the task, by one metric, such as "leakage" or "forgetting: pool"."""
+
+    metric: str
+    seeds: int
+    groups: float  # equal content groups that the rows are worth
+    arms: tuple[Effect, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The hyperparameters of a cell; None where there was nothing to choose."""
+
+    arm: str
+    size: int
+    seed: int
+    values: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the outcomes rest on. If another trainer made them, only their file is known."""
+
+    outcomes_file: str | None = None  # its SHA-256
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)  # short hash of each task row, by its place
+    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of each data file, by its path
+    made: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of each file of rows that a model made
+    general_rows: Mapping[str, str] = field(default_factory=dict)  # hash of the general rows, by seed
+    environment: Mapping[str, Any] = field(default_factory=dict)  # versions, machine, model
+    hyperparameters: tuple[Chosen, ...] = ()
+    adjusted_p: Mapping[str, float] = field(default_factory=dict)  # of several tasks, by Holm
+
+
+@dataclass(frozen=True, slots=True)
+class CellHash:
+    """A hash of a cell's outcomes, so that a changed one can be named."""
+
+    arm: str
+    size: int
+    seed: int
+    metric: str | None  # None for the lines with dev score and tokens
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """A certificate as `certificate.json` holds it."""
+
+    question: Question
+    contradiction: Contradiction | None
+    answers: tuple[Answer, ...]  # by metric, the deciding one first
+    side_effects: tuple[SideEffect, ...]
+    inputs: Inputs = field(default_factory=Inputs)
+    outcomes: tuple[CellHash, ...] = ()
+    sha256: str = ""  # the seal
+    format: int = FORMAT
+
+    @property
+    def answer(self) -> Answer:
+        """The answer of the metric that decides."""
+        return self.answers[0]
+
+    @property
+    def seal(self) -> str:
+        """The SHA-256 that this content should be sealed with."""
+        content = self.plain()
+        del content["sha256"]
+        return store.fingerprint(content)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the certificate as JSON holds it."""
+        plain: dict[str, Any] = _adapter().dump_python(self, mode="json")
+        return plain
+
+    @classmethod
+    def read(cls, file: Path) -> "Certificate":
+        """Read a certificate. Raises StoreError for anything else, and for other formats."""
+        try:
+            content = store.strict_json(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{file}: cannot be read as a certificate: {error}") from None
+        version = content.get("format") if isinstance(content, dict) else None
+        if version != FORMAT:
+            raise StoreError(
+                f"{file}: not a certificate of format {FORMAT} (found {version!r:.20}); "
+                "certify its outcomes again, with `fulcrum certify`"
+            )
+        try:
+            certificate = _adapter().validate_python(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the whole"
+            raise StoreError(f"{file}: not a certificate: {place}: {first['msg']}; the file was changed") from None
+        if changed := store.changes(content, certificate.plain()):
+            raise StoreError(f"{file}: not a certificate: odd {', '.join(changed[:5])}; the file was changed")
+        if not certificate.answers:
+            raise StoreError(f"{file}: not a certificate: it has no answers; the file was changed")
+        return certificate
+
+
+@cache
+def _adapter() -> TypeAdapter[Certificate]:
+    return TypeAdapter(Certificate)
+
+
+def sealed(certificate: Certificate) -> Certificate:
+    """Return the certificate as it will be read, with its seal."""
+    as_read = _adapter().validate_python(certificate.plain())
+    return replace(as_read, sha256=as_read.seal)
+
+
+def save(file: Path, certificate: Certificate) -> None:
+    """Write a certificate as `Certificate.read` reads it. Raises StoreError if the disk refuses."""
+    text = json.dumps(certificate.plain(), indent=1, ensure_ascii=False) + "\n"
+    store.write_bytes(file, text.encode())
 
 
 def is_side_effect(metric: str) -> bool:
-    """Whether a metric is of what happened beside the task: "leakage", "forgetting: pool", "dependency: wrong anchor"."""
+    """Return whether a metric tells what happened next to the task, such as "leakage"."""
     return metric.partition(":")[0] in ("forgetting", "drift", "dependency", "leakage")
-
-
-def _side_effect(found: Outcomes, question: Question, metric: str, n: int) -> dict[str, Any]:
-    """What arms did beside the task, at `n` rows (an arm that was not measured there: at its most): forgetting, drift, leakage.
-
-    Lower is better. `rise` is the difference to the first untrained arm (size 0), on the same rows.
-    """
-    points = _points_at(found, metric, n)
-    scores = {point: found.matrix(metric, *point) for point in points}
-    measured = leverage.measure(scores, found.groups[metric], denominators=found.weights[metric])
-    draws = leverage.draw(measured, draws=question.draws, seed=question.seed)
-    base = next((point for point in points if point[1] == 0), None)
-    arms = []
-    for point in points:
-        rise = None
-        if base is not None and point != base:
-            rise = _ends(leverage.interval(leverage.contrast((1, draws.of(*point)), (-1, draws.of(*base)))))
-        score = _ends(leverage.interval(draws.of(*point)))
-        if metric in ("leakage", "drift"):  # a share, and a divergence
-            most = 1.0 if metric == "leakage" else np.inf
-            score = {end: None if value is None else min(most, max(0.0, value)) for end, value in score.items()}
-        arms.append({"arm": point[0], "size": point[1], "score": score, "rise": rise})
-    return {"metric": metric, "seeds": measured.by_seed.shape[1], "groups": round(measured.groups, 1), "arms": arms}
-
-
-def _points_at(found: Outcomes, metric: str, n: int) -> list[tuple[str, int]]:
-    """Each arm at `n` rows, else at its largest size; untrained ones first."""
-    sizes: dict[str, list[int]] = {}
-    for arm, size in found.points(metric):
-        sizes.setdefault(arm, []).append(size)
-    chosen = [(arm, n if n in own else max(own)) for arm, own in sizes.items()]
-    return sorted(chosen, key=lambda point: (point[1] > 0, point))
-
-
-def _largest(draws: Draws, question: Question) -> int:
-    """The most rows at which the arm and some reference were measured."""
-    own, others = (set(draws.measured.sizes(arms)) - {0} for arms in ([question.arm], question.references))
-    if not own:
-        raise DataError(f"{question.arm} was measured at no size above 0; a size is a number of task rows")
-    if not (both := own & others if others else own):
-        raise DataError(
-            f"{question.arm} was measured at {_named(sorted(own))} rows, the references at {_named(sorted(others))}; a "
-            "difference needs a size that is in both"
-        )
-    return max(both)
-
-
-def _attribution(draws: Draws, n: int) -> list[dict[str, Any]]:
-    found = []
-    for name, parts in ATTRIBUTION.items():
-        if all((arm, n) in draws.measured.points for arm, _ in parts):
-            total = leverage.contrast(*((sign, draws.of(arm, n)) for arm, sign in parts))
-            found.append({"name": name, **_ends(leverage.interval(total))})
-    return found
-
-
-def _tokens_rise(draws: Draws, question: Question) -> bool:
-    """Whether tokens are known and rise with the rows, in the arm and in the references: else no factor is in tokens."""
-    for arms in ([question.arm], question.references):
-        points = sorted((size, draws.measured.tokens[draws.measured.place((arm, size))], arm)
-                        for arm, size in draws.measured.points if arm in arms and size)  # fmt: skip
-        if any(tokens == size for size, tokens, _ in points):
-            return False
-        if any(a[0] < b[0] and a[1] >= b[1] for a in points for b in points):
-            return False
-    return True
-
-
-def _more_rows(draws: Draws, question: Question, ref: Reference, n: int, gained: FloatArray) -> dict[str, Any]:
-    """Would more labelled rows have bought more than the arm's general data?
-
-    The reference's curve says what they would bring; where it does not go so far, that of the references which were measured
-    with so many rows (`by`). These may not be the best there is, so that labelling is worth at least as much.
-    """
-    far = [arm for arm in question.references if max(draws.measured.sizes([arm]), default=0) >= n + MORE]
-    known = ref if ref.sizes[-1] >= n + MORE or not far else leverage.curve(draws, far, max(draws.measured.sizes(far)))
-    reached = leverage.at(known, n + MORE)
-    if reached is None:
-        return {"rows": MORE, "answer": "cannot be said: the reference was not measured with so many"}
-    advantage_draws = leverage.contrast((1, draws.of(question.arm, n)), (-1, reached))
-    advantage = leverage.interval(advantage_draws)
-    labelling = leverage.interval(leverage.contrast((1, gained), (-1, advantage_draws)))
-    return {
-        "rows": MORE, "by": sorted(set(known.picked.values())), "labelling": _ends(labelling), "advantage": _ends(advantage),
-        "answer": "general data" if advantage.low > 0 else "labelling" if advantage.high < 0 else "cannot be told apart",
-    }  # fmt: skip
-
-
-def _p(difference: Interval, gained: FloatArray) -> float | None:
-    return None if np.isnan(difference.low) else leverage.p_value(gained)
-
-
-def _verdict(difference: Interval, is_worse: bool) -> str:
-    """What the difference says. The best of several references by the scores it is judged by is flattered, which makes gains
-    harder to show; whether the arm `is_worse` is asked of each reference by itself then.
-    """
-    if np.isnan(difference.low) and difference.estimate != 0:
-        return "cannot be said"  # nothing varied, or nothing is known of other seeds and groups
-    return "gain" if difference.low > 0 else "loss" if is_worse else "no gain shown"
-
-
-def _contradiction(answers: Sequence[Mapping[str, Any]]) -> str | None:
-    """Two metrics that say the opposite, or whose factors lie apart: then neither is a headline."""
-    verdicts = {answer["verdict"]: answer["metric"] for answer in answers}
-    if {"gain", "loss"} <= verdicts.keys():
-        return f"{verdicts['gain']} is better, and {verdicts['loss']} is worse"
-    for a, b in combinations(answers, 2):
-        if a["identifiable"] and b["identifiable"] and leverage.apart(a["_saving"], b["_saving"]):
-            return f"the row savings by {a['metric']} and by {b['metric']} contradict each other"
-        if a["_gain"] is not None and b["_gain"] is not None and leverage.apart(a["_gain"], b["_gain"]):
-            return f"the row gains by {a['metric']} and by {b['metric']} contradict each other"
-    return None
-
-
-def _without_draws(answer: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in answer.items() if not key.startswith("_")}
-
-
-def _ends(interval: Interval) -> dict[str, float | None]:
-    """An interval as plain values; None where an end is unknown."""
-    return {key: float(value) if np.isfinite(value) else None for key, value in interval._asdict().items()}
-
-
-def _factor(factor: Factor) -> dict[str, Any]:
-    """A factor as plain values; "under" and "over" stand for what lies beyond `least` and `most`, None for an unknown end."""
-
-    def end(value: float) -> float | str | None:
-        return None if np.isnan(value) else "over" if value == np.inf else "under" if value == 0 else float(value)
-
-    return {key: end(value) for key, value in factor._asdict().items()}
-
-
-def _headline(answer: Mapping[str, Any], question: Question, contradiction: str | None) -> str:
-    """The sentence that a user wants."""
-    n, difference = answer["rows"], answer["difference"]
-    best = answer["reference_chosen"][str(n)]
-    moved = f"{answer['metric']} {_signed(difference, answer['lower_is_better'])} at {n} rows against {best}"
-    seeds = "" if answer["seeds"] > 1 else "; intervals are given this one seed and say nothing of another training run"
-    if answer["verdict"] == "cannot be said":
-        return f"Cannot be said, since nothing varied between seeds and test groups. {question.arm}: {moved}{seeds}."
-    if answer["verdict"] != "gain":
-        lead = "No gain shown" if answer["verdict"] == "no gain shown" else "Worse"
-        other = f", although {contradiction}" if contradiction else ""
-        return f"{lead}: use {best}{other}. {question.arm}: {moved}{seeds}."
-    if contradiction is not None:
-        return f"A gain, of which no factor can be stated: {contradiction}. {question.arm}: {moved}{seeds}."
-    if answer["identifiable"] and answer["_saving"].most > 1:
-        return f"{saved(answer['_saving'], n)}; {moved}{seeds}."
-    if answer["_gain"] is not None:
-        return f"{gained(answer['_gain'], n)}; {moved}{seeds}."
-    if not answer["identifiable"]:
-        return (
-            "A gain whose worth in rows is not identifiable: the reference does not clearly rise with its rows, as a whole and "
-            f"towards {n} rows, so that a small difference would be worth any number of them. {question.arm}: {moved}{seeds}."
-        )
-    return f"A gain whose worth in rows was not measured: {question.arm} has no smaller size. {question.arm}: {moved}{seeds}."
-
-
-def saved(saving: Factor, n: int) -> str:
-    """ "40 of your 64 rows would have sufficed: row saving 1.6x (95% interval 1.2 to 2.3)", censored where it is."""
-    ends = [_times(value, saving) for value in (saving.low, saving.high)]
-    span = "" if np.isnan(saving.low) or saving.low == np.inf else f" (95% interval {ends[0]} to {ends[1]})"
-    if saving.estimate == np.inf:
-        return (
-            f"{n / saving.most:.0f} of your {n} rows or fewer would have sufficed: row saving at least {saving.most:.1f}x{span}"
-        )
-    return f"{n / saving.estimate:.0f} of your {n} rows would have sufficed: row saving {saving.estimate:.1f}x{span}"
-
-
-def gained(gain: Factor, n: int) -> str:
-    """ "Your 32 rows were worth 94 without general data: row gain 2.9x (95% interval 2.1 to at least 4.0)"."""
-    ends = [_times(value, gain) for value in (gain.low, gain.high)]
-    span = "" if np.isnan(gain.low) or gain.low == np.inf else f" (95% interval {ends[0]} to {ends[1]})"
-    if gain.estimate == np.inf:
-        worth = f"{n * gain.most:.0f} or more"
-    else:
-        worth = f"{n * gain.estimate:.0f}" if gain.estimate else f"fewer than {n * gain.least:.0f}"
-    return f"Your {n} rows were worth {worth} without general data: row gain {_times(gain.estimate, gain)}x{span}"
-
-
-def _times(value: float, factor: Factor) -> str:
-    return f"below {factor.least:.1f}" if value == 0 else f"at least {factor.most:.1f}" if value == np.inf else f"{value:.1f}"
-
-
-def _signed(interval: Mapping[str, float | None], lower_is_better: bool) -> str:
-    """A difference in the metric's own direction, with its interval."""
-    known = [interval[key] for key in ("estimate", "low", "high")]
-    values = [-value if lower_is_better else value for value in known if value is not None]
-    if len(values) < 3:
-        return f"{values[0]:+.3f} (no interval)" if values else "by nothing known"
-    return f"{values[0]:+.3f} (95% interval {min(values[1:]):+.3f} to {max(values[1:]):+.3f})"
-
-
-def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with a SHA-256 over its canonical JSON."""
-    return {**content, "sha256": store.fingerprint(content)}
-
-
-def write(folder: Path, found: Outcomes, question: Question, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write outcomes and certificate; returns the certificate. `about` says what the outcomes came from: hashes, settings.
-
-    Raises DataError where the question does not fit the outcomes, StoreError where the disk refuses.
-    """
-    content = certify(found, question)
-    outcomes.write(folder / OUTCOMES, found)
-    sealed = seal({**content, "inputs": dict(about), "outcomes": hashes(found)})
-    store.write_bytes(folder / FILE, (json.dumps(sealed, indent=1, ensure_ascii=False) + "\n").encode())
-    return sealed
-
-
-def hashes(found: Outcomes) -> dict[str, str]:
-    """A hash of each cell's lines, so that a changed outcome can be named."""
-    by_cell: dict[str, list[Any]] = {}
-    for line in outcomes.lines(found):
-        cell = f"{line['arm']} at {line['size']} rows, seed {line['seed']}"
-        by_cell.setdefault(f"{cell}, {line['metric']}" if "metric" in line else cell, []).append(line)
-    return {cell: store.fingerprint(lines) for cell, lines in by_cell.items()}
-
-
-def read(file: Path) -> dict[str, Any]:
-    """A certificate with just its keys. Raises StoreError for anything else."""
-    try:
-        known = store.strict_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{file}: cannot be read as a certificate: {error}") from None
-    if not isinstance(known, dict) or known.get("format") != FORMAT:
-        raise StoreError(f"{file}: not a certificate of a format that this version knows")
-    if set(known) != _KEYS or not isinstance(known["outcomes"], dict) or not isinstance(known["question"], dict):
-        odd = sorted(set(known) ^ _KEYS)
-        raise StoreError(
-            f"{file}: not a certificate as it is written: {', '.join(odd) or 'outcomes or question'} missing or odd"
-        )
-    return known

@@ -201,9 +201,7 @@ def compare(
         cli_budget.answer(Path(settings.output_dir))
 
 
-def _ready_to_plan(
-    ctx: typer.Context, settings: "Settings", *, resume: bool, dry_run: bool
-) -> "Console":
+def _ready_to_plan(ctx: typer.Context, settings: "Settings", *, resume: bool, dry_run: bool) -> "Console":
     """Return a console once the run folder is free and the model and general data are ready."""
     from fulcrum import run_folder
 

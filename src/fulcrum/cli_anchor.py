@@ -173,12 +173,12 @@ def outcome(
     ],
 ) -> None:
     """Say whether the loss before training told which anchors trained best, over all folders."""
-    from fulcrum import anchor_outcomes, terminal
+    from fulcrum import anchor_validity, terminal
 
     screen = terminal.console()
     groups = []
     for folder in run_folders:
-        groups += anchor_outcomes.read_groups(folder)
+        groups += anchor_validity.read_groups(folder)
     if not groups:
         raise ConfigError(
             f"{run_folders[0]}: no arms that differ in their anchor alone; give arms an `anchor:` of their own and compare them"
@@ -191,7 +191,7 @@ def outcome(
         head = ("arm", "anchor", "tokens", "S_loss", f"test NLL, {group.seeds} seeds")
         title = f"{group.task} ({group.folder})"
         screen.print(terminal.grid(title, head, rows, numbers=False))
-    terminal.say(screen, anchor_outcomes.verdict(groups), "bold")
+    terminal.say(screen, anchor_validity.verdict(groups), "bold")
 
 
 def show(screen: "Console", scores: "AnchorScores") -> None:

@@ -1,7 +1,5 @@
 """`--preset`, `--budget` and `--quick`: show what will run and ask; say what `quick` found."""
 
-import json
-import math
 import re
 import sys
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fulcrum.budget import Design, Plan
-    from fulcrum.comparison import Budget
+    from fulcrum.certificate import Budget
     from fulcrum.config import Settings
 
 _QUICK_SECONDS = 600.0
@@ -45,9 +43,7 @@ def parse_duration(text: str) -> float:
         hours, minutes, rest = (float(part or 0) for part in match.groups())
         seconds = 3600 * hours + 60 * minutes + rest
     if seconds <= 0:
-        raise ConfigError(
-            f"--budget {text!r}: write hours, minutes and seconds as 2h, 1h30m, 90m or 600s"
-        )
+        raise ConfigError(f"--budget {text!r}: write hours, minutes and seconds as 2h, 1h30m, 90m or 600s")
     return seconds
 
 
@@ -63,24 +59,20 @@ def read_request(preset: str, duration: str, *, quick: bool) -> Request | None:
     seconds = parse_duration(duration) if duration else None
     if quick:
         if preset not in ("", presets.QUICK.name):
-            raise ConfigError(
-                f"--quick stands for --preset quick; leave it out, or --preset {preset}"
-            )
+            raise ConfigError(f"--quick stands for --preset quick; leave it out, or --preset {preset}")
         return Request("--quick", presets.QUICK.name, seconds or _QUICK_SECONDS)
     if preset:
         return Request("--preset", presets.preset_named(preset).name, seconds)
     return Request("--budget", None, seconds)
 
 
-def plan_comparison(
-    screen: "Console", settings: "Settings", request: Request, *, ask: bool
-) -> tuple["Settings", "Budget"]:
+def plan_comparison(screen: "Console", settings: "Settings", request: Request, *, ask: bool) -> tuple["Settings", "Budget"]:
     """Show the chosen design and have it agreed to; return its settings and the budget to keep.
 
     Raises ConfigError if nothing fits or nobody agrees.
     """
     from fulcrum import budget, terminal
-    from fulcrum.comparison import Budget
+    from fulcrum.certificate import Budget
 
     with terminal.working(screen, "measuring speed on a few rows"):
         plan = budget.plan(settings, preset=request.preset, seconds=request.seconds)
@@ -92,12 +84,10 @@ def plan_comparison(
     return design.settings, Budget(request.seconds, plan.left_out)
 
 
-def plan_scaling(
-    screen: "Console", settings: "Settings", seconds: float, *, ask: bool
-) -> tuple["Settings", "Budget"]:
+def plan_scaling(screen: "Console", settings: "Settings", seconds: float, *, ask: bool) -> tuple["Settings", "Budget"]:
     """Do the same for `scale`."""
     from fulcrum import ladder, scale, terminal
-    from fulcrum.comparison import Budget
+    from fulcrum.certificate import Budget
 
     with terminal.working(screen, "measuring speed on a few rows"):
         plan = scale.plan(settings, seconds)
@@ -128,7 +118,7 @@ def is_planned(settings: "Settings", *, resume: bool) -> bool:
 def read_plan(settings: "Settings") -> tuple["Settings", "Budget"]:
     """Return the settings and the budget that a run was begun with."""
     from fulcrum import config, store
-    from fulcrum.comparison import Budget
+    from fulcrum.certificate import Budget
 
     known = store.read_json(Path(settings.output_dir) / store.PLAN)
     here = {"output_dir": settings.output_dir, "report_to": settings.report_to}
@@ -158,9 +148,7 @@ def _describe(design: "Design") -> dict[str, str]:
         found[f"task rows of {name}"] = _listed(sizes)
     found["repeats tried"] = _listed(settings.mix.candidates)
     found["test rows"] = _test_rows(settings)
-    found["metrics"] = ", ".join(
-        dict.fromkeys(name for task in settings.tasks for name in task.metrics)
-    )
+    found["metrics"] = ", ".join(dict.fromkeys(name for task in settings.tasks for name in task.metrics))
     found["side effects"] = "checked" if settings.eval.general_rows else "not checked"
     found["trials, trainings"] = f"{design.jobs}"
     found["expected"] = design.why_not or f"about {_minutes(design.seconds)}"
@@ -172,9 +160,7 @@ def _listed(numbers: "Sequence[int]") -> str:
 
 
 def _test_rows(settings: "Settings") -> str:
-    limits = [
-        "all" if task.test_limit is None else f"up to {task.test_limit}" for task in settings.tasks
-    ]
+    limits = ["all" if task.test_limit is None else f"up to {task.test_limit}" for task in settings.tasks]
     return ", ".join(dict.fromkeys(limits))
 
 
@@ -183,9 +169,7 @@ def _minutes(seconds: float) -> str:
     return "1 minute" if number == 1 else f"{number} minutes"
 
 
-def _show_choice(
-    screen: "Console", what: str, expected: float, limit: float | None, left_out: "Sequence[str]"
-) -> None:
+def _show_choice(screen: "Console", what: str, expected: float, limit: float | None, left_out: "Sequence[str]") -> None:
     """Say what will run, how long it will take, and what it has less of than it could have."""
     from fulcrum import terminal
 
@@ -200,8 +184,7 @@ def _confirm(option: str) -> None:
     """Ask whether to start. Raises ConfigError if the answer is no or nobody can answer."""
     if not sys.stdin.isatty():
         raise ConfigError(
-            f"{option} asks for confirmation, but this is not a terminal; add --yes, or --dry-run "
-            "to see the plan"
+            f"{option} asks for confirmation, but this is not a terminal; add --yes, or --dry-run to see the plan"
         )
     if input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
         raise ConfigError("not started; choose another preset or budget, or change the settings")
@@ -209,65 +192,9 @@ def _confirm(option: str) -> None:
 
 def answer(folder: Path) -> None:
     """Say what a quick comparison found, and how sure that is."""
-    from fulcrum import certificate, terminal
+    from fulcrum import certificate, terminal, wording
 
     file = folder / certificate.FILE
-    if not file.exists():
-        return
-    found = json.loads(file.read_text(encoding="utf-8"))["answers"][0]
-    terminal.say(terminal.console(), quick_answer(found), "bold")
-
-
-def quick_answer(found: dict[str, Any]) -> str:
-    """Go, no go, or not known, from the first metric of a certificate."""
-    slope, difference, n = found["slope"], found["difference"], found["rows"]
-    rises = slope["low"] is not None and slope["low"] > 0
-    falls = slope["high"] is not None and slope["high"] <= 0
-    unknown = any(part[end] is None for part in (slope, difference) for end in ("low", "high"))
-    steep = (
-        "of one number of rows alone nobody knows what more of them bring"
-        if slope["estimate"] is None
-        else f"without general data each doubling of rows brings {_span(slope)} {found['metric']}"
-    )
-    brings = f"the general data bring {_span(difference)} at {n} rows (positive is better)"
-    if found["seeds"] == 1:
-        sure = "with one seed nothing is known of others"
-    elif difference["low"] is None or difference["high"] is None:
-        sure = f"{found['seeds']} seeds leave no interval here"
-    else:
-        half = (difference["high"] - difference["low"]) / 2
-        then = _narrowed(half, found["seeds"])
-        sure = f"{found['seeds']} seeds leave ±{half:.3f}; 5 would leave ±{then:.3f} at best"
-    if unknown:
-        verdict = "Not known"
-    elif found["verdict"] == "gain":
-        verdict = "Go" if rises else "Go for the gain; no factor in rows will be identifiable"
-    elif found["verdict"] == "loss":
-        verdict = "No go"
-    elif falls:
-        verdict = "No go, since more rows bring nothing, so that none can be saved"
-    else:
-        verdict = (
-            "Not known yet" if rises else "Not known yet, nor whether more rows bring anything"
-        )
-    return f"{verdict}: {steep}; {brings}. How sure: {sure}."
-
-
-def _narrowed(half: float, seeds: int, then: int = 5) -> float:
-    """The half width of a t interval with as many seeds, from that of fewer; test rows may keep it wider."""
-    from scipy.special import stdtrit
-
-    return float(
-        half * math.sqrt(seeds / then) * stdtrit(then - 1, 0.975) / stdtrit(seeds - 1, 0.975)
-    )
-
-
-def _span(interval: dict[str, float | None]) -> str:
-    known = [
-        value
-        for value in (interval["estimate"], interval["low"], interval["high"])
-        if value is not None
-    ]
-    if len(known) < 3:
-        return f"{known[0]:+.3f} (no interval)" if known else "nobody knows what"
-    return f"{known[0]:+.3f} ({known[1]:+.3f} to {known[2]:+.3f})"
+    if file.exists():
+        found = certificate.Certificate.read(file).answer
+        terminal.say(terminal.console(), wording.quick_answer(found), "bold")

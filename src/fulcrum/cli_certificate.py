@@ -19,7 +19,7 @@ Names = list[str] | None
 
 
 def certify(
-    file: Annotated[Path, typer.Argument(metavar="OUTCOMES.jsonl", help="One line for each test row of each cell.")],
+    file: Annotated[Path, typer.Argument(metavar="OUTCOMES.jsonl[.gz]", help="One line for each test row of each cell.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the certificate and the outcomes.")] = Path("certificate"),
     arm: Annotated[str, typer.Option("--arm", help="The arm whose gain is asked for.")] = "tell",
     reference: Annotated[
@@ -45,11 +45,10 @@ def certify(
     "seed": 0, "dev": 0.7, "tokens": 5321} says by what score a cell was selected (higher is better; without it arms are
     selected on test, which favours the reference) and how many tokens its task rows have.
     """
-    from fulcrum import certificate, outcomes, page, store, terminal
-    from fulcrum.certificate import Question
-    from fulcrum.wording import more_rows_text
+    from fulcrum import certificate, certificate_page, certification, outcomes, store, terminal, wording
+    from fulcrum.certificate import Inputs, Question
 
-    for name in (certificate.FILE, certificate.OUTCOMES, page.REPORT):
+    for name in (certificate.FILE, outcomes.FILE, certificate_page.REPORT):
         if (out / name).exists():
             raise ConfigError(f"{out / name}: exists already and is not overwritten; name another folder with --out")
     found = outcomes.read(file)
@@ -61,19 +60,17 @@ def certify(
     question = Question(arm, tuple(reference or _references(found)), metrics, turned, task, draws)
     screen = terminal.console()
     with terminal.working(screen, "computing intervals"):
-        sealed = certificate.write(out, found, question, {"outcomes file": store.file_sha256(file)})
-    terminal.say(screen, sealed["headline"], "bold")
-    for answer in sealed["answers"]:
+        sealed = certification.write(out, found, question, Inputs(outcomes_file=store.file_sha256(file)))
+    terminal.say(screen, wording.headline(sealed), "bold")
+    for answer in sealed.answers:
         for table in terminal.certificate_tables(answer):
             screen.print(table)
-        more = answer["more_rows"]
-        terminal.say(
-            screen,
-            f"{more['rows']} more labelled rows, or general data? {'. '.join(filter(None, more_rows_text(answer)[::2]))}",
-        )
-        if answer["selected_on"] != "dev":
-            terminal.say(screen, f"The reference was selected on {answer['selected_on']}.")
-    terminal.say(screen, f"report: {page.write(out)}")
+        short, _, full = wording.more_rows(answer)
+        rows = answer.more_rows.rows
+        terminal.say(screen, f"{rows} more labelled rows, or general data? {short}. {full}")
+        if answer.selected_on == "test":
+            terminal.say(screen, f"The reference was selected by {wording.selected_by(answer)}.")
+    terminal.say(screen, f"report: {certificate_page.write(out)}")
     terminal.say(screen, f"wrote {out / certificate.FILE}; check it any time: fulcrum verify {out / certificate.FILE}")
 
 
@@ -94,7 +91,7 @@ def _references(found: "Outcomes") -> list[str]:
 def verify(
     path: Annotated[
         Path,
-        typer.Argument(metavar="RUN_FOLDER|CERTIFICATE.json", help="A run folder, or a certificate beside its outcomes."),
+        typer.Argument(metavar="RUN_FOLDER|CERTIFICATE.json", help="A run folder, or a certificate next to its outcomes."),
     ],
     again: Annotated[
         bool, typer.Option("--again", help="Make the run again, in a folder that is then dropped, and compare the bits.")
@@ -126,9 +123,9 @@ def verify(
         raise typer.Exit(2)
     said = []
     if is_run:
-        said.append("weights, predictions and results are those that the run made")
+        said.append("every file that the manifest names is as the run made it")
     if not is_run or any(path.rglob(certificate.FILE)):
-        said.append("every number follows from the outcomes beside it (the seal is no signature: it does not say who made it)")
+        said.append("every number follows from the outcomes next to it (the seal is no signature: it does not say who made it)")
     if again:
         said.insert(0, "made again, it gave the same bits")
     terminal.say(screen, f"{path}: {'; '.join(said)}")

@@ -23,8 +23,8 @@ from scipy.linalg import eigh, qr, svd
 from scipy.stats import norm, rankdata
 
 from fulcrum.errors import DataError
+from fulcrum.intervals import Interval
 from fulcrum.records import BoolArray, FloatArray, IntArray
-from fulcrum.stats import Interval
 
 Verdict = Literal["rises", "not shown", "not enough clusters", "no variation"]
 
@@ -135,11 +135,16 @@ def find(gradients: npt.ArrayLike, *, most: int | None = None, draws: int = 20, 
         for k in tried:
             agreement[k].append(float(adjusted_rand_score(labels[k][half], _labels(vectors[:, :k]))))
     candidates = tuple(Candidate(k, float(gaps[k - 1]), float(np.mean(agreement[k]))) for k in tried)
-    enough = max(STABLE, max(one.stability for one in candidates) - _TIE)
-    one = next((one for one in candidates if one.stability >= enough), None)
+    one = choose(candidates)
     if one is None:
         return Clusters(None, 0, values, candidates, None, floor)
     return Clusters(_by_size(labels[one.k]), len(np.unique(labels[one.k])), values, candidates, one.stability, floor)
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the number of clusters that is stable enough; of equally stable ones the first."""
+    enough = max(STABLE, max(one.stability for one in candidates) - _TIE)
+    return next((one for one in candidates if one.stability >= enough), None)
 
 
 def _graph(unit: FloatArray, rng: np.random.Generator) -> tuple[FloatArray, float]:

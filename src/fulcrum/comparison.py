@@ -5,14 +5,15 @@ All trials come first, for a final training takes the best of them. A killed com
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fulcrum import candidates, cell, pilot, probe, pseudo, scoring, selfmade, store, workers
+from fulcrum import candidates, cell, pilot, probe, pseudo, scoring, selfmade, store, wording, workers
 from fulcrum.arms import by_task_rows, chosen_arms, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
+from fulcrum.certificate import Budget
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError
 from fulcrum.launched import writes
@@ -36,36 +37,23 @@ _PAIRS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What was agreed on before a run began.
+def keep_plan(budget: Budget, folder: Path, settings: Settings) -> None:
+    """Write the agreed budget and the planned settings to a new run's folder, for `--resume`."""
+    if (folder / store.PLAN).exists():
+        return
+    planned = {
+        "seconds": budget.seconds,
+        "left_out": budget.left_out,
+        "settings": settings.described(),
+    }
+    store.write_json(folder / store.PLAN, planned)
 
-    seconds: the time that it may take; None: no limit
-    left_out: what its design has less of than the full one, in a few words each
-    """
 
-    seconds: float | None = None
-    left_out: tuple[str, ...] = ()
-
-    def keep(self, folder: Path, settings: Settings) -> None:
-        """Write it to a new run's folder with the planned settings, for `--resume`."""
-        if (folder / store.PLAN).exists():
-            return
-        planned = {
-            "seconds": self.seconds,
-            "left_out": self.left_out,
-            "settings": settings.described(),
-        }
-        store.write_json(folder / store.PLAN, planned)
-
-    def notes(self, dropped: Sequence[str]) -> list[str]:
-        """Say what was left out, and what was `dropped` as time ran out; nothing if neither was."""
-        if not (self.left_out or dropped):
-            return []
-        aim = "Compared with the full design"
-        if self.seconds is not None:
-            aim = f"To fit {self.seconds / 60:.0f} minutes"
-        return [f"{aim}: {', '.join((*self.left_out, *dropped))}."]
+def add_dropped(budget: Budget | None, dropped: Sequence[str]) -> Budget | None:
+    """Return the budget with what was dropped as time ran out; None if nothing was skipped."""
+    if budget is None or not (budget.left_out or dropped):
+        return None
+    return replace(budget, left_out=(*budget.left_out, *dropped))
 
 
 def compare(
@@ -98,7 +86,7 @@ def compare(
         kept_in = folder if writes() else None
         notes = [*candidates.keep(anchors, kept_in), *pilot.keep(found, kept_in, gone)]
         if writes() and budget is not None:
-            budget.keep(folder, settings)
+            keep_plan(budget, folder, settings)
         by_seed = selfmade.with_made_rows(
             dict(zip(settings.seeds, rows, strict=True)), loaded, arms, settings, kept_in,
             partial(watcher.count, "general rows that the model makes itself"),
@@ -115,18 +103,19 @@ def compare(
             tuning = Progress(study, tries, watcher, jobs)
             finals = list(plan_finals(study, arms, list(zip(tries, tuning.run(tries, runner), strict=True))))
             watcher.stage(f"{len(finals)} trainings on all task rows, each with its test")
-            left = None
+            seconds = None
             if budget is not None and budget.seconds is not None:
-                left = budget.seconds - tuning.seconds
+                seconds = budget.seconds - tuning.seconds
             training = Progress(study, finals, watcher, jobs)
-            results, dropped = by_seeds(study, finals, training, runner, left)
-        if budget is not None:
-            notes += budget.notes(dropped)
+            results, dropped = by_seeds(study, finals, training, runner, seconds)
+        skipped = add_dropped(budget, dropped)
+        if skipped is not None:
+            notes.append(wording.left_out(skipped))
         at = shown_size(results, settings)
         shown = [result for result in results if result.size in (0, at)]
         differences = paired_differences(shown, settings)
         if writes():
-            certificates(folder, settings, study.rows, results, loaded, notes)
+            certificates(folder, settings, study.rows, results, loaded, skipped)
         return finish(COMPARE, settings, folder, loaded, rows, results, differences, started, notes)
 
 

@@ -1,6 +1,6 @@
 """Outputs and gold answers become scores: a value, its interval over content groups, and an outcome a row where one exists.
 
-Every metric is a statistic of sums over rows (`fulcrum.stats`): it turns each prediction into k numbers that add up, and a
+Every metric is a statistic of sums over rows (`fulcrum.intervals`): it turns each prediction into k numbers that add up, and a
 function reads the value off the totals. So one bootstrap serves all, and corpus metrics are resampled as what they are,
 not as means of rows.
 
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fulcrum import stats, store
+from fulcrum import intervals, store
 from fulcrum.errors import ConfigError, DataError, nearest
 from fulcrum.records import Example, FloatArray, Prediction, Score
 
@@ -38,7 +38,7 @@ from fulcrum.records import Example, FloatArray, Prediction, Score
 def score(predictions: Sequence[Prediction], metrics: Sequence[str], *, draws: int = 2000, seed: int = 0) -> tuple[Score, ...]:
     """Score all predictions by each metric, in the order asked, with 95% bootstrap intervals over content groups.
 
-    With one content group `low` and `high` are nan (see `stats.bootstrap`). `outcomes` is empty for the corpus metrics
+    With one content group `low` and `high` are nan (see `intervals.bootstrap`). `outcomes` is empty for the corpus metrics
     bleu, balanced_accuracy and mcc. Equal seeds draw equal groups for every metric.
 
     Raises `ConfigError` for an unknown metric, or one that needs outputs where there are none; `DataError` for no predictions,
@@ -99,16 +99,16 @@ def _score(name: str, predictions: Sequence[Prediction], groups: Sequence[str], 
     else:
         rows = [_Row(p.output or "", p.gold, p.origin) for p in predictions]
         parts = _CORPUS[name](rows) if name in _CORPUS else _mean(_ROW[name](rows))
-    interval = stats.bootstrap(parts.sums, groups, parts.statistic, draws=draws, seed=seed)
+    interval = intervals.bootstrap(parts.sums, groups, parts.statistic, draws=draws, seed=seed)
     n_groups = len(set(groups))
     if name in SHARES and interval.estimate in (0.0, 1.0):
-        interval = stats.certain_only(interval.estimate, n_groups)
+        interval = intervals.certain_only(interval.estimate, n_groups)
     return Score(name, *interval, len(predictions), n_groups, HIGHER_IS_BETTER[name], parts.outcomes)
 
 
 def _mean(values: Iterable[float]) -> _Sums:
     outcomes = tuple(float(value) for value in values)
-    return _Sums(np.column_stack([outcomes, np.ones(len(outcomes))]), stats.ratio, outcomes)
+    return _Sums(np.column_stack([outcomes, np.ones(len(outcomes))]), intervals.ratio, outcomes)
 
 
 def _nll(predictions: Sequence[Prediction]) -> _Sums:
@@ -119,7 +119,7 @@ def _nll(predictions: Sequence[Prediction]) -> _Sums:
                 "an empty gold answer or a diverged model gives this"
             )
     sums = np.array([(p.nll_sum, p.n_tokens) for p in predictions], dtype=np.float64)
-    return _Sums(sums, stats.ratio, tuple(p.nll_sum / p.n_tokens for p in predictions))
+    return _Sums(sums, intervals.ratio, tuple(p.nll_sum / p.n_tokens for p in predictions))
 
 
 def _canonical(text: str) -> str:

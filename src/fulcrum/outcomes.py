@@ -1,4 +1,4 @@
-"""Per-row outcomes of a comparison, whoever trained: what a certificate is computed from, as JSON lines.
+"""Per-row outcomes of a comparison, whoever trained: what a certificate is computed from, as JSON lines (or gzip of them).
 
 A *cell* is one arm at one size (number of task rows) and one seed. There is one line for each test row of a cell, and for each
 metric; further lines may say of a cell by what score it was selected (`dev`) and how many task tokens its rows have:
@@ -15,8 +15,10 @@ Invariant: every cell of a metric has the same rows with the same groups and wei
 seeds may differ, where each has test rows of its own (outer cross-validation): then all cells of a seed have the same rows.
 """
 
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ from fulcrum.errors import DataError, nearest
 from fulcrum.records import FloatArray
 
 _KEYS = ("arm", "size", "seed", "row", "metric", "outcome", "group", "weight", "dev", "tokens")
+FILE = "outcomes.jsonl"  # next to a certificate, or with the suffix `.gz`
+_GZIP = ".gz"
 METRIC = "score"  # the name of a metric that has none
 
 Cell = tuple[str, int, int]  # arm, size, seed
@@ -63,14 +67,18 @@ class Outcomes:
 
 
 def read(path: Path) -> Outcomes:
-    """Read a file of outcomes. Raises DataError with file:line for what is broken, twice there or missing."""
+    """Read a file of outcomes, ``.jsonl`` or ``.jsonl.gz``.
+
+    Raises DataError with file:line for what is broken, twice there or missing.
+    """
     found = _Collected()
+    opened = gzip.open if path.suffix == _GZIP else open
     try:
-        with path.open(encoding="utf-8") as stream:
+        with opened(path, "rt", encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     found.add(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     return found.finish(str(path))
 
@@ -84,8 +92,18 @@ def collect(given: Iterable[Mapping[str, Any]], name: str) -> Outcomes:
 
 
 def write(path: Path, outcomes: Outcomes) -> None:
-    """Write outcomes as `read` reads them, in a canonical order. Raises StoreError where the disk refuses."""
-    store.write_bytes(path, "".join(f"{json.dumps(line)}\n" for line in lines(outcomes)).encode())
+    """Write outcomes as `read` reads them, in a canonical order; equal ones as equal bytes.
+
+    Raises StoreError if the disk refuses.
+    """
+    data = "".join(f"{json.dumps(line)}\n" for line in lines(outcomes)).encode()
+    store.write_bytes(path, gzip.compress(data, mtime=0) if path.suffix == _GZIP else data)
+
+
+def file_in(folder: Path) -> Path:
+    """Return the file of outcomes in a folder, compressed or not."""
+    packed = folder / f"{FILE}{_GZIP}"
+    return packed if packed.exists() else folder / FILE
 
 
 def lines(outcomes: Outcomes) -> Iterable[dict[str, Any]]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fulcrum.stats import Interval
+from fulcrum.intervals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

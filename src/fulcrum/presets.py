@@ -130,9 +130,7 @@ def apply(preset: Preset, settings: Settings, rows: int) -> Settings:
     if not preset.all_metrics:
         design = _with_first_metric(design)
     if not preset.side_effects:
-        design = design.model_copy(
-            update={"eval": design.eval.model_copy(update={"general_rows": 0})}
-        )
+        design = design.model_copy(update={"eval": design.eval.model_copy(update={"general_rows": 0})})
     return design
 
 

@@ -1,21 +1,22 @@
 """A comparison's results -> one certificate a task: outcomes, the question that they answer, hashes of what they rest on."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from fulcrum import certificate, encode, inputs, leverage, metrics, outcomes, scoring, store, words
+from fulcrum import certification, encode, metrics, outcomes, row_savings, scoring, store, verify, words
 from fulcrum.arms import arm_of
 from fulcrum.cell import DRIFT, GENERAL_PROMPTS, OTHER_ANCHORS
-from fulcrum.certificate import Question
+from fulcrum.certificate import AtEnd, Budget, Certificate, Chosen, Design, Diverged, Inputs, Question
 from fulcrum.config import Settings
 from fulcrum.identity import environment
 from fulcrum.material import Material
 from fulcrum.model import LoadedModel
 from fulcrum.outcomes import Cell, Outcomes
-from fulcrum.records import ArmResult, Prediction, Task
+from fulcrum.records import ArmResult, Example, Prediction, Task
 
 LEAKAGE = "leakage"
 TEMPERED = "nll_tempered"  # the loss at a temperature fitted inside the task rows: is a gain more than calibration?
@@ -27,41 +28,49 @@ def folder_of(folder: Path, settings: Settings, task: str) -> Path:
 
 
 def certificates(
-    folder: Path, settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], loaded: LoadedModel,
-    more_notes: Sequence[str] = (),
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Write a certificate for every task, and return them by task; none where no arm, or every arm, has general rows."""
+    folder: Path,
+    settings: Settings,
+    rows: Mapping[int, Material],
+    results: Sequence[ArmResult],
+    loaded: LoadedModel,
+    budget: Budget | None = None,
+) -> dict[str, Certificate]:
+    """Write a certificate for every task, and return them by task.
+
+    There are none if no arm, or every arm, has general rows. `budget` is what a time limit cost.
+    """
     asked = asked_of(settings, results)
     if asked is None:
         return {}
     arm, references = asked
     plain = encode.make_format(loaded.tokenizer, None)
-    told = (*notes(settings, rows, results), *more_notes)
     asked_by: dict[str, tuple[Question, Outcomes]] = {}
     for task in next(iter(rows.values())).tasks:
         if names := tuple(name for name in task.metrics if metrics.HAS_OUTCOMES[name]):
             names += (TEMPERED,) if "nll" in names else ()
             lower = tuple(name for name in names if not metrics.HIGHER_IS_BETTER.get(name))
-            folded = _folded(settings, rows, results, task.name)
-            question = Question(arm, references, names, lower, task.name, notes=(*told, *folded))
+            design = design_of(settings, rows, results, task.name, budget)
+            question = Question(arm, references, names, lower, task.name, design=design)
             asked_by[task.name] = question, outcomes_of(results, rows, task.name, names, plain)
-    over_tasks = _holm(asked_by)
-    return {
-        name: certificate.write(
-            folder_of(folder, settings, name), found, question,
-            {**inputs_of(settings, rows, results, name, loaded), "p over all tasks (Holm)": over_tasks},
-        )
-        for name, (question, found) in asked_by.items()
-    }  # fmt: skip
+    adjusted_p = _holm(asked_by)
+    written = {}
+    for name, (question, found) in asked_by.items():
+        inputs = replace(inputs_of(settings, rows, results, name, loaded), adjusted_p=adjusted_p)
+        own_folder = folder_of(folder, settings, name)
+        written[name] = certification.write(own_folder, found, question, inputs)
+    return written
 
 
 def _holm(asked_by: Mapping[str, tuple[Question, Outcomes]]) -> dict[str, float]:
-    """Of several tasks, the p-values of the deciding metrics' differences, adjusted for the number of those that are known."""
+    """Adjust the p-values of several tasks' deciding metrics for the number of those that are known."""
     if len(asked_by) < 2:
         return {}
-    answers = {name: certificate.certify(found, question)["answers"][0] for name, (question, found) in asked_by.items()}
-    known = {name: answer["difference"]["p"] for name, answer in answers.items() if answer["difference"]["p"] is not None}
-    return dict(zip(known, leverage.holm(list(known.values())), strict=True))
+    known = {}
+    for name, (question, found) in asked_by.items():
+        p = certification.certify(found, question).answer.p
+        if p is not None:
+            known[name] = p
+    return dict(zip(known, row_savings.holm(list(known.values())), strict=True))
 
 
 def asked_of(settings: Settings, results: Sequence[ArmResult]) -> tuple[str, tuple[str, ...]] | None:
@@ -154,79 +163,85 @@ def _tokens(tasks: Sequence[Task], name: str, plain: encode.Format) -> list[int]
     return [0, *np.cumsum([len(encode.encode(row, plain)) for row in own.train]).tolist()]
 
 
-def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult]) -> list[str]:
-    """What a reader has to know of the design."""
-    compare, first = settings.compare, next(iter(rows.values()))
-    found = [
-        f"Settings were chosen by {compare.folds}-fold cross-validation inside the task rows "
-        + ("of the first seed, for all seeds" if compare.tune == "first" else "of each seed")
-        + f", so on {compare.folds - 1}/{compare.folds} of the rows; test rows were scored once."
-    ]
-    found.append(
-        "The reference is the best arm without general data by its test scores, selected anew in each draw: that favours it, "
-        "and intervals allow for it."
-    )
+def design_of(
+    settings: Settings,
+    rows: Mapping[int, Material],
+    results: Sequence[ArmResult],
+    task: str,
+    budget: Budget | None,
+) -> Design:
+    """Return what a reader has to know of how a task's outcomes were made."""
     own = [result for result in results if arm_of(settings, result.arm).settings_of is None]
-    tried = {result.arm: len(result.tried) for result in own}
-    found.append(
-        f"{TEMPERED} is the loss once each arm's logits are divided by a temperature, fitted where its settings were chosen: a "
-        "gain by nll that it does not show is one of calibration. (An arm that takes another's settings takes its temperature; "
-        "word counts have none.)"
+    largest = max(result.size for result in results)
+    tasks = next(iter(rows.values())).tasks
+    has_all = not settings.outer_folds and all(largest >= len(each.train) for each in tasks)
+    return Design(
+        folds=settings.compare.folds,
+        tune=settings.compare.tune,
+        trials={result.arm: len(result.tried) for result in own},
+        trained=tuple(dict.fromkeys(result.arm for result in own if result.training is not None)),
+        at_end=at_an_end(own),
+        diverged=_diverged(results),
+        all_rows=largest if has_all else None,
+        test_rows=_test_rows(settings, rows, results, task),
+        budget=budget,
     )
-    found.append("Settings tried: " + ", ".join(f"{arm} {number}" for arm, number in tried.items()) + ".")
-    trained = {result.arm: len(result.tried) for result in own if result.training is not None}
-    if trained and min(trained.values()) < max(trained.values()):
-        more = [arm for arm, number in trained.items() if number == max(trained.values())]
-        found.append(f"More settings were tried for {', '.join(more)} than for other trained arms, which favours them.")
-    if ends := at_an_end(own):
-        found.append(f"What was chosen is an end of what was tried, beyond which may be better: {'; '.join(ends)}.")
+
+
+def at_an_end(results: Sequence[ArmResult]) -> tuple[AtEnd, ...]:
+    """Find epochs and learning rates whose chosen value is the least or the most that was tried.
+
+    A single epoch is the least that there is.
+    """
+    found: list[AtEnd] = []
+    names: tuple[Literal["repeats", "learning_rate"], ...] = ("repeats", "learning_rate")
+    for result in results:
+        for name in names:
+            tried = sorted({getattr(one.setting, name) for one in result.tried} - {None})
+            chosen = getattr(result.setting, name, None)
+            if chosen is None or len(tried) < 2 or (name, chosen) == ("repeats", 1):
+                continue
+            if chosen in (tried[0], tried[-1]):
+                found.append(AtEnd(result.arm, result.size, name, chosen, tried[0], tried[-1]))
+    return tuple(dict.fromkeys(found))
+
+
+def _diverged(results: Sequence[ArmResult]) -> tuple[Diverged, ...]:
+    found = []
     for result in results:
         best = min(result.tried, key=lambda one: one.dev_nll, default=None)
         if best is not None and result.setting != best.setting:
-            found.append(
-                f"{result.arm} at {result.size} rows, seed {result.seed}: the training on all rows diverged with "
-                f"{best.setting.name}, which was best; the next best setting was used."
-            )
-    largest = max(result.size for result in results)
-    if not settings.outer_folds and all(largest >= len(task.train) for task in first.tasks):
-        found.append(f"{largest} rows are all that there are: at this size intervals hold given these rows.")
-    if (number := len({result.seed for result in results})) < 5:
-        found.append(f"{number} seed{'s' if number > 1 else ''}: fewer than the 5 that intervals need to be narrow.")
-    return [*found, *first.notes]
+            found.append(Diverged(result.arm, result.size, result.seed, best.setting.name))
+    return tuple(found)
 
 
-def at_an_end(results: Sequence[ArmResult]) -> list[str]:
-    """Where the passes or the learning rate that were chosen are the least or the most that were tried; a single pass is the
-    least that there is."""
-    found = []
-    for result in results:
-        for what, unit in (("repeats", "passes"), ("learning_rate", "learning rate")):
-            tried = sorted({getattr(one.setting, what) for one in result.tried} - {None})
-            chosen = getattr(result.setting, what, None)
-            if len(tried) > 1 and chosen in (tried[0], tried[-1]) and (what, chosen) != ("repeats", 1):
-                found.append(f"{result.arm} at {result.size} rows, {unit} {chosen:g} of {tried[0]:g} to {tried[-1]:g}")
-    return list(dict.fromkeys(found))
-
-
-def _folded(settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], name: str) -> list[str]:
-    """What a reader has to know of a task without a test file."""
+def _test_rows(settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], name: str) -> int | None:
+    """Count the rows that were held out as test rows; None if the task has a test file."""
     if next(task for task in settings.tasks if task.name == name).test:
-        return []
-    seeds = {result.seed for result in results}
-    tested = {row.origin for seed in seeds for task in rows[seed].tasks if task.name == name for row in task.test}
-    each = "each of them at one seed, where nothing was trained on it" if len(seeds) > 1 else "apart from training"
-    return [f"No test file: {len(tested)} of the rows were test rows, {each}."]
+        return None
+    tested: set[str] = set()
+    for seed in {result.seed for result in results}:
+        own = next(task for task in rows[seed].tasks if task.name == name)
+        tested.update(row.origin for row in own.test)
+    return len(tested)
 
 
 def inputs_of(
-    settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], task: str, loaded: LoadedModel
-) -> dict[str, Any]:
-    """Settings, environment and hashes of every row, so that what was changed can be named."""
-    own = [part for each in rows.values() for part in each.tasks if part.name == task]
-    kept = {row.origin: row for part in own for row in (*part.train, *part.test)}
-    return {
-        **inputs.describe(settings, task, kept.values()),
-        "environment": environment(loaded),
-        "general rows": {str(seed): each.fingerprints["general"] for seed, each in rows.items()},
-        "settings chosen": {f"{r.arm} at {r.size} rows, seed {r.seed}": store.plain(r.setting) for r in results},
-    }
+    settings: Settings,
+    rows: Mapping[int, Material],
+    results: Sequence[ArmResult],
+    task: str,
+    loaded: LoadedModel,
+) -> Inputs:
+    """Describe settings, environment and every row, so that what was changed can be named."""
+    kept: dict[str, Example] = {}
+    for material in rows.values():
+        own = next(part for part in material.tasks if part.name == task)
+        kept.update((row.origin, row) for row in (*own.train, *own.test))
+    chosen = [Chosen(one.arm, one.size, one.seed, store.plain(one.setting)) for one in results]
+    return replace(
+        verify.describe_inputs(settings, task, kept.values()),
+        environment=environment(loaded),
+        general_rows={str(seed): each.fingerprints["general"] for seed, each in rows.items()},
+        hyperparameters=tuple(chosen),
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fulcrum import page, plots, research_plots, store
+from fulcrum import certificate_page, plots, research_plots, store
 from fulcrum.errors import StoreError
 from fulcrum.run_kinds import Chapter, RunKind
 from fulcrum.summary import Record
@@ -114,7 +114,7 @@ def html(record: Record, title: str) -> str:
     spots = [research_plots.Spot(row["density"], row["gain"], row["task"], str(row["label"] + 1)) for row in usable]
     plain, mixed = record["arms"]
     return str(
-        page.environment().get_template("quanta.html.j2").render(
+        certificate_page.environment().get_template("quanta.html.j2").render(
             record=record, title=title, rows=rows, sentences=sentences(record), shown=shown, plain=plain, mixed=mixed,
             eigenvalues=research_plots.eigenvalues(record["clusters"]["eigenvalues"], record["clusters"]["k"]),
             scatter=research_plots.spots(spots, "share of general items (each kind weighs as much)",
@@ -142,7 +142,7 @@ def write_chapter(folder: Path, results: Record, predictions: Sequence[Record]) 
     found = read(folder)
     title = ", ".join(facts["name"] for facts in results["tasks"])
     store.write_bytes(folder / PAGE, html(found, title).encode())
-    template = page.environment().get_template("quanta_opening.html.j2")
+    template = certificate_page.environment().get_template("quanta_opening.html.j2")
     return Chapter(template.render(title=TITLE, sentences=sentences(found), page=PAGE))
 
 

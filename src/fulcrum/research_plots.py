@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fulcrum.intervals import seed_interval
 from fulcrum.plots import COLOURS, DASHED, DASHES, GREY, OTHERS, draw_svg, grid, legend
-from fulcrum.stats import seed_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

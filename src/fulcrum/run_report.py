@@ -14,7 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import anchor_outcomes, certificate, page, plots, sources, stats, store, summary
+from fulcrum import anchor_validity, certificate, certificate_page, intervals, plots, sources, store, summary
+from fulcrum.certificate import Certificate
 from fulcrum.errors import ModelError, StoreError
 from fulcrum.records import Results
 from fulcrum.run_kinds import Chapter, RunKind
@@ -31,6 +32,8 @@ def load(folder: Path) -> Record:
     if not folder.is_dir():
         raise StoreError(f"{folder}: no such run folder; give the output_dir of a finished run")
     path = folder / "results.json"
+    if not path.exists():
+        raise StoreError(f"{folder}: no results.json and no {certificate.FILE}; a report is made from one of them")
     results = store.read_json(path)
     known = {field.name: field.default for field in fields(Results)}
     version = results.get("version") if isinstance(results, dict) else None
@@ -169,7 +172,7 @@ def anchor_plot(anchors: Record) -> str:
     rows = []
     for place, score in enumerate(anchors["scores"], 1):
         ends = [none + end if end is not None else math.nan for end in (score["low"], score["high"])]
-        rows.append(plots.Dot(f"{place}: {score['source']}", stats.Interval(score["loss"], *ends)))
+        rows.append(plots.Dot(f"{place}: {score['source']}", intervals.Interval(score["loss"], *ends)))
     return plots.dots([plots.Dots("Loss before training", "nats per answer token, lower is better", rows, none)])
 
 
@@ -219,7 +222,7 @@ def html(
     results: Record,
     predictions: Sequence[Record],
     kind: RunKind,
-    certificates: Mapping[str, page.Certificate] | None = None,
+    certificates: Mapping[str, Certificate] | None = None,
     pilot: Record | None = None,
     anchors: Sequence[Record] = (),
     chapter: Chapter | None = None,
@@ -231,7 +234,7 @@ def html(
     """
     import yaml
 
-    arms, views = summary.by_arm(results), page.views(certificates or {})
+    arms, views = summary.by_arm(results), certificate_page.views(certificates or {})
     per_task = [
         {
             "facts": facts,
@@ -249,7 +252,7 @@ def html(
         examples=examples(results, predictions),
         training_plot=training_plot(results),
         pilot=pilot,
-        anchors=[{**each, "plot": anchor_plot(each)} for each in anchor_outcomes.rows(results, anchors)],
+        anchors=[{**each, "plot": anchor_plot(each)} for each in anchor_validity.rows(results, anchors)],
         pilot_plot=plots.amounts(pilot["ratios"], pilot["losses"], pilot["errors"], pilot["chosen"]) if pilot else "",
         forgetting_plot=forgetting_plot(results),
         settings=yaml.safe_dump(dict(results["settings"]), sort_keys=False, allow_unicode=True),
@@ -269,8 +272,8 @@ def write(folder: Path, kind: RunKind) -> Path:
     pilot = _read_if_there(folder / store.PILOT)
     anchors = _read_if_there(folder / store.ANCHORS) or ()
     chapter = kind.write_chapter(folder, results, predictions) if kind.write_chapter else None
-    text = html(results, predictions, kind, page.find(folder), pilot, anchors, chapter)
-    path = folder / page.REPORT
+    text = html(results, predictions, kind, certificate_page.find(folder), pilot, anchors, chapter)
+    path = folder / certificate_page.REPORT
     store.write_bytes(path, text.encode())
     return path
 
@@ -346,7 +349,7 @@ def _fence(text: str) -> str:
 
 
 def _render(template: str, results: Record, **more: Any) -> str:
-    environment = page.environment()
+    environment = certificate_page.environment()
     environment.filters |= {"fence": _fence, "literal": _literal}
     arms = summary.by_arm(results)
     steps = [result["training"]["steps"] for found in arms.values() for result in found if result["training"]]

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fulcrum import jobs, page, run_report, settings_file, store, summary
+from fulcrum import certificate_page, jobs, run_report, settings_file, store, summary, wording
 from fulcrum.chatting import CHAT
 from fulcrum.errors import ConfigError, FulcrumError, StoreError
 from fulcrum.jobs import Job
@@ -90,7 +90,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "why": why,
         "verb": _find_verb(run),
         "made": datetime.fromtimestamp(run.made, UTC).isoformat(timespec="seconds"),
-        "report": (run.folder / page.REPORT).is_file(),
+        "report": (run.folder / certificate_page.REPORT).is_file(),
         "set": run.settings.is_file(),
         "folder": str(run.folder),
     }
@@ -158,18 +158,18 @@ def read_result(run: Run, kinds: Kinds) -> dict[str, Any]:
 
     Raises StoreError if its files were changed, or if its kind is none of `kinds`.
     """
-    certificates = page.find(run.folder)
+    certificates = certificate_page.find(run.folder)
     results = None if run_report.has_certificate_only(run.folder) else run_report.load(run.folder)
     verdicts = []
     for known in certificates.values():
-        view = page.view(known)
+        glyph, kind, word = wording.badge(known.answer, known.contradiction)
         verdicts.append(
             {
-                "task": known["question"]["task"],
-                "headline": known["headline"],
-                "kind": view["kind"],
-                "word": view["word"],
-                "glyph": view["glyph"],
+                "task": known.question.task,
+                "headline": wording.headline(known),
+                "kind": kind,
+                "word": word,
+                "glyph": glyph,
             }
         )
     sentences: list[str] = []
@@ -182,7 +182,7 @@ def read_result(run: Run, kinds: Kinds) -> dict[str, Any]:
         "tables": [] if results is None else _grids(results, certified=bool(certificates)),
         "arms": list_arms(run),
         "folder": str(run.folder),
-        "report": (run.folder / page.REPORT).is_file(),
+        "report": (run.folder / certificate_page.REPORT).is_file(),
         "certificate": bool(certificates),
         "seconds": None if results is None else results["seconds"],
     }

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fulcrum import budget as planning
-from fulcrum import ladder, material, model, pool, workers
+from fulcrum import ladder, material, model, pool, wording, workers
 from fulcrum.arms import chosen_arms
 from fulcrum.cell import Silent, Watcher
-from fulcrum.comparison import Budget, Progress, by_seeds
+from fulcrum.certificate import Budget
+from fulcrum.comparison import Progress, add_dropped, by_seeds, keep_plan
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
 from fulcrum.launched import writes
@@ -46,7 +47,7 @@ def scale(
         arms = chosen_arms(settings)
         loaded, rows, folder = begin(SCALE, settings, arms, settings.seeds, resume, watcher)
         if writes() and budget is not None:
-            budget.keep(folder, settings)
+            keep_plan(budget, folder, settings)
         study = Study(settings, dict(zip(settings.seeds, rows, strict=True)), folder, probed=False)
         units = _units(study)
         watcher.stage(f"{len(units)} trainings, each with its test")
@@ -54,7 +55,8 @@ def scale(
             seconds = None if budget is None else budget.seconds
             progress = Progress(study, units, watcher, jobs)
             results, dropped = by_seeds(study, units, progress, runner, seconds)
-        notes = [] if budget is None else budget.notes(dropped)
+        skipped = add_dropped(budget, dropped)
+        notes = [] if skipped is None else [wording.left_out(skipped)]
         return finish(SCALE, settings, folder, loaded, rows, results, (), started, notes)
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulcrum import emergence, page, research_plots, scaling_fits, store, summary, verdicts
+from fulcrum import certificate_page, emergence, research_plots, scaling_fits, store, summary, verdicts
 from fulcrum.config import Settings
 from fulcrum.emergence import LEAST_LEVELS, JumpTest
 from fulcrum.errors import DataError
+from fulcrum.intervals import Interval, seed_interval
 from fulcrum.records import FloatArray
 from fulcrum.row_jumps import row_jumps
 from fulcrum.run_kinds import Chapter, RunKind
-from fulcrum.stats import Interval, seed_interval
 from fulcrum.summary import Record
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def write_chapter(folder: Path, results: Record, predictions: Sequence[Record]) 
     found = analyse(results, predictions)
     store.write_json(folder / store.SCALING, found, indent=None)
     tasks = shown(found)
-    parts = page.environment().get_template("scaling.html.j2").module
+    parts = certificate_page.environment().get_template("scaling.html.j2").module
     link = '<a href="#amounts">Amounts</a>'
     return Chapter(str(parts.opening(tasks)), link, str(parts.section(tasks, found["seeds"])))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from fulcrum import encode, generate, leverage, metrics, stats
+from fulcrum import encode, generate, intervals, metrics, row_savings
 from fulcrum.model import LoadedModel
 from fulcrum.records import Difference, Example, Prediction, Score, Task
 
@@ -79,7 +79,7 @@ def paired(
 ) -> Difference | None:  # fmt: skip
     """Difference of two arms (arm minus reference) on the same `rows`, from their `outcomes` at each seed.
 
-    An untrained arm has one cell, which stands for all seeds. Groups and seeds are resampled as `stats.paired_over_seeds`
+    An untrained arm has one cell, which stands for all seeds. Groups and seeds are resampled as `intervals.paired_over_seeds`
     says; with one seed the interval is given this seed. Where each seed has test rows of its own, the seeds' differences
     hold what rows and seeds do: their interval is Student's, widened since folds train on each other's test rows. None for
     metrics without an outcome a row.
@@ -90,15 +90,15 @@ def paired(
     by_seed = [np.subtract(own[i % len(own)], other[i % len(other)]) for i in range(n_seeds)]
     tokens = [np.asarray([row.n_tokens if metric == "nll" else 1 for row in part], dtype=float) for part in rows]
     if len({tuple(row.origin for row in part) for part in rows}) > 1:
-        interval = stats.seed_interval([float(d.sum() / n.sum()) for d, n in zip(by_seed, tokens, strict=True)])
+        interval = intervals.seed_interval([float(d.sum() / n.sum()) for d, n in zip(by_seed, tokens, strict=True)])
         every = len({row.origin for part in rows for row in part})
-        wider = math.sqrt(1 + n_seeds * leverage.shared_variance(float(np.mean([*map(len, rows)])), every))
-        interval = stats.Interval(interval[0], *(interval[0] + wider * (end - interval[0]) for end in interval[1:]))
+        wider = math.sqrt(1 + n_seeds * row_savings.shared_variance(float(np.mean([*map(len, rows)])), every))
+        interval = intervals.Interval(interval[0], *(interval[0] + wider * (end - interval[0]) for end in interval[1:]))
     else:
         differences, groups = np.asarray(by_seed), [row.group for row in rows[0]]
-        interval = stats.paired_over_seeds(differences, groups, denominators=tokens[0])
+        interval = intervals.paired_over_seeds(differences, groups, denominators=tokens[0])
         if metric in metrics.SHARES and np.ptp(differences) == 0 and interval.estimate in (-1.0, 0.0, 1.0):
-            interval = stats.certain_only(interval.estimate, len(set(groups)), lowest=-1.0)
+            interval = intervals.certain_only(interval.estimate, len(set(groups)), lowest=-1.0)
     return Difference(
         task, metric, arm, reference, interval.estimate, interval.low, interval.high, n_seeds, metrics.HIGHER_IS_BETTER[metric]
     )

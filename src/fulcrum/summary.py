@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fulcrum.stats import Interval, seed_interval
+from fulcrum.intervals import Interval, seed_interval
 
 Record = Mapping[str, Any]  # one record as JSON holds it
 Arms = Mapping[str, Sequence[Record]]  # arm -> its results, one a seed

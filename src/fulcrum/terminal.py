@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -25,8 +25,9 @@ from rich.text import Text
 
 from fulcrum.records import IntArray, Score
 
-if TYPE_CHECKING:  # it imports torch
-    from fulcrum.preview import Span, Trial
+if TYPE_CHECKING:
+    from fulcrum.certificate import Answer
+    from fulcrum.preview import Span, Trial  # it imports torch
 
 PLAIN_WIDTH = 200  # characters of a piped table: nobody wants it folded at 80
 STYLES = {"prompt": "dim", "anchor": "bold magenta", "trained": "green", "end": "bold black on green"}
@@ -191,52 +192,37 @@ def warn(out: Console, trials: Sequence["Trial"], notes: Sequence[str]) -> None:
             say(out, f"warning: {trial.arm}, {trial.repeats} repeats: {text}", "yellow")
 
 
-def certificate_tables(answer: Mapping[str, Any]) -> list[Table]:
-    """One metric of a certificate as tables for a terminal."""
-    sign = -1 if answer["lower_is_better"] else 1
-    sizes = sorted({point["size"] for point in answer["points"]})
-    arms = list(dict.fromkeys(point["arm"] for point in answer["points"]))
-    scores = {(point["arm"], point["size"]): point["score"] for point in answer["points"]}
-    title = f"{answer['metric']} by task rows ({'lower' if answer['lower_is_better'] else 'higher'} is better), 95% intervals"
-    rows = [[arm, *(_ends(scores.get((arm, size)), sign) for size in sizes)] for arm in arms]
-    found = [grid(title, ["arm", *map(str, sizes)], rows)]
-    of_all = {**answer["saving"], "size": answer["rows"], "identifiable": answer["identifiable"]}
-    factors = [
-        [name, str(found["size"])]
-        + [_factor(found[unit]) if found["identifiable"] else "not identifiable" for unit in answer["saving"]]
-        for name, found in (("row saving", of_all), *(("row gain", gain) for gain in answer["gain"]))
+def certificate_tables(answer: "Answer") -> list[Table]:
+    """Return one metric of a certificate as tables for a terminal."""
+    from fulcrum import wording
+
+    sizes = sorted({point.size for point in answer.points})
+    scores = {(point.arm, point.size): wording.with_interval(point.score) for point in answer.points}
+    arms = dict.fromkeys(point.arm for point in answer.points)
+    by_arm = [[arm, *(scores.get((arm, size), "") for size in sizes)] for arm in arms]
+    title = f"{answer.metric} by task rows ({wording.direction(answer)}), 95% intervals"
+    units = ["rows"] if answer.saving.tokens is None else ["rows", "tokens"]
+    factors = []
+    for name, worth in (("row saving", answer.saving), *(("row gain", gain) for gain in answer.gains)):
+        factors.append([name, str(worth.size), *(wording.factor(worth, unit) for unit in units)])
+    parts = [["difference to the reference", wording.difference(answer.difference)]]
+    for part in answer.attribution:
+        what, compared, _ = wording.PARTS[part.code]
+        label = f"{what} ({compared})" if compared else what
+        parts.append([label, wording.difference(part.difference)])
+    return [
+        grid(title, ["arm", *map(str, sizes)], by_arm),
+        grid("How far the rows went", ["factor", "at", *(f"in {unit}" for unit in units)], factors),
+        grid(f"What it comes from, at {answer.rows} rows", ["part", "difference"], parts),
     ]
-    found.append(grid("How far the rows went", ["factor", "at", *(f"in {unit}" for unit in answer["saving"])], factors))
-    contrasts = [["difference to the reference", _ends(answer["difference"], sign)]]
-    contrasts += [[part["name"], _ends(part, sign)] for part in answer["attribution"]]
-    found.append(grid(f"What it comes from, at {answer['rows']} rows", ["part", "difference"], contrasts))
-    return found
-
-
-def _ends(ends: Mapping[str, Any] | None, sign: int) -> str:
-    if ends is None:
-        return ""
-    if ends["low"] is None or ends["high"] is None:
-        return f"{sign * ends['estimate']:.3f}"
-    low, high = sorted((sign * ends["low"], sign * ends["high"]))
-    return f"{sign * ends['estimate']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _factor(factor: Mapping[str, Any]) -> str:
-    def end(value: Any) -> str:
-        if value in ("under", "over"):
-            return f"<{factor['least']:.2g}" if value == "under" else f"≥{factor['most']:.3g}"
-        return "?" if value is None else f"{value:.2f}"
-
-    return f"{end(factor['estimate'])} [{end(factor['low'])}, {end(factor['high'])}]"
 
 
 def conclude(out: Console, folder: Path) -> None:
     """Print what a folder says: tables of a run, of its certificates, one sentence, and where its report and adapters are."""
-    from fulcrum import api, page, run_report
+    from fulcrum import api, certificate_page, run_report, wording
     from fulcrum.run_kinds import kind_of
 
-    certificates = page.find(folder)
+    certificates = certificate_page.find(folder)
     pages: tuple[str, ...] = ()
     if not run_report.has_certificate_only(folder):
         results = run_report.load(folder)
@@ -248,14 +234,15 @@ def conclude(out: Console, folder: Path) -> None:
             for text in kind.sentences(folder, results):
                 say(out, text, "bold")
     for known in certificates.values():
-        for table in certificate_tables(known["answers"][0]):
+        for table in certificate_tables(known.answer):
             out.print(table)
     for known in certificates.values():
-        say(out, f"{known['question']['task']}: {known['headline']}" if len(certificates) > 1 else known["headline"], "bold")
-    over_tasks = next((known["inputs"].get("p over all tasks (Holm)") for known in certificates.values()), None)
+        task = f"{known.question.task}: " if len(certificates) > 1 else ""
+        say(out, f"{task}{wording.headline(known)}", "bold")
+    over_tasks = next((known.inputs.adjusted_p for known in certificates.values()), None)
     if over_tasks:
         adjusted = ", ".join(f"{task} {p:.3g}" for task, p in over_tasks.items())
         say(out, f"p of the differences, adjusted for several tasks (Holm): {adjusted}")
-    for place in (page.REPORT, *pages, "adapter", "adapters"):
+    for place in (certificate_page.REPORT, *pages, "adapter", "adapters"):
         if (folder / place).exists():
             say(out, f"{place.partition('.')[0]}: {folder / place}")

@@ -21,10 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fulcrum import config, runs, settings_file, store
 from fulcrum import workspace as places
+from fulcrum.certificate_page import REPORT
 from fulcrum.chatting import Talks
 from fulcrum.errors import FulcrumError, StoreError
 from fulcrum.guard import SHOWN_POLICY, App, Guard
-from fulcrum.page import REPORT
 from fulcrum.run_kinds import Kinds
 from fulcrum.workspace import Run, Workspace
 
@@ -282,10 +282,10 @@ def _results(app: FastAPI, space: Workspace, kinds: Kinds) -> None:
 
     @app.get("/runs/{run_id}/certificate.json")
     def certificate(run_id: Id) -> Response:
-        from fulcrum import page
+        from fulcrum import certificate_page
 
         folder = space.run(run_id).folder
-        name = next(iter(page.find(folder)), "certificate.json")
+        name = next(iter(certificate_page.find(folder)), "certificate.json")
         return _file(folder / name, "application/json", {"content-disposition": 'attachment; filename="certificate.json"'})
 
     @app.get("/api/runs/{run_id}/exports")
