@@ -15,7 +15,7 @@ from fulcrum.errors import ConfigError
 from fulcrum.material import Material
 from fulcrum.records import Anchor, Example, Message, Task
 from fulcrum.run import run
-from tiny import comparison_settings, save_task, tiny_tokenizer
+from tiny import arm_named, comparison_settings, save_task, tiny_tokenizer
 
 ANCHOR = Anchor("Name it.")
 TOKENIZER = tiny_tokenizer()
@@ -77,10 +77,10 @@ def test_the_settings_hold_for_all_arms_and_an_arms_own_for_it(material: Materia
     task = material.tasks[0]
     assert arms.lacking(arms.ARMS["tell"], settings) == (0.5, 0.1)
     assert arms.lacking(arms.ARMS["mix"], settings) == (0.0, 0.0)
-    assert arms.lacking(arms.ARMS["tell_dropout"], settings) == (0.1, 0.1)
+    assert arms.lacking(arm_named("tell_dropout"), settings) == (0.1, 0.1)
     assert arms.asked_anchor(arms.ARMS["tell"], task, settings) is None
     assert arms.asked_anchor(arms.ARMS["base_anchor"], task, settings) == ANCHOR  # untrained: the anchor is all it has
-    assert arms.asked_anchor(arms.ARMS["tell_cooldown"], task, given()) is None
+    assert arms.asked_anchor(arm_named("tell_cooldown"), task, given()) is None
     assert arms.asked_anchor(Arm(name="x", anchored=True, asked_anchored=True), task, settings) == ANCHOR
 
 
@@ -142,7 +142,7 @@ def test_what_hangs_on_the_anchor_is_asked_for_with_others(material: Material) -
     assert found == {
         "without": None, "wrong": Anchor("Count it."), "reworded": Anchor("In other words: Name it."),
     }  # fmt: skip
-    found = cell.other_anchors(task, [task], arms.ARMS["tell_cooldown"], settings)
+    found = cell.other_anchors(task, [task], arm_named("tell_cooldown"), settings)
     assert list(found) == ["wrong", "reworded", "with"]
     assert found["with"] == ANCHOR
     assert cell.other_anchors(task, [task], arms.ARMS["mix"], settings) == {}

@@ -9,7 +9,7 @@ from fulcrum import arms, config, encode
 from fulcrum.errors import ConfigError
 from fulcrum.material import Material
 from fulcrum.records import Anchor, Example, Message, Setting, Task
-from tiny import tiny_tokenizer
+from tiny import arm_named, tiny_tokenizer
 
 ANCHOR = Anchor("Name it.")
 
@@ -43,7 +43,7 @@ def texts(stream: arms.Stream) -> tuple[list[str], list[str]]:
 
 
 def made(material: Material, given: config.Settings, name: str, repeats: int = 2) -> arms.Stream:
-    return arms.stream(material, tiny_tokenizer(), arms.ARMS[name], given, repeats, 0)
+    return arms.stream(material, tiny_tokenizer(), arm_named(name), given, repeats, 0)
 
 
 @pytest.mark.parametrize("name", ["general_then_task", "task_then_general"])
@@ -55,13 +55,13 @@ def test_one_after_the_other_has_tells_rows_and_steps(material: Material, given:
     first = name == "task_then_general"
     assert is_task[:12].all() == first
     assert is_task[-12:].all() != first
-    assert arms.trials(material, arms.ARMS[name], given) == arms.trials(material, arms.ARMS["tell"], given)
+    assert arms.trials(material, arm_named(name), given) == arms.trials(material, arms.ARMS["tell"], given)
 
 
 def test_replay_is_a_tenth_of_the_stream_and_tunes_its_epochs_within_tells_steps(
     material: Material, given: config.Settings
 ) -> None:
-    tried = arms.trials(material, arms.ARMS["replay_10"], given)
+    tried = arms.trials(material, arm_named("replay_10"), given)
     epochs = (1, 3, 11, 36)  # 60 steps of 4 hold 36 epochs of 6 rows and a ninth of general ones
     assert tried == tuple(Setting(repeats) for repeats in epochs)
     for repeats in epochs:
@@ -86,11 +86,10 @@ def test_the_placebo_has_tells_prompts_and_answers_none_with_its_own(material: M
 
 def test_tokens_are_planned_as_they_are_trained(material: Material, given: config.Settings) -> None:
     for name in ("tell", "placebo_permuted", "replay_10", "sft"):
-        arm = arms.ARMS[name]
-        planned = arms.planned_tokens(material, tiny_tokenizer(), [arm], given)
-        streams = [made(material, given, name, setting.repeats) for setting in arms.trials(material, arm, given)]
+        planned = arms.planned_tokens(material, tiny_tokenizer(), [arm_named(name)], given)
+        streams = [made(material, given, name, setting.repeats) for setting in arms.trials(material, arm_named(name), given)]
         anchors = sum(stream.plan.task_positions for stream in streams) * len(tiny_tokenizer()("Name it.\n\n")["input_ids"])
-        trained = sum(stream.share().total_tokens for stream in streams) - anchors * arm.anchored
+        trained = sum(stream.share().total_tokens for stream in streams) - anchors * arm_named(name).anchored
         assert planned == pytest.approx(trained, rel=0.05)
 
 
@@ -138,11 +137,11 @@ def test_a_source_after_the_other_is_a_phase_of_its_own(
 
 
 def test_an_arm_of_ones_own_has_its_order_ratio_and_pool(material: Material, given: config.Settings) -> None:
-    mine = config.Arm(name="mine", general="pool", order="ramp", general_per_task=2.0)
+    mine = config.Arm(name="mine", general="pool", order="random", general_per_task=2.0)
     own = replace(material, own_general={"mine": rows("other", 30)})
     for each, kind in ((material, "general"), (own, "other")):
         stream = arms.stream(each, tiny_tokenizer(), mine, given, 2, 0)
-        assert (stream.plan.order, stream.share().task_examples, stream.share().general_examples) == ("ramp", 12, 24)
+        assert (stream.plan.order, stream.share().task_examples, stream.share().general_examples) == ("random", 12, 24)
         assert all(f"{kind} answer" in text for text in texts(stream)[1])
     assert [setting.repeats for setting in arms.trials(material, mine, given)] == [1, 2, 6, 13]  # 240 rows hold 13 x 18
 

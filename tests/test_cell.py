@@ -137,7 +137,6 @@ def test_a_fold_is_trained_with_its_part_of_the_steps() -> None:
         ("tfidf", Setting()),
         ("sft_kl", Setting(2, kl=0.1)),
         ("tell", Setting(2)),
-        ("general_only", Setting(1)),
     ],
 )
 def test_no_test_row_is_seen_before_the_end(tmp_path: Path, name: str, setting: Setting) -> None:

@@ -12,7 +12,7 @@ from fulcrum.comparison import compare
 from fulcrum.errors import ConfigError, ModelError
 from fulcrum.lora import LoraLinear
 from fulcrum.records import Example, Message
-from tiny import CONTEXT, comparison_settings, load_tiny, save_task, tiny_settings, tiny_tokenizer
+from tiny import CONTEXT, arm_named, comparison_settings, load_tiny, save_task, tiny_settings, tiny_tokenizer
 
 
 def row(question: str, answer: str, place: int) -> Example:
@@ -227,7 +227,7 @@ def test_arms_choose_by_the_task_rows_they_train_on_alone(tmp_path: Path) -> Non
     save_task(tmp_path, 12, 4)
     names = ["sft", "tell", "tell_similar", "tell_gradient", "tell_diverse"]
     settings = comparison_settings(
-        tmp_path, tmp_path / "out", compare={"sizes": [4, 8], "folds": 2, "arms": names},
+        tmp_path, tmp_path / "out", compare={"sizes": [4, 8], "folds": 2, "arms": [*names[:2], *map(arm_named, names[2:])]},
         mix={"general_per_task": 2, "repeats": 1, "choose_from": 60},
     )  # fmt: skip
     results = compare(settings)
@@ -243,9 +243,9 @@ def test_arms_choose_by_the_task_rows_they_train_on_alone(tmp_path: Path) -> Non
     assert (tmp_path / "out" / "certificate.json").read_bytes() == before
     tokenizer = tiny_tokenizer()
     rows = material.prepare(settings, tokenizer, CONTEXT, 0, dev_apart=False, choose_from=60)
-    arm = arms.ARMS["tell_similar"]
+    similar = arm_named("tell_similar")
     assert rows.candidates[: len(rows.general)] == rows.general
-    chosen = {size: arms.general_rows(rows.at(size), arm, settings) for size in (4, 8)}
+    chosen = {size: arms.general_rows(rows.at(size), similar, settings) for size in (4, 8)}
     assert all(len(own) == len(rows.general) for own in chosen.values())
     first, *_ = rows.at(8).folds(2, 0)
-    assert arms.general_rows(first, arm, settings) != chosen[8]
+    assert arms.general_rows(first, similar, settings) != chosen[8]

@@ -14,7 +14,7 @@ from test_run import KillAfter, Killed, lines
 from test_run import settings as run_settings
 from tiny import CONTEXT, WORDS, save_tiny, tiny_tokenizer, write_rows
 
-MINE = {"name": "mine", "general": "pool", "order": "ramp", "anchored": True, "train": {"learning_rate": 0.001}}
+MINE = {"name": "mine", "general": "pool", "order": "random", "anchored": True, "train": {"learning_rate": 0.001}}
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_no_arm_of_a_file_takes_more_steps_than_tell(place: Path, tmp_path: Path
         ([{"name": "a", "members": 0}], r"compare\.arms\[1\]\.members: must be at least 1 \(got 0\)"),
         ([5], r"compare\.arms\[1\]: expected an arm's name, or a mapping that describes one .* \(got 5\)"),
         (
-            [{"name": "a", "order": "ramp"}],
+            [{"name": "a", "order": "random"}],
             r"a: without general rows \(general: pool\) there is no pool, order or ratio to set",
         ),
         ([{"name": "a", "pool": "x.jsonl"}], r"a: without general rows \(general: pool\) there is no pool"),
@@ -118,7 +118,8 @@ def test_an_average_of_weight_decomposed_adapters_is_refused_before_training(pla
 
 
 def test_training_on_general_rows_alone_is_an_arm(place: Path, tmp_path: Path) -> None:
-    found = comparison.compare(settings(place, tmp_path / "r", compare={"arms": ["sft", "tell", "general_only"]}))
+    alone = {"name": "general_only", "anchored": True, "general": "pool", "task_rows": False}
+    found = comparison.compare(settings(place, tmp_path / "r", compare={"arms": ["sft", "tell", alone]}))
     share = next(arm.training.share for arm in found.arms if arm.arm == "general_only")
     assert (share.task_examples, share.general_examples) == (0, 18)
     assert ("tell", "general_only") in {(d.arm, d.reference) for d in found.differences}

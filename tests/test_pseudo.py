@@ -18,7 +18,7 @@ from fulcrum.errors import ConfigError, DataError
 from fulcrum.material import Material
 from fulcrum.records import Message
 from fulcrum.sections import DataSource
-from tiny import CONTEXT, WORDS, comparison_settings, load_tiny, save_task, tiny_tokenizer
+from tiny import CONTEXT, WORDS, arm_named, comparison_settings, load_tiny, save_task, tiny_tokenizer
 
 INPUTS = [f"shade {word} of the {other}" for word in WORDS[:4] for other in WORDS[:3]]
 
@@ -274,10 +274,13 @@ def test_a_comparison_trains_on_answers_of_its_own_adapters_and_goes_on(tmp_path
 
 
 def test_what_the_others_side_spends_gives_sft_more_trials(tmp_path: Path) -> None:
-    def tried(names: Sequence[str], **changes: Any) -> int:
+    def tried(names: Sequence[Any], **changes: Any) -> int:
         settings = settings_of(tmp_path, names)
         compare = settings.compare.model_copy(update={"sft_epochs": None, **changes})
         settings = settings.model_copy(update={"compare": compare, "mix": settings.mix.model_copy(update={"repeats": 8})})
         return len(arms.trials(prepared(settings), arms.ARMS["sft"], settings))
 
-    assert [tried(["tell"]), tried(["tell_gradient"]), tried(["pseudo_self"]), tried(["tell"], extra_trials=4)] == [3, 7, 6, 7]
+    assert tried(["tell"]) == 3
+    assert tried([arm_named("tell_gradient")]) == 7
+    assert tried(["pseudo_self"]) == 6
+    assert tried(["tell"], extra_trials=4) == 7

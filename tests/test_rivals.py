@@ -13,7 +13,7 @@ from fulcrum.model import LoadedModel
 from fulcrum.records import Anchor, Setting
 from test_cell import chosen, made
 from test_model import same_gradients, shaken_adapter, sharing_examples
-from tiny import load_tiny, tiny_settings, tiny_tokenizer
+from tiny import arm_named, load_tiny, tiny_settings, tiny_tokenizer
 
 
 def fitted(loaded: LoadedModel, name: str, setting: Setting, **train: Any) -> State:
@@ -147,8 +147,7 @@ def test_each_phase_has_its_own_schedule() -> None:
 @pytest.mark.parametrize(("name", "phases"), [("general_then_task", (6, 3)), ("task_then_general", (3, 6)), ("tell", (9,))])
 def test_training_starts_anew_where_the_source_changes(tmp_path: Path, name: str, phases: tuple[int, ...]) -> None:
     """12 task positions and 24 general ones, 4 a step."""
-    arm, settings = arms.ARMS[name], chosen()
-    (result,) = cell.fit(made(), load_tiny(tmp_path), arm, settings, Setting(2), 0, name, None, cell.Silent())
+    (result,) = cell.fit(made(), load_tiny(tmp_path), arm_named(name), chosen(), Setting(2), 0, name, None, cell.Silent())
     decays = {3: (1, 0.55, 0.1), 6: (1, 0.82, 0.64, 0.46, 0.28, 0.1), 9: (1, *(1 - 0.9 * k / 8 for k in range(1, 9)))}
     expected = [0.01 * rate for steps in phases for rate in decays[steps]]  # a step of warm-up each
     np.testing.assert_allclose([point.learning_rate for point in result.history], expected)
@@ -158,11 +157,11 @@ def test_training_starts_anew_where_the_source_changes(tmp_path: Path, name: str
 
 
 def test_general_rows_alone_are_no_task_row(tmp_path: Path) -> None:
-    arm = arms.ARMS["general_only"]
-    stream = arms.stream(made(), tiny_tokenizer(), arm, chosen(), 2, 0)
+    alone = arm_named("general_only")
+    stream = arms.stream(made(), tiny_tokenizer(), alone, chosen(), 2, 0)
     assert list(stream.task) == []
     assert (stream.share().task_examples, stream.share().general_examples) == (0, 24)
     _, ids = stream.plan.slice(0, 24)
     assert sorted(ids) == list(range(24))
-    (result,) = cell.fit(made(), load_tiny(tmp_path), arm, chosen(), Setting(2), 0, "x", None, cell.Silent())
+    (result,) = cell.fit(made(), load_tiny(tmp_path), alone, chosen(), Setting(2), 0, "x", None, cell.Silent())
     assert (result.steps, {point.task_loss for point in result.history}) == (6, {None})

@@ -776,7 +776,12 @@ def test_rows_without_general_data_are_shuffled_anew_in_each_epoch(place: Path, 
 
 @pytest.mark.parametrize(
     ("order", "batch", "expected"),
-    [("auto", 4, "epoch_stratified"), ("auto", 1, "random"), ("random", 4, "random"), ("ramp", 4, "ramp")],
+    [
+        ("auto", 4, "epoch_stratified"),
+        ("auto", 1, "random"),
+        ("random", 4, "random"),
+        ("task_then_general", 4, "task_then_general"),
+    ],
 )
 def test_short_mixtures_are_stratified_unless_another_order_is_asked_for(
     place: Path, tmp_path: Path, order: str, batch: int, expected: str
@@ -864,8 +869,9 @@ def test_a_run_writes_down_that_it_compiled_and_scores_without(
 
 
 def test_rivals_of_tell_run_and_are_set_against_it(place: Path, tmp_path: Path) -> None:
-    names = ["sft", "tell", "general_then_task", "task_then_general", "replay_10", "placebo_permuted"]
-    given = settings(place, tmp_path / "r", compare={"arms": names}, task__metrics=["nll"])
+    own = {"name": "mine", "anchored": True, "general": "pool", "order": "task_then_general"}
+    names = ["sft", "tell", "general_then_task", "placebo_permuted", "mine"]
+    given = settings(place, tmp_path / "r", compare={"arms": [*names[:-1], own]}, task__metrics=["nll"])
     found = comparison.compare(given)
     assert [arm.arm for arm in found.arms] == names
     steps = {arm.arm: arm.training.steps for arm in found.arms}

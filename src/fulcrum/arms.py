@@ -40,17 +40,8 @@ ARMS: Mapping[str, Arm] = {
         Arm(name="soup", anchored=True, members=3),
         Arm(name="mix", general="pool"),
         Arm(name="tell", anchored=True, general="pool"),
-        Arm(name="tell_similar", anchored=True, general="pool", select="similar"),
-        Arm(name="tell_gradient", anchored=True, general="pool", select="gradient"),
-        Arm(name="tell_diverse", anchored=True, general="pool", select="diverse"),
-        # TELL whose anchor is not needed once it is trained: some showings lack it, or all of the last part; asked without it.
-        Arm(name="tell_dropout", anchored=True, general="pool", anchor_dropout=0.1, asked_anchored=False),
-        Arm(name="tell_cooldown", anchored=True, general="pool", anchor_cooldown=0.1, asked_anchored=False),
         # TELL's own rows, one source after the other: what the shuffle brings.
         Arm(name="general_then_task", anchored=True, general="pool", order="general_then_task"),
-        Arm(name="task_then_general", anchored=True, general="pool", order="task_then_general"),
-        # General rows as a tenth of the stream, which is how replay against forgetting is done.
-        Arm(name="replay_10", anchored=True, general="pool", general_per_task=1 / 9),
         Arm(name="placebo_permuted", anchored=True, general="permuted"),
         Arm(name="placebo_own_answers", anchored=True, general="own_answers"),
         Arm(name="selfgen", anchored=True, general="self_made"),
@@ -58,17 +49,37 @@ ARMS: Mapping[str, Arm] = {
         Arm(name="unlabeled", anchored=True, general="unlabeled"),
         Arm(name="pseudo_self", anchored=True, general="pseudo_self"),
         Arm(name="pseudo_teacher", anchored=True, general="pseudo_teacher"),
-        Arm(name="general_only", anchored=True, general="pool", task_rows=False),
     )
 }
 
+# Arms that were built in until they became one line of YAML (docs/recipes/arms.md): what each sets besides TELL's fields.
+RECIPES: Mapping[str, str] = {
+    "tell_similar": "select: similar",
+    "tell_gradient": "select: gradient",
+    "tell_diverse": "select: diverse",
+    "tell_dropout": "anchor_dropout: 0.1, asked_anchored: false",
+    "tell_cooldown": "anchor_cooldown: 0.1, asked_anchored: false",
+    "task_then_general": "order: task_then_general",
+    "replay_10": "general_per_task: 0.1111",
+    "general_only": "task_rows: false",
+}
+
+
+def recipe(name: str) -> str:
+    """Return the line of `compare.arms` that describes an arm which is no longer built in."""
+    return f"{{name: {name}, anchored: true, general: pool, {RECIPES[name]}}}"
+
 
 def arm_of(settings: Settings, name: str) -> Arm:
-    """An arm by its name: the file's own, else the known one. Raises ConfigError for unknown names."""
+    """Return the arm of this name: the file's own, else the built-in one. Raises ConfigError for unknown names."""
     own = {arm.name: arm for arm in settings.compare.arms if isinstance(arm, Arm)}
-    if name not in own and name not in ARMS:
-        raise ConfigError(f"compare.arms: no arm {name!r}{nearest(name, {*own, *ARMS})}")
-    return own.get(name) or ARMS[name]
+    if name in own:
+        return own[name]
+    if name in ARMS:
+        return ARMS[name]
+    if name in RECIPES:
+        raise ConfigError(f"compare.arms: {name!r} is not built in; write {recipe(name)} instead")
+    raise ConfigError(f"compare.arms: no arm {name!r}{nearest(name, {*own, *ARMS})}")
 
 
 def chosen_arms(settings: Settings) -> list[Arm]:
@@ -93,7 +104,7 @@ def chosen_arms(settings: Settings) -> list[Arm]:
     if settings.mix.select != "random" and (own := [arm for arm in arms if arm.general == "own_answers"]):
         raise ConfigError(
             f"compare.arms: {own[0].name} answers rows of the pool as they are drawn, and mix.select: {settings.mix.select} "
-            "gives the others chosen ones; leave it out, or select in arms (tell_similar ...)"
+            "gives the others chosen ones; leave it out, or set `select:` in single arms"
         )
     if settings.teacher is None and (taught := [arm for arm in arms if arm.general == "pseudo_teacher"]):
         raise ConfigError(f"compare.arms: {taught[0].name} needs somebody to ask; set teacher.endpoint and teacher.model")

@@ -30,7 +30,6 @@ _SAMPLE = 32  # rows of each kind by which speed is measured
 PLANNED = 0.92  # of the budget: what is left over is for reading, writing and the unforeseen
 _OPTIONAL = (
     "sft_matched",
-    "replay_10",
     "base_anchor",
     "placebo_permuted",
     "general_then_task",

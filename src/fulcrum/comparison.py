@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from fulcrum import candidates, cell, pilot, probe, pseudo, scoring, selfmade, store, workers
-from fulcrum.arms import by_task_rows, chosen_arms, sizes_of, trials
+from fulcrum.arms import arm_of, by_task_rows, chosen_arms, sizes_of, trials
 from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError
@@ -25,8 +25,8 @@ from fulcrum.units import Study, Unit, keep, read
 # Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
 _REFERENCES = ("sft_anchor", "sft", "sft_kl", "soup", "kshot", "tfidf", "base_anchor", "base")  # without general data
 _RIVALS = (  # with general data, or at TELL's settings
-    "sft_matched", "mix", "general_then_task", "task_then_general", "replay_10", "placebo_permuted", "placebo_own_answers",
-    "selfgen", "unlabeled", "pseudo_self", "pseudo_teacher", "general_only",
+    "sft_matched", "mix", "general_then_task", "placebo_permuted", "placebo_own_answers", "selfgen", "unlabeled",
+    "pseudo_self", "pseudo_teacher",
 )  # fmt: skip
 _PAIRS = (
     *(("tell", name) for name in _REFERENCES), *(("tell", name) for name in _RIVALS), *(("mix", name) for name in _REFERENCES),
@@ -208,9 +208,10 @@ def paired_differences(results: Sequence[ArmResult], settings: Settings) -> list
     by_arm: dict[str, list[ArmResult]] = {}
     for result in results:
         by_arm.setdefault(result.arm, []).append(result)
-    own_pairs = [(name, "sft") for name in by_arm if name not in {*_REFERENCES, *_RIVALS, "tell"}]
+    own = [name for name in by_arm if name not in {*_REFERENCES, *_RIVALS, "tell"}]
+    mixed = [("tell", name) for name in own if arm_of(settings, name).mixes]
     found = []
-    for arm, reference in (*_PAIRS, *own_pairs):
+    for arm, reference in (*_PAIRS, *mixed, *((name, "sft") for name in own)):
         for task in settings.tasks if arm in by_arm and reference in by_arm else ():
             for metric in task.metrics:
                 own, other = (

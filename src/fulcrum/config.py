@@ -35,7 +35,7 @@ from fulcrum.sections import (
 )
 
 Select = Literal["random", "similar", "gradient", "diverse"]
-Order = Literal["auto", "random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general"]
+Order = Literal["auto", "random", "epoch_stratified", "general_then_task", "task_then_general"]
 
 
 class TaskSettings(Section):
