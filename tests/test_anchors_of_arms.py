@@ -12,7 +12,7 @@ from fulcrum.anchor import reworded
 from fulcrum.comparison import compare
 from fulcrum.config import Arm
 from fulcrum.errors import ConfigError
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.records import Anchor, Example, Message, Task
 from fulcrum.run import run
 from tiny import arm_named, comparison_settings, save_task, tiny_tokenizer
@@ -33,9 +33,9 @@ def given(**more: Any) -> config.Settings:
 
 
 @pytest.fixture
-def material() -> Material:
+def material() -> RunData:
     task = Task("task", rows("own", 6), rows("dev", 2), rows("test", 2), ANCHOR)
-    return Material((task,), rows("general", 192), {}, {}, (1, 2, 4, 8), general_for=6, batch_size=4)
+    return RunData((task,), rows("general", 192), {}, {}, (1, 2, 4, 8), general_for=6, batch_size=4)
 
 
 def shown(stream: arms.Stream) -> list[str]:
@@ -43,11 +43,11 @@ def shown(stream: arms.Stream) -> list[str]:
     return [TOKENIZER.decode(one.ids) for index in range(stream.steps(4)) for one in stream.step(index, 4)[0]]
 
 
-def made(material: Material, settings: config.Settings, arm: Arm, repeats: int = 8) -> arms.Stream:
+def made(material: RunData, settings: config.Settings, arm: Arm, repeats: int = 8) -> arms.Stream:
     return arms.stream(material, TOKENIZER, arm, settings, repeats, 0)
 
 
-def test_the_last_part_of_a_cooled_down_stream_lacks_the_anchor(material: Material) -> None:
+def test_the_last_part_of_a_cooled_down_stream_lacks_the_anchor(material: RunData) -> None:
     stream = made(material, given(), Arm(name="cooled", anchored=True, general="pool", anchor_cooldown=0.25))
     plain = made(material, given(), arms.ARMS["tell"])
     is_task, _ = stream.plan.slice(0, 240)
@@ -57,7 +57,7 @@ def test_the_last_part_of_a_cooled_down_stream_lacks_the_anchor(material: Materi
         assert cooled == (whole.replace("Name it.\n\n", "") if place >= 180 else whole)
 
 
-def test_some_showings_lack_the_anchor_the_same_ones_each_time(material: Material) -> None:
+def test_some_showings_lack_the_anchor_the_same_ones_each_time(material: RunData) -> None:
     arm = Arm(name="dropped", anchored=True, general="pool", anchor_dropout=0.4)
     stream = made(material, given(), arm)
     lacking = stream.is_bare(0, 240)
@@ -72,7 +72,7 @@ def test_some_showings_lack_the_anchor_the_same_ones_each_time(material: Materia
     assert not np.array_equal(arms.stream(material, TOKENIZER, arm, given(), 8, 1).is_bare(0, 240), lacking)
 
 
-def test_the_settings_hold_for_all_arms_and_an_arms_own_for_it(material: Material) -> None:
+def test_the_settings_hold_for_all_arms_and_an_arms_own_for_it(material: RunData) -> None:
     settings = given(mix={"anchor_dropout": 0.5, "anchor_cooldown": 0.1}, eval={"anchored": False})
     task = material.tasks[0]
     assert arms.lacking(arms.ARMS["tell"], settings) == (0.5, 0.1)
@@ -135,7 +135,7 @@ def test_a_model_that_does_without_its_anchor_is_scored_saved_and_used_without(t
     assert found.scores["task"][0].value == pytest.approx(nats, abs=1e-5)
 
 
-def test_what_hangs_on_the_anchor_is_asked_for_with_others(material: Material) -> None:
+def test_what_hangs_on_the_anchor_is_asked_for_with_others(material: RunData) -> None:
     settings, task = given(), material.tasks[0]
     other = replace(task, name="two", anchor=Anchor("Count it."))
     found = cell.other_anchors(task, [task, other], arms.ARMS["tell"], settings)
@@ -179,13 +179,13 @@ def test_a_rule_rewords(text: str, other: str) -> None:
         ("word " * 400, r"task: anchor: of [\d,]+ tokens, train.max_length \(256\) leaves no room"),
     ],
 )
-def test_what_is_no_anchor_is_refused(material: Material, placement: Any, text: str, said: str) -> None:
+def test_what_is_no_anchor_is_refused(material: RunData, placement: Any, text: str, said: str) -> None:
     settings = given(train={"max_length": 256})
     with pytest.raises(ConfigError, match=said.replace("|", r"\|")):
         labelled.check_anchor(Anchor(text, placement), material.tasks[0], settings, TOKENIZER, "task: anchor")
 
 
-def test_a_response_prefix_must_not_be_a_part_of_the_answers(material: Material) -> None:
+def test_a_response_prefix_must_not_be_a_part_of_the_answers(material: RunData) -> None:
     task = replace(material.tasks[0], train=tuple(
         Example((Message("user", f"q {k}"), Message("assistant", f"The name: {k}")), f"g{k}", f"o:{k}") for k in range(6)
     ))  # fmt: skip
@@ -199,7 +199,7 @@ def test_a_response_prefix_must_not_be_a_part_of_the_answers(material: Material)
     assert check(Anchor("Here it is: ", "response_prefix"), judged, given(), TOKENIZER, "a") == []
 
 
-def test_what_may_stand_is_told(material: Material) -> None:
+def test_what_may_stand_is_told(material: RunData) -> None:
     (note,) = labelled.check_anchor(Anchor("own 3"), material.tasks[0], given(), TOKENIZER, "a")
     assert note == "a: 1 of task's 10 rows hold its text; there it stands twice"
     (note,) = labelled.check_anchor(Anchor("name it " * 50), material.tasks[0], given(), TOKENIZER, "a")

@@ -10,7 +10,7 @@ import pytest
 import answering
 from answering import Asked
 from fulcrum import anchor_outcomes, anchor_scores, candidates, config, report, use
-from fulcrum.cell import Silent
+from fulcrum.progress import Silent
 from fulcrum.comparison import compare
 from fulcrum.errors import ConfigError, DataError, StoreError
 from fulcrum.run import run

@@ -79,7 +79,7 @@ def test_an_arm_may_have_sizes_of_its_own(place: Path, tmp_path: Path) -> None:
     assert streams == {(arm.arm, arm.size) for arm in found.arms}
 
 
-class Counting(comparison.Silent):
+class Counting(Silent):
     """Counts optimizer steps."""
 
     steps = 0

@@ -38,7 +38,7 @@ from fulcrum import (
     store,
     use,
 )
-from fulcrum.cell import Silent
+from fulcrum.progress import Silent
 from fulcrum.comparison import compare
 from fulcrum.errors import DataError, DivergedError, FulcrumError, ModelError, StoreError
 from fulcrum.records import Anchor, Example, Message

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from fulcrum import comparison, config, material, pilot, run, store
-from fulcrum.cell import Silent
+from fulcrum.progress import Silent
 from fulcrum.config import PILOT_RATIOS
 from fulcrum.errors import ConfigError
-from fulcrum.records import Pilot, Setting
+from fulcrum.records import Pilot, Hyperparameters
 from tiny import comparison_settings, save_task
 
 
@@ -85,7 +85,7 @@ def test_task_rows_alone_may_use_the_steps_of_the_mixtures(tmp_path: Path, monke
     tried: list[tuple[str, int]] = []
     held_out = pilot._held_out
 
-    def watched(rows: object, loaded: object, arm: config.Arm, settings: object, setting: Setting, *given: object) -> object:
+    def watched(rows: object, loaded: object, arm: config.Arm, settings: object, setting: Hyperparameters, *given: object) -> object:
         tried.append((arm.name, setting.repeats))
         return held_out(rows, loaded, arm, settings, setting, *given)
 
@@ -144,7 +144,7 @@ def test_a_pilot_sees_no_test_row_of_the_run(tmp_path: Path, monkeypatch: pytest
     seen: list[set[str]] = []
     found = Pilot(PILOT_RATIOS, (1.0, 1.0, 1.0, 1.0), (0.0, 0.1, 0.1, 0.1), 1.0, 8, 1, 5, 100, 1.0)
 
-    def watched(rows: material.Material, *given: object) -> Pilot:
+    def watched(rows: material.RunData, *given: object) -> Pilot:
         seen.append({row.origin for task in rows.tasks for row in task.train})
         return found
 

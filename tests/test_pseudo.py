@@ -11,11 +11,11 @@ import pytest
 import answering
 from answering import Asked
 from fulcrum import arms, comparison, encode, generate, ingest, material, pseudo, store
-from fulcrum.cell import Silent
+from fulcrum.progress import Silent
 from fulcrum.config import Settings
 from fulcrum.endpoint import Endpoint
 from fulcrum.errors import ConfigError, DataError
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.records import Message
 from fulcrum.sections import DataSource
 from tiny import CONTEXT, WORDS, arm_named, comparison_settings, load_tiny, save_task, tiny_tokenizer
@@ -39,7 +39,7 @@ def settings_of(folder: Path, names: Sequence[str], texts: Sequence[str] = INPUT
     return comparison_settings(folder, folder / "out", task=task, compare=compare, mix=mix, **changes)
 
 
-def prepared(settings: Settings) -> Material:
+def prepared(settings: Settings) -> RunData:
     return material.prepare(settings, tiny_tokenizer(), CONTEXT, 0, dev_apart=False)
 
 
@@ -148,7 +148,7 @@ def test_adapters_that_answer_are_trained_on_the_arms_own_rows_alone(tmp_path: P
     trained: list[set[str]] = []
     fit = pseudo.cell.fit
 
-    def watched(rows: Material, *given: Any) -> Any:
+    def watched(rows: RunData, *given: Any) -> Any:
         trained.append({row.origin for row in rows.tasks[0].train})
         return fit(rows, *given)
 
@@ -174,8 +174,8 @@ def test_adapters_that_answer_are_trained_on_the_arms_own_rows_alone(tmp_path: P
     assert "8 of 8 inputs answered by 3 adapters of 8 epochs" in answered.notes[-3]
 
 
-def replaced(view: Material, answered: Material) -> Material:
-    return Material(**{**vars(view), "own_general": answered.own_general})
+def replaced(view: RunData, answered: RunData) -> RunData:
+    return RunData(**{**vars(view), "own_general": answered.own_general})
 
 
 def test_of_the_adapters_answers_the_likeliest_to_all_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fulcrum import arms, comparison, compiled, config, encode, ingest, material, report, run, scoring, store, training, use
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
-from fulcrum.records import Anchor, Message, Prediction, Setting, TrainPoint
+from fulcrum.records import Anchor, Message, Prediction, Hyperparameters, TrainPoint
 from fulcrum.sections import DataSource
 from tiny import CONTEXT, WORDS, save_tiny, tiny_tokenizer, write_rows
 
@@ -70,7 +70,7 @@ class Killed(BaseException):
     """Not an Exception: nothing may catch it, as nothing can catch a kill."""
 
 
-class KillAfter(run.Silent):
+class KillAfter(Silent):
     """Dies at the n-th optimizer step."""
 
     def __init__(self, steps: int) -> None:
@@ -255,7 +255,7 @@ def test_settings_without_anchor_or_general_data_are_the_other_arms(
     results = run.run(settings(place, tmp_path / "r", **changes))
     assert [a.arm for a in results.arms] == ["base_anchor" if "anchor" in arm else "base", arm]
     (tried,), trained = results.arms[1].tried, results.arms[1].training
-    assert tried.setting == Setting(2)
+    assert tried.setting == Hyperparameters(2)
     assert trained.share.task_examples + trained.share.general_examples == shown
 
 
@@ -373,7 +373,7 @@ def test_changed_data_are_refused_on_resume(place: Path, tmp_path: Path) -> None
 # The rows of a run.
 
 
-def prepared(place: Path, tmp_path: Path, **changes: Any) -> material.Material:
+def prepared(place: Path, tmp_path: Path, **changes: Any) -> material.RunData:
     given = settings(place, tmp_path / "r", **changes)
     return material.prepare(given, tiny_tokenizer(), CONTEXT, given.seed)
 
@@ -447,8 +447,8 @@ def test_sft_tries_as_much_as_tell_and_few_epochs_too(place: Path, tmp_path: Pat
     given = settings(place, tmp_path / "r", mix__repeats="auto", mix__general_per_task=4)
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
     assert rows.step_cap == 60  # 6 rows x 8 x (1 + 4), 4 a step
-    assert arms.trials(rows, arms.ARMS["tell"], given) == tuple(map(Setting, (1, 2, 4, 8)))
-    assert arms.trials(rows, arms.ARMS["sft"], given) == tuple(map(Setting, (1, 3, 12, 40)))  # 60 steps of 4: 40 epochs of 6
+    assert arms.trials(rows, arms.ARMS["tell"], given) == tuple(map(Hyperparameters, (1, 2, 4, 8)))
+    assert arms.trials(rows, arms.ARMS["sft"], given) == tuple(map(Hyperparameters, (1, 3, 12, 40)))  # 60 steps of 4: 40 epochs of 6
 
 
 def test_dev_and_test_are_held_out_where_none_are_given(place: Path, tmp_path: Path) -> None:
@@ -799,7 +799,7 @@ def test_auto_leaves_out_repeats_that_the_pool_cannot_feed_and_says_so(place: Pa
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)  # 6 rows x 12 = 72 general ones a repeat; 256 in the pool
     assert rows.repeats == (1, 2)
     assert len(rows.general) == 144
-    assert arms.trials(rows, arms.ARMS["tell"], given) == (Setting(1), Setting(2))
+    assert arms.trials(rows, arms.ARMS["tell"], given) == (Hyperparameters(1), Hyperparameters(2))
     assert rows.notes == ("mix.repeats: auto tries 1, 2 instead of 1, 2, 4, 8: the general data have 254 usable rows",)
     assert rows.general_count(1) == 72
     given = settings(place, tmp_path / "r", **{**changes, "mix__general_per_task": 50})
@@ -838,7 +838,7 @@ def test_other_weights_or_code_are_no_resume(place: Path, tmp_path: Path, monkey
 
 def test_planned_tokens_count_every_trial_of_every_arm(place: Path, tmp_path: Path) -> None:
     chosen = settings(place, tmp_path / "out", compare={"sft_epochs": [1, 3]})
-    loaded, (rows,), _ = run.begin("compare", chosen, [arms.ARMS["sft"], arms.ARMS["tell"]], [0], False, run.Silent())
+    loaded, (rows,), _ = run.begin("compare", chosen, [arms.ARMS["sft"], arms.ARMS["tell"]], [0], False, Silent())
     found = arms.planned_tokens(rows, loaded.tokenizer, [arms.ARMS["sft"], arms.ARMS["tell"]], chosen)
     streams = [arms.stream(rows, loaded.tokenizer, arms.ARMS["sft"], chosen, repeats, 0) for repeats in (1, 3)]
     streams.append(arms.stream(rows, loaded.tokenizer, arms.ARMS["mix"], chosen, 2, 0))  # an anchor is not counted

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 
 from fulcrum import adapter, cell, certificate, comparison, config, generate, outcomes, proof, verification
 from fulcrum.errors import ConfigError
-from fulcrum.records import ArmResult, Setting, Tokens, Tried
+from fulcrum.records import ArmResult, Hyperparameters, Tokens, Trial
 from tiny import comparison_settings, load_tiny, save_task
 
 
@@ -109,9 +109,9 @@ def test_the_matched_arm_takes_what_tell_chose_and_tries_nothing(done):
 def chosen(
     arm: str, size: int, repeats: int, rate: float | None = None, *, of: Sequence[tuple[int, float | None]]
 ) -> ArmResult:
-    tried = tuple(Tried(Setting(passes, own), 0.0, 0, 0.0) for passes, own in of)
+    tried = tuple(Trial(Hyperparameters(passes, own), 0.0, 0, 0.0) for passes, own in of)
     return ArmResult(
-        arm, size, 0, tried, [one.setting for one in tried].index(Setting(repeats, rate)), None, {}, {}, {}, {}, 0.0
+        arm, size, 0, tried, [one.setting for one in tried].index(Hyperparameters(repeats, rate)), None, {}, {}, {}, {}, 0.0
     )
 
 

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import stand_ins
 from fulcrum import config, report, store, summary, trackers, use, verification
-from fulcrum.cell import Silent
+from fulcrum.progress import Silent
 from fulcrum.errors import ConfigError
 from fulcrum.records import TrainPoint
 from tiny import comparison_settings, save_task

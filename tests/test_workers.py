@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fulcrum import comparison, config, workers
-from fulcrum.cell import Silent
+from fulcrum.progress import Silent
 from fulcrum.errors import ConfigError, StoreError
 from fulcrum.records import TrainPoint
 from fulcrum.stopping import Stopped
@@ -145,7 +145,7 @@ def test_a_stopped_worker_ends_and_waits_for_no_other_unit(
     def ended(status: int) -> None:
         raise SystemExit(status)
 
-    monkeypatch.setattr(workers, "_worker", type("Worker", (), {"study": type("Study", (), {"folder": None}), "loaded": None}))
+    monkeypatch.setattr(workers, "_worker", type("Worker", (), {"study": type("ComparisonPlan", (), {"folder": None}), "loaded": None}))
     monkeypatch.setattr(workers, "perform", stops)
     monkeypatch.setattr(os, "_exit", ended)
     no_unit: Any = None

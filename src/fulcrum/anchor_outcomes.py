@@ -88,7 +88,7 @@ def of_results(results: Record, anchors: Sequence[Record], folder: str) -> list[
 
 
 def _arm(results: Record, name: str) -> "Arm":
-    from fulcrum.arms import ARMS  # what it imports takes time, and most reports have no anchors of arms
+    from fulcrum.arms import ARMS
     from fulcrum.config import Arm
 
     own = [arm for arm in results["settings"]["compare"]["arms"] if not isinstance(arm, str) and arm["name"] == name]

@@ -10,7 +10,7 @@ No dev or test row of a run is seen, and nothing of the model changes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from fulcrum import adapter, encode, generate, probe, stats, store
 from fulcrum.anchor import ANOTHER
 from fulcrum.config import TrainSettings
 from fulcrum.model import LoadedModel
+from fulcrum.progress import Count
 from fulcrum.records import Anchor, AnchorScore, Example, FloatArray
 
 RANDOM = 20  # strings of an anchor's length, to which its separation is compared
@@ -31,8 +32,6 @@ _SEPARATED, _GRADIENTS = 48, 32  # rows, of the task and of the pool each, whose
 _DIMENSIONS, _FOLDS = 32, 5
 _TIE = 2  # decimals of S_loss that tell two anchors apart
 _DRAWS = 1000
-
-Count = Callable[[int, int], None]
 States = npt.NDArray[np.float32]
 
 

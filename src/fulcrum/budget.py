@@ -15,27 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from fulcrum import adapter, cell, encode, generate, material, metrics, model, pool, training
-from fulcrum.arms import ARMS, chosen_arms, sizes_of, stream
+from fulcrum.arm_data import resolve
+from fulcrum.arms import ARMS, by_dropping, chosen_arms, sizes_of
+from fulcrum.cell import Cell
 from fulcrum.comparison import plan_trials
 from fulcrum.config import LEAST_FOLDS, CompareSettings, Settings
 from fulcrum.errors import ConfigError
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.model import LoadedModel
-from fulcrum.records import Tried
-from fulcrum.units import Speed, Study, Unit
+from fulcrum.records import Trial
+from fulcrum.units import ComparisonPlan, Job, Speed
 
 QUICK_SECONDS = 600
 _FEWEST = 8  # task rows of a design
 _SAMPLE = 32  # rows of each kind by which speed is measured
 PLANNED = 0.92  # of the budget: what is left over is for reading, writing and the unforeseen
-_OPTIONAL = (
-    "sft_matched",
-    "base_anchor",
-    "placebo_permuted",
-    "general_then_task",
-    "kshot",
-    "mix",
-)  # the first goes first
 
 
 def parse(text: str) -> float:
@@ -101,7 +95,7 @@ def _fewer(every: int) -> list[int]:
 
 def _general_rows(settings: Settings, every: int) -> float:
     """About how many general rows a design needs."""
-    largest = [max(sizes_of(settings, arm, every)) for arm in chosen_arms(settings) if arm.mixes]
+    largest = [max(sizes_of(settings, arm, every)) for arm in chosen_arms(settings) if arm.uses_general_data]
     shown = max(largest, default=0) * max(settings.mix.candidates) * len(settings.tasks)
     return shown * settings.mix.per_task + settings.eval.general_rows
 
@@ -116,23 +110,23 @@ def _widest(settings: Settings) -> Settings:
     return settings.model_copy(update={"compare": settings.compare.model_copy(update=changes)})
 
 
-def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
+def measure(rows: RunData, loaded: LoadedModel, settings: Settings) -> Speed:
     """Seconds a row: of training on task rows and on general rows, of scoring, of an answer; on rows of this run."""
     few = rows.at(_SAMPLE)
-    mixed = next((arm for arm in chosen_arms(settings) if arm.mixes and arm.task_rows), None)
+    mixed = next((arm for arm in chosen_arms(settings) if arm.uses_general_data and arm.task_rows), None)
     plain = ARMS["sft_anchor" if any(task.anchor for task in few.tasks) else "sft"]
     task = general = start = 0.0
     for arm in (plain, mixed):
         if arm is None:
             continue
-        part = stream(few, loaded.tokenizer, arm, settings, 1, 0)
+        part = resolve(arm, few, settings).stream(loaded.tokenizer, 1, 0)
         began = time.perf_counter()
         _, result = training.train(loaded, part, None, settings.train, seed=0, repeats=1)
         # The first step warms up; what is no step is spent on every training alike.
         start = time.perf_counter() - began - result.seconds
         first, last = result.history[0], result.history[-1]
         seconds = (last.seconds - first.seconds) / (last.step - 1) * last.step if last.step > 1 else last.seconds
-        if arm.mixes:
+        if arm.uses_general_data:
             general = max(0.0, seconds - task * part.plan.task_positions) / max(1, part.plan.general_used)
         else:
             task = seconds / part.plan.task_positions
@@ -155,28 +149,29 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def predict(settings: Settings, rows: Material, loaded: LoadedModel, speed: Speed) -> tuple[int, float]:
-    """The number of units of a design, and about how many seconds they take. Of what is tuned, the mean counts."""
+def predict(settings: Settings, rows: RunData, loaded: LoadedModel, speed: Speed) -> tuple[int, float]:
+    """Return the number of jobs of a design, and about how many seconds they take. Of what is tuned, the mean counts."""
     repeats = settings.mix.candidates
     general = rows.general[: round(len(rows.general) * max(repeats) / max(rows.repeats))]
     pairs = zip(rows.tasks, settings.tasks, strict=True)
     tasks = tuple(replace(task, test=task.test[: own.test_limit], metrics=own.metrics) for task, own in pairs)
     held_out = {name: part[: settings.eval.general_rows] for name, part in rows.held_out.items()}
     tried_now = replace(rows, repeats=repeats, general=general, tasks=tasks, held_out=held_out)
-    study = Study(settings, dict.fromkeys(settings.seeds, tried_now), Path(settings.output_dir), speed)
+    by_seed = dict.fromkeys(settings.seeds, tried_now)
+    comparison = ComparisonPlan(settings, by_seed, Path(settings.output_dir), speed)
     arms = chosen_arms(settings)
-    tries = list(plan_trials(study, arms, loaded))
-    seconds, number = sum(study.cost(unit) for unit in tries), len(tries)
+    trials = list(plan_trials(comparison, arms, loaded))
+    seconds, number = sum(comparison.cost(job) for job in trials), len(trials)
     for arm in arms:
-        for size in study.sizes(arm):
-            tried = [
-                Tried(u.setting, 0.0, 0, 0.0)
-                for u in tries if (u.arm.name, u.size) == (arm.settings_of or arm.name, size) and u.setting
-            ]  # fmt: skip
-            known = tried[: len({t.setting for t in tried})]
-            each = [study.cost(Unit(arm, size, study.seeds[0], None, (one,))) for one in known]
-            times = len(study.seeds_of(arm))
-            seconds, number = seconds + times * sum(each) / len(each), number + times
+        source, times = arm.hyperparameters_of or arm.name, len(comparison.seeds_of(arm))
+        for size in comparison.sizes(arm):
+            tried = [job.hyperparameters for job in trials if (job.cell.arm.name, job.cell.size) == (source, size)]
+            each = []
+            for chosen in dict.fromkeys(one for one in tried if one is not None):
+                final = Job(Cell(arm, size, comparison.seeds[0]), None, (Trial(chosen, 0.0, 0, 0.0),))
+                each.append(comparison.cost(final))
+            seconds += times * sum(each) / len(each)
+            number += times
     return number, seconds
 
 
@@ -217,7 +212,7 @@ def designs(settings: Settings, rows: int, *, quick: bool) -> Iterator[tuple[Set
             mixed = "tell" if "tell" in arms else "mix"
             design = _changed(design, arms=tuple(name for name in arms if name in ("base", reference, mixed)))
     yield design, list(left_out.values())
-    for rival in () if "arms" in fixed else _OPTIONAL:
+    for rival in () if "arms" in fixed else by_dropping():
         present = [arm if isinstance(arm, str) else arm.name for arm in design.compare.arms]
         if rival in present:
             left_out[rival] = f"arm {rival}"

@@ -15,11 +15,11 @@ import numpy as np
 
 from fulcrum import adapter, anchor_scores, encode, generate, material, model, propose, selfgen, store
 from fulcrum.anchor_scores import Candidate
-from fulcrum.cell import Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.endpoint import Endpoint
 from fulcrum.errors import ConfigError, DataError, StoreError
 from fulcrum.model import LoadedModel
+from fulcrum.progress import ProgressListener
 from fulcrum.records import Anchor, AnchorScores, Example, Placement, Task
 from fulcrum.sections import GeneralSource
 
@@ -35,7 +35,7 @@ _SHOWN = (5, 8)  # rows in a prompt that asks for an anchor: at least, at most
 
 def proposals(
     task: Task, placement: Placement, loaded: LoadedModel, *, wanted: int = COUNT, seed: int = 0,
-    by: Sequence[Source] = ("template", "model"), endpoint: Endpoint | None = None, watcher: Watcher | None = None,
+    by: Sequence[Source] = ("template", "model"), endpoint: Endpoint | None = None, progress: ProgressListener | None = None,
 ) -> tuple[list[Candidate], dict[str, int]]:  # fmt: skip
     """Up to `wanted` anchors for a task, from every source in turn, and those that were none by reason.
 
@@ -81,8 +81,8 @@ def proposals(
                     batch_tokens=4096, sample=store.seed_for(seed, f"anchors written {attempt}"), temperature=_TEMPERATURE,
                 )  # fmt: skip
             take([propose.cleaned(text, placement) for text in said], source, most)
-            if watcher is not None:
-                watcher.count(f"anchors by the {source}", min(len(found), most), most)
+            if progress is not None:
+                progress.count(f"anchors by the {source}", min(len(found), most), most)
     return list(found.values()), dict(left_out)
 
 
@@ -96,7 +96,7 @@ def _questions(rows: Sequence[Example], placement: Placement, count: int, seed: 
 
 def scored(
     candidates: Sequence[Candidate], task: Task, tasks: Sequence[Task], general: Sequence[Example], loaded: LoadedModel,
-    settings: Settings, *, seed: int, left_out: dict[str, int], started: float, choose: bool, watcher: Watcher,
+    settings: Settings, *, seed: int, left_out: dict[str, int], started: float, choose: bool, progress: ProgressListener,
 ) -> AnchorScores:  # fmt: skip
     """Scores of candidates and controls on training rows that no proposal was made from, and (`choose`) which is chosen.
 
@@ -115,7 +115,7 @@ def scored(
     other = next((one.anchor.text for one in tasks if one.anchor is not None and one.name != task.name), None)
     every = [*candidates, *anchor_scores.controls(candidates, loaded, other, seed)]
     found = anchor_scores.score(
-        every, left, general, loaded, settings.train, seed=seed, count=partial(watcher.count, anchor_scores.LABEL)
+        every, left, general, loaded, settings.train, seed=seed, count=partial(progress.count, anchor_scores.LABEL)
     )
     ordered = anchor_scores.chosen_first(found, anchor_scores.choose(found) if choose else -1)
     return AnchorScores(
@@ -133,7 +133,9 @@ def _enough(rows: Sequence[Example]) -> bool:
     return len(rows) >= FEWEST and len({row.group for row in rows}) > 1
 
 
-def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watcher) -> tuple[Settings, tuple[AnchorScores, ...]]:
+def resolve(
+    settings: Settings, *, compared: bool, resume: bool, progress: ProgressListener
+) -> tuple[Settings, tuple[AnchorScores, ...]]:
     """The settings with every `anchor: auto` settled, and the scores of all anchors in play where there are several (those of a
     file's own arms among them); read back where a run is resumed.
 
@@ -150,7 +152,7 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
         found = store.read_as(folder / store.ANCHORS, tuple[AnchorScores, ...])
         _same_question(settings, found, folder)
         return settled(settings, found), found
-    watcher.stage("anchors: proposed and scored, before any training")
+    progress.stage("anchors: proposed and scored, before any training")
     loaded, tasks, general, seed = rows_to_score(settings, compared=compared)
     result = []
     for task in tasks:
@@ -160,16 +162,16 @@ def resolve(settings: Settings, *, compared: bool, resume: bool, watcher: Watche
         left_out: dict[str, int] = {}
         if given is not None and given.is_auto:
             candidates += [Candidate(Anchor(text, given.placement), "given") for text in given.candidates]
-            made, left_out = proposals(task, given.placement, loaded, seed=seed, watcher=watcher)
+            made, left_out = proposals(task, given.placement, loaded, seed=seed, progress=progress)
             candidates += made
         elif not candidates or not _enough(to_score(task)):  # nothing hangs on these scores
-            watcher.stage(f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and an anchor")
+            progress.stage(f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and an anchor")
             continue
         result.append(
             scored(
                 candidates, task, tasks, general, loaded, settings, seed=seed, left_out=left_out, started=started,
                 choose=given is not None and given.is_auto,
-                watcher=watcher,
+                progress=progress,
             )
         )  # fmt: skip
     adapter.drop_adapter(loaded)

@@ -363,7 +363,7 @@ def _launch(
     from fulcrum.watch import Watch
 
     with Watch(screen) if launched.writes() else nullcontext() as watch:
-        use.launch(verb, settings, resume=resume, watcher=watch, **how)
+        use.launch(verb, settings, resume=resume, progress=watch, **how)
     if launched.writes():
         terminal.conclude(screen, Path(settings.output_dir))
 

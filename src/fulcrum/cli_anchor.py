@@ -74,7 +74,7 @@ def propose(
     with Watch(screen) as watch:
         for where in wheres:
             made, refused = candidates.proposals(
-                chosen, where, loaded, wanted=count, seed=seed, by=sources, endpoint=asked, watcher=watch
+                chosen, where, loaded, wanted=count, seed=seed, by=sources, endpoint=asked, progress=watch
             )
             found += made
             left_out |= {reason: number + left_out.get(reason, 0) for reason, number in refused.items()}
@@ -129,11 +129,11 @@ def score(
     with Watch(screen) as watch:
         if anchors is None:
             where: Placement = chosen.anchor.placement if chosen.anchor is not None else "user_prefix"
-            made, left_out = candidates.proposals(chosen, where, loaded, seed=seed, watcher=watch)
+            made, left_out = candidates.proposals(chosen, where, loaded, seed=seed, progress=watch)
             found += made
         scores = candidates.scored(
             found, chosen, tasks, general, loaded, settings, seed=seed, left_out=left_out, started=began, choose=True,
-            watcher=watch,
+            progress=watch,
         )  # fmt: skip
     show(screen, scores)
     if out is not None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fulcrum import arms, budget, material, metrics, model
-from fulcrum.config import Arm, Settings
+from fulcrum.arm_data import ArmPlan, resolve
+from fulcrum.config import Settings
 from fulcrum.errors import FulcrumError
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.units import Speed
 
 
@@ -31,7 +32,7 @@ def estimates(settings: Settings) -> list[Estimate]:
         settings, loaded.tokenizer, loaded.context, settings.seed, choose_from=arms.choose_from([own], settings)
     )
     speed = budget.measure(rows, loaded, settings)
-    found = [of_training(settings, rows, own, speed)]
+    found = [of_training(resolve(own, rows, settings), speed)]
     if settings.mix.general_per_task == "auto":
         return [*found, Estimate("compare", None, 0, "a pilot chooses how many general rows there will be")]
     try:
@@ -44,25 +45,25 @@ def estimates(settings: Settings) -> list[Estimate]:
     return [*found, Estimate("compare", seconds, units)]
 
 
-def of_training(settings: Settings, rows: Material, arm: Arm, speed: Speed) -> Estimate:
-    """Every trial with its looks at the dev rows, then the test rows before and after."""
-    tried = arms.trials(rows, arm, settings)
+def of_training(plan: ArmPlan, speed: Speed) -> Estimate:
+    """Estimate every trial with its looks at the dev rows, then the test rows before and after."""
+    settings, rows = plan.settings, plan.rows
     n_dev, n_test = (_rows(rows, part) for part in ("dev", "test"))
     seconds = 0.0
-    for setting in tried:
-        general = arms.general_count(rows, arm, setting.repeats) if arm.mixes else 0
-        trained = speed.task * setting.repeats * rows.n_task + speed.general * general
+    for trial in plan.trials:
+        trained = speed.task * trial.repeats * rows.n_task + speed.general * plan.general_count(trial.repeats)
         seconds += speed.start + trained + settings.train.evaluations * n_dev * speed.scored
     answered = _answered(settings, rows)
     held_out = sum(map(len, rows.held_out.values()))
-    return Estimate("train", seconds + 2 * ((n_test + held_out) * speed.scored + answered * speed.answered), len(tried))
+    seconds += 2 * ((n_test + held_out) * speed.scored + answered * speed.answered)
+    return Estimate("train", seconds, len(plan.trials))
 
 
-def _rows(rows: Material, part: str) -> int:
+def _rows(rows: RunData, part: str) -> int:
     return sum(len(getattr(task, part)) for task in rows.tasks)
 
 
-def _answered(settings: Settings, rows: Material) -> int:
+def _answered(settings: Settings, rows: RunData) -> int:
     """Test rows whose answers are written, for metrics that need these."""
     pairs: Sequence[tuple[int, tuple[str, ...]]] = [
         (len(task.test), own.metrics) for task, own in zip(rows.tasks, settings.tasks, strict=True)

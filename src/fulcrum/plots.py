@@ -14,17 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fulcrum.arms import ARMS
 from fulcrum.stats import Interval, seed_interval
 
-# Okabe & Ito 2008, "Color Universal Design"; its yellow is left out, as it cannot be seen on white.
-COLOURS = {
-    "base": "#5f5f5f",
-    "base_anchor": "#999999",
-    "sft": "#E69F00",
-    "sft_anchor": "#D55E00",
-    "mix": "#56B4E9",
-    "tell": "#0072B2",
-}
+# Okabe & Ito 2008, "Color Universal Design"; its yellow is missing, as it cannot be seen on white.
+COLOURS = {arm.name: arm.colour for arm in ARMS.values() if arm.colour}
 OTHERS = ("#009E73", "#CC79A7", "#000000")
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")

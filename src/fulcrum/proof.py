@@ -8,11 +8,11 @@ import numpy as np
 
 from fulcrum import certificate, encode, inputs, leverage, metrics, outcomes, scoring, store, words
 from fulcrum.arms import arm_of
-from fulcrum.cell import DRIFT, GENERAL_PROMPTS, OTHER_ANCHORS
+from fulcrum.cell import DRIFT, GENERAL_PROMPTS, OTHER_ANCHORS, Session
 from fulcrum.certificate import Question
 from fulcrum.config import Settings
 from fulcrum.identity import environment
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.model import LoadedModel
 from fulcrum.outcomes import Cell, Outcomes
 from fulcrum.records import ArmResult, Prediction, Task
@@ -27,10 +27,14 @@ def folder_of(folder: Path, settings: Settings, task: str) -> Path:
 
 
 def certificates(
-    folder: Path, settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], loaded: LoadedModel,
+    session: Session,
+    rows: Mapping[int, RunData],
+    results: Sequence[ArmResult],
     more_notes: Sequence[str] = (),
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Write a certificate for every task, and return them by task; none where no arm, or every arm, has general rows."""
+) -> dict[str, dict[str, Any]]:
+    """Write a certificate for every task, and return them by task; none if no arm, or every arm, has general rows."""
+    settings, loaded = session.settings, session.model
+    folder = Path(settings.output_dir)
     asked = asked_of(settings, results)
     if asked is None:
         return {}
@@ -66,16 +70,18 @@ def _holm(asked_by: Mapping[str, tuple[Question, Outcomes]]) -> dict[str, float]
 
 def asked_of(settings: Settings, results: Sequence[ArmResult]) -> tuple[str, tuple[str, ...]] | None:
     """The arm whose gain is asked for, and its references: what has no general rows and chose its own settings."""
-    names = [name for name in dict.fromkeys(result.arm for result in results) if arm_of(settings, name).settings_of is None]
-    mixed = [name for name in names if arm_of(settings, name).mixes]
+    names = [
+        name for name in dict.fromkeys(result.arm for result in results) if arm_of(settings, name).hyperparameters_of is None
+    ]
+    mixed = [name for name in names if arm_of(settings, name).uses_general_data]
     references = tuple(name for name in names if name not in mixed)
-    from_pool = [name for name in mixed if arm_of(settings, name).general == "pool"]  # a placebo is asked for last
+    from_pool = [name for name in mixed if arm_of(settings, name).uses_pool]  # a placebo is asked for last
     first = next((name for name in ("tell", "mix", *from_pool, *mixed) if name in mixed), "")
     return (first, references) if mixed and references else None
 
 
 def outcomes_of(
-    results: Sequence[ArmResult], rows: Mapping[int, Material], task: str, names: Sequence[str], plain: encode.Format
+    results: Sequence[ArmResult], rows: Mapping[int, RunData], task: str, names: Sequence[str], plain: encode.Format
 ) -> Outcomes:
     """All outcomes of a task; tokens are those of task rows without anchor, weights the first arm's answer tokens.
 
@@ -114,14 +120,14 @@ def _named(cell: Cell) -> dict[str, Any]:
     return dict(zip(("arm", "size", "seed"), cell, strict=True))
 
 
-def cell_of(result: ArmResult, rows: Mapping[int, Material], task: str) -> Cell:
+def cell_of(result: ArmResult, rows: Mapping[int, RunData], task: str) -> Cell:
     """The cell of a result: with as many rows as the task has, where it has fewer than the size."""
     most = next(len(own.train) for own in rows[result.seed].tasks if own.name == task)
     return result.arm, min(result.size, most), result.seed
 
 
 def side_effects(
-    results: Sequence[ArmResult], rows: Mapping[int, Material], task: str
+    results: Sequence[ArmResult], rows: Mapping[int, RunData], task: str
 ) -> Iterator[tuple[str, Cell, list[float], Sequence[Prediction]]]:
     """Outcomes beside the task: metric, cell, an outcome a row, and these rows.
 
@@ -154,7 +160,7 @@ def _tokens(tasks: Sequence[Task], name: str, plain: encode.Format) -> list[int]
     return [0, *np.cumsum([len(encode.encode(row, plain)) for row in own.train]).tolist()]
 
 
-def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult]) -> list[str]:
+def notes(settings: Settings, rows: Mapping[int, RunData], results: Sequence[ArmResult]) -> list[str]:
     """What a reader has to know of the design."""
     compare, first = settings.compare, next(iter(rows.values()))
     found = [
@@ -166,7 +172,7 @@ def notes(settings: Settings, rows: Mapping[int, Material], results: Sequence[Ar
         "The reference is the best arm without general data by its test scores, selected anew in each draw: that favours it, "
         "and intervals allow for it."
     )
-    own = [result for result in results if arm_of(settings, result.arm).settings_of is None]
+    own = [result for result in results if arm_of(settings, result.arm).hyperparameters_of is None]
     tried = {result.arm: len(result.tried) for result in own}
     found.append(
         f"{TEMPERED} is the loss once each arm's logits are divided by a temperature, fitted where its settings were chosen: a "
@@ -208,7 +214,7 @@ def at_an_end(results: Sequence[ArmResult]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _folded(settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], name: str) -> list[str]:
+def _folded(settings: Settings, rows: Mapping[int, RunData], results: Sequence[ArmResult], name: str) -> list[str]:
     """What a reader has to know of a task without a test file."""
     if next(task for task in settings.tasks if task.name == name).test:
         return []
@@ -219,7 +225,7 @@ def _folded(settings: Settings, rows: Mapping[int, Material], results: Sequence[
 
 
 def inputs_of(
-    settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], task: str, loaded: LoadedModel
+    settings: Settings, rows: Mapping[int, RunData], results: Sequence[ArmResult], task: str, loaded: LoadedModel
 ) -> dict[str, Any]:
     """Settings, environment and hashes of every row, so that what was changed can be named."""
     own = [part for each in rows.values() for part in each.tasks if part.name == task]

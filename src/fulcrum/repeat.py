@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fulcrum import config, run_folder, store, use
-from fulcrum.cell import Silent, Watcher
+from fulcrum.progress import ProgressListener, Silent
 from fulcrum.run_folder import OUTPUTS
 from fulcrum.verification import Verification
 
@@ -14,7 +14,7 @@ from fulcrum.verification import Verification
 _SAME = ("adapter_model.safetensors", "predictions.jsonl")
 
 
-def again(folder: Path, watcher: Watcher | None = None) -> Verification:
+def again(folder: Path, progress: ProgressListener | None = None) -> Verification:
     """Make a finished run again, with its number of threads, and compare weights and predictions with what its manifest says.
 
     What else differs here (machine, versions, code) is named as unchecked: other bits are then no fault. Raises StoreError
@@ -26,7 +26,7 @@ def again(folder: Path, watcher: Watcher | None = None) -> Verification:
     with tempfile.TemporaryDirectory() as name:
         new = Path(name) / "again"
         settings = config.load(folder / "config.yaml").model_copy(update={"output_dir": str(new)})
-        use.VERBS[known["kind"]](settings, watcher=watcher or Silent())
+        use.VERBS[known["kind"]](settings, progress=progress or Silent())
         made = store.read_json(new / store.MANIFEST)
     differs = store.changes(known["environment"], made["environment"])
     unchecked = [f"made elsewhere, where the bits may be others: {', '.join(differs)}"] if differs else []

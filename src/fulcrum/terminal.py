@@ -26,7 +26,7 @@ from rich.text import Text
 from fulcrum.records import IntArray, Score
 
 if TYPE_CHECKING:  # it imports torch
-    from fulcrum.preview import Span, Trial
+    from fulcrum.preview import PlannedTraining, Span
 
 PLAIN_WIDTH = 200  # characters of a piped table: nobody wants it folded at 80
 STYLES = {"prompt": "dim", "anchor": "bold magenta", "trained": "green", "end": "bold black on green"}
@@ -129,7 +129,7 @@ def length_table(lengths: Mapping[str, IntArray]) -> Table:
     return grid("Tokens a row", ("source", "rows", "shortest", "median", "90%", "longest", "all tokens"), rows)
 
 
-def trial_table(trials: Sequence["Trial"]) -> Table:
+def trial_table(trials: Sequence["PlannedTraining"]) -> Table:
     """Training runs to come, with the task's part counted three ways."""
     rows = [
         (
@@ -182,7 +182,7 @@ def download(out: Console, name: str) -> Iterator[Callable[[int, int], None]]:
         yield told
 
 
-def warn(out: Console, trials: Sequence["Trial"], notes: Sequence[str]) -> None:
+def warn(out: Console, trials: Sequence["PlannedTraining"], notes: Sequence[str]) -> None:
     """Print notes on the data and the advice on each training run's plan."""
     for text in notes:
         say(out, f"note: {text}", "yellow")

@@ -32,16 +32,15 @@ from fulcrum import (
 from fulcrum import quanta as clustering_runs
 from fulcrum import run as running
 from fulcrum import scale as scaling_runs
-from fulcrum.cell import Watcher
 from fulcrum.config import Arm, Settings, TaskSettings, TrainSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
 from fulcrum.identity import environment
 from fulcrum.model import LoadedModel
-from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Results, Score, Setting, Task, Tokens
+from fulcrum.progress import ProgressListener
+from fulcrum.records import Anchor, Example, Hyperparameters, Message, Prediction, Reject, Results, Score, Task, Tokens
 from fulcrum.sections import DataSource
 
 _ASKED = 8  # rows by which an adapter is seen to be at work
-_USED_FIRST = ("tell", "mix", "sft_anchor", "sft")  # of a comparison, where no arm is named
 
 
 @dataclass(frozen=True)
@@ -126,13 +125,13 @@ def other_base(folder: Path, loaded: LoadedModel) -> Iterator[str]:
 
 def asked(task: TaskSettings, own: Arm, settings: Settings) -> Anchor | None:
     """The anchor that an arm is asked with."""
-    return arms.asked_anchor(own, Task(task.name, (), (), (), task.anchor_value()), settings)
+    return arms.inference_anchor(own, Task(task.name, (), (), (), task.anchor_value()), settings)
 
 
 def as_saved(weights: Path, settings: TrainSettings, own: Arm) -> TrainSettings:
     """The settings with those of the arm, and with the rank and scale that were saved: averaged adapters have others."""
     saved = store.read_json(weights / "adapter_config.json")
-    settings = cell.own_settings(settings, own, Setting())
+    settings = cell.own_settings(settings, own, Hyperparameters())
     return settings.model_copy(update={"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"]})
 
 
@@ -141,8 +140,8 @@ def adapter_folders(folder: Path, settings: Settings) -> dict[str, Path]:
     where there is none."""
     if (folder / "adapter").is_dir():
         return {arms.own_arm(settings).name: folder / "adapter"}
-    names = (*_USED_FIRST, *arms.ARMS, *(arm.name for arm in settings.compare.arms if not isinstance(arm, str)))
-    places = {name: folder / "adapters" / name for name in dict.fromkeys(names)}
+    own = [arm.name for arm in settings.compare.arms if isinstance(arm, Arm)]
+    places = {name: folder / "adapters" / name for name in (*arms.by_use(), *own)}
     found = {name: place for name, place in places.items() if (place / "adapter_model.safetensors").exists()}
     if not found:
         raise StoreError(f"{folder}: no trained adapter in it; finish the run with --resume")
@@ -320,14 +319,14 @@ VERBS: Mapping[str, Callable[..., Results]] = {  # what fills a run folder, by i
 
 
 def launch(
-    kind: str, settings: Settings, *, resume: bool = False, watcher: Watcher | None = None, **how: Any
+    kind: str, settings: Settings, *, resume: bool = False, progress: ProgressListener | None = None, **how: Any
 ) -> Results:  # fmt: skip
     """Fill a run folder (one of `VERBS`), and report to the trackers that the settings name.
 
     Raises what the verb raises, and ConfigError where a tracker is not installed; one that fails later ends nothing.
     """
-    with trackers.reporting(settings, watcher) as told:
-        return VERBS[kind](settings, resume=resume, watcher=told, **how)
+    with trackers.reporting(settings, progress) as told:
+        return VERBS[kind](settings, resume=resume, progress=told, **how)
 
 
 def train(*, resume: bool = False, **settings: Any) -> Results:
