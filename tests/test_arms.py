@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from fulcrum import arms, config, encode
+from fulcrum import arm_data, arms, config, encode
+from fulcrum.arm_data import planned_tokens, resolve
 from fulcrum.errors import ConfigError
 from fulcrum.material import RunData
-from fulcrum.records import Anchor, Example, Message, Hyperparameters, Task
+from fulcrum.records import Anchor, Example, Hyperparameters, Message, Task
+from fulcrum.tokens import Stream
 from tiny import arm_named, tiny_tokenizer
 
 ANCHOR = Anchor("Name it.")
@@ -34,7 +36,7 @@ def material() -> RunData:
     return RunData((task,), rows("general", 192), {}, {}, (1, 2, 4, 8), general_for=6, batch_size=4)
 
 
-def texts(stream: arms.Stream) -> tuple[list[str], list[str]]:
+def texts(stream: Stream) -> tuple[list[str], list[str]]:
     """What is trained on at the stream's task positions and at its general ones, in order."""
     is_task, ids = stream.plan.slice(0, len(stream.plan))
     decode = tiny_tokenizer().decode
@@ -42,8 +44,8 @@ def texts(stream: arms.Stream) -> tuple[list[str], list[str]]:
     return own, [decode(stream.general[k].ids) for k in ids[~is_task]]
 
 
-def made(material: RunData, given: config.Settings, name: str, repeats: int = 2) -> arms.Stream:
-    return arms.stream(material, tiny_tokenizer(), arm_named(name), given, repeats, 0)
+def made(material: RunData, given: config.Settings, name: str, repeats: int = 2) -> Stream:
+    return resolve(arm_named(name), material, given).stream(tiny_tokenizer(), repeats, 0)
 
 
 @pytest.mark.parametrize("name", ["general_then_task", "task_then_general"])
@@ -55,13 +57,13 @@ def test_one_after_the_other_has_tells_rows_and_steps(material: RunData, given: 
     first = name == "task_then_general"
     assert is_task[:12].all() == first
     assert is_task[-12:].all() != first
-    assert arms.trials(material, arm_named(name), given) == arms.trials(material, arms.ARMS["tell"], given)
+    assert resolve(arm_named(name), material, given).trials == resolve(arms.ARMS["tell"], material, given).trials
 
 
 def test_replay_is_a_tenth_of_the_stream_and_tunes_its_epochs_within_tells_steps(
     material: RunData, given: config.Settings
 ) -> None:
-    tried = arms.trials(material, arm_named("replay_10"), given)
+    tried = resolve(arm_named("replay_10"), material, given).trials
     epochs = (1, 3, 11, 36)  # 60 steps of 4 hold 36 epochs of 6 rows and a ninth of general ones
     assert tried == tuple(Hyperparameters(repeats) for repeats in epochs)
     for repeats in epochs:
@@ -71,11 +73,11 @@ def test_replay_is_a_tenth_of_the_stream_and_tunes_its_epochs_within_tells_steps
 
 
 def test_the_placebo_has_tells_prompts_and_answers_none_with_its_own(material: RunData, given: config.Settings) -> None:
-    permuted = arms._permuted(material.general, 7)
+    permuted = arm_data._permuted(material.general, 7)
     assert [row.prompt for row in permuted] == [row.prompt for row in material.general]
     assert Counter(row.answer for row in permuted) == Counter(row.answer for row in material.general)
     assert all(a.answer != b.answer for a, b in zip(permuted, material.general, strict=True))
-    assert arms._permuted(material.general, 7) == permuted != arms._permuted(material.general, 8)
+    assert arm_data._permuted(material.general, 7) == permuted != arm_data._permuted(material.general, 8)
     (own, placebo), (tells, _) = texts(made(material, given, "placebo_permuted")), texts(made(material, given, "tell"))
     assert own == tells  # the same task rows at the same places
     plain = encode.make_format(tiny_tokenizer(), None)
@@ -86,8 +88,8 @@ def test_the_placebo_has_tells_prompts_and_answers_none_with_its_own(material: R
 
 def test_tokens_are_planned_as_they_are_trained(material: RunData, given: config.Settings) -> None:
     for name in ("tell", "placebo_permuted", "replay_10", "sft"):
-        planned = arms.planned_tokens(material, tiny_tokenizer(), [arm_named(name)], given)
-        streams = [made(material, given, name, setting.repeats) for setting in arms.trials(material, arm_named(name), given)]
+        planned = planned_tokens(resolve(arm_named(name), material, given), tiny_tokenizer())
+        streams = [made(material, given, name, setting.repeats) for setting in resolve(arm_named(name), material, given).trials]
         anchors = sum(stream.plan.task_positions for stream in streams) * len(tiny_tokenizer()("Name it.\n\n")["input_ids"])
         trained = sum(stream.share().total_tokens for stream in streams) - anchors * arm_named(name).anchored
         assert planned == pytest.approx(trained, rel=0.05)
@@ -104,11 +106,13 @@ def test_a_single_run_is_the_arm_that_its_settings_describe(anchor: str, general
 
 def test_what_else_is_tuned_takes_the_place_of_epochs(material: RunData, given: config.Settings) -> None:
     """TELL tries four numbers of repeats; an arm with a second setting has two numbers of epochs and two of that."""
-    tried = {name: arms.trials(material, arms.ARMS[name], given) for name in ("tell", "sft", "sft_kl", "soup")}
+    tried = {name: resolve(arms.ARMS[name], material, given).trials for name in ("tell", "sft", "sft_kl", "soup")}
     assert tried["tell"] == tuple(map(Hyperparameters, (1, 2, 4, 8)))
     assert tried["sft"] == tuple(map(Hyperparameters, (1, 3, 12, 40)))  # 60 steps of 4 hold 40 epochs of 6 rows
     assert tried["sft_kl"] == tuple(Hyperparameters(epochs, kl=kl) for epochs in (6, 40) for kl in (0.1, 1.0))
-    assert tried["soup"] == tuple(Hyperparameters(epochs, scale=scale) for epochs in (4, 13) for scale in (1.0, 0.5))  # of three
+    assert tried["soup"] == tuple(
+        Hyperparameters(epochs, scale=scale) for epochs in (4, 13) for scale in (1.0, 0.5)
+    )  # of three
     assert [setting.name for setting in (tried["sft"][1], tried["sft_kl"][0], *tried["soup"][:2])] == [
         "repeats3", "repeats6-kl0.1", "repeats4", "repeats4-scale0.5",
     ]  # fmt: skip
@@ -119,8 +123,8 @@ def test_every_arm_tries_the_learning_rates_and_decays_that_are_given(material: 
     compare = {"learning_rates": [1e-4, 1e-3], "weight_decays": [0.0, 0.1], "sft_epochs": [2]}
     given = config.from_dict({**data, "compare": compare})
     grid = [(rate, decay) for rate in (1e-4, 1e-3) for decay in (0.0, 0.1)]
-    assert arms.trials(material, arms.ARMS["sft"], given) == tuple(Hyperparameters(2, rate, decay) for rate, decay in grid)
-    found = arms.trials(material, arms.ARMS["tell"], given)
+    assert resolve(arms.ARMS["sft"], material, given).trials == tuple(Hyperparameters(2, rate, decay) for rate, decay in grid)
+    found = resolve(arms.ARMS["tell"], material, given).trials
     assert found == tuple(Hyperparameters(repeats, rate, decay) for repeats in (1, 2, 4, 8) for rate, decay in grid)
     assert len({setting.name for setting in found}) == 16
     assert found[1].name == "repeats1-learning_rate0.0001-weight_decay0.1"
@@ -140,19 +144,19 @@ def test_an_arm_of_ones_own_has_its_order_ratio_and_pool(material: RunData, give
     mine = config.Arm(name="mine", general="pool", order="random", general_per_task=2.0)
     own = replace(material, own_general={"mine": rows("other", 30)})
     for each, kind in ((material, "general"), (own, "other")):
-        stream = arms.stream(each, tiny_tokenizer(), mine, given, 2, 0)
+        stream = resolve(mine, each, given).stream(tiny_tokenizer(), 2, 0)
         assert (stream.plan.order, stream.share().task_examples, stream.share().general_examples) == ("random", 12, 24)
         assert all(f"{kind} answer" in text for text in texts(stream)[1])
-    assert [setting.repeats for setting in arms.trials(material, mine, given)] == [1, 2, 6, 13]  # 240 rows hold 13 x 18
+    assert [setting.repeats for setting in resolve(mine, material, given).trials] == [1, 2, 6, 13]  # 240 rows hold 13 x 18
 
 
 def test_a_ratio_that_is_asked_for_is_kept_or_refused(material: RunData, given: config.Settings) -> None:
     """192 rows were drawn: of a ratio of 12 they feed two repeats of six rows, of 40 none."""
     more = config.Arm(name="more", general="pool", general_per_task=12.0)
-    tried = [setting.repeats for setting in arms.trials(material, more, given)]
+    tried = [setting.repeats for setting in resolve(more, material, given).trials]
     assert tried == [1, 2]
     for repeats in tried:
-        share = arms.stream(material, tiny_tokenizer(), more, given, repeats, 0).share()
+        share = resolve(more, material, given).stream(tiny_tokenizer(), repeats, 0).share()
         assert share.general_examples == 12 * share.task_examples
     with pytest.raises(ConfigError, match="more: 40 general rows for each task row are more than the 192 drawn"):
-        arms.trials(material, more.model_copy(update={"name": "more", "general_per_task": 40.0}), given)
+        _ = resolve(more.model_copy(update={"general_per_task": 40.0}), material, given).trials

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from fulcrum import arms, budget, cli_budget, comparison, config, material, model, verification
+from fulcrum.cell import Cell
 from fulcrum.errors import ConfigError
 from fulcrum.records import Hyperparameters, Trial
-from fulcrum.units import Speed, ComparisonPlan, Job
+from fulcrum.units import ComparisonPlan, Job, Speed
 from test_cli import done, refused
 from tiny import comparison_settings, save_task
 
@@ -103,8 +104,8 @@ def test_a_units_cost_in_seconds(place: Path) -> None:
     rows = material.prepare(given, loaded.tokenizer, loaded.context, 0, dev_apart=False)
     study = ComparisonPlan(given, {0: rows}, place, Speed(task=1, general=10, scored=0.5, answered=100, start=7))
     tell, setting = arms.ARMS["tell"], Hyperparameters(repeats=2)
-    assert study.cost(Job(tell, 20, 0, setting)) == 2 * (40 + 400) + 3 * 7 + 20 * 0.5
-    final = study.cost(Job(tell, 20, 0, None, (Trial(setting, 1.0, 0, 0.0),)))
+    assert study.cost(Job(Cell(tell, 20, 0), setting)) == 2 * (40 + 400) + 3 * 7 + 20 * 0.5
+    final = study.cost(Job(Cell(tell, 20, 0), None, (Trial(setting, 1.0, 0, 0.0),)))
     assert final == 440 + 7 + (8 + 4) * 0.5  # 8 test rows and 2 + 2 held out; 20 of 40 rows are not probed
 
 

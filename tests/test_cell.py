@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulcrum import adapter, arms, cell, config, encode, generate, material
+from fulcrum.arm_data import resolve
+from fulcrum.cell import Cell
 from fulcrum.errors import ConfigError, DataError
 from fulcrum.material import RunData
-from fulcrum.records import Anchor, Example, Message, Hyperparameters, Task, Tokens, Trial
-from tiny import CONTEXT, load_tiny, tiny_settings, tiny_tokenizer, write_rows
+from fulcrum.records import Anchor, Example, Hyperparameters, Message, Task, Tokens, Trial
+from tiny import CONTEXT, load_tiny, session, tiny_settings, tiny_tokenizer, write_rows
 
 COLOURS = ("red", "blue", "green")
 
@@ -26,6 +28,9 @@ def row(kind: str, number: int, answer: str | None = None, group: str | None = N
 
 def rows(kind: str, number: int) -> tuple[Example, ...]:
     return tuple(row(kind, k) for k in range(number))
+
+
+SFT = arms.ARMS["sft"]
 
 
 def made(task_rows: int = 6, general_for: int = 6, repeats: tuple[int, ...] = (1, 2), name: str = "task") -> RunData:
@@ -58,7 +63,7 @@ def test_smaller_sizes_are_the_beginning_of_larger_ones() -> None:
     assert [whole.at(size).general_count(1) for size in (8, 16, 32)] == [16, 32, 64]
     assert [whole.at(size).step_cap for size in (8, 10, 16, 32)] == [12, 15, 24, 48]  # size x 2 x (1 + 2), 4 a step
     for size in (8, 16, 32):
-        stream = arms.stream(whole.at(size), tiny_tokenizer(), arms.ARMS["tell"], chosen(), 2, 0)
+        stream = resolve(arms.ARMS["tell"], whole.at(size), chosen()).stream(tiny_tokenizer(), 2, 0)
         assert (stream.share().task_examples, stream.share().general_examples) == (2 * size, 4 * size)
         assert stream.steps(4) == whole.at(size).step_cap
         # The general rows are nested too.
@@ -146,7 +151,12 @@ def test_no_test_row_is_seen_before_the_end(tmp_path: Path, name: str, setting: 
     other = replace(whole, tasks=(replace(whole.tasks[0], test=garbage),), held_out={"pool": garbage})
     changed = replace(whole, tasks=(replace(whole.tasks[0], train=tuple(row("own", k, COLOURS[k % 2]) for k in range(6))),))
     found = [
-        cell.tune(each, load_tiny(tmp_path), arms.ARMS[name], chosen(), setting, 0, name, None, Silent())
+        cell.tune(
+            session(load_tiny(tmp_path), chosen()),
+            resolve(arms.ARMS[name], each, chosen()),
+            Cell(arms.ARMS[name], 0, 0),
+            setting,
+        )
         for each in (whole, other, changed)
     ]
     assert replace(found[0], seconds=0) == replace(found[1], seconds=0)
@@ -159,27 +169,28 @@ def test_a_training_that_diverges_gives_way_to_the_next_best_setting(tmp_path: P
     """A learning rate of 1e30 makes weights that are no numbers; test rows are scored with the next best setting alone."""
     loaded, whole = load_tiny(tmp_path), made()
     tried = [
-        Trial(Hyperparameters(repeats, learning_rate=rate), nll, 5, 0.1) for repeats, rate, nll in ((2, 1e-2, 1.5), (2, 1e30, 0.5))
+        Trial(Hyperparameters(repeats, learning_rate=rate), nll, 5, 0.1)
+        for repeats, rate, nll in ((2, 1e-2, 1.5), (2, 1e30, 0.5))
     ]
-    found = cell.final(whole, loaded, arms.ARMS["sft"], chosen(), tried, 3, "sft", tmp_path, Silent())
-    alone = cell.final(whole, loaded, arms.ARMS["sft"], chosen(), tried[:1], 3, "alone", None, Silent())
+    found = cell.final(session(loaded, chosen(), tmp_path), resolve(SFT, whole, chosen()), Cell(SFT, 6, 3), tried)
+    alone = cell.final(session(loaded, chosen()), resolve(SFT, whole, chosen()), Cell(SFT, 6, 3), tried[:1])
     assert (found.chosen, found.setting, found.predictions) == (0, tried[0].setting, alone.predictions)
-    with pytest.raises(ConfigError, match=r"sft: training diverged with every setting"):
-        cell.final(whole, loaded, arms.ARMS["sft"], chosen(), tried[1:], 3, "sft", None, Silent())
+    with pytest.raises(ConfigError, match=r"sft-6-seed3: training diverged with every setting"):
+        cell.final(session(loaded, chosen()), resolve(SFT, whole, chosen()), Cell(SFT, 6, 3), tried[1:])
 
 
 def test_the_best_of_what_was_tried_is_trained_on_all_rows(tmp_path: Path) -> None:
     tried = [Trial(Hyperparameters(repeats), nll, 5, 0.1) for repeats, nll in ((1, 2.0), (2, float("inf")), (3, 1.5), (4, 1.5))]
     loaded = load_tiny(tmp_path)
-    found = cell.final(made(), loaded, arms.ARMS["sft"], chosen(), tried, 3, "sft", None, Silent())
+    found = cell.final(session(loaded, chosen()), resolve(SFT, made(), chosen()), Cell(SFT, 6, 3), tried)
     assert (found.size, found.seed, found.chosen, found.setting) == (6, 3, 2, Hyperparameters(3))  # of two equals the first
     assert found.tried == tuple(tried)
     assert found.training is not None
     assert (found.training.repeats, found.training.steps, found.training.best_step) == (3, 5, 5)  # 18 rows, 4 a step
     assert found.training.dev_nll == ()
     assert found.training.share.task_examples == 18
-    with pytest.raises(ConfigError, match=r"sft: training diverged with every setting; lower train\.learning_rate \(0\.01\)"):
-        cell.final(made(), loaded, arms.ARMS["sft"], chosen(), tried[1:2], 3, "sft", None, Silent())
+    with pytest.raises(ConfigError, match=r"sft-6-seed3: training diverged with every setting; lower train\.learning_rate \(0\.01\)"):
+        cell.final(session(loaded, chosen()), resolve(SFT, made(), chosen()), Cell(SFT, 6, 3), tried[1:2])
 
 
 # Drift from the base model.

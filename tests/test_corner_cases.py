@@ -72,9 +72,9 @@ def test_no_arm_of_a_file_takes_more_steps_than_tell(place: Path, tmp_path: Path
         ([{"name": "a", "trained": False, "kl": True}], r"a: is not trained \(trained: false\), so nothing of training can be"),
         ([{"name": "a", "trained": False, "general": "pool"}], r"a: is not trained \(trained: false\), so nothing of training"),
         ([{"name": "a", "trained": False, "train": {"lora_r": 2}}], r"a: is not trained \(trained: false\)"),
-        ([{"name": "a", "words": True}], r"\ba: "),  # no language model, and trained
-        ([{"name": "a", "shots": True}], r"\ba: "),  # rows in the prompt instead of training, and trained
-        ([{"name": "a", "trained": False, "shots": True, "words": True}], r"\ba: "),
+        ([{"name": "a", "tfidf": True}], r"\ba: "),  # no language model, and trained
+        ([{"name": "a", "few_shot": True}], r"\ba: "),  # rows in the prompt instead of training, and trained
+        ([{"name": "a", "trained": False, "few_shot": True, "tfidf": True}], r"\ba: "),
     ],
 )
 def test_a_wrong_arm_of_a_file_is_named(own: list[Any], message: str) -> None:
@@ -110,11 +110,11 @@ def test_forgetting_is_measured_against_the_untouched_model_whatever_stands_firs
 
 def test_an_average_of_weight_decomposed_adapters_is_refused_before_training(place: Path, tmp_path: Path) -> None:
     """Their magnitudes cannot be stacked."""
-    watcher = Counting()
+    progress = Counting()
     given = settings(place, tmp_path / "r", compare={"arms": ["soup", "sft"], "sft_epochs": [1]}, train__use_dora=True)
     with pytest.raises(ConfigError, match="soup"):
-        comparison.compare(given, watcher=watcher)
-    assert watcher.steps == 0
+        comparison.compare(given, progress=progress)
+    assert progress.steps == 0
 
 
 def test_training_on_general_rows_alone_is_an_arm(place: Path, tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ from fulcrum.errors import StoreError
 from fulcrum.records import (
     ArmResult,
     Difference,
+    Hyperparameters,
     Prediction,
     Results,
     Score,
-    Hyperparameters,
     Share,
     TaskFacts,
-    TrainPoint,
     TrainingRun,
+    TrainPoint,
     Trial,
 )
 
@@ -58,7 +58,9 @@ def arm_result(arm: str, seed: int, tasks: tuple[str, ...], shift: float, kind: 
     trial = training(arm, level, dev_apart=kind == "train") if trained else None
     tokens = 0 if trial is None else trial.train_tokens * (1 if kind == "train" else 2)
     repeats = (4, 8) if trained else (1,) if kind == "compare" else ()
-    tried = tuple(Trial(Hyperparameters(r), level + 0.1 + k / 20, tokens, 100.0 if trained else 2.0) for k, r in enumerate(repeats))
+    tried = tuple(
+        Trial(Hyperparameters(r), level + 0.1 + k / 20, tokens, 100.0 if trained else 2.0) for k, r in enumerate(repeats)
+    )
     predictions = (Prediction(f"t.jsonl:{seed}", "g", "p", "g", "o", 1.0, 1),)
     held_out = {"builtin": (Prediction(f"b.jsonl:{seed}", "g", "p", "g", None, 1.0, 1),)}
     return ArmResult(

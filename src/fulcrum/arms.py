@@ -308,7 +308,7 @@ def _check_source(settings: Settings, arm: Arm, arms: Sequence[Arm]) -> None:
 
 
 def sizes_of(settings: Settings, arm: Arm, every: int) -> tuple[int, ...]:
-    """Return the numbers of task rows at which an arm runs, ascending; `every` are all there are."""
+    """Return how many task rows an arm is run with, ascending; `every` are all there are."""
     return tuple(
         sorted(settings.compare.sizes_of.get(arm.name) or settings.compare.sizes or (every,))
     )
