@@ -36,6 +36,19 @@ def material() -> RunData:
     return RunData((task,), rows("general", 192), {}, {}, (1, 2, 4, 8), general_for=6, batch_size=4)
 
 
+def test_what_is_known_of_built_in_arms_is_whole_and_stays_out_of_files() -> None:
+    """Every reference has its advice, ranks are no two arms', and a run folder holds what a user may set only."""
+    known = arms.ARMS.values()
+    assert {arm.name for arm in known if arm.advice} == {arm.name for arm in known if arm.is_reference}
+    assert arms.by_use()[:4] == ["tell", "mix", "sft_anchor", "sft"]
+    for rank in ("use_rank", "drop_rank"):
+        ranks = [getattr(arm, rank) for arm in known if getattr(arm, rank) is not None]
+        assert sorted(ranks) == list(range(len(ranks)))
+    assert len(arms.by_dropping()) == len(ranks)
+    for arm in known:
+        assert config.Arm(**arm.model_dump()).model_dump() == arm.model_dump()
+
+
 def texts(stream: Stream) -> tuple[list[str], list[str]]:
     """What is trained on at the stream's task positions and at its general ones, in order."""
     is_task, ids = stream.plan.slice(0, len(stream.plan))

@@ -189,7 +189,7 @@ def test_the_best_of_what_was_tried_is_trained_on_all_rows(tmp_path: Path) -> No
     assert (found.training.repeats, found.training.steps, found.training.best_step) == (3, 5, 5)  # 18 rows, 4 a step
     assert found.training.dev_nll == ()
     assert found.training.share.task_examples == 18
-    with pytest.raises(ConfigError, match=r"sft-6-seed3: training diverged with every setting; lower train\.learning_rate \(0\.01\)"):
+    with pytest.raises(ConfigError, match=r"sft-6-seed3: .* every setting; lower train\.learning_rate \(0\.01\)"):
         cell.final(session(loaded, chosen()), resolve(SFT, made(), chosen()), Cell(SFT, 6, 3), tried[1:2])
 
 

@@ -72,6 +72,10 @@ def test_no_arm_of_a_file_takes_more_steps_than_tell(place: Path, tmp_path: Path
         ([{"name": "a", "trained": False, "kl": True}], r"a: is not trained \(trained: false\), so nothing of training can be"),
         ([{"name": "a", "trained": False, "general": "pool"}], r"a: is not trained \(trained: false\), so nothing of training"),
         ([{"name": "a", "trained": False, "train": {"lora_r": 2}}], r"a: is not trained \(trained: false\)"),
+        ([{"name": "a", "words": True}], r"unknown setting 'compare\.arms\[1\]\.words'; it is called 'tfidf' now"),
+        ([{"name": "a", "shots": True}], r"unknown setting 'compare\.arms\[1\]\.shots'; it is called 'few_shot' now"),
+        ([{"name": "a", "settings_of": "sft"}], r"\.settings_of'; it is called 'hyperparameters_of' now"),
+        ([{"name": "a", "colour": "red"}], r"unknown setting 'compare\.arms\[1\]\.colour'"),
         ([{"name": "a", "tfidf": True}], r"\ba: "),  # no language model, and trained
         ([{"name": "a", "few_shot": True}], r"\ba: "),  # rows in the prompt instead of training, and trained
         ([{"name": "a", "trained": False, "few_shot": True, "tfidf": True}], r"\ba: "),

@@ -64,9 +64,7 @@ class ArmPlan:
 
     @cached_property
     def general_rows(self) -> tuple[Example, ...]:
-        """The general rows that its streams begin with: the run's own, the arm's, or those that it
-        chooses.
-        """
+        """The general rows with which its streams begin: the run's, the arm's, or chosen ones."""
         if self.arm.general == "unlabeled":
             return _as_texts([row for task in self.rows.tasks for row in task.unlabeled])
         own = self.rows.own_general
@@ -78,8 +76,9 @@ class ArmPlan:
 
     @property
     def general_name(self) -> str:
-        """The key of its rows in `RunData.own_general`; for answers of adapters it names the rows
-        that taught them.
+        """The key of its rows in `RunData.own_general`.
+
+        Answers of adapters are named by the task rows that taught these.
         """
         if not self.arm.asks_adapters:
             return self.arm.name
@@ -99,8 +98,7 @@ class ArmPlan:
 
     @cached_property
     def trials(self) -> tuple[Hyperparameters, ...]:
-        """The hyperparameters that it tries: repeats (epochs), times learning rates and weight
-        decays.
+        """The hyperparameters it tries: repeats (epochs) x learning rates x weight decays.
 
         Arms with few general rows or none try up to the most epochs that TELL's steps allow. Each
         training's learning rate decays fully within its own steps. What else an arm tunes (the
@@ -126,22 +124,20 @@ class ArmPlan:
         )
 
     def order(self, repeats: int, general: int) -> str:
-        """Return the order of a stream: stratified by epoch if it is short, since clumps are likely
-        there.
-        """
+        """Return the order of a stream; short ones are stratified by epoch, to avoid clumps."""
         if general == 0:
             return "epoch_stratified"  # task rows alone are shuffled anew in each epoch
-        if self.arm.order is not None:
-            return self.arm.order
-        if self.settings.mix.order != "auto":
-            return self.settings.mix.order
+        order = self.arm.order or self.settings.mix.order
+        if order != "auto":
+            return order
         positions = repeats * len(self.task_rows) + general
         is_short = positions < _STRATIFIED * self.settings.train.batch_size
         return "epoch_stratified" if is_short else "random"
 
     def stream(self, tokenizer: encode.Tokenizer, repeats: int, seed: int) -> Stream:
-        """Return the token stream of one training: the same task rows in every arm, with or without
-        anchor and general rows.
+        """Return the token stream of one training.
+
+        Every arm has the same task rows, with or without anchor and general rows.
         """
         plain = encode.make_format(tokenizer, None)
         has_bare = self.anchor_dropout > 0 or self.anchor_cooldown > 0
@@ -226,9 +222,7 @@ def _as_texts(inputs: Sequence[Example]) -> tuple[Example, ...]:
 
 
 def _permuted(rows: Sequence[Example], seed: int) -> tuple[Example, ...]:
-    """Return the rows with each other's answers: along one cycle through all of them, so that none
-    keeps its own.
-    """
+    """Return the rows with each other's answers, so that none keeps its own: along one cycle."""
     cycle = np.random.default_rng(seed).permutation(len(rows))
     found = list(rows)
     for place, after in zip(cycle, np.roll(cycle, -1), strict=True):
@@ -270,8 +264,7 @@ def gradient_key(row: Example, anchor: Anchor | None) -> str:
 
 
 def rows_to_probe(plan: ArmPlan) -> dict[str, tuple[Example, Anchor | None]]:
-    """Return the rows whose gradients decide which general rows are chosen, with their anchors, by
-    `gradient_key`.
+    """Return the rows whose gradients decide, with their anchors, by `gradient_key`.
 
     They are the task rows, and the candidates most similar to them; empty if the arm does not
     choose by gradients.
@@ -288,9 +281,7 @@ def rows_to_probe(plan: ArmPlan) -> dict[str, tuple[Example, Anchor | None]]:
 
 
 def planned_tokens(plan: ArmPlan, tokenizer: encode.Tokenizer) -> int:
-    """Return about how many tokens the trainings of all trials take, from the lengths of a few
-    rows.
-    """
+    """Return about how many tokens the trials train on, from the lengths of a few rows."""
     if not plan.arm.trained:
         return 0
     plain = encode.make_format(tokenizer, None)
@@ -311,8 +302,7 @@ def _mean_length(rows: Sequence[Example], form: encode.Format) -> float:
 
 
 def _extra_trials(settings: Settings) -> int:
-    """Return how many settings more the arms without general data try, for what the others' side
-    tries.
+    """Return how many more trials the arms without general data get, for what the others spent.
 
     Scoring so many rows for each that is trained on costs about as many trainings; adapters that
     answer inputs are trained.
@@ -394,8 +384,9 @@ def _repeats_beside(plan: ArmPlan, general: int, batch: int) -> tuple[int, ...]:
 
 
 def _epochs(plan: ArmPlan, variants: int, batch: int) -> tuple[int, ...]:
-    """Return the epochs to try within TELL's steps: those given, else from 1 to the most, evenly in
-    the log.
+    """Return the epochs to try within TELL's steps.
+
+    They are those given, else from 1 to the most, evenly in the log.
 
     Raises ConfigError if a number that is given is above the most.
     """

@@ -1,5 +1,4 @@
-"""The registry of arms: which are built in, what is known of each, and which of them a settings
-file asks for.
+"""The registry of arms: what is built in and known of each, and which ones a file asks for.
 
 Arms differ in what an `Arm` says and in nothing else: the same task rows, as many trials, the last
 step's weights. What follows from an arm once its rows are known (general rows, trials, streams) is
@@ -139,9 +138,7 @@ def recipe(name: str) -> str:
 
 
 def by_use() -> list[str]:
-    """Return the names of the built-in arms, first those whose adapters are used if no arm is
-    named.
-    """
+    """Return the names of the built-in arms, those used first in front."""
 
     def rank(name: str) -> float:
         found = ARMS[name].use_rank
@@ -233,9 +230,7 @@ def chosen_arms(settings: Settings) -> list[Arm]:
 
 
 def _check_training(settings: Settings, arms: Sequence[Arm]) -> None:
-    """Raise ConfigError for adapters that cannot be averaged, and for label counts of a task
-    without labels.
-    """
+    """Raise ConfigError for adapters that cannot be averaged, and for tfidf without labels."""
     for arm in arms:
         if arm.members > 1 and arm.train.get("use_dora", settings.train.use_dora):
             raise ConfigError(
@@ -288,8 +283,9 @@ def _check_anchors(settings: Settings, arms: Sequence[Arm]) -> None:
 
 
 def _check_source(settings: Settings, arm: Arm, arms: Sequence[Arm]) -> None:
-    """Raise ConfigError if `hyperparameters_of` names an arm that is missing, tunes nothing, or
-    runs at other sizes.
+    """Raise ConfigError if `hyperparameters_of` names an arm that cannot give any.
+
+    That arm is missing, tunes nothing or something else, or runs at other sizes.
     """
     if arm.hyperparameters_of is None:
         return

@@ -60,9 +60,7 @@ _SAMPLED = 64  # tokens of the base model's own text, by which drift is measured
 
 @dataclass(frozen=True)
 class Session:
-    """What every part of a run shares: the model in memory, the settings, where files go, who is
-    told.
-    """
+    """What every part of a run shares."""
 
     model: LoadedModel
     settings: Settings
@@ -71,10 +69,7 @@ class Session:
 
     @property
     def kept(self) -> Path | None:
-        """The folder that this process writes to;
-
-        None if nothing is kept, or another process writes.
-        """
+        """The folder that this process writes to; None if it writes nothing."""
         return self.folder if launched.writes() else None
 
     def listener(self, label: str) -> training.Progress:
@@ -137,8 +132,7 @@ def own_settings(settings: TrainSettings, arm: Arm, chosen: Hyperparameters) -> 
 def fit(
     session: Session, plan: ArmPlan, chosen: Hyperparameters, seed: int, label: str
 ) -> list[TrainingRun]:
-    """Train an arm on all its task rows and put the adapter on the model; return the record of each
-    training.
+    """Train an arm on all its task rows, put the adapter on the model, return each training.
 
     An arm that is not trained has no adapter. Of several `members` the average is put on.
     """
@@ -198,8 +192,9 @@ def _length(model: LoadedModel) -> words.Length:
 
 
 def numbers_of_shots(model: LoadedModel, plan: ArmPlan, seed: int) -> tuple[Hyperparameters, ...]:
-    """Return what a k-shot arm tries: as many rows as the smallest fold leaves, in prompts that the
-    model's context holds.
+    """Return the numbers of examples that a few-shot arm tries.
+
+    They are as many as the smallest fold leaves, in prompts that the model's context holds.
     """
     plain = encode.make_format(model.tokenizer, None)
     folds = plan.folds(plan.settings.compare.folds, store.seed_for(seed, "folds"))
@@ -247,8 +242,9 @@ def tune(session: Session, plan: ArmPlan, cell: Cell, chosen: Hyperparameters) -
 def _losses_of_counts(
     model: LoadedModel, tasks: Sequence[Task]
 ) -> list[tuple[FloatArray, IntArray]]:
-    """Return nats (rows, temperatures) and tokens (rows,) of each task's dev rows, by word counts,
-    which have no temperature.
+    """Return nats (rows, temperatures) and tokens (rows,) of dev rows by word counts, task by task.
+
+    Counts have no temperature: their loss is the same at each.
     """
     found = []
     for task in tasks:
@@ -265,8 +261,7 @@ def _prompted(tasks: Sequence[Task], chosen: Hyperparameters) -> Sequence[Task]:
 
 
 def best_temperature(losses: FloatArray) -> float:
-    """Return the temperature of the least of `losses` (at TEMPERATURES), between the neighbours of
-    the least.
+    """Return the temperature of the least of `losses` (at TEMPERATURES).
 
     It is the lowest point of a parabola in the logarithm of the temperature; 1 if losses are not
     finite.
@@ -306,8 +301,9 @@ def best_first(arm: Arm, tried: Sequence[Trial]) -> list[Choice]:
 def final(
     session: Session, plan: ArmPlan, cell: Cell, tried: Sequence[Trial], *, probed: bool = False
 ) -> ArmResult:
-    """Train on all rows with the best of `tried`, and score test, once; with `probed`, look for
-    side effects too.
+    """Train on all rows with the best of `tried`, and score test, once.
+
+    With `probed`, look for side effects too.
 
     A training that diverges, before any test row is seen, gives way to the next best
     hyperparameters. Raises ConfigError if none is left.
@@ -411,8 +407,9 @@ def other_anchors(task: Task, tasks: Sequence[Task], plan: ArmPlan) -> dict[str,
 def drift(
     model: LoadedModel, general: Sequence[Example], batch_tokens: int
 ) -> tuple[Prediction, ...]:
-    """Return KL(base || adapted) on texts that the base model samples for general prompts, the same
-    for every adapter.
+    """Return KL(base || adapted) on texts that the base model samples for general prompts.
+
+    The texts are the same for every adapter.
     """
     plain = encode.make_format(model.tokenizer, None)
     prompts = [encode.prompt_ids(row.prompt, plain) for row in general]
@@ -449,8 +446,9 @@ def score(
     label: str,
     temperature: float | None = None,
 ) -> ArmResult:
-    """Score what is on the model: test rows of `tasks` (their loss at a `temperature` too), and
-    held-out general rows.
+    """Score what is on the model: test rows of `tasks`, and held-out general rows.
+
+    With a `temperature`, test rows have their loss at that too.
     """
     model, evaluation = session.model, session.settings.eval
     scores, predictions = {}, {}

@@ -1,5 +1,4 @@
-"""Arms x sizes x seeds on the same rows: settings tuned inside the task rows, refitted on all of
-them, scored once on test.
+"""Compare arms x sizes x seeds: tuned inside the task rows, refitted, scored once on test.
 
 All trials come first, for a final training takes the best of them. A killed comparison resumes
 without redoing a finished job.
@@ -47,8 +46,7 @@ def compare(
     budget: float | None = None,
     left_out: Sequence[str] = (),
 ) -> Results:
-    """Run every arm at every size and seed, and fill the run folder with results, certificate,
-    predictions and report.
+    """Run every arm at every size and seed, and fill the run folder.
 
     Fairness (rules a to i of a fair comparison): the same nested task rows in all arms, dev rows
     among them; settings chosen by cross-validation inside these (as many as there are repeats to
@@ -117,9 +115,7 @@ def left_out_note(budget: float | None, left_out: Sequence[str]) -> list[str]:
 def _with_general_rows(
     session: Session, rows: dict[int, RunData], arms: Sequence[Arm]
 ) -> dict[int, RunData]:
-    """Return the rows of every seed with the general rows that arms make, choose by gradients, or
-    have answered.
-    """
+    """Return the rows of every seed with the general rows that are made, chosen or answered."""
     found = selfmade.with_made_rows(session, rows, arms)
     for seed, data in found.items():
         views = _views(data, arms, session.settings)
@@ -156,9 +152,7 @@ def by_seeds(
 
 
 def _require_common_size(settings: Settings, arms: Sequence[Arm]) -> None:
-    """Raise ConfigError if arms with general rows and trained ones without share no size: they
-    could not be compared.
-    """
+    """Raise ConfigError if arms with general rows and those without share no size."""
     mixed: set[int] = set()
     plain: set[int] = set()
     for arm in arms:
@@ -205,9 +199,7 @@ class JobTracker:
         self.progress.overall(self.done, self.total, rest)
 
     def run(self, work: Sequence[Job], runner: workers.Runner) -> list[Any]:
-        """Return the results of some of the jobs, in their order: the stored ones, and the others
-        once run and stored.
-        """
+        """Return the results of some of the jobs, in order; those not stored are run first."""
         found: dict[str, Trial | ArmResult] = {}
         for job in work:
             stored = read(self.plan, job)
@@ -223,9 +215,7 @@ class JobTracker:
 
 
 def _views(rows: RunData, arms: Sequence[Arm], settings: Settings) -> list[ArmPlan]:
-    """Return the arms that choose or answer general rows by their task rows: at every size, and on
-    every fold that is tuned.
-    """
+    """Return the plans of arms whose general rows depend on task rows: by size, and by fold."""
     found = []
     is_tuned = settings.compare.tune == "each" or rows.seed == settings.seeds[0]
     for arm in arms:
@@ -275,8 +265,9 @@ def plan_finals(
 
 
 def paired_differences(results: Sequence[ArmResult], settings: Settings) -> list[Difference]:
-    """Return paired test differences of the telling pairs, for every task and every metric that is
-    a mean over rows.
+    """Return paired test differences of the telling pairs, by task and metric.
+
+    Metrics of a whole corpus have none.
     """
     by_arm: dict[str, list[ArmResult]] = {}
     for result in results:
@@ -301,9 +292,7 @@ def _outcomes(results: Sequence[ArmResult], task: str, metric: str) -> list[tupl
 
 
 def _pairs(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
-    """Give the pairs that answer a question: what TELL brought, mixing alone, the anchor alone,
-    training, an arm of one's own.
-    """
+    """Give the pairs of arms whose difference answers a question."""
     names = {arm.name for arm in arms}
     built_in = [arm for arm in arms if arm.name in ARMS]
     own = [arm for arm in arms if arm.name not in ARMS]

@@ -39,8 +39,9 @@ _ALONE = (0.0, 4.0, 16.0)  # task rows alone are trained in the steps of these r
 def resolve(
     settings: Settings, *, compared: bool, resume: bool, progress: ProgressListener
 ) -> tuple[Settings, Pilot | None]:
-    """Return the settings with `general_per_task: auto` settled by a pilot, and what it found; read
-    back if a run is resumed.
+    """Return the settings with `general_per_task: auto` settled, and what the pilot found.
+
+    The pilot is read back if a run is resumed.
 
     If the pilot chooses 0, SFT may use the number of epochs that was best without general data. Dev
     rows are task rows here; test rows are never seen: neither those of a run, nor (`compared`)
@@ -79,8 +80,9 @@ def resolve(
 
 
 def _fed(settings: Settings, repeats: int) -> int:
-    """Task rows whose largest mixture the pool can feed, with room for rows that may not be used,
-    up to `MOST`.
+    """Return how many task rows the pool can feed at the largest ratio, up to `MOST`.
+
+    There is room for general rows that may not be used.
     """
     size = len(pool.open_pool(settings.general, settings.seed, near=settings.clean.near_duplicates))
     rows = int(0.8 * (size - settings.eval.general_rows) / (PILOT_RATIOS[-1] * repeats))
@@ -95,8 +97,9 @@ def _fed(settings: Settings, repeats: int) -> int:
 
 
 def _settled(settings: Settings, found: Pilot) -> Settings:
-    """The settings with what a pilot chose: fewer arms where nothing is to be mixed, epochs within
-    TELL's steps as they are.
+    """Return the settings with what a pilot chose.
+
+    If it is 0, arms with general data go; epochs stay within TELL's steps.
     """
     compare, mix = settings.compare, settings.mix
     changes: dict[str, Any] = {"extra_trials": compare.extra_trials + len(found.ratios)}
@@ -129,9 +132,7 @@ def dropped(settings: Settings) -> list[str]:
 
 
 def keep(found: Pilot | None, folder: Path | None, gone: Sequence[str] = ()) -> list[str]:
-    """Write what a pilot found beside the run that it settled; and say it, and which arms are
-    `gone` for it.
-    """
+    """Write what a pilot found into the run's folder; say it, and which arms are `gone`."""
     if found is None:
         return []
     if folder is not None:
@@ -159,8 +160,7 @@ def sentence(found: Pilot) -> str:
 
 
 def run(session: Session, rows: RunData, arm: Arm) -> Pilot:
-    """Train mixtures of `PILOT_RATIOS` by cross-validation inside some of the task rows, and choose
-    one.
+    """Train mixtures of `PILOT_RATIOS` on some of the task rows, by cross-validation; choose one.
 
     The most that `mix.pilot_tokens` buy of the task rows are used. Raises ConfigError if they buy
     fewer than `FEWEST`.
@@ -220,9 +220,7 @@ def choose(ratios: Sequence[float], losses: FloatArray, errors: FloatArray) -> f
 
 
 def _affordable(session: Session, plan: ArmPlan, repeats: int) -> int:
-    """Return how many rows of each task the pilot's tokens buy: with two folds every row is trained
-    on once.
-    """
+    """Return how many rows of each task the tokens buy: two folds train on every row once."""
 
     def length(part: Sequence[Example], anchor: Anchor | None) -> float:
         form = encode.make_format(session.model.tokenizer, anchor)
@@ -255,9 +253,7 @@ class _Measured:
 
 
 def _once(session: Session, plan: ArmPlan, chosen: Hyperparameters) -> _Measured:
-    """Measure a mixture (`_held_out`), or read it back from the cache: a pilot that was killed
-    resumes with what is left.
-    """
+    """Measure a mixture, or read it back: a pilot that was killed resumes with what is left."""
     loaded, settings = session.model, session.settings
     about: list[Any] = [
         store.code(),

@@ -48,8 +48,9 @@ def gradients(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> FloatArray:
-    """Return sketches of the gradients of examples' mean losses with respect to the present adapter's B
-    matrices: (examples, d).
+    """Return sketches of the gradients of examples' mean losses: (examples, d).
+
+    They are taken with respect to the present adapter's B matrices.
 
     Source: LESS (Xia et al. 2024, arXiv 2402.04333), which projects whole gradients; the
     count-sketch is that of Charikar, Chen and Farach-Colton (2002). LESS also divides general rows'
@@ -146,9 +147,7 @@ class _Sketch:
 
 @lru_cache(maxsize=1024)
 def _random(seed: int, place: int, width: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's projection (width, k), and where in the sketch its k x rank numbers go, with which
-    signs.
-    """
+    """Return a layer's projection (width, k), and where its k x rank sums go, with which signs."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
     signs = torch.randint(0, 2, (width, _PROJECTED), generator=generator) * 2.0 - 1
     buckets = torch.randint(0, DIMENSIONS, (_PROJECTED * rank,), generator=generator)
@@ -157,8 +156,7 @@ def _random(seed: int, place: int, width: int, rank: int) -> tuple[Tensor, Tenso
 
 
 def with_gradients(session: Session, rows: RunData, plans: Sequence[ArmPlan]) -> RunData:
-    """Return `rows` with the gradients by which arms choose, for every plan (a size, a fold) on
-    which an arm trains.
+    """Return `rows` with the gradients by which arms choose, for every plan (a size, a fold).
 
     The adapter is warmed up on the pool's own rows, so that one set of gradients serves all plans,
     and none sees what it must not. Task rows are taken with their anchors if the arm has one.
@@ -246,10 +244,7 @@ def in_blocks(
 
 
 def _kept(file: Path, names: str) -> tuple[npt.NDArray[np.float16], float] | None:
-    """Gradients of these rows that were taken before, and the seconds it took;
-
-    None where there are none, or no whole ones.
-    """
+    """Return stored gradients of these rows, and the seconds they took; None if not whole."""
     try:
         with np.load(file) as kept:
             return (
@@ -260,8 +255,9 @@ def _kept(file: Path, names: str) -> tuple[npt.NDArray[np.float16], float] | Non
 
 
 def _warm_up(loaded: LoadedModel, rows: RunData, settings: Settings) -> None:
-    """Train an adapter on the first general rows: gradients of a fresh one say little of where
-    training goes (LESS, 3.1).
+    """Train an adapter on the first general rows.
+
+    Gradients of a fresh one say little of where training goes (LESS, 3.1).
     """
     general = rows.candidates[:WARM_UP]
     plain = encode.make_format(loaded.tokenizer, None)

@@ -26,9 +26,7 @@ class ProgressListener(Protocol):
         """Hear that `done` of `total` are finished."""
 
     def overall(self, done: int, total: int, seconds: float) -> None:
-        """Hear that `done` of `total` jobs are finished, and that the others take about so many
-        seconds.
-        """
+        """Hear that `done` of `total` jobs are finished; the others take about `seconds`."""
 
 
 class Silent:

@@ -35,8 +35,9 @@ Asked = tuple[Task, Example]  # an input, and whose it is
 
 
 def with_answers(session: Session, rows: RunData, plans: Sequence[ArmPlan]) -> RunData:
-    """Return `rows` with the answers on which arms train: of adapters for every plan of one (a
-    size, a fold), or of the teacher.
+    """Return `rows` with the answers on which arms train.
+
+    Adapters answer for every plan (a size, a fold), the teacher for the whole.
 
     Kept in the folder, and read back when resumed. Raises ConfigError if nothing usable comes.
     """
@@ -91,8 +92,9 @@ def _answered(row: Example, answer: str) -> Example:
 def _by_adapters(
     session: Session, plan: ArmPlan, inputs: Sequence[Asked]
 ) -> tuple[list[Example], str]:
-    """Return, of the answers that `MEMBERS` adapters give to an input, the one that all together
-    find likeliest; and how.
+    """Return each input with its likeliest answer, and how these were found.
+
+    `MEMBERS` adapters answer; of an input's answers the likeliest to all of them together is taken.
     """
     model, chosen = session.model, Hyperparameters(EPOCHS)
     own = {"anchor": plan.arm.anchor}
@@ -160,8 +162,9 @@ def _generated(
 
 
 def _by_teacher(session: Session, inputs: Sequence[Asked]) -> tuple[list[Example], str]:
-    """Return the teacher's answers; each is asked for once, for all seeds, and those that came are
-    kept if a run is killed.
+    """Return the inputs with the teacher's answers, and how these were found.
+
+    Each is asked for once, for all seeds, and those that came are kept if a run is killed.
     """
     settings, teacher = session.settings, session.settings.teacher
     assert teacher is not None  # chosen_arms refuses the arm without one

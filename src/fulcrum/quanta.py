@@ -36,9 +36,11 @@ _LOSSES = "losses"  # folder of a run with the items' losses, by arm and step
 def quanta(
     settings: Settings, *, resume: bool = False, progress: ProgressListener | None = None
 ) -> Results:
-    """Cluster answers by their gradients, train SFT and TELL at equal showings of the task rows,
-    and ask whether the gain of a cluster rises with its share of general data; fill the run folder
-    with `quanta.json`, an explorer page, results and report.
+    """Cluster answers by their gradients, and ask where general data helped.
+
+    SFT and TELL are trained at equal showings of the task rows: does the gain of a cluster rise
+    with its share of general data? Fill the run folder with `quanta.json`, an explorer page,
+    results and report.
 
     Raises ConfigError, DataError, ModelError or StoreError.
     """
@@ -84,9 +86,7 @@ def quanta(
 
 
 def _items(session: Session, rows: RunData) -> list[Item]:
-    """Draw half of the items from test rows, asked as the arms are, half from general rows that are
-    kept out of the mix.
-    """
+    """Draw half of the items from test rows, half from general rows kept out of the mix."""
     settings, tokenizer = session.settings, session.model.tokenizer
     anchors = resolve(own_arm(settings), rows, settings).train_anchors
     own = [(row, anchors[task.name]) for task in rows.tasks for row in task.test]
@@ -112,9 +112,7 @@ def _losses(session: Session, items: Sequence[Item]) -> FloatArray:
 def _trained(
     session: Session, plan: ArmPlan, items: Sequence[Item]
 ) -> tuple[ArmResult, dict[int, FloatArray]]:
-    """Train an arm; return its test scores, and every item's loss (nats per token) by step:
-    (items,).
-    """
+    """Train an arm; return its test scores, and the items' losses by step: (items,) each."""
     settings, name = session.settings, plan.arm.name
     stream = plan.stream(session.model.tokenizer, settings.quanta.repeats, settings.seed)
     steps, points = stream.steps(settings.train.batch_size), settings.quanta.points

@@ -66,8 +66,7 @@ _TOLD = (
 def run(
     settings: Settings, *, resume: bool = False, progress: ProgressListener | None = None
 ) -> Results:
-    """Train one adapter as the settings say, score it next to the untouched model, and fill the run
-    folder.
+    """Train one adapter, score it next to the untouched model, and fill the run folder.
 
     Raises ConfigError, DataError, ModelError or StoreError, each naming the remedy.
     """
@@ -108,8 +107,9 @@ def begin(
     resume: bool,
     progress: ProgressListener,
 ) -> tuple[Session, list[RunData]]:
-    """Load the model, read the rows of every seed, and make the output folder this run's, once
-    nothing speaks against it.
+    """Load the model, read the rows of every seed, and make the output folder this run's.
+
+    The folder is touched once nothing speaks against the run.
 
     What the probes chose is written to the folder's config.yaml, and a resumed run takes it from
     there.
@@ -180,9 +180,7 @@ def begin(
 
 
 def train_arm(session: Session, plan: ArmPlan) -> ArmResult:
-    """Train every trial of an arm, put the adapter on the model that was best on dev, and score it
-    once on test.
-    """
+    """Train every trial of an arm; score the adapter that was best on dev, once, on test."""
     started, settings, model = time.perf_counter(), session.settings, session.model
     seed, tasks = settings.seed, plan.rows.tasks
     dev = cell.tokenised(model, plan, tasks, "dev")
@@ -313,9 +311,7 @@ def _numbers_of_shots(arms: Sequence[ArmResult]) -> list[str]:
 
 
 def idle(arms: Sequence[ArmResult]) -> Iterator[str]:
-    """Warnings about trained arms whose test rows all have an untrained arm's very losses: no
-    adapter was at work there.
-    """
+    """Warn of trained arms with the very losses of an untrained one: no adapter was at work."""
     for arm in arms:
         own = losses(arm)
         for other in arms if arm.training is not None and own else ():
@@ -328,21 +324,20 @@ def idle(arms: Sequence[ArmResult]) -> Iterator[str]:
 
 
 def losses(arm: ArmResult) -> list[float]:
-    """The summed nats of every test row of every task."""
+    """Return the summed nats of every test row of every task."""
     return [row.nll_sum for rows in arm.predictions.values() for row in rows]
 
 
 def shown_size(arms: Sequence[ArmResult], settings: Settings) -> int:
-    """The size at which arms are set against each other: the most task rows that an arm with
-    general rows had, else any arm.
-    """
+    """Return the size at which arms are compared: the most task rows of a mixture, else of any."""
     mixed = [arm.size for arm in arms if arm_of(settings, arm.arm).uses_general_data]
     return max(mixed, default=0) or max((arm.size for arm in arms), default=0)
 
 
 def forgetting(arms: Sequence[ArmResult]) -> Iterator[Difference]:
-    """How far each arm's loss on held-out general rows lies above the untouched model's, paired by
-    row.
+    """Give how far each arm's loss on held-out general rows is above the untouched model's.
+
+    Rows are paired.
     """
     base = next((arm for arm in arms if arm.training is None and arm.general), None)
     if base is None:

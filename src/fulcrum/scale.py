@@ -35,8 +35,7 @@ def scale(
     budget: float | None = None,
     left_out: Sequence[str] = (),
 ) -> Results:
-    """Train at every amount of general data of `settings.scale`, and fill the run folder with
-    results, verdicts and report.
+    """Train at every amount of general data of `settings.scale`, and fill the run folder.
 
     The arguments are those of `comparison.compare`. What the curves say is computed from results
     and predictions, here and whenever the report is written (`scaling.analyse`). Raises
@@ -62,9 +61,7 @@ def scale(
 
 
 def _require_general(settings: Settings) -> None:
-    """Raise ConfigError where the pool cannot feed the longest training, if the number of task rows
-    is known.
-    """
+    """Raise ConfigError if the pool cannot feed the longest training, once its rows are known."""
     size = len(pool.open_pool(settings.general, settings.seed, near=settings.clean.near_duplicates))
     wanted = round(settings.mix.per_task * (settings.scale.rows or 0) * len(settings.tasks))
     if wanted > size - settings.eval.general_rows:
@@ -83,24 +80,22 @@ def _jobs(comparison: ComparisonPlan) -> list[Job]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings that a budget allows, the seconds they are expected to take, what had to be left
-    out, and how many trainings.
-    """
+    """An experiment that a budget allows."""
 
     settings: Settings
-    seconds: float
-    left_out: tuple[str, ...]
+    seconds: float  # that it is expected to take
+    left_out: tuple[str, ...]  # in words
     trainings: int
 
 
 def plan(settings: Settings, seconds: float) -> Plan:
-    """The richest experiment that `seconds` buy on this machine.
+    """Return the richest experiment that `seconds` buy on this machine.
 
     Left out, in this order: seeds beyond the third, test rows beyond 200 and 100, the design of
     fixed steps, the largest ratios down to seven, seeds beyond the second. Seeds, designs and
     ratios that the settings name are kept.
 
-    Raises ConfigError where not even that fits.
+    Raises ConfigError if not even that fits.
     """
     began = time.perf_counter()
     loaded = model.load(

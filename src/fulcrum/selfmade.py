@@ -27,8 +27,9 @@ LABEL = "general rows that the model makes itself"
 def with_made_rows(
     session: Session, rows: Mapping[int, RunData], arms: Sequence[Arm]
 ) -> dict[int, RunData]:
-    """Return the rows of every seed with those that arms need and the model made; kept in the
-    folder, and read back when resumed.
+    """Return the rows of every seed with those that the model made for arms.
+
+    Made rows are kept in the folder, and read back when resumed.
     """
     found = dict(rows)
     for arm in arms:
@@ -92,9 +93,7 @@ def read_rows(file: Path) -> tuple[str, tuple[Example, ...]]:
 def own_answers(
     model: LoadedModel, rows: Sequence[Example], batch_tokens: int, count: Count
 ) -> tuple[Example, ...]:
-    """Return the rows with the model's own greedy answers; rows that it answers with nothing are
-    skipped.
-    """
+    """Return the rows with the model's own greedy answers; empty answers are skipped."""
     form = encode.make_format(model.tokenizer, None)
     prompts = [encode.prompt_ids(row.prompt, form) for row in rows]
     answers = generate.generate(

@@ -92,9 +92,7 @@ class Stream:
         return (first, steps - first) if 0 < first < steps else (steps,)
 
     def share(self, positions: int | None = None) -> Share:
-        """Return the task's share in examples, tokens and loss tokens of the first `positions`
-        (None: of all).
-        """
+        """Return the task's share of the first `positions` (None: of all)."""
         stop = len(self.plan) if positions is None else min(positions, len(self.plan))
         examples, is_task = self._examples(0, stop)
         n_tokens = np.array([len(example) for example in examples])
@@ -133,11 +131,10 @@ class Stored(Sequence[Tokens]):
 
 @lru_cache(maxsize=4)  # trials and arms ask for the same rows again
 def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
-    """The tokens of `examples` (`encode.encode`): few rows from memory, many from the cache's file,
-    made where it lacks one.
+    """Return the tokens of `examples`: few from memory, many from a file of the cache.
 
-    Where the cache cannot be written (a full disk, a read-only folder), the rows are encoded in
-    memory. Raises DataError as `encode.encode` does.
+    A file that is missing is made. If the cache cannot be written (a full disk, a read-only
+    folder), the rows are encoded in memory. Raises DataError as `encode.encode` does.
     """
     # A template that writes the date gives other tokens tomorrow.
     many = len(examples) >= SMALLEST and "strftime_now" not in form.template
@@ -170,10 +167,7 @@ def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
 
 @lru_cache(maxsize=4)
 def _tokenizer_hash(tokenizer: Tokenizer, size: int) -> str | None:
-    """A hash over the vocabulary, merges and added tokens;
-
-    None for a tokenizer that does not write itself down.
-    """
+    """Return a hash over a tokenizer's vocabulary and merges; None if it does not write itself."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else fingerprint([backend.to_str(), size])
 
@@ -187,9 +181,7 @@ def _whole(file: Path, rows: int) -> bool:
 
 
 def _write(file: Path, examples: Sequence[Example], form: Format) -> None:
-    """Write beside the file's place and rename, so that processes that race for it each find it
-    whole.
-    """
+    """Write next to the file's place and rename, so that processes that race find it whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:

@@ -28,8 +28,9 @@ Result = Trial | ArmResult
 
 @dataclass(frozen=True)
 class Job:
-    """A trial: cross-validate `hyperparameters`; or, if these are None, train on all rows with the
-    best of `tried`.
+    """A trial of `hyperparameters`, or, if these are None, a final training.
+
+    A trial cross-validates them; a final training has all rows, and the best of `tried`.
     """
 
     cell: Cell
@@ -57,9 +58,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """What every job of a comparison needs to know: plain values, so that another process can run
-    it.
-    """
+    """What every job of a comparison needs: plain values, so that other processes can run it."""
 
     settings: Settings
     rows: Mapping[int, RunData]  # by seed
@@ -79,16 +78,11 @@ class ComparisonPlan:
         return tuple(self.rows)
 
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
-        """Return the seeds at which an arm is run: the first, if neither it nor the test rows
-        depend on them.
-        """
+        """Return the seeds of an arm: the first, if neither it nor the test rows depend on them."""
         return self.seeds if arm.depends_on_seed or self.settings.outer_folds else self.seeds[:1]
 
     def cells(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> list[Cell]:
-        """Return every cell of these arms, seed by seed;
-
-        `seeds` are those of the comparison if not given.
-        """
+        """Return every cell of these arms, seed by seed (all seeds if none are given)."""
         found = []
         for seed in self.seeds if seeds is None else seeds:
             for arm in arms:
@@ -139,9 +133,7 @@ class ComparisonPlan:
         return scored, answered
 
     def is_probed(self, cell: Cell) -> bool:
-        """Whether a cell's side effects are looked for, and its adapter kept: the first seed's
-        largest sizes.
-        """
+        """Whether side effects are looked for, and the adapter kept: first seed, largest size."""
         return self.probed and cell.seed == self.seeds[0] and cell.size == max(self.sizes(cell.arm))
 
 

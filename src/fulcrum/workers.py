@@ -60,9 +60,7 @@ def share_threads(jobs: int, on: str) -> None:
 
 @contextmanager
 def runner(comparison: ComparisonPlan, session: Session, *, jobs: int, on: str) -> Iterator[Runner]:
-    """Give what runs jobs and yields each with its result as it is finished; workers live as long
-    as the context.
-    """
+    """Give what runs jobs and yields each result; workers live as long as the context."""
     if on == "local" and jobs == 1:
         yield lambda work: _here(comparison, session, work)
         return
@@ -120,9 +118,7 @@ def _forwarding(
 
 
 class _Worker:
-    """What a worker process holds: the plan of the comparison, and the model, which is loaded when
-    its first job comes.
-    """
+    """What a worker process holds: the comparison's plan, and the model."""
 
     def __init__(self, comparison: ComparisonPlan, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -198,9 +194,7 @@ def _processes(comparison: ComparisonPlan, session: Session, jobs: int) -> Itera
 
 
 def _connect() -> Any:
-    """Ray, connected to the cluster that RAY_ADDRESS names or that runs here, else to one of this
-    machine alone.
-    """
+    """Return Ray, connected to RAY_ADDRESS, the cluster that runs here, or this machine alone."""
     try:
         import ray
     except ImportError:
@@ -215,9 +209,7 @@ def _connect() -> Any:
 def _on_node(
     comparison: ComparisonPlan, job: Job, threads: int, weights: str, messages: Any
 ) -> tuple[Result, dict[str, bytes]]:
-    """Run a job on whatever node Ray chose; return its result and the files of its adapter, if it
-    is kept.
-    """
+    """Run a job on whatever node Ray chose; return its result and the adapter's files, if kept."""
     global _worker
     if _worker is None or not _is_same(_worker.comparison, comparison):
         _worker = _Worker(comparison, threads)
