@@ -6,6 +6,7 @@ from typing import Protocol
 from fulcrum.records import TrainPoint
 
 Count = Callable[[int, int], None]  # is given how many are done, and how many there are
+LabelledCount = Callable[[str, int, int], None]  # the same after a label
 
 
 def after(before: int, total: int, count: Count) -> Callable[[int], None]:

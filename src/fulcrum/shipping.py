@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from fulcrum import artefact, encode, gguf, gguf_export, materials, merge, metrics, modelfile, report, sources, store, use
 from fulcrum.artefact import Check, Measured, Plain, Trained
 from fulcrum.errors import ConfigError, ModelError, nearest
+from fulcrum.progress import LabelledCount
 from fulcrum.records import Example
 from fulcrum.use import Adapter
 
@@ -33,7 +34,6 @@ ROWS = 32  # dev rows on which an export is scored again
 RECORD = "export.json"
 _CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by itself
 _ROUNDING = {"merged": 2.0**-7, "f16": 2.0**-9, "q8_0": 2.0**-5}  # of a tensor at most, relative; other quantisations: half
-Count = Callable[[str, int, int], None]  # of what, how many are done, of how many
 _HOW_TO_GET = (
     "get it with `git clone https://github.com/ggml-org/llama.cpp` (and build it for llama-quantize), then give its folder: "
     "--llama-cpp llama.cpp"
@@ -76,7 +76,7 @@ class Export:
 
 def export(
     folder: Path | str, wanted: Wanted, *, arm: str | None = None, task: str | None = None, out: Path | str | None = None,
-    rows: int = ROWS, count: Count = lambda *_: None,
+    rows: int = ROWS, count: LabelledCount = lambda *_: None,
 ) -> Export:  # fmt: skip
     """Write a run's adapter for other programs into `out` (default: `export/` of the run folder), and score it again on `rows`
     dev rows (training rows, where the run has none; 0: not at all).

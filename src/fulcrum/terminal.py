@@ -4,7 +4,7 @@ Invariant: text of the user's rows is never read as markup and cannot steer the 
 """
 
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fulcrum.progress import Count
 from fulcrum.records import IntArray, Score
 
 if TYPE_CHECKING:  # it imports torch
@@ -165,7 +166,7 @@ def row_text(spans: Sequence["Span"], *, colour: bool) -> Text:
 
 
 @contextmanager
-def download(out: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+def download(out: Console, name: str) -> Iterator[Count]:
     """Yield a callback (bytes done, bytes in all) that shows how a download goes on; nothing is drawn until it is called."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     started: list[TaskID] = []
