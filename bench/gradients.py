@@ -40,9 +40,9 @@ def main() -> None:
     say(f"{len(both):,} rows of {sum(len(item.tokens) for item in both):,} tokens, {torch.get_num_threads()} threads", began)
     began = time.perf_counter()
     begin = partial(adapter.new_adapter, loaded, train, 0)
-    examples, keys = [item.tokens for item in both], [item.key for item in both]
+    examples = {item.key: item.tokens for item in both}
     found, _ = probe.in_blocks(
-        loaded, examples, keys, begin, None, budget=train.pack_tokens, seed=0, count=lambda done, of: None, unit=True
+        loaded, examples, begin, None, budget=train.pack_tokens, seed=0, count=lambda done, of: None, unit=True
     )
     say("gradients", began)
     began = time.perf_counter()

@@ -5,10 +5,11 @@ import sys
 import time
 from pathlib import Path
 
-from fulcrum import arms, compiled, encode, generate, loss, mix, model, training
+from fulcrum import compiled, encode, generate, loss, mix, model, training
 from fulcrum.config import TrainSettings
 from fulcrum.identity import peak_memory_bytes
 from fulcrum.records import Example, Message
+from fulcrum.tokens import Stream
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
             compiled.switch_on(loaded, settings, Example(messages[0], "0", "0"))
             warm_up = time.perf_counter() - started
         plan = mix.plan(len(tokens), 0, repeats=1, general_per_task=0, order="random", seed=0)
-        stream = arms.Stream(plan, tokens, [])
+        stream = Stream(plan, tokens, [])
         _, result = training.train(loaded, stream, lambda: 0.0, settings, seed=0, repeats=1)
         seconds = result.seconds
     counted = sum(len(each) for each in tokens)

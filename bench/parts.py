@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fulcrum import adapter, arms, choose, encode, generate, ingest, loss, mix, model, probe, row_savings, training
+from fulcrum import adapter, choose, encode, generate, ingest, loss, mix, model, probe, row_savings, training
 from fulcrum.config import TrainSettings
 from fulcrum.records import Anchor, Example, Message
 from fulcrum.sections import DataSource
+from fulcrum.tokens import Stream
 
 MODEL = "smollm2-135m-instruct"
 DEMO = Path(__file__).parent.parent / "src/fulcrum/data/demo"
@@ -108,8 +109,8 @@ def prefixes() -> None:
     mixed = mix.plan(8, 24, repeats=1, general_per_task=3, order="random", seed=0)
     alone = mix.plan(32, 0, repeats=1, general_per_task=0, order="random", seed=0)
     streams = {
-        "sft_anchor, anchor of 290": arms.Stream(alone, long, []),
-        "tell, demo": arms.Stream(
+        "sft_anchor, anchor of 290": Stream(alone, long, []),
+        "tell, demo": Stream(
             mixed, [encode.encode(row, demo) for row in task[:8]], [encode.encode(row, plain) for row in general[:24]]
         ),
     }  # fmt: skip
@@ -124,7 +125,7 @@ def prefixes() -> None:
     )
     for name, stream in streams.items():
 
-        def train(share: bool, stream: arms.Stream = stream) -> None:
+        def train(share: bool, stream: Stream = stream) -> None:
             chosen = settings.model_copy(update={"share_prefixes": share, "evaluations": 1})
             training.train(loaded, stream, lambda: 0.0, chosen, seed=0, repeats=1)
 

@@ -122,7 +122,7 @@ def main() -> None:
     screen = terminal.console()
     terminal.silence_libraries()
     with Watch(screen) as watch:
-        scale.scale(settings(given.folder), resume=True, watcher=watch, jobs=given.jobs)
+        scale.scale(settings(given.folder), resume=True, progress=watch, jobs=given.jobs)
     terminal.conclude(screen, given.folder / "run")
     held = judge(store.read_json(given.folder / "run" / store.SCALING))
     for what, holds in held.items():

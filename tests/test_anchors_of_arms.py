@@ -1,5 +1,6 @@
 """Anchors of arms: an arm may have its own, lack it in some showings, be asked without it; what is no anchor is refused."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ import pytest
 
 from fulcrum import api, arms, cell, config, encode, finished, labelled, preview, scoring
 from fulcrum.anchor import reworded
+from fulcrum.arm_data import ArmPlan, resolve
 from fulcrum.comparison import compare
 from fulcrum.config import Arm
 from fulcrum.errors import ConfigError
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.records import Anchor, Example, Message, Task
 from fulcrum.run import run
-from tiny import comparison_settings, save_task, tiny_tokenizer
+from fulcrum.tokens import Stream
+from tiny import arm_named, comparison_settings, save_task, tiny_tokenizer
 
 ANCHOR = Anchor("Name it.")
 TOKENIZER = tiny_tokenizer()
@@ -33,21 +36,26 @@ def given(**more: Any) -> config.Settings:
 
 
 @pytest.fixture
-def material() -> Material:
+def material() -> RunData:
     task = Task("task", rows("own", 6), rows("dev", 2), rows("test", 2), ANCHOR)
-    return Material((task,), rows("general", 192), {}, {}, (1, 2, 4, 8), general_for=6, batch_size=4)
+    return RunData((task,), rows("general", 192), {}, {}, (1, 2, 4, 8), general_for=6, batch_size=4)
 
 
-def shown(stream: arms.Stream) -> list[str]:
+def shown(stream: Stream) -> list[str]:
     """The texts of a stream in order, step by step as training takes them."""
     return [TOKENIZER.decode(one.ids) for index in range(stream.steps(4)) for one in stream.step(index, 4)[0]]
 
 
-def made(material: Material, settings: config.Settings, arm: Arm, repeats: int = 8) -> arms.Stream:
-    return arms.stream(material, TOKENIZER, arm, settings, repeats, 0)
+def planned(arm: Arm, tasks: Sequence[Task], settings: config.Settings) -> ArmPlan:
+    """What an arm does with these tasks."""
+    return resolve(arm, RunData(tuple(tasks), (), {}, {}, (1,), general_for=6, batch_size=4), settings)
 
 
-def test_the_last_part_of_a_cooled_down_stream_lacks_the_anchor(material: Material) -> None:
+def made(material: RunData, settings: config.Settings, arm: Arm, repeats: int = 8) -> Stream:
+    return resolve(arm, material, settings).stream(TOKENIZER, repeats, 0)
+
+
+def test_the_last_part_of_a_cooled_down_stream_lacks_the_anchor(material: RunData) -> None:
     stream = made(material, given(), Arm(name="cooled", anchored=True, general="pool", anchor_cooldown=0.25))
     plain = made(material, given(), arms.ARMS["tell"])
     is_task, _ = stream.plan.slice(0, 240)
@@ -57,7 +65,7 @@ def test_the_last_part_of_a_cooled_down_stream_lacks_the_anchor(material: Materi
         assert cooled == (whole.replace("Name it.\n\n", "") if place >= 180 else whole)
 
 
-def test_some_showings_lack_the_anchor_the_same_ones_each_time(material: Material) -> None:
+def test_some_showings_lack_the_anchor_the_same_ones_each_time(material: RunData) -> None:
     arm = Arm(name="dropped", anchored=True, general="pool", anchor_dropout=0.4)
     stream = made(material, given(), arm)
     lacking = stream.is_bare(0, 240)
@@ -69,19 +77,19 @@ def test_some_showings_lack_the_anchor_the_same_ones_each_time(material: Materia
     assert stream.share().total_tokens < made(material, given(), arms.ARMS["tell"]).share().total_tokens
     other = made(replace(material, seed=1), given(), arm)
     assert np.array_equal(other.is_bare(0, 240), lacking)  # the plan's seed draws, not the rows'
-    assert not np.array_equal(arms.stream(material, TOKENIZER, arm, given(), 8, 1).is_bare(0, 240), lacking)
+    assert not np.array_equal(resolve(arm, material, given()).stream(TOKENIZER, 8, 1).is_bare(0, 240), lacking)
 
 
-def test_the_settings_hold_for_all_arms_and_an_arms_own_for_it(material: Material) -> None:
+def test_the_settings_hold_for_all_arms_and_an_arms_own_for_it(material: RunData) -> None:
     settings = given(mix={"anchor_dropout": 0.5, "anchor_cooldown": 0.1}, eval={"anchored": False})
     task = material.tasks[0]
-    assert arms.lacking(arms.ARMS["tell"], settings) == (0.5, 0.1)
-    assert arms.lacking(arms.ARMS["mix"], settings) == (0.0, 0.0)
-    assert arms.lacking(arms.ARMS["tell_dropout"], settings) == (0.1, 0.1)
-    assert arms.asked_anchor(arms.ARMS["tell"], task, settings) is None
-    assert arms.asked_anchor(arms.ARMS["base_anchor"], task, settings) == ANCHOR  # untrained: the anchor is all it has
-    assert arms.asked_anchor(arms.ARMS["tell_cooldown"], task, given()) is None
-    assert arms.asked_anchor(Arm(name="x", anchored=True, asked_anchored=True), task, settings) == ANCHOR
+    assert arms.anchor_schedule(arms.ARMS["tell"], settings) == (0.5, 0.1)
+    assert arms.anchor_schedule(arms.ARMS["mix"], settings) == (0.0, 0.0)
+    assert arms.anchor_schedule(arm_named("tell_dropout"), settings) == (0.1, 0.1)
+    assert arms.inference_anchor(arms.ARMS["tell"], task, settings) is None
+    assert arms.inference_anchor(arms.ARMS["base_anchor"], task, settings) == ANCHOR  # untrained: the anchor is all it has
+    assert arms.inference_anchor(arm_named("tell_cooldown"), task, given()) is None
+    assert arms.inference_anchor(Arm(name="x", anchored=True, asked_anchored=True), task, settings) == ANCHOR
 
 
 @pytest.mark.parametrize(
@@ -135,24 +143,26 @@ def test_a_model_that_does_without_its_anchor_is_scored_saved_and_used_without(t
     assert found.scores["task"][0].value == pytest.approx(nats, abs=1e-5)
 
 
-def test_what_hangs_on_the_anchor_is_asked_for_with_others(material: Material) -> None:
+def test_what_hangs_on_the_anchor_is_asked_for_with_others(material: RunData) -> None:
     settings, task = given(), material.tasks[0]
     other = replace(task, name="two", anchor=Anchor("Count it."))
-    found = cell.other_anchors(task, [task, other], arms.ARMS["tell"], settings)
+    found = cell.other_anchors(task, [task, other], planned(arms.ARMS["tell"], [task, other], settings))
     assert found == {
         "without": None, "wrong": Anchor("Count it."), "reworded": Anchor("In other words: Name it."),
     }  # fmt: skip
-    found = cell.other_anchors(task, [task], arms.ARMS["tell_cooldown"], settings)
+    found = cell.other_anchors(task, [task], planned(arm_named("tell_cooldown"), [task], settings))
     assert list(found) == ["wrong", "reworded", "with"]
     assert found["with"] == ANCHOR
-    assert cell.other_anchors(task, [task], arms.ARMS["mix"], settings) == {}
+    assert cell.other_anchors(task, [task], planned(arms.ARMS["mix"], [task], settings)) == {}
     own = config.from_dict({"task": {"train": "x.jsonl", "anchor": {"text": "Name it.", "paraphrase": "Call it."}}})
-    assert cell.other_anchors(task, [task], arms.ARMS["tell"], own)["reworded"] == Anchor("Call it.")
+    assert cell.other_anchors(task, [task], planned(arms.ARMS["tell"], [task], own))["reworded"] == Anchor("Call it.")
     said = config.from_dict({"task": {"train": "x.jsonl", "anchor": "Say it."}}).tasks[0].anchor
     arm = arms.ARMS["tell"].model_copy(update={"anchor": said})
-    assert cell.anchor_of(arm, task) == Anchor("Say it.")
-    assert cell.other_anchors(task, [task], arm, settings)["wrong"] == Anchor(cell.ANOTHER)  # the task's own is not wrong
-    assert cell.other_anchors(task, [task, other], arm, settings)["wrong"] == Anchor("Count it.")
+    assert arms.training_anchor(arm, task) == Anchor("Say it.")
+    assert cell.other_anchors(task, [task], planned(arm, [task], settings))["wrong"] == Anchor(
+        cell.ANOTHER
+    )  # the task's own is not wrong
+    assert cell.other_anchors(task, [task, other], planned(arm, [task, other], settings))["wrong"] == Anchor("Count it.")
 
 
 @pytest.mark.parametrize(
@@ -179,13 +189,13 @@ def test_a_rule_rewords(text: str, other: str) -> None:
         ("word " * 400, r"task: anchor: of [\d,]+ tokens, train.max_length \(256\) leaves no room"),
     ],
 )
-def test_what_is_no_anchor_is_refused(material: Material, placement: Any, text: str, said: str) -> None:
+def test_what_is_no_anchor_is_refused(material: RunData, placement: Any, text: str, said: str) -> None:
     settings = given(train={"max_length": 256})
     with pytest.raises(ConfigError, match=said.replace("|", r"\|")):
         labelled.check_anchor(Anchor(text, placement), material.tasks[0], settings, TOKENIZER, "task: anchor")
 
 
-def test_a_response_prefix_must_not_be_a_part_of_the_answers(material: Material) -> None:
+def test_a_response_prefix_must_not_be_a_part_of_the_answers(material: RunData) -> None:
     task = replace(material.tasks[0], train=tuple(
         Example((Message("user", f"q {k}"), Message("assistant", f"The name: {k}")), f"g{k}", f"o:{k}") for k in range(6)
     ))  # fmt: skip
@@ -199,7 +209,7 @@ def test_a_response_prefix_must_not_be_a_part_of_the_answers(material: Material)
     assert check(Anchor("Here it is: ", "response_prefix"), judged, given(), TOKENIZER, "a") == []
 
 
-def test_what_may_stand_is_told(material: Material) -> None:
+def test_what_may_stand_is_told(material: RunData) -> None:
     (note,) = labelled.check_anchor(Anchor("own 3"), material.tasks[0], given(), TOKENIZER, "a")
     assert note == "a: 1 of task's 10 rows hold its text; there it stands twice"
     (note,) = labelled.check_anchor(Anchor("name it " * 50), material.tasks[0], given(), TOKENIZER, "a")
@@ -212,7 +222,7 @@ def test_the_written_stream_lacks_the_anchor_where_training_does(tmp_path: Path)
     )
     seen = preview.open_preview(settings, 0)
     arm = arms.own_arm(settings)
-    stream = arms.stream(seen.rows, seen.tokenizer, arm, settings, 2, 0)
+    stream = resolve(arm, seen.rows, settings).stream(seen.tokenizer, 2, 0)
     plain = encode.make_format(seen.tokenizer, None)
     written = list(preview.stream_rows(seen, 2))
     assert {"Name it." in row["messages"][0]["content"] for row in written if row["source"] == "task"} == {True, False}

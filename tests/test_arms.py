@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from fulcrum import arms, config, encode
+from fulcrum import arm_data, arms, config, encode
+from fulcrum.arm_data import planned_tokens, resolve
 from fulcrum.errors import ConfigError
-from fulcrum.material import Material
-from fulcrum.records import Anchor, Example, Message, Setting, Task
-from tiny import tiny_tokenizer
+from fulcrum.material import RunData
+from fulcrum.records import Anchor, Example, Hyperparameters, Message, Task
+from fulcrum.tokens import Stream
+from tiny import arm_named, tiny_tokenizer
 
 ANCHOR = Anchor("Name it.")
 
@@ -28,13 +30,26 @@ def given() -> config.Settings:
 
 
 @pytest.fixture
-def material() -> Material:
+def material() -> RunData:
     """Six task rows and what TELL's eight repeats of them need: 60 steps of 4."""
     task = Task("task", rows("own", 6), rows("dev", 2), rows("test", 2), ANCHOR)
-    return Material((task,), rows("general", 192), {}, {}, (1, 2, 4, 8), general_for=6, batch_size=4)
+    return RunData((task,), rows("general", 192), {}, {}, (1, 2, 4, 8), general_for=6, batch_size=4)
 
 
-def texts(stream: arms.Stream) -> tuple[list[str], list[str]]:
+def test_what_is_known_of_built_in_arms_is_whole_and_stays_out_of_files() -> None:
+    """Every reference has its advice, ranks are no two arms', and a run folder holds what a user may set only."""
+    known = arms.ARMS.values()
+    assert {arm.name for arm in known if arm.advice} == {arm.name for arm in known if arm.is_reference}
+    assert arms.by_use()[:4] == ["tell", "mix", "sft_anchor", "sft"]
+    for rank in ("use_rank", "drop_rank"):
+        ranks = [getattr(arm, rank) for arm in known if getattr(arm, rank) is not None]
+        assert sorted(ranks) == list(range(len(ranks)))
+    assert len(arms.by_dropping()) == len(ranks)
+    for arm in known:
+        assert config.Arm(**arm.model_dump()).model_dump() == arm.model_dump()
+
+
+def texts(stream: Stream) -> tuple[list[str], list[str]]:
     """What is trained on at the stream's task positions and at its general ones, in order."""
     is_task, ids = stream.plan.slice(0, len(stream.plan))
     decode = tiny_tokenizer().decode
@@ -42,12 +57,12 @@ def texts(stream: arms.Stream) -> tuple[list[str], list[str]]:
     return own, [decode(stream.general[k].ids) for k in ids[~is_task]]
 
 
-def made(material: Material, given: config.Settings, name: str, repeats: int = 2) -> arms.Stream:
-    return arms.stream(material, tiny_tokenizer(), arms.ARMS[name], given, repeats, 0)
+def made(material: RunData, given: config.Settings, name: str, repeats: int = 2) -> Stream:
+    return resolve(arm_named(name), material, given).stream(tiny_tokenizer(), repeats, 0)
 
 
 @pytest.mark.parametrize("name", ["general_then_task", "task_then_general"])
-def test_one_after_the_other_has_tells_rows_and_steps(material: Material, given: config.Settings, name: str) -> None:
+def test_one_after_the_other_has_tells_rows_and_steps(material: RunData, given: config.Settings, name: str) -> None:
     tell, other = made(material, given, "tell"), made(material, given, name)
     assert [Counter(part) for part in texts(other)] == [Counter(part) for part in texts(tell)]
     assert other.steps(4) == tell.steps(4) == 15
@@ -55,27 +70,27 @@ def test_one_after_the_other_has_tells_rows_and_steps(material: Material, given:
     first = name == "task_then_general"
     assert is_task[:12].all() == first
     assert is_task[-12:].all() != first
-    assert arms.trials(material, arms.ARMS[name], given) == arms.trials(material, arms.ARMS["tell"], given)
+    assert resolve(arm_named(name), material, given).trials == resolve(arms.ARMS["tell"], material, given).trials
 
 
 def test_replay_is_a_tenth_of_the_stream_and_tunes_its_epochs_within_tells_steps(
-    material: Material, given: config.Settings
+    material: RunData, given: config.Settings
 ) -> None:
-    tried = arms.trials(material, arms.ARMS["replay_10"], given)
+    tried = resolve(arm_named("replay_10"), material, given).trials
     epochs = (1, 3, 11, 36)  # 60 steps of 4 hold 36 epochs of 6 rows and a ninth of general ones
-    assert tried == tuple(Setting(repeats) for repeats in epochs)
+    assert tried == tuple(Hyperparameters(repeats) for repeats in epochs)
     for repeats in epochs:
         stream = made(material, given, "replay_10", repeats)
         assert stream.plan.task_share == pytest.approx(0.9, abs=0.1 if repeats == 1 else 0.02)
         assert stream.steps(4) <= material.step_cap
 
 
-def test_the_placebo_has_tells_prompts_and_answers_none_with_its_own(material: Material, given: config.Settings) -> None:
-    permuted = arms._permuted(material.general, 7)
+def test_the_placebo_has_tells_prompts_and_answers_none_with_its_own(material: RunData, given: config.Settings) -> None:
+    permuted = arm_data._permuted(material.general, 7)
     assert [row.prompt for row in permuted] == [row.prompt for row in material.general]
     assert Counter(row.answer for row in permuted) == Counter(row.answer for row in material.general)
     assert all(a.answer != b.answer for a, b in zip(permuted, material.general, strict=True))
-    assert arms._permuted(material.general, 7) == permuted != arms._permuted(material.general, 8)
+    assert arm_data._permuted(material.general, 7) == permuted != arm_data._permuted(material.general, 8)
     (own, placebo), (tells, _) = texts(made(material, given, "placebo_permuted")), texts(made(material, given, "tell"))
     assert own == tells  # the same task rows at the same places
     plain = encode.make_format(tiny_tokenizer(), None)
@@ -84,13 +99,12 @@ def test_the_placebo_has_tells_prompts_and_answers_none_with_its_own(material: M
     assert whole.isdisjoint(placebo)
 
 
-def test_tokens_are_planned_as_they_are_trained(material: Material, given: config.Settings) -> None:
+def test_tokens_are_planned_as_they_are_trained(material: RunData, given: config.Settings) -> None:
     for name in ("tell", "placebo_permuted", "replay_10", "sft"):
-        arm = arms.ARMS[name]
-        planned = arms.planned_tokens(material, tiny_tokenizer(), [arm], given)
-        streams = [made(material, given, name, setting.repeats) for setting in arms.trials(material, arm, given)]
+        planned = planned_tokens(resolve(arm_named(name), material, given), tiny_tokenizer())
+        streams = [made(material, given, name, setting.repeats) for setting in resolve(arm_named(name), material, given).trials]
         anchors = sum(stream.plan.task_positions for stream in streams) * len(tiny_tokenizer()("Name it.\n\n")["input_ids"])
-        trained = sum(stream.share().total_tokens for stream in streams) - anchors * arm.anchored
+        trained = sum(stream.share().total_tokens for stream in streams) - anchors * arm_named(name).anchored
         assert planned == pytest.approx(trained, rel=0.05)
 
 
@@ -103,26 +117,28 @@ def test_a_single_run_is_the_arm_that_its_settings_describe(anchor: str, general
     assert arms.own_arm(config.from_dict(data)).name == name
 
 
-def test_what_else_is_tuned_takes_the_place_of_epochs(material: Material, given: config.Settings) -> None:
+def test_what_else_is_tuned_takes_the_place_of_epochs(material: RunData, given: config.Settings) -> None:
     """TELL tries four numbers of repeats; an arm with a second setting has two numbers of epochs and two of that."""
-    tried = {name: arms.trials(material, arms.ARMS[name], given) for name in ("tell", "sft", "sft_kl", "soup")}
-    assert tried["tell"] == tuple(map(Setting, (1, 2, 4, 8)))
-    assert tried["sft"] == tuple(map(Setting, (1, 3, 12, 40)))  # 60 steps of 4 hold 40 epochs of 6 rows
-    assert tried["sft_kl"] == tuple(Setting(epochs, kl=kl) for epochs in (6, 40) for kl in (0.1, 1.0))
-    assert tried["soup"] == tuple(Setting(epochs, scale=scale) for epochs in (4, 13) for scale in (1.0, 0.5))  # of three
+    tried = {name: resolve(arms.ARMS[name], material, given).trials for name in ("tell", "sft", "sft_kl", "soup")}
+    assert tried["tell"] == tuple(map(Hyperparameters, (1, 2, 4, 8)))
+    assert tried["sft"] == tuple(map(Hyperparameters, (1, 3, 12, 40)))  # 60 steps of 4 hold 40 epochs of 6 rows
+    assert tried["sft_kl"] == tuple(Hyperparameters(epochs, kl=kl) for epochs in (6, 40) for kl in (0.1, 1.0))
+    assert tried["soup"] == tuple(
+        Hyperparameters(epochs, scale=scale) for epochs in (4, 13) for scale in (1.0, 0.5)
+    )  # of three
     assert [setting.name for setting in (tried["sft"][1], tried["sft_kl"][0], *tried["soup"][:2])] == [
         "repeats3", "repeats6-kl0.1", "repeats4", "repeats4-scale0.5",
     ]  # fmt: skip
 
 
-def test_every_arm_tries_the_learning_rates_and_decays_that_are_given(material: Material) -> None:
+def test_every_arm_tries_the_learning_rates_and_decays_that_are_given(material: RunData) -> None:
     data = {"task": {"train": "rows.jsonl", "anchor": "Name it."}, "train": {"batch_size": 4}}
     compare = {"learning_rates": [1e-4, 1e-3], "weight_decays": [0.0, 0.1], "sft_epochs": [2]}
     given = config.from_dict({**data, "compare": compare})
     grid = [(rate, decay) for rate in (1e-4, 1e-3) for decay in (0.0, 0.1)]
-    assert arms.trials(material, arms.ARMS["sft"], given) == tuple(Setting(2, rate, decay) for rate, decay in grid)
-    found = arms.trials(material, arms.ARMS["tell"], given)
-    assert found == tuple(Setting(repeats, rate, decay) for repeats in (1, 2, 4, 8) for rate, decay in grid)
+    assert resolve(arms.ARMS["sft"], material, given).trials == tuple(Hyperparameters(2, rate, decay) for rate, decay in grid)
+    found = resolve(arms.ARMS["tell"], material, given).trials
+    assert found == tuple(Hyperparameters(repeats, rate, decay) for repeats in (1, 2, 4, 8) for rate, decay in grid)
     assert len({setting.name for setting in found}) == 16
     assert found[1].name == "repeats1-learning_rate0.0001-weight_decay0.1"
 
@@ -132,28 +148,28 @@ def test_every_arm_tries_the_learning_rates_and_decays_that_are_given(material: 
     [("general_then_task", (12, 3)), ("task_then_general", (3, 12)), ("tell", (15,)), ("sft", (3,)), ("general_only", (12,))],
 )
 def test_a_source_after_the_other_is_a_phase_of_its_own(
-    material: Material, given: config.Settings, name: str, phases: tuple[int, ...]
+    material: RunData, given: config.Settings, name: str, phases: tuple[int, ...]
 ) -> None:
     assert made(material, given, name).phases(4) == phases  # 12 task positions and 48 general ones
 
 
-def test_an_arm_of_ones_own_has_its_order_ratio_and_pool(material: Material, given: config.Settings) -> None:
-    mine = config.Arm(name="mine", general="pool", order="ramp", general_per_task=2.0)
+def test_an_arm_of_ones_own_has_its_order_ratio_and_pool(material: RunData, given: config.Settings) -> None:
+    mine = config.Arm(name="mine", general="pool", order="random", general_per_task=2.0)
     own = replace(material, own_general={"mine": rows("other", 30)})
     for each, kind in ((material, "general"), (own, "other")):
-        stream = arms.stream(each, tiny_tokenizer(), mine, given, 2, 0)
-        assert (stream.plan.order, stream.share().task_examples, stream.share().general_examples) == ("ramp", 12, 24)
+        stream = resolve(mine, each, given).stream(tiny_tokenizer(), 2, 0)
+        assert (stream.plan.order, stream.share().task_examples, stream.share().general_examples) == ("random", 12, 24)
         assert all(f"{kind} answer" in text for text in texts(stream)[1])
-    assert [setting.repeats for setting in arms.trials(material, mine, given)] == [1, 2, 6, 13]  # 240 rows hold 13 x 18
+    assert [setting.repeats for setting in resolve(mine, material, given).trials] == [1, 2, 6, 13]  # 240 rows hold 13 x 18
 
 
-def test_a_ratio_that_is_asked_for_is_kept_or_refused(material: Material, given: config.Settings) -> None:
+def test_a_ratio_that_is_asked_for_is_kept_or_refused(material: RunData, given: config.Settings) -> None:
     """192 rows were drawn: of a ratio of 12 they feed two repeats of six rows, of 40 none."""
     more = config.Arm(name="more", general="pool", general_per_task=12.0)
-    tried = [setting.repeats for setting in arms.trials(material, more, given)]
+    tried = [setting.repeats for setting in resolve(more, material, given).trials]
     assert tried == [1, 2]
     for repeats in tried:
-        share = arms.stream(material, tiny_tokenizer(), more, given, repeats, 0).share()
+        share = resolve(more, material, given).stream(tiny_tokenizer(), repeats, 0).share()
         assert share.general_examples == 12 * share.task_examples
     with pytest.raises(ConfigError, match="more: 40 general rows for each task row are more than the 192 drawn"):
-        arms.trials(material, more.model_copy(update={"name": "more", "general_per_task": 40.0}), given)
+        _ = resolve(more.model_copy(update={"general_per_task": 40.0}), material, given).trials

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from fulcrum import arms, budget, cli_budget, comparison, config, material, model, presets, verify, wording
+from fulcrum.cell import Cell
 from fulcrum.certificate import Budget, Certificate
 from fulcrum.errors import ConfigError
-from fulcrum.records import Setting, Tried
-from fulcrum.units import Speed, Study, Unit
+from fulcrum.records import Hyperparameters, Trial
+from fulcrum.units import ComparisonPlan, Job, Speed
 from test_cli import done, refused
 from tiny import comparison_settings, save_task
 
@@ -248,10 +249,10 @@ def test_a_units_cost_in_seconds(place: Path) -> None:
     )
     loaded = model.load(given.model, given.train)
     rows = material.prepare(given, loaded.tokenizer, loaded.context, 0, dev_apart=False)
-    study = Study(given, {0: rows}, place, Speed(task=1, general=10, scored=0.5, answered=100, start=7))
-    tell, setting = arms.ARMS["tell"], Setting(repeats=2)
-    assert study.cost(Unit(tell, 20, 0, setting)) == 2 * (40 + 400) + 3 * 7 + 20 * 0.5
-    final = study.cost(Unit(tell, 20, 0, None, (Tried(setting, 1.0, 0, 0.0),)))
+    study = ComparisonPlan(given, {0: rows}, place, Speed(task=1, general=10, scored=0.5, answered=100, start=7))
+    tell, setting = arms.ARMS["tell"], Hyperparameters(repeats=2)
+    assert study.cost(Job(Cell(tell, 20, 0), setting)) == 2 * (40 + 400) + 3 * 7 + 20 * 0.5
+    final = study.cost(Job(Cell(tell, 20, 0), None, (Trial(setting, 1.0, 0, 0.0),)))
     assert final == 440 + 7 + (8 + 4) * 0.5  # 8 test rows and 2 + 2 held out; 20 of 40 rows are not probed
 
 

@@ -10,9 +10,9 @@ import pytest
 import answering
 from answering import Asked
 from fulcrum import anchor_scores, anchor_validity, api, candidates, config
-from fulcrum.cell import Silent
 from fulcrum.comparison import compare
 from fulcrum.errors import ConfigError, DataError, StoreError
+from fulcrum.progress import Silent
 from fulcrum.run import run
 from test_cli import done, refused
 from tiny import comparison_settings, save_task, write_rows
@@ -98,7 +98,7 @@ def test_a_comparison_chooses_by_its_smallest_size_and_sees_no_test_row(
 def test_arms_with_anchors_of_their_own_are_scored_without_auto(tmp_path: Path) -> None:
     one = {"name": "one", "anchored": True, "anchor": "Is it red or blue or green?"}
     settings = settings_of(tmp_path, "Name it.", compare={"arms": ["base", one], "sizes": [16], "folds": 2})
-    resolved, (found,) = candidates.resolve(settings, compared=True, watcher=Silent())
+    resolved, (found,) = candidates.resolve(settings, compared=True, progress=Silent())
     assert resolved == settings  # nothing was to be chosen
     assert [score.source for score in found.scores if not score.is_control] == ["given", "given: arm one"] or [
         score.source for score in found.scores if not score.is_control
@@ -115,7 +115,7 @@ def test_scores_that_choose_nothing_stop_no_comparison_of_few_rows(tmp_path: Pat
             said.append(text)
 
     settings = settings_of(tmp_path, "Name it.", compare={"arms": ["base", one], "sizes": [8], "folds": 2})
-    compare(settings, watcher=Told())
+    compare(settings, progress=Told())
     assert "task: its anchors are not scored, which takes 8 training rows and an anchor" in said
     assert json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
     assert not (tmp_path / "out" / "anchors.json").exists()

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulcrum import adapter, arms, cell, config, encode, generate, material
+from fulcrum.arm_data import resolve
+from fulcrum.cell import Cell
 from fulcrum.errors import ConfigError, DataError
-from fulcrum.material import Material
-from fulcrum.records import Anchor, Example, Message, Setting, Task, Tokens, Tried
-from tiny import CONTEXT, load_tiny, tiny_settings, tiny_tokenizer, write_rows
+from fulcrum.material import RunData
+from fulcrum.records import Anchor, Example, Hyperparameters, Message, Task, Tokens, Trial
+from tiny import CONTEXT, load_tiny, session, tiny_settings, tiny_tokenizer, write_rows
 
 COLOURS = ("red", "blue", "green")
 
@@ -28,11 +30,14 @@ def rows(kind: str, number: int) -> tuple[Example, ...]:
     return tuple(row(kind, k) for k in range(number))
 
 
-def made(task_rows: int = 6, general_for: int = 6, repeats: tuple[int, ...] = (1, 2), name: str = "task") -> Material:
+SFT = arms.ARMS["sft"]
+
+
+def made(task_rows: int = 6, general_for: int = 6, repeats: tuple[int, ...] = (1, 2), name: str = "task") -> RunData:
     """Rows of a comparison: two general rows for a task row."""
     task = Task(name, rows("own", task_rows), (), rows("test", 3), Anchor("Name it."), ("nll", "accuracy"), 3)
     general = rows("general", 2 * max(repeats) * general_for)
-    return Material((task,), general, {"pool": rows("held", 2)}, {}, repeats, general_for, batch_size=4)
+    return RunData((task,), general, {"pool": rows("held", 2)}, {}, repeats, general_for, batch_size=4)
 
 
 def chosen(**compare: Any) -> config.Settings:
@@ -58,7 +63,7 @@ def test_smaller_sizes_are_the_beginning_of_larger_ones() -> None:
     assert [whole.at(size).general_count(1) for size in (8, 16, 32)] == [16, 32, 64]
     assert [whole.at(size).step_cap for size in (8, 10, 16, 32)] == [12, 15, 24, 48]  # size x 2 x (1 + 2), 4 a step
     for size in (8, 16, 32):
-        stream = arms.stream(whole.at(size), tiny_tokenizer(), arms.ARMS["tell"], chosen(), 2, 0)
+        stream = resolve(arms.ARMS["tell"], whole.at(size), chosen()).stream(tiny_tokenizer(), 2, 0)
         assert (stream.share().task_examples, stream.share().general_examples) == (2 * size, 4 * size)
         assert stream.steps(4) == whole.at(size).step_cap
         # The general rows are nested too.
@@ -95,7 +100,7 @@ def test_dev_rows_are_task_rows_in_an_order_of_the_seed(tmp_path: Path, monkeypa
 @settings(max_examples=60)
 def test_every_row_is_a_dev_row_once_and_no_group_is_split(groups: list[int], count: int, seed: int) -> None:
     task = Task("task", tuple(row("own", k, group=f"g{group}") for k, group in enumerate(groups)), (), rows("test", 1))
-    whole = Material((task,), (), {}, {}, (1,), len(groups), 4)
+    whole = RunData((task,), (), {}, {}, (1,), len(groups), 4)
     if len(set(groups)) < 2:
         with pytest.raises(DataError, match=r"^task: its \d+ rows are one content group \('g\d'\).*name another column in"):
             whole.folds(count, seed)
@@ -132,22 +137,26 @@ def test_a_fold_is_trained_with_its_part_of_the_steps() -> None:
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
-        ("base", Setting()),
-        ("kshot", Setting(shots=2)),
-        ("tfidf", Setting()),
-        ("sft_kl", Setting(2, kl=0.1)),
-        ("tell", Setting(2)),
-        ("general_only", Setting(1)),
+        ("base", Hyperparameters()),
+        ("kshot", Hyperparameters(shots=2)),
+        ("tfidf", Hyperparameters()),
+        ("sft_kl", Hyperparameters(2, kl=0.1)),
+        ("tell", Hyperparameters(2)),
     ],
 )
-def test_no_test_row_is_seen_before_the_end(tmp_path: Path, name: str, setting: Setting) -> None:
+def test_no_test_row_is_seen_before_the_end(tmp_path: Path, name: str, setting: Hyperparameters) -> None:
     """Garbage in test and held-out rows changes nothing that is tried; other task rows do."""
     whole = made()
     garbage = tuple(row("garbage", k, answer="zzz " * 20) for k in range(50))
     other = replace(whole, tasks=(replace(whole.tasks[0], test=garbage),), held_out={"pool": garbage})
     changed = replace(whole, tasks=(replace(whole.tasks[0], train=tuple(row("own", k, COLOURS[k % 2]) for k in range(6))),))
     found = [
-        cell.tune(each, load_tiny(tmp_path), arms.ARMS[name], chosen(), setting, 0, name, None, cell.Silent())
+        cell.tune(
+            session(load_tiny(tmp_path), chosen()),
+            resolve(arms.ARMS[name], each, chosen()),
+            Cell(arms.ARMS[name], 0, 0),
+            setting,
+        )
         for each in (whole, other, changed)
     ]
     assert replace(found[0], seconds=0) == replace(found[1], seconds=0)
@@ -160,27 +169,28 @@ def test_a_training_that_diverges_gives_way_to_the_next_best_setting(tmp_path: P
     """A learning rate of 1e30 makes weights that are no numbers; test rows are scored with the next best setting alone."""
     loaded, whole = load_tiny(tmp_path), made()
     tried = [
-        Tried(Setting(repeats, learning_rate=rate), nll, 5, 0.1) for repeats, rate, nll in ((2, 1e-2, 1.5), (2, 1e30, 0.5))
+        Trial(Hyperparameters(repeats, learning_rate=rate), nll, 5, 0.1)
+        for repeats, rate, nll in ((2, 1e-2, 1.5), (2, 1e30, 0.5))
     ]
-    found = cell.final(whole, loaded, arms.ARMS["sft"], chosen(), tried, 3, "sft", tmp_path, cell.Silent())
-    alone = cell.final(whole, loaded, arms.ARMS["sft"], chosen(), tried[:1], 3, "alone", None, cell.Silent())
+    found = cell.final(session(loaded, chosen(), tmp_path), resolve(SFT, whole, chosen()), Cell(SFT, 6, 3), tried)
+    alone = cell.final(session(loaded, chosen()), resolve(SFT, whole, chosen()), Cell(SFT, 6, 3), tried[:1])
     assert (found.chosen, found.setting, found.predictions) == (0, tried[0].setting, alone.predictions)
-    with pytest.raises(ConfigError, match=r"sft: training diverged with every setting"):
-        cell.final(whole, loaded, arms.ARMS["sft"], chosen(), tried[1:], 3, "sft", None, cell.Silent())
+    with pytest.raises(ConfigError, match=r"sft-6-seed3: training diverged with every setting"):
+        cell.final(session(loaded, chosen()), resolve(SFT, whole, chosen()), Cell(SFT, 6, 3), tried[1:])
 
 
 def test_the_best_of_what_was_tried_is_trained_on_all_rows(tmp_path: Path) -> None:
-    tried = [Tried(Setting(repeats), nll, 5, 0.1) for repeats, nll in ((1, 2.0), (2, float("inf")), (3, 1.5), (4, 1.5))]
+    tried = [Trial(Hyperparameters(repeats), nll, 5, 0.1) for repeats, nll in ((1, 2.0), (2, float("inf")), (3, 1.5), (4, 1.5))]
     loaded = load_tiny(tmp_path)
-    found = cell.final(made(), loaded, arms.ARMS["sft"], chosen(), tried, 3, "sft", None, cell.Silent())
-    assert (found.size, found.seed, found.chosen, found.setting) == (6, 3, 2, Setting(3))  # of two equals the first
+    found = cell.final(session(loaded, chosen()), resolve(SFT, made(), chosen()), Cell(SFT, 6, 3), tried)
+    assert (found.size, found.seed, found.chosen, found.setting) == (6, 3, 2, Hyperparameters(3))  # of two equals the first
     assert found.tried == tuple(tried)
     assert found.training is not None
     assert (found.training.repeats, found.training.steps, found.training.best_step) == (3, 5, 5)  # 18 rows, 4 a step
     assert found.training.dev_nll == ()
     assert found.training.share.task_examples == 18
-    with pytest.raises(ConfigError, match=r"sft: training diverged with every setting; lower train\.learning_rate \(0\.01\)"):
-        cell.final(made(), loaded, arms.ARMS["sft"], chosen(), tried[1:2], 3, "sft", None, cell.Silent())
+    with pytest.raises(ConfigError, match=r"sft-6-seed3: .* every setting; lower train\.learning_rate \(0\.01\)"):
+        cell.final(session(loaded, chosen()), resolve(SFT, made(), chosen()), Cell(SFT, 6, 3), tried[1:2])
 
 
 # Drift from the base model.

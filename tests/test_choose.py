@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from fulcrum import adapter, arms, choose, encode, loss, material, model, probe
+from fulcrum.arm_data import resolve, rows_to_probe
+from fulcrum.cell import Session
 from fulcrum.comparison import compare
 from fulcrum.errors import ConfigError, ModelError
 from fulcrum.lora import LoraLinear
+from fulcrum.progress import Silent
 from fulcrum.records import Example, Message
-from tiny import CONTEXT, comparison_settings, load_tiny, save_task, tiny_settings, tiny_tokenizer
+from tiny import CONTEXT, arm_named, comparison_settings, load_tiny, save_task, tiny_settings, tiny_tokenizer
 
 
 def row(question: str, answer: str, place: int) -> Example:
@@ -159,7 +162,7 @@ def test_a_row_with_an_anchor_has_another_gradient_than_without(tmp_path: Path) 
     save_task(tmp_path, 12, 4)
     settings = comparison_settings(tmp_path, tmp_path / "out", mix={"select": "gradient", "choose_from": 60, "repeats": 1})
     rows = material.prepare(settings, tiny_tokenizer(), CONTEXT, 0, dev_apart=False, choose_from=60)
-    plain, anchored = (arms.to_probe(rows, arms.ARMS[name], settings) for name in ("mix", "tell"))
+    plain, anchored = (rows_to_probe(resolve(arms.ARMS[name], rows, settings)) for name in ("mix", "tell"))
     assert len(plain) == len(anchored) == 12 + 192
     assert len({*plain} & {*anchored}) == 192  # the general rows
 
@@ -173,6 +176,10 @@ def test_gradients_are_gone_on_with_after_a_kill(tmp_path: Path, monkeypatch: py
     rows = material.prepare(settings, loaded.tokenizer, CONTEXT, 0, dev_apart=False, choose_from=60)
     take, taken, told = probe.gradients, list[int](), list[tuple[int, int]]()
 
+    class Told(Silent):
+        def count(self, label: str, done: int, total: int) -> None:
+            told.append((done, total))
+
     def gradients(loaded, examples, **how):
         if len(taken) == stop:
             raise KeyboardInterrupt
@@ -180,8 +187,8 @@ def test_gradients_are_gone_on_with_after_a_kill(tmp_path: Path, monkeypatch: py
         return take(loaded, examples, **how)
 
     def found(folder: Path):
-        views = [(rows, arms.ARMS["tell"])]
-        return probe.with_gradients(rows, loaded, views, settings, folder, lambda done, total: told.append((done, total)))
+        kept = Session(loaded, settings, folder, Told())
+        return probe.with_gradients(kept, rows, [resolve(arms.ARMS["tell"], rows, settings)])
 
     monkeypatch.setattr(probe, "gradients", gradients)
     stop = 99
@@ -227,7 +234,7 @@ def test_arms_choose_by_the_task_rows_they_train_on_alone(tmp_path: Path) -> Non
     save_task(tmp_path, 12, 4)
     names = ["sft", "tell", "tell_similar", "tell_gradient", "tell_diverse"]
     settings = comparison_settings(
-        tmp_path, tmp_path / "out", compare={"sizes": [4, 8], "folds": 2, "arms": names},
+        tmp_path, tmp_path / "out", compare={"sizes": [4, 8], "folds": 2, "arms": [*names[:2], *map(arm_named, names[2:])]},
         mix={"general_per_task": 2, "repeats": 1, "choose_from": 60},
     )  # fmt: skip
     results = compare(settings)
@@ -243,9 +250,9 @@ def test_arms_choose_by_the_task_rows_they_train_on_alone(tmp_path: Path) -> Non
     assert (tmp_path / "out" / "certificate.json").read_bytes() == before
     tokenizer = tiny_tokenizer()
     rows = material.prepare(settings, tokenizer, CONTEXT, 0, dev_apart=False, choose_from=60)
-    arm = arms.ARMS["tell_similar"]
+    similar = arm_named("tell_similar")
     assert rows.candidates[: len(rows.general)] == rows.general
-    chosen = {size: arms.general_rows(rows.at(size), arm, settings) for size in (4, 8)}
+    chosen = {size: resolve(similar, rows.at(size), settings).general_rows for size in (4, 8)}
     assert all(len(own) == len(rows.general) for own in chosen.values())
     first, *_ = rows.at(8).folds(2, 0)
-    assert arms.general_rows(first, arm, settings) != chosen[8]
+    assert resolve(similar, first, settings).general_rows != chosen[8]

@@ -16,6 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from fulcrum import arms, config, encode, preview, run, sources, starter, terminal
+from fulcrum.arm_data import resolve
 from fulcrum.cli import app
 from fulcrum.records import Anchor, Example, Message, TrainPoint
 from fulcrum.talk import Talk
@@ -432,7 +433,7 @@ def test_mix_writes_the_stream_that_training_sees(place: Path, tmp_path: Path) -
     assert not any("Sort the ticket" in message["content"] for row in general for message in row["messages"])
 
     seen = preview.open_preview(config.load(place / "run.yaml", [change[1], change[3]]), 0)
-    plan = arms.stream(seen.rows, seen.tokenizer, arms.ARMS["tell"], seen.settings, 2, 0).plan
+    plan = resolve(arms.ARMS["tell"], seen.rows, seen.settings).stream(seen.tokenizer, 2, 0).plan
     assert [row["source"] for row in stream] == [plan[i][0] for i in range(48)]
 
     done("mix", place / "run.yaml", "--out", tmp_path / "s.parquet", *change)
@@ -454,7 +455,7 @@ def test_trl_gets_fulcrums_batches_from_the_stream(place: Path, tmp_path: Path) 
     rows = Dataset.from_parquet(str(tmp_path / "s.parquet"), cache_dir=str(tmp_path / "arrow"))
     pairs = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
     seen = preview.open_preview(config.load(place / "run.yaml", [change[1], change[3]]), 0)
-    stream = arms.stream(seen.rows, seen.tokenizer, arms.ARMS["tell"], seen.settings, 2, 0)
+    stream = resolve(arms.ARMS["tell"], seen.rows, seen.settings).stream(seen.tokenizer, 2, 0)
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(place / "model"),
         SFTConfig(

@@ -9,12 +9,13 @@ import yaml
 
 from fulcrum import api, arms, comparison, config, material, run_report, store, summary, words
 from fulcrum.errors import ConfigError, DataError
+from fulcrum.progress import Silent
 from fulcrum.records import Results, TrainPoint
 from test_run import KillAfter, Killed, lines
 from test_run import settings as run_settings
 from tiny import CONTEXT, WORDS, save_tiny, tiny_tokenizer, write_rows
 
-MINE = {"name": "mine", "general": "pool", "order": "ramp", "anchored": True, "train": {"learning_rate": 0.001}}
+MINE = {"name": "mine", "general": "pool", "order": "random", "anchored": True, "train": {"learning_rate": 0.001}}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_an_arm_may_have_sizes_of_its_own(place: Path, tmp_path: Path) -> None:
     assert streams == {(arm.arm, arm.size) for arm in found.arms}
 
 
-class Counting(comparison.Silent):
+class Counting(Silent):
     """Counts optimizer steps."""
 
     steps = 0
@@ -93,7 +94,7 @@ def test_a_killed_comparison_by_sizes_goes_on_to_the_same_certificate(place: Pat
     compare = {"arms": ["base_anchor", "kshot", "sft", "tell"], "sizes": [4, 6], "sft_epochs": [1, 2]}
     changes = {"compare": compare, "task__metrics": ["nll", "accuracy"], "train__lora_dropout": 0.1, "eval__general_rows": 2}
     counting = Counting()
-    comparison.compare(settings(place, tmp_path / "whole", **changes), watcher=counting)
+    comparison.compare(settings(place, tmp_path / "whole", **changes), progress=counting)
     files = [path.relative_to(tmp_path / "whole") for path in sorted((tmp_path / "whole").rglob("*")) if path.is_file()]
     proof = [name for name in files if name.name in ("certificate.json", "outcomes.jsonl")]
     assert [str(name) for name in proof] == ["certificate.json", "outcomes.jsonl"]
@@ -102,7 +103,7 @@ def test_a_killed_comparison_by_sizes_goes_on_to_the_same_certificate(place: Pat
     for number, steps in enumerate((counting.steps // 3, counting.steps - 1)):
         folder = tmp_path / f"killed{number}"
         with pytest.raises(Killed):
-            comparison.compare(settings(place, folder, **changes), watcher=KillAfter(steps))
+            comparison.compare(settings(place, folder, **changes), progress=KillAfter(steps))
         before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
         assert before
         assert not (folder / "certificate.json").exists()
@@ -128,15 +129,15 @@ def test_a_killed_comparison_by_sizes_goes_on_to_the_same_certificate(place: Pat
 def test_sizes_that_cannot_be_are_refused_before_training(
     place: Path, tmp_path: Path, compare: dict, kind: type[Exception], message: str
 ) -> None:
-    watcher = Counting()
+    progress = Counting()
 
     def asked() -> Results:
         given = settings(place, tmp_path / "r", compare={"arms": ["sft", "tell"], **compare})
-        return comparison.compare(given, watcher=watcher)
+        return comparison.compare(given, progress=progress)
 
     with pytest.raises(kind, match=message):
         asked()
-    assert watcher.steps == 0
+    assert progress.steps == 0
     assert not (tmp_path / "r").exists()
 
 

@@ -271,9 +271,11 @@ def test_a_wrong_flag_is_blamed_and_not_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--output-dir: output_dir: must not be empty"):
         config.load(file, ["seed=1"], {"output_dir": ""})
     assert config.load(file, ["seed=1"], {"seed": 3}).seed == 3
-    file.write_text("task: {train: a}\nmix: {order: sorted}\n")
-    with pytest.raises(ConfigError, match=r"^.*run\.yaml: mix\.order: expected 'auto', 'random', .* \(got 'sorted'\)$"):
-        config.load(file, ["mix.repeats=1"])
+    orders = "'auto', 'random', 'epoch_stratified', 'general_then_task' or 'task_then_general'"
+    for order in ("sorted", "ramp", "systematic"):
+        file.write_text(f"task: {{train: a}}\nmix: {{order: {order}}}\n")
+        with pytest.raises(ConfigError, match=rf"^.*run\.yaml: mix\.order: expected {orders} \(got '{order}'\)$"):
+            config.load(file, ["mix.repeats=1"])
 
 
 def test_one_name_does_where_a_list_is_asked() -> None:

@@ -64,7 +64,7 @@ def test_no_arm_of_a_file_takes_more_steps_than_tell(place: Path, tmp_path: Path
         ([{"name": "a", "members": 0}], r"compare\.arms\[1\]\.members: must be at least 1 \(got 0\)"),
         ([5], r"compare\.arms\[1\]: expected an arm's name, or a mapping that describes one .* \(got 5\)"),
         (
-            [{"name": "a", "order": "ramp"}],
+            [{"name": "a", "order": "random"}],
             r"a: without general rows \(general: pool\) there is no pool, order or ratio to set",
         ),
         ([{"name": "a", "pool": "x.jsonl"}], r"a: without general rows \(general: pool\) there is no pool"),
@@ -72,9 +72,13 @@ def test_no_arm_of_a_file_takes_more_steps_than_tell(place: Path, tmp_path: Path
         ([{"name": "a", "trained": False, "kl": True}], r"a: is not trained \(trained: false\), so nothing of training can be"),
         ([{"name": "a", "trained": False, "general": "pool"}], r"a: is not trained \(trained: false\), so nothing of training"),
         ([{"name": "a", "trained": False, "train": {"lora_r": 2}}], r"a: is not trained \(trained: false\)"),
-        ([{"name": "a", "words": True}], r"\ba: "),  # no language model, and trained
-        ([{"name": "a", "shots": True}], r"\ba: "),  # rows in the prompt instead of training, and trained
-        ([{"name": "a", "trained": False, "shots": True, "words": True}], r"\ba: "),
+        ([{"name": "a", "words": True}], r"unknown setting 'compare\.arms\[1\]\.words'; it is called 'tfidf' now"),
+        ([{"name": "a", "shots": True}], r"unknown setting 'compare\.arms\[1\]\.shots'; it is called 'few_shot' now"),
+        ([{"name": "a", "settings_of": "sft"}], r"\.settings_of'; it is called 'hyperparameters_of' now"),
+        ([{"name": "a", "colour": "red"}], r"unknown setting 'compare\.arms\[1\]\.colour'"),
+        ([{"name": "a", "tfidf": True}], r"\ba: "),  # no language model, and trained
+        ([{"name": "a", "few_shot": True}], r"\ba: "),  # rows in the prompt instead of training, and trained
+        ([{"name": "a", "trained": False, "few_shot": True, "tfidf": True}], r"\ba: "),
     ],
 )
 def test_a_wrong_arm_of_a_file_is_named(own: list[Any], message: str) -> None:
@@ -110,15 +114,16 @@ def test_forgetting_is_measured_against_the_untouched_model_whatever_stands_firs
 
 def test_an_average_of_weight_decomposed_adapters_is_refused_before_training(place: Path, tmp_path: Path) -> None:
     """Their magnitudes cannot be stacked."""
-    watcher = Counting()
+    progress = Counting()
     given = settings(place, tmp_path / "r", compare={"arms": ["soup", "sft"], "sft_epochs": [1]}, train__use_dora=True)
     with pytest.raises(ConfigError, match="soup"):
-        comparison.compare(given, watcher=watcher)
-    assert watcher.steps == 0
+        comparison.compare(given, progress=progress)
+    assert progress.steps == 0
 
 
 def test_training_on_general_rows_alone_is_an_arm(place: Path, tmp_path: Path) -> None:
-    found = comparison.compare(settings(place, tmp_path / "r", compare={"arms": ["sft", "tell", "general_only"]}))
+    alone = {"name": "general_only", "anchored": True, "general": "pool", "task_rows": False}
+    found = comparison.compare(settings(place, tmp_path / "r", compare={"arms": ["sft", "tell", alone]}))
     share = next(arm.training.share for arm in found.arms if arm.arm == "general_only")
     assert (share.task_examples, share.general_examples) == (0, 18)
     assert ("tell", "general_only") in {(d.arm, d.reference) for d in found.differences}

@@ -37,8 +37,9 @@ import yaml
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
-from fulcrum import artefact, certificate_page, config, fetch, settings_file, sources, store
+from fulcrum import arms, artefact, certificate_page, config, fetch, settings_file, sources, store
 from fulcrum.cli import app
+from fulcrum.errors import ConfigError
 from test_gguf import write_gguf
 from tiny import CHATML
 
@@ -340,8 +341,19 @@ def test_settings_on_a_page_are_settings(page: Path) -> None:
     for block in blocks(page):
         if block.info == "yaml":
             given = yaml.safe_load(block.text)
-            found = config.from_dict({"task": {"train": "rows.jsonl"}, **given}, block.place)
+            task = {"train": "rows.jsonl", "anchor": "Name it."}
+            found = config.from_dict({"task": task, **given}, block.place)
             assert len(found.tasks) == 1
+            assert arms.chosen_arms(found)
+
+
+def test_arms_that_were_built_in_are_recipes_as_the_message_writes_them() -> None:
+    page = (DOCS / "recipes" / "arms.md").read_text(encoding="utf-8")
+    for name in arms.RECIPES:
+        assert f"    - {arms.recipe(name)}\n" in page
+        settings = config.from_dict({"task": {"train": "rows.jsonl"}, "compare": {"arms": ["sft", name]}})
+        with pytest.raises(ConfigError, match=re.escape(f"{name!r} is not built in; write {arms.recipe(name)} instead")):
+            arms.chosen_arms(settings)
 
 
 def anchor_of(heading: str) -> str:

@@ -39,9 +39,9 @@ from fulcrum import (
     sources,
     store,
 )
-from fulcrum.cell import Silent
 from fulcrum.comparison import compare
 from fulcrum.errors import DataError, DivergedError, FulcrumError, ModelError, StoreError
+from fulcrum.progress import Silent
 from fulcrum.records import Anchor, Example, Message
 from fulcrum.run import run
 from fulcrum.sections import DataSource
@@ -301,7 +301,7 @@ def test_a_choice_that_was_kept_and_is_damaged_is_said(place: Path, tmp_path: Pa
     for name, resolve in (("anchors", candidates.resolve), ("pilot", pilot.resolve)):
         (tmp_path / "r" / f"{name}.json").write_text(content)
         with pytest.raises(StoreError, match=rf"{name}\.json: holds something else than a run keeps there"):
-            resolve(config.from_dict(settings), compared=False, watcher=Silent())
+            resolve(config.from_dict(settings), compared=False, progress=Silent())
 
 
 # Full disks, other processes, vanished files.

@@ -14,6 +14,7 @@ FLOORS = (
     ("errors",),
     (
         "records",
+        "progress",
         "settings_file",
         "sections",
         "experiments",
@@ -58,6 +59,7 @@ FLOORS = (
         "endpoint",
         "tokens",
         "arms",
+        "arm_data",
         "ladder",
         "shots",
         "words",

@@ -71,7 +71,9 @@ def test_prepared_settings_name_an_arm_for_each_level_and_the_loss_first() -> No
     assert found.seeds == (3, 4, 5, 6, 7)
     assert found.tasks[0].metrics == ("nll", "exact_match")
     assert (found.mix.repeats, found.mix.general_per_task) == (1, 9)  # as long as the longest: 2 showings, 4 to each
-    assert {arm.order for arm in arms.chosen_arms(found) if arm.mixes} == {"epoch_stratified"}  # one order along a curve
+    assert {arm.order for arm in arms.chosen_arms(found) if arm.uses_general_data} == {
+        "epoch_stratified"
+    }  # one order along a curve
     assert ladder.prepared(found) == found
 
 

@@ -10,10 +10,11 @@ import torch.nn.functional as functional
 from peft import get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from fulcrum import adapter, arms, attention, encode, generate, loss, mix, model, training
+from fulcrum import adapter, attention, encode, generate, loss, mix, model, training
 from fulcrum.errors import ModelError
 from fulcrum.prefix import BLOCK, Segment
 from fulcrum.records import Anchor, Example, Message, Tokens
+from fulcrum.tokens import Stream
 from tiny import CONTEXT, WINDOW, load_tiny, save_tiny, tiny_settings, tiny_tokenizer
 
 PACKED = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2"]
@@ -205,7 +206,7 @@ def test_every_architecture_trains_and_generates(tmp_path: Path, kind: str) -> N
     pairs = [("a", "red"), ("b", "blue"), ("c", "green"), ("d", "grey")]
     examples = [Example((Message("user", q), Message("assistant", a)), q, q) for q, a in pairs]
     own = [encode.encode(example, form) for example in examples]
-    stream = arms.Stream(mix.plan(4, 0, repeats=30, general_per_task=0, order="random", seed=0), own, [])
+    stream = Stream(mix.plan(4, 0, repeats=30, general_per_task=0, order="random", seed=0), own, [])
     settings = tiny_settings(learning_rate=2e-2, evaluations=1)
     _, result = training.train(loaded, stream, lambda: generate.mean_nats(loaded, own), settings, seed=0, repeats=30)
     first, last = result.history[0].task_loss, result.history[-1].task_loss

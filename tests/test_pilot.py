@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from fulcrum import comparison, config, material, pilot, run, store
-from fulcrum.cell import Silent
+from fulcrum.arm_data import ArmPlan
+from fulcrum.cell import Session
 from fulcrum.config import PILOT_RATIOS
 from fulcrum.errors import ConfigError
-from fulcrum.records import Pilot, Setting
+from fulcrum.progress import Silent
+from fulcrum.records import Hyperparameters, Pilot
 from tiny import comparison_settings, save_task
 
 
@@ -85,14 +87,14 @@ def test_task_rows_alone_may_use_the_steps_of_the_mixtures(tmp_path: Path, monke
     tried: list[tuple[str, int]] = []
     held_out = pilot._held_out
 
-    def watched(rows: object, loaded: object, arm: config.Arm, settings: object, setting: Setting, *given: object) -> object:
-        tried.append((arm.name, setting.repeats))
-        return held_out(rows, loaded, arm, settings, setting, *given)
+    def watched(session: Session, plan: ArmPlan, chosen: Hyperparameters) -> object:
+        tried.append((plan.arm.name, chosen.repeats))
+        return held_out(session, plan, chosen)
 
     monkeypatch.setattr(pilot, "_held_out", watched)
     settings = settings_of(tmp_path, repeats=2, pilot_tokens=30_000)
     save_task(tmp_path, 16, 4, pool=3)
-    resolved, found = pilot.resolve(settings, compared=True, watcher=Silent())
+    resolved, found = pilot.resolve(settings, compared=True, progress=Silent())
     assert tried == [*(("sft_anchor", shown) for shown in (2, 10, 34)), *[("tell", 2)] * 3]
     assert found.alone in (2, 10, 34)
     assert resolved.compare.extra_trials == 4
@@ -107,11 +109,11 @@ def test_a_killed_pilot_goes_on_with_what_is_left(tmp_path: Path, monkeypatch: p
     def watched(*given: Any) -> object:
         if len(tried) == stop:
             raise KeyboardInterrupt
-        tried.append(given[4].repeats)
+        tried.append(given[2].repeats)
         return held_out(*given)
 
     def found(**changes: object) -> Pilot:
-        resolved = pilot.resolve(settings.model_copy(update=changes), compared=True, watcher=Silent())[1]
+        resolved = pilot.resolve(settings.model_copy(update=changes), compared=True, progress=Silent())[1]
         assert resolved is not None
         return resolved
 
@@ -144,7 +146,7 @@ def test_a_pilot_sees_no_test_row_of_the_run(tmp_path: Path, monkeypatch: pytest
     seen: list[set[str]] = []
     found = Pilot(PILOT_RATIOS, (1.0, 1.0, 1.0, 1.0), (0.0, 0.1, 0.1, 0.1), 1.0, 8, 1, 5, 100, 1.0)
 
-    def watched(rows: material.Material, *given: object) -> Pilot:
+    def watched(session: Session, rows: material.RunData, *given: object) -> Pilot:
         seen.append({row.origin for task in rows.tasks for row in task.train})
         return found
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import pytest
 import answering
 from answering import Asked
 from fulcrum import arms, comparison, encode, generate, ingest, material, pseudo, store
-from fulcrum.cell import Silent
+from fulcrum.arm_data import ArmPlan, resolve
+from fulcrum.cell import Session
 from fulcrum.config import Settings
 from fulcrum.endpoint import Endpoint
 from fulcrum.errors import ConfigError, DataError
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.records import Message
 from fulcrum.sections import DataSource
-from tiny import CONTEXT, WORDS, comparison_settings, load_tiny, save_task, tiny_tokenizer
+from tiny import CONTEXT, WORDS, arm_named, comparison_settings, load_tiny, save_task, session, tiny_tokenizer
 
 INPUTS = [f"shade {word} of the {other}" for word in WORDS[:4] for other in WORDS[:3]]
 
@@ -39,7 +41,7 @@ def settings_of(folder: Path, names: Sequence[str], texts: Sequence[str] = INPUT
     return comparison_settings(folder, folder / "out", task=task, compare=compare, mix=mix, **changes)
 
 
-def prepared(settings: Settings) -> Material:
+def prepared(settings: Settings) -> RunData:
     return material.prepare(settings, tiny_tokenizer(), CONTEXT, 0, dev_apart=False)
 
 
@@ -127,11 +129,11 @@ def test_inputs_of_which_none_is_left_are_an_error(tmp_path: Path) -> None:
 def test_inputs_are_texts_in_two_parts_of_an_arm(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, ["unlabeled"])
     found = prepared(settings)
-    rows = arms.general_rows(found, arms.ARMS["unlabeled"], settings)
+    rows = resolve(arms.ARMS["unlabeled"], found, settings).general_rows
     assert sorted((row.question, row.answer) for row in rows) == sorted(
         (" ".join(text.split()[:2]), " ".join(text.split()[2:])) for text in INPUTS
     )
-    stream = arms.stream(found, tiny_tokenizer(), arms.ARMS["unlabeled"], settings, 1, 0)
+    stream = resolve(arms.ARMS["unlabeled"], found, settings).stream(tiny_tokenizer(), 1, 0)
     assert stream.plan.general_used == 8  # one for each task row
 
 
@@ -148,41 +150,39 @@ def test_adapters_that_answer_are_trained_on_the_arms_own_rows_alone(tmp_path: P
     trained: list[set[str]] = []
     fit = pseudo.cell.fit
 
-    def watched(rows: Material, *given: Any) -> Any:
-        trained.append({row.origin for row in rows.tasks[0].train})
-        return fit(rows, *given)
+    def watched(session: Session, plan: ArmPlan, *given: Any) -> Any:
+        trained.append({row.origin for row in plan.rows.tasks[0].train})
+        return fit(session, plan, *given)
 
     monkeypatch.setattr(pseudo.cell, "fit", watched)
     settings = settings_of(tmp_path, ["pseudo_self"])
     loaded, found = load_tiny(tmp_path / "other"), prepared(settings)
     arm = arms.ARMS["pseudo_self"]
-    views = [(view, arm) for view in (found, *found.folds(2, 0))]
-    answered = pseudo.with_answers(found, loaded, views, (arm,), settings, tmp_path / "kept", Silent())
-    own = [{row.origin for row in view.tasks[0].train} for view, _ in views]
+    plans = [resolve(arm, view, settings) for view in (found, *found.folds(2, 0))]
+    kept = session(loaded, settings, tmp_path / "kept")
+    answered = pseudo.with_answers(kept, found, plans)
+    own = [{row.origin for row in plan.rows.tasks[0].train} for plan in plans]
     assert trained == [origins for origins in own for _ in range(3)]
-    for view, _ in views:
-        rows = arms.general_rows(replaced(view, answered), arm, settings)
+    for plan in plans:
+        informed = replace(plan, rows=replace(plan.rows, own_general=answered.own_general))
+        rows = informed.general_rows
         assert {row.question for row in rows} <= set(INPUTS)
         assert all(row.messages[-1].role == "assistant" and row.answer for row in rows)
         # They are rows of the task: with its anchor, as in inference.
-        stream = arms.stream(replaced(view, answered), loaded.tokenizer, arm, settings, 1, 0)
+        stream = informed.stream(loaded.tokenizer, 1, 0)
         form = encode.make_format(loaded.tokenizer, found.tasks[0].anchor)
         assert stream.general[0].ids.tolist() == encode.encode(rows[0], form).ids.tolist()
     monkeypatch.setattr(pseudo.cell, "fit", lambda *given: pytest.fail("trained again"))
-    again = pseudo.with_answers(found, loaded, views, (arm,), settings, tmp_path / "kept", Silent())
+    again = pseudo.with_answers(kept, found, plans)
     assert (again.own_general, again.notes) == (answered.own_general, answered.notes)
     assert "8 of 8 inputs answered by 3 adapters of 8 epochs" in answered.notes[-3]
-
-
-def replaced(view: Material, answered: Material) -> Material:
-    return Material(**{**vars(view), "own_general": answered.own_general})
 
 
 def test_of_the_adapters_answers_the_likeliest_to_all_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(tmp_path, ["pseudo_self"], INPUTS[:2])
     loaded, found = load_tiny(tmp_path / "other"), prepared(settings)
     said = iter([["red", "red"], ["blue", ""], ["green", "red"]])
-    monkeypatch.setattr(pseudo.cell, "fit", lambda rows, loaded, *given: [])
+    monkeypatch.setattr(pseudo.cell, "fit", lambda *given: [])
     monkeypatch.setattr(pseudo.adapter, "adapter_state", lambda loaded: {})
     monkeypatch.setattr(pseudo.adapter, "use", lambda *given: None)
     monkeypatch.setattr(generate, "generate", lambda *given, **named: next(said))
@@ -190,8 +190,8 @@ def test_of_the_adapters_answers_the_likeliest_to_all_is_taken(tmp_path: Path, m
     nats = iter([[2.0, 9.0, 1.0, 1.0], [1.0, 9.0, 8.0, 1.0], [2.0, 1.0, 8.0, 1.0]])
     monkeypatch.setattr(generate, "nats", lambda *given: (np.array(next(nats)), None))
     arm = arms.ARMS["pseudo_self"]
-    answered = pseudo.with_answers(found, loaded, [(found, arm)], (arm,), settings, None, Silent())
-    rows = arms.general_rows(answered, arm, settings)
+    answered = pseudo.with_answers(session(loaded, settings), found, [resolve(arm, found, settings)])
+    rows = resolve(arm, answered, settings).general_rows
     assert [row.answer for row in rows] == ["blue", "red"]
 
 
@@ -274,10 +274,13 @@ def test_a_comparison_trains_on_answers_of_its_own_adapters_and_goes_on(tmp_path
 
 
 def test_what_the_others_side_spends_gives_sft_more_trials(tmp_path: Path) -> None:
-    def tried(names: Sequence[str], **changes: Any) -> int:
+    def tried(names: Sequence[Any], **changes: Any) -> int:
         settings = settings_of(tmp_path, names)
         compare = settings.compare.model_copy(update={"sft_epochs": None, **changes})
         settings = settings.model_copy(update={"compare": compare, "mix": settings.mix.model_copy(update={"repeats": 8})})
-        return len(arms.trials(prepared(settings), arms.ARMS["sft"], settings))
+        return len(resolve(arms.ARMS["sft"], prepared(settings), settings).trials)
 
-    assert [tried(["tell"]), tried(["tell_gradient"]), tried(["pseudo_self"]), tried(["tell"], extra_trials=4)] == [3, 7, 6, 7]
+    assert tried(["tell"]) == 3
+    assert tried([arm_named("tell_gradient")]) == 7
+    assert tried(["pseudo_self"]) == 6
+    assert tried(["tell"], extra_trials=4) == 7

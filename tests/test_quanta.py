@@ -115,7 +115,7 @@ def test_general_items_are_of_rows_that_no_arm_was_trained_on(done: Path) -> Non
 def test_a_killed_run_ends_in_the_same_record(done: Path, place: Path, tmp_path: Path) -> None:
     changed = settings(place, tmp_path / "run", train={**settings(place, done).train.model_dump(), "save_every": 2})
     with pytest.raises(Killed):
-        quanta.quanta(changed, watcher=KillAfter(9))  # in the second arm, beyond its first look
+        quanta.quanta(changed, progress=KillAfter(9))  # in the second arm, beyond its first look
     quanta.quanta(changed, resume=True)
     before, after = (json.loads((folder / store.QUANTA).read_text()) for folder in (done, tmp_path / "run"))
     for record in (before, after):

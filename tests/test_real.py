@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulcrum import adapter, arms, encode, generate, mix, model, training
+from fulcrum import adapter, encode, generate, mix, model, training
 from fulcrum.config import TrainSettings
 from fulcrum.records import Anchor, Example, Message
+from fulcrum.tokens import Stream
 
 pytestmark = pytest.mark.real_model
 
@@ -71,7 +72,7 @@ def test_a_few_steps_teach_a_format(loaded: model.LoadedModel, tmp_path: Path) -
     before = generate.mean_nats(loaded, [unseen])
     plan = mix.plan(len(rows), 0, repeats=6, general_per_task=0, order="random", seed=0)
     training.train(
-        loaded, arms.Stream(plan, rows, []), lambda: generate.mean_nats(loaded, [unseen]), TrainSettings(evaluations=2),
+        loaded, Stream(plan, rows, []), lambda: generate.mean_nats(loaded, [unseen]), TrainSettings(evaluations=2),
         seed=0, repeats=6,
     )  # fmt: skip
     assert generate.mean_nats(loaded, [unseen]) < before / 2

@@ -9,17 +9,18 @@ import torch
 
 from fulcrum import adapter, arms, cell, encode, loss, training
 from fulcrum.adapter import State
+from fulcrum.arm_data import resolve
 from fulcrum.model import LoadedModel
-from fulcrum.records import Anchor, Setting
+from fulcrum.records import Anchor, Hyperparameters
 from test_cell import chosen, made
 from test_model import same_gradients, shaken_adapter, sharing_examples
-from tiny import load_tiny, tiny_settings, tiny_tokenizer
+from tiny import arm_named, load_tiny, session, tiny_settings, tiny_tokenizer
 
 
-def fitted(loaded: LoadedModel, name: str, setting: Setting, **train: Any) -> State:
+def fitted(loaded: LoadedModel, name: str, setting: Hyperparameters, **train: Any) -> State:
     """The adapter of an arm on all rows, in Fulcrum's own way."""
     arm = arms.ARMS[name].model_copy(update={"train": train})
-    cell.fit(made(), loaded, arm, chosen(), setting, 0, name, None, cell.Silent())
+    cell.fit(session(loaded, chosen()), resolve(arm, made(), chosen()), setting, 0, name)
     return adapter.adapter_state(loaded)
 
 
@@ -50,7 +51,7 @@ def test_a_soup_is_the_mean_of_its_members_times_its_scale(
 
     monkeypatch.setattr(training, "train", watched)
     loaded = load_tiny(tmp_path)
-    state = fitted(loaded, "soup", Setting(1, scale=scale), use_rslora=rank_stabilised)
+    state = fitted(loaded, "soup", Hyperparameters(1, scale=scale), use_rslora=rank_stabilised)
     merged = deltas(loaded)
     assert len(members) == 3
     assert len(merged) == 14  # seven matrices in each of two layers
@@ -69,7 +70,7 @@ def test_a_soup_is_the_mean_of_its_members_times_its_scale(
 def test_without_weight_the_distance_changes_no_bit(tmp_path: Path) -> None:
     loaded = load_tiny(tmp_path)
     plain, zero, some = (
-        fitted(loaded, name, Setting(2, kl=kl)) for name, kl in (("sft_anchor", 0.0), ("sft_kl", 0.0), ("sft_kl", 0.5))
+        fitted(loaded, name, Hyperparameters(2, kl=kl)) for name, kl in (("sft_anchor", 0.0), ("sft_kl", 0.0), ("sft_kl", 0.5))
     )
     assert all(torch.equal(plain[name], zero[name]) for name in plain)
     assert not all(torch.equal(plain[name], some[name]) for name in plain)
@@ -122,7 +123,7 @@ def test_a_heavy_distance_keeps_the_adapter_near_the_base(tmp_path: Path) -> Non
     examples = [encode.encode(example, form) for example in made().tasks[0].train]
     apart = []
     for weight in (0.0, 1.0, 30.0):
-        fitted(loaded, "sft_kl", Setting(6, kl=weight))
+        fitted(loaded, "sft_kl", Hyperparameters(6, kl=weight))
         total = 0.0
         for example in examples:
             with torch.no_grad():
@@ -147,8 +148,9 @@ def test_each_phase_has_its_own_schedule() -> None:
 @pytest.mark.parametrize(("name", "phases"), [("general_then_task", (6, 3)), ("task_then_general", (3, 6)), ("tell", (9,))])
 def test_training_starts_anew_where_the_source_changes(tmp_path: Path, name: str, phases: tuple[int, ...]) -> None:
     """12 task positions and 24 general ones, 4 a step."""
-    arm, settings = arms.ARMS[name], chosen()
-    (result,) = cell.fit(made(), load_tiny(tmp_path), arm, settings, Setting(2), 0, name, None, cell.Silent())
+    (result,) = cell.fit(
+        session(load_tiny(tmp_path), chosen()), resolve(arm_named(name), made(), chosen()), Hyperparameters(2), 0, name
+    )
     decays = {3: (1, 0.55, 0.1), 6: (1, 0.82, 0.64, 0.46, 0.28, 0.1), 9: (1, *(1 - 0.9 * k / 8 for k in range(1, 9)))}
     expected = [0.01 * rate for steps in phases for rate in decays[steps]]  # a step of warm-up each
     np.testing.assert_allclose([point.learning_rate for point in result.history], expected)
@@ -158,11 +160,11 @@ def test_training_starts_anew_where_the_source_changes(tmp_path: Path, name: str
 
 
 def test_general_rows_alone_are_no_task_row(tmp_path: Path) -> None:
-    arm = arms.ARMS["general_only"]
-    stream = arms.stream(made(), tiny_tokenizer(), arm, chosen(), 2, 0)
+    alone = arm_named("general_only")
+    stream = resolve(alone, made(), chosen()).stream(tiny_tokenizer(), 2, 0)
     assert list(stream.task) == []
     assert (stream.share().task_examples, stream.share().general_examples) == (0, 24)
     _, ids = stream.plan.slice(0, 24)
     assert sorted(ids) == list(range(24))
-    (result,) = cell.fit(made(), load_tiny(tmp_path), arm, chosen(), Setting(2), 0, "x", None, cell.Silent())
+    (result,) = cell.fit(session(load_tiny(tmp_path), chosen()), resolve(alone, made(), chosen()), Hyperparameters(2), 0, "x")
     assert (result.steps, {point.task_loss for point in result.history}) == (6, {None})

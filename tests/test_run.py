@@ -28,9 +28,11 @@ from fulcrum import (
     store,
     training,
 )
+from fulcrum.arm_data import planned_tokens, resolve
 from fulcrum.certificate import Certificate
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
-from fulcrum.records import Anchor, Message, Prediction, Setting, TrainPoint
+from fulcrum.progress import Silent
+from fulcrum.records import Anchor, Hyperparameters, Message, Prediction, TrainPoint
 from fulcrum.sections import DataSource
 from tiny import CONTEXT, WORDS, save_tiny, tiny_tokenizer, write_rows
 
@@ -85,7 +87,7 @@ class Killed(BaseException):
     """Not an Exception: nothing may catch it, as nothing can catch a kill."""
 
 
-class KillAfter(run.Silent):
+class KillAfter(Silent):
     """Dies at the n-th optimizer step."""
 
     def __init__(self, steps: int) -> None:
@@ -270,7 +272,7 @@ def test_settings_without_anchor_or_general_data_are_the_other_arms(
     results = run.run(settings(place, tmp_path / "r", **changes))
     assert [a.arm for a in results.arms] == ["base_anchor" if "anchor" in arm else "base", arm]
     (tried,), trained = results.arms[1].tried, results.arms[1].training
-    assert tried.setting == Setting(2)
+    assert tried.setting == Hyperparameters(2)
     assert trained.share.task_examples + trained.share.general_examples == shown
 
 
@@ -280,7 +282,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(place: Path, tmp_path: Path, step
     dropout = {"train__lora_dropout": 0.2}
     run.run(settings(place, tmp_path / "whole", **dropout))
     with pytest.raises(Killed):
-        run.run(settings(place, tmp_path / "killed", **dropout), watcher=KillAfter(steps))
+        run.run(settings(place, tmp_path / "killed", **dropout), progress=KillAfter(steps))
     assert not (tmp_path / "killed" / "results.json").exists()
     with pytest.raises(StoreError, match="already holds a run; go on with it"):
         run.run(settings(place, tmp_path / "killed", **dropout))
@@ -388,7 +390,7 @@ def test_changed_data_are_refused_on_resume(place: Path, tmp_path: Path) -> None
 # The rows of a run.
 
 
-def prepared(place: Path, tmp_path: Path, **changes: Any) -> material.Material:
+def prepared(place: Path, tmp_path: Path, **changes: Any) -> material.RunData:
     given = settings(place, tmp_path / "r", **changes)
     return material.prepare(given, tiny_tokenizer(), CONTEXT, given.seed)
 
@@ -454,7 +456,7 @@ def test_an_anchor_after_the_last_question_changes_no_target(place: Path, tmp_pa
         given = settings(place, tmp_path / "r", task__train=str(tmp_path / "train.jsonl"), task__anchor=anchor)
         found = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
         for arm in ("sft", "sft_anchor", "mix", "tell"):
-            for row in arms.stream(found, tiny_tokenizer(), arms.ARMS[arm], given, 2, 0).task:
+            for row in resolve(arms.ARMS[arm], found, given).stream(tiny_tokenizer(), 2, 0).task:
                 assert tiny_tokenizer().decode(row.ids[row.loss_mask]) == "".join(f"{text}<|im_end|>" for text in answers)
 
 
@@ -462,8 +464,10 @@ def test_sft_tries_as_much_as_tell_and_few_epochs_too(place: Path, tmp_path: Pat
     given = settings(place, tmp_path / "r", mix__repeats="auto", mix__general_per_task=4)
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
     assert rows.step_cap == 60  # 6 rows x 8 x (1 + 4), 4 a step
-    assert arms.trials(rows, arms.ARMS["tell"], given) == tuple(map(Setting, (1, 2, 4, 8)))
-    assert arms.trials(rows, arms.ARMS["sft"], given) == tuple(map(Setting, (1, 3, 12, 40)))  # 60 steps of 4: 40 epochs of 6
+    assert resolve(arms.ARMS["tell"], rows, given).trials == tuple(map(Hyperparameters, (1, 2, 4, 8)))
+    assert resolve(arms.ARMS["sft"], rows, given).trials == tuple(
+        map(Hyperparameters, (1, 3, 12, 40))
+    )  # 60 steps of 4: 40 epochs of 6
 
 
 def test_dev_and_test_are_held_out_where_none_are_given(place: Path, tmp_path: Path) -> None:
@@ -537,12 +541,12 @@ def test_every_arm_sees_the_same_task_rows_and_smaller_trials_are_nested(place: 
     loaded = model.load(given.model, given.train)
     rows = material.prepare(given, loaded.tokenizer, loaded.context, 0)
     for repeats in (1, 2, 4, 8):
-        found = arms.stream(rows, loaded.tokenizer, arms.ARMS["tell"], given, repeats, 0)
+        found = resolve(arms.ARMS["tell"], rows, given).stream(loaded.tokenizer, repeats, 0)
         assert len(found.general) == 12 * repeats
         is_task, ids = found.plan.slice(0, len(found.plan))
         assert np.bincount(ids[is_task]).tolist() == [repeats] * 6
         assert sorted(ids[~is_task]) == list(range(12 * repeats))
-    plain, anchored = (arms.stream(rows, loaded.tokenizer, arms.ARMS[name], given, 1, 0).task for name in ("mix", "tell"))
+    plain, anchored = (resolve(arms.ARMS[name], rows, given).stream(loaded.tokenizer, 1, 0).task for name in ("mix", "tell"))
     prefix = loaded.tokenizer("Name it.\n\n")["input_ids"]
     assert all(len(a) == len(p) + len(prefix) for p, a in zip(plain, anchored, strict=True))
     assert all("Name it." not in loaded.tokenizer.decode(row.ids) for row in found.general)
@@ -696,7 +700,7 @@ def test_a_killed_comparison_goes_on_to_the_same_results(place: Path, compared: 
     """Killed in the second fold of an arm's second trial (6 + 4 steps before it), and at the second seed (180 before it)."""
     folder = tmp_path / "six"
     with pytest.raises(Killed):
-        comparison.compare(two_tasks(place, folder), watcher=KillAfter(steps))
+        comparison.compare(two_tasks(place, folder), progress=KillAfter(steps))
     finished_cells = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
     assert finished_cells
     comparison.compare(two_tasks(place, folder), resume=True)
@@ -772,7 +776,7 @@ def test_a_seed_draws_rows_and_order_anew_and_leaves_what_is_measured_on(place: 
     assert first.general != other.general
     assert (first.tasks[0].dev, first.tasks[0].test) == (other.tasks[0].dev, other.tasks[0].test)
     assert first.held_out == other.held_out
-    streams = [arms.stream(first, tiny_tokenizer(), arms.ARMS["tell"], given, 2, seed) for seed in (0, 1)]
+    streams = [resolve(arms.ARMS["tell"], first, given).stream(tiny_tokenizer(), 2, seed) for seed in (0, 1)]
     assert streams[0].plan.fingerprint != streams[1].plan.fingerprint
     again = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
     assert (again.tasks[0].train, again.general) == (first.tasks[0].train, first.general)
@@ -781,7 +785,7 @@ def test_a_seed_draws_rows_and_order_anew_and_leaves_what_is_measured_on(place: 
 def test_rows_without_general_data_are_shuffled_anew_in_each_epoch(place: Path, tmp_path: Path) -> None:
     given = settings(place, tmp_path / "r", mix__order="random")
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
-    _, ids = arms.stream(rows, tiny_tokenizer(), arms.ARMS["sft"], given, 5, 0).plan.slice(0, 30)
+    _, ids = resolve(arms.ARMS["sft"], rows, given).stream(tiny_tokenizer(), 5, 0).plan.slice(0, 30)
     epochs = ids.reshape(5, 6)
     assert [sorted(epoch) for epoch in epochs.tolist()] == [[0, 1, 2, 3, 4, 5]] * 5
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
@@ -789,7 +793,12 @@ def test_rows_without_general_data_are_shuffled_anew_in_each_epoch(place: Path, 
 
 @pytest.mark.parametrize(
     ("order", "batch", "expected"),
-    [("auto", 4, "epoch_stratified"), ("auto", 1, "random"), ("random", 4, "random"), ("ramp", 4, "ramp")],
+    [
+        ("auto", 4, "epoch_stratified"),
+        ("auto", 1, "random"),
+        ("random", 4, "random"),
+        ("task_then_general", 4, "task_then_general"),
+    ],
 )
 def test_short_mixtures_are_stratified_unless_another_order_is_asked_for(
     place: Path, tmp_path: Path, order: str, batch: int, expected: str
@@ -797,7 +806,7 @@ def test_short_mixtures_are_stratified_unless_another_order_is_asked_for(
     changes = {"mix__repeats": 12, "mix__general_per_task": 2, "train__batch_size": batch, "mix__order": order}
     given = settings(place, tmp_path / "r", **changes)
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)
-    plan = arms.stream(rows, tiny_tokenizer(), arms.ARMS["tell"], given, 12, 0).plan
+    plan = resolve(arms.ARMS["tell"], rows, given).stream(tiny_tokenizer(), 12, 0).plan
     assert (len(plan), plan.order) == (216, expected)  # 12 x 6 x (1 + 2) rows: 54 steps of 4, 216 of 1
 
 
@@ -807,7 +816,7 @@ def test_auto_leaves_out_repeats_that_the_pool_cannot_feed_and_says_so(place: Pa
     rows = material.prepare(given, tiny_tokenizer(), CONTEXT, 0)  # 6 rows x 12 = 72 general ones a repeat; 256 in the pool
     assert rows.repeats == (1, 2)
     assert len(rows.general) == 144
-    assert arms.trials(rows, arms.ARMS["tell"], given) == (Setting(1), Setting(2))
+    assert resolve(arms.ARMS["tell"], rows, given).trials == (Hyperparameters(1), Hyperparameters(2))
     assert rows.notes == ("mix.repeats: auto tries 1, 2 instead of 1, 2, 4, 8: the general data have 254 usable rows",)
     assert rows.general_count(1) == 72
     given = settings(place, tmp_path / "r", **{**changes, "mix__general_per_task": 50})
@@ -846,10 +855,12 @@ def test_other_weights_or_code_are_no_resume(place: Path, tmp_path: Path, monkey
 
 def test_planned_tokens_count_every_trial_of_every_arm(place: Path, tmp_path: Path) -> None:
     chosen = settings(place, tmp_path / "out", compare={"sft_epochs": [1, 3]})
-    loaded, (rows,), _ = run.begin("compare", chosen, [arms.ARMS["sft"], arms.ARMS["tell"]], [0], False, run.Silent())
-    found = arms.planned_tokens(rows, loaded.tokenizer, [arms.ARMS["sft"], arms.ARMS["tell"]], chosen)
-    streams = [arms.stream(rows, loaded.tokenizer, arms.ARMS["sft"], chosen, repeats, 0) for repeats in (1, 3)]
-    streams.append(arms.stream(rows, loaded.tokenizer, arms.ARMS["mix"], chosen, 2, 0))  # an anchor is not counted
+    known = [arms.ARMS["sft"], arms.ARMS["tell"]]
+    session, (rows,) = run.begin("compare", chosen, known, [0], False, Silent())
+    loaded = session.model
+    found = sum(planned_tokens(resolve(arm, rows, chosen), loaded.tokenizer) for arm in known)
+    streams = [resolve(arms.ARMS["sft"], rows, chosen).stream(loaded.tokenizer, repeats, 0) for repeats in (1, 3)]
+    streams.append(resolve(arms.ARMS["mix"], rows, chosen).stream(loaded.tokenizer, 2, 0))  # an anchor is not counted
     assert found == pytest.approx(sum(stream.share().total_tokens for stream in streams), rel=0.02)
 
 
@@ -877,8 +888,9 @@ def test_a_run_writes_down_that_it_compiled_and_scores_without(
 
 
 def test_rivals_of_tell_run_and_are_set_against_it(place: Path, tmp_path: Path) -> None:
-    names = ["sft", "tell", "general_then_task", "task_then_general", "replay_10", "placebo_permuted"]
-    given = settings(place, tmp_path / "r", compare={"arms": names}, task__metrics=["nll"])
+    own = {"name": "mine", "anchored": True, "general": "pool", "order": "task_then_general"}
+    names = ["sft", "tell", "general_then_task", "placebo_permuted", "mine"]
+    given = settings(place, tmp_path / "r", compare={"arms": [*names[:-1], own]}, task__metrics=["nll"])
     found = comparison.compare(given)
     assert [arm.arm for arm in found.arms] == names
     steps = {arm.arm: arm.training.steps for arm in found.arms}

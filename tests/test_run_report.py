@@ -16,15 +16,15 @@ from fulcrum.errors import StoreError
 from fulcrum.records import (
     ArmResult,
     Difference,
+    Hyperparameters,
     Prediction,
     Results,
     Score,
-    Setting,
     Share,
     TaskFacts,
+    TrainingRun,
     TrainPoint,
-    TrialResult,
-    Tried,
+    Trial,
 )
 from fulcrum.run_kinds import COMPARE, TRAIN, Chapter, RunKind, kind_of
 from fulcrum.summary import Record
@@ -40,7 +40,7 @@ def score(metric: str, value: float, n: int = 60, groups: int = 60, half: float 
     return Score(metric, value, value - half, value + half, n, groups, metric != "nll", (value,) * 3)
 
 
-def training(arm: str, level: float, steps: int = 120, *, dev_apart: bool = False) -> TrialResult:
+def training(arm: str, level: float, steps: int = 120, *, dev_apart: bool = False) -> TrainingRun:
     """Dev rows that are apart choose the step; of a comparison the last one counts."""
     mixed = arm in ("mix", "tell")
     history = tuple(
@@ -49,7 +49,7 @@ def training(arm: str, level: float, steps: int = 120, *, dev_apart: bool = Fals
     )
     dev = tuple((s, level + 0.1 + abs(s - 75) / 100) for s in range(15, steps + 1, 15)) if dev_apart else ()
     share = Share(0.2, 0.08, 0.03, 192, 768, 110_000, 41_000) if mixed else Share(1.0, 1.0, 1.0, 960, 0, 52_000, 9_000)
-    return TrialResult(4, steps, 75 if dev_apart else steps, dev, history, share, share.total_tokens, 61.5)
+    return TrainingRun(4, steps, 75 if dev_apart else steps, dev, history, share, share.total_tokens, 61.5)
 
 
 def arm_result(arm: str, seed: int, tasks: tuple[str, ...], shift: float, kind: str = "compare") -> ArmResult:
@@ -61,7 +61,9 @@ def arm_result(arm: str, seed: int, tasks: tuple[str, ...], shift: float, kind: 
     trial = training(arm, level, dev_apart=kind == "train") if trained else None
     tokens = 0 if trial is None else trial.train_tokens * (1 if kind == "train" else 2)
     repeats = (4, 8) if trained else (1,) if kind == "compare" else ()
-    tried = tuple(Tried(Setting(r), level + 0.1 + k / 20, tokens, 100.0 if trained else 2.0) for k, r in enumerate(repeats))
+    tried = tuple(
+        Trial(Hyperparameters(r), level + 0.1 + k / 20, tokens, 100.0 if trained else 2.0) for k, r in enumerate(repeats)
+    )
     predictions = (Prediction(f"t.jsonl:{seed}", "g", "p", "g", "o", 1.0, 1),)
     held_out = {"builtin": (Prediction(f"b.jsonl:{seed}", "g", "p", "g", None, 1.0, 1),)}
     return ArmResult(

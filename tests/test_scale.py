@@ -214,7 +214,7 @@ def test_every_amount_is_trained_once_at_every_seed_and_nothing_is_tuned(finishe
 
 def test_a_killed_run_ends_in_the_same_numbers(finished: Path, place: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        scale.scale(asked(place, tmp_path / "run"), watcher=KillAfter(9))
+        scale.scale(asked(place, tmp_path / "run"), progress=KillAfter(9))
     scale.scale(asked(place, tmp_path / "run"), resume=True)
     before, after = (timeless(json.loads((folder / "results.json").read_text())) for folder in (finished, tmp_path / "run"))
     assert before == after

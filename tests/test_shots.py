@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from fulcrum import arms, cell, config, encode, generate, scoring, shots
+from fulcrum.arm_data import resolve
+from fulcrum.cell import Cell
 from fulcrum.errors import ConfigError
-from fulcrum.material import Material
-from fulcrum.records import Example, Message, Setting, Task, Tried
-from tiny import load_tiny, tiny_tokenizer
+from fulcrum.material import RunData
+from fulcrum.records import Example, Hyperparameters, Message, Task, Trial
+from tiny import load_tiny, session, tiny_tokenizer
 
 
 def row(name: str, *, system: str | None = None) -> Example:
@@ -64,8 +66,11 @@ def test_as_many_are_tried_as_there_are_rows_and_as_the_context_holds() -> None:
         shots.numbers([own], form, 9)
 
 
-def material(train: int = 6) -> Material:
-    return Material((task(train),), (), {}, {}, (1,), general_for=train, batch_size=4)
+def material(train: int = 6) -> RunData:
+    return RunData((task(train),), (), {}, {}, (1,), general_for=train, batch_size=4)
+
+
+KSHOT = arms.ARMS["kshot"]
 
 
 def given(folds: int = 3) -> config.Settings:
@@ -75,30 +80,28 @@ def given(folds: int = 3) -> config.Settings:
 
 @pytest.mark.parametrize(("train", "folds", "numbers"), [(6, 3, (1, 2, 4)), (6, 2, (1, 2)), (5, 3, (1, 2)), (2, 3, (1,))])
 def test_as_many_are_tried_as_the_smallest_fold_leaves(tmp_path: Path, train: int, folds: int, numbers: tuple) -> None:
-    found = cell.numbers_of_shots(material(train), load_tiny(tmp_path), given(folds), 0)
-    assert found == tuple(Setting(shots=number) for number in numbers)  # 5 rows in 3 folds: 2, 2 and 1, so 3 are left
+    found = cell.numbers_of_shots(load_tiny(tmp_path), resolve(KSHOT, material(train), given(folds)), 0)
+    assert found == tuple(Hyperparameters(shots=number) for number in numbers)  # 5 rows in 3 folds: 2, 2 and 1, so 3 are left
 
 
 def test_rows_outside_a_fold_judge_a_number(tmp_path: Path) -> None:
     loaded, form = load_tiny(tmp_path), encode.make_format(tiny_tokenizer(), None)
-    found = cell.tune(
-        material(), loaded, arms.ARMS["kshot"], given(), Setting(shots=2), 0, "kshot", None, cell.Silent()
-    )  # fmt: skip
+    plan = resolve(KSHOT, material(), given())
+    found = cell.tune(session(loaded, given()), plan, Cell(KSHOT, 0, 0), Hyperparameters(shots=2))
     scored = []
     for fold in material().folds(3, cell.store.seed_for(0, "folds")):
         (own,) = fold.tasks
         scored += [encode.final_answer(shots.with_shots(row, own.train[:2]), form) for row in own.dev]
-    assert (len(scored), found.setting, found.train_tokens) == (6, Setting(shots=2), 0)
+    assert (len(scored), found.setting, found.train_tokens) == (6, Hyperparameters(shots=2), 0)
     assert found.dev_nll == pytest.approx(generate.mean_nats(loaded, scored), rel=1e-6)
 
 
 def test_the_best_number_is_used_on_test_rows(tmp_path: Path) -> None:
     loaded, settings = load_tiny(tmp_path), given()
-    tried = [Tried(Setting(shots=number), loss, 0, 0.0) for number, loss in ((1, 0.5), (2, 0.2), (4, 0.3))]
-    found = cell.final(
-        material(), loaded, arms.ARMS["kshot"], settings, tried, 7, "kshot", None, cell.Silent()
-    )  # fmt: skip
-    assert (found.chosen, found.setting, found.training) == (1, Setting(shots=2), None)
+    tried = [Trial(Hyperparameters(shots=number), loss, 0, 0.0) for number, loss in ((1, 0.5), (2, 0.2), (4, 0.3))]
+    plan = resolve(KSHOT, material(), settings)
+    found = cell.final(session(loaded, settings), plan, Cell(KSHOT, 0, 7), tried)
+    assert (found.chosen, found.setting, found.training) == (1, Hyperparameters(shots=2), None)
     assert (found.arm, found.size, found.seed) == ("kshot", 6, 7)
     prompted = shots.prompted(material().tasks[0], 2)
     expected = scoring.predict(

@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 from fulcrum import adapter, cell, certificate, comparison, config, generate, outcomes, proof, verify, wording
 from fulcrum.certificate import AtEnd, Certificate
 from fulcrum.errors import ConfigError
-from fulcrum.records import ArmResult, Setting, Tokens, Tried
+from fulcrum.records import ArmResult, Hyperparameters, Tokens, Trial
 from tiny import comparison_settings, load_tiny, save_task
 
 
@@ -110,9 +110,9 @@ def test_the_matched_arm_takes_what_tell_chose_and_tries_nothing(done):
 def chosen(
     arm: str, size: int, repeats: int, rate: float | None = None, *, of: Sequence[tuple[int, float | None]]
 ) -> ArmResult:
-    tried = tuple(Tried(Setting(passes, own), 0.0, 0, 0.0) for passes, own in of)
+    tried = tuple(Trial(Hyperparameters(passes, own), 0.0, 0, 0.0) for passes, own in of)
     return ArmResult(
-        arm, size, 0, tried, [one.setting for one in tried].index(Setting(repeats, rate)), None, {}, {}, {}, {}, 0.0
+        arm, size, 0, tried, [one.setting for one in tried].index(Hyperparameters(repeats, rate)), None, {}, {}, {}, {}, 0.0
     )
 
 
@@ -140,14 +140,14 @@ def test_settings_chosen_at_an_end_of_those_tried_are_said():
 @pytest.mark.parametrize(
     ("arms", "more", "message"),
     [
-        (["sft", "sft_matched"], {}, "sft_matched takes the settings of 'tell', which is not among the arms"),
+        (["sft", "sft_matched"], {}, "sft_matched takes the hyperparameters of 'tell', which is not among the arms"),
         (
-            ["tell", {"name": "mine", "settings_of": "base"}, "base"],
+            ["tell", {"name": "mine", "hyperparameters_of": "base"}, "base"],
             {},
-            "mine takes the settings of 'base', which chooses none",
+            "mine takes the hyperparameters of 'base', which chooses none",
         ),
         (
-            ["tell", "sft_matched", {"name": "mine", "settings_of": "sft_matched"}],
+            ["tell", "sft_matched", {"name": "mine", "hyperparameters_of": "sft_matched"}],
             {},
             "'sft_matched', which chooses none itself",
         ),
@@ -163,12 +163,14 @@ def test_settings_of_an_arm_that_has_none_are_refused(tmp_path: Path, arms: list
 
 @pytest.mark.parametrize("more", [{"kl": True}, {"members": 2}, {"general": "pool"}, {"train": {"batch_size": 1}}])
 def test_settings_of_another_arm_stand_alone(more: dict):
-    with pytest.raises(ConfigError, match="takes another arm's settings"):
-        config.from_dict({"task": {"train": "x"}, "compare": {"arms": ["tell", {"name": "a", "settings_of": "tell", **more}]}})
+    with pytest.raises(ConfigError, match="takes another arm's hyperparameters"):
+        config.from_dict(
+            {"task": {"train": "x"}, "compare": {"arms": ["tell", {"name": "a", "hyperparameters_of": "tell", **more}]}}
+        )
 
 
 def test_an_untrained_arm_takes_no_settings():
     with pytest.raises(ConfigError, match="is not trained"):
         config.from_dict(
-            {"task": {"train": "x"}, "compare": {"arms": [{"name": "a", "trained": False, "settings_of": "tell"}]}}
+            {"task": {"train": "x"}, "compare": {"arms": [{"name": "a", "trained": False, "hyperparameters_of": "tell"}]}}
         )

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import stand_ins
 from fulcrum import api, config, run_report, store, summary, trackers, verify
-from fulcrum.cell import Silent
 from fulcrum.errors import ConfigError
+from fulcrum.progress import Silent
 from fulcrum.records import TrainPoint
 from tiny import comparison_settings, save_task
 
@@ -217,8 +217,8 @@ def test_what_comes_before_the_folder_is_begun_and_what_is_not_written_down_is_p
 def test_only_the_process_that_writes_reports(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "writes", lambda: False)
     settings, heard = config.from_dict(settings_of(place, tmp_path, report_to="tensorboard")), Heard()
-    with trackers.reporting(settings, heard) as watcher:
-        assert watcher is heard
+    with trackers.reporting(settings, heard) as progress:
+        assert progress is heard
 
 
 @pytest.mark.parametrize("tool", ["trackio", "wandb", "mlflow"])

@@ -13,9 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fulcrum import adapter, arms, encode, export, generate, loss, mix, model, training
+from fulcrum import adapter, encode, export, generate, loss, mix, model, training
 from fulcrum.errors import ConfigError
 from fulcrum.records import Anchor, Message, Tokens, TrainPoint
+from fulcrum.tokens import Stream
 from tiny import FORGETFUL, TRIMMING, load_tiny, tiny_settings, tiny_tokenizer
 
 
@@ -29,12 +30,12 @@ GENERAL = [tokens(12 + i, 100 + i) for i in range(16)]
 DEV = [tokens(15, 50), tokens(9, 51)]
 
 
-def stream(repeats: int = 2, general: int = 16, seed: int = 0) -> arms.Stream:
+def stream(repeats: int = 2, general: int = 16, seed: int = 0) -> Stream:
     plan = mix.plan(4, general, repeats=repeats, general_per_task=general / (4 * repeats), order="random", seed=seed)
-    return arms.Stream(plan, TASK, GENERAL[:general])
+    return Stream(plan, TASK, GENERAL[:general])
 
 
-def train(folder: Path, *, seed: int = 0, rows: arms.Stream | None = None, **options: Any) -> tuple[adapter.State, Any]:
+def train(folder: Path, *, seed: int = 0, rows: Stream | None = None, **options: Any) -> tuple[adapter.State, Any]:
     """Train on a fresh copy of the tiny model, so that runs share nothing."""
     run = {name: options.pop(name) for name in ("checkpoint", "progress", "say") if name in options}
     kind = options.pop("kind", "llama")

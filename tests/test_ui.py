@@ -38,6 +38,7 @@ from fulcrum import (
     web,
     workspace,
 )
+from fulcrum.arm_data import resolve
 from fulcrum.arms import own_arm
 from fulcrum.errors import ConfigError, DataError, StoreError
 from fulcrum.jobs import Job
@@ -703,13 +704,13 @@ def test_minutes_are_the_sum_of_what_is_planned(tmp_path: Path) -> None:
     rows = material.prepare(settings, tiny_tokenizer(), None, 0)
     (task,) = rows.tasks
     speed = Speed(task=1.0, general=10.0, scored=100.0, answered=1000.0, start=1e5)
-    found = budget.estimate_training(settings, rows, own_arm(settings), speed)
+    found = budget.estimate_training(resolve(own_arm(settings), rows, settings), speed)
     looks = settings.train.evaluations * len(task.dev) * 100
     held_out = sum(map(len, rows.held_out.values()))
     assert found.trainings == 1
     assert found.seconds == 1e5 + 3 * len(task.train) + 10 * 6 * len(task.train) + looks + 2 * 100 * (6 + held_out)
     asked = settings.model_copy(update={"tasks": (settings.tasks[0].model_copy(update={"metrics": ("exact_match",)}),)})
-    more = budget.estimate_training(asked, rows, own_arm(settings), speed).seconds
+    more = budget.estimate_training(resolve(own_arm(settings), rows, asked), speed).seconds
     assert more is not None
     assert more - found.seconds == 2 * 6 * 1000
 

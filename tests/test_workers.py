@@ -6,14 +6,15 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from fulcrum import comparison, config, workers
-from fulcrum.cell import Silent
 from fulcrum.errors import ConfigError, StoreError
+from fulcrum.progress import Silent
 from fulcrum.records import TrainPoint
 from fulcrum.stopping import Stopped
 from test_run import timeless
@@ -80,7 +81,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_processes_give_the_same(place: Path, alone: Path, tmp_path: Path) -> None:
     told = Told()
-    comparison.compare(settings(place, tmp_path / "out"), jobs=2, watcher=told)
+    comparison.compare(settings(place, tmp_path / "out"), jobs=2, progress=told)
     same(tmp_path / "out", alone)
     assert "tell-8-seed1" in told.labels  # steps in workers are told here
     assert (told.shares[-1], told.shares[6]) == ((9, 9), (7, 7))  # 1 + 2 x 2 + 2 trials; 1 + 2 x 2 x 2 trainings
@@ -93,7 +94,7 @@ def test_a_killed_process_is_said_and_the_comparison_goes_on(place: Path, alone:
 
     out = tmp_path / "out"
     with pytest.raises(StoreError, match=r"a worker process died .*go on with --resume"):
-        comparison.compare(settings(place, out), jobs=2, watcher=Told(kill))
+        comparison.compare(settings(place, out), jobs=2, progress=Told(kill))
     before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     assert len(before) >= 7
     comparison.compare(settings(place, out), jobs=2, resume=True)
@@ -128,16 +129,16 @@ def test_a_ray_cluster_gives_the_same_with_a_worker_killed_in_mid_cell(
                 killed.append(process.pid)
                 process.kill()
 
-    comparison.compare(settings(place, tmp_path / "out"), jobs=2, on="ray", watcher=Told(kill))
+    comparison.compare(settings(place, tmp_path / "out"), jobs=2, on="ray", progress=Told(kill))
     assert killed
     same(tmp_path / "out", alone)
 
 
 @pytest.mark.parametrize(("stopped", "code"), [(Stopped(signal.SIGTERM), 143), (KeyboardInterrupt(), 130)])
-def test_a_stopped_worker_ends_and_waits_for_no_other_unit(
+def test_a_stopped_worker_ends_and_waits_for_no_other_job(
     monkeypatch: pytest.MonkeyPatch, stopped: KeyboardInterrupt, code: int
 ) -> None:
-    """A pool would take it for a failed unit; its worker then waited for ever where another had died with the queue's lock."""
+    """A pool would take it for a failed job; its worker then waited for ever where another had died with the queue's lock."""
 
     def stops(*_: Any) -> None:
         raise stopped
@@ -145,17 +146,17 @@ def test_a_stopped_worker_ends_and_waits_for_no_other_unit(
     def ended(status: int) -> None:
         raise SystemExit(status)
 
-    monkeypatch.setattr(workers, "_worker", type("Worker", (), {"study": type("Study", (), {"folder": None}), "loaded": None}))
-    monkeypatch.setattr(workers, "perform", stops)
+    comparison_plan = SimpleNamespace(folder=None)
+    monkeypatch.setattr(workers, "_worker", SimpleNamespace(comparison=comparison_plan, perform=stops))
     monkeypatch.setattr(os, "_exit", ended)
-    no_unit: Any = None
+    no_job: Any = None
     with pytest.raises(SystemExit, match=str(code)):
-        workers._in_process(no_unit)
+        workers._in_process(no_job)
 
 
 @pytest.mark.parametrize(
     ("jobs", "on", "message"),
-    [(1, "slurm", "units run on `local` or on `ray`"), (0, "local", "--jobs 0: at least 1")],
+    [(1, "slurm", "jobs run on `local` or on `ray`"), (0, "local", "--jobs 0: at least 1")],
 )
 def test_what_cannot_be_is_refused(place: Path, tmp_path: Path, jobs: int, on: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

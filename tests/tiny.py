@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -27,8 +28,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from fulcrum import config, model
-from fulcrum.config import TrainSettings
+from fulcrum import arms, config, model
+from fulcrum.cell import Session
+from fulcrum.config import Arm, Settings, TrainSettings
+from fulcrum.model import LoadedModel
+from fulcrum.progress import Silent
 
 torch.set_num_threads(1)  # thread hand-over costs more than these matrices, and results then repeat on every machine
 
@@ -202,3 +206,13 @@ def comparison_settings(folder: Path, output: Path, **changes: Any) -> config.Se
         **changes,
     }  # fmt: skip
     return config.from_dict(data)
+
+
+def arm_named(name: str) -> Arm:
+    """Return a built-in arm, or one that docs/recipes/arms.md describes."""
+    return arms.ARMS[name] if name in arms.ARMS else Arm(**yaml.safe_load(arms.recipe(name)))
+
+
+def session(loaded: LoadedModel, settings: Settings, folder: Path | None = None) -> Session:
+    """Return a session that nobody listens to."""
+    return Session(loaded, settings, folder, Silent())

@@ -5,7 +5,7 @@ the less training has to change (SAPO, arXiv 2606.01967: what has a low loss bef
 and generalises best). No dev or test row of a run is seen, and the model is not changed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 from fulcrum import adapter, encode, generate, intervals, store
 from fulcrum.anchor import ANOTHER
 from fulcrum.model import LoadedModel
+from fulcrum.progress import Count
 from fulcrum.records import Anchor, AnchorScore, Example, FloatArray
 
 MAX_ROWS = 128  # training rows that anchors are scored on
@@ -22,8 +23,6 @@ LABEL = "anchors scored"
 _TIE = 2  # decimals of S_loss that tell two anchors apart
 _DRAWS = 1000
 _ATTEMPTS = 8  # random texts from which the one nearest to the wanted length is taken
-
-Count = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from fulcrum.scale_report import SCALE
 from fulcrum.verify import Verification
 
 if TYPE_CHECKING:
-    from fulcrum.cell import Watcher
     from fulcrum.finished import Adapter
+    from fulcrum.progress import ProgressListener
 
 KINDS: Kinds = {kind.name: kind for kind in (TRAIN, COMPARE, SCALE, QUANTA)}
 
@@ -65,15 +65,22 @@ def quanta(*, resume: bool = False, **settings: Any) -> Results:
     return launch(QUANTA, config.from_dict(settings), resume=resume)
 
 
-def launch(kind: RunKind, settings: Settings, *, resume: bool = False, watcher: "Watcher | None" = None, **how: Any) -> Results:
+def launch(
+    kind: RunKind,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    progress: "ProgressListener | None" = None,
+    **how: Any,
+) -> Results:
     """Fill a run folder with a run of this kind, and report to the trackers that the settings name.
 
     Raises what the experiment raises, and ConfigError if a tracker is not installed; one that fails later ends nothing.
     """
     from fulcrum import trackers
 
-    with trackers.reporting(settings, watcher) as listener:
-        return _experiment(kind)(settings, resume=resume, watcher=listener, **how)
+    with trackers.reporting(settings, progress) as listener:
+        return _experiment(kind)(settings, resume=resume, progress=listener, **how)
 
 
 def _experiment(kind: RunKind) -> Callable[..., Results]:
@@ -146,7 +153,7 @@ def verify(path: Path | str) -> Verification:
     return verification.verify(path / certificate.FILE if path.is_dir() else path)
 
 
-def repeat(folder: Path | str, watcher: "Watcher | None" = None) -> Verification:
+def repeat(folder: Path | str, progress: "ProgressListener | None" = None) -> Verification:
     """Make a finished run again from its own settings, in a folder that is then dropped, and compare weights and predictions
     with what its manifest says: the same seed, machine type and number of threads give the same bits.
 
@@ -162,7 +169,7 @@ def repeat(folder: Path | str, watcher: "Watcher | None" = None) -> Verification
     with tempfile.TemporaryDirectory() as name:
         new = Path(name) / "again"
         settings = config.load(folder / "config.yaml").model_copy(update={"output_dir": str(new)})
-        _experiment(kind_of(known, KINDS))(settings, watcher=watcher)
+        _experiment(kind_of(known, KINDS))(settings, progress=progress)
         made = store.read_json(new / store.MANIFEST)
     unchecked = []
     if differs := store.changes(known["environment"], made["environment"]):

@@ -19,6 +19,7 @@ from fulcrum.errors import ModelError
 from fulcrum.generate import generate
 from fulcrum.llamacpp import LlamaCpp, told
 from fulcrum.model import LoadedModel
+from fulcrum.progress import Count
 from fulcrum.records import Example, FloatArray, IntArray, Message, Prediction
 
 LEAST_AGREEMENT = 0.95  # of answer tokens: both models find the same one likeliest
@@ -129,9 +130,7 @@ class Measured:
     answers: tuple[str, ...]
 
 
-def measure(
-    reader: Reader, rows: Sequence[Example], form: encode.Format, most: int, count: Callable[[int, int], None] | None = None
-) -> Measured:
+def measure(reader: Reader, rows: Sequence[Example], form: encode.Format, most: int, count: Count | None = None) -> Measured:
     """Read rows; `most` is the longest answer in tokens, 0: none is asked for. Gold answers follow the run's own prompt, so
     that a template that differs is no part of the losses."""
     prompts, answers, nats, likeliest = [], [], [], []

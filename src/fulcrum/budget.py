@@ -12,14 +12,16 @@ from functools import partial
 from pathlib import Path
 
 from fulcrum import adapter, arms, cell, encode, generate, material, metrics, model, pool, training
+from fulcrum.arm_data import ArmPlan, resolve
+from fulcrum.cell import Cell
 from fulcrum.comparison import plan_trials
-from fulcrum.config import LEAST_FOLDS, Arm, Settings
+from fulcrum.config import LEAST_FOLDS, Settings
 from fulcrum.errors import ConfigError, FulcrumError
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.model import LoadedModel
 from fulcrum.presets import FULL, PRESETS, Preset, apply, preset_named, reductions, seeds_from
-from fulcrum.records import Tried
-from fulcrum.units import Speed, Study, Unit
+from fulcrum.records import Hyperparameters, Trial
+from fulcrum.units import ComparisonPlan, Job, Speed
 
 PLANNED = 0.92  # of a budget; the rest is for loading, writing and the unforeseen
 _SAMPLE = 32  # rows of each kind by which speed is measured
@@ -74,7 +76,7 @@ class _Measured:
     """
 
     settings: Settings
-    rows: Material
+    rows: RunData
     loaded: LoadedModel
     speed: Speed
     pool: int
@@ -174,7 +176,7 @@ def _general_rows(settings: Settings, rows: int) -> int:
     """Return about how many general rows a design needs, those held out among them."""
     largest = 0
     for arm in arms.chosen_arms(settings):
-        if arm.mixes:
+        if arm.uses_general_data:
             largest = max(largest, *arms.sizes_of(settings, arm, rows))
     shown = largest * max(settings.mix.candidates) * len(settings.tasks)
     return round(shown * settings.mix.per_task) + settings.eval.general_rows
@@ -193,15 +195,18 @@ def _fewer(every: int) -> list[int]:
 # ---- how long
 
 
-def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
+def measure(rows: RunData, loaded: LoadedModel, settings: Settings) -> Speed:
     """Measure on a few rows of this run how long training, scoring and answering take."""
     few = rows.at(_SAMPLE)
     anchored = any(task.anchor for task in few.tasks)
-    task, start = _time_training(few, loaded, arms.ARMS["sft_anchor" if anchored else "sft"], settings, 0.0)
-    mixed = next((arm for arm in arms.chosen_arms(settings) if arm.mixes and arm.task_rows), None)
+    plain = arms.ARMS["sft_anchor" if anchored else "sft"]
+    task, start = _time_training(resolve(plain, few, settings), loaded, 0.0)
+    mixed = next(
+        (arm for arm in arms.chosen_arms(settings) if arm.uses_general_data and arm.task_rows), None
+    )
     general = 0.0
     if mixed is not None:
-        general, start = _time_training(few, loaded, mixed, settings, task)
+        general, start = _time_training(resolve(mixed, few, settings), loaded, task)
     own = few.tasks[0]
     form = encode.make_format(loaded.tokenizer, own.anchor)
     test = own.test[:_SAMPLE]
@@ -221,20 +226,20 @@ def measure(rows: Material, loaded: LoadedModel, settings: Settings) -> Speed:
     return Speed(task, general, scored, answered, start)
 
 
-def _time_training(rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, task: float) -> tuple[float, float]:
+def _time_training(plan: ArmPlan, loaded: LoadedModel, task: float) -> tuple[float, float]:
     """Train an arm once and return the seconds of a row, and those outside the training's steps.
 
     The row is a task row; of a mixed arm it is a general row, with `task` seconds for a task row.
     """
-    part = arms.stream(rows, loaded.tokenizer, arm, settings, 1, 0)
+    part = plan.stream(loaded.tokenizer, 1, 0)
     began = time.perf_counter()
-    _, result = training.train(loaded, part, None, settings.train, seed=0, repeats=1)
+    _, result = training.train(loaded, part, None, plan.settings.train, seed=0, repeats=1)
     start = time.perf_counter() - began - result.seconds
     first, last = result.history[0], result.history[-1]
     seconds = last.seconds
     if last.step > 1:  # the first step warms up
         seconds = (last.seconds - first.seconds) / (last.step - 1) * last.step
-    if arm.mixes:
+    if plan.arm.uses_general_data:
         general = seconds - task * part.plan.task_positions
         return max(0.0, general) / max(1, part.plan.general_used), start
     return seconds / part.plan.task_positions, start
@@ -246,30 +251,32 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def predict(settings: Settings, rows: Material, loaded: LoadedModel, speed: Speed) -> tuple[int, float]:
+def predict(
+    settings: Settings, rows: RunData, loaded: LoadedModel, speed: Speed
+) -> tuple[int, float]:
     """Return the number of jobs of a comparison, and about how many seconds they take.
 
-    Which setting an arm's trials will choose is unknown: the mean over them counts.
+    Which hyperparameters an arm's trials will choose is unknown: the mean over them counts.
     """
-    study = Study(
+    comparison = ComparisonPlan(
         settings,
         dict.fromkeys(settings.seeds, _rows_of(settings, rows)),
         Path(settings.output_dir),
         speed,
     )
     chosen = arms.chosen_arms(settings)
-    trials = list(plan_trials(study, chosen, loaded))
-    jobs, seconds = len(trials), sum(study.cost(trial) for trial in trials)
+    trials = list(plan_trials(comparison, chosen, loaded))
+    jobs, seconds = len(trials), sum(comparison.cost(trial) for trial in trials)
     for arm in chosen:
-        for size in study.sizes(arm):
-            finals = _possible_finals(study, arm, size, trials)
-            mean = sum(study.cost(final) for final in finals) / len(finals)
-            times = len(study.seeds_of(arm))
+        for size in comparison.sizes(arm):
+            finals = _possible_finals(Cell(arm, size, comparison.seeds[0]), trials)
+            mean = sum(comparison.cost(final) for final in finals) / len(finals)
+            times = len(comparison.seeds_of(arm))
             jobs, seconds = jobs + times, seconds + times * mean
     return jobs, seconds
 
 
-def _rows_of(settings: Settings, rows: Material) -> Material:
+def _rows_of(settings: Settings, rows: RunData) -> RunData:
     """Return the rows with as many test and general rows as these settings use."""
     tasks = []
     for task, own in zip(rows.tasks, settings.tasks, strict=True):
@@ -280,12 +287,16 @@ def _rows_of(settings: Settings, rows: Material) -> Material:
     return replace(rows, repeats=repeats, general=general, tasks=tuple(tasks), held_out=held_out)
 
 
-def _possible_finals(study: Study, arm: Arm, size: int, trials: Sequence[Unit]) -> list[Unit]:
-    """Return an arm's final training at a size, once for each setting its trials may choose."""
-    tuned = arm.settings_of or arm.name
-    own = [trial.setting for trial in trials if (trial.arm.name, trial.size) == (tuned, size)]
-    settings = dict.fromkeys(setting for setting in own if setting is not None)
-    return [Unit(arm, size, study.seeds[0], None, (Tried(setting, 0.0, 0, 0.0),)) for setting in settings]
+def _possible_finals(cell: Cell, trials: Sequence[Job]) -> list[Job]:
+    """Return a cell's final training, once for the hyperparameters of each of its trials."""
+    source = cell.arm.hyperparameters_of or cell.arm.name
+    found: dict[Hyperparameters, Job] = {}
+    for trial in trials:
+        chosen = trial.hyperparameters
+        is_own = (trial.cell.arm.name, trial.cell.size) == (source, cell.size)
+        if chosen is not None and is_own:
+            found[chosen] = Job(cell, None, (Trial(chosen, 0.0, 0, 0.0),))
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -314,7 +325,7 @@ def estimate(settings: Settings) -> list[Estimate]:
     among = arms.choose_from([own], settings)
     rows = material.prepare(settings, loaded.tokenizer, loaded.context, settings.seed, choose_from=among)
     speed = measure(rows, loaded, settings)
-    train = estimate_training(settings, rows, own, speed)
+    train = estimate_training(resolve(own, rows, settings), speed)
     if settings.mix.general_per_task == "auto":
         why_not = "a pilot chooses how many general rows there will be"
         return [train, Estimate("compare", None, 0, why_not)]
@@ -327,15 +338,15 @@ def estimate(settings: Settings) -> list[Estimate]:
     return [train, Estimate("compare", seconds, jobs)]
 
 
-def estimate_training(settings: Settings, rows: Material, arm: Arm, speed: Speed) -> Estimate:
+def estimate_training(plan: ArmPlan, speed: Speed) -> Estimate:
     """Estimate `train`: its trials, which score the dev rows, and the test rows before and after."""
+    settings, rows = plan.settings, plan.rows
     n_dev = sum(len(task.dev) for task in rows.tasks)
     n_test = sum(len(task.test) for task in rows.tasks)
-    trials = arms.trials(rows, arm, settings)
     seconds = 0.0
-    for setting in trials:
-        general = arms.general_count(rows, arm, setting.repeats) if arm.mixes else 0
-        trained = speed.task * setting.repeats * rows.n_task + speed.general * general
+    for trial in plan.trials:
+        trained = speed.task * trial.repeats * rows.n_task
+        trained += speed.general * plan.general_count(trial.repeats)
         seconds += speed.start + trained + settings.train.evaluations * n_dev * speed.scored
     answered = 0
     for task, own in zip(rows.tasks, settings.tasks, strict=True):
@@ -343,4 +354,4 @@ def estimate_training(settings: Settings, rows: Material, arm: Arm, speed: Speed
             answered += len(task.test)
     held_out = sum(map(len, rows.held_out.values()))
     seconds += 2 * ((n_test + held_out) * speed.scored + answered * speed.answered)
-    return Estimate("train", seconds, len(trials))
+    return Estimate("train", seconds, len(plan.trials))

@@ -16,11 +16,11 @@ import numpy as np
 
 from fulcrum import adapter, anchor_scores, encode, generate, material, model, propose, store
 from fulcrum.anchor_scores import Candidate
-from fulcrum.cell import Watcher
 from fulcrum.config import Arm, Settings
 from fulcrum.endpoint import Endpoint
 from fulcrum.errors import ConfigError, DataError, StoreError
 from fulcrum.model import LoadedModel
+from fulcrum.progress import ProgressListener
 from fulcrum.records import Anchor, AnchorScores, Example, Placement, Task
 
 COUNT = 12  # proposals, half of them templates
@@ -42,7 +42,7 @@ def proposals(
     seed: int = 0,
     by: Sequence[Source] = ("template", "model"),
     endpoint: Endpoint | None = None,
-    watcher: Watcher | None = None,
+    progress: ProgressListener | None = None,
 ) -> tuple[list[Candidate], dict[str, int]]:
     """Return up to `wanted` anchors for a task, from each source in turn, and rejects by reason.
 
@@ -81,8 +81,8 @@ def proposals(
                 draw = store.seed_for(seed, f"anchors written {attempt}")
                 texts = _ask_model(loaded, questions, form, draw)
             take([propose.cleaned(text, placement) for text in texts], source, limit)
-            if watcher is not None:
-                watcher.count(f"anchors by the {source}", min(len(found), limit), limit)
+            if progress is not None:
+                progress.count(f"anchors by the {source}", min(len(found), limit), limit)
     return list(found.values()), dict(rejects)
 
 
@@ -130,7 +130,7 @@ def score_candidates(
     left_out: dict[str, int],
     started: float,
     choose: bool,
-    watcher: Watcher,
+    progress: ProgressListener,
 ) -> AnchorScores:
     """Score candidates and controls on training rows that no proposal was made from.
 
@@ -151,7 +151,7 @@ def score_candidates(
     others = [one.anchor.text for one in tasks if one.anchor is not None and one.name != task.name]
     other = others[0] if others else None
     every = [*candidates, *anchor_scores.controls(candidates, loaded, other, seed)]
-    count = partial(watcher.count, anchor_scores.LABEL)
+    count = partial(progress.count, anchor_scores.LABEL)
     scores = anchor_scores.score(every, rows, loaded, seed=seed, count=count)
     chosen = anchor_scores.choose(scores) if choose else None
     return AnchorScores(
@@ -172,7 +172,9 @@ def _enough(rows: Sequence[Example]) -> bool:
     return len(rows) >= FEWEST and len({row.group for row in rows}) > 1
 
 
-def resolve(settings: Settings, *, compared: bool, watcher: Watcher) -> tuple[Settings, tuple[AnchorScores, ...]]:
+def resolve(
+    settings: Settings, *, compared: bool, progress: ProgressListener
+) -> tuple[Settings, tuple[AnchorScores, ...]]:
     """Return the settings with a chosen text for every `anchor: auto`, and the scores behind it.
 
     Anchors of a comparison's own arms are scored too. A run that is resumed reads its scores back.
@@ -189,7 +191,7 @@ def resolve(settings: Settings, *, compared: bool, watcher: Watcher) -> tuple[Se
         known = store.read_as(folder / store.ANCHORS, tuple[AnchorScores, ...])
         _check_same_question(settings, known, folder)
         return settle(settings, known), known
-    watcher.stage("anchors: proposed and scored, before any training")
+    progress.stage("anchors: proposed and scored, before any training")
     loaded, tasks, seed = rows_to_score(settings, compared=compared)
     result = []
     for task, given in zip(tasks, settings.tasks, strict=True):
@@ -205,10 +207,10 @@ def resolve(settings: Settings, *, compared: bool, watcher: Watcher) -> tuple[Se
         if auto is not None:
             for text in auto.candidates:
                 candidates.append(Candidate(Anchor(text, auto.placement), "given"))
-            made, left_out = proposals(task, auto.placement, loaded, seed=seed, watcher=watcher)
+            made, left_out = proposals(task, auto.placement, loaded, seed=seed, progress=progress)
             candidates += made
         elif not candidates or not _enough(rows_left(task)):  # nothing hangs on these scores
-            watcher.stage(f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and an anchor")
+            progress.stage(f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and an anchor")
             continue
         result.append(
             score_candidates(
@@ -220,7 +222,7 @@ def resolve(settings: Settings, *, compared: bool, watcher: Watcher) -> tuple[Se
                 left_out=left_out,
                 started=started,
                 choose=auto is not None,
-                watcher=watcher,
+                progress=progress,
             )
         )
     adapter.drop_adapter(loaded)

@@ -1,41 +1,53 @@
-"""One cell of a comparison: an arm at a size and a seed. Settings are chosen by cross-validation inside its task rows, then all
-of these rows train the adapter that is scored, once, on test.
+"""One cell of a comparison: an arm at a size and a seed.
 
-Dev rows are task rows here (rule (a) of a fair comparison): what chooses a setting is data that a user has to label too. The
-last step's weights count in every arm.
+Its hyperparameters are chosen by cross-validation inside its task rows, then all of these rows
+train the adapter that is scored, once, on test. Dev rows are task rows here (rule (a) of a fair
+comparison): what chooses hyperparameters is data that a user has to label too. The last step's
+weights count in every arm.
 """
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
-from fulcrum import adapter, encode, generate, metrics, scoring, shots, store, training, words
+from fulcrum import (
+    adapter,
+    encode,
+    generate,
+    launched,
+    metrics,
+    scoring,
+    shots,
+    store,
+    training,
+    words,
+)
 from fulcrum.adapter import State
 from fulcrum.anchor import ANOTHER, reworded
-from fulcrum.arms import anchor_of, asked_anchor, stream
+from fulcrum.arm_data import ArmPlan
 from fulcrum.config import Arm, Settings, TrainSettings
 from fulcrum.errors import ConfigError, DivergedError
-from fulcrum.material import Material
 from fulcrum.model import LoadedModel
+from fulcrum.progress import ProgressListener
 from fulcrum.records import (
     Anchor,
     ArmResult,
     Example,
     FloatArray,
+    Hyperparameters,
+    IntArray,
     Prediction,
-    Setting,
     Task,
     Tokens,
+    TrainingRun,
     TrainPoint,
-    TrialResult,
-    Tried,
+    Trial,
 )
 
 PROBED = 32  # general prompts
@@ -46,104 +58,126 @@ OTHER_ANCHORS = ("without", "with", "wrong", "reworded")  # than an arm is asked
 _SAMPLED = 64  # tokens of the base model's own text, by which drift is measured
 
 
-class Watcher(Protocol):
-    """Who is told how a run goes on: the terminal, a notebook, nobody."""
+@dataclass(frozen=True)
+class Session:
+    """What every part of a run shares."""
 
-    def stage(self, text: str) -> None:
-        """Something began."""
+    model: LoadedModel
+    settings: Settings
+    folder: Path | None  # of the run; None: nothing is kept
+    progress: ProgressListener
 
-    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
-        """An optimizer step ended."""
+    @property
+    def kept(self) -> Path | None:
+        """The folder that this process writes to; None if it writes nothing."""
+        return self.folder if launched.writes() else None
 
-    def count(self, label: str, done: int, total: int) -> None:
-        """`done` of `total` are finished."""
+    def listener(self, label: str) -> training.Progress:
+        """Return what tells of a training's steps, under this label.
 
-    def overall(self, done: int, total: int, seconds: float) -> None:
-        """`done` of `total` units of a comparison are finished; the others take about so many seconds."""
+        All of them go to the listener; some, and every dev loss, into a file for anyone who looks
+        on from outside.
+        """
+        events = None if self.kept is None else self.kept / store.EVENTS
 
+        def tell(point: TrainPoint, steps: int, newest: float | None) -> None:
+            self.progress.step(label, point, steps, newest)
+            is_shown = newest is not None or training.is_shown(point.step, steps)
+            if events is not None and is_shown:
+                line = {"run": label, "steps": steps, "dev_nll": newest, **store.plain(point)}
+                store.append_jsonl(events, line)
 
-class Silent:
-    """The watcher that says nothing."""
+        return tell
 
-    def stage(self, text: str) -> None:
-        """Say nothing."""
-
-    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
-        """Say nothing."""
-
-    def count(self, label: str, done: int, total: int) -> None:
-        """Say nothing."""
-
-    def overall(self, done: int, total: int, seconds: float) -> None:
-        """Say nothing."""
-
-
-def tell(watcher: Watcher, label: str, events: Path | None) -> training.Progress:
-    """Report steps to the watcher, and some of them, and every dev loss, to a file for anyone who looks on from outside."""
-
-    def told(point: TrainPoint, steps: int, newest: float | None) -> None:
-        watcher.step(label, point, steps, newest)
-        shown = newest is not None or training.is_shown(point.step, steps)
-        if events is not None and shown:
-            store.append_jsonl(events, {"run": label, "steps": steps, "dev_nll": newest, **store.plain(point)})
-
-    return told
+    def checkpoint(self, label: str) -> Path | None:
+        """Return where the training with this label saves itself."""
+        return None if self.folder is None else self.folder / "checkpoints" / label
 
 
-def tokenised(loaded: LoadedModel, tasks: Sequence[Task], arm: Arm, settings: Settings, part: str) -> list[list[Tokens]]:
-    """The dev or test rows of every task as an arm is scored on them."""
-    forms = [encode.make_format(loaded.tokenizer, asked_anchor(arm, task, settings)) for task in tasks]
-    return [
-        [encode.final_answer(example, form) for example in getattr(task, part)] for task, form in zip(tasks, forms, strict=True)
-    ]
+@dataclass(frozen=True)
+class Cell:
+    """An arm at a number of task rows and a seed."""
+
+    arm: Arm
+    size: int  # task rows of each task; 0 for an arm that does not depend on them
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """How it is called in files and messages."""
+        return f"{self.arm.name}-{self.size}-seed{self.seed}"
 
 
-def own_settings(settings: TrainSettings, arm: Arm, setting: Setting) -> TrainSettings:
-    """The trainer's settings with those of the arm and of the trial."""
-    chosen = {"learning_rate": setting.learning_rate, "weight_decay": setting.weight_decay}
-    changes = {**arm.train, **{key: value for key, value in chosen.items() if value is not None}}
+def tokenised(
+    model: LoadedModel, plan: ArmPlan, tasks: Sequence[Task], part: str
+) -> list[list[Tokens]]:
+    """Return the dev or test rows of every task as the arm is scored on them."""
+    found = []
+    for task in tasks:
+        form = encode.make_format(model.tokenizer, plan.ask_anchors[task.name])
+        found.append([encode.final_answer(example, form) for example in getattr(task, part)])
+    return found
+
+
+def own_settings(settings: TrainSettings, arm: Arm, chosen: Hyperparameters) -> TrainSettings:
+    """Return the trainer's settings with those of the arm and of the trial."""
+    changes = dict(arm.train)
+    if chosen.learning_rate is not None:
+        changes["learning_rate"] = chosen.learning_rate
+    if chosen.weight_decay is not None:
+        changes["weight_decay"] = chosen.weight_decay
     return TrainSettings.model_validate({**settings.model_dump(), **changes})
 
 
 def fit(
-    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, setting: Setting, seed: int, label: str,
-    folder: Path | None, watcher: Watcher,
-) -> list[TrialResult]:  # fmt: skip
-    """Train an arm on all rows of `rows` and put the adapter on the model; returns the record of each training.
+    session: Session, plan: ArmPlan, chosen: Hyperparameters, seed: int, label: str
+) -> list[TrainingRun]:
+    """Train an arm on all its task rows, put the adapter on the model, return each training.
 
     An arm that is not trained has no adapter. Of several `members` the average is put on.
     """
-    trained = own_settings(settings.train, arm, setting)
-    states, results = [], []
-    for member in range(arm.members if arm.trained else 0):
-        name = label if arm.members == 1 else f"{label}-member{member}"
+    trained = own_settings(session.settings.train, plan.arm, chosen)
+    states: list[State] = []
+    runs: list[TrainingRun] = []
+    for member in range(plan.members):
+        name = label if plan.members == 1 else f"{label}-member{member}"
         purpose = "train" if member == 0 else f"train {member}"
         order = store.seed_for(seed, purpose) if member else seed
-        state, result = training.train(
-            loaded, stream(rows, loaded.tokenizer, arm, settings, setting.repeats, order), None, trained,
-            seed=store.seed_for(seed, purpose), repeats=setting.repeats, kl=setting.kl,
-            checkpoint=None if folder is None else folder / "checkpoints" / name,
-            progress=tell(watcher, name, None if folder is None else folder / store.EVENTS), say=watcher.stage,
-        )  # fmt: skip
+        state, run = training.train(
+            session.model,
+            plan.stream(session.model.tokenizer, chosen.repeats, order),
+            None,
+            trained,
+            seed=store.seed_for(seed, purpose),
+            repeats=chosen.repeats,
+            kl=chosen.kl,
+            checkpoint=session.checkpoint(name),
+            progress=session.listener(name),
+            say=session.progress.stage,
+        )
         states.append(state)
-        results.append(result)
-    if arm.members == 1 and states:
-        return results  # it stands on the model since it was trained
-    adapter.drop_adapter(loaded)
+        runs.append(run)
+    if plan.members == 1:
+        return runs  # it stands on the model since it was trained
+    adapter.drop_adapter(session.model)
     if states:
-        adapter.use(loaded, soup(states, setting.scale), _wider(trained, arm.members))
-    return results
+        adapter.use(session.model, soup(states, chosen.scale), _wider(trained, plan.members))
+    return runs
 
 
 def soup(states: Sequence[State], scale: float) -> State:
-    """The average of adapters, times `scale`, as one adapter of the ranks' sum: exact, unlike averages of its factors.
+    """Return the average of adapters, times `scale`, as one adapter of the ranks' sum.
 
-    The adapter's own scaling (alpha over rank) must stay what it was (`_wider`).
+    It is exact, unlike averages of its factors. The adapter's own scaling (alpha over rank) must
+    stay what it was (`_wider`).
     """
     found: State = {}
     for name in states[0]:
         parts = [state[name] for state in states]
-        found[name] = torch.cat(parts, dim=0) if "lora_A" in name else torch.cat(parts, dim=1) * (scale / len(parts))
+        if "lora_A" in name:
+            found[name] = torch.cat(parts, dim=0)
+        else:
+            found[name] = torch.cat(parts, dim=1) * (scale / len(parts))
     return found
 
 
@@ -152,55 +186,86 @@ def _wider(trained: TrainSettings, members: int) -> TrainSettings:
     return trained.model_copy(update={"lora_r": trained.lora_r * members, "lora_alpha": alpha})
 
 
-def _length(loaded: LoadedModel) -> words.Length:
-    plain = encode.make_format(loaded.tokenizer, None)
+def _length(model: LoadedModel) -> words.Length:
+    plain = encode.make_format(model.tokenizer, None)
     return lambda example: encode.answer_length(example, plain)
 
 
-def numbers_of_shots(rows: Material, loaded: LoadedModel, settings: Settings, seed: int) -> tuple[Setting, ...]:
-    """What a k-shot arm tries: as many rows as the smallest fold leaves, in prompts that the model's context holds."""
-    plain = encode.make_format(loaded.tokenizer, None)
-    folds = rows.folds(settings.compare.folds, store.seed_for(seed, "folds"))
-    tried = [shots.numbers(fold.tasks, plain, loaded.context) for fold in folds]
-    return tuple(Setting(shots=number) for number in min(tried, key=len))
+def numbers_of_shots(model: LoadedModel, plan: ArmPlan, seed: int) -> tuple[Hyperparameters, ...]:
+    """Return the numbers of examples that a few-shot arm tries.
+
+    They are as many as the smallest fold leaves, in prompts that the model's context holds.
+    """
+    plain = encode.make_format(model.tokenizer, None)
+    folds = plan.folds(plan.settings.compare.folds, store.seed_for(seed, "folds"))
+    numbers = [shots.numbers(fold.rows.tasks, plain, model.context) for fold in folds]
+    return tuple(Hyperparameters(shots=number) for number in min(numbers, key=len))
 
 
-def tune(
-    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, setting: Setting, seed: int, label: str,
-    folder: Path | None, watcher: Watcher,
-) -> Tried:  # fmt: skip
-    """The loss of a setting on rows it was not trained on, by cross-validation inside the task rows; none of test is seen."""
+def tune(session: Session, plan: ArmPlan, cell: Cell, chosen: Hyperparameters) -> Trial:
+    """Measure hyperparameters by cross-validation inside the task rows; no test row is seen.
+
+    A training that diverges has an infinite loss: it is worse than any other.
+    """
     started = time.perf_counter()
-    nats, counts = np.zeros((len(rows.tasks), len(TEMPERATURES))), np.zeros((len(rows.tasks), 1))
+    label = f"{cell.name}-{chosen.name}"
+    nats = np.zeros((len(plan.rows.tasks), len(TEMPERATURES)))
+    counts = np.zeros((len(plan.rows.tasks), 1))
     tokens, seconds = 0, 0.0
-    for place, fold in enumerate(rows.folds(settings.compare.folds, store.seed_for(seed, "folds"))):
-        tasks: Sequence[Task] = fold.tasks
-        if arm.words:
-            pairs = [words.nats(task.train, task.dev, _length(loaded)) for task in tasks]
-            losses = [(np.repeat(own[:, None], len(TEMPERATURES), axis=1), number) for own, number in pairs]
+    folds = plan.folds(session.settings.compare.folds, store.seed_for(cell.seed, "folds"))
+    for place, fold in enumerate(folds):
+        if plan.arm.tfidf:
+            losses = _losses_of_counts(session.model, fold.rows.tasks)
         else:
-            tasks = [shots.prompted(task, setting.shots) for task in tasks] if setting.shots else tasks
+            tasks = _prompted(fold.rows.tasks, chosen)
             try:
-                results = fit(fold, loaded, arm, settings, setting, seed, f"{label}-fold{place}", folder, watcher)
-            except DivergedError as error:  # worse than any other setting: no other fold need show it
-                watcher.stage(f"{label}: {error}")
-                return Tried(setting, math.inf, tokens, time.perf_counter() - started)
-            tokens += sum(result.train_tokens for result in results)
-            seconds += sum(result.seconds for result in results)
-            losses = [generate.nats_at(loaded, part, TEMPERATURES) for part in tokenised(loaded, tasks, arm, settings, "dev")]
+                runs = fit(session, fold, chosen, cell.seed, f"{label}-fold{place}")
+            except DivergedError as error:  # no other fold need show it
+                session.progress.stage(f"{label}: {error}")
+                return Trial(chosen, math.inf, tokens, time.perf_counter() - started)
+            tokens += sum(run.train_tokens for run in runs)
+            seconds += sum(run.seconds for run in runs)
+            parts = tokenised(session.model, plan, tasks, "dev")
+            losses = [generate.nats_at(session.model, part, TEMPERATURES) for part in parts]
         nats += [own.sum(axis=0) for own, _ in losses]
         counts += [[number.sum()] for _, number in losses]
     by_temperature = (nats / counts).mean(axis=0)
     loss = float(by_temperature[TEMPERATURES.index(1.0)])
-    # A training that diverged is worse than any other. Of a resumed one the results know the seconds of earlier processes.
-    loss = loss if math.isfinite(loss) else math.inf
+    if not math.isfinite(loss):
+        loss = math.inf
+    # A resumed training knows the seconds of earlier processes.
     seconds = max(time.perf_counter() - started, seconds)
-    return Tried(setting, loss, tokens, seconds, 1.0 if arm.words else best_temperature(by_temperature))
+    temperature = 1.0 if plan.arm.tfidf else best_temperature(by_temperature)
+    return Trial(chosen, loss, tokens, seconds, temperature)
+
+
+def _losses_of_counts(
+    model: LoadedModel, tasks: Sequence[Task]
+) -> list[tuple[FloatArray, IntArray]]:
+    """Return nats (rows, temperatures) and tokens (rows,) of dev rows by word counts, task by task.
+
+    Counts have no temperature: their loss is the same at each.
+    """
+    found = []
+    for task in tasks:
+        nats, number = words.nats(task.train, task.dev, _length(model))
+        found.append((np.repeat(nats[:, None], len(TEMPERATURES), axis=1), number))
+    return found
+
+
+def _prompted(tasks: Sequence[Task], chosen: Hyperparameters) -> Sequence[Task]:
+    """Return the tasks with training rows in their prompts, if any are to stand there."""
+    if not chosen.shots:
+        return tasks
+    return [shots.prompted(task, chosen.shots) for task in tasks]
 
 
 def best_temperature(losses: FloatArray) -> float:
-    """The temperature of the least of `losses` (at TEMPERATURES): the lowest point of a parabola in its logarithm, between the
-    neighbours of the least. 1 where losses are not finite."""
+    """Return the temperature of the least of `losses` (at TEMPERATURES).
+
+    It is the lowest point of a parabola in the logarithm of the temperature; 1 if losses are not
+    finite.
+    """
     least = int(np.argmin(losses))
     if not np.isfinite(losses).all():
         return 1.0
@@ -212,141 +277,203 @@ def best_temperature(losses: FloatArray) -> float:
     return float(TEMPERATURES[least] * 2 ** (step / 3))
 
 
-def best_first(arm: Arm, tried: Sequence[Tried]) -> list[tuple[int | None, Setting, float | None]]:
-    """The settings that a final training may have, each with its place in `tried` and its temperature: those that did not
-    diverge, the best first; of an arm of which nothing was tried, what it says itself."""
+@dataclass(frozen=True)
+class Choice:
+    """Hyperparameters that a final training may have."""
+
+    place: int | None  # among the trials; None: nothing was tried
+    hyperparameters: Hyperparameters
+    temperature: float | None
+
+
+def best_first(arm: Arm, tried: Sequence[Trial]) -> list[Choice]:
+    """Return what a final training may have: the trials that did not diverge, the best first.
+
+    If `tried` is empty, train with the arm's own `repeats`.
+    """
     if not tried:
-        return [(None, Setting(repeats=arm.repeats or 1), None)]
-    usable = [k for k in range(len(tried)) if not math.isinf(tried[k].dev_nll)]
-    return [(k, tried[k].setting, tried[k].temperature) for k in sorted(usable, key=lambda k: tried[k].dev_nll)]
+        return [Choice(None, Hyperparameters(repeats=arm.repeats or 1), None)]
+    usable = [place for place in range(len(tried)) if not math.isinf(tried[place].dev_nll)]
+    usable.sort(key=lambda place: tried[place].dev_nll)
+    return [Choice(place, tried[place].setting, tried[place].temperature) for place in usable]
 
 
 def final(
-    rows: Material, loaded: LoadedModel, arm: Arm, settings: Settings, tried: Sequence[Tried], seed: int, label: str,
-    folder: Path | None, watcher: Watcher, *, probed: bool = False,
-) -> ArmResult:  # fmt: skip
-    """Train on all rows with the setting that was best, and score test, once; with `probed`, look for side effects too.
-    Of an arm of which nothing was `tried` the setting is what it says itself.
+    session: Session, plan: ArmPlan, cell: Cell, tried: Sequence[Trial], *, probed: bool = False
+) -> ArmResult:
+    """Train on all rows with the best of `tried`, and score test, once.
 
-    A training that diverges, before any test row is seen, gives way to the next best setting. Raises ConfigError where none is
-    left.
+    With `probed`, look for side effects too.
+
+    A training that diverges, before any test row is seen, gives way to the next best
+    hyperparameters. Raises ConfigError if none is left.
     """
-    started, results = time.perf_counter(), list[TrialResult]()
-    for attempt, choice in enumerate(best_first(arm, tried)):
-        chosen, setting, temperature = choice
-        name = f"{label}-attempt{attempt}" if attempt else label
-        try:
-            results = [] if arm.words else fit(rows, loaded, arm, settings, setting, seed, name, folder, watcher)
-        except DivergedError as error:
-            watcher.stage(f"{name}, {setting.name}: {error}")
-            continue
-        if arm.words or adapter.is_finite(loaded):
-            break
-        watcher.stage(f"{name}: training diverged with {setting.name}")
-    else:
-        raise ConfigError(
-            f"{label}: training diverged with every setting; lower train.learning_rate ({settings.train.learning_rate:g})"
-        )
-    tasks: Sequence[Task] = rows.tasks
-    if setting.shots:
-        tasks = [shots.prompted(task, setting.shots) for task in tasks]
-    found = score(rows, tasks, loaded, arm, settings, label, watcher, temperature)
-    probes = probe(rows, tasks, loaded, arm, settings) if probed and not arm.words else {}
-    seconds = max(time.perf_counter() - started, sum(result.seconds for result in results))
-    size = rows.longest if arm.seeded else 0
-    trained = replace(results[0], history=thinned(results[0].history)) if results else None
+    started = time.perf_counter()
+    choice, runs = _fit_best(session, plan, cell, tried)
+    tasks = _prompted(plan.rows.tasks, choice.hyperparameters)
+    scored = score(session, plan, tasks, cell.name, choice.temperature)
+    probes = probe(session, plan, tasks) if probed and not plan.arm.tfidf else {}
     return replace(
-        found, size=size, seed=seed, tried=tuple(tried), chosen=chosen, training=trained, seconds=seconds, probes=probes
+        scored,
+        size=plan.rows.longest if plan.arm.depends_on_seed else 0,
+        seed=cell.seed,
+        tried=tuple(tried),
+        chosen=choice.place,
+        training=replace(runs[0], history=thinned(runs[0].history)) if runs else None,
+        seconds=max(time.perf_counter() - started, sum(run.seconds for run in runs)),
+        probes=probes,
+    )
+
+
+def _fit_best(
+    session: Session, plan: ArmPlan, cell: Cell, tried: Sequence[Trial]
+) -> tuple[Choice, list[TrainingRun]]:
+    """Train with the best hyperparameters that do not diverge on all rows."""
+    for attempt, choice in enumerate(best_first(plan.arm, tried)):
+        if plan.arm.tfidf:
+            return choice, []
+        label = f"{cell.name}-attempt{attempt}" if attempt else cell.name
+        name = choice.hyperparameters.name
+        try:
+            runs = fit(session, plan, choice.hyperparameters, cell.seed, label)
+        except DivergedError as error:
+            session.progress.stage(f"{label}, {name}: {error}")
+            continue
+        if adapter.is_finite(session.model):
+            return choice, runs
+        session.progress.stage(f"{label}: training diverged with {name}")
+    rate = session.settings.train.learning_rate
+    raise ConfigError(
+        f"{cell.name}: training diverged with every setting; lower train.learning_rate ({rate:g})"
     )
 
 
 def probe(
-    rows: Material, tasks: Sequence[Task], loaded: LoadedModel, arm: Arm, settings: Settings
+    session: Session, plan: ArmPlan, tasks: Sequence[Task]
 ) -> dict[str, tuple[Prediction, ...]]:
-    """What the anchor ties, what leaks, how far the model drifted: test rows with other anchors than the arm is asked with
-    (`other_anchors`), answers to general prompts without any, and (as `nll_sum`) KL(base || adapted) on texts that the base
-    model sampled for these.
+    """Measure side effects: what the anchor ties, what leaks, how far the model drifted.
 
-    A model that answers general prompts in the task's form has not learned when the task is asked for.
+    These are test rows with other anchors than the arm is asked with (`other_anchors`), answers to
+    general prompts without any, and (as `nll_sum`) KL(base || adapted) on texts that the base model
+    sampled for these. A model that answers general prompts in the task's form has not learned when
+    the task is asked for.
     """
+    model, batch_tokens = session.model, session.settings.eval.batch_tokens
     found: dict[str, tuple[Prediction, ...]] = {}
     for task in tasks:
-        for name, changed in other_anchors(task, tasks, arm, settings).items():
+        for name, changed in other_anchors(task, tasks, plan).items():
             asked = replace(task, anchor=changed, metrics=("nll",))
             found[f"{task.name}: {name} anchor"] = scoring.predict(
-                loaded, asked, asked.test, batch_tokens=settings.eval.batch_tokens
+                model, asked, asked.test, batch_tokens=batch_tokens
             )
-    general = next((part for part in rows.held_out.values() if part), ())[:PROBED]
+    general = next((part for part in plan.rows.held_out.values() if part), ())[:PROBED]
     if general:
-        asked = Task("general", (), (), general, None, ("exact_match",), max(task.max_new_tokens for task in tasks))
-        found[GENERAL_PROMPTS] = scoring.predict(loaded, asked, general, batch_tokens=settings.eval.batch_tokens)
-    if general and loaded.peft is not None:
-        found[DRIFT] = drift(loaded, general, settings.eval.batch_tokens)
+        longest = max(task.max_new_tokens for task in tasks)
+        asked = Task("general", (), (), general, None, ("exact_match",), longest)
+        found[GENERAL_PROMPTS] = scoring.predict(model, asked, general, batch_tokens=batch_tokens)
+    if general and model.peft is not None:
+        found[DRIFT] = drift(model, general, batch_tokens)
     return found
 
 
-def other_anchors(task: Task, tasks: Sequence[Task], arm: Arm, settings: Settings) -> dict[str, Anchor | None]:
-    """What an arm that was trained with an anchor is asked with to see what hangs on it: none, another task's, the same in
-    other words; and its own, where it is asked without one."""
-    own = anchor_of(arm, task)
+def other_anchors(task: Task, tasks: Sequence[Task], plan: ArmPlan) -> dict[str, Anchor | None]:
+    """Return the other anchors with which a trained arm is asked to see what hangs on its own.
+
+    They are none, another task's, the same in other words; and its own, if it is asked without one.
+    """
+    own = plan.train_anchors[task.name]
     if own is None:
         return {}
-    given = next(one.anchor for one in settings.tasks if one.name == task.name) if arm.anchor is None else arm.anchor
-    wording = given.paraphrase if given is not None and given.value == own else None
-    others = (other.anchor for other in tasks if other.name != task.name)
-    another = next((one.text for one in others if one is not None and one.text != own.text), ANOTHER)
+    given = plan.arm.anchor
+    if given is None:
+        given = next(one.anchor for one in plan.settings.tasks if one.name == task.name)
+    paraphrase = given.paraphrase if given is not None and given.value == own else None
+    another = ANOTHER
+    for other in tasks:
+        if other.name != task.name and other.anchor is not None and other.anchor.text != own.text:
+            another = other.anchor.text
+            break
     found: dict[str, Anchor | None] = {
-        "without": None, "wrong": replace(own, text=another),
-        "reworded": replace(own, text=wording or reworded(own.text)),
-    }  # fmt: skip
-    if asked_anchor(arm, task, settings) is None:
+        "without": None,
+        "wrong": replace(own, text=another),
+        "reworded": replace(own, text=paraphrase or reworded(own.text)),
+    }
+    if plan.ask_anchors[task.name] is None:
         found["with"] = own
         del found["without"]
     return found
 
 
-def drift(loaded: LoadedModel, general: Sequence[Example], batch_tokens: int) -> tuple[Prediction, ...]:
-    """KL(base || adapted) over texts that the base model samples for general prompts, the same for every adapter."""
-    plain = encode.make_format(loaded.tokenizer, None)
+def drift(
+    model: LoadedModel, general: Sequence[Example], batch_tokens: int
+) -> tuple[Prediction, ...]:
+    """Return KL(base || adapted) on texts that the base model samples for general prompts.
+
+    The texts are the same for every adapter.
+    """
+    plain = encode.make_format(model.tokenizer, None)
     prompts = [encode.prompt_ids(row.prompt, plain) for row in general]
-    with adapter.without(loaded):
-        texts = generate.generate(loaded, prompts, plain, max_new_tokens=_SAMPLED, batch_tokens=batch_tokens, sample=0)
-    said = [
-        (row, text, replace(row, messages=(*row.prompt, replace(row.messages[-1], content=text))))
-        for row, text in zip(general, texts, strict=True) if text
-    ]  # fmt: skip
-    nats, counts = generate.divergence(loaded, [encode.final_answer(own, plain) for *_, own in said])
-    return tuple(
-        Prediction(row.origin, row.group, row.question, row.answer, text, float(nat), int(number))
-        for (row, text, _), nat, number in zip(said, nats, counts, strict=True)
-    )
+    with adapter.without(model):
+        texts = generate.generate(
+            model, prompts, plain, max_new_tokens=_SAMPLED, batch_tokens=batch_tokens, sample=0
+        )
+    said = []
+    for row, text in zip(general, texts, strict=True):
+        if text:
+            answered = replace(row, messages=(*row.prompt, replace(row.messages[-1], content=text)))
+            said.append((row, text, encode.final_answer(answered, plain)))
+    nats, counts = generate.divergence(model, [tokens for *_, tokens in said])
+    found = []
+    for (row, text, _), nat, number in zip(said, nats, counts, strict=True):
+        found.append(
+            Prediction(
+                row.origin, row.group, row.question, row.answer, text, float(nat), int(number)
+            )
+        )
+    return tuple(found)
 
 
 def thinned(history: Sequence[TrainPoint], points: int = 64) -> tuple[TrainPoint, ...]:
-    """At most `points` of a history, evenly spaced, the last among them."""
+    """Return at most `points` of a history, evenly spaced, the last among them."""
     every = math.ceil(len(history) / points)
     return tuple(history[::-1][::every][::-1])
 
 
 def score(
-    rows: Material, tasks: Sequence[Task], loaded: LoadedModel, arm: Arm, settings: Settings, label: str, watcher: Watcher,
+    session: Session,
+    plan: ArmPlan,
+    tasks: Sequence[Task],
+    label: str,
     temperature: float | None = None,
-) -> ArmResult:  # fmt: skip
-    """Score what stands on the model on the test rows of `tasks` (their loss at a `temperature` too), and on held-out general
-    rows."""
+) -> ArmResult:
+    """Score what is on the model: test rows of `tasks`, and held-out general rows.
+
+    With a `temperature`, test rows have their loss at that too.
+    """
+    model, evaluation = session.model, session.settings.eval
     scores, predictions = {}, {}
     for task in tasks:
-        if arm.words:
-            predictions[task.name] = words.predict(task, _length(loaded))
+        if plan.arm.tfidf:
+            predictions[task.name] = words.predict(task, _length(model))
         else:
             predictions[task.name] = scoring.predict(
-                loaded, replace(task, anchor=asked_anchor(arm, task, settings)), task.test,
-                batch_tokens=settings.eval.batch_tokens, temperature=temperature,
-                count=partial(watcher.count, f"{label}: answers to {task.name}"),
-            )  # fmt: skip
-        scores[task.name] = metrics.score(predictions[task.name], task.metrics, draws=settings.eval.draws)
+                model,
+                replace(task, anchor=plan.ask_anchors[task.name]),
+                task.test,
+                batch_tokens=evaluation.batch_tokens,
+                temperature=temperature,
+                count=partial(session.progress.count, f"{label}: answers to {task.name}"),
+            )
+        scores[task.name] = metrics.score(
+            predictions[task.name], task.metrics, draws=evaluation.draws
+        )
     general: Mapping[str, tuple[Prediction, ...]] = {}
-    if not arm.words:
-        general = scoring.general_predictions(loaded, rows.held_out, watcher.stage)
-    general_nll = {name: metrics.score(found, ["nll"], draws=settings.eval.draws)[0] for name, found in general.items()}
-    return ArmResult(arm.name, 0, 0, (), None, None, scores, predictions, general, general_nll, 0.0)
+    if not plan.arm.tfidf:
+        general = scoring.general_predictions(model, plan.rows.held_out, session.progress.stage)
+    general_nll = {
+        name: metrics.score(rows, ["nll"], draws=evaluation.draws)[0]
+        for name, rows in general.items()
+    }
+    return ArmResult(
+        plan.arm.name, 0, 0, (), None, None, scores, predictions, general, general_nll, 0.0
+    )

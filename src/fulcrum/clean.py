@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import regex
 
+from fulcrum.progress import Count
 from fulcrum.records import Example, Reject
 from fulcrum.rows import folded, normalise
 from fulcrum.sections import GeneralSource
@@ -263,7 +264,7 @@ def near_duplicates(
     keys: npt.NDArray[np.uint64],
     of: Callable[[int], tuple[set[str], ...]],
     threshold: float,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Count = lambda done, total: None,
 ) -> list[tuple[int, int, float]]:
     """Rows to leave out: (row, the earlier row that stays, their similarity), by row.
 

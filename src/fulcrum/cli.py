@@ -394,7 +394,7 @@ def _launch(
     from fulcrum.watch import Watch
 
     with Watch(screen) if launched.writes() else nullcontext() as watch:
-        api.launch(kind, settings, resume=resume, watcher=watch, **how)
+        api.launch(kind, settings, resume=resume, progress=watch, **how)
     if launched.writes():
         terminal.conclude(screen, Path(settings.output_dir))
 

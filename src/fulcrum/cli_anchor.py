@@ -86,7 +86,7 @@ def propose(
                 seed=seed,
                 by=sources,
                 endpoint=asked,
-                watcher=watch,
+                progress=watch,
             )
             found += made
             left_out.update(refused)
@@ -146,7 +146,7 @@ def score(
     with Watch(screen) as watch:
         if anchors is None:
             where: Placement = chosen.anchor.placement if chosen.anchor is not None else "user_prefix"
-            made, left_out = candidates.proposals(chosen, where, loaded, seed=seed, watcher=watch)
+            made, left_out = candidates.proposals(chosen, where, loaded, seed=seed, progress=watch)
             found += made
         scores = candidates.score_candidates(
             found,
@@ -157,7 +157,7 @@ def score(
             left_out=left_out,
             started=began,
             choose=True,
-            watcher=watch,
+            progress=watch,
         )
     show(screen, scores)
     if out is not None:

@@ -11,7 +11,6 @@ from fulcrum.errors import ConfigError
 if TYPE_CHECKING:
     from fulcrum.outcomes import Outcomes
 
-REFERENCES = ("kshot", "sft", "sft_anchor", "sft_kl", "soup", "tfidf", "base_anchor", "base")  # arms without general data
 # Metrics whose names hold one of these are better when lower, unless told otherwise.
 LOWER_IS_BETTER = ("nll", "loss", "perplexity", "error", "brier", "mae", "mse", "wer", "cer", "ter", "edit_distance")
 
@@ -79,8 +78,10 @@ def _lower_by_name(name: str) -> bool:
 
 
 def _references(found: "Outcomes") -> list[str]:
+    from fulcrum.arms import ARMS
+
     known = {arm for cells in found.values.values() for arm, _, _ in cells}
-    chosen = [name for name in REFERENCES if name in known]
+    chosen = [name for name, arm in ARMS.items() if arm.is_reference and name in known]
     if not chosen:
         raise ConfigError(
             f"none of the arms ({', '.join(sorted(known))}) is known to use no general data; name it with --reference"

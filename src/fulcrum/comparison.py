@@ -1,40 +1,52 @@
-"""Arms x sizes x seeds on the same rows: settings tuned inside the task rows, refitted on all of them, scored once on test.
+"""Compare arms x sizes x seeds: tuned inside the task rows, refitted, scored once on test.
 
-All trials come first, for a final training takes the best of them. A killed comparison goes on without redoing a finished unit.
+All trials come first, for a final training takes the best of them. A killed comparison resumes
+without redoing a finished job.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fulcrum import candidates, cell, pilot, probe, pseudo, scoring, selfmade, store, wording, workers
-from fulcrum.arms import by_task_rows, chosen_arms, sizes_of, trials
-from fulcrum.cell import Silent, Watcher
+from fulcrum import (
+    candidates,
+    cell,
+    pilot,
+    probe,
+    pseudo,
+    scoring,
+    selfmade,
+    store,
+    wording,
+    workers,
+)
+from fulcrum.arm_data import ArmPlan, resolve
+from fulcrum.arms import ARMS, arm_of, by_task_rows, chosen_arms, sizes_of
+from fulcrum.cell import Session
 from fulcrum.certificate import Budget
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError
 from fulcrum.launched import writes
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.model import LoadedModel
+from fulcrum.progress import ProgressListener, Silent
 from fulcrum.proof import certificates
-from fulcrum.records import ArmResult, Difference, Results, Setting, Tried
+from fulcrum.records import ArmResult, Difference, Hyperparameters, Results, Trial
 from fulcrum.run import begin, claimed, finish, shown_size
 from fulcrum.run_kinds import COMPARE
-from fulcrum.units import Study, Unit, keep, read
+from fulcrum.units import ComparisonPlan, Job, keep, read
 
-# Which pairs answer a question: what did TELL bring over X, mixing alone, the anchor alone, training at all?
-_REFERENCES = ("sft_anchor", "sft", "sft_kl", "soup", "kshot", "tfidf", "base_anchor", "base")  # without general data
-_RIVALS = (  # with general data, or at TELL's settings
-    "sft_matched", "mix", "general_then_task", "task_then_general", "replay_10", "placebo_permuted", "placebo_own_answers",
-    "selfgen", "unlabeled", "pseudo_self", "pseudo_teacher", "general_only",
-)  # fmt: skip
-_PAIRS = (
-    *(("tell", name) for name in _REFERENCES), *(("tell", name) for name in _RIVALS), *(("mix", name) for name in _REFERENCES),
-    ("sft_anchor", "sft"), ("sft", "kshot"), ("sft", "base"), ("kshot", "base"), ("base_anchor", "base"),
-)  # fmt: skip
+# What the anchor alone brought, and training at all. What TELL and mixing brought is asked of every
+# reference.
+_PLAIN_PAIRS = (
+    ("sft_anchor", "sft"),
+    ("sft", "kshot"),
+    ("sft", "base"),
+    ("kshot", "base"),
+    ("base_anchor", "base"),
+)
 
 
 def keep_plan(budget: Budget, folder: Path, settings: Settings) -> None:
@@ -57,195 +69,256 @@ def add_dropped(budget: Budget | None, dropped: Sequence[str]) -> Budget | None:
 
 
 def compare(
-    settings: Settings, *, resume: bool = False, watcher: Watcher | None = None, jobs: int = 1, on: str = "local",
+    settings: Settings,
+    *,
+    resume: bool = False,
+    progress: ProgressListener | None = None,
+    jobs: int = 1,
+    on: str = "local",
     budget: Budget | None = None,
-) -> Results:  # fmt: skip
-    """Run every arm at every size and seed, and fill the run folder with results, certificate, predictions and report.
+) -> Results:
+    """Run every arm at every size and seed, and fill the run folder.
 
-    Fairness (rules a to i of a fair comparison): the same nested task rows in all arms, dev rows among them; settings chosen by
-    cross-validation inside these (as many as there are repeats to try; arms without general data try at least three numbers of
-    epochs); no arm may use more optimizer steps than TELL; learning rates decay fully within them; the last step counts; test
-    is scored once per arm, size and seed.
-    `jobs` units run at once, in local processes or (`on` "ray") on a Ray cluster, each with its part of the threads. With a
-    `budget` whole seeds are dropped (at least two remain) rather than exceed its time, and the
-    certificate says so.
+    Fairness (rules a to i of a fair comparison): the same nested task rows in all arms, dev rows
+    among them; settings chosen by cross-validation inside these (as many as there are repeats to
+    try; arms without general data try at least three numbers of epochs); no arm may use more
+    optimizer steps than TELL; learning rates decay fully within them; the last step counts; test is
+    scored once per arm, size and seed. `jobs` of the comparison run at once, in local processes or
+    (`on` "ray") on a Ray cluster, each with its part of the threads. With a `budget` whole seeds
+    are dropped (at least two remain) rather than exceed its time, and the certificate says so.
     Raises ConfigError, DataError, ModelError or StoreError.
     """
     workers.share_threads(jobs, on)
-    watcher, started = watcher or Silent(), time.perf_counter()
+    progress, started = progress or Silent(), time.perf_counter()
     with claimed(settings, resume=resume):
         asked = settings
-        settings, anchors = candidates.resolve(settings, compared=True, watcher=watcher)
-        settings, found = pilot.resolve(settings, compared=True, watcher=watcher)
+        settings, anchors = candidates.resolve(settings, compared=True, progress=progress)
+        settings, found = pilot.resolve(settings, compared=True, progress=progress)
         arms = chosen_arms(settings)
         if settings.compare.tune == "first":
             settings.refuse_choosing_by("compare.tune: first", "settings", "use `tune: each`")
         _require_common_size(settings, arms)
-        loaded, rows, folder = begin(COMPARE, settings, arms, settings.seeds, resume, watcher)
+        session, data = begin(COMPARE, settings, arms, settings.seeds, resume, progress)
         gone = pilot.dropped(asked) if found is not None and found.chosen == 0 else ()
-        kept_in = folder if writes() else None
-        notes = [*candidates.keep(anchors, kept_in), *pilot.keep(found, kept_in, gone)]
-        if writes() and budget is not None:
-            keep_plan(budget, folder, settings)
-        by_seed = selfmade.with_made_rows(
-            dict(zip(settings.seeds, rows, strict=True)), loaded, arms, settings, kept_in,
-            partial(watcher.count, "general rows that the model makes itself"),
-        )  # fmt: skip
-        for seed, material in by_seed.items():
-            views = _views(material, arms, settings)
-            chosen = probe.with_gradients(material, loaded, views, settings, kept_in, partial(watcher.count, probe.LABEL))
-            by_seed[seed] = pseudo.with_answers(chosen, loaded, views, arms, settings, kept_in, watcher)
-        rows = list(by_seed.values())
-        study = Study(settings, by_seed, folder)
-        with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
-            tries = list(plan_trials(study, arms, loaded))
-            watcher.stage(f"{len(tries)} trials, by cross-validation inside the task rows")
-            tuning = Progress(study, tries, watcher, jobs)
-            finals = list(plan_finals(study, arms, list(zip(tries, tuning.run(tries, runner), strict=True))))
-            watcher.stage(f"{len(finals)} trainings on all task rows, each with its test")
+        notes = [*candidates.keep(anchors, session.kept), *pilot.keep(found, session.kept, gone)]
+        if budget is not None and session.kept is not None:
+            keep_plan(budget, session.kept, settings)
+        rows = _with_general_rows(session, dict(zip(settings.seeds, data, strict=True)), arms)
+        plan = ComparisonPlan(settings, rows, Path(settings.output_dir))
+        with workers.runner(plan, session, jobs=jobs, on=on) as runner:
+            work = list(plan_trials(plan, arms, session.model))
+            progress.stage(f"{len(work)} trials, by cross-validation inside the task rows")
+            tuning = JobTracker(plan, work, progress, jobs)
+            tried = list(zip(work, tuning.run(work, runner), strict=True))
+            finals = list(plan_finals(plan, arms, tried))
+            progress.stage(f"{len(finals)} trainings on all task rows, each with its test")
             seconds = None
             if budget is not None and budget.seconds is not None:
                 seconds = budget.seconds - tuning.seconds
-            training = Progress(study, finals, watcher, jobs)
-            results, dropped = by_seeds(study, finals, training, runner, seconds)
+            tracker = JobTracker(plan, finals, progress, jobs)
+            results, dropped = by_seeds(plan, finals, tracker, runner, seconds)
         skipped = add_dropped(budget, dropped)
         if skipped is not None:
             notes.append(wording.left_out(skipped))
         at = shown_size(results, settings)
-        shown = [result for result in results if result.size in (0, at)]
-        differences = paired_differences(shown, settings)
+        differences = paired_differences(
+            [result for result in results if result.size in (0, at)], settings
+        )
         if writes():
-            certificates(folder, settings, study.rows, results, loaded, skipped)
-        return finish(COMPARE, settings, folder, loaded, rows, results, differences, started, notes)
+            certificates(session, rows, results, skipped)
+        return finish(COMPARE, session, list(rows.values()), results, started, differences, notes)
+
+
+def _with_general_rows(
+    session: Session, rows: dict[int, RunData], arms: Sequence[Arm]
+) -> dict[int, RunData]:
+    """Return the rows of every seed with the general rows that are made, chosen or answered."""
+    found = selfmade.with_made_rows(session, rows, arms)
+    for seed, data in found.items():
+        views = _views(data, arms, session.settings)
+        chosen = probe.with_gradients(session, data, views)
+        taught = [arm for arm in arms if arm.asks_teacher]
+        views = [view for view in views if view.arm.asks_adapters]
+        views += [resolve(arm, data, session.settings) for arm in taught]
+        found[seed] = pseudo.with_answers(session, chosen, views)
+    return found
 
 
 def by_seeds(
-    study: Study, units: Sequence[Unit], progress: "Progress", runner: workers.Runner, budget: float | None
+    plan: ComparisonPlan,
+    work: Sequence[Job],
+    tracker: "JobTracker",
+    runner: workers.Runner,
+    budget: float | None,
 ) -> tuple[list[ArmResult], list[str]]:
-    """Return the results of final trainings, seed by seed, and what was dropped, in words.
+    """Run final trainings seed by seed; return their results, and what was dropped, in words.
 
     Whole seeds are dropped (at least two remain) rather than exceed a `budget` in seconds.
     """
     results: list[ArmResult] = []
-    for number, seed in enumerate(study.seeds, 1):
-        before = progress.seconds
-        results += progress.run([unit for unit in units if unit.seed == seed], runner)
-        next_end = progress.seconds + (progress.seconds - before)
-        left = [unit for unit in units if unit.seed not in study.seeds[:number] and read(study, unit) is None]
-        if budget is not None and next_end > budget and number >= 2 and left:
+    for number, seed in enumerate(plan.seeds, 1):
+        before = tracker.seconds
+        results += tracker.run([job for job in work if job.cell.seed == seed], runner)
+        next_end = tracker.seconds + (tracker.seconds - before)
+        if budget is None or next_end <= budget or number < 2:
+            continue
+        done = plan.seeds[:number]
+        if any(job.cell.seed not in done and read(plan, job) is None for job in work):
             return results, [f"no seeds after {seed}"]
     return results, []
 
 
 def _require_common_size(settings: Settings, arms: Sequence[Arm]) -> None:
-    """Raise ConfigError where arms with general rows and trained ones without share no size: nothing could be said of them."""
-    with_general, without = ({s for arm in arms if arm.seeded and arm.mixes == mixes for s in sizes_of(settings, arm, 0)}
-                             for mixes in (True, False))  # fmt: skip
-    if with_general and without and 0 not in with_general | without and not with_general & without:
+    """Raise ConfigError if arms with general rows and those without share no size."""
+    mixed: set[int] = set()
+    plain: set[int] = set()
+    for arm in arms:
+        if arm.depends_on_seed:
+            (mixed if arm.uses_general_data else plain).update(sizes_of(settings, arm, 0))
+    if mixed and plain and 0 not in mixed | plain and not mixed & plain:
         raise ConfigError(
-            f"compare.sizes_of: arms with general rows stand at {sorted(with_general)} rows, the others at {sorted(without)}; "
+            f"compare.sizes_of: arms with general rows stand at {sorted(mixed)} rows, the others "
+            f"at {sorted(plain)}; "
             "a difference needs a size that is in both"
         )
 
 
-class Progress:
-    """How far some units are, and the time that all of them took so far, in earlier sittings too."""
+class JobTracker:
+    """How far some jobs are, and the time that all of them took so far, in earlier sittings too."""
 
-    def __init__(self, study: Study, units: Sequence[Unit], watcher: Watcher, jobs: int) -> None:
-        self.jobs = jobs
-        self.study, self.watcher, self.total = study, watcher, len(units)
-        self.done, self.left, self.paid = 0, sum(study.cost(unit) for unit in units), 0.0
-        self.stored_seconds, self.begun = 0.0, time.monotonic()
+    def __init__(
+        self, plan: ComparisonPlan, work: Sequence[Job], progress: ProgressListener, parallel: int
+    ) -> None:
+        self.plan, self.progress = plan, progress
+        self.parallel = parallel  # jobs that run at once
+        self.total = len(work)
+        self.done = 0
+        self.left = sum(plan.cost(job) for job in work)  # cost of the jobs not yet done
+        self.paid = 0.0  # cost of those done in this sitting
+        self.stored_seconds = 0.0
+        self.begun = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Seconds spent on the units; of those stored before, as if they had been run by as many workers."""
-        return self.stored_seconds / self.jobs + time.monotonic() - self.begun
+        """Seconds spent on the jobs; of those stored before, as if as many workers had run them."""
+        return self.stored_seconds / self.parallel + time.monotonic() - self.begun
 
-    def finished(self, unit: Unit, result: Tried | ArmResult, *, stored: bool) -> None:
-        """Count a unit, and tell the watcher."""
-        cost = self.study.cost(unit)
-        self.done, self.left = self.done + 1, self.left - cost
+    def finished(self, job: Job, result: Trial | ArmResult, *, stored: bool) -> None:
+        """Count a job, and tell the listener."""
+        cost = self.plan.cost(job)
+        self.done += 1
+        self.left -= cost
         if stored:
             self.stored_seconds += result.seconds
             return
         self.paid += cost
         rest = (time.monotonic() - self.begun) * max(0.0, self.left) / self.paid
-        self.watcher.overall(self.done, self.total, rest)
+        self.progress.overall(self.done, self.total, rest)
 
-    def run(self, units: Sequence[Unit], runner: workers.Runner) -> list[Any]:
-        """The results of some of the units, in their order: those that are stored, and the others once run and stored."""
-        found: dict[str, Tried | ArmResult] = {}
-        for unit in units:
-            if (known := read(self.study, unit)) is not None:
-                found[unit.name] = known
-                self.finished(unit, known, stored=True)
-        for unit, result in runner([unit for unit in units if unit.name not in found]):
+    def run(self, work: Sequence[Job], runner: workers.Runner) -> list[Any]:
+        """Return the results of some of the jobs, in order; those not stored are run first."""
+        found: dict[str, Trial | ArmResult] = {}
+        for job in work:
+            stored = read(self.plan, job)
+            if stored is not None:
+                found[job.name] = stored
+                self.finished(job, stored, stored=True)
+        for job, result in runner([job for job in work if job.name not in found]):
             if writes():
-                keep(self.study, unit, result)
-            found[unit.name] = result
-            self.finished(unit, result, stored=False)
-        return [found[unit.name] for unit in units]
+                keep(self.plan, job, result)
+            found[job.name] = result
+            self.finished(job, result, stored=False)
+        return [found[job.name] for job in work]
 
 
-def _views(rows: Material, arms: Sequence[Arm], settings: Settings) -> list[tuple[Material, Arm]]:
-    """The task rows by which arms choose or answer general rows: every size, and where settings are tried every fold of it."""
+def _views(rows: RunData, arms: Sequence[Arm], settings: Settings) -> list[ArmPlan]:
+    """Return the plans of arms whose general rows depend on task rows: by size, and by fold."""
     found = []
-    tuned = settings.compare.tune == "each" or rows.seed == settings.seeds[0]
-    for arm in (arm for arm in arms if by_task_rows(arm, settings)):
+    is_tuned = settings.compare.tune == "each" or rows.seed == settings.seeds[0]
+    for arm in arms:
+        if not by_task_rows(arm, settings):
+            continue
         for size in sizes_of(settings, arm, rows.longest):
-            own = rows.at(size)
-            folds = own.folds(settings.compare.folds, store.seed_for(rows.seed, "folds")) if tuned else []
-            found += [(view, arm) for view in (own, *folds)]
+            plan = resolve(arm, rows.at(size), settings)
+            found.append(plan)
+            if is_tuned:
+                found += plan.folds(settings.compare.folds, store.seed_for(rows.seed, "folds"))
     return found
 
 
-def plan_trials(study: Study, arms: Iterable[Arm], loaded: LoadedModel) -> Iterable[Unit]:
-    """Every setting of every arm and size: at each seed, or at the first for all."""
-    for seed in study.seeds[:1] if study.settings.compare.tune == "first" else study.seeds:
-        for arm in (arm for arm in arms if arm.settings_of is None):
-            for size in study.sizes(arm) if seed in study.seeds_of(arm) else ():
-                rows = study.at(Unit(arm, size, seed))
-                settings: Sequence[Setting] = (Setting(),)
-                if arm.shots:
-                    settings = cell.numbers_of_shots(rows, loaded, study.settings, seed)
-                elif arm.trained:
-                    settings = trials(rows, arm, study.settings)
-                for setting in settings:
-                    yield Unit(arm, size, seed, setting)
+def plan_trials(plan: ComparisonPlan, arms: Sequence[Arm], model: LoadedModel) -> Iterator[Job]:
+    """Give every trial of every arm and size: at each seed, or at the first for all."""
+    seeds = plan.seeds[:1] if plan.settings.compare.tune == "first" else plan.seeds
+    for one in plan.cells([arm for arm in arms if arm.hyperparameters_of is None], seeds):
+        if one.arm.few_shot:
+            tried = cell.numbers_of_shots(model, plan.resolve(one), one.seed)
+        elif one.arm.trained:
+            tried = plan.resolve(one).trials
+        else:
+            tried = (Hyperparameters(),)
+        for chosen in tried:
+            yield Job(one, chosen)
 
 
-def plan_finals(study: Study, arms: Sequence[Arm], tried: Sequence[tuple[Unit, Tried]]) -> Iterable[Unit]:
-    """Every arm, size and seed with what was tried for it. What does not depend on the seed is run at the first."""
-    first = study.seeds[0]
-    for seed in study.seeds:
-        for arm in arms:
-            for size in study.sizes(arm) if seed in study.seeds_of(arm) else ():
-                own = seed if study.settings.compare.tune == "each" else first
-                source = (arm.settings_of or arm.name, size, own)
-                found = [result for unit, result in tried if (unit.arm.name, unit.size, unit.seed) == source]
-                if arm.settings_of is not None:  # the trials were another arm's
-                    found = [replace(min(found, key=lambda one: one.dev_nll), train_tokens=0, seconds=0.0)]
-                yield Unit(arm, size, seed, None, tuple(found))
+def plan_finals(
+    plan: ComparisonPlan, arms: Sequence[Arm], tried: Sequence[tuple[Job, Trial]]
+) -> Iterator[Job]:
+    """Give every cell with what was tried for it.
+
+    What does not depend on the seed is run at the first.
+    """
+    trials_of: dict[tuple[str, int, int], list[Trial]] = {}
+    for job, trial in tried:
+        key = (job.cell.arm.name, job.cell.size, job.cell.seed)
+        trials_of.setdefault(key, []).append(trial)
+    for one in plan.cells(arms):
+        tuned_at = one.seed if plan.settings.compare.tune == "each" else plan.seeds[0]
+        source = one.arm.hyperparameters_of
+        trials = trials_of.get((source or one.arm.name, one.size, tuned_at), [])
+        if source is not None:  # the trials were another arm's
+            best = min(trials, key=lambda trial: trial.dev_nll)
+            trials = [replace(best, train_tokens=0, seconds=0.0)]
+        yield Job(one, None, tuple(trials))
 
 
 def paired_differences(results: Sequence[ArmResult], settings: Settings) -> list[Difference]:
-    """Paired test differences of the telling pairs, for every task and every metric that is a mean over rows."""
+    """Return paired test differences of the telling pairs, by task and metric.
+
+    Metrics of a whole corpus have none.
+    """
     by_arm: dict[str, list[ArmResult]] = {}
     for result in results:
         by_arm.setdefault(result.arm, []).append(result)
-    own_pairs = [(name, "sft") for name in by_arm if name not in {*_REFERENCES, *_RIVALS, "tell"}]
     found = []
-    for arm, reference in (*_PAIRS, *own_pairs):
-        for task in settings.tasks if arm in by_arm and reference in by_arm else ():
+    for arm, reference in _pairs([arm_of(settings, name) for name in by_arm]):
+        for task in settings.tasks:
             for metric in task.metrics:
                 own, other = (
-                    [
-                        scoring.outcomes(result.predictions[task.name], result.scores[task.name], metric)
-                        for result in by_arm[name]
-                    ]
-                    for name in (arm, reference)
+                    _outcomes(by_arm[name], task.name, metric) for name in (arm, reference)
                 )
                 rows = [result.predictions[task.name] for result in by_arm[arm]]
-                found.append(scoring.paired(task.name, metric, arm, reference, own, other, rows))
-    return [difference for difference in found if difference is not None]
+                difference = scoring.paired(task.name, metric, arm, reference, own, other, rows)
+                if difference is not None:
+                    found.append(difference)
+    return found
+
+
+def _outcomes(results: Sequence[ArmResult], task: str, metric: str) -> list[tuple[float, ...]]:
+    """Return each result's outcomes by a metric, one tuple a seed."""
+    return [scoring.outcomes(one.predictions[task], one.scores[task], metric) for one in results]
+
+
+def _pairs(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+    """Give the pairs of arms whose difference answers a question."""
+    names = {arm.name for arm in arms}
+    built_in = [arm for arm in arms if arm.name in ARMS]
+    own = [arm for arm in arms if arm.name not in ARMS]
+    references = [arm.name for arm in built_in if arm.is_reference]
+    rivals = [arm.name for arm in built_in if not arm.is_reference and arm.name != "tell"]
+    rivals += [arm.name for arm in own if arm.uses_general_data]
+    pairs = [("tell", name) for name in (*references, *rivals)]
+    pairs += [("mix", name) for name in references]
+    pairs += [*_PLAIN_PAIRS, *((arm.name, "sft") for arm in own)]
+    for arm, reference in pairs:
+        if arm in names and reference in names:
+            yield arm, reference

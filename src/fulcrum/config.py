@@ -35,7 +35,7 @@ from fulcrum.sections import (
 )
 
 Select = Literal["random", "similar", "gradient", "diverse"]
-Order = Literal["auto", "random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general"]
+Order = Literal["auto", "random", "epoch_stratified", "general_then_task", "task_then_general"]
 
 
 class TaskSettings(Section):
@@ -183,83 +183,193 @@ class EvalSettings(Section):
 
 
 class Arm(Section):
-    """One way of training that is compared. Arms differ in these things and in nothing else; a YAML file may add its own."""
+    """One way of training that is compared.
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="small letters, digits and _; used in tables and file names")
+    Arms differ in these things and in nothing else; a YAML file may add its own.
+    """
+
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="small letters, digits and _; used in tables and file names",
+    )
     trained: bool = Field(True, description="false: the model stays as it is")
-    anchored: bool = Field(False, description="whether task rows carry the anchor, in training and in inference")
+    anchored: bool = Field(
+        False, description="whether task rows carry the anchor, in training and in inference"
+    )
     anchor: AnchorSettings | None = Field(
         None, description="instead of the task's own (of every task, where there are several)"
     )
-    anchor_dropout: float | None = Field(None, ge=0, lt=1, description="instead of mix.anchor_dropout")
-    anchor_cooldown: float | None = Field(None, ge=0, lt=1, description="instead of mix.anchor_cooldown")
+    anchor_dropout: float | None = Field(
+        None, ge=0, lt=1, description="instead of mix.anchor_dropout"
+    )
+    anchor_cooldown: float | None = Field(
+        None, ge=0, lt=1, description="instead of mix.anchor_cooldown"
+    )
     asked_anchored: bool | None = Field(None, description="instead of eval.anchored")
     task_rows: bool = Field(True, description="false: trains on general rows alone")
-    general: Literal["none", "pool", "permuted", "own_answers", "self_made", "unlabeled", "pseudo_self", "pseudo_teacher"] = (
-        Field(
-            "none",
-            description="general rows: none; the pool's; these with each other's answers, or with the base model's own; rows "
-            "that the base model made from nothing; unlabelled inputs as texts, or answered by adapters or by the teacher",
-        )
+    general: Literal[
+        "none",
+        "pool",
+        "permuted",
+        "own_answers",
+        "self_made",
+        "unlabeled",
+        "pseudo_self",
+        "pseudo_teacher",
+    ] = Field(
+        "none",
+        description="general rows: none; the pool's; these with each other's answers, or with the base model's own; rows "
+        "that the base model made from nothing; unlabelled inputs as texts, or answered by adapters or by the teacher",
     )
-    pool: GeneralSources = Field((), description="general data of its own; none: `general:` of the run")
+    pool: GeneralSources = Field(
+        (), description="general data of its own; none: `general:` of the run"
+    )
     order: Order | None = Field(None, description="instead of mix.order")
     select: Select | None = Field(None, description="instead of mix.select")
-    general_per_task: float | None = Field(None, gt=0, description="in examples, instead of mix.general_per_task")
-    general_rows: int | None = Field(None, ge=1, description="so many general rows, however often the task rows repeat")
-    repeats: int | None = Field(None, ge=1, description="times each task row is shown; none: tuned, as the other arms' are")
-    shots: bool = Field(False, description="task rows stand in the prompt instead of training")
-    kl: bool = Field(False, description="whether the distance to the base model (KL divergence) is part of the loss, tuned")
-    members: int = Field(1, ge=1, le=16, description="adapters of as many trainings, averaged, their scale tuned")
-    words: bool = Field(False, description="no language model: TF-IDF and logistic regression over answers as labels")
-    settings_of: str | None = Field(
-        None, description="the arm whose chosen settings it takes instead of trying any: a diagnostic, never a reference"
+    general_per_task: float | None = Field(
+        None, gt=0, description="in examples, instead of mix.general_per_task"
     )
-    train: dict[str, Any] = Field(default_factory=dict, description="trainer settings of its own, as in `train:`")
+    general_rows: int | None = Field(
+        None, ge=1, description="so many general rows, however often the task rows repeat"
+    )
+    repeats: int | None = Field(
+        None, ge=1, description="times each task row is shown; none: tuned, as the other arms' are"
+    )
+    few_shot: bool = Field(
+        False, description="task rows are put into the prompt; nothing is trained"
+    )
+    kl: bool = Field(
+        False,
+        description="whether the distance to the base model (KL divergence) is part of the loss, tuned",
+    )
+    members: int = Field(
+        1, ge=1, le=16, description="adapters of as many trainings, averaged, their scale tuned"
+    )
+    tfidf: bool = Field(
+        False,
+        description="no language model: TF-IDF and logistic regression over answers as labels",
+    )
+    hyperparameters_of: str | None = Field(
+        None,
+        description="the arm whose chosen hyperparameters it takes instead of trying any: a diagnostic, never a reference",
+    )
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="trainer settings of its own, as in `train:`"
+    )
 
     _sources = field_validator("pool", mode="before")(as_sources)
     _given = field_validator("anchor", mode="before")(as_anchor)
 
     @model_validator(mode="after")
-    def _sensible(self) -> "Arm":
+    def _consistent(self) -> "Arm":
+        """Refuse what contradicts itself, with the line of the YAML file that would."""
+        self._check_anchor()
+        self._check_general()
+        self._check_training()
+        return self
+
+    def _check_anchor(self) -> None:
         own = (self.anchor, self.anchor_dropout, self.anchor_cooldown, self.asked_anchored)
         if not self.anchored and any(value is not None for value in own):
-            raise ValueError(f"{self.name}: carries no anchor, so nothing of anchors can be set; add anchored: true")
+            raise ValueError(
+                f"{self.name}: carries no anchor, so nothing of anchors can be set; "
+                "add anchored: true"
+            )
         if self.anchor is not None and self.anchor.is_auto:
             raise ValueError(f"{self.name}: an arm's own anchor is a text; auto is for the task's")
         if not self.trained and (self.anchor_dropout or self.anchor_cooldown):
-            raise ValueError(f"{self.name}: is not trained, so no showing of a row can lack the anchor")
-        if not self.mixes and (
-            self.pool or self.order or self.select or self.general_per_task or self.general_rows or not self.task_rows
-        ):
-            raise ValueError(f"{self.name}: without general rows (general: pool) there is no pool, order or ratio to set")
-        if self.general_per_task and self.general_rows:
-            raise ValueError(f"{self.name}: general_per_task and general_rows both say how many general rows; keep one")
-        if self.select and (self.pool or self.general not in ("pool", "permuted")):
-            raise ValueError(f"{self.name}: rows are selected from the run's own pool; leave `select:` out")
-        if not self.trained and (self.mixes or self.kl or self.members > 1 or self.train or self.settings_of or self.repeats):
-            raise ValueError(f"{self.name}: is not trained (trained: false), so nothing of training can be set")
-        if self.shots + self.words + self.trained > 1:
-            raise ValueError(f"{self.name}: is trained, or has shots, or counts words, one of these (add trained: false)")
-        if self.settings_of and (self.mixes or self.kl or self.members > 1 or self.train or self.repeats):
             raise ValueError(
-                f"{self.name}: takes another arm's settings, so it has no general rows, KL, members, repeats, train of its own"
+                f"{self.name}: is not trained, so no showing of a row can lack the anchor"
+            )
+
+    def _check_general(self) -> None:
+        amount = self.general_per_task or self.general_rows
+        chosen = self.pool or self.order or self.select or amount or not self.task_rows
+        if chosen and not self.uses_general_data:
+            raise ValueError(
+                f"{self.name}: without general rows (general: pool) there is no pool, order or "
+                "ratio to set"
+            )
+        if self.general_per_task and self.general_rows:
+            raise ValueError(
+                f"{self.name}: general_per_task and general_rows both say how many general rows; "
+                "keep one"
+            )
+        if self.select and not self.can_select:
+            raise ValueError(
+                f"{self.name}: rows are selected from the run's own pool; leave `select:` out"
+            )
+
+    def _check_training(self) -> None:
+        own = self.uses_general_data or self.kl or self.members > 1 or self.train or self.repeats
+        if not self.trained and (own or self.hyperparameters_of):
+            raise ValueError(
+                f"{self.name}: is not trained (trained: false), so nothing of training can be set"
+            )
+        if self.few_shot + self.tfidf + self.trained > 1:
+            raise ValueError(
+                f"{self.name}: is trained, few_shot or tfidf, one of these (add trained: false)"
+            )
+        if self.hyperparameters_of and own:
+            raise ValueError(
+                f"{self.name}: takes another arm's hyperparameters, so it has no general rows, KL, "
+                "members, repeats, train of its own"
             )
         try:
             TrainSettings.model_validate(self.train)
         except ValidationError as error:
-            raise ValueError(str(settings_file.explain(error, TrainSettings, f"{self.name}: train", {}))) from None
-        return self
+            where = f"{self.name}: train"
+            raise ValueError(str(settings_file.explain(error, TrainSettings, where, {}))) from None
 
     @property
-    def seeded(self) -> bool:
-        """Whether another seed, with its other rows, gives another result."""
-        return self.trained or self.shots or self.words
-
-    @property
-    def mixes(self) -> bool:
+    def uses_general_data(self) -> bool:
         """Whether it trains on general rows."""
         return self.general != "none"
+
+    @property
+    def depends_on_seed(self) -> bool:
+        """Whether another seed, with its other task rows, gives another result."""
+        return self.trained or self.few_shot or self.tfidf
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether TELL has to beat it: without general data, with hyperparameters it chose."""
+        return not self.uses_general_data and self.hyperparameters_of is None
+
+    @property
+    def uses_pool(self) -> bool:
+        """Whether it trains on rows of the pool with the pool's own answers."""
+        return self.general == "pool"
+
+    @property
+    def can_select(self) -> bool:
+        """Whether it may choose among the rows of the run's pool."""
+        return self.general in ("pool", "permuted") and not self.pool
+
+    @property
+    def is_capped_by_pool(self) -> bool:
+        """Whether it has at most as many general rows as were drawn for the longest mixture."""
+        return self.general in ("pool", "permuted", "own_answers", "self_made")
+
+    @property
+    def makes_rows(self) -> bool:
+        """Whether the base model writes its general rows, or their answers, before training."""
+        return self.general in ("own_answers", "self_made")
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether its general rows are inputs of the task that nobody labelled."""
+        return self.general in ("unlabeled", "pseudo_self", "pseudo_teacher")
+
+    @property
+    def asks_adapters(self) -> bool:
+        """Whether adapters trained on its task rows answer the unlabelled inputs."""
+        return self.general == "pseudo_self"
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher answers the unlabelled inputs."""
+        return self.general == "pseudo_teacher"
 
 
 Sizes = tuple[int, ...]

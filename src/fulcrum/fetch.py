@@ -8,10 +8,11 @@ from typing import Any
 
 from fulcrum import encode, sources, store
 from fulcrum.errors import FulcrumError, ModelError
+from fulcrum.progress import Count
 from fulcrum.store import file_sha256
 
 
-def prepare(name: str, progress: sources.Progress | None = None, accept_terms: Callable[[str], bool] | None = None) -> str:
+def prepare(name: str, progress: Count | None = None, accept_terms: Callable[[str], bool] | None = None) -> str:
     """Return what `from_pretrained` takes for a model's name: a local folder or a hub id.
 
     Built-in models are fetched and .gguf files converted the first time; later calls only look into the cache. Raises

@@ -29,11 +29,10 @@ from fulcrum.config import Arm, Settings, TaskSettings, TrainSettings
 from fulcrum.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
 from fulcrum.identity import environment
 from fulcrum.model import LoadedModel
-from fulcrum.records import Anchor, Example, Message, Prediction, Reject, Score, Setting, Task, Tokens
+from fulcrum.records import Anchor, Example, Hyperparameters, Message, Prediction, Reject, Score, Task, Tokens
 from fulcrum.sections import DataSource
 
 _ASKED = 8  # rows by which an adapter is seen to be at work
-_USED_FIRST = ("tell", "mix", "sft_anchor", "sft")  # of a comparison, if no arm is named
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,13 @@ def other_base(folder: Path, loaded: LoadedModel) -> Iterator[str]:
 
 def task_anchor(task: TaskSettings, own: Arm, settings: Settings) -> Anchor | None:
     """Return the anchor with which an arm is asked."""
-    return arms.asked_anchor(own, Task(task.name, (), (), (), task.anchor_value()), settings)
+    return arms.inference_anchor(own, Task(task.name, (), (), (), task.anchor_value()), settings)
 
 
 def as_saved(weights: Path, settings: TrainSettings, own: Arm) -> TrainSettings:
     """Return the settings with the arm's own, and with the rank and scale that were saved: averaged adapters have others."""
     saved = store.read_json(weights / "adapter_config.json")
-    settings = cell.own_settings(settings, own, Setting())
+    settings = cell.own_settings(settings, own, Hyperparameters())
     return settings.model_copy(update={"lora_r": saved["r"], "lora_alpha": saved["lora_alpha"]})
 
 
@@ -135,8 +134,8 @@ def adapter_folders(folder: Path, settings: Settings) -> dict[str, Path]:
     """
     if (folder / "adapter").is_dir():
         return {arms.own_arm(settings).name: folder / "adapter"}
-    names = (*_USED_FIRST, *arms.ARMS, *(arm.name for arm in settings.compare.arms if not isinstance(arm, str)))
-    places = {name: folder / "adapters" / name for name in dict.fromkeys(names)}
+    own = [arm.name for arm in settings.compare.arms if isinstance(arm, Arm)]
+    places = {name: folder / "adapters" / name for name in (*arms.by_use(), *own)}
     found = {name: place for name, place in places.items() if (place / "adapter_model.safetensors").exists()}
     if not found:
         raise StoreError(f"{folder}: no trained adapter in it; finish the run with --resume")

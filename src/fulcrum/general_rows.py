@@ -21,7 +21,7 @@ _LENGTH_SAMPLE = 256  # general rows whose mean length stands for all, where a m
 
 @dataclass
 class Drawn:
-    """What the pools give a run: see `Material` for the parts; `rejects` are rows looked at and not kept, `left_out` counts
+    """What the pools give a run: see `RunData` for the parts; `rejects` are rows looked at and not kept, `left_out` counts
     those that never were."""
 
     repeats: tuple[int, ...]

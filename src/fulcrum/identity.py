@@ -11,11 +11,11 @@ import torch
 
 from fulcrum import store
 from fulcrum.config import Settings
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.model import LoadedModel
 
 
-def manifest(kind: str, settings: Settings, loaded: LoadedModel, materials: Sequence[Material]) -> dict[str, Any]:
+def manifest(kind: str, settings: Settings, loaded: LoadedModel, materials: Sequence[RunData]) -> dict[str, Any]:
     """What makes a run this run: settings, every data row, model and versions. Kept in the folder, compared at resume."""
     return {
         "kind": kind,

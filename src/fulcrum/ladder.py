@@ -10,7 +10,7 @@ Invariant: general rows are nested, a larger ratio has those of the smaller ones
 from dataclasses import dataclass
 from typing import Any
 
-from fulcrum.arms import ARMS, chosen_arms, own_arm
+from fulcrum.arms import chosen_arms, own_arm, plain_sft
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import ConfigError
 from fulcrum.experiments import Design
@@ -114,14 +114,14 @@ def paired(settings: Settings) -> Settings:
     """The settings of `quanta`: SFT and TELL in place of `compare`'s arms, and held-out general rows enough. Raises ConfigError
     for what leaves nothing to ask."""
     mixed = own_arm(settings)
-    if not mixed.mixes:
+    if not mixed.uses_general_data:
         raise ConfigError("quanta asks what general data bring; set mix.general_per_task above 0 and name `general:`")
     _no_auto("quanta", settings)
     if settings.mix.select == "gradient":
         raise ConfigError("quanta: mix.select: gradient is of `train` and `compare`; choose random or similar")
     if settings.mix.general_per_task == "auto":
         raise ConfigError("quanta: mix.general_per_task is auto, which a pilot settles; set a number")
-    plain = ARMS["sft_anchor" if mixed.anchored else "sft"]
+    plain = plain_sft(mixed)
     compare = settings.compare.model_copy(
         update={
             "arms": (plain.name, mixed.name), "seeds": (settings.seed,), "sizes_of": {},

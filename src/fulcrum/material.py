@@ -18,7 +18,7 @@ from fulcrum.store import fingerprint
 
 
 @dataclass(frozen=True)
-class Material:
+class RunData:
     """All rows of one run at one seed.
 
     `general` are the rows that the longest plan of `general_for` task rows needs, `own_general` those of arms with a pool (or
@@ -58,11 +58,11 @@ class Material:
         rows = max(self.repeats) * self.n_task + self.general_count(max(self.repeats))
         return -(-rows // self.batch_size)
 
-    def at(self, size: int) -> "Material":
+    def at(self, size: int) -> "RunData":
         """The same with the first `size` rows of every task: nested subsets, since their order is the seed's."""
         return replace(self, tasks=tuple(replace(task, train=task.train[:size]) for task in self.tasks))
 
-    def folds(self, count: int, seed: int) -> list["Material"]:
+    def folds(self, count: int, seed: int) -> list["RunData"]:
         """Cut the training rows `count` times into rows to train on and dev rows, by content group; each is a dev row once.
 
         A task with fewer groups has fewer folds; in those beyond, none of its rows is a dev row. Raises DataError where a task
@@ -94,7 +94,7 @@ class Material:
 def prepare(
     settings: Settings, tokenizer: encode.Tokenizer, context: int | None, seed: int, *, dev_apart: bool = True,
     by_fold: bool | None = None, mixed_rows: int | None = None, choose_from: int = 0,
-) -> Material:  # fmt: skip
+) -> RunData:  # fmt: skip
     """Read everything, drop what cannot be trained (counted), and choose the general rows that the longest plan needs.
 
     `context` is the model's longest row in tokens (None: no limit). In a comparison dev rows are task rows like others
@@ -142,7 +142,7 @@ def prepare(
             0, f"mix.general_per_task: auto is settled by a pilot; this is the most that it tries, {settings.mix.per_task:g}"
         )
     counts = Counter(reject.reason for reject in (*rejects, *drawn.rejects)) + Counter(drawn.left_out)
-    return Material(
+    return RunData(
         tuple(tasks), drawn.general, drawn.held_out, dict(counts), drawn.repeats, n_task, settings.train.batch_size,
         tuple(notes), drawn.own, drawn.candidates, seed=seed,
     )  # fmt: skip
@@ -161,7 +161,7 @@ def of_seeds(
     *,
     mixed_rows: int | None,
     choose_from: int = 0,
-) -> list[Material]:
+) -> list[RunData]:
     """The rows of a comparison at every seed (`prepare`): of each task as many training rows, since folds differ in size."""
     rows = [
         prepare(settings, tokenizer, context, seed, dev_apart=False, mixed_rows=mixed_rows, choose_from=choose_from)
@@ -193,7 +193,7 @@ def _check_sizes(settings: Settings, task: Task) -> None:
         )
 
 
-def facts(material: Material, tokenizer: encode.Tokenizer) -> tuple[TaskFacts, ...]:
+def facts(material: RunData, tokenizer: encode.Tokenizer) -> tuple[TaskFacts, ...]:
     """What the report says about each task's data; tokens are counted once per row, with the anchor."""
     described: list[TaskFacts] = []
     for task in material.tasks:

@@ -7,8 +7,8 @@ A position is resolved in two steps. The order gives it a *draw*: task draw k in
 The draw gives the row: g through one seeded permutation of the pool (so all orders of a seed use the same G rows, and
 a longer stream keeps the rows of a shorter one), k through its epoch, k // T.
 
-Five of the six orders are one mechanism: the stream is cut into *segments*, each holding fixed ranges of task and
-general draws, permuted inside; they differ only in where they cut (`Plan._cuts`). `systematic` spaces them evenly.
+All orders are one mechanism: the stream is cut into *segments*, each holding fixed ranges of task and general draws,
+permuted inside; they differ only in where they cut (`Plan._cuts`).
 
 Invariant: over the whole stream every task row appears exactly R times and no general row more than once.
 """
@@ -28,13 +28,12 @@ from fulcrum.records import BoolArray, FloatArray, IntArray, Share, SourceKind
 
 Words = npt.NDArray[np.uint64]
 
-ORDERS = ("random", "epoch_stratified", "systematic", "ramp", "general_then_task", "task_then_general")
+ORDERS = ("random", "epoch_stratified", "general_then_task", "task_then_general")
 
 _TABLE_LIMIT = 65_536  # items; up to here a permutation is a stored table of uint16, beyond it is computed
 _ROUNDS = 8  # Feistel rounds
 _WORD = 2**64 - 1
 _BLOCK = 16_384  # items a Feistel pass works on: 128 KiB of uint64 stay in the cache
-_RAMP_CELLS = 64  # steps that approximate the ramp's density; inside a step rows are shuffled freely
 
 _MOST_GENERAL = 1e9  # general rows for each task row
 # Passes over the task rows beyond which a warning is due. Advice, never a limit: in long-CoT SFT 128 epochs won.
@@ -92,16 +91,16 @@ class Plan:
         """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"positions {start:,} to {stop:,} are not inside a plan of {len(self):,} positions")
-        is_task, draws = (self._spaced if self.order == "systematic" else self._segmented)(start, stop)
+        is_task, draws = self._draws(start, stop)
         rows = np.empty(stop - start, dtype=np.int64)
-        rows[is_task] = self._task_rows(draws[is_task])
+        rows[is_task] = draws[is_task] % self.n_task  # segments hold whole epochs, permuted already
         rows[~is_task] = _permute(draws[~is_task], self.n_general, self.seed, "general", 0)
         return is_task, rows
 
     @cached_property
     def _cuts(self) -> tuple[IntArray, IntArray]:
         """Task and general draws that stand before each segment and, last, before the end; both (segments + 1,)."""
-        n, task, general = len(self), self.task_positions, self.general_used
+        task, general = self.task_positions, self.general_used
         if self.order == "random":
             return np.array([0, task]), np.array([0, general])
         epochs = np.arange(self.repeats + 1, dtype=np.int64)
@@ -109,16 +108,10 @@ class Plan:
             return epochs * self.n_task, epochs * general // self.repeats
         if self.order == "general_then_task":
             return np.append(0, epochs * self.n_task), np.append(0, np.full_like(epochs, general))
-        if self.order == "task_then_general":
-            return np.append(epochs * self.n_task, task), np.append(np.zeros_like(epochs), general)
-        # Ramp: task positions fall at N * u**(1/3), so RT * (i / N)**3 task rows stand before position i. Where they
-        # outnumber the places left (q > 1/3), the surplus moves to earlier ones: at least i - G must stand before i.
-        ends = [cell * n // _RAMP_CELLS for cell in range(_RAMP_CELLS + 1)]
-        tasks = np.array([max(task * i**3 // n**3, i - general) for i in ends], dtype=np.int64)
-        return tasks, np.array(ends, dtype=np.int64) - tasks
+        return np.append(epochs * self.n_task, task), np.append(np.zeros_like(epochs), general)
 
-    def _segmented(self, start: int, stop: int) -> tuple[BoolArray, IntArray]:
-        """Draws where segments are permuted inside."""
+    def _draws(self, start: int, stop: int) -> tuple[BoolArray, IntArray]:
+        """Return whether each position holds a task row, and which task or general draw it holds."""
         tasks, generals = self._cuts
         ends = tasks + generals
         is_task, draws = np.empty(stop - start, dtype=np.bool_), np.empty(stop - start, dtype=np.int64)
@@ -132,34 +125,13 @@ class Plan:
             draws[here] = item + np.where(item < n_task, tasks[j], generals[j] - n_task)
         return is_task, draws
 
-    def _spaced(self, start: int, stop: int) -> tuple[BoolArray, IntArray]:
-        """Draws where task draw k stands at floor((k + u) / q): any b positions hold floor(bq) or ceil(bq) of them."""
-        n = len(self)
-        # floor((i * RT + offset) / N) task draws stand before position i: the same rule, solved for i in whole numbers.
-        offset = _key(self.seed, "order/systematic", 0) % n
-        before = (np.arange(start, stop + 1, dtype=np.int64) * self.task_positions + offset) // n
-        is_task = np.diff(before) == 1
-        return is_task, np.where(is_task, before[:-1], np.arange(start, stop) - before[:-1])
-
-    def _task_rows(self, draws: IntArray) -> IntArray:
-        """Row ids of task draws; epoch e owns the draws e * T to (e + 1) * T."""
-        if self.order not in ("systematic", "ramp"):
-            return draws % self.n_task  # the segments hold whole epochs, permuted already
-        rows = np.empty_like(draws)
-        epochs = draws // self.n_task
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = _permute(draws[here] - epoch * self.n_task, self.n_task, self.seed, "task", int(epoch))
-        return rows
-
 
 def plan(n_task: int, n_general: int, *, repeats: int, general_per_task: float, order: str, seed: int) -> Plan:
     """Return the plan of a stream: `n_task` rows shown `repeats` times, and G of the `n_general` rows shown once.
 
     G = round(general_per_task * repeats * n_task); `general_per_task` 0 is plain SFT. `order` is one of `ORDERS`:
     `random` shuffles everything (leverage learning as published, arXiv 2404.00914); `epoch_stratified` shuffles within
-    R segments that hold the whole task set once; `systematic` spaces task rows evenly; `ramp` lets their density rise
-    with the square of the position; the last two train one source after the other.
+    R segments that hold the whole task set once; the other two train one source after the other.
 
     Raises DataError without task rows; ConfigError for a setting out of range or G > n_general (no row shows twice).
     """
@@ -232,7 +204,7 @@ def warnings(plan: Plan, batch_size: int) -> list[str]:
     found = []
     q = plan.task_share
     if plan.mixed and 0 < batch_size * q < 1:
-        empty = 1 - batch_size * q if plan.order == "systematic" else (1 - q) ** batch_size
+        empty = (1 - q) ** batch_size
         found.append(
             f"mix: a step of {batch_size} rows holds {batch_size * q:.2g} task rows on average; about {empty:.0%} "
             f"of the steps hold none. Raise batch_size to {math.ceil(1 / q)}, or lower general_per_task to {batch_size - 1}."

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fulcrum.arms import ARMS
 from fulcrum.intervals import Interval
 
 if TYPE_CHECKING:
@@ -28,14 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe & Ito 2008, "Color Universal Design", without its yellow, which cannot be seen on white.
-COLOURS = {
-    "base": "#5f5f5f",
-    "base_anchor": "#999999",
-    "sft": "#e69f00",
-    "sft_anchor": "#d55e00",
-    "mix": "#56b4e9",
-    "tell": "#0072b2",
-}
+COLOURS = {arm.name: arm.colour for arm in ARMS.values() if arm.colour}
 # No pure black, which matplotlib leaves out of the SVG as what is drawn anyway.
 OTHERS = ("#009e73", "#cc79a7", "#111111")
 INK = "#222222"

@@ -1,7 +1,7 @@
 """What a run will do, worked out with the tokenizer alone: rows, token lengths, plans with their shares, the stream itself.
 
-No weights are loaded, so this is what `check`, `mix` and `--dry-run` show. The plans are those of `arms.stream`, not a second
-account of them.
+No weights are loaded, so this is what `check`, `mix` and `--dry-run` show. The plans are those of `arm_data.resolve`, not a
+second account of them.
 """
 
 import io
@@ -16,9 +16,10 @@ import numpy as np
 
 from fulcrum import anchor as anchors
 from fulcrum import arms, encode, fetch, material, mix, store
+from fulcrum.arm_data import ArmPlan, resolve
 from fulcrum.config import Arm, Settings
 from fulcrum.encode import Format
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.records import Anchor, Example, IntArray, Message, Share
 
 SpanKind = Literal["prompt", "anchor", "trained", "end"]
@@ -31,13 +32,13 @@ class Preview:
 
     settings: Settings
     seed: int
-    rows: Material
+    rows: RunData
     tokenizer: Any
     dev_apart: bool = True
 
 
 @dataclass(frozen=True)
-class Trial:
+class PlannedTraining:
     """One training run to come. `warnings` are advice on its plan."""
 
     arm: str
@@ -63,19 +64,19 @@ def open_preview(settings: Settings, seed: int, chosen: Sequence[Arm] = (), *, d
     return Preview(settings, seed, rows, tokenizer, dev_apart)
 
 
-def trials(preview: Preview, chosen: Sequence[Arm]) -> list[Trial]:
+def trials(preview: Preview, chosen: Sequence[Arm]) -> list[PlannedTraining]:
     """Every training on all rows of a size that the arms may come to, at the preview's seed; none for untrained arms."""
     settings, found = preview.settings, []
     for arm in chosen:
         longest = preview.rows.longest
         sizes = (longest,) if preview.dev_apart else arms.sizes_of(settings, arm, longest)
         for size in sizes if arm.trained else ():
-            rows = preview.rows.at(size)
-            for repeats in dict.fromkeys(setting.repeats for setting in arms.trials(rows, arm, settings)):
-                stream = arms.stream(rows, preview.tokenizer, arm, settings, repeats, preview.seed)
+            plan = resolve(arm, preview.rows.at(size), settings)
+            for repeats in dict.fromkeys(trial.repeats for trial in plan.trials):
+                stream = plan.stream(preview.tokenizer, repeats, preview.seed)
                 batch = settings.train.batch_size
                 advice = tuple(mix.warnings(stream.plan, batch))
-                found.append(Trial(arm.name, size, repeats, stream.steps(batch), stream.share(), advice))
+                found.append(PlannedTraining(arm.name, size, repeats, stream.steps(batch), stream.share(), advice))
     return found
 
 
@@ -136,7 +137,7 @@ def _mark_anchor(found: list[Span], anchor: Anchor | None) -> list[Span]:
     return [*found[:place], *(part for part in parts if part[1]), *found[place + 1 :]]
 
 
-def facts(preview: Preview, found: Sequence[Trial], rows: int) -> dict[str, Any]:
+def facts(preview: Preview, found: Sequence[PlannedTraining], rows: int) -> dict[str, Any]:
     """What `check` shows, as plain values for other programs: `rows` of each task and one general row cut into spans, tokens of
     the rows, the trainings to come, what was left out.
     """
@@ -157,17 +158,21 @@ def facts(preview: Preview, found: Sequence[Trial], rows: int) -> dict[str, Any]
     }  # fmt: skip
 
 
+def _own_plan(preview: Preview) -> ArmPlan:
+    return resolve(arms.own_arm(preview.settings), preview.rows, preview.settings)
+
+
 def stream_rows(preview: Preview, repeats: int) -> Iterator[dict[str, Any]]:
     """The stream of the settings' own arm in training order, for other trainers: one plain dict a position.
 
     `repeat` counts from 0 how often the row was shown before; messages carry the anchor, and ``weight: 0`` where an
     answer is not trained.
     """
-    arm, rows = arms.own_arm(preview.settings), preview.rows
-    stream = arms.stream(rows, preview.tokenizer, arm, preview.settings, repeats, preview.seed)
+    arm = _own_plan(preview)
+    stream = arm.stream(preview.tokenizer, repeats, preview.seed)
     plan, bare = stream.plan, stream.is_bare(0, len(stream.plan))
-    general = arms.general_rows(rows, arm, preview.settings)
-    own = [(task.name, arms.anchor_of(arm, task), example) for task in rows.tasks for example in task.train]
+    general = arm.general_rows
+    own = [(task.name, arm.train_anchors[task.name], example) for task in preview.rows.tasks for example in task.train]
     shown: Counter[int] = Counter()
     for position, (is_task, row) in enumerate(zip(*plan.slice(0, len(plan)), strict=True)):
         task, anchor, example = own[row] if is_task else (None, None, general[row])
@@ -192,13 +197,17 @@ def _plain_message(message: Message) -> dict[str, Any]:
 
 def stream_facts(preview: Preview, repeats: int) -> dict[str, Any]:
     """What belongs to a stream beside its rows: its order, the realised shares of the task, the batches that are its steps."""
-    arm, settings = arms.own_arm(preview.settings), preview.settings
-    stream = arms.stream(preview.rows, preview.tokenizer, arm, settings, repeats, preview.seed)
+    own, settings = _own_plan(preview), preview.settings
+    stream = own.stream(preview.tokenizer, repeats, preview.seed)
     return {
-        "arm": arm.name, "plan": asdict(stream.plan), "plan_sha256": stream.plan.fingerprint, "share": asdict(stream.share()),
-        "batch_size": settings.train.batch_size, "steps": stream.steps(settings.train.batch_size),
+        "arm": own.arm.name,
+        "plan": asdict(stream.plan),
+        "plan_sha256": stream.plan.fingerprint,
+        "share": asdict(stream.share()),
+        "batch_size": settings.train.batch_size,
+        "steps": stream.steps(settings.train.batch_size),
         "anchors": {task.name: None if task.anchor is None else asdict(task.anchor) for task in preview.rows.tasks},
-    }  # fmt: skip
+    }
 
 
 def write_stream(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], file: Path) -> None:

@@ -1,13 +1,14 @@
 """What a row would teach: the gradient of its loss in the adapter's B matrices, sketched.
 
-The gradient of B in a layer is a sum over a row's tokens of (gradient at the layer's output) x (input after A). Both factors of
-every token pass through a hook in the backward pass; there the first is projected to a few dimensions, the products are
-summed over each row's tokens, and a count-sketch of all layers' sums is what is kept: cosines of gradients stay, and a packed
-row of many examples costs one forward and one backward pass.
+The gradient of B in a layer is a sum over a row's tokens of (gradient at the layer's output) x
+(input after A). Both factors of every token pass through a hook in the backward pass; there the
+first is projected to a few dimensions, the products are summed over each row's tokens, and a
+count-sketch of all layers' sums is what is kept: cosines of gradients stay, and a packed row of
+many examples costs one forward and one backward pass.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,45 +21,60 @@ import torch
 from torch import Tensor
 
 from fulcrum import adapter, encode, loss, mix, store, tokens, training
-from fulcrum.arms import Stream, selects, to_probe
-from fulcrum.config import Arm, Settings
+from fulcrum.arm_data import ArmPlan, rows_to_probe
+from fulcrum.cell import Session
+from fulcrum.config import Settings
 from fulcrum.errors import ModelError
 from fulcrum.lora import LoraLinear
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.model import LoadedModel
-from fulcrum.records import FloatArray, Tokens
+from fulcrum.progress import Count, after
+from fulcrum.records import Anchor, Example, FloatArray, Tokens
+from fulcrum.tokens import Stream
 
 LABEL = "rows whose gradients are taken"
 WARM_UP = 128  # general rows on which an adapter is trained before gradients are taken
 DIMENSIONS = 4096  # of a sketch
 _BLOCK = 512  # rows whose gradients are kept together: so many are taken again after a kill
-_PROJECTED = 16  # dimensions that are left of a layer's output: of SmolLM2-135M's gradients cosines are then off by 0.03
+# Dimensions that are left of a layer's output: cosines of SmolLM2-135M's gradients are off by 0.03.
+_PROJECTED = 16
 
 
 def gradients(
-    loaded: LoadedModel, examples: Sequence[Tokens], *, budget: int = 1536, seed: int = 0,
+    loaded: LoadedModel,
+    examples: Sequence[Tokens],
+    *,
+    budget: int = 1536,
+    seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> FloatArray:  # fmt: skip
-    """Sketches of the gradients of examples' mean losses with respect to the present adapter's B matrices: (examples, d).
+) -> FloatArray:
+    """Return sketches of the gradients of examples' mean losses: (examples, d).
 
-    Source: LESS (Xia et al. 2024, arXiv 2402.04333), which projects whole gradients; the count-sketch is that of Charikar, Chen
-    and Farach-Colton (2002). LESS also divides general rows' gradients by Adam's moments; these are plain ones, of B alone.
-    `budget` tokens are in a packed row.
+    They are taken with respect to the present adapter's B matrices.
+
+    Source: LESS (Xia et al. 2024, arXiv 2402.04333), which projects whole gradients; the
+    count-sketch is that of Charikar, Chen and Farach-Colton (2002). LESS also divides general rows'
+    gradients by Adam's moments; these are plain ones, of B alone. `budget` tokens are in a packed
+    row.
     """
     layers = [module for module in loaded.peft.modules() if isinstance(module, LoraLinear)]
     if not layers:
         raise ModelError(
-            f"{loaded.name!r}: none of its adapted layers is one whose gradients can be sketched (linear, not in 4 bits); "
+            f"{loaded.name!r}: none of its adapted layers is one whose gradients can be sketched "
+            "(linear, not in 4 bits); "
             "choose rows by mix.select: similar"
         )
     compiled, loaded.compiled = loaded.compiled, []  # hooks do not reach into compiled layers
     found = torch.zeros(len(examples), DIMENSIONS)
     done = 0
     try:
-        for row in loss.rows(examples, loaded, budget, share=False):  # shared tokens would belong to several examples
+        # Shared tokens would belong to several examples.
+        for row in loss.rows(examples, loaded, budget, share=False):
             counts = torch.bincount(row.owner, minlength=len(examples))
             sketch = _Sketch(found, _owners(row), seed)
-            handles = [hook for place, layer in enumerate(layers) for hook in sketch.listen(layer, place)]
+            handles = [
+                hook for place, layer in enumerate(layers) for hook in sketch.listen(layer, place)
+            ]
             try:
                 total, _ = loss.row_loss(loaded, row, 1 / counts[row.owner].float())
                 torch.autograd.backward(total)
@@ -76,7 +92,10 @@ def gradients(
 
 
 def _owners(row: loss.Row) -> Tensor:
-    """Which example each token of a row belongs to: (n,), on the CPU. Segments are whole examples here."""
+    """Which example each token of a row belongs to: (n,), on the CPU.
+
+    Segments are whole examples here.
+    """
     starts = torch.tensor([segment.start for segment in row.segments])
     segment_of = torch.searchsorted(starts, torch.arange(row.ids.shape[1]), right=True) - 1
     example_of = torch.empty(len(row.segments), dtype=torch.int64)
@@ -113,16 +132,22 @@ class _Sketch:
     def _add(self, place: int, gradient: Tensor) -> None:
         low, device = self.low.pop(place), gradient.device
         projection, buckets, signs = _random(self.seed, place, gradient.shape[1], low.shape[1])
-        parts = torch.einsum("tk,tr->tkr", gradient @ projection.to(device), low).reshape(len(low), -1)
+        parts = torch.einsum("tk,tr->tkr", gradient @ projection.to(device), low).reshape(
+            len(low), -1
+        )
         members, where = torch.unique(self.owner, return_inverse=True)
-        sums = torch.zeros(len(members), parts.shape[1], device=device).index_add_(0, where.to(device), parts).cpu()
+        sums = (
+            torch.zeros(len(members), parts.shape[1], device=device)
+            .index_add_(0, where.to(device), parts)
+            .cpu()
+        )
         added = torch.zeros(len(members), self.into.shape[1]).index_add_(1, buckets, sums * signs)
         self.into[members] += added
 
 
 @lru_cache(maxsize=1024)
 def _random(seed: int, place: int, width: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's projection (width, k), and where in the sketch its k x rank numbers go, with which signs."""
+    """Return a layer's projection (width, k), and where its k x rank sums go, with which signs."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
     signs = torch.randint(0, 2, (width, _PROJECTED), generator=generator) * 2.0 - 1
     buckets = torch.randint(0, DIMENSIONS, (_PROJECTED * rank,), generator=generator)
@@ -130,47 +155,67 @@ def _random(seed: int, place: int, width: int, rank: int) -> tuple[Tensor, Tenso
     return signs / _PROJECTED**0.5, buckets, turned
 
 
-Count = Callable[[int, int], None]
+def with_gradients(session: Session, rows: RunData, plans: Sequence[ArmPlan]) -> RunData:
+    """Return `rows` with the gradients by which arms choose, for every plan (a size, a fold).
 
-
-def with_gradients(
-    rows: Material, loaded: LoadedModel, views: Sequence[tuple[Material, Arm]], settings: Settings, folder: Path | None,
-    count: Count,
-) -> Material:  # fmt: skip
-    """`rows` with the gradients by which arms choose, for every view of them (a size, a fold) that an arm trains on.
-
-    The adapter is warmed up on the pool's own rows, so that one set of gradients serves all views, and none sees what it must
-    not. Task rows are taken with their anchors where the arm has one. Blocks of rows are kept in the folder as they are done,
-    and read back when resumed.
+    The adapter is warmed up on the pool's own rows, so that one set of gradients serves all plans,
+    and none sees what it must not. Task rows are taken with their anchors if the arm has one.
+    Blocks of rows are kept in the folder as they are done, and read back when resumed.
     """
-    if not any(selects(arm, settings) == "gradient" for _, arm in views):
+    wanted: dict[str, tuple[Example, Anchor | None]] = {}
+    for plan in plans:
+        wanted |= rows_to_probe(plan)
+    if not wanted:
         return rows
-    wanted = {key: pair for view, arm in views for key, pair in to_probe(view, arm, settings).items()}
-    keys = sorted(wanted)
-    forms = {id(anchor): encode.make_format(loaded.tokenizer, anchor) for _, anchor in wanted.values()}
-    examples = [encode.encode(row, forms[id(anchor)]) for row, anchor in map(wanted.__getitem__, keys)]
-    place = None if folder is None else folder / store.MADE / f"gradients-seed{rows.seed}"
-    budget, warm_up = settings.train.pack_tokens, partial(_warm_up, loaded, rows, settings)
-    found, seconds = in_blocks(loaded, examples, keys, warm_up, place, budget=budget, seed=rows.seed, count=count)
-    note = (
-        f"seed {rows.seed}: to choose general rows the gradients of {len(examples):,} rows were taken, "
-        f"{sum(map(len, examples)):,} tokens, {seconds:.0f} s"
+    model, settings = session.model, session.settings
+    anchors = {anchor for _, anchor in wanted.values()}
+    forms = {anchor: encode.make_format(model.tokenizer, anchor) for anchor in anchors}
+    examples: dict[str, Tokens] = {}
+    for key in sorted(wanted):
+        row, anchor = wanted[key]
+        examples[key] = encode.encode(row, forms[anchor])
+    found, seconds = in_blocks(
+        model,
+        examples,
+        partial(_warm_up, model, rows, settings),
+        None if session.kept is None else session.kept / store.MADE / f"gradients-seed{rows.seed}",
+        budget=settings.train.pack_tokens,
+        seed=rows.seed,
+        count=partial(session.progress.count, LABEL),
     )
-    return replace(rows, gradients=dict(zip(keys, found, strict=True)), notes=(*rows.notes, note))
+    note = (
+        f"seed {rows.seed}: to choose general rows the gradients of {len(examples):,} rows were "
+        "taken, "
+        f"{sum(map(len, examples.values())):,} tokens, {seconds:.0f} s"
+    )
+    return replace(
+        rows, gradients=dict(zip(examples, found, strict=True)), notes=(*rows.notes, note)
+    )
 
 
 def in_blocks(
-    loaded: LoadedModel, examples: Sequence[Tokens], keys: Sequence[str], begin: Callable[[], object], place: Path | None, *,
-    budget: int, seed: int, count: Count, unit: bool = False,
-) -> tuple[npt.NDArray[np.float16], float]:  # fmt: skip
-    """`gradients` of examples, and the seconds they took; blocks of them are kept in `place` as they are done, by their `keys`,
-    and read back when a run is resumed. `begin` puts the adapter on the model, if there is anything to take. With `unit`, each
-    is divided by its length, for cosines (of gradients that are small, half precision would keep nothing).
+    loaded: LoadedModel,
+    examples: Mapping[str, Tokens],
+    begin: Callable[[], object],
+    place: Path | None,
+    *,
+    budget: int,
+    seed: int,
+    count: Count,
+    unit: bool = False,
+) -> tuple[npt.NDArray[np.float16], float]:
+    """Return `gradients` of examples, in their order: (examples, d), and the seconds they took.
+
+    Blocks of them are kept in `place` as they are done, by the examples' keys, and read back when a
+    run is resumed. `begin` puts the adapter on the model, if there is anything to take. With
+    `unit`, each is divided by its length, for cosines (of gradients that are small, half precision
+    would keep nothing).
     """
-    found: list[npt.NDArray[np.float16]] = []
+    keys, found = list(examples), []
     seconds, begun = 0.0, False
     for start in range(0, len(keys), _BLOCK):
-        names = store.fingerprint([keys[start : start + _BLOCK], budget])
+        block = keys[start : start + _BLOCK]
+        names = store.fingerprint([block, budget])
         file = None if place is None else place / f"{start // _BLOCK:04}.npz"
         known = None if file is None else _kept(file, names)
         if known is None:
@@ -178,13 +223,19 @@ def in_blocks(
             if not begun:
                 begin()
                 begun = True
-            counted = partial(_counted, count, start, len(keys))
-            taken = gradients(loaded, examples[start : start + _BLOCK], budget=budget, seed=seed, progress=counted)
+            counted = after(start, len(keys), count)
+            taken = gradients(
+                loaded, [examples[key] for key in block], budget=budget, seed=seed, progress=counted
+            )
             if unit:
-                taken /= np.maximum(np.linalg.norm(taken, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+                taken /= np.maximum(
+                    np.linalg.norm(taken, axis=1, keepdims=True), np.finfo(np.float64).tiny
+                )
             known = taken.astype(np.float16), time.perf_counter() - began
             if file is not None:
-                store.write_arrays(file, names=np.array(names), gradients=known[0], seconds=np.array(known[1]))
+                store.write_arrays(
+                    file, names=np.array(names), gradients=known[0], seconds=np.array(known[1])
+                )
         found.append(known[0])
         seconds += known[1]
     if begun:
@@ -192,24 +243,27 @@ def in_blocks(
     return np.concatenate(found), seconds
 
 
-def _counted(count: Count, before: int, total: int, done: int) -> None:
-    count(before + done, total)
-
-
 def _kept(file: Path, names: str) -> tuple[npt.NDArray[np.float16], float] | None:
-    """Gradients of these rows that were taken before, and the seconds it took; None where there are none, or no whole ones."""
+    """Return stored gradients of these rows, and the seconds they took; None if not whole."""
     try:
         with np.load(file) as kept:
-            return (kept["gradients"], float(kept["seconds"])) if str(kept["names"]) == names else None
+            return (
+                (kept["gradients"], float(kept["seconds"])) if str(kept["names"]) == names else None
+            )
     except (OSError, ValueError, KeyError, BadZipFile):
         return None
 
 
-def _warm_up(loaded: LoadedModel, rows: Material, settings: Settings) -> None:
-    """Train an adapter on the first general rows: gradients of a fresh one say little of where training goes (LESS, 3.1)."""
+def _warm_up(loaded: LoadedModel, rows: RunData, settings: Settings) -> None:
+    """Train an adapter on the first general rows.
+
+    Gradients of a fresh one say little of where training goes (LESS, 3.1).
+    """
     general = rows.candidates[:WARM_UP]
     plain = encode.make_format(loaded.tokenizer, None)
-    plan = mix.Plan(0, len(general), 1, len(general), "random", store.seed_for(rows.seed, "warm up"))
+    plan = mix.Plan(
+        0, len(general), 1, len(general), "random", store.seed_for(rows.seed, "warm up")
+    )
     own = settings.train.model_copy(update={"early_stopping_patience": None})
     stream = Stream(plan, [], tokens.tokenised(general, plain))
     training.train(loaded, stream, None, own, seed=store.seed_for(rows.seed, "warm up"), repeats=1)

@@ -9,11 +9,11 @@ import numpy as np
 
 from fulcrum import certification, encode, metrics, outcomes, row_savings, scoring, store, verify, words
 from fulcrum.arms import arm_of
-from fulcrum.cell import DRIFT, GENERAL_PROMPTS, OTHER_ANCHORS
+from fulcrum.cell import DRIFT, GENERAL_PROMPTS, OTHER_ANCHORS, Session
 from fulcrum.certificate import AtEnd, Budget, Certificate, Chosen, Design, Diverged, Inputs, Question
 from fulcrum.config import Settings
 from fulcrum.identity import environment
-from fulcrum.material import Material
+from fulcrum.material import RunData
 from fulcrum.model import LoadedModel
 from fulcrum.outcomes import Cell, Outcomes
 from fulcrum.records import ArmResult, Example, Prediction, Task
@@ -28,17 +28,17 @@ def folder_of(folder: Path, settings: Settings, task: str) -> Path:
 
 
 def certificates(
-    folder: Path,
-    settings: Settings,
-    rows: Mapping[int, Material],
+    session: Session,
+    rows: Mapping[int, RunData],
     results: Sequence[ArmResult],
-    loaded: LoadedModel,
     budget: Budget | None = None,
 ) -> dict[str, Certificate]:
     """Write a certificate for every task, and return them by task.
 
     There are none if no arm, or every arm, has general rows. `budget` is what a time limit cost.
     """
+    settings, loaded = session.settings, session.model
+    folder = Path(settings.output_dir)
     asked = asked_of(settings, results)
     if asked is None:
         return {}
@@ -75,16 +75,18 @@ def _holm(asked_by: Mapping[str, tuple[Question, Outcomes]]) -> dict[str, float]
 
 def asked_of(settings: Settings, results: Sequence[ArmResult]) -> tuple[str, tuple[str, ...]] | None:
     """The arm whose gain is asked for, and its references: what has no general rows and chose its own settings."""
-    names = [name for name in dict.fromkeys(result.arm for result in results) if arm_of(settings, name).settings_of is None]
-    mixed = [name for name in names if arm_of(settings, name).mixes]
+    names = [
+        name for name in dict.fromkeys(result.arm for result in results) if arm_of(settings, name).hyperparameters_of is None
+    ]
+    mixed = [name for name in names if arm_of(settings, name).uses_general_data]
     references = tuple(name for name in names if name not in mixed)
-    from_pool = [name for name in mixed if arm_of(settings, name).general == "pool"]  # a placebo is asked for last
+    from_pool = [name for name in mixed if arm_of(settings, name).uses_pool]  # a placebo is asked for last
     first = next((name for name in ("tell", "mix", *from_pool, *mixed) if name in mixed), "")
     return (first, references) if mixed and references else None
 
 
 def outcomes_of(
-    results: Sequence[ArmResult], rows: Mapping[int, Material], task: str, names: Sequence[str], plain: encode.Format
+    results: Sequence[ArmResult], rows: Mapping[int, RunData], task: str, names: Sequence[str], plain: encode.Format
 ) -> Outcomes:
     """All outcomes of a task; tokens are those of task rows without anchor, weights the first arm's answer tokens.
 
@@ -123,14 +125,14 @@ def _named(cell: Cell) -> dict[str, Any]:
     return dict(zip(("arm", "size", "seed"), cell, strict=True))
 
 
-def cell_of(result: ArmResult, rows: Mapping[int, Material], task: str) -> Cell:
+def cell_of(result: ArmResult, rows: Mapping[int, RunData], task: str) -> Cell:
     """The cell of a result: with as many rows as the task has, where it has fewer than the size."""
     most = next(len(own.train) for own in rows[result.seed].tasks if own.name == task)
     return result.arm, min(result.size, most), result.seed
 
 
 def side_effects(
-    results: Sequence[ArmResult], rows: Mapping[int, Material], task: str
+    results: Sequence[ArmResult], rows: Mapping[int, RunData], task: str
 ) -> Iterator[tuple[str, Cell, list[float], Sequence[Prediction]]]:
     """Outcomes beside the task: metric, cell, an outcome a row, and these rows.
 
@@ -165,13 +167,13 @@ def _tokens(tasks: Sequence[Task], name: str, plain: encode.Format) -> list[int]
 
 def design_of(
     settings: Settings,
-    rows: Mapping[int, Material],
+    rows: Mapping[int, RunData],
     results: Sequence[ArmResult],
     task: str,
     budget: Budget | None,
 ) -> Design:
     """Return what a reader has to know of how a task's outcomes were made."""
-    own = [result for result in results if arm_of(settings, result.arm).settings_of is None]
+    own = [result for result in results if arm_of(settings, result.arm).hyperparameters_of is None]
     largest = max(result.size for result in results)
     tasks = next(iter(rows.values())).tasks
     has_all = not settings.outer_folds and all(largest >= len(each.train) for each in tasks)
@@ -215,7 +217,9 @@ def _diverged(results: Sequence[ArmResult]) -> tuple[Diverged, ...]:
     return tuple(found)
 
 
-def _test_rows(settings: Settings, rows: Mapping[int, Material], results: Sequence[ArmResult], name: str) -> int | None:
+def _test_rows(
+    settings: Settings, rows: Mapping[int, RunData], results: Sequence[ArmResult], name: str
+) -> int | None:
     """Count the rows that were held out as test rows; None if the task has a test file."""
     if next(task for task in settings.tasks if task.name == name).test:
         return None
@@ -228,15 +232,15 @@ def _test_rows(settings: Settings, rows: Mapping[int, Material], results: Sequen
 
 def inputs_of(
     settings: Settings,
-    rows: Mapping[int, Material],
+    rows: Mapping[int, RunData],
     results: Sequence[ArmResult],
     task: str,
     loaded: LoadedModel,
 ) -> Inputs:
     """Describe settings, environment and every row, so that what was changed can be named."""
     kept: dict[str, Example] = {}
-    for material in rows.values():
-        own = next(part for part in material.tasks if part.name == task)
+    for data in rows.values():
+        own = next(part for part in data.tasks if part.name == task)
         kept.update((row.origin, row) for row in (*own.train, *own.test))
     chosen = [Chosen(one.arm, one.size, one.seed, store.plain(one.setting)) for one in results]
     return replace(

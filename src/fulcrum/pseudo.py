@@ -1,8 +1,9 @@
-"""Answers to the task's unlabelled inputs, from which an arm learns as from general data: those of adapters trained on its task
-rows (self-training), or of a teacher behind an endpoint.
+"""Answers to the task's unlabelled inputs, from which an arm learns as from general data: those of
+adapters trained on its task rows (self-training), or of a teacher behind an endpoint.
 
-Invariant: adapters that answer are trained on exactly the task rows that the arm is trained on (a fold's, in
-cross-validation), so that no dev or test answer comes back through them; a teacher sees no row of the task.
+Invariant: adapters that answer are trained on exactly the task rows that the arm is trained on (a
+fold's, in cross-validation), so that no dev or test answer comes back through them; a teacher sees
+no row of the task.
 """
 
 import os
@@ -12,19 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 
 from fulcrum import adapter, cell, clean, encode, generate, store
-from fulcrum.arms import ARMS, MEMBERS, anchor_of, own_name
-from fulcrum.cell import Watcher
-from fulcrum.config import Arm, Settings
+from fulcrum.adapter import State
+from fulcrum.arm_data import ArmPlan, resolve
+from fulcrum.arms import MEMBERS, plain_sft
+from fulcrum.cell import Session
 from fulcrum.endpoint import WORKERS, Endpoint
 from fulcrum.errors import ConfigError
-from fulcrum.material import Material
-from fulcrum.model import LoadedModel
-from fulcrum.records import Example, Message, Setting, Task
+from fulcrum.material import RunData
+from fulcrum.progress import after
+from fulcrum.records import Example, Hyperparameters, Message, Task
 from fulcrum.selfmade import read_rows
 
 EPOCHS = 8  # of the adapters that answer
@@ -33,43 +34,55 @@ _AT_ONCE = 64  # inputs that a teacher answers between two writes
 Asked = tuple[Task, Example]  # an input, and whose it is
 
 
-def with_answers(
-    rows: Material, loaded: LoadedModel, views: Sequence[tuple[Material, Arm]], arms: Sequence[Arm], settings: Settings,
-    folder: Path | None, watcher: Watcher,
-) -> Material:  # fmt: skip
-    """`rows` with the answers that arms train on: of adapters for every view (a size, a fold), of the teacher once.
+def with_answers(session: Session, rows: RunData, plans: Sequence[ArmPlan]) -> RunData:
+    """Return `rows` with the answers on which arms train.
 
-    Kept in the folder, and read back when resumed. Raises ConfigError where nothing usable comes.
+    Adapters answer for every plan (a size, a fold), the teacher for the whole.
+
+    Kept in the folder, and read back when resumed. Raises ConfigError if nothing usable comes.
     """
     own, notes = dict(rows.own_general), list[str]()
-    asked = [(view, arm) for view, arm in views if arm.general == "pseudo_self"]
-    asked += [(rows, arm) for arm in arms if arm.general == "pseudo_teacher"]
-    for view, arm in asked:
-        name, started = own_name(arm, view), time.perf_counter()
-        file = None if folder is None else folder / store.MADE / f"{name.replace(' ', '-')}-seed{rows.seed}.json"
-        if file is None or not file.exists():
-            inputs = list(_inputs(view, arm))
-            if arm.general == "pseudo_self":
-                made, how = _by_adapters(inputs, view, loaded, arm, settings, watcher)
-            else:
-                made, how = _by_teacher(inputs, settings, folder, watcher)
-            if not made:
-                raise ConfigError(f"{arm.name}: none of {len(inputs)} unlabelled inputs got an answer; leave this arm out")
-            took = time.perf_counter() - started
-            note, own[name] = f"{arm.name}: {len(made)} of {len(inputs)} inputs answered by {how}, {took:.0f} s", tuple(made)
+    for plan in plans:
+        name = plan.general_name
+        file = None
+        if session.kept is not None:
+            file = session.kept / store.MADE / f"{name.replace(' ', '-')}-seed{rows.seed}.json"
+        if file is not None and file.exists():
+            note, own[name] = read_rows(file)
+        else:
+            note, made = _answers(session, plan)
+            own[name] = tuple(made)
             if file is not None:
                 store.write_json(file, {"note": note, "rows": [store.plain(row) for row in made]})
-        else:
-            note, own[name] = read_rows(file)
         notes.append(note)
     return replace(rows, own_general=own, notes=(*rows.notes, *notes))
 
 
-def _inputs(rows: Material, arm: Arm) -> Iterator[Asked]:
-    """Inputs of all tasks in turn, as many as the longest mixture holds."""
-    wanted = arm.general_rows or len(rows.general)
-    turns = zip_longest(*([(task, row) for row in task.unlabeled] for task in rows.tasks))
-    yield from [pair for turn in turns for pair in turn if pair is not None][:wanted]
+def _answers(session: Session, plan: ArmPlan) -> tuple[str, list[Example]]:
+    """Have the arm's inputs answered; return a note on it, and the answered rows.
+
+    Raises ConfigError if there are none.
+    """
+    started, name = time.perf_counter(), plan.arm.name
+    inputs = list(_inputs(plan))
+    if plan.arm.asks_adapters:
+        made, how = _by_adapters(session, plan, inputs)
+    else:
+        made, how = _by_teacher(session, inputs)
+    if not made:
+        raise ConfigError(
+            f"{name}: none of {len(inputs)} unlabelled inputs got an answer; leave this arm out"
+        )
+    took = time.perf_counter() - started
+    return f"{name}: {len(made)} of {len(inputs)} inputs answered by {how}, {took:.0f} s", made
+
+
+def _inputs(plan: ArmPlan) -> Iterator[Asked]:
+    """Give inputs of all tasks in turn, as many as the longest mixture holds."""
+    wanted = plan.arm.general_rows or len(plan.rows.general)
+    by_task = [[(task, row) for row in task.unlabeled] for task in plan.rows.tasks]
+    found = [pair for turn in zip_longest(*by_task) for pair in turn if pair is not None]
+    yield from found[:wanted]
 
 
 def _answered(row: Example, answer: str) -> Example:
@@ -77,34 +90,41 @@ def _answered(row: Example, answer: str) -> Example:
 
 
 def _by_adapters(
-    inputs: Sequence[Asked], view: Material, loaded: LoadedModel, arm: Arm, settings: Settings, watcher: Watcher
+    session: Session, plan: ArmPlan, inputs: Sequence[Asked]
 ) -> tuple[list[Example], str]:
-    """Of the answers that `MEMBERS` adapters give, each input's that all of them together find likeliest."""
-    alone = ARMS["sft_anchor" if arm.anchored else "sft"].model_copy(update={"anchor": arm.anchor})
-    forms = {task.name: encode.make_format(loaded.tokenizer, anchor_of(arm, task)) for task in view.tasks}
-    states, tokens = [], 0
+    """Return each input with its likeliest answer, and how these were found.
+
+    `MEMBERS` adapters answer; of an input's answers the likeliest to all of them together is taken.
+    """
+    model, chosen = session.model, Hyperparameters(EPOCHS)
+    own = {"anchor": plan.arm.anchor}
+    alone = resolve(plain_sft(plan.arm).model_copy(update=own), plan.rows, plan.settings)
+    trainer = replace(session, folder=None)  # nothing of these trainings is kept
+    states, tokens = list[State](), 0
     given: list[set[str]] = [set() for _ in inputs]
     for member in range(MEMBERS):
-        seed, label = store.seed_for(view.seed, f"answers {member}"), f"{arm.name}: adapter {member + 1} of {MEMBERS}"
-        trained = cell.fit(view, loaded, alone, settings, Setting(EPOCHS), seed, label, None, watcher)
-        tokens += sum(result.train_tokens for result in trained)
-        states.append(adapter.adapter_state(loaded))
-        for task in view.tasks:
-            own = [(k, row) for k, (asked, row) in enumerate(inputs) if asked.name == task.name]
-            said = generate.generate(
-                loaded, [encode.prompt_ids(row.messages, forms[task.name]) for _, row in own], forms[task.name],
-                max_new_tokens=task.max_new_tokens, batch_tokens=settings.eval.batch_tokens,
-                progress=partial(_tell, watcher, f"{label}, answers to {task.name}", len(own)),
-            )  # fmt: skip
-            for (k, _), answer in zip(own, said, strict=True):
-                given[k] |= {answer} - {""}
-    options = [(k, _answered(inputs[k][1], answer)) for k in range(len(inputs)) for answer in sorted(given[k])]
-    scored = [encode.final_answer(row, forms[inputs[k][0].name]) for k, row in options]
+        label = f"{plan.arm.name}: adapter {member + 1} of {MEMBERS}"
+        runs = cell.fit(
+            trainer, alone, chosen, store.seed_for(plan.rows.seed, f"answers {member}"), label
+        )
+        tokens += sum(run.train_tokens for run in runs)
+        states.append(adapter.adapter_state(model))
+        for place, answer in _generated(session, plan, inputs, label):
+            given[place] |= {answer} - {""}
+    options = [
+        (k, _answered(inputs[k][1], answer))
+        for k in range(len(inputs))
+        for answer in sorted(given[k])
+    ]
     nats = np.zeros(len(options))
-    for state in states if options else ():
-        adapter.use(loaded, state, cell.own_settings(settings.train, alone, Setting(EPOCHS)))
-        nats += generate.nats(loaded, scored)[0]
-    adapter.drop_adapter(loaded)
+    if options:
+        forms = _forms(session, plan)
+        scored = [encode.final_answer(row, forms[inputs[k][0].name]) for k, row in options]
+        settings = cell.own_settings(session.settings.train, alone.arm, chosen)
+        for state in states:
+            adapter.use(model, state, settings)
+            nats += generate.nats(model, scored)[0]
+    adapter.drop_adapter(model)
     best: dict[int, tuple[float, Example]] = {}
     for (k, row), value in zip(options, nats.tolist(), strict=True):
         if k not in best or value < best[k][0]:
@@ -114,39 +134,73 @@ def _by_adapters(
     return [best[k][1] for k in sorted(best)], how
 
 
-def _tell(watcher: Watcher, label: str, total: int, done: int) -> None:
-    watcher.count(label, done, total)
+def _forms(session: Session, plan: ArmPlan) -> dict[str, encode.Format]:
+    return {
+        name: encode.make_format(session.model.tokenizer, anchor)
+        for name, anchor in plan.train_anchors.items()
+    }
 
 
-def _by_teacher(
-    inputs: Sequence[Asked], settings: Settings, folder: Path | None, watcher: Watcher
-) -> tuple[list[Example], str]:
-    """The teacher's answers; each is asked for once, for all seeds, and those that came stay where a run is killed."""
-    teacher = settings.teacher
+def _generated(
+    session: Session, plan: ArmPlan, inputs: Sequence[Asked], label: str
+) -> Iterator[tuple[int, str]]:
+    """Give the place of each input, and the answer of the adapter that is on the model."""
+    forms = _forms(session, plan)
+    for task in plan.rows.tasks:
+        places = [k for k, (asked, _) in enumerate(inputs) if asked.name == task.name]
+        form = forms[task.name]
+        count = partial(session.progress.count, f"{label}, answers to {task.name}")
+        answers = generate.generate(
+            session.model,
+            [encode.prompt_ids(inputs[k][1].messages, form) for k in places],
+            form,
+            max_new_tokens=task.max_new_tokens,
+            batch_tokens=session.settings.eval.batch_tokens,
+            progress=after(0, len(places), count),
+        )
+        yield from zip(places, answers, strict=True)
+
+
+def _by_teacher(session: Session, inputs: Sequence[Asked]) -> tuple[list[Example], str]:
+    """Return the inputs with the teacher's answers, and how these were found.
+
+    Each is asked for once, for all seeds, and those that came are kept if a run is killed.
+    """
+    settings, teacher = session.settings, session.settings.teacher
     assert teacher is not None  # chosen_arms refuses the arm without one
     endpoint = Endpoint(teacher.endpoint, teacher.model, os.environ.get(teacher.key_variable))
-    file = None if folder is None else folder / store.MADE / "teacher.json"
+    file = None if session.kept is None else session.kept / store.MADE / "teacher.json"
     known: dict[str, str] = store.read_json(file) if file is not None and file.exists() else {}
 
     def conversation(task: Task, row: Example) -> list[Message]:
         told = teacher.instruction or (task.anchor.text if task.anchor else "")
-        return [*([Message("system", told)] if told and row.messages[0].role != "system" else []), *row.messages]
+        if told and row.messages[0].role != "system":
+            return [Message("system", told), *row.messages]
+        return list(row.messages)
 
     def key(task: Task, row: Example) -> str:
-        return store.fingerprint([teacher.endpoint, teacher.model, task.max_new_tokens, *conversation(task, row)])
+        return store.fingerprint(
+            [teacher.endpoint, teacher.model, task.max_new_tokens, *conversation(task, row)]
+        )
 
-    def ask(task: Task, row: Example) -> str:
+    def ask(pair: Asked) -> str:
+        task, row = pair
         return endpoint.say(conversation(task, row), task.max_new_tokens, 0.0, settings.seed) or ""
 
     missing = [pair for pair in inputs if key(*pair) not in known]
     with ThreadPoolExecutor(WORKERS) as threads:
         for start in range(0, len(missing), _AT_ONCE):
             part = missing[start : start + _AT_ONCE]
-            known |= zip((key(*pair) for pair in part), threads.map(lambda pair: ask(*pair), part), strict=True)
+            known |= zip((key(*pair) for pair in part), threads.map(ask, part), strict=True)
             if file is not None:
                 store.write_json(file, known)
-            watcher.count(f"answers of {teacher.model}", start + len(part), len(missing))
-    told = [(row, known[key(task, row)]) for task, row in inputs]
-    refused = sum(clean.refuses(answer) for _, answer in told)
-    how = f"{teacher.model!r} at {teacher.endpoint}" + (f" ({refused} refusals left out)" if refused else "")
-    return [_answered(row, answer) for row, answer in told if answer and not clean.refuses(answer)], how
+            session.progress.count(f"answers of {teacher.model}", start + len(part), len(missing))
+    answered = [(row, known[key(task, row)]) for task, row in inputs]
+    refused = sum(clean.refuses(answer) for _, answer in answered)
+    how = f"{teacher.model!r} at {teacher.endpoint}"
+    if refused:
+        how += f" ({refused} refusals left out)"
+    found = [
+        _answered(row, answer) for row, answer in answered if answer and not clean.refuses(answer)
+    ]
+    return found, how

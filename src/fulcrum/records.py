@@ -181,18 +181,15 @@ class TrainPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What is tuned: one trial of an arm. `repeats` are passes over the task rows; `shots` training rows stand in the prompt.
+class Hyperparameters:
+    """What an arm tunes; None means the value of the trainer's settings."""
 
-    `kl` weighs the divergence from the base model; `scale` multiplies the adapter once it is trained.
-    """
-
-    repeats: int = 1
+    repeats: int = 1  # times each task row is shown
     learning_rate: float | None = None
     weight_decay: float | None = None
-    shots: int = 0
-    kl: float = 0.0
-    scale: float = 1.0
+    shots: int = 0  # training rows in the prompt
+    kl: float = 0.0  # weight of the divergence from the base model
+    scale: float = 1.0  # of the adapter, once it is trained
 
     @property
     def name(self) -> str:
@@ -205,27 +202,24 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
-    """A setting and its loss on dev rows (nats per answer token, averaged over tasks), with what it cost to know it.
+class Trial:
+    """Hyperparameters with their loss on dev rows, and what it cost to measure it."""
 
-    `temperature`, dividing the logits, gives the least loss on these rows.
-    """
-
-    setting: Setting
-    dev_nll: float
+    setting: Hyperparameters
+    dev_nll: float  # nats per answer token, averaged over tasks
     train_tokens: int
     seconds: float
-    temperature: float = 1.0
+    temperature: float = 1.0  # divides the logits: the one with the least loss on these rows
 
 
 @dataclass(frozen=True, slots=True)
-class TrialResult:
-    """One training run: its dev losses by step where they were measured, and the step whose weights were kept."""
+class TrainingRun:
+    """What one training did, from its first step to the weights that were kept."""
 
     repeats: int
     steps: int
-    best_step: int
-    dev_nll: tuple[tuple[int, float], ...]
+    best_step: int  # whose weights were kept
+    dev_nll: tuple[tuple[int, float], ...]  # (step, nats per answer token), if it was measured
     history: tuple[TrainPoint, ...]
     share: Share
     train_tokens: int
@@ -245,9 +239,9 @@ class ArmResult:
     arm: str
     size: int
     seed: int
-    tried: tuple[Tried, ...]
+    tried: tuple[Trial, ...]
     chosen: int | None
-    training: TrialResult | None
+    training: TrainingRun | None
     scores: Mapping[str, tuple[Score, ...]]
     predictions: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
     general: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
@@ -256,7 +250,7 @@ class ArmResult:
     probes: Mapping[str, tuple[Prediction, ...]] = field(default_factory=dict, repr=False)
 
     @property
-    def setting(self) -> Setting | None:
+    def setting(self) -> Hyperparameters | None:
         """What was chosen; None where there was nothing to choose."""
         return None if self.chosen is None else self.tried[self.chosen].setting
 

@@ -1,7 +1,9 @@
-"""How the loss on a task falls with the amount of general data: one training for each amount, design and seed.
+"""How the loss on a task falls with the amount of general data: one training for each amount,
+design and seed.
 
-The machinery is a comparison's: same nested task rows, stored units, workers, resuming. Nothing is tuned: along a curve only
-the amount of general data changes, and what a design holds fixed does not.
+The machinery is a comparison's: same nested task rows, stored jobs, workers, resuming. Nothing is
+tuned: along a curve only the amount of general data changes, and what a design holds fixed does
+not.
 """
 
 import math
@@ -14,69 +16,73 @@ from typing import Any
 from fulcrum import budget as planning
 from fulcrum import ladder, material, model, pool, wording, workers
 from fulcrum.arms import chosen_arms
-from fulcrum.cell import Silent, Watcher
 from fulcrum.certificate import Budget
-from fulcrum.comparison import Progress, add_dropped, by_seeds, keep_plan
+from fulcrum.comparison import JobTracker, add_dropped, by_seeds, keep_plan
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
-from fulcrum.launched import writes
 from fulcrum.presets import limit_test_rows, seeds_from
+from fulcrum.progress import ProgressListener, Silent
 from fulcrum.records import Results
 from fulcrum.run import begin, claimed, finish
 from fulcrum.scale_report import SCALE
-from fulcrum.units import Study, Unit
+from fulcrum.units import ComparisonPlan, Job
 
 _FEWEST_LEVELS = 7  # with fewer the verdict is "not enough data" whatever comes
 
 
 def scale(
-    settings: Settings, *, resume: bool = False, watcher: Watcher | None = None, jobs: int = 1, on: str = "local",
+    settings: Settings,
+    *,
+    resume: bool = False,
+    progress: ProgressListener | None = None,
+    jobs: int = 1,
+    on: str = "local",
     budget: Budget | None = None,
-) -> Results:  # fmt: skip
-    """Train at every amount of general data of `settings.scale`, and fill the run folder with results, verdicts and report.
+) -> Results:
+    """Train at every amount of general data of `settings.scale`, and fill the run folder.
 
-    The arguments are those of `comparison.compare`. What the curves say is computed from results and predictions, here and
-    whenever the report is written (`scale_report.analyse`).
-    Raises ConfigError, DataError, ModelError or StoreError.
+    The arguments are those of `comparison.compare`. What the curves say is computed from results
+    and predictions, here and whenever the report is written (`scale_report.analyse`). Raises
+    ConfigError, DataError, ModelError or StoreError.
     """
     workers.share_threads(jobs, on)
-    watcher, started = watcher or Silent(), time.perf_counter()
+    progress, started = progress or Silent(), time.perf_counter()
     settings = ladder.prepared(settings)
     _require_general(settings)
     with claimed(settings, resume=resume):
         arms = chosen_arms(settings)
-        loaded, rows, folder = begin(SCALE, settings, arms, settings.seeds, resume, watcher)
-        if writes() and budget is not None:
-            keep_plan(budget, folder, settings)
-        study = Study(settings, dict(zip(settings.seeds, rows, strict=True)), folder, probed=False)
-        units = _units(study)
-        watcher.stage(f"{len(units)} trainings, each with its test")
-        with workers.runner(study, loaded, jobs=jobs, on=on, watcher=watcher) as runner:
+        session, rows = begin(SCALE, settings, arms, settings.seeds, resume, progress)
+        if budget is not None and session.kept is not None:
+            keep_plan(budget, session.kept, settings)
+        by_seed = dict(zip(settings.seeds, rows, strict=True))
+        comparison = ComparisonPlan(settings, by_seed, Path(settings.output_dir), probed=False)
+        work = _jobs(comparison)
+        progress.stage(f"{len(work)} trainings, each with its test")
+        with workers.runner(comparison, session, jobs=jobs, on=on) as runner:
             seconds = None if budget is None else budget.seconds
-            progress = Progress(study, units, watcher, jobs)
-            results, dropped = by_seeds(study, units, progress, runner, seconds)
+            tracker = JobTracker(comparison, work, progress, jobs)
+            results, dropped = by_seeds(comparison, work, tracker, runner, seconds)
         skipped = add_dropped(budget, dropped)
         notes = [] if skipped is None else [wording.left_out(skipped)]
-        return finish(SCALE, settings, folder, loaded, rows, results, (), started, notes)
+        return finish(SCALE, session, rows, results, started, notes=notes)
 
 
 def _require_general(settings: Settings) -> None:
-    """Raise ConfigError where the pool cannot feed the longest training, if the number of task rows is known."""
+    """Raise ConfigError if the pool cannot feed the longest training, once its rows are known."""
     size = len(pool.open_pool(settings.general, settings.seed, near=settings.clean.near_duplicates))
     wanted = round(settings.mix.per_task * (settings.scale.rows or 0) * len(settings.tasks))
     if wanted > size - settings.eval.general_rows:
         raise ConfigError(
-            f"scale: the longest training takes {wanted:,} general rows, and the pool has {size:,}, of which "
-            f"{settings.eval.general_rows} are held out; lower scale.ratios, scale.repeats or scale.rows, or add rows"
+            f"scale: the longest training takes {wanted:,} general rows, and the pool has "
+            f"{size:,}, of which "
+            f"{settings.eval.general_rows} are held out; lower scale.ratios, scale.repeats or "
+            "scale.rows, or add rows"
         )
 
 
-def _units(study: Study) -> list[Unit]:
-    """A training for each arm and seed."""
-    return [
-        Unit(arm, size, seed)
-        for seed in study.seeds for arm in chosen_arms(study.settings) for size in study.sizes(arm)
-    ]  # fmt: skip
+def _jobs(comparison: ComparisonPlan) -> list[Job]:
+    """Return a training for each arm and seed."""
+    return [Job(cell) for cell in comparison.cells(chosen_arms(comparison.settings))]
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,8 @@ class Plan:
     """
 
     settings: Settings
-    seconds: float
-    left_out: tuple[str, ...]
+    seconds: float  # that it is expected to take
+    left_out: tuple[str, ...]  # in words
     trainings: int
 
 
@@ -103,10 +109,14 @@ def plan(settings: Settings, seconds: float) -> Plan:
     name are kept. Raises ConfigError if not even that fits.
     """
     began = time.perf_counter()
-    loaded = model.load(settings.model, settings.train, trust_remote_code=settings.trust_remote_code)
+    loaded = model.load(
+        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
+    )
     wide = ladder.prepared(settings)
     _require_general(wide)
-    (rows,) = material.of_seeds(wide, loaded.tokenizer, loaded.context, wide.seeds[:1], mixed_rows=settings.scale.rows)
+    (rows,) = material.of_seeds(
+        wide, loaded.tokenizer, loaded.context, wide.seeds[:1], mixed_rows=settings.scale.rows
+    )
     speed = planning.measure(rows, loaded, wide)
     cost = 0.0
     for design, left_out in _designs(settings):
@@ -115,11 +125,11 @@ def plan(settings: Settings, seconds: float) -> Plan:
         for task, own in zip(rows.tasks, ready.tasks, strict=True):
             tasks.append(replace(task, test=task.test[: own.test_limit]))
         shown = dict.fromkeys(ready.seeds, replace(rows, tasks=tuple(tasks)))
-        study = Study(ready, shown, Path(ready.output_dir), speed, probed=False)
-        units = _units(study)
-        cost = sum(study.cost(unit) for unit in units)
+        comparison = ComparisonPlan(ready, shown, Path(ready.output_dir), speed, probed=False)
+        work = _jobs(comparison)
+        cost = sum(comparison.cost(job) for job in work)
         if cost <= planning.PLANNED * seconds - (time.perf_counter() - began):
-            return Plan(ready, cost, left_out, len(units))
+            return Plan(ready, cost, left_out, len(work))
     needed = math.ceil((cost + time.perf_counter() - began) / planning.PLANNED / 60)
     raise ConfigError(
         f"--budget: the smallest scaling run takes about {needed} min with this model on this "

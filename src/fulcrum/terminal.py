@@ -4,7 +4,7 @@ Invariant: text of the user's rows is never read as markup and cannot steer the 
 """
 
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +23,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fulcrum.progress import Count
 from fulcrum.records import IntArray, Score
 
 if TYPE_CHECKING:
     from fulcrum.certificate import Answer
-    from fulcrum.preview import Span, Trial  # it imports torch
+    from fulcrum.preview import PlannedTraining, Span  # it imports torch
 
 PLAIN_WIDTH = 200  # characters of a piped table: nobody wants it folded at 80
 STYLES = {"prompt": "dim", "anchor": "bold magenta", "trained": "green", "end": "bold black on green"}
@@ -130,7 +131,7 @@ def length_table(lengths: Mapping[str, IntArray]) -> Table:
     return grid("Tokens a row", ("source", "rows", "shortest", "median", "90%", "longest", "all tokens"), rows)
 
 
-def trial_table(trials: Sequence["Trial"]) -> Table:
+def trial_table(trials: Sequence["PlannedTraining"]) -> Table:
     """Training runs to come, with the task's part counted three ways."""
     rows = [
         (
@@ -166,7 +167,7 @@ def row_text(spans: Sequence["Span"], *, colour: bool) -> Text:
 
 
 @contextmanager
-def download(out: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+def download(out: Console, name: str) -> Iterator[Count]:
     """Yield a callback (bytes done, bytes in all) that shows how a download goes on; nothing is drawn until it is called."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     started: list[TaskID] = []
@@ -183,7 +184,7 @@ def download(out: Console, name: str) -> Iterator[Callable[[int, int], None]]:
         yield told
 
 
-def warn(out: Console, trials: Sequence["Trial"], notes: Sequence[str]) -> None:
+def warn(out: Console, trials: Sequence["PlannedTraining"], notes: Sequence[str]) -> None:
     """Print notes on the data and the advice on each training run's plan."""
     for text in notes:
         say(out, f"note: {text}", "yellow")

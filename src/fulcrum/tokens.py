@@ -1,11 +1,15 @@
-"""Tokenised general rows on disk: written once, memory-mapped, shared by the cells of a comparison and by later runs.
+"""Token streams: a plan with the tokens of its rows, and tokenised general rows on disk.
 
-A file is named by all that its tokens depend on (tokenizer, template, rows), so it is never out of date. Arrow does the rest.
+General rows are written once, memory-mapped, and shared by the cells of a comparison and by later
+runs. A file is named by all that its tokens depend on (tokenizer, template, rows), so it is never
+out of date. Arrow does the rest.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -13,15 +17,87 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from fulcrum import encode, store
+from fulcrum import encode, mix, store
 from fulcrum.encode import Format, Tokenizer
-from fulcrum.records import Example, Tokens
+from fulcrum.mix import Plan
+from fulcrum.records import BoolArray, Example, Share, Tokens
 from fulcrum.store import fingerprint
 
 SMALLEST = 512  # rows; fewer are encoded again sooner than a file is opened
 KEPT_BYTES = 4 * 2**30  # of all files; beyond that the ones unused for longest go
 _BLOCK = 4096  # rows encoded and written at a time
 _SCHEMA = pa.schema({"ids": pa.list_(pa.int32()), "loss": pa.list_(pa.bool_())})
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A plan with the tokens of the rows that it orders."""
+
+    plan: Plan
+    task: Sequence[Tokens]  # by the plan's task row ids
+    general: Sequence[Tokens]  # by the plan's general row ids
+    bare: Sequence[Tokens] = ()  # the task rows without their anchor
+    dropout: float = 0.0  # share of the showings of task rows that lack the anchor
+    cooldown: float = 0.0  # last part of the stream, whose task rows all lack it
+    rows: tuple[Sequence[Example], Sequence[Example]] | None = None  # of `task` and `general`
+
+    def step(self, index: int, batch_size: int) -> tuple[list[Tokens], BoolArray]:
+        """Return the examples of one optimizer step in order, and which of them are task rows."""
+        start = index * batch_size
+        return self._examples(start, min(start + batch_size, len(self.plan)))
+
+    def _examples(self, start: int, stop: int) -> tuple[list[Tokens], BoolArray]:
+        is_task, ids = self.plan.slice(start, stop)
+        found = []
+        for of_task, bare, row in zip(is_task, self.is_bare(start, stop), ids, strict=True):
+            if not of_task:
+                found.append(self.general[row])
+            elif bare:
+                found.append(self.bare[row])
+            else:
+                found.append(self.task[row])
+        return found, is_task
+
+    def origins(self, index: int, batch_size: int) -> list[str]:
+        """Return where the rows of one optimizer step come from, in order."""
+        start = index * batch_size
+        is_task, ids = self.plan.slice(start, min(start + batch_size, len(self.plan)))
+        found = []
+        for of_task, row in zip(is_task.tolist(), ids.tolist(), strict=True):
+            if self.rows is None:
+                found.append(f"{'task' if of_task else 'general'} row {row}")
+            else:
+                task, general = self.rows
+                found.append((task if of_task else general)[row].origin)
+        return found
+
+    def is_bare(self, start: int, stop: int) -> BoolArray:
+        """Return whether a task row at each position would lack its anchor: (stop - start,)."""
+        dropped = mix.chances(start, stop, self.plan.seed, "anchor") < self.dropout
+        return dropped | (np.arange(start, stop) >= round(len(self.plan) * (1 - self.cooldown)))
+
+    def steps(self, batch_size: int) -> int:
+        """Return the number of optimizer steps; the last may be smaller."""
+        return math.ceil(len(self.plan) / batch_size)
+
+    def phases(self, batch_size: int) -> tuple[int, ...]:
+        """Return the steps of each learning rate schedule: two if one source follows the other."""
+        steps = self.steps(batch_size)
+        if self.plan.order == "general_then_task":
+            first = round(self.plan.general_used / batch_size)
+        elif self.plan.order == "task_then_general":
+            first = round(self.plan.task_positions / batch_size)
+        else:
+            return (steps,)
+        return (first, steps - first) if 0 < first < steps else (steps,)
+
+    def share(self, positions: int | None = None) -> Share:
+        """Return the task's share of the first `positions` (None: of all)."""
+        stop = len(self.plan) if positions is None else min(positions, len(self.plan))
+        examples, is_task = self._examples(0, stop)
+        n_tokens = np.array([len(example) for example in examples])
+        n_loss = np.array([example.n_loss for example in examples])
+        return mix.share(is_task, n_tokens, n_loss)
 
 
 class Stored(Sequence[Tokens]):
@@ -55,10 +131,10 @@ class Stored(Sequence[Tokens]):
 
 @lru_cache(maxsize=4)  # trials and arms ask for the same rows again
 def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
-    """The tokens of `examples` (`encode.encode`): few rows from memory, many from the cache's file, made where it lacks one.
+    """Return the tokens of `examples`: few from memory, many from a file of the cache.
 
-    Where the cache cannot be written (a full disk, a read-only folder), the rows are encoded in memory. Raises DataError as
-    `encode.encode` does.
+    A file that is missing is made. If the cache cannot be written (a full disk, a read-only
+    folder), the rows are encoded in memory. Raises DataError as `encode.encode` does.
     """
     # A template that writes the date gives other tokens tomorrow.
     many = len(examples) >= SMALLEST and "strftime_now" not in form.template
@@ -66,8 +142,16 @@ def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
     if tokenizer is None:
         encode.encode_ahead(examples, form)
         return [encode.encode(example, form) for example in examples]
-    roles = sorted((name, str(token)) for name, token in form.tokenizer.special_tokens_map.items())  # templates write them
-    named = [tokenizer, roles, form.template, form.anchor, form.end_ids, [example.messages for example in examples]]
+    # Templates write them.
+    roles = sorted((name, str(token)) for name, token in form.tokenizer.special_tokens_map.items())
+    named = [
+        tokenizer,
+        roles,
+        form.template,
+        form.anchor,
+        form.end_ids,
+        [example.messages for example in examples],
+    ]
     file = store.cache_dir() / "tokens" / f"{fingerprint(named)[:32]}.arrow"
     try:
         if not _whole(file, len(examples)):
@@ -83,7 +167,7 @@ def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
 
 @lru_cache(maxsize=4)
 def _tokenizer_hash(tokenizer: Tokenizer, size: int) -> str | None:
-    """A hash over the vocabulary, merges and added tokens; None for a tokenizer that does not write itself down."""
+    """Return a hash over a tokenizer's vocabulary and merges; None if it does not write itself."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else fingerprint([backend.to_str(), size])
 
@@ -97,7 +181,7 @@ def _whole(file: Path, rows: int) -> bool:
 
 
 def _write(file: Path, examples: Sequence[Example], form: Format) -> None:
-    """Write beside the file's place and rename, so that processes that race for it each find it whole."""
+    """Write next to the file's place and rename, so that processes that race find it whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
@@ -106,7 +190,10 @@ def _write(file: Path, examples: Sequence[Example], form: Format) -> None:
                 rows = encode.encode_many(examples[start : start + _BLOCK], form)
                 columns = [[row.ids for row in rows], [row.loss_mask for row in rows]]
                 writer.write_batch(
-                    pa.record_batch([pa.array(c, t.type) for c, t in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
+                    pa.record_batch(
+                        [pa.array(c, t.type) for c, t in zip(columns, _SCHEMA, strict=True)],
+                        _SCHEMA,
+                    )
                 )
         with partial.open("rb") as written:
             os.fsync(written.fileno())
@@ -117,7 +204,9 @@ def _write(file: Path, examples: Sequence[Example], form: Format) -> None:
 
 def _prune(folder: Path) -> None:
     """Drop the files that were not used for longest, until the rest is within `KEPT_BYTES`."""
-    newest, *older = sorted(folder.glob("*.arrow"), key=lambda path: path.stat().st_mtime, reverse=True)
+    newest, *older = sorted(
+        folder.glob("*.arrow"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
     total = newest.stat().st_size
     for file in older:
         total += file.stat().st_size

@@ -1,6 +1,6 @@
 """Curves, scores and certificates where people look at theirs: TensorBoard, Trackio, W&B, MLflow, through Accelerate's classes.
 
-A watcher that passes everything on, and sends the points that `events.jsonl` holds. Every training is a run of its own, for
+A listener that passes everything on, and sends the points that `events.jsonl` holds. Every training is a run of its own, for
 these tools lay runs over each other by the names of their curves, and steps count from 1 in each; scores and files are one
 more, `results`. Nothing leaves the machine unless the user's environment says so.
 
@@ -24,10 +24,10 @@ from typing import Any
 from accelerate import tracking
 
 from fulcrum import certificate, run_folder, run_report, store, summary, training
-from fulcrum.cell import Silent, Watcher
 from fulcrum.config import Settings
 from fulcrum.errors import ConfigError
 from fulcrum.launched import writes
+from fulcrum.progress import ProgressListener, Silent
 from fulcrum.records import TrainPoint
 
 RESULTS = "results"  # the run with scores and files, beside those of trainings
@@ -136,8 +136,8 @@ TOOLS: Mapping[str, _Tool] = {
 
 
 @contextmanager
-def reporting(settings: Settings, watcher: Watcher | None) -> Iterator[Watcher]:
-    """Inside, who watches a run with these settings: `watcher` (None: nobody), and the trackers that they name. Leaving it
+def reporting(settings: Settings, progress: ProgressListener | None) -> Iterator[ProgressListener]:
+    """Inside, who listens to a run with these settings: `progress` (None: nobody), and the trackers that they name. Leaving it
     without an error sends scores and files too.
 
     Raises ConfigError where a tracker is not installed.
@@ -146,11 +146,11 @@ def reporting(settings: Settings, watcher: Watcher | None) -> Iterator[Watcher]:
         if find_spec(name) is None:
             raise ConfigError(f"report_to: {name} is not installed; pip install 'fulcrum-llm[{name}]', or leave it out")
     if not settings.report_to or not writes():
-        yield watcher or Silent()
+        yield progress or Silent()
         return
     folder = Path(settings.output_dir)
     with _offline(_place(folder)):
-        told = Trackers(watcher, settings.report_to, folder)
+        told = Trackers(progress, settings.report_to, folder)
         try:
             yield told
             told.conclude()
@@ -174,11 +174,13 @@ def _offline(place: Path) -> Iterator[None]:
 
 
 class Trackers:
-    """Passes on to a watcher what it is told, and sends curves to the tools named (`cell.Watcher`)."""
+    """Passes on to a listener what it is told, and sends curves to the tools named (`progress.ProgressListener`)."""
 
-    def __init__(self, watcher: Watcher | None, names: Sequence[str], folder: Path) -> None:
-        self.inner, self.names, self.folder = watcher or Silent(), names, folder.absolute()
-        self.warn: Callable[[str], None] = warnings.warn if watcher is None else lambda text: watcher.stage(f"warning: {text}")
+    def __init__(self, progress: ProgressListener | None, names: Sequence[str], folder: Path) -> None:
+        self.inner, self.names, self.folder = progress or Silent(), names, folder.absolute()
+        self.warn: Callable[[str], None] = (
+            warnings.warn if progress is None else lambda text: progress.stage(f"warning: {text}")
+        )
         self.threads: dict[str, ThreadPoolExecutor] = {}  # by label, of runs that are open
         self.ended: list[ThreadPoolExecutor] = []
         self.opened: dict[tuple[str, str], Any] = {}  # by label and tool

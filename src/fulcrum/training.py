@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from fulcrum import checkpoint as checkpoints
 from fulcrum import launched, stopping
 from fulcrum.adapter import State, adapter_state, new_adapter, set_adapter_state, set_dropout
-from fulcrum.arms import Stream
 from fulcrum.config import TrainSettings
 from fulcrum.errors import DivergedError
 from fulcrum.loss import Row, row_loss, rows
 from fulcrum.model import LoadedModel
-from fulcrum.records import TrainPoint, TrialResult
+from fulcrum.records import TrainingRun, TrainPoint
 from fulcrum.store import fingerprint
+from fulcrum.tokens import Stream
 
 Progress = Callable[[TrainPoint, int, float | None], None]  # log line, total steps, newest dev loss
 POINTS = 500  # of a training's steps that are written down, evenly spaced: files stay small however long it is
@@ -65,7 +65,7 @@ def train(
     checkpoint: Path | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[State, TrialResult]:
+) -> tuple[State, TrainingRun]:
     """Train a fresh adapter on the stream; returns the weights that were best on dev, and the run's record.
 
     `dev_loss` gives nats per token on the dev rows with the present adapter; without it the last step's weights are kept. `kl`
@@ -122,7 +122,7 @@ def train(
     if dev_loss is None:
         best, state.best_step = adapter_state(loaded), state.done
     set_adapter_state(loaded, best)
-    return best, TrialResult(
+    return best, TrainingRun(
         repeats=repeats, steps=state.done, best_step=state.best_step, dev_nll=tuple(state.dev), history=tuple(state.history),
         share=stream.share(state.done * settings.batch_size),
         train_tokens=state.tokens, seconds=state.seconds,

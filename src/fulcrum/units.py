@@ -1,7 +1,8 @@
-"""The units of a comparison: what is run, stored and read back at once, here or in another process.
+"""The jobs of a comparison: what is run, stored and read back at once, here or in another process.
 
-A unit is a trial (cross-validation of one setting) or a final training with its test. It is a value, and so is the study that
-it belongs to: both travel to workers. What a unit gives depends on these alone.
+A job is a trial (cross-validation of some hyperparameters) or a final training with its test. It is
+a value, and so is the plan of the comparison that it belongs to: both travel to workers. What a job
+gives depends on these alone.
 """
 
 import math
@@ -12,60 +13,64 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fulcrum import cell, export, metrics, store
-from fulcrum.arms import asked_anchor, general_count, sizes_of
-from fulcrum.cell import Watcher
+from fulcrum import cell as cells
+from fulcrum import export, metrics, store
+from fulcrum.arm_data import ArmPlan, resolve
+from fulcrum.arms import sizes_of
+from fulcrum.cell import Cell, Session
 from fulcrum.config import Arm, Settings
 from fulcrum.errors import StoreError
-from fulcrum.material import Material
-from fulcrum.model import LoadedModel
-from fulcrum.records import ArmResult, Example, Setting, Tried
+from fulcrum.material import RunData
+from fulcrum.records import ArmResult, Example, Hyperparameters, Trial
+
+Result = Trial | ArmResult
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One arm at a size and a seed: a trial of `setting`, or (without one) the training on all rows after these `tried`; after
-    none, as the arm itself says."""
+class Job:
+    """A trial of `hyperparameters`, or, if these are None, a final training.
 
-    arm: Arm
-    size: int
-    seed: int
-    setting: Setting | None = None
-    tried: tuple[Tried, ...] = ()
+    A trial cross-validates them; a final training has all rows, and the best of `tried`.
+    """
+
+    cell: Cell
+    hyperparameters: Hyperparameters | None = None
+    tried: tuple[Trial, ...] = ()
 
     @property
     def name(self) -> str:
         """What its file is called."""
-        cell = f"{self.arm.name}-{self.size}-seed{self.seed}"
-        return cell if self.setting is None else f"{cell}-{self.setting.name}"
+        if self.hyperparameters is None:
+            return self.cell.name
+        return f"{self.cell.name}-{self.hyperparameters.name}"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds a row: of training on a task row and on a general row, of scoring one, of an answer; and what each training takes
-    to begin. As it stands: a guess whose proportions alone matter.
-    """
+    """Seconds of what takes time. The defaults are a guess: only their proportions matter."""
 
-    task: float = 1.0
-    general: float = 1.0
-    scored: float = 0.3
-    answered: float = 1.0
-    start: float = 1.0  # of each training
+    task: float = 1.0  # training on a task row
+    general: float = 1.0  # training on a general row
+    scored: float = 0.3  # scoring a row
+    answered: float = 1.0  # generating an answer
+    start: float = 1.0  # beginning a training
 
 
 @dataclass(frozen=True)
-class Study:
-    """What every unit of a comparison needs to know: plain values, so that another process can run it."""
+class ComparisonPlan:
+    """What every job of a comparison needs: plain values, so that other processes can run it."""
 
     settings: Settings
-    rows: Mapping[int, Material]  # by seed
+    rows: Mapping[int, RunData]  # by seed
     folder: Path
     speed: Speed = Speed()
     probed: bool = True  # whether side effects are looked for, and adapters kept
 
     def sizes(self, arm: Arm) -> tuple[int, ...]:
-        """The sizes of an arm; 0, all rows, for one that does not depend on them."""
-        return sizes_of(self.settings, arm, self.rows[self.seeds[0]].longest) if arm.seeded else (0,)
+        """Return the sizes of an arm; 0, all rows, for one that does not depend on them."""
+        if not arm.depends_on_seed:
+            return (0,)
+        return sizes_of(self.settings, arm, self.rows[self.seeds[0]].longest)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -73,75 +78,112 @@ class Study:
         return tuple(self.rows)
 
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
-        """The seeds at which an arm is run: the first, where neither it nor the test rows depend on them."""
-        return self.seeds if arm.seeded or self.settings.outer_folds else self.seeds[:1]
+        """Return the seeds of an arm: the first, if neither it nor the test rows depend on them."""
+        return self.seeds if arm.depends_on_seed or self.settings.outer_folds else self.seeds[:1]
 
-    def cost(self, unit: Unit) -> float:
-        """About how many seconds a unit takes at the study's speed."""
-        rows, speed = self.at(unit), self.speed
-        setting = unit.setting or next((found for _, found, _ in cell.best_first(unit.arm, unit.tried)), Setting())
-        task = rows.n_task * unit.arm.task_rows * setting.repeats
-        trained = task * speed.task + general_count(rows, unit.arm, setting.repeats) * speed.general
-        folds, trainings = self.settings.compare.folds, unit.arm.members if unit.arm.trained else 0
-        if unit.setting is not None:
-            return trainings * (trained * (folds - 1) + folds * speed.start) + rows.n_task * speed.scored
-        tests = [(task, len(task.test)) for task in rows.tasks]
-        answers = sum(number for task, number in tests if metrics.needs_generation(task.metrics))
-        scored = sum(number for _, number in tests) + sum(map(len, rows.held_out.values()))
-        if self.is_probed(unit):
-            scored += 3 * sum(number for _, number in tests) * unit.arm.anchored
-            prompts = max((min(len(part), cell.PROBED) for part in rows.held_out.values()), default=0)
-            answers += prompts * (2 if unit.arm.trained else 1)
-        return trainings * (trained + speed.start) + scored * speed.scored + answers * speed.answered
+    def cells(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> list[Cell]:
+        """Return every cell of these arms, seed by seed (all seeds if none are given)."""
+        found = []
+        for seed in self.seeds if seeds is None else seeds:
+            for arm in arms:
+                if seed in self.seeds_of(arm):
+                    found += [Cell(arm, size, seed) for size in self.sizes(arm)]
+        return found
 
-    def is_probed(self, unit: Unit) -> bool:
-        """Whether its side effects are looked for, and its adapter kept: the first seed's largest sizes."""
-        return self.probed and unit.seed == self.seeds[0] and unit.size == max(self.sizes(unit.arm))
+    def resolve(self, cell: Cell) -> ArmPlan:
+        """Return what the arm of a cell does with the cell's rows.
 
-    def at(self, unit: Unit) -> Material:
-        """The rows of a unit: what does not depend on their number is measured on the most that any arm is given."""
-        compare, rows = self.settings.compare, self.rows[unit.seed]
-        every = [*(compare.sizes or (rows.longest,)), *(size for sizes in compare.sizes_of.values() for size in sizes)]
-        return rows.at(unit.size or max(every))
+        What does not depend on the number of rows is measured on the most that any arm is given.
+        """
+        compare, rows = self.settings.compare, self.rows[cell.seed]
+        sizes = list(compare.sizes or (rows.longest,))
+        for own in compare.sizes_of.values():
+            sizes += own
+        return resolve(cell.arm, rows.at(cell.size or max(sizes)), self.settings)
+
+    def cost(self, job: Job) -> float:
+        """Return about how many seconds a job takes at this speed."""
+        plan, speed = self.resolve(job.cell), self.speed
+        chosen = job.hyperparameters
+        if chosen is None:
+            choices = cells.best_first(plan.arm, job.tried)
+            chosen = choices[0].hyperparameters if choices else Hyperparameters()
+        training = len(plan.task_rows) * chosen.repeats * speed.task
+        training += plan.general_count(chosen.repeats) * speed.general
+        if job.hyperparameters is not None:
+            folds = self.settings.compare.folds
+            trainings = plan.members * (training * (folds - 1) + folds * speed.start)
+            return trainings + plan.rows.n_task * speed.scored
+        scored, answered = self._looked_at(plan, is_probed=self.is_probed(job.cell))
+        trainings = plan.members * (training + speed.start)
+        return trainings + scored * speed.scored + answered * speed.answered
+
+    def _looked_at(self, plan: ArmPlan, *, is_probed: bool) -> tuple[int, int]:
+        """Return how many rows the test of a final training scores, and how many it answers."""
+        tests = sum(len(task.test) for task in plan.rows.tasks)
+        held_out = [len(part) for part in plan.rows.held_out.values()]
+        scored = tests + sum(held_out)
+        answered = sum(
+            len(task.test) for task in plan.rows.tasks if metrics.needs_generation(task.metrics)
+        )
+        if is_probed:
+            scored += 3 * tests * plan.arm.anchored
+            prompts = max((min(number, cells.PROBED) for number in held_out), default=0)
+            answered += prompts * (2 if plan.arm.trained else 1)
+        return scored, answered
+
+    def is_probed(self, cell: Cell) -> bool:
+        """Whether side effects are looked for, and the adapter kept: first seed, largest size."""
+        return self.probed and cell.seed == self.seeds[0] and cell.size == max(self.sizes(cell.arm))
 
 
-def perform(study: Study, loaded: LoadedModel, unit: Unit, watcher: Watcher, folder: Path | None) -> Tried | ArmResult:
-    """Run a unit. In `folder` are its checkpoints, and the adapters of the first seed's largest sizes (none: kept nowhere)."""
-    rows, settings = study.at(unit), study.settings
-    if unit.setting is not None:
-        return cell.tune(rows, loaded, unit.arm, settings, unit.setting, unit.seed, unit.name, folder, watcher)
-    kept = study.is_probed(unit)
-    result = cell.final(rows, loaded, unit.arm, settings, unit.tried, unit.seed, unit.name, folder, watcher, probed=kept)
-    if folder is not None and _keeps_adapter(study, unit):
-        anchors = {task.name: asked_anchor(unit.arm, task, settings) for task in rows.tasks}
-        export.save_adapter(loaded, _adapter(folder, unit), anchors)
+def perform(comparison: ComparisonPlan, session: Session, job: Job) -> Result:
+    """Run a job.
+
+    The session's folder gets its checkpoints, and the adapters of the first seed's largest sizes.
+    """
+    plan = comparison.resolve(job.cell)
+    if job.hyperparameters is not None:
+        return cells.tune(session, plan, job.cell, job.hyperparameters)
+    is_probed = comparison.is_probed(job.cell)
+    result = cells.final(session, plan, job.cell, job.tried, probed=is_probed)
+    if session.kept is not None and _keeps_adapter(comparison, job):
+        export.save_adapter(session.model, _adapter(session.kept, job), plan.ask_anchors)
     return result
 
 
-def _keeps_adapter(study: Study, unit: Unit) -> bool:
-    return unit.setting is None and unit.arm.trained and study.is_probed(unit)
+def _keeps_adapter(comparison: ComparisonPlan, job: Job) -> bool:
+    return job.hyperparameters is None and job.cell.arm.trained and comparison.is_probed(job.cell)
 
 
-def _adapter(folder: Path, unit: Unit) -> Path:
-    return folder / "adapters" / unit.arm.name
+def _adapter(folder: Path, job: Job) -> Path:
+    return folder / "adapters" / job.cell.arm.name
 
 
-def keep(study: Study, unit: Unit, result: Tried | ArmResult) -> None:
-    """Store a finished unit, atomically, and drop its checkpoints: it is never trained again."""
+def keep(comparison: ComparisonPlan, job: Job, result: Result) -> None:
+    """Store a finished job, atomically, and drop its checkpoints: it is never trained again."""
     content = _shortened(result)
-    store.write_json(_file(study, unit), {"sha256": store.fingerprint(content), **content}, indent=None)
-    for part in ("fold", "member", "attempt"):  # no more: another unit's name may begin like this one's
-        for training in (study.folder / "checkpoints").glob(f"{unit.name}-{part}*"):
+    store.write_json(
+        _file(comparison, job), {"sha256": store.fingerprint(content), **content}, indent=None
+    )
+    checkpoints = comparison.folder / "checkpoints"
+    # No more: another job's name may begin like this one's.
+    for part in (
+        "fold",
+        "member",
+        "attempt",
+    ):
+        for training in checkpoints.glob(f"{job.name}-{part}*"):
             store.drop_folder(training)
-    store.drop_folder(study.folder / "checkpoints" / unit.name)
+    store.drop_folder(checkpoints / job.name)
 
 
-def _file(study: Study, unit: Unit) -> Path:
-    return study.folder / "cells" / f"{unit.name}.json"
+def _file(comparison: ComparisonPlan, job: Job) -> Path:
+    return comparison.folder / "cells" / f"{job.name}.json"
 
 
-def _shortened(result: Tried | ArmResult) -> dict[str, Any]:
-    """A result as it is stored: without the texts of test rows, which are known."""
+def _shortened(result: Result) -> dict[str, Any]:
+    """Return a result as it is stored: without the texts of test rows, which are known."""
     found: dict[str, Any] = store.plain(result)
     for part in ("predictions", "general", "probes"):
         for predictions in found.get(part, {}).values():
@@ -151,36 +193,54 @@ def _shortened(result: Tried | ArmResult) -> dict[str, Any]:
     return found
 
 
-def read(study: Study, unit: Unit) -> Tried | ArmResult | None:
-    """A stored result, its predictions with the texts of their rows again; None where there is none, or where the adapter that
-    it kept is no longer whole.
+def read(comparison: ComparisonPlan, job: Job) -> Result | None:
+    """Return a stored result, its predictions with the texts of their rows again.
 
-    Raises StoreError for anything else.
+    None if there is none, or if the adapter that it kept is no longer whole. Raises StoreError for
+    anything else.
     """
-    file = _file(study, unit)
-    if not file.exists() or (_keeps_adapter(study, unit) and store.damaged(_adapter(study.folder, unit))):
+    file = _file(comparison, job)
+    if not file.exists():
         return None
-    rows = study.rows[unit.seed]
-    tests = {task.name: task.test for task in rows.tasks}
-    general = next((part for part in rows.held_out.values() if part), ())
-    probed = {f"{name}: {what} anchor": own for name, own in tests.items() for what in cell.OTHER_ANCHORS}
-    known: dict[str, Mapping[str, Sequence[Example]]] = {
-        "predictions": tests, "general": rows.held_out, "probes": {**probed, cell.GENERAL_PROMPTS: general, cell.DRIFT: general}
-    }  # fmt: skip
+    if _keeps_adapter(comparison, job) and store.damaged(_adapter(comparison.folder, job)):
+        return None
     content = store.read_json(file)
     try:
         if content.pop("sha256") != store.fingerprint(content):
             raise KeyError("sha256")
-        for tried in content["tried"] if unit.setting is None else [content]:
-            tried["dev_nll"] = math.inf if tried["dev_nll"] is None else tried["dev_nll"]  # JSON has no infinity
-        if unit.setting is not None:
-            return TypeAdapter(Tried).validate_python(content)
-        for part, examples in known.items():
-            for name, predictions in content[part].items():
-                by_origin = {example.origin: example for example in examples[name]}
-                for prediction in predictions:
-                    row = by_origin[prediction["origin"]]
-                    prediction |= {"prompt": row.question, "gold": row.answer, "group": row.group}
+        is_trial = job.hyperparameters is not None
+        for tried in [content] if is_trial else content["tried"]:
+            # JSON has no infinity.
+            tried["dev_nll"] = math.inf if tried["dev_nll"] is None else tried["dev_nll"]
+        if is_trial:
+            return TypeAdapter(Trial).validate_python(content)
+        _put_texts_back(content, comparison.rows[job.cell.seed])
         return TypeAdapter(ArmResult).validate_python(content)
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{file}: not a finished cell, the file was changed or damaged; delete it to run it anew") from error
+        raise StoreError(
+            f"{file}: not a finished cell, the file was changed or damaged; delete it to run it "
+            "anew"
+        ) from error
+
+
+def _put_texts_back(content: dict[str, Any], rows: RunData) -> None:
+    """Give the predictions of a stored result the texts of their rows.
+
+    Raises KeyError for an unknown row.
+    """
+    tests = {task.name: task.test for task in rows.tasks}
+    general = next((part for part in rows.held_out.values() if part), ())
+    probed: dict[str, Sequence[Example]] = {cells.GENERAL_PROMPTS: general, cells.DRIFT: general}
+    for name, examples in tests.items():
+        probed |= {f"{name}: {what} anchor": examples for what in cells.OTHER_ANCHORS}
+    known: dict[str, Mapping[str, Sequence[Example]]] = {
+        "predictions": tests,
+        "general": rows.held_out,
+        "probes": probed,
+    }
+    for part, examples_of in known.items():
+        for name, predictions in content[part].items():
+            by_origin = {example.origin: example for example in examples_of[name]}
+            for prediction in predictions:
+                row = by_origin[prediction["origin"]]
+                prediction |= {"prompt": row.question, "gold": row.answer, "group": row.group}

@@ -23,8 +23,7 @@ def clock(seconds: float) -> str:
 
 
 class Watch:
-    """Tells how a run goes on (`cell.Watcher`): a live bar for each thing under way, or where output is piped a line at most
-    every ten seconds.
+    """A `ProgressListener` with a live bar for each thing under way, or, if output is piped, a line at most every ten seconds.
 
     Use it as a context manager: leaving it ends the bars. What ends always leaves its last line.
     """

@@ -1,7 +1,10 @@
-"""Where the units of a comparison run: here one by one, in local processes, or on a Ray cluster. The results are equal.
+"""Where the jobs of a comparison run: here one by one, in local processes, or on a Ray cluster.
 
-Every worker loads the model once, with the dtype, device and number of threads that were settled before the first unit; these
-stand in the run's manifest. Workers return values; the driver alone stores them.
+The results are equal.
+
+Every worker loads the model once, with the dtype, device and number of threads that were settled
+before the first job; the run's manifest records these. Workers return values; the driver alone
+stores them.
 """
 
 import os
@@ -21,53 +24,61 @@ from typing import Any
 import torch
 
 from fulcrum import compiled, config, model, processes, store
-from fulcrum.cell import Silent, Watcher
+from fulcrum.cell import Session
 from fulcrum.errors import ConfigError, FulcrumError, StoreError
-from fulcrum.launched import writes
-from fulcrum.model import LoadedModel
-from fulcrum.records import ArmResult, TrainPoint, Tried
+from fulcrum.progress import ProgressListener, Silent
+from fulcrum.records import TrainPoint
 from fulcrum.stopping import Stopped
-from fulcrum.units import Study, Unit, perform
+from fulcrum.units import ComparisonPlan, Job, Result, perform
 
-Result = Tried | ArmResult
-Runner = Callable[[Sequence[Unit]], Iterator[tuple[Unit, Result]]]
-_RETRIES = 3  # of a unit whose Ray worker or node died
+Runner = Callable[[Sequence[Job]], Iterator[tuple[Job, Result]]]
+_RETRIES = 3  # of a job whose Ray worker or node died
 
 
 def share_threads(jobs: int, on: str) -> None:
-    """Give each of `jobs` workers of this machine its part of the threads. Raises ConfigError for what cannot be."""
+    """Give each of `jobs` workers of this machine its part of the threads.
+
+    Raises ConfigError for what cannot be.
+    """
     if on not in ("local", "ray"):
-        raise ConfigError(f"--on {on}: units run on `local` or on `ray`")
+        raise ConfigError(f"--on {on}: jobs run on `local` or on `ray`")
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}: at least 1")
     if jobs > 1 and torch.cuda.is_available() and on == "local":
-        raise ConfigError(f"--jobs {jobs}: workers would share one GPU; use --jobs 1, or --on ray with a GPU for each")
+        raise ConfigError(
+            f"--jobs {jobs}: workers would share one GPU; use --jobs 1, or --on ray with a GPU for "
+            "each"
+        )
     if on == "ray":
-        nodes = [int(node["Resources"].get("CPU", 0)) for node in _connect().nodes() if node["Alive"]]
-        torch.set_num_threads(max(1, min(sum(nodes) // jobs, max(nodes))))  # a unit runs on one node
+        nodes = [
+            int(node["Resources"].get("CPU", 0)) for node in _connect().nodes() if node["Alive"]
+        ]
+        torch.set_num_threads(max(1, min(sum(nodes) // jobs, max(nodes))))  # a job runs on one node
     elif jobs > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
 @contextmanager
-def runner(study: Study, loaded: LoadedModel, *, jobs: int, on: str, watcher: Watcher) -> Iterator[Runner]:
-    """What runs units and yields each with its result as it is finished; workers live as long as the context."""
+def runner(comparison: ComparisonPlan, session: Session, *, jobs: int, on: str) -> Iterator[Runner]:
+    """Give what runs jobs and yields each result; workers live as long as the context."""
     if on == "local" and jobs == 1:
-        yield lambda units: _here(study, loaded, units, watcher)
+        yield lambda work: _here(comparison, session, work)
         return
-    settled = replace(study, settings=config.load(study.folder / "config.yaml"))
-    with (_ray if on == "ray" else _processes)(settled, loaded, jobs, watcher) as run:
+    settled = replace(comparison, settings=config.load(comparison.folder / "config.yaml"))
+    with _ray(settled, session) if on == "ray" else _processes(settled, session, jobs) as run:
         yield run
 
 
-def _here(study: Study, loaded: LoadedModel, units: Sequence[Unit], watcher: Watcher) -> Iterator[tuple[Unit, Result]]:
-    for unit in units:
-        watcher.stage(unit.name)
-        yield unit, perform(study, loaded, unit, watcher, study.folder if writes() else None)
+def _here(
+    comparison: ComparisonPlan, session: Session, work: Sequence[Job]
+) -> Iterator[tuple[Job, Result]]:
+    for job in work:
+        session.progress.stage(job.name)
+        yield job, perform(comparison, session, job)
 
 
-class _Told(Silent):
-    """A worker's watcher: what it is told goes to the driver through a queue."""
+class _Forwarder(Silent):
+    """A worker's listener: what it hears goes to the driver through a queue."""
 
     def __init__(self, messages: Any) -> None:
         self.messages = messages
@@ -83,8 +94,10 @@ class _Told(Silent):
 
 
 @contextmanager
-def _passing_on(messages: Any, watcher: Watcher, empty: type[Exception]) -> Iterator[None]:
-    """Inside, a thread tells the watcher what workers put into the queue."""
+def _forwarding(
+    messages: Any, progress: ProgressListener, empty: type[Exception]
+) -> Iterator[None]:
+    """Inside, a thread tells the listener what workers put into the queue."""
     over = threading.Event()
 
     def pass_on() -> None:
@@ -93,7 +106,7 @@ def _passing_on(messages: Any, watcher: Watcher, empty: type[Exception]) -> Iter
                 name, *about = messages.get(timeout=0.2)
             except empty:
                 continue
-            getattr(watcher, name)(*about)
+            getattr(progress, name)(*about)
 
     thread = threading.Thread(target=pass_on, daemon=True)
     thread.start()
@@ -105,54 +118,67 @@ def _passing_on(messages: Any, watcher: Watcher, empty: type[Exception]) -> Iter
 
 
 class _Worker:
-    """The model of a worker process, loaded when its first unit comes, and the study."""
+    """What a worker process holds: the comparison's plan, and the model."""
 
-    def __init__(self, study: Study, threads: int) -> None:
+    def __init__(self, comparison: ComparisonPlan, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.study, train = study, study.settings.train
-        self.loaded = model.load(study.settings.model, train, trust_remote_code=study.settings.trust_remote_code)
-        rows = study.rows[study.seeds[0]].tasks[0].train
-        if train.compile == "always":
-            compiled.switch_on(self.loaded, train, min(rows, key=lambda row: sum(len(m.content) for m in row.messages)))
+        self.comparison, settings = comparison, comparison.settings
+        self.loaded = model.load(
+            settings.model, settings.train, trust_remote_code=settings.trust_remote_code
+        )
+        if settings.train.compile == "always":
+            rows = comparison.rows[comparison.seeds[0]].tasks[0].train
+            shortest = min(
+                rows, key=lambda row: sum(len(message.content) for message in row.messages)
+            )
+            compiled.switch_on(self.loaded, settings.train, shortest)
+
+    def perform(
+        self, comparison: ComparisonPlan, job: Job, folder: Path | None, messages: Any
+    ) -> Result:
+        """Run a job, and tell the driver how it proceeds."""
+        session = Session(self.loaded, comparison.settings, folder, _Forwarder(messages))
+        return perform(comparison, session, job)
 
 
 _worker: _Worker | None = None  # of this process
 _messages: Any = None
 
 
-def _open(study: Study, threads: int, messages: Any) -> None:
+def _open(comparison: ComparisonPlan, threads: int, messages: Any) -> None:
     global _worker, _messages
-    _worker, _messages = _Worker(study, threads), messages
+    _worker, _messages = _Worker(comparison, threads), messages
 
 
-def _in_process(unit: Unit) -> Result:
+def _in_process(job: Job) -> Result:
     assert _worker is not None
     try:
-        return perform(_worker.study, _worker.loaded, unit, _Told(_messages), _worker.study.folder)
+        return _worker.perform(_worker.comparison, job, _worker.comparison.folder, _messages)
     except KeyboardInterrupt as error:  # Stopped too
-        # A pool takes this for a failed unit, and its worker would wait for the next one: for ever, where the lock of the queue
-        # died with another worker. What was to be saved is saved.
+        # A pool takes this for a failed job, and its worker would wait for the next one: for ever,
+        # where the lock of the queue died with another worker. What was to be saved is saved.
         os._exit(128 + getattr(error, "number", signal.SIGINT))
 
 
 @contextmanager
-def _processes(study: Study, loaded: LoadedModel, jobs: int, watcher: Watcher) -> Iterator[Runner]:
-    """Local processes."""
+def _processes(comparison: ComparisonPlan, session: Session, jobs: int) -> Iterator[Runner]:
+    """Run jobs in local processes."""
     messages = get_context("spawn").Queue()
-    given = (study, torch.get_num_threads(), messages)
+    given = (comparison, torch.get_num_threads(), messages)
     with (
         processes.start(jobs, _open, given) as pool,
-        _passing_on(messages, watcher, queue.Empty),
+        _forwarding(messages, session.progress, queue.Empty),
     ):
 
-        def run(units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
-            waiting = {pool.submit(_in_process, unit): unit for unit in units}
+        def run(work: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
+            waiting = {pool.submit(_in_process, job): job for job in work}
             try:
                 for future in as_completed(waiting):
                     yield waiting[future], future.result()
             except BrokenProcessPool:
                 raise StoreError(
-                    "a worker process died (killed, or out of memory); finished units are stored: go on with --resume and the "
+                    "a worker process died (killed, or out of memory); finished jobs are stored: "
+                    "resume with --resume and the "
                     f"same --jobs {jobs}; if memory is short, begin anew with fewer"
                 ) from None
 
@@ -160,66 +186,86 @@ def _processes(study: Study, loaded: LoadedModel, jobs: int, watcher: Watcher) -
             yield run
         except BaseException as error:  # Ctrl-C too: what has not begun is not waited for
             pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, Stopped) and error.number == signal.SIGTERM:  # Ctrl-C reaches the workers by itself
+            # Ctrl-C reaches the workers by itself.
+            if isinstance(error, Stopped) and error.number == signal.SIGTERM:
                 for worker in active_children():
                     worker.terminate()
             raise
 
 
 def _connect() -> Any:
-    """Ray, connected to the cluster that RAY_ADDRESS names or that runs here, else to one of this machine alone."""
+    """Return Ray, connected to RAY_ADDRESS, the cluster that runs here, or this machine alone."""
     try:
         import ray
     except ImportError:
-        raise ConfigError("--on ray: Ray is not installed; pip install 'fulcrum-llm[ray]', on every node") from None
+        raise ConfigError(
+            "--on ray: Ray is not installed; pip install 'fulcrum-llm[ray]', on every node"
+        ) from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
     return ray
 
 
-def _on_node(study: Study, unit: Unit, threads: int, weights: str, messages: Any) -> tuple[Result, dict[str, bytes]]:
-    """Run a unit on whatever node Ray chose; returns its result and the files of its adapter, if it is kept."""
+def _on_node(
+    comparison: ComparisonPlan, job: Job, threads: int, weights: str, messages: Any
+) -> tuple[Result, dict[str, bytes]]:
+    """Run a job on whatever node Ray chose; return its result and the adapter's files, if kept."""
     global _worker
-    if _worker is None or _worker.study.folder != study.folder or _worker.study.settings != study.settings:
-        _worker = _Worker(study, threads)
-    if (found := _worker.loaded.fingerprint()) != weights:
+    if _worker is None or not _is_same(_worker.comparison, comparison):
+        _worker = _Worker(comparison, threads)
+    here = _worker.loaded.fingerprint()
+    if here != weights:
         raise StoreError(
-            f"{study.settings.model}: other weights ({found:.12}) on this node than with the driver ({weights:.12})"
+            f"{comparison.settings.model}: other weights ({here:.12}) on this node than with the "
+            f"driver ({weights:.12})"
         )
     with tempfile.TemporaryDirectory() as name:
-        result = perform(study, _worker.loaded, unit, _Told(messages), Path(name))
+        result = _worker.perform(comparison, job, Path(name), messages)
         kept = [path for path in (Path(name) / "adapters").rglob("*") if path.is_file()]
         return result, {str(path.relative_to(name)): path.read_bytes() for path in kept}
 
 
+def _is_same(one: ComparisonPlan, other: ComparisonPlan) -> bool:
+    return one.folder == other.folder and one.settings == other.settings
+
+
 @contextmanager
-def _ray(study: Study, loaded: LoadedModel, jobs: int, watcher: Watcher) -> Iterator[Runner]:
-    """A Ray cluster whose nodes have Fulcrum and the model. A unit whose worker dies is run again, from its beginning."""
+def _ray(comparison: ComparisonPlan, session: Session) -> Iterator[Runner]:
+    """Run jobs on a Ray cluster whose nodes have Fulcrum and the model.
+
+    A job whose worker dies is run again, from its beginning.
+    """
     ray = _connect()
     from ray.util.queue import Empty, Queue
 
-    threads, weights, settings = torch.get_num_threads(), loaded.fingerprint(), study.settings
-    gpus = 1 if settings.train.device == "cuda" else 0
+    threads, weights = torch.get_num_threads(), session.model.fingerprint()
+    gpus = 1 if comparison.settings.train.device == "cuda" else 0
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=_RETRIES)(_on_node)
     messages = Queue(actor_options={"num_cpus": 0})
-    shared = ray.put(study)
+    shared = ray.put(comparison)
 
-    def run(units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
-        waiting = {task.remote(shared, unit, threads, weights, messages): unit for unit in units}
+    def run(work: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
+        waiting = {task.remote(shared, job, threads, weights, messages): job for job in work}
         try:
             while waiting:
                 (done,), _ = ray.wait(list(waiting), num_returns=1)
                 result, files = ray.get(done)
                 for name, data in files.items():
-                    store.write_bytes(study.folder / name, data)
+                    store.write_bytes(comparison.folder / name, data)
                 yield waiting.pop(done), result
         except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, FulcrumError) else StoreError(f"on a Ray worker: {error}") from None
+            raise (
+                error.cause
+                if isinstance(error.cause, FulcrumError)
+                else StoreError(f"on a Ray worker: {error}")
+            ) from None
         except ray.exceptions.RayError as error:
-            raise StoreError(f"Ray: {error}; finished units are stored: go on with --resume") from None
+            raise StoreError(
+                f"Ray: {error}; finished jobs are stored: resume with --resume"
+            ) from None
         finally:
             for reference in waiting:
                 ray.cancel(reference, force=True)
 
-    with _passing_on(messages, watcher, Empty):
+    with _forwarding(messages, session.progress, Empty):
         yield run
