@@ -158,17 +158,17 @@ def anchors(folder: Path) -> Verdict:
     for file in sorted(folder.glob(f"*/{certificate.FILE}")):
         known = Certificate.read(file)
         scores = store.read_json(file.parent / store.ANCHORS)
-        groups += anchor_validity.of_results(_results(known), scores, file.parent.name)
+        groups += anchor_validity.find_groups(_results(known), scores, file.parent.name)
     stored = store.read_json(folder / VERDICT)
     return Verdict("anchors, loss before and after training", stored, judged(groups))
 
 
 def judged(groups: list[anchor_validity.Group]) -> dict[str, Any]:
     """Return the pooled rank correlation of the loss before training with that after it."""
-    rho = anchor_validity.correlation(groups, "loss")
+    rho = anchor_validity.correlation(groups)
     trained = sum(len(group.anchors) for group in groups)
     ends = {} if rho is None else rho._asdict()
-    return {"trained": trained, **ends, "p": anchor_validity.permutation_p(groups, "loss")}
+    return {"trained": trained, **ends, "p": anchor_validity.permutation_p(groups)}
 
 
 def _results(known: Certificate) -> dict[str, Any]:

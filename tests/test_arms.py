@@ -41,10 +41,8 @@ def test_what_is_known_of_built_in_arms_is_whole_and_stays_out_of_files() -> Non
     known = arms.ARMS.values()
     assert {arm.name for arm in known if arm.advice} == {arm.name for arm in known if arm.is_reference}
     assert arms.by_use()[:4] == ["tell", "mix", "sft_anchor", "sft"]
-    for rank in ("use_rank", "drop_rank"):
-        ranks = [getattr(arm, rank) for arm in known if getattr(arm, rank) is not None]
-        assert sorted(ranks) == list(range(len(ranks)))
-    assert len(arms.by_dropping()) == len(ranks)
+    ranks = [arm.use_rank for arm in known if arm.use_rank is not None]
+    assert sorted(ranks) == list(range(len(ranks)))
     for arm in known:
         assert config.Arm(**arm.model_dump()).model_dump() == arm.model_dump()
 

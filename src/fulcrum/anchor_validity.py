@@ -10,19 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm, rankdata, spearmanr
 
 from fulcrum import store
+from fulcrum.arms import ARMS
+from fulcrum.config import Arm
 from fulcrum.errors import StoreError
 from fulcrum.intervals import Interval
 from fulcrum.records import FloatArray
 from fulcrum.summary import Record
-
-if TYPE_CHECKING:
-    from fulcrum.config import Arm
 
 FEWEST = 4  # anchors in a group that can be ranked
 _PERMUTATIONS = 20_000
@@ -103,10 +102,7 @@ def _test_losses(results: Record, arm: str, task: str) -> list[float]:
     return losses
 
 
-def _find_arm(results: Record, name: str) -> "Arm":
-    from fulcrum.arms import ARMS  # slow to import, and most reports have no anchors of arms
-    from fulcrum.config import Arm
-
+def _find_arm(results: Record, name: str) -> Arm:
     for arm in results["settings"]["compare"]["arms"]:
         if not isinstance(arm, str) and arm["name"] == name:
             return Arm.model_validate(arm)

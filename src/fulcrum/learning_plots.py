@@ -238,7 +238,7 @@ def _draw_reading(axis: "Axes", reading: Reading, colour: str) -> None:
     start, at = math.log2(reading.n), math.log2(reading.rows)
     fewest = math.log2(reading.smallest if reading.fewest is None else reading.fewest)
     most = math.log2(reading.n if reading.most is None else reading.most)
-    span = {"color": colour, "alpha": 0.55, "clip_on": False, "zorder": 2.9}
+    span: dict[str, Any] = {"color": colour, "alpha": 0.55, "clip_on": False, "zorder": 2.9}
     axis.plot([start, at, at], [reading.value, reading.value, bottom], ":", color=INK, linewidth=1.5)
     axis.plot([fewest, most], [bottom, bottom], linewidth=5, solid_capstyle="butt", **span)
     if reading.fewest is None:

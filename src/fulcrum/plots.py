@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fulcrum.arms import ARMS
 from fulcrum.intervals import Interval
@@ -274,8 +274,8 @@ def titled(text: str) -> str:
     return _TITLE + text
 
 
-def grid(axis: "Axes", which: str) -> None:
-    """Draw faint lines at the ticks of "x", "y" or "both", behind everything."""
+def grid(axis: "Axes", which: Literal["x", "y", "both"]) -> None:
+    """Draw faint lines at the ticks of one axis or both, behind everything."""
     axis.grid(axis=which, color=FAINT, linewidth=0.8)
     axis.set_axisbelow(True)
 

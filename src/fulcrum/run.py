@@ -248,8 +248,8 @@ def finish(
     facts = [fact for fact in loaded.facts if any(told in fact for told in _TOLD)]
     said = [*first.notes, *notes, *facts, *idle(arms)]
     if kind.has_mix_advice:
-        for name, plan in plans:
-            texts = mix.warnings(plan, settings.train.batch_size)
+        for name, stream in plans:
+            texts = mix.warnings(stream, settings.train.batch_size)
             said += [f"{name}: {text}" for text in texts]
     said += _numbers_of_shots(arms)
     size = shown_size(arms, settings)
