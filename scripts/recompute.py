@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fulcrum import anchor_validity, certificate, clusters, config, outcomes, pilot, scaling, store
+from fulcrum import anchor_validity, certificate, clusters, config, outcomes, pilot, scale_report, store
 from fulcrum.certificate import Certificate
 from fulcrum.outcomes import Outcomes
 
@@ -78,7 +78,7 @@ def scale(folder: Path) -> Iterator[Verdict]:
     found = outcomes.read(outcomes.file_in(folder))
     results = {"settings": settings.model_dump(mode="json"), "arms": list(_arms(found, task))}
     stored = store.read_json(folder / store.SCALING)
-    analysed = scaling.analyse(results, list(_predictions(found, task)))
+    analysed = scale_report.analyse(results, list(_predictions(found, task)))
     computed = json.loads(json.dumps(analysed))
     name = f"scale/{folder.name}"
     for before, after in zip(stored["tasks"], computed["tasks"], strict=True):
@@ -107,14 +107,14 @@ def _arms(found: Outcomes, task: str) -> Iterator[dict[str, Any]]:
         for metric, cells in found.values.items():
             values = next(values for cell, values in cells.items() if cell[::2] == (arm, seed))
             value = float(values.sum() / found.weights[metric].sum())
-            is_higher_better = metric != scaling.CONTINUOUS
+            is_higher_better = metric != scale_report.CONTINUOUS
             scores.append({"metric": metric, "value": value, "higher_is_better": is_higher_better})
         yield {"arm": arm, "seed": seed, "scores": {task: scores}}
 
 
 def _predictions(found: Outcomes, task: str) -> Iterator[dict[str, Any]]:
     """List the loss of every test row at every training."""
-    metric = scaling.CONTINUOUS
+    metric = scale_report.CONTINUOUS
     for (arm, _, seed), values in found.values[metric].items():
         rows = zip(found.rows[metric], values, found.weights[metric], strict=True)
         for row, nats, tokens in rows:

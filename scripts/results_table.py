@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from fulcrum import certificate, outcomes, scaling, store, wording
+from fulcrum import certificate, outcomes, scale_report, store, wording
 from fulcrum.certificate import Certificate
 from fulcrum.summary import label_of
 
@@ -129,12 +129,12 @@ def _factor(known: Certificate) -> str:
 def of_scaling(folder: Path, settings: dict[str, Any]) -> Row:
     """Return how far each design moved the loss, and its verdict."""
     known = store.read_json(folder / store.SCALING)
-    n = len(outcomes.read(outcomes.file_in(folder)).rows[scaling.CONTINUOUS])
+    n = len(outcomes.read(outcomes.file_in(folder)).rows[scale_report.CONTINUOUS])
     moved, words = [], []
     for design in known["tasks"][0]["designs"]:
-        losses = next(one for one in design["metrics"] if one["metric"] == scaling.CONTINUOUS)
+        losses = next(one for one in design["metrics"] if one["metric"] == scale_report.CONTINUOUS)
         by_seed = np.array(losses["by_seed"])
-        change = wording.difference(scaling.over_seeds(by_seed[:, -1] - by_seed[:, 0]))
+        change = wording.difference(scale_report.over_seeds(by_seed[:, -1] - by_seed[:, 0]))
         most = f"{design['ratios'][-1]:g}"
         moved.append(f"{design['design']}: NLL {change} from 0 to {most} general rows a task row")
         words.append(f"{design['design']}: {design['word']}")

@@ -297,9 +297,9 @@ def test_a_preset_without_a_budget_has_no_limit(place: Path, tmp_path: Path) -> 
     assert "Compared with the full design: " in shown
     planned = json.loads((out / "budget.json").read_text())
     assert planned["seconds"] is None
-    sealed = json.loads((out / "certificate.json").read_text())
-    assert f"Compared with the full design: {', '.join(planned['left_out'])}." in sealed["question"]["notes"]
-    assert cli_budget.quick_answer(sealed["answers"][0])[:40] in shown
+    sealed = Certificate.read(out / "certificate.json")
+    assert f"Compared with the full design: {', '.join(planned['left_out'])}." in wording.notes(sealed)
+    assert wording.quick_answer(sealed.answer)[:40] in shown
     done("compare", file, "--resume")
 
 

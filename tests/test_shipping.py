@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_use import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fulcrum
@@ -17,6 +16,7 @@ from fulcrum.errors import ConfigError, DataError, ModelError
 from fulcrum.records import Message
 from fulcrum.shipping import Wanted
 from test_cli import done, refused
+from test_finished import settings
 from test_gguf import write_gguf
 from tiny import save_tiny, write_rows
 

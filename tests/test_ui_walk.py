@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from test_page import browser as browser  # a fixture
 
 from fulcrum import jobs, wording
 from fulcrum.certificate import Certificate
 from fulcrum.workspace import Workspace
+from test_certificate_page import browser as browser  # a fixture
 from test_ui import STANDING_IN, Client, served, until
 from tiny import save_task
 
