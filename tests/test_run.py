@@ -33,6 +33,7 @@ from fulcrum.certificate import Certificate
 from fulcrum.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
 from fulcrum.progress import Silent
 from fulcrum.records import Anchor, Hyperparameters, Message, Prediction, TrainPoint
+from fulcrum.run_kinds import COMPARE
 from fulcrum.sections import DataSource
 from tiny import CONTEXT, WORDS, save_tiny, tiny_tokenizer, write_rows
 
@@ -856,7 +857,7 @@ def test_other_weights_or_code_are_no_resume(place: Path, tmp_path: Path, monkey
 def test_planned_tokens_count_every_trial_of_every_arm(place: Path, tmp_path: Path) -> None:
     chosen = settings(place, tmp_path / "out", compare={"sft_epochs": [1, 3]})
     known = [arms.ARMS["sft"], arms.ARMS["tell"]]
-    session, (rows,) = run.begin("compare", chosen, known, [0], False, Silent())
+    session, (rows,) = run.begin(COMPARE, chosen, known, [0], False, Silent())
     loaded = session.model
     found = sum(planned_tokens(resolve(arm, rows, chosen), loaded.tokenizer) for arm in known)
     streams = [resolve(arms.ARMS["sft"], rows, chosen).stream(loaded.tokenizer, repeats, 0) for repeats in (1, 3)]

@@ -437,7 +437,7 @@ class TestLoad:
     def test_a_missing_folder_or_file(self, tmp_path: Path):
         with pytest.raises(StoreError, match="no such run folder"):
             run_report.load(tmp_path / "nowhere")
-        with pytest.raises(StoreError, match=r"results\.json: no such file"):
+        with pytest.raises(StoreError, match=r"no results\.json and no certificate\.json"):
             run_report.load(tmp_path)
 
     def test_another_version(self, tmp_path: Path):

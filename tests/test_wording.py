@@ -220,7 +220,7 @@ def test_notes_say_what_favours_an_arm_and_what_was_left_out() -> None:
         "repeats8-learning_rate0.01, which was best; the next best setting was used.",
         "64 rows are all that there are: at this size intervals hold given these rows.",
         "2 seeds: fewer than the 5 that make intervals narrow.",
-        "Left out for the time budget of 10 minutes: mix; seeds after 1.",
+        "To fit 10 minutes: mix, seeds after 1.",
         "No test file: 22 of the rows were test rows, each of them at one seed, where nothing was trained on it.",
     ]
 
