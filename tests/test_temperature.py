@@ -151,7 +151,7 @@ def test_settings_chosen_at_an_end_of_those_tried_are_said():
             {},
             "'sft_matched', which chooses none itself",
         ),
-        (["tell", "sft_matched"], {"sizes": [4], "sizes_of": {"sft_matched": [4, 8]}}, r"not stand at its sizes \(8 rows\)"),
+        (["tell", "sft_matched"], {"sizes": [4], "sizes_of": {"sft_matched": [4, 8]}}, r"not run at its sizes \(8 rows\)"),
     ],
 )
 def test_settings_of_an_arm_that_has_none_are_refused(tmp_path: Path, arms: list, more: dict, message: str):

@@ -93,7 +93,7 @@ def test_a_killed_process_is_said_and_the_comparison_goes_on(place: Path, alone:
             os.kill(child.pid or 0, signal.SIGKILL)
 
     out = tmp_path / "out"
-    with pytest.raises(StoreError, match=r"a worker process died .*go on with --resume"):
+    with pytest.raises(StoreError, match=r"a worker process died .*continue with --resume"):
         comparison.compare(settings(place, out), jobs=2, progress=Told(kill))
     before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     assert len(before) >= 7

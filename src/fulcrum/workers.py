@@ -178,7 +178,7 @@ def _processes(comparison: ComparisonPlan, session: Session, jobs: int) -> Itera
             except BrokenProcessPool:
                 raise StoreError(
                     "a worker process died (killed, or out of memory); finished jobs are stored: "
-                    "resume with --resume and the "
+                    "continue with --resume and the "
                     f"same --jobs {jobs}; if memory is short, begin anew with fewer"
                 ) from None
 
@@ -261,7 +261,7 @@ def _ray(comparison: ComparisonPlan, session: Session) -> Iterator[Runner]:
             ) from None
         except ray.exceptions.RayError as error:
             raise StoreError(
-                f"Ray: {error}; finished jobs are stored: resume with --resume"
+                f"Ray: {error}; finished jobs are stored: continue with --resume"
             ) from None
         finally:
             for reference in waiting:
