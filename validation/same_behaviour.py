@@ -4,11 +4,11 @@
     python validation/same_behaviour.py OLD_CHECKOUT NEW_CHECKOUT --part tiny
     python validation/same_behaviour.py OLD_CHECKOUT NEW_CHECKOUT --verbose --keep /tmp/kept
 
-Both run the same commands on the same rows, models and seeds, in float32, with nothing compiled and
-one thread, each in a folder of its own. Compared are exit codes and every file that a command writes:
-each tensor, each array, each value of JSON, YAML and Parquet. Words for people (messages, reports,
-cards) are not; `--verbose` lists where they differ. The tables below say what is renamed, changed on
-purpose, or different each time; whatever stands in none of them must be equal.
+Both run the same commands on the same rows, models and seeds, in float32, with one thread and
+nothing compiled, each in a folder of its own. Compared are exit codes and every file that a command
+writes: each tensor, each array, each value of JSON, YAML and Parquet. Words for people (messages,
+reports, cards) are not; `--verbose` lists where they differ. The tables below say what is renamed,
+changed on purpose, or different each time; whatever stands in none of them must be equal.
 
 The part `real` needs `fulcrum models pull smollm2-135m-instruct` once.
 """
@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import yaml
 from platformdirs import user_cache_dir
+
 from same_behaviour_data import save_model, save_rows
 from same_behaviour_steps import ALL_SETTINGS, REAL, TINY, Step
 
@@ -283,8 +284,8 @@ def compare_file(name: str, old: Side, new: Side, seen: Seen) -> None:
 def numbers_by_section(values: Values) -> Values:
     """Return how often each number stands in each section of a certificate.
 
-    Signs and keys do not count: format 3 holds values in the metric's own sign, so that for a metric
-    that is better when lower differences change their sign, and their ends change places. It holds
+    Signs and keys do not count: format 3 holds values in the metric's own sign, so that differences
+    of a metric that is better when lower change their sign, and their ends change places. It holds
     codes instead of sentences.
     """
     counts: Counter[str] = Counter()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,33 @@ def save_model(folder: Path) -> None:
             **ids,
         )
     )
+    _teach(causal, tokenizer)
     causal.generation_config = GenerationConfig(**ids)
     causal.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _teach(causal: Any, tokenizer: Any) -> None:
+    """Train a little on turns of words: of a model that writes noise, `selfgen` would keep nothing."""
+    draw = random.Random(0)
+    optimizer = torch.optim.AdamW(causal.parameters(), lr=3e-3)
+    for _ in range(200):
+        said = [draw.choices(ANIMALS, k=draw.randint(3, 6)) for _ in range(8)]
+        turns = [
+            [
+                {"role": "user", "content": "say " + " and ".join(animals)},
+                {"role": "assistant", "content": " ".join(reversed(animals))},
+            ]
+            for animals in said
+        ]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False)
+        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        causal(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels
+        ).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def save_rows(folder: Path) -> None:

@@ -2,8 +2,8 @@
 
     python same_behaviour_run.py FOLDER ENDED.json < steps.json
 
-Each step is a fork of this process, which has loaded torch and other libraries but nothing of Fulcrum:
-loading them takes seconds. The fork runs the package's main module, as `python -m fulcrum` does.
+Each step is a fork of this process, which has loaded torch and other libraries (that takes seconds)
+but nothing of Fulcrum. The fork runs the package's main module, as `python -m fulcrum` does.
 """
 
 import importlib
@@ -42,7 +42,10 @@ def main() -> None:
     known: set[str] = set()
     for step in steps:
         act = ACTS.get(step["act"], call)
-        code, out, err = act(step["args"], step["stdin"])
+        try:
+            code, out, err = act(step["args"], step["stdin"])
+        except Exception as error:  # of a server that does not answer
+            code, out, err = -1, "", f"{type(error).__name__}: {error}"
         there = {path.as_posix() for path in Path().rglob("*") if path.is_file()}
         ended.append(
             {
@@ -138,11 +141,10 @@ def ui(words: Sequence[str], stdin: str) -> Ended:
             answers["page"] = page.status
         root = address.partition("/?")[0]
         for run in _json(browse, f"{root}/api/runs"):
-            answers[Path(run["folder"]).name] = {
-                "listed": run,
-                "shown": _json(browse, f"{root}/api/runs/{run['id']}"),
-                "result": _json(browse, f"{root}/api/runs/{run['id']}/result"),
-            }
+            shown = {"listed": run, "page": _json(browse, f"{root}/api/runs/{run['id']}")}
+            if run["state"] == "finished":
+                shown["result"] = _json(browse, f"{root}/api/runs/{run['id']}/result")
+            answers[Path(run["folder"]).name] = shown
     Path("ui.json").write_text(json.dumps(answers), encoding="utf-8")
     return process.returncode, "", ""
 

@@ -181,7 +181,7 @@ TINY = (
     Step(
         "chat",
         "chat runs/train",
-        stdin="colour ant 8\nand now?\n/anchor off\ncolour owl 9\n/reset\n/history\nsay ant\n/quit\n",
+        stdin="colour ant 8\nand now?\n/anchor off\ncolour owl 9\n/reset\n/history\nsay\n/quit\n",
         stdout="exact",
     ),
     Step(
