@@ -60,18 +60,27 @@ COMMANDS: Mapping[str, tuple[str | None, str]] = {}
 # Regular expression in settings files -> what the new checkout calls it, and the reason.
 SETTINGS: Mapping[str, tuple[str, str]] = {}
 
-# Keys whose values differ from run to run, or with the code.
+# Values that differ from run to run or with the code: pattern of their paths -> the reason.
 VOLATILE = {
-    "seconds": "time",
-    "peak_memory_bytes": "memory",
-    "made": "time",
-    "code": "hash of the source",
-    "outputs": "hashes of files that hold times",
-    "sha256": "seal over the whole certificate",
+    r"(^|[._])seconds$": "time",
+    r"(^|\.)peak_memory_bytes$": "memory",
+    r"(^|\.)environment\.code$": "hash of the source",
+    r"^outputs\.": "hashes of files that hold times",
+    r"^sha256$": "seal of a certificate, which covers the environment",
 }
 
-# Keys whose values are sentences for people.
-WORDS = frozenset({"notes", "headline", "sentence", "why"})
+# Values that are sentences for people.
+WORDS = r"(^|\.)(notes|headline|sentence|why)(\[|$)"
+
+# Words of certificates of format 2 -> codes of format 3.
+CODES = {
+    "no gain shown": "no_gain",
+    "cannot be said": "unknown",
+    "general data": "general_data",
+    "cannot be told apart": "undecided",
+    "cannot be said: the reference was not measured with so many": "unmeasured",
+    "test, which favours the reference": "test",
+}
 
 # Files that are not compared.
 SKIPPED = {
@@ -268,21 +277,22 @@ def compare_file(name: str, old: Side, new: Side, seen: Seen) -> None:
         seen.tensors += len(before)
     else:
         seen.values += len(before)
+    for one in (before, after):
+        for key in [key for key in one if any(re.search(pattern, key) for pattern in VOLATILE)]:
+            del one[key]
     words = [
-        {key: one.pop(key) for key in list(one) if is_named(key, WORDS)} for one in (before, after)
+        {key: one.pop(key) for key in list(one) if re.search(WORDS, key)} for one in (before, after)
     ]
     seen.words += differences(name, *words)
-    for one in (before, after):
-        for key in list(one):
-            if is_named(key, VOLATILE):
-                del one[key]
     if name.endswith("certificate.json") and before.get("format") != after.get("format"):
-        before, after = numbers_by_section(before), numbers_by_section(after)
+        before, after = by_section(before), by_section(after)
+        # What format 2 held as keys, such as sizes, format 3 holds as values.
+        after = {key: min(after.get(key, 0), count) for key, count in before.items()}
     seen.different += differences(name, before, after)
 
 
-def numbers_by_section(values: Values) -> Values:
-    """Return how often each number stands in each section of a certificate.
+def by_section(values: Values) -> Values:
+    """Return how often each number and code stands in each section of a certificate.
 
     Signs and keys do not count: format 3 holds values in the metric's own sign, so that differences
     of a metric that is better when lower change their sign, and their ends change places. It holds
@@ -290,9 +300,13 @@ def numbers_by_section(values: Values) -> Values:
     """
     counts: Counter[str] = Counter()
     for key, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and key != "format":
-            section = ".".join(key.split(".")[:2])
-            counts[f"{section}: {abs(value)!r}"] += 1
+        section = "outcomes" if key.startswith("outcomes") else key.split(".")[0]
+        if section in ("contradiction", "format", "inputs"):
+            continue
+        if isinstance(value, str):
+            counts[f"{section}: {CODES.get(value, value)}"] += 1
+        elif isinstance(value, int | float):
+            counts[f"{section}: {float(abs(value))}"] += 1
     return dict(counts)
 
 
@@ -314,11 +328,6 @@ def renamed(name: str, values: Values) -> Values:
         else:
             values = {re.sub(change.old, change.new, key): value for key, value in values.items()}
     return values
-
-
-def is_named(key: str, names: Mapping[str, str] | frozenset[str]) -> bool:
-    """Return whether a part of a path bears one of these names."""
-    return any(part in names for part in re.split(r"[.\[]", key))
 
 
 def without_paths(values: Values, side: Side) -> Values:
@@ -370,6 +379,8 @@ def read(file: Path) -> Values:
         import pyarrow.parquet
 
         return leaves(pyarrow.parquet.read_table(file).to_pylist())
+    if kind == ".jinja" or file.name == "Modelfile":
+        return lines(file.read_text(encoding="utf-8"))
     return {"bytes": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 

@@ -73,7 +73,7 @@ def save_model(folder: Path) -> None:
 
 
 def _teach(causal: Any, tokenizer: Any) -> None:
-    """Train a little on turns of words: of a model that writes noise, `selfgen` would keep nothing."""
+    """Train a little on turns of words: of noise `selfgen` would keep nothing."""
     draw = random.Random(0)
     optimizer = torch.optim.AdamW(causal.parameters(), lr=3e-3)
     for _ in range(200):

@@ -126,7 +126,8 @@ def serve(words: Sequence[str], stdin: str) -> Ended:
                 json.dumps(body).encode(),
                 {"Content-Type": "application/json"},
             )
-            answers[name] = _json(urllib.request.urlopen, request)
+            answer = _json(urllib.request.urlopen, request)
+            answers[name] = {key: answer[key] for key in ("model", "choices", "usage")}
     Path("serve.json").write_text(json.dumps(answers), encoding="utf-8")
     return process.returncode, "", ""
 
@@ -141,10 +142,13 @@ def ui(words: Sequence[str], stdin: str) -> Ended:
             answers["page"] = page.status
         root = address.partition("/?")[0]
         for run in _json(browse, f"{root}/api/runs"):
-            shown = {"listed": run, "page": _json(browse, f"{root}/api/runs/{run['id']}")}
+            place = f"{root}/api/runs/{run['id']}"
+            shown = {key: run[key] for key in ("title", "verb", "state", "report", "set")}
+            shown["changeable"] = _json(browse, place)["changeable"]
             if run["state"] == "finished":
-                shown["result"] = _json(browse, f"{root}/api/runs/{run['id']}/result")
-            answers[Path(run["folder"]).name] = shown
+                result = _json(browse, f"{place}/result")
+                shown |= {key: result[key] for key in ("arms", "report", "certificate")}
+            answers[shown["title"]] = shown
     Path("ui.json").write_text(json.dumps(answers), encoding="utf-8")
     return process.returncode, "", ""
 

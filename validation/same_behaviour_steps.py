@@ -90,13 +90,13 @@ TINY_SETTINGS: dict[str, dict[str, Any]] = {
         "auto",
         tasks=[
             task(
-                train_limit=8,
+                train_limit=16,
                 anchor={"text": "auto", "candidates": ["Colour?", "Name the colour."]},
             ),
             {
                 "name": "letters",
                 "train": "material/letters.jsonl",
-                "train_limit": 8,
+                "train_limit": 6,
                 "anchor": "First letter.",
             },
         ],
@@ -188,7 +188,7 @@ TINY = (
         "chat: arms",
         "chat runs/compare --with base,sft",
         stdin="colour ant 8\nand now?\n",
-        stdout="numbers",
+        stdout="exact",
     ),
     Step(
         "anchor propose",
