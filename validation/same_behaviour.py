@@ -52,7 +52,14 @@ class Renamed:
     reason: str
 
 
-RENAMED: tuple[Renamed, ...] = ()
+RENAMED = (
+    Renamed(
+        "*anchors.json",
+        r"\.(separation|percentile|separates|agreement)$|^\[\d+\]\.general$",
+        None,
+        "S_sep and S_conf went: they told nothing of what training brought",
+    ),
+)
 
 # Step -> the arguments of the new checkout (None: it has no such command), and the reason.
 COMMANDS: Mapping[str, tuple[str | None, str]] = {}
@@ -65,7 +72,7 @@ VOLATILE = {
     r"(^|[._])seconds$": "time",
     r"(^|\.)peak_memory_bytes$": "memory",
     r"(^|\.)environment\.code$": "hash of the source",
-    r"^outputs\.": "hashes of files that hold times",
+    r"^(outputs|inputs\.made)\.": "hashes of files that hold times",
     r"^sha256$": "seal of a certificate, which covers the environment",
 }
 
@@ -371,8 +378,10 @@ def read(file: Path) -> Values:
     if kind == ".json":
         return leaves(json.loads(file.read_text(encoding="utf-8")))
     if kind == ".jsonl":
-        rows = file.read_text(encoding="utf-8").split("\n")
-        return leaves([json.loads(row) for row in rows if row])
+        rows = [json.loads(row) for row in file.read_text(encoding="utf-8").split("\n") if row]
+        if file.name == "events.jsonl":
+            rows.sort(key=lambda row: str(row.get("run")))  # trainings at once take turns by chance
+        return leaves(rows)
     if kind in (".yaml", ".yml"):
         return leaves(yaml.safe_load(file.read_text(encoding="utf-8")))
     if kind == ".parquet":

@@ -130,7 +130,7 @@ def save_rows(folder: Path) -> None:
         writer.writerow(("text", "label"))
         writer.writerows((row["prompt"], row["completion"]) for row in task[:24])
     general = []
-    for number in range(400):
+    for number in range(600):
         one, other = ANIMALS[number % 12], ANIMALS[number // 12 % 12]
         row = {"prompt": f"say {one} and {other} {1000 + number}", "completion": f"{other} {one}"}
         general.append({**row, "family": ("short", "long")[number % 2]})

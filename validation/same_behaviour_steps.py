@@ -194,7 +194,7 @@ TINY = (
         "anchor propose",
         "anchor propose settings/train.yaml --out proposed.jsonl -n 4 --placement system",
     ),
-    Step("anchor score", "anchor score settings/train.yaml proposed.jsonl --out scored.json"),
+    Step("anchor score", "anchor score settings/train.yaml proposed.jsonl --out anchors.json"),
     Step("anchor outcome", "anchor outcome runs/anchors"),
     Step("scale", "scale settings/scale.yaml"),
     Step("quanta", "quanta settings/quanta.yaml"),
