@@ -257,11 +257,23 @@ def compare_step(step: Step, old: Side, new: Side) -> Seen:
     seen.values += len(found[0])
     seen.different += differences("stdout", *found)
     for stream in ("stdout", "stderr") if step.stdout == "text" else ("stderr",):
-        seen.words += differences(stream, lines(before[stream]), lines(after[stream]))
+        seen.words += other_words(stream, before[stream], after[stream])
     for name in sorted({*before["files"], *after["files"]}):
         if not any(fnmatch.fnmatch(name, pattern) for pattern in SKIPPED):
             compare_file(name, old, new, seen)
     return seen
+
+
+def other_words(name: str, old: str, new: str) -> Iterator[str]:
+    """Yield lines that one of two texts has alone, whatever the numbers in them."""
+    shapes = [
+        {re.sub(r"\W*\d[\W\d]*", " # ", line).strip(): line for line in text.splitlines()}
+        for text in (old, new)
+    ]
+    for sign, own, other in (("-", *shapes), ("+", *reversed(shapes))):
+        for shape, line in own.items():
+            if shape not in other:
+                yield f"{name}: {sign} {line}"
 
 
 def last_line(ended: Mapping[str, Any]) -> str:
@@ -278,7 +290,8 @@ def compare_file(name: str, old: Side, new: Side, seen: Seen) -> None:
             return
     found = read(old.folder / name), read(new.folder / name)
     values = [without_paths(one, side) for one, side in zip(found, (old, new), strict=True)]
-    before, after = renamed(name, values[0]), values[1]
+    before = renamed(name, values[0], is_new=False)
+    after = renamed(name, values[1], is_new=True)
     seen.files += 1
     if Path(name).suffix in TENSORS:
         seen.tensors += len(before)
@@ -325,14 +338,14 @@ def differences(name: str, old: Values, new: Values) -> Iterator[str]:
             yield f"{name}: {key}: {before!r:.60} -> {after!r:.60}"
 
 
-def renamed(name: str, values: Values) -> Values:
-    """Return values of the old checkout under the keys of the new one."""
+def renamed(name: str, values: Values, *, is_new: bool) -> Values:
+    """Return values without those that are gone, those of the old checkout under their new keys."""
     for change in RENAMED:
         if not fnmatch.fnmatch(name, change.files):
             continue
         if change.new is None:
             values = {key: value for key, value in values.items() if not re.search(change.old, key)}
-        else:
+        elif not is_new:
             values = {re.sub(change.old, change.new, key): value for key, value in values.items()}
     return values
 

@@ -100,7 +100,7 @@ TINY_SETTINGS: dict[str, dict[str, Any]] = {
                 "anchor": "First letter.",
             },
         ],
-        mix={"general_per_task": "auto", "repeats": 1, "pilot_tokens": 4000},
+        mix={"general_per_task": "auto", "repeats": 1, "pilot_tokens": 40_000},
     ),
     "anchors": settings(
         "anchors",
@@ -226,7 +226,7 @@ REAL_SETTINGS = {
     name: settings(
         name,
         model=MODEL,
-        task=task(train_limit=8, test_limit=8),
+        task=task(train_limit=6, dev_limit=2, test_limit=8),
         general="builtin",
         eval={"general_rows": 4, "draws": 200},
         mix={"general_per_task": 1, "repeats": 2},
