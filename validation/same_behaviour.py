@@ -30,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from platformdirs import user_cache_dir
+from safetensors.torch import load_file
 
 from same_behaviour_data import save_model, save_rows
 from same_behaviour_steps import ALL_SETTINGS, REAL, TINY, Step
@@ -421,21 +423,9 @@ def leaves(value: Any, path: str = "") -> Values:
 
 
 def _safetensors(file: Path) -> Iterator[tuple[str, str]]:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-            tensor = tensors.get_tensor(name)
-            yield (
-                name,
-                f"{tensor.dtype} {_hash(tensor.contiguous().view(-1).view(_bytes()).numpy())}",
-            )
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
+    for name, tensor in load_file(file).items():
+        data = tensor.flatten().view(torch.uint8).numpy()  # NumPy knows no bfloat16
+        yield name, f"{tensor.dtype} {tuple(tensor.shape)} {_hash(data)}"
 
 
 def _gguf(file: Path) -> Iterator[tuple[str, str]]:
