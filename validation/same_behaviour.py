@@ -1,7 +1,7 @@
 """Prove that two checkouts of Fulcrum behave the same: each command, each public Python function.
 
-    python validation/same_behaviour.py OLD_CHECKOUT NEW_CHECKOUT
-    python validation/same_behaviour.py OLD_CHECKOUT NEW_CHECKOUT --part tiny
+    python validation/same_behaviour.py OLD_CHECKOUT NEW_CHECKOUT                # about 10 minutes
+    python validation/same_behaviour.py OLD_CHECKOUT NEW_CHECKOUT --part tiny    # about 6
     python validation/same_behaviour.py OLD_CHECKOUT NEW_CHECKOUT --verbose --keep /tmp/kept
 
 Both run the same commands on the same rows, models and seeds, in float32, with one thread and
@@ -127,8 +127,9 @@ def main() -> None:
             start(old, [(step, step.args) for step in steps]),
             start(new, [(step, args) for step in steps if (args := new_args(step)) is not None]),
         ]
-        for run, side in zip(runs, (old, new), strict=True):
-            if run.wait() != 0:
+        codes = [run.wait() for run in runs]
+        for code, side in zip(codes, (old, new), strict=True):
+            if code != 0:
                 sys.exit(f"{side.checkout}: the steps could not be run")
             side.ended = {one["step"]: one for one in json.loads(side.report.read_text())}
         differs = print_table(steps, old, new, verbose=given.verbose)
