@@ -269,14 +269,16 @@ def compare_step(step: Step, old: Side, new: Side) -> Seen:
 
 def other_words(name: str, old: str, new: str) -> Iterator[str]:
     """Yield lines that one of two texts has alone, whatever the numbers in them."""
-    shapes = [
-        {re.sub(r"\W*\d[\W\d]*", " # ", line).strip(): line for line in text.splitlines()}
-        for text in (old, new)
-    ]
-    for sign, own, other in (("-", *shapes), ("+", *reversed(shapes))):
+    before, after = shapes(old), shapes(new)
+    for sign, own, other in (("-", before, after), ("+", after, before)):
         for shape, line in own.items():
             if shape not in other:
                 yield f"{name}: {sign} {line}"
+
+
+def shapes(text: str) -> dict[str, str]:
+    """Return the lines of a text by what is left of them without numbers."""
+    return {re.sub(r"\W*\d[\W\d]*", " # ", line).strip(): line for line in text.splitlines()}
 
 
 def last_line(ended: Mapping[str, Any]) -> str:
