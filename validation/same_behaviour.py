@@ -406,7 +406,7 @@ def read(file: Path) -> Values:
         import pyarrow.parquet
 
         return leaves(pyarrow.parquet.read_table(file).to_pylist())
-    if kind == ".jinja" or file.name == "Modelfile":
+    if kind == ".jinja" or file.name.startswith("Modelfile"):
         return lines(file.read_text(encoding="utf-8"))
     return {"bytes": hashlib.sha256(file.read_bytes()).hexdigest()}
 
