@@ -89,6 +89,13 @@ CODES = {
     "cannot be told apart": "undecided",
     "cannot be said: the reference was not measured with so many": "unmeasured",
     "test, which favours the reference": "test",
+    "mixing (mix - sft)": "mixing",
+    "anchor within the mix (tell - mix)": "anchor_within_mix",
+    "interaction of anchor and mix": "interaction",
+    "shuffle (tell - general_then_task)": "shuffle",
+    "equal exposures (tell - sft_matched)": "equal_exposures",
+    "transfer (tell - placebo_permuted)": "transfer_over_permuted",
+    "transfer (tell - placebo_own_answers)": "transfer_over_own_answers",
 }
 
 # Files that are not compared.
