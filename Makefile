@@ -24,8 +24,8 @@ test: venv lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv
-	$(BIN)/ruff check src tests scripts bench
-	$(BIN)/ruff format --check --quiet src tests scripts bench
+	$(BIN)/ruff check src tests scripts bench validation
+	$(BIN)/ruff format --check --quiet src tests scripts bench validation
 	$(BIN)/mypy
 
 # docs/reference/, anew from the code; a test fails where it is stale.

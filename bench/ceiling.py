@@ -10,15 +10,15 @@ import time
 import torch
 from torch import nn
 
-from fulcrum import model
-from fulcrum.config import TrainSettings
+from fulcrum.config.settings import TrainSettings
+from fulcrum.model import base_model
 
 TOKENS, REPEATS = 1024, 5
 
 
 def ceiling(name: str) -> float:
     """Tokens a second."""
-    loaded = model.load(name, TrainSettings())
+    loaded = base_model.load(name, TrainSettings())
     layers = [module for module in loaded.body.modules() if isinstance(module, nn.Linear)]
     shapes: dict[tuple[int, int], int] = {}
     for layer in layers:
@@ -27,7 +27,10 @@ def ceiling(name: str) -> float:
     with torch.no_grad():
         for (out, into), number in shapes.items():
             weights = [layer.weight for layer in layers if layer.weight.shape == (out, into)]
-            x, dy = torch.randn(TOKENS, into).to(loaded.dtype), torch.randn(TOKENS, out).to(loaded.dtype)
+            x, dy = (
+                torch.randn(TOKENS, into).to(loaded.dtype),
+                torch.randn(TOKENS, out).to(loaded.dtype),
+            )
             best = float("inf")
             for _ in range(REPEATS):
                 started = time.perf_counter()

@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fulcrum import adapter, choose, encode, generate, ingest, loss, mix, model, probe, row_savings, training
-from fulcrum.config import TrainSettings
-from fulcrum.records import Anchor, Example, Message
-from fulcrum.sections import DataSource
-from fulcrum.tokens import Stream
+from fulcrum.config.base import DataSource
+from fulcrum.config.settings import TrainSettings
+from fulcrum.core.types import Anchor, Example, Message
+from fulcrum.data import encode, mix, selection, task_data
+from fulcrum.data.token_stream import Stream
+from fulcrum.model import adapter, base_model, generate, loss
+from fulcrum.stats import row_savings
+from fulcrum.training import gradients, loop
 
 MODEL = "smollm2-135m-instruct"
 DEMO = Path(__file__).parent.parent / "src/fulcrum/data/demo"
@@ -45,13 +48,21 @@ def tell(what: str, seconds: Mapping[str, Sequence[float]]) -> None:
     """Print medians, ranges and the ratio of the second way to the first, round by round."""
     first, second = seconds
     ratios = [b / a for a, b in zip(seconds[first], seconds[second], strict=True)]
-    shown = "; ".join(f"{n} {statistics.median(s):.2f} s ({min(s):.2f} to {max(s):.2f})" for n, s in seconds.items())
-    print(f"{what}: {shown}; ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+    shown = "; ".join(
+        f"{n} {statistics.median(s):.2f} s ({min(s):.2f} to {max(s):.2f})"
+        for n, s in seconds.items()
+    )
+    print(
+        f"{what}: {shown}; ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        flush=True,
+    )
 
 
-def rows_of(name: str, anchor_tokens: int, body_tokens: int, number: int, tokenizer: Any) -> tuple[list[Example], Anchor]:
+def rows_of(
+    name: str, anchor_tokens: int, body_tokens: int, number: int, tokenizer: Any
+) -> tuple[list[Example], Anchor]:
     """Rows of about `body_tokens` with an anchor of about `anchor_tokens`, cut out of the packaged pool's text."""
-    packaged, _ = ingest.read([DataSource(path="builtin")])
+    packaged, _ = task_data.read([DataSource(path="builtin")])
     ids = tokenizer(" ".join(row.answer for row in packaged), add_special_tokens=False)["input_ids"]
 
     def text(start: int, length: int) -> str:
@@ -61,15 +72,18 @@ def rows_of(name: str, anchor_tokens: int, body_tokens: int, number: int, tokeni
     rows = []
     for k in range(number):
         start = anchor_tokens + k * body_tokens
-        turns = (Message("user", text(start, question)), Message("assistant", text(start + question, answer)))
+        turns = (
+            Message("user", text(start, question)),
+            Message("assistant", text(start + question, answer)),
+        )
         rows.append(Example(turns, f"{name}{k}", f"{name}:{k}"))
     return rows, Anchor(text(0, anchor_tokens))
 
 
 def generation() -> None:
     """Answers to prompts with a common anchor: batched and with the anchor's keys computed once, against one by one."""
-    loaded = model.load(MODEL, TrainSettings())
-    task, _ = ingest.read([DataSource(path=str(DEMO / "test.jsonl"))])
+    loaded = base_model.load(MODEL, TrainSettings())
+    task, _ = task_data.read([DataSource(path=str(DEMO / "test.jsonl"))])
     form = encode.make_format(loaded.tokenizer, rows_of("g", 100, 10, 0, loaded.tokenizer)[1])
     prompts = [encode.prompt_ids(row.prompt, form) for row in task[:40]]
 
@@ -78,7 +92,7 @@ def generation() -> None:
 
     def singly() -> list[str]:
         texts = []
-        training_attention = model.generation_attention(loaded)
+        training_attention = base_model.generation_attention(loaded)
         for prompt in prompts:
             ids = torch.tensor([prompt])
             with torch.no_grad(), loaded.precision():
@@ -86,25 +100,33 @@ def generation() -> None:
                     input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False,
                     eos_token_id=list(form.end_ids), pad_token_id=loaded.tokenizer.pad_token_id,
                 )  # fmt: skip
-            texts.append(str(loaded.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)).strip())
+            texts.append(
+                str(
+                    loaded.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+                ).strip()
+            )
         loaded.causal.set_attn_implementation(training_attention)
         return texts
 
     equal = np.mean([a == b for a, b in zip(batched(), singly(), strict=True)])
-    tell(f"40 answers of 32 tokens, {equal:.0%} equal", in_turn({"Fulcrum": batched, "model.generate one by one": singly}))
+    tell(
+        f"40 answers of 32 tokens, {equal:.0%} equal",
+        in_turn({"Fulcrum": batched, "model.generate one by one": singly}),
+    )
 
 
 def prefixes() -> None:
     """Common prefixes computed once, against every time: scoring, sft_anchor, and a real stream of task and general rows."""
     settings = TrainSettings(pack_tokens=4096)
-    loaded = model.load(MODEL, settings)
+    loaded = base_model.load(MODEL, settings)
     rows, anchor = rows_of("p", 290, 200, 32, loaded.tokenizer)
     form, plain = (encode.make_format(loaded.tokenizer, each) for each in (anchor, None))
     long = [encode.encode(row, form) for row in rows]
-    general, _ = ingest.read([DataSource(path="builtin", limit=64)])
-    task, _ = ingest.read([DataSource(path=str(DEMO / "train.jsonl"))])
+    general, _ = task_data.read([DataSource(path="builtin", limit=64)])
+    task, _ = task_data.read([DataSource(path=str(DEMO / "train.jsonl"))])
     demo = encode.make_format(
-        loaded.tokenizer, Anchor("Read the mail to the shop and answer with one JSON object that sorts it.")
+        loaded.tokenizer,
+        Anchor("Read the mail to the shop and answer with one JSON object that sorts it."),
     )
     mixed = mix.plan(8, 24, repeats=1, general_per_task=3, order="random", seed=0)
     alone = mix.plan(32, 0, repeats=1, general_per_task=0, order="random", seed=0)
@@ -127,9 +149,17 @@ def prefixes() -> None:
 
         def train(share: bool, stream: Stream = stream) -> None:
             chosen = settings.model_copy(update={"share_prefixes": share, "evaluations": 1})
-            training.train(loaded, stream, lambda: 0.0, chosen, seed=0, repeats=1)
+            loop.train(loaded, stream, lambda: 0.0, chosen, seed=0, repeats=1)
 
-        tell(name, in_turn({"shared": lambda train=train: train(True), "apart": lambda train=train: train(False)}))
+        tell(
+            name,
+            in_turn(
+                {
+                    "shared": lambda train=train: train(True),
+                    "apart": lambda train=train: train(False),
+                }
+            ),
+        )
     adapter.drop_adapter(loaded)
 
 
@@ -139,22 +169,37 @@ def start() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows.jsonl")
         file.write_text(
-            "".join(json.dumps({"prompt": f"sort item {i}", "completion": f"box {i % 7}"}) + "\n" for i in range(10_000))
+            "".join(
+                json.dumps({"prompt": f"sort item {i}", "completion": f"box {i % 7}"}) + "\n"
+                for i in range(10_000)
+            )
         )
         run = Path(folder, "run.yaml")
         run.write_text(
             f"model: {MODEL}\ntask: {{train: {file}, anchor: Sort it.}}\nmix: {{general_per_task: 0.2, repeats: 1}}\n"
         )
-        completing = {"_FULCRUM_COMPLETE": "complete_bash", "COMP_WORDS": "fulcrum co", "COMP_CWORD": "1"}
+        completing = {
+            "_FULCRUM_COMPLETE": "complete_bash",
+            "COMP_WORDS": "fulcrum co",
+            "COMP_CWORD": "1",
+        }
         for name, arguments, variables in (
             ("--help", ["--help"], {}), ("completion", [], completing), ("check, 10,000 rows", ["check", str(run)], {}),
         ):  # fmt: skip
             seconds = []
             for _ in range(ROUNDS):
                 started = time.perf_counter()
-                subprocess.run([*command, *arguments], check=True, capture_output=True, env={**os.environ, **variables})
+                subprocess.run(
+                    [*command, *arguments],
+                    check=True,
+                    capture_output=True,
+                    env={**os.environ, **variables},
+                )
                 seconds.append(time.perf_counter() - started)
-            print(f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})", flush=True)
+            print(
+                f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})",
+                flush=True,
+            )
 
 
 def plan() -> None:
@@ -170,7 +215,10 @@ def plan() -> None:
         for position in range(0, len(made), max(1, len(made) // 500)):
             made[position]
         single = (time.perf_counter() - started) / 500
-        print(f"plan of {len(made):,}: {rate / 1e6:.1f} million positions/s, one position {single * 1e6:.0f} us", flush=True)
+        print(
+            f"plan of {len(made):,}: {rate / 1e6:.1f} million positions/s, one position {single * 1e6:.0f} us",
+            flush=True,
+        )
 
 
 def comparison() -> None:
@@ -189,15 +237,26 @@ def comparison() -> None:
         for number in range(ROUNDS):
             started = time.perf_counter()
             subprocess.run(
-                [*command, "compare", str(run), "--output-dir", f"{folder}/c{number}"], check=True, capture_output=True
+                [*command, "compare", str(run), "--output-dir", f"{folder}/c{number}"],
+                check=True,
+                capture_output=True,
             )
             seconds["compare"].append(time.perf_counter() - started)
             started = time.perf_counter()
             for seed in range(3):
                 for anchor in ("Sort the mail.", "none"):
                     out = f"{folder}/t{number}-{seed}-{anchor[:4]}"
-                    changes = ["--set", f"task.anchor={anchor}", "--seed", str(seed), "--output-dir", out]
-                    subprocess.run([*command, "train", str(run), *changes], check=True, capture_output=True)
+                    changes = [
+                        "--set",
+                        f"task.anchor={anchor}",
+                        "--seed",
+                        str(seed),
+                        "--output-dir",
+                        out,
+                    ]
+                    subprocess.run(
+                        [*command, "train", str(run), *changes], check=True, capture_output=True
+                    )
                     subprocess.run([*command, "eval", out], check=True, capture_output=True)
             seconds["six train and eval"].append(time.perf_counter() - started)
     tell("six cells", seconds)
@@ -223,13 +282,16 @@ def statistics_of_a_comparison() -> None:
             row_savings.row_gain(drawn, arm, size, ref)
     row_savings.slope(ref)
     row_savings.at(ref, 64 + 50)
-    print(f"statistics, 10,000 examples x 15 arms x 8 seeds, 2,000 draws: {time.perf_counter() - started:.1f} s", flush=True)
+    print(
+        f"statistics, 10,000 examples x 15 arms x 8 seeds, 2,000 draws: {time.perf_counter() - started:.1f} s",
+        flush=True,
+    )
 
 
 def choice() -> None:
     """50,000 short rows put in order for 32 task rows: by words, by clusters, and 2,048 of them by gradient."""
-    loaded = model.load(MODEL, TrainSettings())
-    packaged, _ = ingest.read([DataSource(path="builtin")])
+    loaded = base_model.load(MODEL, TrainSettings())
+    packaged, _ = task_data.read([DataSource(path="builtin")])
     words = " ".join(row.question + " " + row.answer for row in packaged).split()
 
     def row(k: int) -> Example:
@@ -240,27 +302,35 @@ def choice() -> None:
         )
         return Example(turns, f"g{k}", f"general:{k}")
 
-    rows, (task, _) = [row(k) for k in range(50_000)], ingest.read([DataSource(path=str(DEMO / "train.jsonl"))])
+    rows, (task, _) = (
+        [row(k) for k in range(50_000)],
+        task_data.read([DataSource(path=str(DEMO / "train.jsonl"))]),
+    )
     started = time.perf_counter()
-    order = choose.similar(rows, task[:32], 0)
+    order = selection.similar(rows, task[:32], 0)
     print(f"similar: {time.perf_counter() - started:.1f} s", flush=True)
     started = time.perf_counter()
-    choose.diverse(rows, 0)
+    selection.diverse(rows, 0)
     print(f"diverse: {time.perf_counter() - started:.1f} s", flush=True)
     form = encode.make_format(loaded.tokenizer, None)
     adapter.new_adapter(loaded, TrainSettings(), 0)
     examples = [encode.encode(row, form) for row in [*task[:32], *(rows[k] for k in order[:2048])]]
     started = time.perf_counter()
-    found = probe.gradients(loaded, examples)
-    choose.by_gradient(found[32:], found[:32])
+    found = gradients.gradients(loaded, examples)
+    selection.by_gradient(found[32:], found[:32])
     seconds, tokens = time.perf_counter() - started, sum(map(len, examples))
     took = f"{len(examples):,} rows of {tokens / len(examples):.0f} tokens in {seconds:.0f} s"
     print(f"gradient: {took}, {tokens / seconds:,.0f} tokens/s", flush=True)
 
 
-PARTS = {part.__name__: part for part in (start, plan, generation, prefixes, comparison, statistics_of_a_comparison, choice)}
+PARTS = {
+    part.__name__: part
+    for part in (start, plan, generation, prefixes, comparison, statistics_of_a_comparison, choice)
+}
 
 if __name__ == "__main__":
     for wanted in sys.argv[1:] or PARTS:
         PARTS[wanted]()
-    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    print(
+        f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    )

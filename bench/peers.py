@@ -29,16 +29,27 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     if tokenizer.chat_template is None:
         tokenizer.chat_template = job["template"]
-    lora = LoraConfig(r=job["lora_r"], lora_alpha=job["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=job["lora_r"],
+        lora_alpha=job["lora_alpha"],
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     make = trl_trainer if job["kind"] == "trl" else hf_trainer
     trainer = make(job, rows, tokenizer, lora)
     trainer.add_callback(clock)
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": clock.seconds, "tokens": None, "peak_bytes": peak, "what": job["kind"]}))
+    print(
+        json.dumps(
+            {"seconds": clock.seconds, "tokens": None, "peak_bytes": peak, "what": job["kind"]}
+        )
+    )
 
 
-def trl_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, lora: LoraConfig) -> Any:
+def trl_trainer(
+    job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, lora: LoraConfig
+) -> Any:
     """SFTTrainer at its defaults but for what the job's options say; on a CPU it must be told so."""
     options = dict(job["options"])
     dtype = options.pop("dtype", None)
@@ -51,23 +62,33 @@ def trl_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any,
         max_length=options.pop("max_length", job["max_length"]), **options,
     )  # fmt: skip
     return SFTTrainer(
-        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora
+        model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora,
     )
 
 
-def hf_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, lora: LoraConfig) -> Any:
+def hf_trainer(
+    job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, lora: LoraConfig
+) -> Any:
     """Trainer with PEFT at their defaults: padded batches, labels on the answer only."""
     from peft import get_peft_model
     from transformers import DataCollatorForSeq2Seq
 
     def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-        whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
-        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        return {"input_ids": whole, "attention_mask": [1] * len(whole), "labels": [-100] * len(prompt) + whole[len(prompt) :]}
+        whole = tokenizer.apply_chat_template(
+            [*row["prompt"], *row["completion"]], tokenize=True, return_dict=True
+        )["input_ids"]
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        return {
+            "input_ids": whole,
+            "attention_mask": [1] * len(whole),
+            "labels": [-100] * len(prompt) + whole[len(prompt) :],
+        }
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(job["model"]), lora)
     arguments = TrainingArguments(
@@ -75,7 +96,9 @@ def hf_trainer(job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, 
         per_device_train_batch_size=job["batch"], report_to=[], disable_tqdm=True, **job["options"],
     )  # fmt: skip
     data = Dataset.from_list([encode(row) for row in rows])
-    return Trainer(model, args=arguments, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    return Trainer(
+        model, args=arguments, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer)
+    )
 
 
 if __name__ == "__main__":

@@ -18,18 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fulcrum import clean, pool
-from fulcrum.sections import GeneralSource
+from fulcrum.config.base import GeneralSource
+from fulcrum.data import filters, pool
 
 FILES, NEAR = 10, 0.8
 WORDS = [f"word{k}" for k in range(5000)]
 OPEN = (
-    "import sys, time; from fulcrum import mix, pool; from fulcrum.sections import GeneralSource\n"
+    "import sys, time; from fulcrum.data import mix, pool; from fulcrum.config.base import GeneralSource\n"
     "started = time.perf_counter(); found = pool.open_pool([GeneralSource(path=sys.argv[1])], 0); found[len(found) // 2]\n"
     "print(len(found), found.left_out, round(time.perf_counter() - started, 3))\n"
 )
 BUILD = (
-    "import sys; from fulcrum import pool; from fulcrum.sections import GeneralSource\n"
+    "import sys; from fulcrum.data import pool; from fulcrum.config.base import GeneralSource\n"
     "if __name__ == '__main__':\n"
     "    pool.open_pool([GeneralSource(path=sys.argv[1])], 0, jobs=int(sys.argv[2]), "
     "progress=lambda *told: print(*told, flush=True))\n"
@@ -46,8 +46,15 @@ def write(folder: Path, rows: int) -> int:
                 number = place * each + k
                 if place and k % 100 == 0:  # as in the file before
                     number, repeats = number - each + 1, repeats + 1
-                words = " ".join(WORDS[(number * step + step) % len(WORDS)] for step in (7, 11, 13, 17, 19, 23))
-                stream.write(json.dumps({"prompt": f"Say {number}: {words}", "completion": f"{words} {number * 31}"}) + "\n")
+                words = " ".join(
+                    WORDS[(number * step + step) % len(WORDS)] for step in (7, 11, 13, 17, 19, 23)
+                )
+                stream.write(
+                    json.dumps(
+                        {"prompt": f"Say {number}: {words}", "completion": f"{words} {number * 31}"}
+                    )
+                    + "\n"
+                )
     return repeats
 
 
@@ -58,10 +65,16 @@ def resident(pid: int) -> int:
         own = pids.pop()
         try:
             status = Path(f"/proc/{own}/status").read_text()
-            pids += [int(child) for child in Path(f"/proc/{own}/task/{own}/children").read_text().split()]
+            pids += [
+                int(child) for child in Path(f"/proc/{own}/task/{own}/children").read_text().split()
+            ]
         except OSError:
             continue
-        total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+        total += sum(
+            int(line.split()[1]) * 1024
+            for line in status.splitlines()
+            if line.startswith("RssAnon")
+        )
     return total
 
 
@@ -71,7 +84,9 @@ def watched(code: str, *words: object, kill_after: float | None = None) -> tuple
     script.write_text(code)
     log = script.with_suffix(".log")
     with log.open("w") as stream:
-        process = subprocess.Popen([sys.executable, script, *map(str, words)], stdout=stream, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, script, *map(str, words)], stdout=stream, start_new_session=True
+        )
         started, peak = time.monotonic(), 0
         while process.poll() is None:
             peak = max(peak, resident(process.pid))
@@ -94,27 +109,49 @@ def near(folder: Path, rows: int, jobs: int) -> None:
         texts[k] = list(texts[k - rows // 2])
         for place in rng.choice(40, 1 + k % 5, replace=False):
             texts[k][place] = f"changed{place}"
-        own, other = (clean.shingles([" ".join(text), "yes"]) for text in (texts[k], texts[k - rows // 2]))
+        own, other = (
+            filters.shingles([" ".join(text), "yes"]) for text in (texts[k], texts[k - rows // 2])
+        )
         if len(own & other) / len(own | other) >= NEAR:
             alike.add(k)
     file = folder / "near.jsonl"
-    file.write_text("".join(json.dumps({"prompt": " ".join(text), "completion": "yes"}) + "\n" for text in texts))
+    file.write_text(
+        "".join(
+            json.dumps({"prompt": " ".join(text), "completion": "yes"}) + "\n" for text in texts
+        )
+    )
     started = time.monotonic()
     found = pool.open_pool([GeneralSource(path=str(file))], 0, near=NEAR, jobs=jobs)
     seconds = time.monotonic() - started
-    gone = set(range(rows)) - {int(found[k].origin.rpartition(":")[2]) - 1 for k in range(len(found))}
+    gone = set(range(rows)) - {
+        int(found[k].origin.rpartition(":")[2]) - 1 for k in range(len(found))
+    }
     what = f"{rows:,} rows with {len(planted):,} changed copies, {len(alike):,} of them at {NEAR} or more"
-    print(f"{what}: {len(gone & alike):,} found, {len(gone - alike):,} others removed; {seconds:.0f} s")
+    print(
+        f"{what}: {len(gone & alike):,} found, {len(gone - alike):,} others removed; {seconds:.0f} s"
+    )
 
 
 def main() -> None:
     """Build, kill, go on, open."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--kill-after", type=float, default=None, help="seconds; default: an eighth of a million rows' time")
-    parser.add_argument("--near-rows", type=int, default=0, help="plant near-duplicates in so many rows, and no more than that")
+    parser.add_argument(
+        "--kill-after",
+        type=float,
+        default=None,
+        help="seconds; default: an eighth of a million rows' time",
+    )
+    parser.add_argument(
+        "--near-rows",
+        type=int,
+        default=0,
+        help="plant near-duplicates in so many rows, and no more than that",
+    )
     args = parser.parse_args()
     os.environ["FULCRUM_CACHE"] = str(args.folder / "cache")
     if args.near_rows:
@@ -133,7 +170,8 @@ def main() -> None:
     )
     more, again, _ = watched(BUILD, data, args.jobs)
     print(
-        f"gone on for {more:.0f} s, peak {again / 2**20:.0f} MiB; {args.rows / (seconds + more):,.0f} rows/s in all", flush=True
+        f"gone on for {more:.0f} s, peak {again / 2**20:.0f} MiB; {args.rows / (seconds + more):,.0f} rows/s in all",
+        flush=True,
     )
     _, memory, text = watched(OPEN, data)
     print(f"opened: rows, left out, seconds: {text.strip()}; peak {memory / 2**20:.0f} MiB")

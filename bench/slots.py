@@ -9,26 +9,41 @@ import time
 
 import torch
 
-from fulcrum import adapter, model, slots
-from fulcrum.config import TrainSettings
+from fulcrum.config.settings import TrainSettings
+from fulcrum.deploy import kv_cache
+from fulcrum.model import adapter, base_model
 
 PROMPT = list(range(100, 200))
 
 
 def main() -> None:
     """Print what each step took."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=10)
     steps, settings = parser.parse_args().steps, TrainSettings()
-    loaded, states = model.load("smollm2-135m-instruct", settings), {}
+    loaded, states = base_model.load("smollm2-135m-instruct", settings), {}
     for seed, name in enumerate(("one", "two")):
         adapter.new_adapter(loaded, settings, seed)
         torch.manual_seed(seed)
-        states[name] = {key: torch.randn_like(value) * 0.02 for key, value in adapter.adapter_state(loaded).items()}, settings
+        states[name] = (
+            {
+                key: torch.randn_like(value) * 0.02
+                for key, value in adapter.adapter_state(loaded).items()
+            },
+            settings,
+        )
     adapter.put_on(loaded, states)
-    held = slots.Slots(loaded, 32)
+    held = kv_cache.Slots(loaded, 32)
     print(f"{torch.get_num_threads()} threads, {loaded.dtype}")
-    for number, names in ((1, ["one"]), (1, ["one"]), (32, ["one"]), (32, ["one", "two", adapter.BASE]), (32, [adapter.BASE])):
+    for number, names in (
+        (1, ["one"]),
+        (1, ["one"]),
+        (32, ["one"]),
+        (32, ["one", "two", adapter.BASE]),
+        (32, [adapter.BASE]),
+    ):
         rows, asked = list(range(number)), (names * number)[:number]
         for row in rows:
             held.clear(row)
@@ -38,7 +53,10 @@ def main() -> None:
         for _ in range(steps):
             held.extend(rows, [[55]] * number, asked)
         step = (time.perf_counter() - began) / steps
-        print(f"{number:2} of {'+'.join(names)}: {read:.2f} s, {1000 * step:.0f} ms, {number / step:.0f} tokens/s", flush=True)
+        print(
+            f"{number:2} of {'+'.join(names)}: {read:.2f} s, {1000 * step:.0f} ms, {number / step:.0f} tokens/s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

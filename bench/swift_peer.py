@@ -52,7 +52,11 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     rows = [json.loads(line) for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()]
     file = Path(job["scratch"], "messages.jsonl")
-    file.write_text("".join(json.dumps({"messages": [*row["prompt"], *row["completion"]]}) + "\n" for row in rows))
+    file.write_text(
+        "".join(
+            json.dumps({"messages": [*row["prompt"], *row["completion"]]}) + "\n" for row in rows
+        )
+    )
     config = json.loads(Path(job["model"], "config.json").read_text(encoding="utf-8"))
     give_template(Path(job["model"]), Path(job["scratch"], "model"), job)
     arguments = SftArguments(
@@ -66,7 +70,11 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         Timed(arguments).main()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": Timed.clock.seconds, "tokens": None, "peak_bytes": peak, "what": "swift"}))
+    print(
+        json.dumps(
+            {"seconds": Timed.clock.seconds, "tokens": None, "peak_bytes": peak, "what": "swift"}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -13,15 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fulcrum import certificate, certification, metrics, outcomes, row_savings, wording
-from fulcrum.certificate import Answer, Certificate, Question
+from fulcrum.report import wording
+from fulcrum.stats import certificate, certification, metrics, outcomes, row_savings
+from fulcrum.stats.certificate import Answer, Certificate, Question
 
 
 def main() -> None:
     """Print the tables of every folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--size", type=int, required=True, help="task rows at which arms are compared")
+    parser.add_argument(
+        "--size", type=int, required=True, help="task rows at which arms are compared"
+    )
     args = parser.parse_args()
     for folder in args.folders:
         known = Certificate.read(folder / certificate.FILE)
@@ -57,7 +62,9 @@ def print_table(
             print(f"| `{point.arm}` | {point.size or ''} | {score} | | | | |")
     known = {arm: answer.p for arm, answer in answers.items() if answer.p is not None}
     adjusted = dict(zip(known, row_savings.holm(list(known.values())), strict=True))
-    best_first = sorted(answers.items(), key=lambda item: -item[1].improvement(item[1].difference).estimate)
+    best_first = sorted(
+        answers.items(), key=lambda item: -item[1].improvement(item[1].difference).estimate
+    )
     for arm, answer in best_first:
         point = next(own for own in answer.points if (own.arm, own.size) == (arm, size))
         cells = (

@@ -24,13 +24,19 @@ def plain(name: str) -> str:
 
 def pins(file: str) -> dict[str, str]:
     """Names and versions of a file of pins."""
-    return {plain(name): version for name, version in _PIN.findall((ROOT / file).read_text(encoding="utf-8"))}
+    return {
+        plain(name): version
+        for name, version in _PIN.findall((ROOT / file).read_text(encoding="utf-8"))
+    }
 
 
 def direct() -> set[str]:
     """The dependencies that pyproject.toml names, those of its extras too."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    wanted = [
+        *project["dependencies"],
+        *(one for extra in project["optional-dependencies"].values() for one in extra),
+    ]
     return {plain(re.split(r"[^A-Za-z0-9._-]", one)[0]) for one in wanted}
 
 
@@ -45,23 +51,40 @@ def faults() -> list[str]:
             if name in locked and locked[name] != version
         ]
         blocks = re.split(r"\n(?=\S)", (ROOT / lock).read_text(encoding="utf-8").strip())
-        found += [f"{lock}: {block.split()[0]} has no hash: make lock" for block in blocks if "--hash=sha256:" not in block]
-    found += [f"constraints.txt: {name} is in no lock: make lock" for name in tested.keys() - pins("locks/dev.txt").keys()]
+        found += [
+            f"{lock}: {block.split()[0]} has no hash: make lock"
+            for block in blocks
+            if "--hash=sha256:" not in block
+        ]
+    found += [
+        f"constraints.txt: {name} is in no lock: make lock"
+        for name in tested.keys() - pins("locks/dev.txt").keys()
+    ]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for one in project["dependencies"]:
         name = plain(re.split(r"[^A-Za-z0-9._-]", one)[0])
         found += [f"locks/run.txt: lacks {name}: make lock"] * (name not in pins("locks/run.txt"))
     reasons = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    given = {plain(name) for row in re.findall(r"^\| ([^|]*) \|", reasons, re.M) for name in re.findall(r"`([^`]+)`", row)}
+    given = {
+        plain(name)
+        for row in re.findall(r"^\| ([^|]*) \|", reasons, re.M)
+        for name in re.findall(r"`([^`]+)`", row)
+    }
     found += [f"CONTRIBUTING.md: no reason for {name}" for name in sorted(direct() - given)]
-    found += [f"CONTRIBUTING.md: a reason for {name}, which is no dependency" for name in sorted(given - direct())]
+    found += [
+        f"CONTRIBUTING.md: a reason for {name}, which is no dependency"
+        for name in sorted(given - direct())
+    ]
     return found
 
 
 def installed() -> list[str]:
     """What is installed here in other versions than those tested (a build's own mark, +cpu, does not count)."""
     tested = pins("constraints.txt")
-    here = {plain(one.metadata["Name"]): one.version.partition("+")[0] for one in metadata.distributions()}
+    here = {
+        plain(one.metadata["Name"]): one.version.partition("+")[0]
+        for one in metadata.distributions()
+    }
     return [
         f"installed: {name} {here[name]}, tested: {version}"
         for name, version in tested.items()
@@ -83,7 +106,9 @@ def audit() -> str:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if _UNREACHED.search(done.stdout + done.stderr):
-        raise ConnectionError("their index cannot be reached from here, or does not know these versions")
+        raise ConnectionError(
+            "their index cannot be reached from here, or does not know these versions"
+        )
     return done.stdout if done.returncode else ""
 
 
@@ -95,7 +120,10 @@ def main() -> None:
         print("known vulnerabilities: looked up")
     except (ConnectionError, subprocess.TimeoutExpired) as error:
         print(f"known vulnerabilities: not looked up: {error}")
-    print("\n".join(wrong) or f"{len(pins('constraints.txt'))} versions, locked with hashes; every dependency has its reason")
+    print(
+        "\n".join(wrong)
+        or f"{len(pins('constraints.txt'))} versions, locked with hashes; every dependency has its reason"
+    )
     sys.exit(bool(wrong))
 
 

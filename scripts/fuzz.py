@@ -12,7 +12,7 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 with atheris.instrument_imports(include=["fulcrum"]):
-    from fuzz_targets import TARGETS
+    from helpers.fuzz_targets import TARGETS
 
 _SEEDS = 200
 
@@ -22,7 +22,9 @@ def main() -> None:
     name, runs, corpus, *seed = sys.argv[1:]
     Path(corpus).mkdir(parents=True, exist_ok=True)
     drawn = random.Random(seed[0] if seed else "1")
-    for number in range(_SEEDS):  # from nothing, a fuzzer needs hours to reach inputs of some length
+    for number in range(
+        _SEEDS
+    ):  # from nothing, a fuzzer needs hours to reach inputs of some length
         Path(corpus, f"seed-{number}").write_bytes(drawn.randbytes(drawn.randrange(1, 512)))
     options = {
         "runs": runs, "seed": (seed or ["1"])[0], "max_len": 512, "len_control": 0, "timeout": 20, "rss_limit_mb": 4096,
@@ -34,7 +36,9 @@ def main() -> None:
         with contextlib.redirect_stderr(None):  # libraries may say what they like
             target(data)
 
-    atheris.Setup([sys.argv[0], *(f"-{name}={value}" for name, value in options.items()), corpus], quiet)
+    atheris.Setup(
+        [sys.argv[0], *(f"-{name}={value}" for name, value in options.items()), corpus], quiet
+    )
     atheris.Fuzz()
 
 

@@ -33,13 +33,18 @@ from pool_filters import Deduplicator, answer_fault, prompt_fault, words_of
 MODEL = "smollm2-135m-instruct"
 SEED = 20240401
 BATCH_SIZE, WORKERS = 64, 2
-MIXED_BATCHES, EVAL_BATCHES = 76, 4  # first batches over all topics, then some over the eval topics alone
+MIXED_BATCHES, EVAL_BATCHES = (
+    76,
+    4,
+)  # first batches over all topics, then some over the eval topics alone
 MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 32, 72
 TOP_K = 40  # of the vocabulary; a nucleus (top-p) would sort 49,152 logits a row and cost as much as the model itself
 PROMPT_TEMPERATURE, ANSWER_TEMPERATURE = 0.7, 0.3
 END_BIAS = 8.0  # nats for the end token right after a sentence (not in lists): half of the answers would else not end
 ASK_SYSTEM = "You are an expert on {topic}. You answer short, simple questions about {topic}."
-ROWS_PER_PREFIX = 60  # at most so many prompts with the same first four words: keeps one pet phrase from ruling
+ROWS_PER_PREFIX = (
+    60  # at most so many prompts with the same first four words: keeps one pet phrase from ruling
+)
 EVAL_ROWS = 128
 Row = dict[str, Any]
 
@@ -55,7 +60,10 @@ def word_list(name: str) -> list[str]:
 def names_topic(sample: Row, topics: list[str]) -> bool:
     """Tell whether prompt or answer contains a topic's word (its plural s and "the" aside)."""
     stems = "|".join(topic.removeprefix("the ").removesuffix("s") for topic in topics)
-    return re.search(rf"\b({stems})", sample["prompt"] + "\n" + sample.get("completion", ""), re.I) is not None
+    return (
+        re.search(rf"\b({stems})", sample["prompt"] + "\n" + sample.get("completion", ""), re.I)
+        is not None
+    )
 
 
 def side_fault(sample: Row, eval_topics: list[str], n_eval: int) -> str | None:
@@ -69,7 +77,11 @@ def side_fault(sample: Row, eval_topics: list[str], n_eval: int) -> str | None:
 
 def package(raw: Path, out: Path) -> Counter[str]:
     """Filter the raw batches into the two packaged files; return the counts of raw samples, kept rows and rejects by reason."""
-    lines = [line for path in sorted(raw.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    lines = [
+        line
+        for path in sorted(raw.glob("*.jsonl"))
+        for line in path.read_text("utf-8").splitlines()
+    ]
     samples = [json.loads(line) for line in lines]
     eval_topics = word_list("eval_topics")
     counts: Counter[str] = Counter(raw=len(samples))
@@ -79,7 +91,11 @@ def package(raw: Path, out: Path) -> Counter[str]:
     for sample in sorted(samples, key=lambda s: s["topic"] in eval_topics):
         side = "eval" if sample["topic"] in eval_topics else "pool"
         prefix = " ".join(words_of(sample["prompt"])[:4])
-        fault = prompt_fault(sample) or answer_fault(sample) or side_fault(sample, eval_topics, len(kept["eval"]))
+        fault = (
+            prompt_fault(sample)
+            or answer_fault(sample)
+            or side_fault(sample, eval_topics, len(kept["eval"]))
+        )
         if fault is None and prefixes[prefix] >= ROWS_PER_PREFIX:
             fault = "pet phrase"
         if fault is None and not seen.is_new(sample["prompt"]):
@@ -94,7 +110,9 @@ def package(raw: Path, out: Path) -> Counter[str]:
         counts[f"kept: {side}"] = len(rows)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         # mtime 0: equal rows give equal bytes
-        (out / f"builtin_{side}.jsonl.gz").write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
+        (out / f"builtin_{side}.jsonl.gz").write_bytes(
+            gzip.compress(text.encode(), compresslevel=9, mtime=0)
+        )
     return counts
 
 
@@ -113,9 +131,13 @@ class Sampler:
         # beats two threads, whose barriers stall as soon as anything else runs on the machine.
         torch.set_num_threads(1)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation="eager"
+        )
         pieces = self.tokenizer.batch_decode([[i] for i in range(self.model.config.vocab_size)])
-        self.closes = torch.tensor([piece.rstrip("\"')*").endswith((".", "!", "?")) for piece in pieces])
+        self.closes = torch.tensor(
+            [piece.rstrip("\"')*").endswith((".", "!", "?")) for piece in pieces]
+        )
         # "1." opens a list item and ends no sentence.
         self.number = torch.tensor([piece.strip().isdigit() for piece in pieces])
 
@@ -126,7 +148,9 @@ class Sampler:
         )
         return text
 
-    def sample(self, texts: list[str], max_new: int, temperature: float, end_bias: float) -> list[tuple[str, bool]]:
+    def sample(
+        self, texts: list[str], max_new: int, temperature: float, end_bias: float
+    ) -> list[tuple[str, bool]]:
         """Continue each text until the end token or `max_new` tokens; return (text, whether the end came), in order."""
         import torch
 
@@ -135,12 +159,20 @@ class Sampler:
         mask, token, alive = batch.attention_mask, batch.input_ids, torch.arange(len(texts))
         out: list[list[int]] = [[] for _ in texts]
         done = [False] * len(texts)
-        cache, before, listing = None, batch.input_ids[:, -1], torch.zeros(len(texts), dtype=torch.bool)
+        cache, before, listing = (
+            None,
+            batch.input_ids[:, -1],
+            torch.zeros(len(texts), dtype=torch.bool),
+        )
         with torch.inference_mode():
             for _ in range(max_new):
                 positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -token.shape[1] :]
                 step = self.model(
-                    input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+                    input_ids=token,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    logits_to_keep=1,
                 )
                 cache, logits = step.past_key_values, step.logits[:, -1].float()
                 if end_bias:
@@ -156,7 +188,10 @@ class Sampler:
                 if not len(keep):
                     break
                 before, token, listing = token[keep, -1], new[keep], listing[keep]
-                alive, mask = alive[keep], torch.cat([mask[keep], torch.ones(len(keep), 1, dtype=mask.dtype)], 1)
+                alive, mask = (
+                    alive[keep],
+                    torch.cat([mask[keep], torch.ones(len(keep), 1, dtype=mask.dtype)], 1),
+                )
                 if len(keep) < len(new):
                     cache.batch_select_indices(keep)
         return [(self.tokenizer.decode(ids), ended) for ids, ended in zip(out, done, strict=True)]
@@ -171,7 +206,9 @@ def make_batch(sampler: Sampler, number: int) -> list[Row]:
     topics, openings = word_list("eval_topics"), word_list("openings")
     if number < MIXED_BATCHES:
         topics = word_list("pool_topics") + topics
-    rows: list[Row] = [{"topic": rng.choice(topics), "opening": rng.choice(openings)} for _ in range(BATCH_SIZE)]
+    rows: list[Row] = [
+        {"topic": rng.choice(topics), "opening": rng.choice(openings)} for _ in range(BATCH_SIZE)
+    ]
     asked = [
         sampler.render(
             [
@@ -182,18 +219,24 @@ def make_batch(sampler: Sampler, number: int) -> list[Row]:
         )
         for row in rows
     ]
-    for row, (text, ended) in zip(rows, sampler.sample(asked, MAX_PROMPT_TOKENS, PROMPT_TEMPERATURE, 0.0), strict=True):
+    for row, (text, ended) in zip(
+        rows, sampler.sample(asked, MAX_PROMPT_TOKENS, PROMPT_TEMPERATURE, 0.0), strict=True
+    ):
         row.update(batch=number, prompt=(row.pop("opening") + text).strip(), prompt_finished=ended)
     good = [row for row in rows if prompt_fault(row) is None]
-    texts = [sampler.render([{"role": "user", "content": row["prompt"]}], go_on=False) for row in good]
-    for row, (text, ended) in zip(good, sampler.sample(texts, MAX_ANSWER_TOKENS, ANSWER_TEMPERATURE, END_BIAS), strict=True):
+    texts = [
+        sampler.render([{"role": "user", "content": row["prompt"]}], go_on=False) for row in good
+    ]
+    for row, (text, ended) in zip(
+        good, sampler.sample(texts, MAX_ANSWER_TOKENS, ANSWER_TEMPERATURE, END_BIAS), strict=True
+    ):
         row.update(completion=text.strip(), answer_finished=ended)
     return rows
 
 
 def generate(raw: Path, worker: int) -> None:
     """Write batches `worker`, `worker` + WORKERS, … into `raw`, leaving out those that are there."""
-    from fulcrum.fetch import prepare
+    from fulcrum.model.download import prepare
 
     raw.mkdir(parents=True, exist_ok=True)
     sampler, start = Sampler(prepare(MODEL)), time.monotonic()
@@ -203,18 +246,27 @@ def generate(raw: Path, worker: int) -> None:
             continue
         rows = make_batch(sampler, number)
         half = path.with_suffix(".tmp")
-        half.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        half.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
+        )
         half.replace(path)
         good = sum("completion" in row and answer_fault(row) is None for row in rows)
-        print(f"batch {number}: {good} of {len(rows)} pass the row filters, {time.monotonic() - start:.0f} s", flush=True)
+        print(
+            f"batch {number}: {good} of {len(rows)} pass the row filters, {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
 
 
 def main() -> None:
     """Run one of the two steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("step", choices=["generate", "package"])
     parser.add_argument("--raw", type=Path, required=True, help="folder of the raw samples")
-    parser.add_argument("--out", type=Path, default=Path("src/fulcrum/data"), help="folder of the packaged files")
+    parser.add_argument(
+        "--out", type=Path, default=Path("src/fulcrum/data"), help="folder of the packaged files"
+    )
     args = parser.parse_args()
     if args.step == "package":
         for what, n in package(args.raw, args.out).items():

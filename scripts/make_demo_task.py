@@ -62,8 +62,14 @@ def fill(template: str, rng: random.Random, slots: dict[str, str]) -> str:
 def add_typos(text: str, keep: str, rng: random.Random) -> str:
     """Swap or drop a letter inside one or two lower-case words of five letters or more, never inside `keep`."""
     start = text.index(keep)
-    spots = [m for m in re.finditer(r"\b[a-z]{5,}\b", text) if not start - len(keep) < m.start() < start + len(keep)]
-    for spot in sorted(rng.sample(spots, min(len(spots), rng.choice((1, 1, 2)))), key=lambda m: -m.start()):
+    spots = [
+        m
+        for m in re.finditer(r"\b[a-z]{5,}\b", text)
+        if not start - len(keep) < m.start() < start + len(keep)
+    ]
+    for spot in sorted(
+        rng.sample(spots, min(len(spots), rng.choice((1, 1, 2)))), key=lambda m: -m.start()
+    ):
         at = spot.start() + rng.randint(1, len(spot[0]) - 3)
         swapped = text[at + 1] + text[at] if rng.random() < 0.5 else text[at]
         text = text[:at] + swapped + text[at + 2 :]
@@ -96,7 +102,11 @@ def make_row(scenario: str, group: str, split: dict[str, list[str]], rng: random
         after.append(rng.choice(split["asides"]))
     rng.shuffle(after)
     # Some of it may come first, except what leans on the thing having been named.
-    before = [after.pop()] if after and rng.random() < 0.25 and not re.search(r"\b(it|that|this)\b", after[-1], re.I) else []
+    before = (
+        [after.pop()]
+        if after and rng.random() < 0.25 and not re.search(r"\b(it|that|this)\b", after[-1], re.I)
+        else []
+    )
     text = " ".join(fill(part, rng, slots) for part in (*before, body, *after))
     if rng.random() < 0.4:
         text = add_typos(text, item, rng)
@@ -114,14 +124,19 @@ def split_texts(name: str) -> dict[str, list[str]]:
     """Return the texts of one split by kind: scenarios, brands, names, deadlines …"""
     import yaml
 
-    return {key: entries(text) for key, text in yaml.safe_load(TEXTS.read_text("utf-8"))[name].items()}
+    return {
+        key: entries(text) for key, text in yaml.safe_load(TEXTS.read_text("utf-8"))[name].items()
+    }
 
 
 def make_split(name: str, seed: int = SEED) -> list[Row]:
     """Return the rows of one split: rounds over its scenarios, each round in a new order, no prompt twice."""
     split = split_texts(name)
     rng = random.Random(f"{seed}-{name}")
-    groups = {f"{name}-{number:02}": scenario for number, scenario in enumerate(split["scenarios"], start=1)}
+    groups = {
+        f"{name}-{number:02}": scenario
+        for number, scenario in enumerate(split["scenarios"], start=1)
+    }
     rows: dict[str, Row] = {}
     while len(rows) < ROWS[name]:
         for group, scenario in rng.sample(sorted(groups.items()), len(groups)):
@@ -135,7 +150,9 @@ def make_split(name: str, seed: int = SEED) -> list[Row]:
 
 def main() -> None:
     """Write the three files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("src/fulcrum/data/demo"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from fulcrum import run_report, summary
+from fulcrum.report import run_report, summary
 
 ANCHORS = {
     "snips": "Turn the request into one JSON object with its intent and slots.",
@@ -24,15 +24,28 @@ ANCHORS = {
     "wmt21-is-en-sentences": "Translate the Icelandic sentence into English.",
     "dialogsum": "Summarise the dialogue below in one or two sentences.",
 }
-SNIPS = {"name": "snips", "metrics": ["nll", "json_fields", "exact_match", "json_valid"], "max_new_tokens": 64}
+SNIPS = {
+    "name": "snips",
+    "metrics": ["nll", "json_fields", "exact_match", "json_valid"],
+    "max_new_tokens": 64,
+}
 
 # name -> (verb, task settings, other settings); what they leave open stands in `settings`.
 RUNS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "snips": ("compare", {**SNIPS, "test_limit": 100}, {}),
-    "nl2bash": ("compare", {"name": "nl2bash", "metrics": ["nll", "chrf", "exact_match"], "max_new_tokens": 48}, {}),
+    "nl2bash": (
+        "compare",
+        {"name": "nl2bash", "metrics": ["nll", "chrf", "exact_match"], "max_new_tokens": 48},
+        {},
+    ),
     "wmt-sentences": (
         "compare",
-        {"name": "wmt21-is-en-sentences", "metrics": ["nll", "chrf"], "max_new_tokens": 64, "dev": None},
+        {
+            "name": "wmt21-is-en-sentences",
+            "metrics": ["nll", "chrf"],
+            "max_new_tokens": 64,
+            "dev": None,
+        },
         {},
     ),
     "dialogsum": (
@@ -46,11 +59,20 @@ RUNS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "train",
         {"name": "wmt21-is-en", "metrics": ["nll", "chrf"], "max_new_tokens": 256, "dev": None}
         | {"train_limit": 16, "dev_limit": 6, "test_limit": 8},
-        {"train.max_length": 8192, "train.pack_tokens": 2048, "mix.general_per_task": 2, "mix.repeats": 1},
+        {
+            "train.max_length": 8192,
+            "train.pack_tokens": 2048,
+            "mix.general_per_task": 2,
+            "mix.repeats": 1,
+        },
     ),
     "halu-json": (
         "train",
-        {"name": "halu-json", "metrics": ["nll", "balanced_accuracy", "mcc", "exact_match"], "max_new_tokens": 16},
+        {
+            "name": "halu-json",
+            "metrics": ["nll", "balanced_accuracy", "mcc", "exact_match"],
+            "max_new_tokens": 16,
+        },
         {"train.max_length": 2048, "mix.general_per_task": 1, "mix.repeats": 1},
     ),
 }
@@ -65,7 +87,9 @@ def settings(data: Path, out: Path, name: str) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": "smollm2-135m-instruct",
         "task": {**files, "anchor": ANCHORS.get(task["name"]), **limits, **task},
-        "general": [str(data / "general" / pool) for pool in ("t0_pool.parquet", "assistant_pool.parquet")],
+        "general": [
+            str(data / "general" / pool) for pool in ("t0_pool.parquet", "assistant_pool.parquet")
+        ],
         "mix": {"general_per_task": 3, "repeats": 2},
         "train": {"max_length": 256, "evaluations": 4},
         "eval": {"general_rows": 32},
@@ -84,7 +108,10 @@ def tables(folder: Path) -> str:
     for task in results["tasks"]:
         size = f"{task['train']} train, {task['dev']} dev, {task['test']} test rows in {task['test_groups']} groups"
         cost = f"{results['seconds']:.0f} s, peak {results['peak_memory_bytes'] / 2**30:.1f} GiB"
-        lines += [f"**`{task['name']}`, {results['settings']['model']}** ({size}; step cap {results['step_cap']}; {cost})", ""]
+        lines += [
+            f"**`{task['name']}`, {results['settings']['model']}** ({size}; step cap {results['step_cap']}; {cost})",
+            "",
+        ]
         lines += _markdown(summary.score_grid(results, task["name"]))
     return "\n".join(
         lines
@@ -117,8 +144,12 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         file = out / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(settings(data, out, name), sort_keys=False), encoding="utf-8")
-        subprocess.run([sys.executable, "-m", "fulcrum", RUNS[name][0], str(file), "--resume"], check=True)
+        file.write_text(
+            yaml.safe_dump(settings(data, out, name), sort_keys=False), encoding="utf-8"
+        )
+        subprocess.run(
+            [sys.executable, "-m", "fulcrum", RUNS[name][0], str(file), "--resume"], check=True
+        )
         print(tables(out / name))
 
 

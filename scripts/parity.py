@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.nn import Linear, ReLU, Sequential
 from torch.nn.functional import cross_entropy, one_hot
 
-from fulcrum import clusters
-from fulcrum.clusters import Clusters
-from fulcrum.records import FloatArray, IntArray
+from fulcrum.core.types import FloatArray, IntArray
+from fulcrum.mechanism import clusters
+from fulcrum.mechanism.clusters import Clusters
 
 LEARNED = 0.1  # nats, below which a sample is learned
 HELD_OUT = 256  # samples of each task on which its loss is measured
@@ -76,7 +76,9 @@ class Source:
 
     def tasks(self, n: int) -> Tensor:
         """Tasks of n samples, drawn by frequency: (n,)."""
-        return torch.multinomial(torch.from_numpy(self.toy.frequencies), n, replacement=True, generator=self.random)
+        return torch.multinomial(
+            torch.from_numpy(self.toy.frequencies), n, replacement=True, generator=self.random
+        )
 
     def samples(self, tasks: Tensor) -> tuple[Tensor, Tensor]:
         """Fresh samples of the tasks: inputs (n, tasks + bits) and answers (n,), 0 or 1."""
@@ -101,7 +103,9 @@ def train(toy: Toy) -> Trained:
     source = Source(toy)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(toy.seed)
-        network = Sequential(Linear(toy.tasks + toy.bits, toy.hidden), ReLU(), Linear(toy.hidden, 2))
+        network = Sequential(
+            Linear(toy.tasks + toy.bits, toy.hidden), ReLU(), Linear(toy.hidden, 2)
+        )
     optimizer = torch.optim.Adam(network.parameters(), lr=toy.learning_rate)
     held_inputs, held_answers = source.samples(torch.arange(toy.tasks).repeat_interleave(HELD_OUT))
     marks = np.unique(np.geomspace(1, toy.steps, 120).round().astype(np.int64))
@@ -130,7 +134,9 @@ class Items:
     @property
     def of_loss(self) -> npt.NDArray[np.float32]:
         """Directions of the loss's own gradients (n, d): against the log-odds where the answer is 1."""
-        found: npt.NDArray[np.float32] = self.gradients * (1 - 2 * self.answers[:, None]).astype(np.float32)
+        found: npt.NDArray[np.float32] = self.gradients * (1 - 2 * self.answers[:, None]).astype(
+            np.float32
+        )
         return found
 
 
@@ -153,7 +159,9 @@ def items(trained: Trained, n: int) -> Items:
             torch.einsum("nh,ni->nhi", back, torch.cat([inputs, ones], dim=1)).flatten(1),
             torch.einsum("o,nh->noh", odds, torch.cat([hidden, ones], dim=1)).flatten(1),
         ]
-    return Items(torch.cat(parts, dim=1).numpy(), tasks[learned].numpy(), answers[learned].numpy(), n)
+    return Items(
+        torch.cat(parts, dim=1).numpy(), tasks[learned].numpy(), answers[learned].numpy(), n
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +195,9 @@ def shape(trained: Trained) -> Shape:
     slope, level = np.polyfit(x, y, 1)
     r2 = 1 - float(((y - level - slope * x) ** 2).sum() / ((y - y.mean()) ** 2).sum())
     line = np.exp(level + slope * np.log(trained.steps))
-    return Shape(octaves, _octaves(trained.steps, mean), halves, -float(slope), r2, start, end, line)
+    return Shape(
+        octaves, _octaves(trained.steps, mean), halves, -float(slope), r2, start, end, line
+    )
 
 
 def _crossing(steps: IntArray, losses: FloatArray, share: float) -> float:
@@ -266,10 +276,22 @@ def draw_affinity(taken: Items, found: Clusters, path: Path, most: int = 800) ->
     order = order[np.linspace(0, len(order) - 1, min(most, len(order))).astype(np.int64)]
     figure = Figure(figsize=(7.4, 6.4), layout="constrained")
     side, main = figure.subplots(1, 2, width_ratios=(0.6, 12))
-    side.imshow(taken.tasks[order, None] % 20, aspect="auto", cmap="tab20", interpolation="nearest", vmin=0, vmax=19)
+    side.imshow(
+        taken.tasks[order, None] % 20,
+        aspect="auto",
+        cmap="tab20",
+        interpolation="nearest",
+        vmin=0,
+        vmax=19,
+    )
     side.set(xticks=[], yticks=[], ylabel="items, sorted by found cluster", xlabel="task")
     shown = main.imshow(
-        clusters.affinity(taken.gradients[order]), aspect="auto", cmap="magma", interpolation="nearest", vmin=0.45, vmax=0.8
+        clusters.affinity(taken.gradients[order]),
+        aspect="auto",
+        cmap="magma",
+        interpolation="nearest",
+        vmin=0.45,
+        vmax=0.8,
     )
     for edge in np.flatnonzero(np.diff(labels[order])) + 0.5:
         main.axhline(edge, color="white", linewidth=0.35)
@@ -277,7 +299,9 @@ def draw_affinity(taken: Items, found: Clusters, path: Path, most: int = 800) ->
     title = f"{found.k} clusters found, adjusted Rand index with {len(np.unique(taken.tasks))} planted tasks: "
     main.set(xticks=[], yticks=[], title=title + f"{agreement(found, taken.tasks):.3f}")
     main.title.set_fontsize(10)
-    figure.colorbar(shown, ax=main, label="affinity, 1 - arccos(cosine) / pi; 0.5: nothing in common")
+    figure.colorbar(
+        shown, ax=main, label="affinity, 1 - arccos(cosine) / pi; 0.5: nothing in common"
+    )
     figure.savefig(path, dpi=130)
 
 
@@ -321,7 +345,9 @@ def _order(halves: FloatArray) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the numbers of every seed and draw its plots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the plots")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=Toy.tasks)
@@ -333,9 +359,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--items", type=int, default=2000)
     args = parser.parse_args(arguments)
     for seed in range(args.seeds):
-        toy = Toy(args.tasks, args.bits, args.k, 0.4, args.control, args.hidden, steps=args.steps, seed=seed)
+        toy = Toy(
+            args.tasks,
+            args.bits,
+            args.k,
+            0.4,
+            args.control,
+            args.hidden,
+            steps=args.steps,
+            seed=seed,
+        )
         numbers = run(toy, args.items, args.out)
-        print(", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None), flush=True)
+        print(
+            ", ".join(
+                f"{name} {value:.3g}" for name, value in numbers.items() if value is not None
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -15,9 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from fulcrum import config, scale, scale_report, store, terminal
-from fulcrum.intervals import Interval
-from fulcrum.watch import Watch
+from fulcrum.cli import terminal
+from fulcrum.cli.terminal import Watch
+from fulcrum.config.settings import Settings, settings_from_dict
+from fulcrum.core import store
+from fulcrum.mechanism import scale_report
+from fulcrum.mechanism.scale import run_scale
+from fulcrum.stats.intervals import Interval
 
 WORDS = (
     "brook", "stone", "lamp", "sparrow", "kettle", "meadow", "button", "candle", "drum", "engine",
@@ -48,7 +52,11 @@ def rows(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
             pool.append((form.format(*named), ", ".join(codes[word] for word in named)))
     return {
         "train": [ticket(word, number) for word in WORDS[:KNOWN] for number in (2, 3, 5, 7)],
-        "test": [ticket(word, number) for word in WORDS[KNOWN:] for number in (4, 6, 8, 9, 11, 12, 13, 14)],
+        "test": [
+            ticket(word, number)
+            for word in WORDS[KNOWN:]
+            for number in (4, 6, 8, 9, 11, 12, 13, 14)
+        ],
         "pool": pool,
     }
 
@@ -57,14 +65,16 @@ def write(folder: Path, seed: int = 0) -> dict[str, str]:
     """Write the rows as JSON lines; returns the files by name."""
     found = {name: folder / f"{name}.jsonl" for name in ("train", "test", "pool")}
     for name, pairs in rows(seed).items():
-        store.write_jsonl(found[name], [{"prompt": prompt, "completion": answer} for prompt, answer in pairs])
+        store.write_jsonl(
+            found[name], [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]
+        )
     return {name: str(path) for name, path in found.items()}
 
 
-def settings(folder: Path, **changes: Any) -> config.Settings:
+def settings(folder: Path, **changes: Any) -> Settings:
     """Settings of the control, with its rows in `folder`."""
     files = write(folder / "data")
-    return config.from_dict(
+    return settings_from_dict(
         {
             "task": {"name": "tickets", "train": files["train"], "test": files["test"], "anchor": "Write the ticket.",
                      "metrics": ["nll", "exact_match"], "max_new_tokens": 12},
@@ -86,16 +96,21 @@ def judge(found: Mapping[str, Any]) -> dict[str, bool]:
     The skill itself is whether codes are right (exact match): wrong answers teach the loss what codes look like.
     """
     nll, exact = (
-        {one["design"]: next(metric for metric in one["metrics"] if metric["metric"] == name) for one in _designs(found)}
+        {
+            one["design"]: next(metric for metric in one["metrics"] if metric["metric"] == name)
+            for one in _designs(found)
+        }
         for name in ("nll", "exact_match")
     )
     gain = _change(nll["exposures"]["by_seed"])
     right, wrong = (_change(exact[name]["by_seed"]) for name in ("exposures", "permuted"))
     still = nll["exposures"]["still"]
     return {
-        f"mixing wins: exact match {_told(right)}, loss {_told(gain)}": right.low > 0 and gain.high < 0,
+        f"mixing wins: exact match {_told(right)}, loss {_told(gain)}": right.low > 0
+        and gain.high < 0,
         f"scale sees it: the levels of the loss differ (F test, p {still:.2g})": still < 0.01,
-        f"with each other's answers no transfer: exact match {_told(wrong)}": wrong.high < right.low / 2,
+        f"with each other's answers no transfer: exact match {_told(wrong)}": wrong.high
+        < right.low / 2,
     }
 
 
@@ -122,7 +137,7 @@ def main() -> None:
     screen = terminal.console()
     terminal.silence_libraries()
     with Watch(screen) as watch:
-        scale.scale(settings(given.folder), resume=True, progress=watch, jobs=given.jobs)
+        run_scale(settings(given.folder), resume=True, progress=watch, jobs=given.jobs)
     terminal.conclude(screen, given.folder / "run")
     held = judge(store.read_json(given.folder / "run" / store.SCALING))
     for what, holds in held.items():

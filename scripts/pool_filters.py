@@ -15,7 +15,8 @@ REFUSAL = re.compile(
     re.I,
 )
 TEMPLATE_DAMAGE = re.compile(
-    r"<\||\|>|</?s>|\[/?INST|^(?:system|user|assistant)\b\s*[:\n]|\n(?:system|user|assistant|human|ai)\b\s*[:\n]", re.I
+    r"<\||\|>|</?s>|\[/?INST|^(?:system|user|assistant)\b\s*[:\n]|\n(?:system|user|assistant|human|ai)\b\s*[:\n]",
+    re.I,
 )
 MISSING_CONTEXT = re.compile(
     r"\b(the following|given (?:text|passage|sentence|paragraph|list)"
@@ -24,7 +25,8 @@ MISSING_CONTEXT = re.compile(
     re.I,
 )
 ASSISTANT_VOICE = re.compile(
-    r"\b(i'?d be happy to|here'?s a|here are|sure[,!]|certainly[,!]|i can help you|your question)\b", re.I
+    r"\b(i'?d be happy to|here'?s a|here are|sure[,!]|certainly[,!]|i can help you|your question)\b",
+    re.I,
 )
 SENSITIVE = re.compile(
     r"\b(sex\w*|porn\w*|vagina|penis|nude|abortion|genocide|slave\w*|racis\w*|rap(?:e|ist)|suicid\w*|murder\w*|kill\w*"
@@ -63,9 +65,16 @@ def repeat_share(text: str, n: int = 3) -> float:
 
 def is_garbled(text: str) -> bool:
     """Tell whether a text holds control or non-Latin characters, or too few letters to be an English sentence."""
-    odd = sum(not (c.isascii() and (c.isprintable() or c == "\n")) and c not in ODD_BUT_FINE for c in text)
+    odd = sum(
+        not (c.isascii() and (c.isprintable() or c == "\n")) and c not in ODD_BUT_FINE for c in text
+    )
     letters = sum(c.isalpha() for c in text)
-    return odd > 0 or "http" in text or "www." in text or (len(text) > 12 and letters < 0.55 * len(text))
+    return (
+        odd > 0
+        or "http" in text
+        or "www." in text
+        or (len(text) > 12 and letters < 0.55 * len(text))
+    )
 
 
 def prompt_fault(row: Row) -> str | None:

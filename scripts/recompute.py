@@ -25,9 +25,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fulcrum import anchor_validity, certificate, clusters, config, outcomes, pilot, scale_report, store
-from fulcrum.certificate import Certificate
-from fulcrum.outcomes import Outcomes
+from fulcrum.config.settings import load_settings
+from fulcrum.core import store
+from fulcrum.experiments import pilot
+from fulcrum.mechanism import clusters, scale_report
+from fulcrum.report import anchor_validity
+from fulcrum.stats import certificate, outcomes
+from fulcrum.stats.certificate import Certificate
+from fulcrum.stats.outcomes import Outcomes
 
 QUANTA = f"{store.QUANTA}.gz"
 VERDICT = "verdict.json"
@@ -49,7 +54,9 @@ class Verdict(NamedTuple):
 
 def main() -> None:
     """Print every verdict, stored and computed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path)
     found = list(verdicts(parser.parse_args().results))
     print("| result | stored | computed again | equal |\n|---|---|---|---|")
@@ -73,7 +80,7 @@ def verdicts(results: Path) -> Iterator[Verdict]:
 
 def scale(folder: Path) -> Iterator[Verdict]:
     """Judge the curves of a scaling run by its outcomes."""
-    settings = config.load(folder / "run.yaml")
+    settings = load_settings(folder / "run.yaml")
     task = settings.tasks[0].name
     found = outcomes.read(outcomes.file_in(folder))
     results = {"settings": settings.model_dump(mode="json"), "arms": list(_arms(found, task))}

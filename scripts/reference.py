@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import fulcrum
-from fulcrum import cli, config, settings_file
-from fulcrum.sections import Section
+from fulcrum.cli import main as cli
+from fulcrum.config import parsing
+from fulcrum.config.base import Section
+from fulcrum.config.settings import Arm, Settings, TaskSettings
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"
@@ -44,17 +46,26 @@ OFFERED: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 def main(words: Sequence[str] | None = None) -> int:
     """Write the pages, or compare them; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is stale")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 where a page is stale"
+    )
     stale = stale_pages()
     if not parser.parse_args(words).check:
         FOLDER.mkdir(parents=True, exist_ok=True)
         for name in stale:
             (FOLDER / name).write_text(pages()[name], encoding="utf-8")
-        print(f"docs/reference: {len(stale)} pages written, {len(pages()) - len(stale)} were up to date")
+        print(
+            f"docs/reference: {len(stale)} pages written, {len(pages()) - len(stale)} were up to date"
+        )
         return 0
     for name in stale:
-        print(f"docs/reference/{name} is not what the code says; write it anew with `make docs`", file=sys.stderr)
+        print(
+            f"docs/reference/{name} is not what the code says; write it anew with `make docs`",
+            file=sys.stderr,
+        )
     return 1 if stale else 0
 
 
@@ -76,7 +87,7 @@ def stale_pages() -> list[str]:
 
 def _settings() -> str:
     """A table for each section, in the order of the file; a section that stands in several places is told once."""
-    sections = list(dict.fromkeys(_walk(config.Settings, "")))
+    sections = list(dict.fromkeys(_walk(Settings, "")))
     parts = [
         "# Settings",
         "A settings file is YAML. Here is every key, with what it takes and what it is without being set. Keys of sections are "
@@ -93,7 +104,7 @@ def _settings() -> str:
         for name, field in section.model_fields.items():
             if _sections_in(field.annotation) and not field.description:
                 continue  # a section has its own table
-            shown = "task" if (section, name) == (config.Settings, "tasks") else name
+            shown = "task" if (section, name) == (Settings, "tasks") else name
             bounds = _bounds(field.metadata)
             rows.append(
                 (
@@ -105,8 +116,15 @@ def _settings() -> str:
             )
         parts.append(_table(("key", "takes", "default", "what it is"), rows))
     parts.append("## Names that other trainers use")
-    parts.append("They are renamed when the file is read. A key that is given under both names is an error.")
-    parts.append(_table(("name", "means"), [(f"`{theirs}`", f"`{ours}`") for theirs, ours in settings_file.ALIASES.items()]))
+    parts.append(
+        "They are renamed when the file is read. A key that is given under both names is an error."
+    )
+    parts.append(
+        _table(
+            ("name", "means"),
+            [(f"`{theirs}`", f"`{ours}`") for theirs, ours in parsing.ALIASES.items()],
+        )
+    )
     return "\n\n".join(parts)
 
 
@@ -116,12 +134,12 @@ def _walk(section: type[Section], where: str) -> Iterator[tuple[str, type[Sectio
     for name, field in section.model_fields.items():
         for inner in _sections_in(field.annotation):
             own = "task" if name == "tasks" else f"{where}.{name}" if where else name
-            if inner in (config.Arm,):
+            if inner in (Arm,):
                 yield from _walk(inner, f"{own}[]")
             elif inner.__name__ in ("DataSource", "GeneralSource"):
-                if (section, name) in ((config.TaskSettings, "train"), (config.Settings, "general")):
+                if (section, name) in ((TaskSettings, "train"), (Settings, "general")):
                     yield from _walk(inner, f"{own}[]")
-            elif (section, name) != (config.Arm, "anchor"):  # told where tasks have it
+            elif (section, name) != (Arm, "anchor"):  # told where tasks have it
                 yield from _walk(inner, own)
 
 
@@ -137,14 +155,22 @@ def _kind(kind: Any) -> str:
     if origin is typing.Annotated:
         return _kind(parts[0]) + _bounds(kind.__metadata__)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys("none" if part is types.NoneType else _kind(part) for part in parts))
+        return " or ".join(
+            dict.fromkeys("none" if part is types.NoneType else _kind(part) for part in parts)
+        )
     if origin is typing.Literal:
         return " or ".join(f"`{part}`" for part in parts)
     if origin is tuple:
         return f"list of {_kind(parts[0])}"
     if origin is dict:
         return f"mapping of {_kind(parts[0])} to {_kind(parts[1])}"
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
+    names = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        Any: "anything",
+    }
     if kind in names:
         return names[kind]
     named = {
@@ -159,8 +185,15 @@ def _kind(kind: Any) -> str:
 
 def _bounds(metadata: Sequence[Any]) -> str:
     words = {"ge": "at least {:g}", "gt": "above {:g}", "le": "at most {:g}", "lt": "below {:g}"}
-    said = [form.format(getattr(item, key)) for item in metadata for key, form in words.items() if hasattr(item, key)]
-    said += [f"{item.min_length} or more" for item in metadata if getattr(item, "min_length", 0) > 1]
+    said = [
+        form.format(getattr(item, key))
+        for item in metadata
+        for key, form in words.items()
+        if hasattr(item, key)
+    ]
+    said += [
+        f"{item.min_length} or more" for item in metadata if getattr(item, "min_length", 0) > 1
+    ]
     return f" ({', '.join(said)})" if said else ""
 
 
@@ -197,12 +230,18 @@ def _command_line() -> str:
         "`--show-completion` prints what it would be taught.",
     ]
     for name, function in verbs():
-        own = [parameter for parameter in inspect.signature(function).parameters.values() if parameter.name != "ctx"]
+        own = [
+            parameter
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.name != "ctx"
+        ]
         told = [(parameter, typing.get_args(parameter.annotation)[1]) for parameter in own]
         arguments = [(p, info) for p, info in told if type(info).__name__ == "ArgumentInfo"]
         usage = " ".join(_optional(_metavar(p, info), p) for p, info in arguments)
         parts.append(f"## `fulcrum {name}`")
-        parts.append(f"`fulcrum {' '.join(filter(None, (name, usage, '[OPTIONS]' * (len(told) > len(arguments)))))}`")
+        parts.append(
+            f"`fulcrum {' '.join(filter(None, (name, usage, '[OPTIONS]' * (len(told) > len(arguments)))))}`"
+        )
         parts.append(inspect.cleandoc(function.__doc__ or ""))
         rows = [
             (
@@ -246,11 +285,15 @@ def _spelt(parameter: inspect.Parameter, info: Any) -> str:
     if type(info).__name__ == "ArgumentInfo":
         return _metavar(parameter, info)
     # Typer takes the first word for a default until it has seen that it stands in an Annotated.
-    names = ", ".join(word for word in (info.default, *(info.param_decls or ())) if isinstance(word, str))
+    names = ", ".join(
+        word for word in (info.default, *(info.param_decls or ())) if isinstance(word, str)
+    )
     parts = [str(part) for part in typing.get_args(parameter.annotation)[:1]]
     if parts == [str(bool)]:
         return names
-    kind = {"int": "N", "float": "NUMBER"}.get(next((k for k in ("int", "float") if k in parts[0]), ""), "TEXT")
+    kind = {"int": "N", "float": "NUMBER"}.get(
+        next((k for k in ("int", "float") if k in parts[0]), ""), "TEXT"
+    )
     return f"{names} {info.metavar or ('PATH' if 'Path' in parts[0] else kind)}"
 
 
@@ -295,9 +338,13 @@ def _told_class(shown: str, node: ast.ClassDef) -> str:
     lines = [f"### `fulcrum.{shown}`", _doc(node)]
     if "Section" in map(ast.unparse, node.bases):
         place = {"MixSettings": "mix", "TaskSettings": "task"}[node.name]
-        return "\n\n".join((*lines, f"Its fields are the keys of [`{place}`](settings.md#{place})."))
+        return "\n\n".join(
+            (*lines, f"Its fields are the keys of [`{place}`](settings.md#{place}).")
+        )
     fields = [
-        ast.unparse(part) for part in node.body if isinstance(part, ast.AnnAssign) and not ast.unparse(part).startswith("_")
+        ast.unparse(part)
+        for part in node.body
+        if isinstance(part, ast.AnnAssign) and not ast.unparse(part).startswith("_")
     ]
     if fields:
         lines.append("```python\n" + "\n".join(fields) + "\n```")
@@ -306,7 +353,9 @@ def _told_class(shown: str, node: ast.ClassDef) -> str:
         if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
             is_property = any(ast.unparse(one) == "property" for one in part.decorator_list)
             head = (
-                f"{part.name}: {ast.unparse(part.returns) if part.returns else 'Any'}" if is_property else _signature(part)[4:]
+                f"{part.name}: {ast.unparse(part.returns) if part.returns else 'Any'}"
+                if is_property
+                else _signature(part)[4:]
             )
             members.append(f"- `{head}`: {' '.join(_doc(part).split())}")
     return "\n\n".join((*lines, *(["\n".join(members)] if members else [])))

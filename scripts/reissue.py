@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from fulcrum import certificate, certification, outcomes, store
-from fulcrum.certificate import Certificate, Design, Inputs, Question
+from fulcrum.core import store
+from fulcrum.stats import certificate, certification, outcomes
+from fulcrum.stats.certificate import Certificate, Design, Inputs, Question
 
 _TOLERANCE = 1e-9  # relative: other processors add in another order
 _VERDICTS = {
@@ -87,7 +88,9 @@ class Compared(NamedTuple):
 
 def main() -> None:
     """Compare the folders, print the table, and write what is equal if that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
@@ -173,7 +176,9 @@ def _lacking(there: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         ends = [match.start() for match in re.finditer(r"[.\[]", place) if match.start()]
         for end in [*ends, len(place)]:
             part = place[:end]
-            if not any(known == part or known.startswith((f"{part}.", f"{part}[")) for known in other):
+            if not any(
+                known == part or known.startswith((f"{part}.", f"{part}[")) for known in other
+            ):
                 parts[part] = None
                 break
     return list(parts)
@@ -331,7 +336,9 @@ def _matches_any(note: str, patterns: Sequence[str]) -> bool:
 
 def _read_note(note: str, values: dict[str, Any]) -> bool:
     """Read one note into the values of a design; return whether it is known."""
-    cross_validation = r"Settings were chosen by (\d+)-fold cross-validation inside the task rows of "
+    cross_validation = (
+        r"Settings were chosen by (\d+)-fold cross-validation inside the task rows of "
+    )
     if match := re.match(cross_validation, note):
         values["folds"] = int(match[1])
         values["tune"] = "first" if "of the first seed" in note else "each"

@@ -17,9 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from fulcrum import certificate, outcomes, scale_report, store, wording
-from fulcrum.certificate import Certificate
-from fulcrum.summary import label_of
+from fulcrum.core import store
+from fulcrum.mechanism import scale_report
+from fulcrum.report import wording
+from fulcrum.report.summary import label_of
+from fulcrum.stats import certificate, outcomes
+from fulcrum.stats.certificate import Certificate
 
 BEGIN, END = "<!-- made by scripts/results_table.py -->", "<!-- end of the table -->"
 HEAD = (
@@ -50,7 +53,9 @@ class Row(NamedTuple):
 
 def main() -> None:
     """Write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path)
     results = parser.parse_args().results
     readme = results / "README.md"

@@ -14,15 +14,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fulcrum import row_savings
-from fulcrum.intervals import Interval
-from fulcrum.records import FloatArray
-from fulcrum.row_savings import Factor, Point
+from fulcrum.core.types import FloatArray
+from fulcrum.stats import row_savings
+from fulcrum.stats.intervals import Interval
+from fulcrum.stats.row_savings import Factor, Point
 
 SIZES, MIXED = (16, 32, 64, 128, 256), (16, 64, 256)
 REFERENCES = ("sft", "sft_anchor")
 ROWS, GROUPS, DRAWS = 200, 50, 1000
-CHAIN, ARM, CELL, GROUP, ROW = 0.05, 0.04, 0.03, 0.1, 0.3  # standard deviations, in the score's own unit
+CHAIN, ARM, CELL, GROUP, ROW = (
+    0.05,
+    0.04,
+    0.03,
+    0.1,
+    0.3,
+)  # standard deviations, in the score's own unit
 
 Curve = Callable[[float], float]
 
@@ -48,7 +54,11 @@ class Case:
     @property
     def curves(self) -> dict[str, Curve]:
         """Every arm's curve."""
-        return {"sft": self.sft, **dict.fromkeys(self.references[1:], self.sft_anchor), "tell": self.tell}
+        return {
+            "sft": self.sft,
+            **dict.fromkeys(self.references[1:], self.sft_anchor),
+            "tell": self.tell,
+        }
 
 
 def _log(level: float, per_doubling: float) -> Curve:
@@ -118,7 +128,11 @@ def _evaluate(drawn: row_savings.Draws, case: Case) -> Answer:
     ref = row_savings.reference(drawn, case.references, SIZES[-1])
     gained = drawn.of("tell", SIZES[-1]) - ref.last
     difference = row_savings.interval(gained)
-    worse = row_savings.beaten(drawn, "tell", case.references, SIZES[-1]) if case.on_test else difference.high < 0
+    worse = (
+        row_savings.beaten(drawn, "tell", case.references, SIZES[-1])
+        if case.on_test
+        else difference.high < 0
+    )
     return Answer(
         difference, row_savings.p_value(gained), row_savings.row_saving(drawn, "tell", ref),
         row_savings.row_gain(drawn, "tell", 64, ref), row_savings.identifiable(ref, SIZES[-1]), worse,
@@ -160,7 +174,9 @@ def report(case: Case, seeds: int, experiments: int) -> None:
         "p at most 0.05": [a.p <= 0.05 for a in found],
         "identifiable": [a.identifiable for a in found],
         "saving beyond sizes": [a.saving.estimate == np.inf for a in found],
-        "saving invented": [np.isfinite(a.saving.low) and a.saving.low > a.saving.most for a in found],
+        "saving invented": [
+            np.isfinite(a.saving.low) and a.saving.low > a.saving.most for a in found
+        ],
     }
     saving = np.median([a.saving.estimate for a in found])
     print(f"\n## {case.name}, {seeds} seeds, {experiments} experiments; true difference {true.difference.estimate:.3f}, "
@@ -171,7 +187,9 @@ def report(case: Case, seeds: int, experiments: int) -> None:
 
 def main() -> None:
     """Simulate all cases at 5 and 8 seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--experiments", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[5, 8])
     parser.add_argument("--case", default="", help="only cases whose names hold this")

@@ -9,18 +9,24 @@ The truth is the mean difference over 1,500 data sets of the training size, on 2
 import numpy as np
 from scipy.special import stdtrit
 
-from fulcrum.records import FloatArray
-from fulcrum.row_savings import shared_variance
+from fulcrum.core.types import FloatArray
+from fulcrum.stats.row_savings import shared_variance
 
 INPUTS, REPETITIONS = 20, 2000
 
 
 def _fit(inputs: FloatArray, outputs: FloatArray, penalty: float) -> FloatArray:
-    return np.linalg.solve(inputs.T @ inputs + penalty * np.eye(INPUTS), inputs.T @ outputs).astype(np.float64)
+    return np.linalg.solve(inputs.T @ inputs + penalty * np.eye(INPUTS), inputs.T @ outputs).astype(
+        np.float64
+    )
 
 
-def _difference(inputs: FloatArray, outputs: FloatArray, tests: FloatArray, answers: FloatArray) -> float:
-    errors = [((tests @ _fit(inputs, outputs, penalty) - answers) ** 2).mean() for penalty in (1.0, 30.0)]
+def _difference(
+    inputs: FloatArray, outputs: FloatArray, tests: FloatArray, answers: FloatArray
+) -> float:
+    errors = [
+        ((tests @ _fit(inputs, outputs, penalty) - answers) ** 2).mean() for penalty in (1.0, 30.0)
+    ]
     return float(errors[0] - errors[1])
 
 
@@ -37,7 +43,12 @@ def coverage(rows: int, folds: int) -> tuple[float, float]:
     held, hits = np.arange(rows) % folds, np.zeros(2)
     for _ in range(REPETITIONS):
         x, y = drawn(rows)
-        found = np.array([_difference(x[held != k], y[held != k], x[held == k], y[held == k]) for k in range(folds)])
+        found = np.array(
+            [
+                _difference(x[held != k], y[held != k], x[held == k], y[held == k])
+                for k in range(folds)
+            ]
+        )
         half = stdtrit(folds - 1, 0.975) * found.std(ddof=1) * np.sqrt(1 / folds)
         wider = np.sqrt(1 + folds * shared_variance(rows / folds, rows))
         hits += [abs(found.mean() - true) <= half * wider, abs(found.mean() - true) <= half]

@@ -1,4 +1,4 @@
-"""Whether `fulcrum.emergence` and `fulcrum.row_jumps` claim jumps where none were planted, and find those that were.
+"""Whether `fulcrum.mechanism.jumps` claims jumps where none were planted, and find those that were.
 
     python scripts/simulate_scaling.py                    # 500 experiments a cell, some minutes on one core
     python scripts/simulate_scaling.py --experiments 100
@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
 
-from fulcrum.emergence import find_jumps
-from fulcrum.records import BoolArray, FloatArray
-from fulcrum.row_jumps import row_jumps
+from fulcrum.core.types import BoolArray, FloatArray
+from fulcrum.mechanism.jumps import find_jumps, row_jumps
 
 SHORT = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 LONG = (*SHORT, 32.0, 64.0)
@@ -68,7 +67,11 @@ class Noise:
 
     def draw(self, rng: np.random.Generator, shape: tuple[int, int, int]) -> FloatArray:
         """Noise (experiments, seeds, levels)."""
-        drawn = rng.standard_t(3, shape) / np.sqrt(3) if self.kind == "t3" else rng.standard_normal(shape)
+        drawn = (
+            rng.standard_t(3, shape) / np.sqrt(3)
+            if self.kind == "t3"
+            else rng.standard_normal(shape)
+        )
         if self.kind == "drift":
             drawn = np.cumsum(drawn, axis=2) / np.sqrt(shape[2])
         if self.kind == "unequal":
@@ -78,10 +81,19 @@ class Noise:
 
 
 def experiments(
-    levels: tuple[float, ...], curve: FloatArray, noise: Noise, seeds: int, number: int, seed: int, *, every_p: bool = False
+    levels: tuple[float, ...],
+    curve: FloatArray,
+    noise: Noise,
+    seeds: int,
+    number: int,
+    seed: int,
+    *,
+    every_p: bool = False,
 ) -> tuple[BoolArray, FloatArray]:
     """Which of `number` experiments claim an improving jump, and their p; a false alarm counts in either direction."""
-    scores = curve + noise.draw(np.random.default_rng([seed, seeds, len(levels)]), (number, seeds, len(levels)))
+    scores = curve + noise.draw(
+        np.random.default_rng([seed, seeds, len(levels)]), (number, seeds, len(levels))
+    )
     return find_jumps(levels, scores, draws=DRAWS, seed=seed, every_p=every_p)
 
 
@@ -121,7 +133,9 @@ def false_alarms(number: int) -> Iterator[Table]:
             totals["claimed"] += claimed
             totals["p alone"] += alone
             totals["experiments"] += number * len(cells)
-            totals["cells above 1%"] += sum(binomtest(c[0], number).proportion_ci(method="exact").low > 0.01 for c in cells)
+            totals["cells above 1%"] += sum(
+                binomtest(c[0], number).proportion_ci(method="exact").low > 0.01 for c in cells
+            )
         yield table
     table = Table(title="False alarms in all")
     for column in totals:
@@ -133,7 +147,9 @@ def false_alarms(number: int) -> Iterator[Table]:
 
 def other_noise(number: int) -> Table:
     """False alarms where the noise is not what the test assumes."""
-    table = Table(title="False alarms under other noise (sd 0.05, 5 seeds): p < 0.01 alone, and all conditions")
+    table = Table(
+        title="False alarms under other noise (sd 0.05, 5 seeds): p < 0.01 alone, and all conditions"
+    )
     for column in ("levels", "noise", "truth", "p alone", "claimed"):
         table.add_column(column)
     truths = (
@@ -148,7 +164,13 @@ def other_noise(number: int) -> Table:
         for name in truths:
             curve = SMOOTH[name](np.array(levels))
             found, p = experiments(levels, curve, Noise(0.05, kind), 5, number, 3, every_p=True)
-            table.add_row(str(len(levels)), kind, name, share(int((p < 0.01).sum()), number), share(int(found.sum()), number))
+            table.add_row(
+                str(len(levels)),
+                kind,
+                name,
+                share(int((p < 0.01).sum()), number),
+                share(int(found.sum()), number),
+            )
     return table
 
 
@@ -161,14 +183,23 @@ def powers(number: int) -> Iterator[Table]:
         for column in ("step between", "background", "seeds", *(f"{size:g}" for size in sizes)):
             table.add_column(column)
         x = np.log2(np.array(levels) + 1)
-        for after, background, seeds in product(range(2, len(levels) - 1), ("flat", "slope"), SEEDS):
+        for after, background, seeds in product(
+            range(2, len(levels) - 1), ("flat", "slope"), SEEDS
+        ):
             if background == "slope" and after != len(levels) // 2:
                 continue
-            step = np.where(np.arange(len(levels)) >= after, 1.0, 0.0) + (0.5 * _unit(x) if background == "slope" else 0.0)
-            found = [experiments(levels, size * step, Noise(1.0), seeds, number, 5)[0].mean() for size in sizes]
+            step = np.where(np.arange(len(levels)) >= after, 1.0, 0.0) + (
+                0.5 * _unit(x) if background == "slope" else 0.0
+            )
+            found = [
+                experiments(levels, size * step, Noise(1.0), seeds, number, 5)[0].mean()
+                for size in sizes
+            ]
             between = f"{levels[after - 1]:g} and {levels[after]:g}"
             around = "flat" if background == "flat" else "line of half its size"
-            table.add_row(between, around, str(seeds), *(f"{found_share:.0%}" for found_share in found))
+            table.add_row(
+                between, around, str(seeds), *(f"{found_share:.0%}" for found_share in found)
+            )
         yield table
 
 
@@ -192,15 +223,23 @@ def rows(number: int) -> Table:
         "t5": lambda rng, shape: rng.standard_t(5, shape) / np.sqrt(5 / 3),
         "t3": lambda rng, shape: rng.standard_t(3, shape) / np.sqrt(3),
     }
-    for levels, kind, slope, jumping in product((SHORT, LONG), kinds, (0.0, -1.0, -2.0), (0.0, 0.2)):
+    for levels, kind, slope, jumping in product(
+        (SHORT, LONG), kinds, (0.0, -1.0, -2.0), (0.0, 0.2)
+    ):
         x, false, some, found = np.log2(np.array(levels) + 1), [], [], []
         for experiment in range(number):
             rng = np.random.default_rng([experiment, len(levels)])
             true = np.arange(500) < 500 * jumping
             place = rng.integers(2, len(levels) - 1, 500)
-            sd = np.where(true, 0.15, rng.choice([0.05, 0.15, 0.6], 500))  # the noisiest null rows pass 0.5 nat by chance
-            planted = np.where(true, -1.0 * (np.arange(len(levels))[:, None] >= place), slope * _unit(x)[:, None])
-            jumps = row_jumps(levels, planted + sd * kinds[kind](rng, (len(levels), 500)), draws=100_000).jumps
+            sd = np.where(
+                true, 0.15, rng.choice([0.05, 0.15, 0.6], 500)
+            )  # the noisiest null rows pass 0.5 nat by chance
+            planted = np.where(
+                true, -1.0 * (np.arange(len(levels))[:, None] >= place), slope * _unit(x)[:, None]
+            )
+            jumps = row_jumps(
+                levels, planted + sd * kinds[kind](rng, (len(levels), 500)), draws=100_000
+            ).jumps
             false.append(float((jumps & ~true).sum() / max(jumps.sum(), 1)))
             some.append(bool((jumps & ~true).any()))
             found.append(float(jumps[true].mean()) if jumping else np.nan)
@@ -212,7 +251,9 @@ def rows(number: int) -> Table:
 
 def main() -> None:
     """Print all tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--experiments", type=int, default=500)
     number = parser.parse_args().experiments
     console = Console(width=160)

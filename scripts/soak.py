@@ -24,14 +24,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fulcrum import store
+from fulcrum.core import store
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import answering  # noqa: E402
-from tiny import WORDS, save_task, tiny_settings, write_rows  # noqa: E402
 
-_TIMED = re.compile(r"seconds|memory|^sha256$|^outputs$|dev_nll_seconds")  # names of what differs between equal runs
+from helpers.tiny import WORDS, save_task, tiny_settings, write_rows  # noqa: E402
+
+_TIMED = re.compile(
+    r"seconds|memory|^sha256$|^outputs$|dev_nll_seconds"
+)  # names of what differs between equal runs
 # Of 1,000 fuzzed inputs, how many go to each target: as many as its speed allows.
 _SHARES = {"pack": 300, "plan": 300, "config": 150, "encode": 150, "ingest": 100}
 _GIVE_UP = 600  # seconds for a process that was not killed
@@ -70,8 +73,14 @@ def bits(folder: Path, *patterns: str) -> dict[str, str]:
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         data = path.read_bytes()
         if path.suffix == ".json":
-            data = json.dumps(timeless(json.loads(data)), sort_keys=True).replace(str(folder), "").encode()
-        found[re.sub(r"[0-9a-f]{32}", "*", str(path.relative_to(folder)))] = hashlib.sha256(data).hexdigest()
+            data = (
+                json.dumps(timeless(json.loads(data)), sort_keys=True)
+                .replace(str(folder), "")
+                .encode()
+            )
+        found[re.sub(r"[0-9a-f]{32}", "*", str(path.relative_to(folder)))] = hashlib.sha256(
+            data
+        ).hexdigest()
     return found
 
 
@@ -90,9 +99,17 @@ def jobs(place: Path, url: str) -> list[Job]:
     run_file = place / "run.yaml"
     run_file.write_text(json.dumps(data))
     write_rows(place / "anchors.jsonl", [])
-    (place / "anchors.jsonl").write_text("".join(json.dumps({"text": f"Say the colour of {word}."}) + "\n" for word in WORDS))
+    (place / "anchors.jsonl").write_text(
+        "".join(json.dumps({"text": f"Say the colour of {word}."}) + "\n" for word in WORDS)
+    )
     write_rows(
-        place / "big.jsonl", [(f"tell me of {a} {b} {k}", f"{b} {k} {a}") for k in range(400) for a in WORDS for b in WORDS]
+        place / "big.jsonl",
+        [
+            (f"tell me of {a} {b} {k}", f"{b} {k} {a}")
+            for k in range(400)
+            for a in WORDS
+            for b in WORDS
+        ],
     )
 
     def verb(name: str) -> Callable[[Path], list[str]]:
@@ -131,9 +148,19 @@ def said(body: dict[str, Any], number: int) -> tuple[int, str]:
 def start(job: Job, out: Path) -> "subprocess.Popen[bytes]":
     """The command's process; its cache is its own."""
     out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "FULCRUM_CACHE": str(out / "cache"), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
+    environment = {
+        **os.environ,
+        "FULCRUM_CACHE": str(out / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "random",
+    }
     log = (out / "log.txt").open("ab")
-    return subprocess.Popen([sys.executable, "-m", "fulcrum", *job.arguments(out)], stdout=log, stderr=log, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "fulcrum", *job.arguments(out)],
+        stdout=log,
+        stderr=log,
+        env=environment,
+    )
 
 
 def half_written(out: Path) -> bool:
@@ -141,13 +168,17 @@ def half_written(out: Path) -> bool:
     return any((out / "run" / "checkpoints").glob("*/.checkpoint-*"))
 
 
-def kill_often(job: Job, work: Path, kills: int, rng: random.Random, say: Callable[[str], None]) -> Row:
+def kill_often(
+    job: Job, work: Path, kills: int, rng: random.Random, say: Callable[[str], None]
+) -> Row:
     """Kill a command `kills` times, a third of them in mid-checkpoint where it has some, and let it end."""
     row = Row(f"kill {job.name}")
     reference, out = work / f"{job.name}-whole", work / f"{job.name}-killed"
     began = time.monotonic()
     if start(job, reference).wait(_GIVE_UP) != 0:
-        raise SystemExit(f"{job.name}: fails without being killed: {(reference / 'log.txt').read_text()[-500:]}")
+        raise SystemExit(
+            f"{job.name}: fails without being killed: {(reference / 'log.txt').read_text()[-500:]}"
+        )
     whole, expected = time.monotonic() - began, job.left(reference)
     if not expected:
         raise SystemExit(f"{job.name}: left nothing that could be compared")
@@ -166,7 +197,9 @@ def kill_often(job: Job, work: Path, kills: int, rng: random.Random, say: Callab
         process.kill()
         process.wait()
         row.tried, caught = row.tried + (not over), caught + half_written(out)
-        if any(store.damaged(path) for path in (out / "run" / "checkpoints").glob("[!.]*/checkpoint-*")):
+        if any(
+            store.damaged(path) for path in (out / "run" / "checkpoints").glob("[!.]*/checkpoint-*")
+        ):
             row.notes += "a damaged checkpoint; "
         if over:  # it was faster than the kill: begin another one
             row.notes += "other bits after an early end; " * (job.left(out) != expected)
@@ -178,7 +211,11 @@ def kill_often(job: Job, work: Path, kills: int, rng: random.Random, say: Callab
     found = job.left(out)
     different = [name for name in {*expected, *found} if expected.get(name) != found.get(name)]
     row.survived = row.tried if not different and not row.notes else 0
-    row.notes += f"{len(expected)} files equal" if not different else f"different: {', '.join(sorted(different)[:3])}"
+    row.notes += (
+        f"{len(expected)} files equal"
+        if not different
+        else f"different: {', '.join(sorted(different)[:3])}"
+    )
     row.notes += f"; {caught} in mid-checkpoint" * job.checkpoints
     return row
 
@@ -189,8 +226,16 @@ def faults() -> Row:
         [sys.executable, "-m", "pytest", "-m", "fault", "-p", "no:cacheprovider", "--durations=0", "-rA"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    passed, failed = (len(set(re.findall(rf"^{kind} (\S+)", done.stdout, re.M))) for kind in ("PASSED", "(?:FAILED|ERROR)"))
-    return Row("planted faults", passed + failed, passed, "" if done.returncode == 0 else done.stdout[-300:])
+    passed, failed = (
+        len(set(re.findall(rf"^{kind} (\S+)", done.stdout, re.M)))
+        for kind in ("PASSED", "(?:FAILED|ERROR)")
+    )
+    return Row(
+        "planted faults",
+        passed + failed,
+        passed,
+        "" if done.returncode == 0 else done.stdout[-300:],
+    )
 
 
 def fuzz(target: str, runs: int, corpus: Path, seed: int) -> Row:
@@ -201,9 +246,18 @@ def fuzz(target: str, runs: int, corpus: Path, seed: int) -> Row:
     )  # fmt: skip
     executed = re.search(r"number_of_executed_units: (\d+)", done.stderr + done.stdout)
     tried = int(executed.group(1)) if executed else 0
-    found = [path.name for path in (corpus / target).glob("*-*") if path.name.startswith(("crash", "timeout", "oom"))]
+    found = [
+        path.name
+        for path in (corpus / target).glob("*-*")
+        if path.name.startswith(("crash", "timeout", "oom"))
+    ]
     lost = len(found) or int(done.returncode != 0)
-    return Row(f"fuzz {target}", tried, tried - lost, ", ".join(found) or (done.stderr[-300:] if lost else ""))
+    return Row(
+        f"fuzz {target}",
+        tried,
+        tried - lost,
+        ", ".join(found) or (done.stderr[-300:] if lost else ""),
+    )
 
 
 def main() -> None:
@@ -221,7 +275,9 @@ def main() -> None:
         place = save_task(work / "task", 24, 16)
         rng, rows, began = random.Random(given.seed), list[Row](), time.monotonic()
         with answering.endpoint(said) as (url, _):
-            for job in (job for job in jobs(place, url) if given.kills and given.only in (None, job.name)):
+            for job in (
+                job for job in jobs(place, url) if given.kills and given.only in (None, job.name)
+            ):
                 rows.append(kill_often(job, work, given.kills, rng, screen.print))
         screen.print("planted faults")
         rows.append(faults())
@@ -231,8 +287,17 @@ def main() -> None:
     table = Table(title=f"Soak, seed {given.seed}, {(time.monotonic() - began) / 60:.0f} minutes")
     for head in ("what", "tried", "survived", "lost", "notes"):
         table.add_column(head)
-    for row in [*rows, Row("all", sum(row.tried for row in rows), sum(row.survived for row in rows))]:
-        table.add_row(row.what, f"{row.tried:,}", f"{row.survived:,}", f"{row.tried - row.survived:,}", row.notes)
+    for row in [
+        *rows,
+        Row("all", sum(row.tried for row in rows), sum(row.survived for row in rows)),
+    ]:
+        table.add_row(
+            row.what,
+            f"{row.tried:,}",
+            f"{row.survived:,}",
+            f"{row.tried - row.survived:,}",
+            row.notes,
+        )
     screen.print(table)
     sys.exit(any(row.tried != row.survived or not row.tried for row in rows))
 

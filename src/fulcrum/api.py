@@ -9,18 +9,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulcrum import certificate, certificate_page, config, run_folder, run_report, store
-from fulcrum import verify as verification
-from fulcrum.config import Settings
-from fulcrum.quanta_report import QUANTA
-from fulcrum.records import Prediction, Results, Score
-from fulcrum.run_kinds import COMPARE, TRAIN, Kinds, RunKind, kind_of
-from fulcrum.scale_report import SCALE
-from fulcrum.verify import Verification
+from fulcrum.config.settings import Settings, load_settings, settings_from_dict
+from fulcrum.core import run_folder, store
+from fulcrum.core.types import Prediction, Results, Score
+from fulcrum.mechanism.quanta_report import QUANTA
+from fulcrum.mechanism.scale_report import SCALE
+from fulcrum.report import certificate_page, run_report
+from fulcrum.report import verify as verification
+from fulcrum.report.run_kinds import COMPARE, TRAIN, Kinds, RunKind, kind_of
+from fulcrum.report.verify import Verification
+from fulcrum.stats import certificate
 
 if TYPE_CHECKING:
-    from fulcrum.finished import Adapter
-    from fulcrum.progress import ProgressListener
+    from fulcrum.core.progress import ProgressListener
+    from fulcrum.experiments.finished import Adapter
 
 KINDS: Kinds = {kind.name: kind for kind in (TRAIN, COMPARE, SCALE, QUANTA)}
 
@@ -34,7 +36,7 @@ def train(*, resume: bool = False, **settings: Any) -> Results:
     With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError, each naming the
     remedy; all are FulcrumErrors.
     """
-    return launch(TRAIN, config.from_dict(settings), resume=resume)
+    return launch(TRAIN, settings_from_dict(settings), resume=resume)
 
 
 def compare(*, resume: bool = False, **settings: Any) -> Results:
@@ -43,26 +45,26 @@ def compare(*, resume: bool = False, **settings: Any) -> Results:
     With `resume` the comparison in `output_dir` is resumed: finished cells are read back. Raises ConfigError, DataError,
     ModelError or StoreError, each naming the remedy; all are FulcrumErrors.
     """
-    return launch(COMPARE, config.from_dict(settings), resume=resume)
+    return launch(COMPARE, settings_from_dict(settings), resume=resume)
 
 
 def scale(*, resume: bool = False, **settings: Any) -> Results:
     """Train with more and more general data; the keywords are the keys of the YAML file (`model=`, `task=`, `scale=` ...).
 
-    What the curves say stands in `scaling.json` and the report of `output_dir`; `fulcrum.emergence` has its tests for arrays of
+    What the curves say stands in `scaling.json` and the report of `output_dir`; `fulcrum.mechanism.jumps` has its tests for arrays of
     one's own. With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
     """
-    return launch(SCALE, config.from_dict(settings), resume=resume)
+    return launch(SCALE, settings_from_dict(settings), resume=resume)
 
 
 def quanta(*, resume: bool = False, **settings: Any) -> Results:
     """Cluster answers by their gradients and ask whether general data helped where they are dense; the keywords are the keys of
     the YAML file (`model=`, `task=`, `quanta=` ...).
 
-    What was found stands in `quanta.json` and `quanta.html` of `output_dir`; `fulcrum.clusters` has its parts for arrays of
+    What was found stands in `quanta.json` and `quanta.html` of `output_dir`; `fulcrum.mechanism.clusters` has its parts for arrays of
     one's own. With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
     """
-    return launch(QUANTA, config.from_dict(settings), resume=resume)
+    return launch(QUANTA, settings_from_dict(settings), resume=resume)
 
 
 def launch(
@@ -77,7 +79,7 @@ def launch(
 
     Raises what the experiment raises, and ConfigError if a tracker is not installed; one that fails later ends nothing.
     """
-    from fulcrum import trackers
+    from fulcrum.experiments import trackers
 
     with trackers.reporting(settings, progress) as listener:
         return _experiment(kind)(settings, resume=resume, progress=listener, **how)
@@ -85,13 +87,16 @@ def launch(
 
 def _experiment(kind: RunKind) -> Callable[..., Results]:
     """Return the function that fills a run folder of this kind."""
-    from fulcrum import comparison, quanta, run, scale
+    from fulcrum.experiments.compare import run_comparison
+    from fulcrum.experiments.train import run_training
+    from fulcrum.mechanism.quanta import run_quanta
+    from fulcrum.mechanism.scale import run_scale
 
     experiments: dict[str, Callable[..., Results]] = {
-        TRAIN.name: run.run,
-        COMPARE.name: comparison.compare,
-        SCALE.name: scale.scale,
-        QUANTA.name: quanta.quanta,
+        TRAIN.name: run_training,
+        COMPARE.name: run_comparison,
+        SCALE.name: run_scale,
+        QUANTA.name: run_quanta,
     }
     return experiments[kind.name]
 
@@ -102,7 +107,7 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> "Adapter":
 
     Raises StoreError if the folder holds no finished run or no such arm, or if its files were changed.
     """
-    from fulcrum import finished
+    from fulcrum.experiments import finished
 
     return finished.load_adapter(folder, arm=arm)
 
@@ -121,10 +126,14 @@ def evaluate(
     `out` is a new file in the run folder's eval/ by default. Rejected rows and rows that the run knows are Python warnings.
     Raises DataError (also for rows that the adapter was trained on), ConfigError or StoreError.
     """
-    from fulcrum import finished
+    from fulcrum.experiments import finished
 
-    found = finished.evaluate(folder, data=data, arm=arm, task=task, metric_names=metric_names, out=out)
-    rejected = [f"{data}: {number} rows left out: {reason}" for reason, number in found.rejects.items()]
+    found = finished.evaluate(
+        folder, data=data, arm=arm, task=task, metric_names=metric_names, out=out
+    )
+    rejected = [
+        f"{data}: {number} rows left out: {reason}" for reason, number in found.rejects.items()
+    ]
     for text in (*rejected, *found.notes):
         warnings.warn(text, stacklevel=2)
     return found.scores, found.predictions
@@ -168,7 +177,7 @@ def repeat(folder: Path | str, progress: "ProgressListener | None" = None) -> Ve
     torch.set_num_threads(int(known["environment"]["threads"]))
     with tempfile.TemporaryDirectory() as name:
         new = Path(name) / "again"
-        settings = config.load(folder / "config.yaml").model_copy(update={"output_dir": str(new)})
+        settings = load_settings(folder / "config.yaml").model_copy(update={"output_dir": str(new)})
         _experiment(kind_of(known, KINDS))(settings, progress=progress)
         made = store.read_json(new / store.MANIFEST)
     unchecked = []

@@ -1,0 +1,333 @@
+"""Propose anchors of a task, score them on the frozen model, and choose one.
+
+This is what `anchor: auto` and `fulcrum anchor` do. All of it sees training rows only, in a
+comparison those of the first seed's smallest size; no anchor is scored on a row that it was made
+from.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fulcrum.anchors import propose
+from fulcrum.anchors import score as scoring
+from fulcrum.anchors.score import Candidate
+from fulcrum.config.settings import Arm, Settings
+from fulcrum.core import store
+from fulcrum.core.errors import ConfigError, DataError, StoreError
+from fulcrum.core.progress import ProgressListener
+from fulcrum.core.types import Anchor, AnchorScores, Example, Placement, Task
+from fulcrum.data import encode, run_data
+from fulcrum.model import adapter, base_model, generate
+from fulcrum.model.base_model import LoadedModel
+from fulcrum.model.endpoint import Endpoint
+
+COUNT = 12  # proposals, half of them templates
+FEWEST = 8  # training rows that anchors can be scored on
+Source = Literal["template", "model", "endpoint"]
+
+_TRIES = 4  # of each written proposal
+_WRITTEN_TOKENS = 96
+_TEMPERATURE = 0.7  # at 1 small models write nonsense; each is shown other rows anyway
+_SHOWN = (5, 8)  # rows in a prompt that asks for an anchor: at least, at most
+
+
+def proposals(
+    task: Task,
+    placement: Placement,
+    loaded: LoadedModel,
+    *,
+    wanted: int = COUNT,
+    seed: int = 0,
+    by: Sequence[Source] = ("template", "model"),
+    endpoint: Endpoint | None = None,
+    progress: ProgressListener | None = None,
+) -> tuple[list[Candidate], dict[str, int]]:
+    """Return up to `wanted` anchors for a task, from each source in turn, and rejects by reason.
+
+    Templates are filled from the task's training rows; a model that writes sees `propose.shown` of
+    these. Fewer come back if a small model writes nothing better.
+    """
+    rows = task.train
+    form = encode.make_format(loaded.tokenizer, None)
+    found: dict[str, Candidate] = {}
+    rejects = Counter[str]()
+
+    def take(texts: Sequence[str], source: Source, limit: int) -> None:
+        for text in texts:
+            anchor = Anchor(text, placement)
+            reason = propose.fault(anchor, rows, form, written=source != "template")
+            if reason is None and text in found:
+                reason = "proposed twice"
+            if reason is not None:
+                rejects[f"{source}: {reason}"] += 1
+            elif len(found) < limit:
+                found[text] = Candidate(anchor, source)
+
+    for place, source in enumerate(by, 1):
+        limit = -(-wanted * place // len(by))
+        if source == "template":
+            take(propose.templates(rows, task.name, placement), source, limit)
+            continue
+        for attempt in range(_TRIES):
+            if len(found) >= limit:
+                break
+            count = limit - len(found)
+            questions = _questions(
+                rows, placement, count, store.seed_for(seed, f"anchors {attempt}")
+            )
+            if source == "endpoint":
+                texts = _ask_endpoint(endpoint, questions, seed)
+            else:
+                draw = store.seed_for(seed, f"anchors written {attempt}")
+                texts = _ask_model(loaded, questions, form, draw)
+            take([propose.cleaned(text, placement) for text in texts], source, limit)
+            if progress is not None:
+                progress.count(f"anchors by the {source}", min(len(found), limit), limit)
+    return list(found.values()), dict(rejects)
+
+
+def _questions(rows: Sequence[Example], placement: Placement, count: int, seed: int) -> list[Any]:
+    """Return prompts that ask for an anchor, each with other rows or in another order."""
+    rng = np.random.default_rng(seed)
+    known = propose.shown(rows)
+    least, most = (min(number, len(known)) for number in _SHOWN)
+    questions = []
+    for _ in range(count):
+        picks = rng.permutation(len(known))[: int(rng.integers(least, most + 1))]
+        questions.append(propose.question([known[k] for k in picks], placement))
+    return questions
+
+
+def _ask_endpoint(endpoint: Endpoint | None, questions: Sequence[Any], seed: int) -> list[str]:
+    if endpoint is None:
+        raise ConfigError(
+            "anchors by an endpoint need its address and model; give --endpoint and --endpoint-model"
+        )
+    texts = []
+    for k, question in enumerate(questions):
+        text = endpoint.say(question, _WRITTEN_TOKENS, _TEMPERATURE, seed + k, whole=True)
+        texts.append(text or "")
+    return texts
+
+
+def _ask_model(
+    loaded: LoadedModel, questions: Sequence[Any], form: encode.Format, seed: int
+) -> list[str]:
+    return generate.generate(
+        loaded,
+        [encode.prompt_ids(question, form) for question in questions],
+        form,
+        max_new_tokens=_WRITTEN_TOKENS,
+        batch_tokens=4096,
+        sample=seed,
+        temperature=_TEMPERATURE,
+    )
+
+
+def score_candidates(
+    candidates: Sequence[Candidate],
+    task: Task,
+    tasks: Sequence[Task],
+    loaded: LoadedModel,
+    *,
+    seed: int,
+    left_out: dict[str, int],
+    started: float,
+    choose: bool,
+    progress: ProgressListener,
+) -> AnchorScores:
+    """Score candidates and controls on training rows that no proposal was made from.
+
+    With `choose`, one is chosen. Another of the `tasks` lends its anchor as a control. Raise
+    DataError if too few rows are left, or there is no candidate.
+    """
+    rows = rows_left(task)
+    if not _enough(rows):
+        groups = len({row.group for row in rows})
+        raise DataError(
+            f"{task.name}: anchors are scored on training rows that none was made from; "
+            f"{len(rows)} of {len(task.train)} are left ({groups} content groups); {FEWEST} are "
+            "needed: write the anchor by hand, or add rows"
+        )
+    if not candidates:
+        why = ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
+        raise DataError(
+            f"{task.name}: no anchor to score; proposals were none, by reason: {why}; write one by hand"
+        )
+    others = [one.anchor.text for one in tasks if one.anchor is not None and one.name != task.name]
+    other = others[0] if others else None
+    every = [*candidates, *scoring.controls(candidates, loaded, other, seed)]
+    count = partial(progress.count, scoring.LABEL)
+    scores = scoring.score(every, rows, loaded, seed=seed, count=count)
+    chosen = scoring.choose(scores) if choose else None
+    return AnchorScores(
+        task=task.name,
+        scores=scoring.sort_scores(scores, chosen),
+        rows=min(len(rows), scoring.MAX_ROWS),
+        left_out=left_out,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def rows_left(task: Task) -> list[Example]:
+    """Return the training rows of a task that no anchor is made from."""
+    return list(task.train[len(propose.shown(task.train)) :])
+
+
+def _enough(rows: Sequence[Example]) -> bool:
+    return len(rows) >= FEWEST and len({row.group for row in rows}) > 1
+
+
+def resolve(
+    settings: Settings, *, compared: bool, progress: ProgressListener
+) -> tuple[Settings, tuple[AnchorScores, ...]]:
+    """Return the settings with a chosen text for every `anchor: auto`, and the scores behind it.
+
+    Anchors of a comparison's own arms are scored too. A run that is resumed reads its scores back.
+    Raise ConfigError, DataError or ModelError.
+    """
+    own = own_anchors(settings) if compared else []
+    wanting = [task for task in settings.tasks if task.anchor is not None and task.anchor.is_auto]
+    if not wanting and not own:
+        return settings, ()
+    if wanting and compared:
+        settings.refuse_choosing_by(
+            "task.anchor: auto", "anything", "use one seed, write an anchor"
+        )
+    folder = Path(settings.output_dir)
+    if (folder / store.ANCHORS).exists():
+        known = store.read_as(folder / store.ANCHORS, tuple[AnchorScores, ...])
+        _check_same_question(settings, known, folder)
+        return settle(settings, known), known
+    progress.stage("anchors: proposed and scored, before any training")
+    loaded, tasks, seed = rows_to_score(settings, compared=compared)
+    result = []
+    for task, given in zip(tasks, settings.tasks, strict=True):
+        started = time.perf_counter()
+        auto = given.anchor if given.anchor is not None and given.anchor.is_auto else None
+        candidates = []
+        if task.anchor is not None:
+            candidates.append(Candidate(task.anchor, "given"))
+        for name, anchor in own:
+            if anchor != task.anchor:
+                candidates.append(Candidate(anchor, f"given: arm {name}"))
+        left_out: dict[str, int] = {}
+        if auto is not None:
+            for text in auto.candidates:
+                candidates.append(Candidate(Anchor(text, auto.placement), "given"))
+            made, left_out = proposals(task, auto.placement, loaded, seed=seed, progress=progress)
+            candidates += made
+        elif not candidates or not _enough(rows_left(task)):  # nothing hangs on these scores
+            progress.stage(
+                f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and an anchor"
+            )
+            continue
+        result.append(
+            score_candidates(
+                candidates,
+                task,
+                tasks,
+                loaded,
+                seed=seed,
+                left_out=left_out,
+                started=started,
+                choose=auto is not None,
+                progress=progress,
+            )
+        )
+    adapter.drop_adapter(loaded)
+    return settle(settings, result), tuple(result)
+
+
+def _check_same_question(settings: Settings, known: Sequence[AnchorScores], folder: Path) -> None:
+    """Raise StoreError if the run scored other candidates; its manifest holds only the chosen."""
+    scored = {
+        each.task: {one.text for one in each.scores if one.source == "given"} for each in known
+    }
+    for task in settings.tasks:
+        if task.anchor is None or not task.anchor.is_auto:
+            continue
+        if scored.get(task.name) != set(task.anchor.candidates):
+            raise StoreError(
+                f"{folder}: cannot resume, the candidates of {task.name}'s anchor changed since it "
+                "started; undo that, or begin another run beside it (--force-new)"
+            )
+
+
+def rows_to_score(
+    settings: Settings, *, compared: bool
+) -> tuple[LoadedModel, tuple[Task, ...], int]:
+    """Return the model, the tasks with the training rows that may be seen, and their seed."""
+    loaded = base_model.load(
+        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
+    )
+    tasks = []
+    for task in settings.tasks:
+        is_auto = task.anchor is not None and task.anchor.is_auto
+        tasks.append(task.model_copy(update={"anchor": None}) if is_auto else task)
+    drawn = settings.model_copy(update={"tasks": tuple(tasks), "general": ()})
+    seed = settings.seeds[0] if compared else settings.seed
+    rows = run_data.prepare(
+        drawn, loaded.tokenizer, loaded.context, seed, dev_apart=not compared, by_fold=compared
+    )
+    size = _smallest_size(settings) if compared else None
+    if size is not None:
+        rows = rows.at(size)
+    return loaded, rows.tasks, seed
+
+
+def _smallest_size(settings: Settings) -> int | None:
+    """Return the fewest task rows that an arm of a comparison gets; None if every arm gets all."""
+    sizes = list(settings.compare.sizes or ())
+    for own in settings.compare.sizes_of.values():
+        sizes += own
+    return min(sizes, default=None)
+
+
+def own_anchors(settings: Settings) -> list[tuple[str, Anchor]]:
+    """Return the anchors that a file's own arms have, with the arm's name."""
+    arms = [arm for arm in settings.compare.arms if isinstance(arm, Arm)]
+    return [(arm.name, arm.anchor.value) for arm in arms if arm.anchor is not None]
+
+
+def settle(settings: Settings, scores: Sequence[AnchorScores]) -> Settings:
+    """Return the settings with the chosen texts in place of `auto`."""
+    chosen = {}
+    for each in scores:
+        for score in each.scores:
+            if score.chosen:
+                chosen[each.task] = score.text
+    tasks = []
+    for task in settings.tasks:
+        if task.anchor is not None and task.anchor.is_auto:
+            change = {"text": chosen[task.name], "candidates": ()}
+            anchor = task.anchor.model_copy(update=change)
+            task = task.model_copy(update={"anchor": anchor})
+        tasks.append(task)
+    return settings.model_copy(update={"tasks": tuple(tasks)})
+
+
+def keep(scores: Sequence[AnchorScores], folder: Path | None) -> list[str]:
+    """Write the scores into the folder of the run that they settled, and say what was chosen."""
+    if scores and folder is not None:
+        store.write_json(folder / store.ANCHORS, scores)
+    return [sentence(each) for each in scores if any(score.chosen for score in each.scores)]
+
+
+def sentence(scores: AnchorScores) -> str:
+    """Say what was chosen, in a sentence."""
+    chosen = next(score for score in scores.scores if score.chosen)
+    none = next(score for score in scores.scores if score.source == "control: none")
+    own = [score for score in scores.scores if not score.is_control]
+    worse = "; no anchor at all has a lower loss" if none.loss < chosen.loss else ""
+    return (
+        f"{scores.task}: of {len(own)} anchors {chosen.text!r} ({chosen.source}) is chosen, by its "
+        f"loss before training, {chosen.loss:.3f} nats per answer token on {scores.rows} training "
+        f"rows ({none.loss:.3f} without anchor){worse}. {scores.seconds:.0f} s."
+    )

@@ -1,0 +1,189 @@
+"""Where every error of the command line ends.
+
+One that a user can mend is one line on stderr and exit code 2; any other is a bug of ours: a line that says so and exit code 1.
+With `--debug` the traceback stands before the line. Ctrl-C is exit code 130, SIGTERM 143.
+
+What commands share before they begin: their arguments, the settings, a console, and a model and general data made ready.
+"""
+
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fulcrum.core import processes
+from fulcrum.core.errors import ConfigError, FulcrumError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fulcrum.config.base import GeneralSource
+    from fulcrum.config.settings import Settings
+    from fulcrum.data.pool import Pool
+    from fulcrum.experiments.budget import Estimate
+
+RunFile = Annotated[
+    Path, typer.Argument(metavar="RUN.yaml", help="Settings file; `fulcrum init` writes one.")
+]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN_FOLDER", help="The output_dir of a finished run.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as a.b=c; repeatable."),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write what is shown there too, for other programs."
+    ),
+]
+TaskName = Annotated[str | None, typer.Option("--task", help="Task (default: the first).")]
+EndpointUrl = Annotated[
+    str, typer.Option("--endpoint", metavar="URL", help="OpenAI-compatible; ends in /v1.")
+]
+EndpointModel = Annotated[str, typer.Option("--endpoint-model", help="The model's name there.")]
+KeyVariable = Annotated[
+    str, typer.Option("--key-variable", help="Environment variable with the endpoint's key.")
+]
+
+
+def notes(ctx: typer.Context) -> "Console":
+    """A console on stderr; unless `--debug` is on, libraries are silenced."""
+    from fulcrum.cli import terminal
+
+    if not ctx.obj:
+        terminal.silence_libraries()
+    return terminal.console(stderr=True)
+
+
+def ready(ctx: typer.Context, settings: "Settings", *, dry_run: bool = False) -> "Console":
+    """A console on stdout, once the model is fetched and general data are converted, with bars where the cache lacks them.
+
+    Of a dry run only the settings go to stdout where that is piped: the console is then one on stderr.
+    """
+    aside = notes(ctx)
+    from fulcrum.cli import terminal
+    from fulcrum.model import download
+
+    screen = terminal.console()
+    screen = aside if dry_run and not screen.is_terminal else screen
+    with terminal.download(screen, settings.model) as progress:
+        download.prepare(settings.model, progress)
+    arms = [arm for arm in settings.compare.arms if not isinstance(arm, str)]
+    for sources in filter(None, (settings.general, *(arm.pool for arm in arms))):
+        convert(screen, settings, sources)
+    return screen
+
+
+def convert(
+    screen: "Console",
+    settings: "Settings",
+    sources: "Sequence[GeneralSource]",
+    jobs: int | None = None,
+) -> "Pool":
+    """Open general data as the settings do, with a bar where anything must be converted first."""
+    from fulcrum.cli.terminal import Watch
+    from fulcrum.data import pool
+
+    near, jobs = settings.clean.near_duplicates, jobs or os.cpu_count() or 1
+    with Watch(screen) as watch:
+        return pool.open_pool(sources, settings.seed, near=near, jobs=jobs, progress=watch.count)
+
+
+def expected(screen: "Console", settings: "Settings") -> "list[Estimate]":
+    """About how long `train` and `compare` would take, measured and shown."""
+    from fulcrum.cli import terminal
+    from fulcrum.cli.terminal import clock
+    from fulcrum.experiments import budget
+
+    with terminal.working(screen, "measuring speed on a few rows"):
+        found = budget.estimate(settings)
+    for one in found:
+        told = (
+            one.why_not
+            if one.seconds is None
+            else f"{one.trainings:,} trainings, about {clock(one.seconds)}, an estimate"
+        )
+        terminal.say(screen, f"{one.verb}: {told}")
+    return found
+
+
+def names(text: str) -> list[str]:
+    """The names in an option like ``a,b``."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address, which does not listen yet. Raises ConfigError where that cannot be had."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"--port {port} on {host}: {error.strerror}; another port (0: any free one) may do"
+        ) from error
+    return found
+
+
+DEBUG = "--debug"
+_RESUMED = "what was finished is kept; go on with --resume"
+_KEPT = {  # what is said after Ctrl-C
+    "train": _RESUMED,
+    "compare": _RESUMED,
+    "scale": _RESUMED,
+    "quanta": _RESUMED,
+    "pool": "what was converted is kept; the same command goes on with it",
+    "anchor": "what was scored is kept; the same command goes on with it",
+    "selfgen": "what was made is kept; the same command goes on with it",
+}
+
+
+class Group(TyperGroup):
+    """The verbs of the command line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Accept `--debug` after the verb too: that is where people add it."""
+        return super().parse_args(
+            ctx, [DEBUG] * (DEBUG in args) + [arg for arg in args if arg != DEBUG]
+        )
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; turn what a user can mend into one line."""
+        processes.at_once()
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (FulcrumError, OSError) as error:
+            from fulcrum.cli import terminal
+
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            terminal.fail(terminal.explain(error) if isinstance(error, OSError) else str(error))
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as error:
+            from fulcrum.cli import terminal
+
+            kept = _KEPT.get(ctx.invoked_subcommand or "", "nothing was changed")
+            terminal.fail(kept, "stopped")
+            raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
+        except Exception as error:
+            if isinstance(error, typer.Exit | typer.Abort) or hasattr(
+                error, "exit_code"
+            ):  # Typer's own, which it prints
+                raise
+            from fulcrum.cli import terminal
+
+            where = "" if ctx.params["debug"] else "; --debug shows where"
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            terminal.fail(f"a fault of Fulcrum itself: {type(error).__name__}: {error}{where}")
+            raise typer.Exit(1) from None

@@ -1,0 +1,316 @@
+"""Compare arms x sizes x seeds: tuned inside the task rows, refitted, scored once on test.
+
+All trials come first, for a final training takes the best of them. A killed comparison resumes
+without redoing a finished job.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fulcrum.anchors import choose
+from fulcrum.config.arms import ARMS, arm_of, by_task_rows, chosen_arms, sizes_of
+from fulcrum.config.settings import Arm, Settings
+from fulcrum.core import store
+from fulcrum.core.errors import ConfigError
+from fulcrum.core.progress import ProgressListener, Silent
+from fulcrum.core.types import ArmResult, Difference, Hyperparameters, Results, Trial
+from fulcrum.data.run_data import RunData
+from fulcrum.experiments import cell, made_rows, pilot, scoring, workers
+from fulcrum.experiments.arm_data import ArmPlan, resolve
+from fulcrum.experiments.cell import Session
+from fulcrum.experiments.certify import certificates
+from fulcrum.experiments.lifecycle import begin, claimed, finish, shown_size
+from fulcrum.experiments.units import ComparisonPlan, Job, keep, read
+from fulcrum.model.base_model import LoadedModel
+from fulcrum.model.distributed import writes
+from fulcrum.report import wording
+from fulcrum.report.run_kinds import COMPARE
+from fulcrum.stats.certificate import Budget
+
+# What the anchor alone brought, and training at all. What TELL and mixing brought is asked of every
+# reference.
+_PLAIN_PAIRS = (
+    ("sft_anchor", "sft"),
+    ("sft", "kshot"),
+    ("sft", "base"),
+    ("kshot", "base"),
+    ("base_anchor", "base"),
+)
+
+
+def keep_plan(budget: Budget, folder: Path, settings: Settings) -> None:
+    """Write the agreed budget and the planned settings to a new run's folder, for `--resume`."""
+    if (folder / store.PLAN).exists():
+        return
+    planned = {
+        "seconds": budget.seconds,
+        "left_out": budget.left_out,
+        "settings": settings.described(),
+    }
+    store.write_json(folder / store.PLAN, planned)
+
+
+def add_dropped(budget: Budget | None, dropped: Sequence[str]) -> Budget | None:
+    """Return the budget with what was dropped as time ran out; None if nothing was skipped."""
+    if budget is None or not (budget.left_out or dropped):
+        return None
+    return replace(budget, left_out=(*budget.left_out, *dropped))
+
+
+def run_comparison(
+    settings: Settings,
+    *,
+    resume: bool = False,
+    progress: ProgressListener | None = None,
+    jobs: int = 1,
+    on: str = "local",
+    budget: Budget | None = None,
+) -> Results:
+    """Run every arm at every size and seed, and fill the run folder.
+
+    Fairness (rules a to i of a fair comparison): the same nested task rows in all arms, dev rows
+    among them; settings chosen by cross-validation inside these (as many as there are repeats to
+    try; arms without general data try at least three numbers of epochs); no arm may use more
+    optimizer steps than TELL; learning rates decay fully within them; the last step counts; test is
+    scored once per arm, size and seed. `jobs` of the comparison run at once, in local processes or
+    (`on` "ray") on a Ray cluster, each with its part of the threads. With a `budget` whole seeds
+    are dropped (at least two remain) rather than exceed its time, and the certificate says so.
+    Raises ConfigError, DataError, ModelError or StoreError.
+    """
+    workers.share_threads(jobs, on)
+    progress, started = progress or Silent(), time.perf_counter()
+    with claimed(settings, resume=resume):
+        asked = settings
+        settings, anchors = choose.resolve(settings, compared=True, progress=progress)
+        settings, found = pilot.resolve(settings, compared=True, progress=progress)
+        arms = chosen_arms(settings)
+        if settings.compare.tune == "first":
+            settings.refuse_choosing_by("compare.tune: first", "settings", "use `tune: each`")
+        _require_common_size(settings, arms)
+        session, data = begin(COMPARE, settings, arms, settings.seeds, resume, progress)
+        gone = pilot.dropped(asked) if found is not None and found.chosen == 0 else ()
+        notes = [*choose.keep(anchors, session.kept), *pilot.keep(found, session.kept, gone)]
+        if budget is not None and session.kept is not None:
+            keep_plan(budget, session.kept, settings)
+        rows = _with_general_rows(session, dict(zip(settings.seeds, data, strict=True)), arms)
+        plan = ComparisonPlan(settings, rows, Path(settings.output_dir))
+        with workers.runner(plan, session, jobs=jobs, on=on) as runner:
+            work = list(plan_trials(plan, arms, session.model))
+            progress.stage(f"{len(work)} trials, by cross-validation inside the task rows")
+            tuning = JobTracker(plan, work, progress, jobs)
+            tried = list(zip(work, tuning.run(work, runner), strict=True))
+            finals = list(plan_finals(plan, arms, tried))
+            progress.stage(f"{len(finals)} trainings on all task rows, each with its test")
+            seconds = None
+            if budget is not None and budget.seconds is not None:
+                seconds = budget.seconds - tuning.seconds
+            tracker = JobTracker(plan, finals, progress, jobs)
+            results, dropped = by_seeds(plan, finals, tracker, runner, seconds)
+        skipped = add_dropped(budget, dropped)
+        if skipped is not None:
+            notes.append(wording.left_out(skipped))
+        at = shown_size(results, settings)
+        differences = paired_differences(
+            [result for result in results if result.size in (0, at)], settings
+        )
+        if writes():
+            certificates(session, rows, results, skipped)
+        return finish(COMPARE, session, list(rows.values()), results, started, differences, notes)
+
+
+def _with_general_rows(
+    session: Session, rows: dict[int, RunData], arms: Sequence[Arm]
+) -> dict[int, RunData]:
+    """Return the rows of every seed with the general rows that are made, chosen or answered."""
+    found = made_rows.with_made_rows(session, rows, arms)
+    for seed, data in found.items():
+        views = _views(data, arms, session.settings)
+        chosen = made_rows.with_gradients(session, data, views)
+        taught = [arm for arm in arms if arm.asks_teacher]
+        views = [view for view in views if view.arm.asks_adapters]
+        views += [resolve(arm, data, session.settings) for arm in taught]
+        found[seed] = made_rows.with_answers(session, chosen, views)
+    return found
+
+
+def by_seeds(
+    plan: ComparisonPlan,
+    work: Sequence[Job],
+    tracker: "JobTracker",
+    runner: workers.Runner,
+    budget: float | None,
+) -> tuple[list[ArmResult], list[str]]:
+    """Run final trainings seed by seed; return their results, and what was dropped, in words.
+
+    Whole seeds are dropped (at least two remain) rather than exceed a `budget` in seconds.
+    """
+    results: list[ArmResult] = []
+    for number, seed in enumerate(plan.seeds, 1):
+        before = tracker.seconds
+        results += tracker.run([job for job in work if job.cell.seed == seed], runner)
+        next_end = tracker.seconds + (tracker.seconds - before)
+        if budget is None or next_end <= budget or number < 2:
+            continue
+        done = plan.seeds[:number]
+        if any(job.cell.seed not in done and read(plan, job) is None for job in work):
+            return results, [f"no seeds after {seed}"]
+    return results, []
+
+
+def _require_common_size(settings: Settings, arms: Sequence[Arm]) -> None:
+    """Raise ConfigError if arms with general rows and those without share no size."""
+    mixed: set[int] = set()
+    plain: set[int] = set()
+    for arm in arms:
+        if arm.depends_on_seed:
+            (mixed if arm.uses_general_data else plain).update(sizes_of(settings, arm, 0))
+    if mixed and plain and 0 not in mixed | plain and not mixed & plain:
+        raise ConfigError(
+            f"compare.sizes_of: arms with general rows stand at {sorted(mixed)} rows, the others "
+            f"at {sorted(plain)}; "
+            "a difference needs a size that is in both"
+        )
+
+
+class JobTracker:
+    """How far some jobs are, and the time that all of them took so far, in earlier sittings too."""
+
+    def __init__(
+        self, plan: ComparisonPlan, work: Sequence[Job], progress: ProgressListener, parallel: int
+    ) -> None:
+        self.plan, self.progress = plan, progress
+        self.parallel = parallel  # jobs that run at once
+        self.total = len(work)
+        self.done = 0
+        self.left = sum(plan.cost(job) for job in work)  # cost of the jobs not yet done
+        self.paid = 0.0  # cost of those done in this sitting
+        self.stored_seconds = 0.0
+        self.begun = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the jobs; of those stored before, as if as many workers had run them."""
+        return self.stored_seconds / self.parallel + time.monotonic() - self.begun
+
+    def finished(self, job: Job, result: Trial | ArmResult, *, stored: bool) -> None:
+        """Count a job, and tell the listener."""
+        cost = self.plan.cost(job)
+        self.done += 1
+        self.left -= cost
+        if stored:
+            self.stored_seconds += result.seconds
+            return
+        self.paid += cost
+        rest = (time.monotonic() - self.begun) * max(0.0, self.left) / self.paid
+        self.progress.overall(self.done, self.total, rest)
+
+    def run(self, work: Sequence[Job], runner: workers.Runner) -> list[Any]:
+        """Return the results of some of the jobs, in order; those not stored are run first."""
+        found: dict[str, Trial | ArmResult] = {}
+        for job in work:
+            stored = read(self.plan, job)
+            if stored is not None:
+                found[job.name] = stored
+                self.finished(job, stored, stored=True)
+        for job, result in runner([job for job in work if job.name not in found]):
+            if writes():
+                keep(self.plan, job, result)
+            found[job.name] = result
+            self.finished(job, result, stored=False)
+        return [found[job.name] for job in work]
+
+
+def _views(rows: RunData, arms: Sequence[Arm], settings: Settings) -> list[ArmPlan]:
+    """Return the plans of arms whose general rows depend on task rows: by size, and by fold."""
+    found = []
+    is_tuned = settings.compare.tune == "each" or rows.seed == settings.seeds[0]
+    for arm in arms:
+        if not by_task_rows(arm, settings):
+            continue
+        for size in sizes_of(settings, arm, rows.longest):
+            plan = resolve(arm, rows.at(size), settings)
+            found.append(plan)
+            if is_tuned:
+                found += plan.folds(settings.compare.folds, store.seed_for(rows.seed, "folds"))
+    return found
+
+
+def plan_trials(plan: ComparisonPlan, arms: Sequence[Arm], model: LoadedModel) -> Iterator[Job]:
+    """Give every trial of every arm and size: at each seed, or at the first for all."""
+    seeds = plan.seeds[:1] if plan.settings.compare.tune == "first" else plan.seeds
+    for one in plan.cells([arm for arm in arms if arm.hyperparameters_of is None], seeds):
+        if one.arm.few_shot:
+            tried = cell.numbers_of_shots(model, plan.resolve(one), one.seed)
+        elif one.arm.trained:
+            tried = plan.resolve(one).trials
+        else:
+            tried = (Hyperparameters(),)
+        for chosen in tried:
+            yield Job(one, chosen)
+
+
+def plan_finals(
+    plan: ComparisonPlan, arms: Sequence[Arm], tried: Sequence[tuple[Job, Trial]]
+) -> Iterator[Job]:
+    """Give every cell with what was tried for it.
+
+    What does not depend on the seed is run at the first.
+    """
+    trials_of: dict[tuple[str, int, int], list[Trial]] = {}
+    for job, trial in tried:
+        key = (job.cell.arm.name, job.cell.size, job.cell.seed)
+        trials_of.setdefault(key, []).append(trial)
+    for one in plan.cells(arms):
+        tuned_at = one.seed if plan.settings.compare.tune == "each" else plan.seeds[0]
+        source = one.arm.hyperparameters_of
+        trials = trials_of.get((source or one.arm.name, one.size, tuned_at), [])
+        if source is not None:  # the trials were another arm's
+            best = min(trials, key=lambda trial: trial.dev_nll)
+            trials = [replace(best, train_tokens=0, seconds=0.0)]
+        yield Job(one, None, tuple(trials))
+
+
+def paired_differences(results: Sequence[ArmResult], settings: Settings) -> list[Difference]:
+    """Return paired test differences of the telling pairs, by task and metric.
+
+    Metrics of a whole corpus have none.
+    """
+    by_arm: dict[str, list[ArmResult]] = {}
+    for result in results:
+        by_arm.setdefault(result.arm, []).append(result)
+    found = []
+    for arm, reference in _pairs([arm_of(settings, name) for name in by_arm]):
+        for task in settings.tasks:
+            for metric in task.metrics:
+                own, other = (
+                    _outcomes(by_arm[name], task.name, metric) for name in (arm, reference)
+                )
+                rows = [result.predictions[task.name] for result in by_arm[arm]]
+                difference = scoring.paired(task.name, metric, arm, reference, own, other, rows)
+                if difference is not None:
+                    found.append(difference)
+    return found
+
+
+def _outcomes(results: Sequence[ArmResult], task: str, metric: str) -> list[tuple[float, ...]]:
+    """Return each result's outcomes by a metric, one tuple a seed."""
+    return [scoring.outcomes(one.predictions[task], one.scores[task], metric) for one in results]
+
+
+def _pairs(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+    """Give the pairs of arms whose difference answers a question."""
+    names = {arm.name for arm in arms}
+    built_in = [arm for arm in arms if arm.name in ARMS]
+    own = [arm for arm in arms if arm.name not in ARMS]
+    references = [arm.name for arm in built_in if arm.is_reference]
+    rivals = [arm.name for arm in built_in if not arm.is_reference and arm.name != "tell"]
+    rivals += [arm.name for arm in own if arm.uses_general_data]
+    pairs = [("tell", name) for name in (*references, *rivals)]
+    pairs += [("mix", name) for name in references]
+    pairs += [*_PLAIN_PAIRS, *((arm.name, "sft") for arm in own)]
+    for arm, reference in pairs:
+        if arm in names and reference in names:
+            yield arm, reference

@@ -1,0 +1,1 @@
+"""Help tests: models, rows and stand-ins that several test files share."""
