@@ -28,8 +28,7 @@ from fulcrum.core import store
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-import answering  # noqa: E402
-
+from helpers import answering  # noqa: E402
 from helpers.tiny import WORDS, save_task, tiny_settings, write_rows  # noqa: E402
 
 _TIMED = re.compile(

@@ -8,13 +8,13 @@ import pytest
 
 # Files of real processes and long trainings, which two workers should not be left with at the end.
 LONGEST = (
-    "test_run.py",
+    "test_lifecycle.py",
     "test_faults.py",
     "test_workers.py",
     "test_processes.py",
-    "test_ui_walk.py",
-    "test_comparison.py",
-    "test_compiled.py",
+    "test_page.py",
+    "test_compare.py",
+    "test_compile.py",
 )
 
 

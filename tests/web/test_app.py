@@ -1,4 +1,4 @@
-"""The page's server: who may ask, what may be named, what becomes of runs when it ends. The page: test_ui_walk.py."""
+"""The page's server: who may ask, what may be named, what becomes of runs when it ends. The page: e2e/test_page.py."""
 
 import http.client
 import io

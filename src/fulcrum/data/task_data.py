@@ -308,7 +308,8 @@ def check_anchor(
         row for row in rows
         if (row.answer.lstrip().startswith(text) if at_answer else any(text in message.content for message in row.prompt))
     ]  # fmt: skip
-    told = f"{len(holding):,} of {task.name}'s {len(rows):,} rows {'begin their answers with' if at_answer else 'hold'} its text"
+    held = "begin their answers with" if at_answer else "hold"
+    told = f"{len(holding):,} of {task.name}'s {len(rows):,} rows {held} its text"
     if 2 * len(holding) >= len(rows):
         raise ConfigError(
             f"{where}: {told} already ({holding[0].origin}), and would have it twice; take it out of them, or out"
