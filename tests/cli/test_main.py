@@ -217,7 +217,7 @@ def test_an_error_of_the_system_is_one_line(place: Path, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "rows.jsonl")
 
-    monkeypatch.setattr(train, "run", broken)
+    monkeypatch.setattr(train, "run_training", broken)
     assert refused("train", place / "run.yaml") == (
         "error: rows.jsonl: Permission denied; check the path, its permissions and the disk"
     )
@@ -229,7 +229,7 @@ def test_a_fault_of_ours_is_one_line_that_says_so(
     def broken(*_: object, **__: object) -> None:
         raise KeyError("no such\nthing")
 
-    monkeypatch.setattr(train, "run", broken)
+    monkeypatch.setattr(train, "run_training", broken)
     result = fulcrum("train", place / "run.yaml")
     assert result.exit_code == 1
     assert (
@@ -259,7 +259,7 @@ def test_interrupting_says_that_work_is_kept(place: Path, monkeypatch: pytest.Mo
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "run", interrupted)
+    monkeypatch.setattr(train, "run_training", interrupted)
     result = fulcrum("train", place / "run.yaml")
     assert result.exit_code == 130
     assert result.stderr == "stopped: what was finished is kept; go on with --resume\n"

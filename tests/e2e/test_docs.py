@@ -38,8 +38,9 @@ from test_gguf import write_gguf
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
+from fulcrum import api
 from fulcrum.cli.main import app
-from fulcrum.config import parsing, settings
+from fulcrum.config import parsing
 from fulcrum.config.arms import RECIPES, chosen_arms, recipe
 from fulcrum.config.settings import Settings, settings_from_dict
 from fulcrum.core import store
@@ -176,7 +177,7 @@ class Player:
             Path(block.mark).write_text(block.text, encoding="utf-8")
         elif kind == "python":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(settings, "from_dict", short_settings)
+                patch.setattr(api, "settings_from_dict", short_settings)
                 exec(compile(block.text, block.place, "exec"), self.names)
         elif kind == "console" and not about:
             for command, shown in block.commands:

@@ -371,7 +371,7 @@ def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(*_: Any, **__: Any) -> None:
         raise AssertionError("trained in spite of bad input")
 
-    monkeypatch.setattr(lifecycle.training, "train", trained)
+    monkeypatch.setattr(loop, "train", trained)
 
 
 BAD: list[tuple[dict[str, Any], type[FulcrumError], str]] = [
