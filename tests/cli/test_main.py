@@ -103,7 +103,7 @@ def finished(place: Path) -> tuple[Path, str]:
 def loaded_after(*words: str) -> set[str]:
     """Heavy libraries that a fresh process has imported after a command."""
     code = (
-        "import sys\nfrom fulcrum.cli import main\nsys.argv = ['fulcrum', *sys.argv[1:]]\n"
+        "import sys\nfrom fulcrum.cli.main import main\nsys.argv = ['fulcrum', *sys.argv[1:]]\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "print('\\nLOADED', *{name.partition('.')[0] for name in sys.modules})"
     )
@@ -404,7 +404,7 @@ def test_init_knows_models(place: Path, tmp_path: Path) -> None:
 
 def test_libraries_say_nothing_about_a_broken_file(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("not parquet")
-    code = "import sys\nfrom fulcrum.cli import main\nsys.argv = ['fulcrum', *sys.argv[1:]]\nmain()"
+    code = "import sys\nfrom fulcrum.cli.main import main\nsys.argv = ['fulcrum', *sys.argv[1:]]\nmain()"
     words = ("init", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "x.yaml"))
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert ended.returncode == 2

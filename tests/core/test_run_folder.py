@@ -100,7 +100,7 @@ def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 HOLDER = """
 import sys
 from pathlib import Path
-from fulcrum import run_folder
+from fulcrum.core import run_folder
 with run_folder.held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

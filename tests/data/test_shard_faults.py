@@ -38,12 +38,12 @@ def cached(pattern: str) -> list[Path]:
 
 SCRIPT = """
 import sys
-from fulcrum import origins
+from fulcrum.data import sources
 from fulcrum.data.pool import open_pool
 from fulcrum.config.base import GeneralSource
 
 if __name__ == "__main__":
-    origins._PART_BYTES = 30_000
+    sources._PART_BYTES = 30_000
     tell = lambda label, done, total: print(label, done, flush=True)
     open_pool([GeneralSource(path=sys.argv[1])], seed=0, jobs=2, progress=tell)
 """

@@ -527,7 +527,7 @@ def test_a_killed_server_hurts_no_run(
     space: Workspace, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real server, killed with SIGKILL and all of its process group; another finds the run and stops it."""
-    code = f"from fulcrum import jobs; jobs.COMMAND = {STANDING_IN!r}; from fulcrum.cli import main; main()"
+    code = f"from fulcrum.web import jobs; jobs.COMMAND = {STANDING_IN!r}; from fulcrum.cli.main import main; main()"
     words = [
         "ui",
         "--folder",
