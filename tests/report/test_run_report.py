@@ -674,7 +674,7 @@ class TestCard:
 
 
 def test_the_report_needs_no_torch():
-    code = "import sys, fulcrum.run_report as r; assert not {'torch', 'matplotlib', 'jinja2', 'rich'} & sys.modules.keys()"
+    code = "import sys, fulcrum.report.run_report; assert not {'torch', 'matplotlib', 'jinja2', 'rich'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
