@@ -32,15 +32,16 @@ NOTE = "<!-- Made from the code by scripts/reference.py; `make docs` writes it a
 # Names beside those of `fulcrum` itself, which pages of docs/ and README.md offer: by module, in the order of the page.
 OFFERED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("api", ("scale", "quanta", "write_report", "repeat")),
-    ("finished", ("Adapter", "Evaluation", "evaluate")),
-    ("verification", ("Verification",)),
-    ("mix", ("Plan",)),
-    ("records", ("Score", "Prediction", "Reject")),
-    ("errors", ("FulcrumError", "ConfigError", "DataError", "ModelError", "StoreError")),
-    ("emergence", ("JumpTest", "jump_test", "power", "detectable")),
-    ("verdicts", ("verdict",)),
-    ("row_jumps", ("RowJumps", "row_jumps")),
-    ("clusters", ("Clusters", "find", "DensityTest", "density_test")),
+    ("experiments.finished", ("Adapter", "Evaluation", "evaluate")),
+    ("report.verify", ("Verification",)),
+    ("data.mix", ("Plan",)),
+    ("core.types", ("Score", "Prediction", "Reject")),
+    ("core.errors", ("FulcrumError", "ConfigError", "DataError", "ModelError", "StoreError")),
+    (
+        "mechanism.jumps",
+        ("JumpTest", "jump_test", "power", "detectable", "verdict", "RowJumps", "row_jumps"),
+    ),
+    ("mechanism.clusters", ("Clusters", "find", "DensityTest", "density_test")),
 )
 
 
@@ -315,7 +316,7 @@ def _python() -> str:
         "## `fulcrum`",
     ]
     for name in fulcrum.__all__:
-        module, _, attribute = fulcrum._HOME[name].partition(".")
+        module, _, attribute = fulcrum._HOME[name].rpartition(".")
         parts.append(_told_name(name, module, attribute))
     for module, names in OFFERED:
         parts.append(f"## `fulcrum.{module}`")
@@ -324,7 +325,7 @@ def _python() -> str:
 
 
 def _told_name(shown: str, module: str, attribute: str) -> str:
-    tree = ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((SOURCE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     node = next((node for node in tree.body if getattr(node, "name", None) == attribute), None)
     if isinstance(node, ast.ClassDef):
         return _told_class(shown, node)
