@@ -61,6 +61,9 @@ RENAMED = (
         None,
         "S_sep and S_conf went: they told nothing of what training brought",
     ),
+    Renamed("*", r"(arms\[\d+\])\.shots$", r"\1.few_shot", "the field's term"),
+    Renamed("*", r"(arms\[\d+\])\.words$", r"\1.tfidf", "the field's term"),
+    Renamed("*", r"(arms\[\d+\])\.settings_of$", r"\1.hyperparameters_of", "the field's term"),
 )
 
 # Step -> the arguments of the new checkout (None: it has no such command), and the reason.

@@ -36,19 +36,32 @@ class BuiltInArm(Arm):
 
 # Colours: Okabe & Ito 2008, "Color Universal Design", which people with colour-blindness can tell
 # apart.
+# In the order in which TELL is compared with them: the most telling first.
 _BUILT_IN = (
     BuiltInArm(
-        name="base",
-        trained=False,
-        colour="#5f5f5f",
-        advice="Use the base model untrained",
+        name="sft_anchor",
+        anchored=True,
+        colour="#d55e00",
+        advice="Use SFT with the anchor",
+        use_rank=2,
     ),
     BuiltInArm(
-        name="base_anchor",
-        trained=False,
+        name="sft",
+        colour="#e69f00",
+        advice="Use SFT",
+        use_rank=3,
+    ),
+    BuiltInArm(
+        name="sft_kl",
         anchored=True,
-        colour="#999999",
-        advice="Use the base model with the anchor, untrained",
+        kl=True,
+        advice="Use SFT with the anchor, held near the base model",
+    ),
+    BuiltInArm(
+        name="soup",
+        anchored=True,
+        members=3,
+        advice="Use the average of several SFT adapters",
     ),
     BuiltInArm(
         name="kshot",
@@ -63,33 +76,21 @@ _BUILT_IN = (
         advice="Use TF-IDF with logistic regression",
     ),
     BuiltInArm(
-        name="sft",
-        colour="#e69f00",
-        advice="Use SFT",
-        use_rank=3,
+        name="base_anchor",
+        trained=False,
+        anchored=True,
+        colour="#999999",
+        advice="Use the base model with the anchor, untrained",
     ),
     BuiltInArm(
-        name="sft_anchor",
-        anchored=True,
-        colour="#d55e00",
-        advice="Use SFT with the anchor",
-        use_rank=2,
+        name="base",
+        trained=False,
+        colour="#5f5f5f",
+        advice="Use the base model untrained",
     ),
     # As many passes over the task rows as TELL's: what general rows bring at equal exposures (a
     # diagnostic).
     BuiltInArm(name="sft_matched", anchored=True, hyperparameters_of="tell"),
-    BuiltInArm(
-        name="sft_kl",
-        anchored=True,
-        kl=True,
-        advice="Use SFT with the anchor, held near the base model",
-    ),
-    BuiltInArm(
-        name="soup",
-        anchored=True,
-        members=3,
-        advice="Use the average of several SFT adapters",
-    ),
     BuiltInArm(name="mix", general="pool", colour="#56b4e9", use_rank=1),
     BuiltInArm(name="tell", anchored=True, general="pool", colour="#0072b2", use_rank=0),
     # TELL's own rows, one source after the other: what the shuffle brings.

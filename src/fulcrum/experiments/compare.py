@@ -303,7 +303,7 @@ def _outcomes(results: Sequence[ArmResult], task: str, metric: str) -> list[tupl
 def _pairs(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     """Give the pairs of arms whose difference answers a question."""
     names = {arm.name for arm in arms}
-    built_in = [arm for arm in arms if arm.name in ARMS]
+    built_in = [arm for arm in ARMS.values() if arm.name in names]
     own = [arm for arm in arms if arm.name not in ARMS]
     references = [arm.name for arm in built_in if arm.is_reference]
     rivals = [arm.name for arm in built_in if not arm.is_reference and arm.name != "tell"]
