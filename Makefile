@@ -1,11 +1,13 @@
 # Two commands do all set-up on a machine with git, make and Python (with pip): `make demo` and `make test`.
 PYTHON ?= python3
-# A package index to take torch from, where the usual one has no build that suits (README.md, "See it work").
+# A package index to take torch from, where the usual one has no build that suits (README.md, "Two commands").
 TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: venv demo test lint docs check soak mutants lock release bench simulate controls data clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: venv demo test test-fast lint docs check soak mutants lock release bench simulate controls data clean
 
 venv: .venv/.installed
 
@@ -21,7 +23,11 @@ demo: venv
 	$(BIN)/fulcrum compare examples/demo.yaml --resume
 
 test: venv lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# All but real processes, the browser, the real model and the commands of the docs: under four minutes.
+test-fast: venv
+	$(PYTEST) -m "not e2e"
 
 lint: venv
 	$(BIN)/ruff check src tests scripts bench validation

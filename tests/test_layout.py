@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "fulcrum"
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src" / "fulcrum"
 
 # A package or module at the top -> what it may import. docs/architecture.md says what each is.
 MAY_IMPORT = {
@@ -122,3 +123,10 @@ def test_packages_open_empty() -> None:
     """Code in an `__init__.py` would be run by every import of the package."""
     for path in SOURCE.glob("*/__init__.py"):
         assert path.read_text(encoding="utf-8") == ""
+
+
+def test_no_test_file_imports_another() -> None:
+    """What tests share is in tests/helpers."""
+    for path in TESTS.rglob("*.py"):
+        imported = {name.split(".")[0] for name in names_imported(path)}
+        assert not {name for name in imported if name.startswith("test_")}, path

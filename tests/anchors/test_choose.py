@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_main import done, refused
 
 from fulcrum import api
 from fulcrum.anchors import choose
@@ -19,6 +18,7 @@ from fulcrum.experiments.train import run_training
 from fulcrum.report import anchor_validity
 from helpers import answering
 from helpers.answering import Asked
+from helpers.commands import done, refused
 from helpers.tiny import comparison_settings, save_task, write_rows
 
 AUTO = {

@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
 from fulcrum.cli import terminal
 from fulcrum.cli.chat import Talk
-from fulcrum.cli.main import app
 from fulcrum.cli.terminal import Watch
 from fulcrum.config.arms import ARMS
 from fulcrum.config.settings import load_settings, settings_from_dict
@@ -26,32 +24,11 @@ from fulcrum.data import encode, starter
 from fulcrum.experiments import preview, train
 from fulcrum.experiments.arm_data import resolve
 from fulcrum.model import registry
+from helpers.commands import done, fulcrum, refused
 from helpers.tiny import save_tiny, tiny_tokenizer, write_rows
 
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "owl", "pig", "ram", "yak")
 LABELS = ("refund", "login", "delivery")
-
-
-def fulcrum(*words: object, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words], input=stdin)
-
-
-def done(*words: object, stdin: str | None = None) -> str:
-    """Run a command that must succeed; returns what it printed."""
-    result = fulcrum(*words, stdin=stdin)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(*words: object) -> str:
-    """Run a command that must fail as users' errors do: exit code 2 and one line, which is returned."""
-    result = fulcrum(*words)
-    assert result.exit_code == 2, result.output
-    *_, line = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert "Traceback" not in result.output
-    assert sum(text.startswith("error: ") for text in result.stderr.splitlines()) == 1
-    return line
 
 
 @pytest.fixture(scope="module")

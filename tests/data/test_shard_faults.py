@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
-from test_shards import read, rows, save
 
 from fulcrum.config.base import GeneralSource
 from fulcrum.core import processes, store
 from fulcrum.core.errors import DataError, StoreError, UnreachableError
 from fulcrum.data import shards, sources
 from fulcrum.data.pool import open_pool, select
+from helpers.shards import read, rows, save
 
 
 @pytest.fixture(autouse=True)

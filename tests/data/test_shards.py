@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
-from test_main import done, refused
 
 from fulcrum.config.base import GeneralSource
 from fulcrum.config.settings import settings_from_dict
@@ -21,29 +20,14 @@ from fulcrum.core.errors import ConfigError, DataError, UnreachableError
 from fulcrum.core.types import Example, Message
 from fulcrum.data import filters, readers, shards, sources
 from fulcrum.data.pool import open_pool, select
+from helpers.commands import done, refused
+from helpers.shards import read, rows, save
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FULCRUM_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("arrow"))
-
-
-def rows(count: int, start: int = 0) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"question {k}", "completion": f"answer {k}", "kind": "abc"[k % 3]}
-        for k in range(start, start + count)
-    ]
-
-
-def save(path: Path, content: list[dict[str, str]]) -> GeneralSource:
-    path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    return GeneralSource(path=str(path))
-
-
-def read(*sources: GeneralSource, near: float = 0.0) -> list[Example]:
-    pool = open_pool(sources, seed=0, near=near)
-    return [pool[k] for k in range(len(pool))]
 
 
 def forms(folder: Path, content: list[dict[str, str]]) -> dict[str, Path]:

@@ -34,7 +34,6 @@ import reference
 import typer
 import uvicorn
 import yaml
-from test_gguf import write_gguf
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
@@ -48,6 +47,7 @@ from fulcrum.core.errors import ConfigError
 from fulcrum.deploy import check
 from fulcrum.model import download, registry
 from fulcrum.report import certificate_page
+from helpers.gguf_files import write_gguf
 from helpers.tiny import CHATML
 
 ROOT = Path(__file__).parents[2]

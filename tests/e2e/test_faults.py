@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_main import done, refused
 
 from fulcrum import api
 from fulcrum.anchors import choose
@@ -37,6 +36,7 @@ from fulcrum.experiments.compare import run_comparison
 from fulcrum.experiments.train import run_training
 from fulcrum.model import adapter, base_model, generate, registry, save
 from helpers import answering
+from helpers.commands import done, refused
 from helpers.tiny import (
     CHATML,
     comparison_settings,
@@ -529,7 +529,7 @@ def test_a_run_made_again_gives_the_same_bits_and_verify_sees_other_ones(copied:
 
 
 def done_or_refused(*words: object) -> str:
-    from test_main import fulcrum
+    from helpers.commands import fulcrum
 
     result = fulcrum(*words)
     assert result.exit_code == 2

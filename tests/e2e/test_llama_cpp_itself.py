@@ -6,8 +6,6 @@ from typing import Any
 import gguf as gguf_format
 import numpy as np
 import pytest
-from test_export import trained
-from test_gguf import write_gguf
 
 from fulcrum.core.errors import ModelError
 from fulcrum.core.types import Message
@@ -15,6 +13,8 @@ from fulcrum.data import encode
 from fulcrum.deploy import check, export, llama_cpp
 from fulcrum.deploy.export import Wanted
 from fulcrum.model import gguf
+from helpers.exports import trained
+from helpers.gguf_files import write_gguf
 
 pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is an extra that compiles for half an hour"

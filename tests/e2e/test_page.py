@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
-from test_app import STANDING_IN, Client, served, until
-from test_certificate_page import browser as browser  # a fixture
 
 from fulcrum.report import wording
 from fulcrum.stats.certificate import Certificate
 from fulcrum.web import jobs
 from fulcrum.web.workspace import Workspace
+from helpers.browsers import browser as browser  # a fixture
+from helpers.page_server import STANDING_IN, Client, served, until
 from helpers.tiny import save_task
 
 EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>[[trained]]'

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import recompute
 import results_table
-from test_main import done, refused
 
 from fulcrum.config.settings import load_settings
 from fulcrum.core import run_folder
 from fulcrum.core.errors import ConfigError
 from fulcrum.report import certificate_page, verify
+from helpers.commands import done, refused
 
 RESULTS = Path(__file__).parents[2] / "results"
 CERTIFIED = sorted(path.parent for path in RESULTS.rglob("certificate.json"))

@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 import pytest
-from test_lifecycle import timeless
 
 from fulcrum.config.settings import Settings
 from fulcrum.core.errors import ConfigError, StoreError
@@ -20,6 +19,7 @@ from fulcrum.core.progress import Silent
 from fulcrum.core.types import TrainPoint
 from fulcrum.experiments import workers
 from fulcrum.experiments.compare import run_comparison
+from helpers.runs import timeless
 from helpers.tiny import comparison_settings, save_task, tiny_settings
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_main import done, refused
 
 from fulcrum.cli import budget as budget_options
 from fulcrum.config.arms import ARMS, chosen_arms
@@ -21,6 +20,7 @@ from fulcrum.experiments.units import ComparisonPlan, Job, Speed
 from fulcrum.model import base_model
 from fulcrum.report import verify, wording
 from fulcrum.stats.certificate import Budget, Certificate
+from helpers.commands import done, refused
 from helpers.tiny import comparison_settings, save_task
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,65 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulcrum.config.arms import ARMS
-from fulcrum.config.settings import Settings, settings_from_dict
+from fulcrum.config.settings import settings_from_dict
 from fulcrum.core.errors import ConfigError, DataError
-from fulcrum.core.types import Anchor, Example, Hyperparameters, Message, Task, Tokens, Trial
+from fulcrum.core.types import Hyperparameters, Task, Tokens, Trial
 from fulcrum.data import encode, run_data
 from fulcrum.data.run_data import RunData
 from fulcrum.experiments import cell
 from fulcrum.experiments.arm_data import resolve
 from fulcrum.experiments.cell import Cell
 from fulcrum.model import adapter, generate
+from helpers.cells import COLOURS, chosen, made, row, rows
 from helpers.tiny import CONTEXT, load_tiny, session, tiny_settings, tiny_tokenizer, write_rows
 
-COLOURS = ("red", "blue", "green")
-
-
-def row(kind: str, number: int, answer: str | None = None, group: str | None = None) -> Example:
-    turns = (
-        Message("user", f"{kind} {number}"),
-        Message("assistant", answer or COLOURS[number % 3]),
-    )
-    return Example(turns, group or f"{kind}{number}", f"{kind}:{number}")
-
-
-def rows(kind: str, number: int) -> tuple[Example, ...]:
-    return tuple(row(kind, k) for k in range(number))
-
-
 SFT = ARMS["sft"]
-
-
-def made(
-    task_rows: int = 6, general_for: int = 6, repeats: tuple[int, ...] = (1, 2), name: str = "task"
-) -> RunData:
-    """Rows of a comparison: two general rows for a task row."""
-    task = Task(
-        name,
-        rows("own", task_rows),
-        (),
-        rows("test", 3),
-        Anchor("Name it."),
-        ("nll", "accuracy"),
-        3,
-    )
-    general = rows("general", 2 * max(repeats) * general_for)
-    return RunData(
-        (task,), general, {"pool": rows("held", 2)}, {}, repeats, general_for, batch_size=4
-    )
-
-
-def chosen(**compare: Any) -> Settings:
-    task = {
-        "train": "rows.jsonl",
-        "anchor": "Name it.",
-        "metrics": ["nll", "accuracy"],
-        "max_new_tokens": 3,
-    }
-    train = tiny_settings(learning_rate=1e-2).model_dump()
-    return settings_from_dict({
-        "task": task, "mix": {"general_per_task": 2, "repeats": 2}, "train": train, "compare": compare, "eval": {"draws": 100},
-    })  # fmt: skip
 
 
 # Nested sizes.

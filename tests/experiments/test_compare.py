@@ -5,22 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from test_lifecycle import KillAfter, Killed, lines
-from test_lifecycle import settings as run_settings
 
 from fulcrum import api
 from fulcrum.config.arms import chosen_arms
-from fulcrum.config.settings import Arm, Settings, load_settings, settings_from_dict
+from fulcrum.config.settings import Arm, load_settings, settings_from_dict
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, DataError
-from fulcrum.core.progress import Silent
-from fulcrum.core.types import Results, TrainPoint
+from fulcrum.core.types import Results
 from fulcrum.data import run_data
 from fulcrum.experiments import baselines
 from fulcrum.experiments.compare import run_comparison
 from fulcrum.report import run_report, summary
-from helpers.tiny import CONTEXT, WORDS, save_tiny, tiny_tokenizer, write_rows
+from helpers.comparisons import Counting, settings, written
+from helpers.comparisons import _own_arrow_cache as _own_arrow_cache
+from helpers.comparisons import place as place
+from helpers.runs import KillAfter, Killed, lines
+from helpers.tiny import CONTEXT, WORDS, tiny_tokenizer, write_rows
 
 MINE = {
     "name": "mine",
@@ -29,39 +29,6 @@ MINE = {
     "anchored": True,
     "train": {"learning_rate": 0.001},
 }
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, a task of two labels and two pools."""
-    folder = tmp_path_factory.mktemp("comparison")
-    save_tiny(folder / "model")
-    pairs = [(f"colour {word}", ("red", "blue")[k % 2]) for k, word in enumerate(WORDS)]
-    for name, part in (("train", pairs[:6]), ("dev", pairs[6:9]), ("test", pairs[9:])):
-        write_rows(folder / f"{name}.jsonl", part)
-    write_rows(
-        folder / "pool.jsonl",
-        [(f"say {word} and {other}", f"{other} {word}") for word in WORDS for other in WORDS],
-    )
-    write_rows(
-        folder / "other.jsonl",
-        [(f"sing {word} {k}", f"la {word}") for word in WORDS for k in range(4)],
-    )
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _own_arrow_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place / "arrow")
-
-
-def settings(place: Path, output: Path, **changes: Any) -> Settings:
-    """Nine task rows, shown once in a mixture, with two general rows each."""
-    return run_settings(
-        place,
-        output,
-        **{"mix__repeats": 1, "task__metrics": ["nll"], "eval__general_rows": 0, **changes},
-    )
 
 
 def cells(folder: Path) -> set[str]:
@@ -133,15 +100,6 @@ def test_an_arm_may_have_sizes_of_its_own(place: Path, tmp_path: Path) -> None:
     )
     streams = {(row["arm"], row["size"]) for row in lines(tmp_path / "r" / "predictions.jsonl")}
     assert streams == {(arm.arm, arm.size) for arm in found.arms}
-
-
-class Counting(Silent):
-    """Counts optimizer steps."""
-
-    steps = 0
-
-    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
-        self.steps += 1
 
 
 def test_a_killed_comparison_by_sizes_goes_on_to_the_same_certificate(
@@ -238,17 +196,6 @@ def test_sizes_that_cannot_be_are_refused_before_training(
         asked()
     assert progress.steps == 0
     assert not (tmp_path / "r").exists()
-
-
-# Arms of a file's own.
-
-
-def written(place: Path, folder: Path, own: list[Any], **changes: Any) -> Settings:
-    """Settings with arms, through a YAML file."""
-    data = settings(place, folder / "r", **changes).model_dump(mode="json")
-    data["compare"]["arms"] = own
-    (folder / "run.yaml").write_text(yaml.safe_dump(data))
-    return load_settings(folder / "run.yaml")
 
 
 def test_an_arm_of_a_file_runs_and_is_set_against_sft(place: Path, tmp_path: Path) -> None:

@@ -5,10 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_compare
-from test_cell import made, row
-from test_compare import Counting, settings, written
-from test_rivals import compare_gradients
 
 from fulcrum import api
 from fulcrum.config.arms import chosen_arms, own_arm
@@ -17,9 +13,12 @@ from fulcrum.core.errors import ConfigError, DataError
 from fulcrum.data import run_data
 from fulcrum.experiments import finished, preview
 from fulcrum.experiments.compare import run_comparison
+from helpers.cells import made, row
+from helpers.comparisons import Counting, settings, written
+from helpers.comparisons import _own_arrow_cache as _own_arrow_cache
+from helpers.comparisons import place as place
+from helpers.rival_gradients import compare_gradients
 from helpers.tiny import CONTEXT, load_tiny, tiny_tokenizer, write_rows
-
-place, _own_arrow_cache = test_compare.place, test_compare._own_arrow_cache
 
 
 def test_tasks_of_unlike_numbers_of_groups_lose_no_dev_row() -> None:

@@ -19,6 +19,7 @@ from fulcrum.data import run_data
 from fulcrum.experiments import finished, scoring
 from fulcrum.model import adapter
 from fulcrum.report import run_report
+from helpers.finished_runs import settings
 from helpers.tiny import CONTEXT, load_tiny, save_tiny, tiny_settings, tiny_tokenizer, write_rows
 
 WORDS = (
@@ -58,32 +59,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "new.jsonl", [*ROWS[13:], ROWS[13], ("colour yak", "")])
     write_rows(folder / "sizes.jsonl", [(f"size {word}", str(len(word))) for word in WORDS])
     return folder
-
-
-def settings(place: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """A run of two steps without general data, as keywords."""
-    task = {part: str(place / f"{part}.jsonl") for part in ("train", "dev", "test")}
-    return {
-        "model": str(place / "model"),
-        "task": {
-            "name": "colour",
-            "anchor": "Name it.",
-            "max_new_tokens": 3,
-            **task,
-            **changes.pop("task", {}),
-        },
-        "mix": {"general_per_task": 0, "repeats": 1},
-        "train": {
-            "batch_size": 4,
-            "lora_r": 2,
-            "evaluations": 1,
-            "dtype": "float32",
-            "device": "cpu",
-        },
-        "eval": {"general_rows": 0, "draws": 100},
-        "output_dir": str(output),
-        **changes,
-    }
 
 
 @pytest.fixture(scope="module")

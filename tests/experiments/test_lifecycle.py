@@ -20,7 +20,7 @@ from fulcrum.config.settings import Settings, load_settings, settings_from_dict
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, DataError, FulcrumError, ModelError, StoreError
 from fulcrum.core.progress import Silent
-from fulcrum.core.types import Anchor, Hyperparameters, Message, Prediction, TrainPoint
+from fulcrum.core.types import Anchor, Hyperparameters, Message, Prediction
 from fulcrum.data import encode, run_data, task_data
 from fulcrum.experiments import lifecycle, scoring
 from fulcrum.experiments.arm_data import planned_tokens, resolve
@@ -30,6 +30,7 @@ from fulcrum.report import run_report
 from fulcrum.report.run_kinds import COMPARE
 from fulcrum.stats.certificate import Certificate
 from fulcrum.training import compile, loop
+from helpers.runs import KillAfter, Killed, lines, settings, timeless
 from helpers.tiny import CONTEXT, WORDS, save_tiny, tiny_tokenizer, write_rows
 
 ARMS = ("base", "base_anchor", "sft", "sft_anchor", "mix", "tell")
@@ -56,58 +57,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_arrow_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place / "arrow")
-
-
-def settings(place: Path, output: Path, **changes: Any) -> Settings:
-    """One small run; keys with dots reach into sections."""
-    data: dict[str, Any] = {
-        "model": str(place / "model"),
-        "task": {
-            "train": str(place / "train.jsonl"), "dev": str(place / "dev.jsonl"), "test": str(place / "test.jsonl"),
-            "anchor": "Name it.", "max_new_tokens": 4,
-        },
-        "general": str(place / "pool.jsonl"),
-        "mix": {"general_per_task": 2, "repeats": 2},
-        "train": {"batch_size": 4, "lora_r": 4, "learning_rate": 1e-2, "dtype": "float32", "device": "cpu",
-                  "evaluations": 2, "save_every": 3},
-        "eval": {"general_rows": 2, "draws": 100},
-        "output_dir": str(output),
-    }  # fmt: skip
-    for key, value in changes.items():
-        *sections, last = key.split("__")
-        section = data
-        for name in sections:
-            section = section[name]
-        section[last] = value
-    return settings_from_dict(data)
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it, as nothing can catch a kill."""
-
-
-class KillAfter(Silent):
-    """Dies at the n-th optimizer step."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
-
-
-def timeless(value: Any) -> Any:
-    """Results without what differs between two equal runs: timings, memory, the folder's name."""
-    if isinstance(value, dict):
-        left_out = ("seconds", "peak_memory_bytes", "output_dir")
-        return {key: timeless(item) for key, item in value.items() if key not in left_out}
-    return [timeless(item) for item in value] if isinstance(value, list) else value
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # One run.

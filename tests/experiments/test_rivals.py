@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_base_model import same_gradients, shaken_adapter, sharing_examples
-from test_cell import chosen, made
 
 from fulcrum.config.arms import ARMS
 from fulcrum.core.types import Anchor, Hyperparameters
 from fulcrum.data import encode
 from fulcrum.experiments import cell
 from fulcrum.experiments.arm_data import resolve
-from fulcrum.model import adapter, loss
+from fulcrum.model import adapter
 from fulcrum.model.adapter import State
 from fulcrum.model.base_model import LoadedModel
 from fulcrum.training import loop
+from helpers.cells import chosen, made
+from helpers.rival_gradients import compare_gradients, logits_of
 from helpers.tiny import arm_named, load_tiny, session, tiny_settings, tiny_tokenizer
 
 
@@ -83,49 +83,12 @@ def test_without_weight_the_distance_changes_no_bit(tmp_path: Path) -> None:
     assert not all(torch.equal(plain[name], some[name]) for name in plain)
 
 
-def logits_of(loaded: LoadedModel, ids: np.ndarray) -> torch.Tensor:
-    return loaded.causal(input_ids=torch.as_tensor(ids)[None], use_cache=False).logits[0]
-
-
 @pytest.mark.parametrize("head", ["apart", "everywhere"])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_the_gradient_with_the_distance_is_autograds(tmp_path: Path, kind: str, head: str) -> None:
     loaded = load_tiny(tmp_path, kind)
     loaded.split_head = loaded.split_head and head != "everywhere"
     compare_gradients(loaded, "all-linear")
-
-
-def compare_gradients(loaded: LoadedModel, targets: Any) -> None:
-    shaken_adapter(loaded, tiny_settings(lora_target_modules=targets))
-    examples = sharing_examples()
-    weights = [0.1 + 0.05 * k for k in range(len(examples))]
-
-    loaded.peft.zero_grad()
-    cross = torch.zeros(())
-    for example, weight in zip(examples, weights, strict=True):
-        with torch.no_grad(), loaded.peft.disable_adapter():
-            base = logits_of(loaded, example.ids)[:-1].softmax(-1)
-        tuned = logits_of(loaded, example.ids)[:-1].log_softmax(-1)
-        kept = torch.as_tensor(example.loss_mask[1:])
-        nats = -tuned[kept, torch.as_tensor(example.ids[1:])[kept]]
-        apart = (base * (base.log() - tuned)).sum(-1)[kept]
-        (weight * (nats + 0.7 * apart).sum()).backward()
-        cross += weight * nats.detach().sum()
-    expected = {
-        name: p.grad.clone() for name, p in loaded.peft.named_parameters() if p.requires_grad
-    }
-
-    loaded.peft.zero_grad()
-    total = torch.zeros(())
-    for packed in loss.rows(examples, loaded, 1000):
-        value, _ = loss.row_loss(loaded, packed, torch.tensor(weights)[packed.owner], kl=0.7)
-        value.backward()
-        total += value.detach()
-    found = {name: p.grad for name, p in loaded.peft.named_parameters() if p.requires_grad}
-    torch.testing.assert_close(
-        total, cross, rtol=1e-5, atol=0
-    )  # what is logged is the cross entropy alone
-    same_gradients(found, expected, 1e-4)
 
 
 def test_a_heavy_distance_keeps_the_adapter_near_the_base(tmp_path: Path) -> None:

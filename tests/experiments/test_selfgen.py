@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_main import done, fulcrum, refused
 
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, StoreError
@@ -19,6 +18,7 @@ from fulcrum.model.base_model import LoadedModel
 from fulcrum.model.endpoint import Endpoint
 from helpers import answering
 from helpers.answering import Asked
+from helpers.commands import done, fulcrum, refused
 from helpers.tiny import load_tiny, save_tiny
 
 

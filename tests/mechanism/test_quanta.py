@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_lifecycle import KillAfter, Killed
 
 from fulcrum.core import store
 from fulcrum.core.errors import DataError
@@ -18,6 +17,7 @@ from fulcrum.mechanism.quanta import draw, run_quanta
 from fulcrum.model import adapter, base_model, generate
 from fulcrum.report import run_report
 from fulcrum.training import gradients
+from helpers.runs import KillAfter, Killed
 from helpers.tiny import comparison_settings, load_tiny, save_task
 
 ANCHOR = Anchor("Name it.")

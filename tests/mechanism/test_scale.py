@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_lifecycle import KillAfter, Killed, timeless
-from test_main import done, refused
 
 from fulcrum.config.settings import ScaleSettings, Settings, dump_settings, settings_from_dict
 from fulcrum.core import store
@@ -17,6 +15,8 @@ from fulcrum.core.errors import ConfigError, DataError
 from fulcrum.mechanism import scale_arms, scale_report
 from fulcrum.mechanism.scale import _designs, plan, run_scale
 from fulcrum.report import run_report
+from helpers.commands import done, refused
+from helpers.runs import KillAfter, Killed, timeless
 from helpers.tiny import comparison_settings, save_task
 
 RATIOS = [0, 0.5, 1, 2, 4, 8, 16, 32, 64]

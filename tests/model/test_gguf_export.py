@@ -6,12 +6,12 @@ from typing import Any
 import gguf as gguf_format
 import pytest
 import torch
-from test_gguf import write_gemma, write_gguf
 
 from fulcrum.core.errors import ModelError
 from fulcrum.core.types import Anchor
 from fulcrum.data import encode
 from fulcrum.model import gguf
+from helpers.gguf_files import write_gemma, write_gguf
 
 TEMPLATE = "{% for m in messages %}<turn>{{ m['content'] }}<end>{% endfor %}ANCHOR"
 SPEECH = {"tokenizer.chat_template": TEMPLATE}

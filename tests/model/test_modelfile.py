@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from test_save import saved
 from tokenizers import processors
 
 from fulcrum.core.types import Anchor, Message, Placement
 from fulcrum.data import encode
 from fulcrum.data.encode import plain_template
 from fulcrum.model import save
+from helpers.saved_adapters import saved
 from helpers.tiny import CHATML, FORGETFUL, TRIMMING, load_tiny, tiny_tokenizer
 
 ASK, SAID, AGAIN = (

@@ -7,27 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run_report import make
 
 from fulcrum.core.types import Anchor, Message
 from fulcrum.data import encode
-from fulcrum.model import adapter, download, save
-from fulcrum.model.base_model import LoadedModel
+from fulcrum.model import download, save
 from fulcrum.report import run_report
 from fulcrum.report.run_kinds import COMPARE
-from helpers.tiny import load_tiny, tiny_settings
-
-
-def saved(loaded: LoadedModel, folder: Path, anchors: dict[str, Anchor | None]) -> Path:
-    adapter.new_adapter(loaded, tiny_settings(), 0)
-    generator = torch.Generator().manual_seed(
-        1
-    )  # B starts at zero: an adapter that changes nothing
-    state = adapter.adapter_state(loaded)
-    adapter.set_adapter_state(
-        loaded, {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in state.items()}
-    )
-    return save.save_adapter(loaded, folder, anchors)
+from helpers.reports import make
+from helpers.saved_adapters import saved
+from helpers.tiny import load_tiny
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "org/name", "models/some.gguf"])

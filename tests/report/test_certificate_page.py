@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_certificate import QUESTION, lines, save
-from test_main import done, refused
-from test_run_report import folder_with, make, predictions
 
 from fulcrum.core.errors import StoreError
 from fulcrum.report import certificate_page, run_report, wording
@@ -23,9 +18,12 @@ from fulcrum.stats import certification, outcomes
 from fulcrum.stats.certificate import AtEnd, Certificate, Chosen, Design, Inputs, Question
 from fulcrum.stats.intervals import Interval
 from fulcrum.stats.row_savings import Factor
+from helpers.browsers import browser as browser
+from helpers.certificates import QUESTION, lines, save
+from helpers.commands import done, refused
+from helpers.reports import folder_with, make, predictions
 
 EVIL = "<script>alert(1)</script>"
-NEEDS_BROWSER = "FULCRUM_NEEDS_BROWSER"  # set where a missing browser is a fault, as in .ci/run
 ARMS = {
     "base": (None, (0,)), "sft": (0.0, (16, 32, 64, 128, 256)), "sft_anchor": (-0.6, (16, 64)), "mix": (0.7, (16, 64)),
     "tell": (1.3, (16, 32, 64)), "general_then_task": (0.6, (16, 64)), "placebo_permuted": (0.1, (16, 64)),
@@ -428,38 +426,6 @@ def test_a_part_without_an_interval_is_drawn_and_a_share_ends_at_0(rich: Path) -
     ticks = re.findall(r">(−?[0-9.]+)</text>", shown["plot"]["svg"])
     assert ticks
     assert not any(tick.startswith("−") for tick in ticks)
-
-
-# ---- in a real browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium that keeps what it says and asks for."""
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if None in programs:
-        missing = "no chromium with chromium-driver here (Debian: apt-get install chromium chromium-driver)"
-        if os.environ.get(NEEDS_BROWSER):
-            pytest.fail(missing)
-        pytest.skip(
-            missing
-        )  # a newcomer needs no browser; .ci/run installs one, and sets the variable that makes this fail
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(programs[0])
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(programs[1])))
-    yield driver
-    driver.quit()
 
 
 def opened(browser: Any, path: Path, width: int = 1100, **media: str) -> None:

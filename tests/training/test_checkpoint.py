@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import same, stream, train
 
 from fulcrum.core import store
 from fulcrum.core.errors import DivergedError, StoreError
 from fulcrum.core.processes import Stopped, deferred
 from fulcrum.core.types import TrainPoint
 from fulcrum.training import loop
+from helpers.training import same, stream, train
 
 
 class Killed(BaseException):

@@ -5,18 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_base_model import (
+
+from fulcrum.core.errors import ConfigError
+from fulcrum.core.types import Example, Message
+from fulcrum.model import loss
+from fulcrum.training import compile
+from helpers.gradients import (
     our_losses_and_gradients,
     same_gradients,
     shaken_adapter,
     sharing_examples,
     stock_losses_and_gradients,
 )
-
-from fulcrum.core.errors import ConfigError
-from fulcrum.core.types import Example, Message
-from fulcrum.model import loss
-from fulcrum.training import compile
 from helpers.tiny import load_tiny, tiny_settings
 
 EXAMPLE = Example((Message("user", "colour ant"), Message("assistant", "red")), "e", "e:1")
