@@ -423,15 +423,15 @@ import sys
 sys.path[:0] = {paths!r}
 from functools import partial
 from pathlib import Path
-import test_train
+import test_loop
 from safetensors.torch import save_file
 folder, cases = Path(sys.argv[1]), {cases!r}
 import os, torch.distributed as dist
 for number, options in enumerate(cases):
-    state, result = test_train.train(folder, **options)
+    state, result = test_loop.train(folder, **options)
     if int(os.environ["RANK"]) == 0:
         save_file(state, folder / f"two-{{number}}.safetensors")
-        (folder / f"two-{{number}}.json").write_text(repr(test_train.curve(result)))
+        (folder / f"two-{{number}}.json").write_text(repr(test_loop.curve(result)))
 dist.destroy_process_group()
 """
 
@@ -443,7 +443,7 @@ def test_two_processes_give_the_adapter_of_one(tmp_path: Path) -> None:
     cases = [{"batch_size": 6}, {"batch_size": 23, "weight_decay": 0.1}]
     expected = [train(tmp_path, **case) for case in cases]
     script = tmp_path / "two.py"
-    script.write_text(TWO.format(paths=[str(Path(__file__).parents[1]), *sys.path], cases=cases))
+    script.write_text(TWO.format(paths=[str(Path(__file__).parent), *sys.path], cases=cases))
     command = [
         sys.executable,
         "-m",
