@@ -406,7 +406,12 @@ def drift(
     prompts = [encode.prompt_ids(row.prompt, plain) for row in general]
     with adapter.without(model):
         texts = generate.generate(
-            model, prompts, plain, max_new_tokens=_SAMPLED, batch_tokens=batch_tokens, sample=0
+            model,
+            prompts,
+            plain,
+            max_new_tokens=_SAMPLED,
+            batch_tokens=batch_tokens,
+            decoding=generate.Decoding(seed=0),
         )
     said = []
     for row, text in zip(general, texts, strict=True):
