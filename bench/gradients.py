@@ -55,15 +55,13 @@ def main() -> None:
     began = time.perf_counter()
     begin = partial(adapter.new_adapter, loaded, train, 0)
     examples = {item.key: item.tokens for item in both}
-    found, _ = gradients.in_blocks(
+    found, _ = gradients.sketch_in_blocks(
         loaded,
         examples,
-        begin,
-        None,
-        budget=train.pack_tokens,
-        seed=0,
+        gradients.SketchOptions(train.pack_tokens, seed=0, normalise=True),
+        put_adapter=begin,
+        folder=None,
         count=lambda done, of: None,
-        unit=True,
     )
     say("gradients", began)
     began = time.perf_counter()

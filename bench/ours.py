@@ -47,7 +47,8 @@ def main() -> None:
             warm_up = time.perf_counter() - started
         plan = mix.plan(len(tokens), 0, repeats=1, general_per_task=0, order="random", seed=0)
         stream = Stream(plan, tokens, [])
-        _, result = loop.train(loaded, stream, lambda: 0.0, settings, seed=0, repeats=1)
+        recipe = loop.Recipe(settings, seed=0, repeats=1)
+        _, result = loop.train(loaded, stream, recipe, dev_loss=lambda: 0.0)
         seconds = result.seconds
     counted = sum(len(each) for each in tokens)
     what = "; ".join([*loaded.facts, f"{warm_up:.0f} s to compile"][: None if warm_up else -1])

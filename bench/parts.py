@@ -149,7 +149,8 @@ def prefixes() -> None:
 
         def train(share: bool, stream: Stream = stream) -> None:
             chosen = settings.model_copy(update={"share_prefixes": share, "evaluations": 1})
-            loop.train(loaded, stream, lambda: 0.0, chosen, seed=0, repeats=1)
+            recipe = loop.Recipe(chosen, seed=0, repeats=1)
+            loop.train(loaded, stream, recipe, dev_loss=lambda: 0.0)
 
         tell(
             name,
@@ -316,7 +317,7 @@ def choice() -> None:
     adapter.new_adapter(loaded, TrainSettings(), 0)
     examples = [encode.encode(row, form) for row in [*task[:32], *(rows[k] for k in order[:2048])]]
     started = time.perf_counter()
-    found = gradients.gradients(loaded, examples)
+    found = gradients.sketch(loaded, examples, gradients.SketchOptions())
     selection.by_gradient(found[32:], found[:32])
     seconds, tokens = time.perf_counter() - started, sum(map(len, examples))
     took = f"{len(examples):,} rows of {tokens / len(examples):.0f} tokens in {seconds:.0f} s"

@@ -56,8 +56,8 @@ def test_lengths_are_said_only_where_answers_have_about_as_many_words() -> None:
 
 
 def test_a_writer_is_shown_some_rows_and_no_other() -> None:
-    assert propose.shown(BASH) == BASH[:3]  # a quarter of twelve
-    assert len(propose.shown(BASH * 10)) == 8
+    assert propose.source_rows(BASH) == BASH[:3]  # a quarter of twelve
+    assert len(propose.source_rows(BASH * 10)) == 8
     (asked,) = propose.question(BASH[:2], "user_prefix")
     assert "Input: find files in directory number 1\nAnswer: find . -name 1" in asked.content
     assert "number 2" not in asked.content
@@ -76,12 +76,12 @@ def test_a_writer_is_shown_some_rows_and_no_other() -> None:
     ],
 )
 def test_what_stands_around_an_anchor_goes(said: str, text: str) -> None:
-    assert propose.cleaned(said, "user_prefix") == text
+    assert propose.clean(said, "user_prefix") == text
 
 
 def test_a_written_response_prefix_ends_with_a_colon() -> None:
-    assert propose.cleaned("The command is", "response_prefix") == "The command is: "
-    assert propose.cleaned("The command is:", "response_prefix") == "The command is: "
+    assert propose.clean("The command is", "response_prefix") == "The command is: "
+    assert propose.clean("The command is:", "response_prefix") == "The command is: "
 
 
 @pytest.mark.parametrize(

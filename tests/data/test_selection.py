@@ -19,6 +19,7 @@ from fulcrum.experiments.compare import run_comparison
 from fulcrum.model import adapter, base_model, loss
 from fulcrum.model.adapter import LoraLinear
 from fulcrum.training import gradients as gradient_sketches
+from fulcrum.training.gradients import SketchOptions
 from helpers.tiny import (
     CONTEXT,
     arm_named,
@@ -153,7 +154,7 @@ def test_sketches_are_those_of_each_rows_own_gradient(loaded: base_model.LoadedM
         encode.encode(row("say one two " * k, "three four " * (k + 1), k), form)
         for k in range(1, 6)
     ]
-    packed = gradient_sketches.gradients(loaded, examples)
+    packed = gradient_sketches.sketch(loaded, examples, SketchOptions())
     layers = [module for module in loaded.peft.modules() if isinstance(module, LoraLinear)]
     for place, example in enumerate(examples):
         loaded.peft.zero_grad()
@@ -200,7 +201,8 @@ def test_sketches_keep_cosines(loaded: base_model.LoadedModel) -> None:
         return (unit @ unit.T)[np.triu_indices(len(rows), 1)]
 
     off = [
-        cosines(gradient_sketches.gradients(loaded, examples, seed=seed)) - cosines(np.array(whole))
+        cosines(gradient_sketches.sketch(loaded, examples, SketchOptions(seed=seed)))
+        - cosines(np.array(whole))
         for seed in range(8)
     ]
     assert np.sqrt(np.mean(np.square(off))) < 0.1
@@ -212,12 +214,11 @@ def test_sketches_keep_cosines(loaded: base_model.LoadedModel) -> None:
 def test_models_without_layers_to_sketch_are_refused(tmp_path: Path) -> None:
     other = load_tiny(tmp_path, "gpt2")
     adapter.new_adapter(other, tiny_settings(), 0)
+    example = encode.encode(row("a", "b", 0), encode.make_format(other.tokenizer, None))
     with pytest.raises(
         ModelError, match=r"none of its adapted layers is one whose gradients can be sketched"
     ):
-        gradient_sketches.gradients(
-            other, [encode.encode(row("a", "b", 0), encode.make_format(other.tokenizer, None))]
-        )
+        gradient_sketches.sketch(other, [example], SketchOptions())
 
 
 def test_a_row_with_an_anchor_has_another_gradient_than_without(tmp_path: Path) -> None:
@@ -244,23 +245,23 @@ def test_gradients_are_gone_on_with_after_a_kill(
     )
     loaded = load_tiny(tmp_path)
     rows = run_data.prepare(settings, loaded.tokenizer, CONTEXT, 0, dev_apart=False, choose_from=60)
-    take, taken, told = gradient_sketches.gradients, list[int](), list[tuple[int, int]]()
+    take, taken, told = gradient_sketches.sketch, list[int](), list[tuple[int, int]]()
 
     class Told(Silent):
         def count(self, label: str, done: int, total: int) -> None:
             told.append((done, total))
 
-    def gradients(loaded, examples, **how):
+    def sketch(loaded, examples, *how):
         if len(taken) == stop:
             raise KeyboardInterrupt
         taken.append(len(examples))
-        return take(loaded, examples, **how)
+        return take(loaded, examples, *how)
 
     def found(folder: Path):
         kept = Session(loaded, settings, folder, Told())
         return made_rows.with_gradients(kept, rows, [resolve(ARMS["tell"], rows, settings)])
 
-    monkeypatch.setattr(gradient_sketches, "gradients", gradients)
+    monkeypatch.setattr(gradient_sketches, "sketch", sketch)
     stop = 99
     whole = found(tmp_path / "whole")
     assert taken == [30] * 6 + [24]

@@ -74,9 +74,11 @@ def test_a_few_steps_teach_a_format(loaded: base_model.LoadedModel, tmp_path: Pa
     before = generate.mean_nats(loaded, [unseen])
     plan = mix.plan(len(rows), 0, repeats=6, general_per_task=0, order="random", seed=0)
     loop.train(
-        loaded, Stream(plan, rows, []), lambda: generate.mean_nats(loaded, [unseen]), TrainSettings(evaluations=2),
-        seed=0, repeats=6,
-    )  # fmt: skip
+        loaded,
+        Stream(plan, rows, []),
+        loop.Recipe(TrainSettings(evaluations=2), seed=0, repeats=6),
+        dev_loss=lambda: generate.mean_nats(loaded, [unseen]),
+    )
     assert generate.mean_nats(loaded, [unseen]) < before / 2
     prompt = encode.prompt_ids((Message("user", "I saw a fish today."),), form)
     assert generate.generate(loaded, [prompt], form, max_new_tokens=12, batch_tokens=512) == [

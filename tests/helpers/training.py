@@ -50,7 +50,8 @@ def train(
     def dev_loss() -> float:
         return generate.mean_nats(loaded, DEV)
 
-    return loop.train(loaded, rows or stream(), dev_loss, settings, seed=seed, repeats=2, **run)
+    recipe = loop.Recipe(settings, seed, repeats=2)
+    return loop.train(loaded, rows or stream(), recipe, dev_loss=dev_loss, **run)
 
 
 def same(a: adapter.State, b: adapter.State) -> bool:

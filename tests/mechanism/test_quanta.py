@@ -168,14 +168,14 @@ def test_random_weights_have_no_skills_and_the_page_says_so(done: Path) -> None:
 def test_items_without_a_gradient_are_left_out_and_counted(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = gradients.in_blocks
+    real = gradients.sketch_in_blocks
 
     def sure_of_three(*given: Any, **named: Any) -> Any:
         found, seconds = real(*given, **named)
         found[[0, 31, 59]] = 0
         return found, seconds
 
-    monkeypatch.setattr(gradients, "in_blocks", sure_of_three)
+    monkeypatch.setattr(gradients, "sketch_in_blocks", sure_of_three)
     run_quanta(settings(place, tmp_path / "run"))
     record = quanta_report.read(tmp_path / "run")
     assert record["without_gradient"] == 3
@@ -203,9 +203,10 @@ def test_gradients_of_items_are_their_rows(tmp_path: Path) -> None:
         for item in draw([row] * 8, loaded.tokenizer, "tokens", 10_000, general=False, seed=0)
     ]
     whole = encode.final_answer(row[0], encode.make_format(loaded.tokenizer, ANCHOR))
-    single = gradients.gradients(loaded, own[: whole.n_loss], seed=3)
+    options = gradients.SketchOptions(seed=3)
+    single = gradients.sketch(loaded, own[: whole.n_loss], options)
     adapter.new_adapter(loaded, settings(tmp_path, tmp_path).train, 0)
-    mean = gradients.gradients(loaded, [whole], seed=3)[0]
+    mean = gradients.sketch(loaded, [whole], options)[0]
     np.testing.assert_allclose(
         single.sum(axis=0) / whole.n_loss, mean, atol=1e-4 * np.abs(mean).max()
     )

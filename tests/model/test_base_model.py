@@ -173,7 +173,10 @@ def test_every_architecture_trains_and_generates(tmp_path: Path, kind: str) -> N
     stream = Stream(mix.plan(4, 0, repeats=30, general_per_task=0, order="random", seed=0), own, [])
     settings = tiny_settings(learning_rate=2e-2, evaluations=1)
     _, result = loop.train(
-        loaded, stream, lambda: generate.mean_nats(loaded, own), settings, seed=0, repeats=30
+        loaded,
+        stream,
+        loop.Recipe(settings, seed=0, repeats=30),
+        dev_loss=lambda: generate.mean_nats(loaded, own),
     )
     first, last = result.history[0].task_loss, result.history[-1].task_loss
     assert result.steps == 30

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,11 @@ def test_what_is_returned_is_the_best_of_the_dev_evaluations(tmp_path: Path) -> 
 
     settings = tiny_settings(batch_size=4, evaluations=3)
     state, result = loop.train(
-        loaded, stream(), lambda: next(measured), settings, seed=0, repeats=2, progress=watch
+        loaded,
+        stream(),
+        loop.Recipe(settings, seed=0, repeats=2),
+        dev_loss=lambda: next(measured),
+        progress=watch,
     )
     assert result.dev_nll == ((2, 3.0), (4, 1.0), (6, 2.0))
     assert result.best_step == 4
@@ -147,7 +152,10 @@ def test_early_stopping_counts_evaluations_without_a_better_one(tmp_path: Path) 
     measured = iter([3.0, 1.0, 2.0, 1.5, 0.5, 0.5])
     settings = tiny_settings(batch_size=4, evaluations=6, early_stopping_patience=2)
     _, result = loop.train(
-        load_tiny(tmp_path), stream(), lambda: next(measured), settings, seed=0, repeats=2
+        load_tiny(tmp_path),
+        stream(),
+        loop.Recipe(settings, seed=0, repeats=2),
+        dev_loss=lambda: next(measured),
     )
     assert (result.steps, result.best_step, len(result.dev_nll)) == (4, 2, 4)
 
@@ -186,12 +194,10 @@ def test_dropout_is_on_in_training_and_off_in_scoring(tmp_path: Path) -> None:
 
 def test_a_second_run_on_one_model_starts_from_the_untouched_base(tmp_path: Path) -> None:
     loaded, settings = load_tiny(tmp_path), tiny_settings(learning_rate=5e-3)
-    first, _ = loop.train(
-        loaded, stream(), lambda: generate.mean_nats(loaded, DEV), settings, seed=0, repeats=2
-    )
-    again, _ = loop.train(
-        loaded, stream(), lambda: generate.mean_nats(loaded, DEV), settings, seed=0, repeats=2
-    )
+    recipe = loop.Recipe(settings, seed=0, repeats=2)
+    dev_loss = partial(generate.mean_nats, loaded, DEV)
+    first, _ = loop.train(loaded, stream(), recipe, dev_loss=dev_loss)
+    again, _ = loop.train(loaded, stream(), recipe, dev_loss=dev_loss)
     assert same(first, again)
 
 
@@ -371,16 +377,17 @@ def test_an_adapter_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
 TWO = """
 import sys
 sys.path[:0] = {paths!r}
+from functools import partial
 from pathlib import Path
-import test_train
+import test_loop
 from safetensors.torch import save_file
 folder, cases = Path(sys.argv[1]), {cases!r}
 import os, torch.distributed as dist
 for number, options in enumerate(cases):
-    state, result = test_train.train(folder, **options)
+    state, result = test_loop.train(folder, **options)
     if int(os.environ["RANK"]) == 0:
         save_file(state, folder / f"two-{{number}}.safetensors")
-        (folder / f"two-{{number}}.json").write_text(repr(test_train.curve(result)))
+        (folder / f"two-{{number}}.json").write_text(repr(test_loop.curve(result)))
 dist.destroy_process_group()
 """
 
@@ -392,7 +399,7 @@ def test_two_processes_give_the_adapter_of_one(tmp_path: Path) -> None:
     cases = [{"batch_size": 6}, {"batch_size": 23, "weight_decay": 0.1}]
     expected = [train(tmp_path, **case) for case in cases]
     script = tmp_path / "two.py"
-    script.write_text(TWO.format(paths=[str(Path(__file__).parents[1]), *sys.path], cases=cases))
+    script.write_text(TWO.format(paths=[str(Path(__file__).parent), *sys.path], cases=cases))
     command = [
         sys.executable,
         "-m",

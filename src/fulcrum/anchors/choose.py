@@ -8,20 +8,22 @@ from.
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from fulcrum.anchors import propose
 from fulcrum.anchors import score as scoring
 from fulcrum.anchors.score import Candidate
+from fulcrum.config.base import AnchorSettings
 from fulcrum.config.settings import Arm, Settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, DataError, StoreError
 from fulcrum.core.progress import ProgressListener
-from fulcrum.core.types import Anchor, AnchorScores, Example, Placement, Task
+from fulcrum.core.types import Anchor, AnchorScores, Example, Message, Placement, Task
 from fulcrum.data import encode, run_data
 from fulcrum.model import adapter, base_model, generate
 from fulcrum.model.base_model import LoadedModel
@@ -37,65 +39,112 @@ _TEMPERATURE = 0.7  # at 1 small models write nonsense; each is shown other rows
 _SHOWN = (5, 8)  # rows in a prompt that asks for an anchor: at least, at most
 
 
-def proposals(
+@dataclass(frozen=True)
+class AnchorData:
+    """What anchors are proposed from and scored on."""
+
+    loaded: LoadedModel
+    tasks: tuple[Task, ...]  # with the training rows that may be seen
+    seed: int
+
+
+def load_data(settings: Settings, *, compared: bool) -> AnchorData:
+    """Load the model and the training rows: in a comparison the first seed's smallest size."""
+    loaded = base_model.load(
+        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
+    )
+    tasks = []
+    for task in settings.tasks:
+        is_auto = task.anchor is not None and task.anchor.is_auto
+        tasks.append(task.model_copy(update={"anchor": None}) if is_auto else task)
+    drawn = settings.model_copy(update={"tasks": tuple(tasks), "general": ()})
+    seed = settings.seeds[0] if compared else settings.seed
+    rows = run_data.prepare(
+        drawn, loaded.tokenizer, loaded.context, seed, dev_apart=not compared, by_fold=compared
+    )
+    size = _smallest_size(settings) if compared else None
+    if size is not None:
+        rows = rows.at(size)
+    return AnchorData(loaded, rows.tasks, seed)
+
+
+def _smallest_size(settings: Settings) -> int | None:
+    """Return the fewest task rows that an arm of a comparison gets; None if every arm gets all."""
+    sizes = list(settings.compare.sizes or ())
+    for own in settings.compare.sizes_of.values():
+        sizes += own
+    return min(sizes, default=None)
+
+
+def propose_anchors(
     task: Task,
     placement: Placement,
-    loaded: LoadedModel,
+    data: AnchorData,
     *,
     wanted: int = COUNT,
-    seed: int = 0,
     by: Sequence[Source] = ("template", "model"),
     endpoint: Endpoint | None = None,
     progress: ProgressListener | None = None,
 ) -> tuple[list[Candidate], dict[str, int]]:
     """Return up to `wanted` anchors for a task, from each source in turn, and rejects by reason.
 
-    Templates are filled from the task's training rows; a model that writes sees `propose.shown` of
-    these. Fewer come back if a small model writes nothing better.
+    Templates are filled from the task's training rows; a model that writes sees
+    `propose.source_rows` of these. Fewer come back if a small model writes nothing better.
     """
     rows = task.train
-    form = encode.make_format(loaded.tokenizer, None)
-    found: dict[str, Candidate] = {}
-    rejects = Counter[str]()
-
-    def take(texts: Sequence[str], source: Source, limit: int) -> None:
-        for text in texts:
-            anchor = Anchor(text, placement)
-            reason = propose.fault(anchor, rows, form, written=source != "template")
-            if reason is None and text in found:
-                reason = "proposed twice"
-            if reason is not None:
-                rejects[f"{source}: {reason}"] += 1
-            elif len(found) < limit:
-                found[text] = Candidate(anchor, source)
-
+    proposals = _Proposals(rows, placement, encode.make_format(data.loaded.tokenizer, None))
     for place, source in enumerate(by, 1):
         limit = -(-wanted * place // len(by))
         if source == "template":
-            take(propose.templates(rows, task.name, placement), source, limit)
+            proposals.add(propose.templates(rows, task.name, placement), source, limit)
             continue
         for attempt in range(_TRIES):
-            if len(found) >= limit:
+            missing = limit - len(proposals.accepted)
+            if missing <= 0:
                 break
-            count = limit - len(found)
-            questions = _questions(
-                rows, placement, count, store.seed_for(seed, f"anchors {attempt}")
-            )
+            row_seed = store.seed_for(data.seed, f"anchors {attempt}")
+            questions = _questions(rows, placement, missing, row_seed)
             if source == "endpoint":
-                texts = _ask_endpoint(endpoint, questions, seed)
+                texts = _ask_endpoint(endpoint, questions, data.seed)
             else:
-                draw = store.seed_for(seed, f"anchors written {attempt}")
-                texts = _ask_model(loaded, questions, form, draw)
-            take([propose.cleaned(text, placement) for text in texts], source, limit)
+                token_seed = store.seed_for(data.seed, f"anchors written {attempt}")
+                texts = _ask_model(data.loaded, questions, proposals.form, token_seed)
+            proposals.add([propose.clean(text, placement) for text in texts], source, limit)
             if progress is not None:
-                progress.count(f"anchors by the {source}", min(len(found), limit), limit)
-    return list(found.values()), dict(rejects)
+                done = min(len(proposals.accepted), limit)
+                progress.count(f"anchors by the {source}", done, limit)
+    return list(proposals.accepted.values()), dict(proposals.rejects)
 
 
-def _questions(rows: Sequence[Example], placement: Placement, count: int, seed: int) -> list[Any]:
+class _Proposals:
+    """The proposed texts that are anchors, and the rejects by reason."""
+
+    def __init__(self, rows: Sequence[Example], placement: Placement, form: encode.Format) -> None:
+        self.rows = rows
+        self.placement = placement
+        self.form = form
+        self.accepted: dict[str, Candidate] = {}
+        self.rejects = Counter[str]()
+
+    def add(self, texts: Sequence[str], source: Source, limit: int) -> None:
+        """Accept texts until there are `limit` of them, from this source and those before."""
+        for text in texts:
+            anchor = Anchor(text, self.placement)
+            reason = propose.fault(anchor, self.rows, self.form, written=source != "template")
+            if reason is None and text in self.accepted:
+                reason = "proposed twice"
+            if reason is not None:
+                self.rejects[f"{source}: {reason}"] += 1
+            elif len(self.accepted) < limit:
+                self.accepted[text] = Candidate(anchor, source)
+
+
+def _questions(
+    rows: Sequence[Example], placement: Placement, count: int, seed: int
+) -> list[tuple[Message, ...]]:
     """Return prompts that ask for an anchor, each with other rows or in another order."""
     rng = np.random.default_rng(seed)
-    known = propose.shown(rows)
+    known = propose.source_rows(rows)
     least, most = (min(number, len(known)) for number in _SHOWN)
     questions = []
     for _ in range(count):
@@ -104,10 +153,13 @@ def _questions(rows: Sequence[Example], placement: Placement, count: int, seed: 
     return questions
 
 
-def _ask_endpoint(endpoint: Endpoint | None, questions: Sequence[Any], seed: int) -> list[str]:
+def _ask_endpoint(
+    endpoint: Endpoint | None, questions: Sequence[tuple[Message, ...]], seed: int
+) -> list[str]:
     if endpoint is None:
         raise ConfigError(
-            "anchors by an endpoint need its address and model; give --endpoint and --endpoint-model"
+            "anchors by an endpoint need its address and model; give --endpoint and "
+            "--endpoint-model"
         )
     texts = []
     for k, question in enumerate(questions):
@@ -117,7 +169,10 @@ def _ask_endpoint(endpoint: Endpoint | None, questions: Sequence[Any], seed: int
 
 
 def _ask_model(
-    loaded: LoadedModel, questions: Sequence[Any], form: encode.Format, seed: int
+    loaded: LoadedModel,
+    questions: Sequence[tuple[Message, ...]],
+    form: encode.Format,
+    seed: int,
 ) -> list[str]:
     return generate.generate(
         loaded,
@@ -125,27 +180,25 @@ def _ask_model(
         form,
         max_new_tokens=_WRITTEN_TOKENS,
         batch_tokens=4096,
-        sample=seed,
-        temperature=_TEMPERATURE,
+        decoding=generate.Decoding(seed, _TEMPERATURE),
     )
 
 
 def score_candidates(
     candidates: Sequence[Candidate],
     task: Task,
-    tasks: Sequence[Task],
-    loaded: LoadedModel,
+    data: AnchorData,
     *,
-    seed: int,
-    left_out: dict[str, int],
+    rejects: dict[str, int],
     started: float,
     choose: bool,
     progress: ProgressListener,
 ) -> AnchorScores:
     """Score candidates and controls on training rows that no proposal was made from.
 
-    With `choose`, one is chosen. Another of the `tasks` lends its anchor as a control. Raise
-    DataError if too few rows are left, or there is no candidate.
+    With `choose`, one is chosen. Another task lends its anchor as a control. `started` is when
+    proposing began, on the clock of `time.perf_counter`. Raise DataError if too few rows are left,
+    or there is no candidate.
     """
     rows = rows_left(task)
     if not _enough(rows):
@@ -156,28 +209,30 @@ def score_candidates(
             "needed: write the anchor by hand, or add rows"
         )
     if not candidates:
-        why = ", ".join(f"{count} × {reason}" for reason, count in left_out.items())
+        why = ", ".join(f"{count} × {reason}" for reason, count in rejects.items())
         raise DataError(
-            f"{task.name}: no anchor to score; proposals were none, by reason: {why}; write one by hand"
+            f"{task.name}: no anchor to score; proposals were none, by reason: {why}; write one by "
+            "hand"
         )
-    others = [one.anchor.text for one in tasks if one.anchor is not None and one.name != task.name]
-    other = others[0] if others else None
-    every = [*candidates, *scoring.controls(candidates, loaded, other, seed)]
+    anchored = [one for one in data.tasks if one.anchor is not None and one.name != task.name]
+    other = anchored[0].anchor if anchored else None
+    other_text = None if other is None else other.text
+    every = [*candidates, *scoring.controls(candidates, data.loaded, other_text, data.seed)]
     count = partial(progress.count, scoring.LABEL)
-    scores = scoring.score(every, rows, loaded, seed=seed, count=count)
+    scores = scoring.score(every, rows, data.loaded, seed=data.seed, count=count)
     chosen = scoring.choose(scores) if choose else None
     return AnchorScores(
         task=task.name,
         scores=scoring.sort_scores(scores, chosen),
         rows=min(len(rows), scoring.MAX_ROWS),
-        left_out=left_out,
+        left_out=rejects,
         seconds=time.perf_counter() - started,
     )
 
 
 def rows_left(task: Task) -> list[Example]:
     """Return the training rows of a task that no anchor is made from."""
-    return list(task.train[len(propose.shown(task.train)) :])
+    return list(task.train[len(propose.source_rows(task.train)) :])
 
 
 def _enough(rows: Sequence[Example]) -> bool:
@@ -206,88 +261,65 @@ def resolve(
         _check_same_question(settings, known, folder)
         return settle(settings, known), known
     progress.stage("anchors: proposed and scored, before any training")
-    loaded, tasks, seed = rows_to_score(settings, compared=compared)
+    data = load_data(settings, compared=compared)
     result = []
-    for task, given in zip(tasks, settings.tasks, strict=True):
+    for task, given in zip(data.tasks, settings.tasks, strict=True):
         started = time.perf_counter()
         auto = given.anchor if given.anchor is not None and given.anchor.is_auto else None
-        candidates = []
-        if task.anchor is not None:
-            candidates.append(Candidate(task.anchor, "given"))
-        for name, anchor in own:
-            if anchor != task.anchor:
-                candidates.append(Candidate(anchor, f"given: arm {name}"))
-        left_out: dict[str, int] = {}
+        candidates = _given_candidates(task, auto, own)
+        rejects: dict[str, int] = {}
         if auto is not None:
-            for text in auto.candidates:
-                candidates.append(Candidate(Anchor(text, auto.placement), "given"))
-            made, left_out = proposals(task, auto.placement, loaded, seed=seed, progress=progress)
-            candidates += made
-        elif not candidates or not _enough(rows_left(task)):  # nothing hangs on these scores
+            proposed, rejects = propose_anchors(task, auto.placement, data, progress=progress)
+            candidates += proposed
+        elif not candidates or not _enough(rows_left(task)):  # nothing depends on these scores
             progress.stage(
-                f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and an anchor"
+                f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and "
+                "an anchor"
             )
             continue
-        result.append(
-            score_candidates(
-                candidates,
-                task,
-                tasks,
-                loaded,
-                seed=seed,
-                left_out=left_out,
-                started=started,
-                choose=auto is not None,
-                progress=progress,
-            )
+        scores = score_candidates(
+            candidates,
+            task,
+            data,
+            rejects=rejects,
+            started=started,
+            choose=auto is not None,
+            progress=progress,
         )
-    adapter.drop_adapter(loaded)
+        result.append(scores)
+    adapter.drop_adapter(data.loaded)
     return settle(settings, result), tuple(result)
+
+
+def _given_candidates(
+    task: Task, auto: AnchorSettings | None, own: Sequence[tuple[str, Anchor]]
+) -> list[Candidate]:
+    """Return the anchors that the settings hold for a task: its own, arms' and candidates."""
+    candidates = []
+    if task.anchor is not None:
+        candidates.append(Candidate(task.anchor, "given"))
+    for name, anchor in own:
+        if anchor != task.anchor:
+            candidates.append(Candidate(anchor, f"given: arm {name}"))
+    if auto is not None:
+        for text in auto.candidates:
+            candidates.append(Candidate(Anchor(text, auto.placement), "given"))
+    return candidates
 
 
 def _check_same_question(settings: Settings, known: Sequence[AnchorScores], folder: Path) -> None:
     """Raise StoreError if the run scored other candidates; its manifest holds only the chosen."""
-    scored = {
-        each.task: {one.text for one in each.scores if one.source == "given"} for each in known
-    }
+    scored: dict[str, set[str]] = {}
+    for each in known:
+        scored[each.task] = {one.text for one in each.scores if one.source == "given"}
     for task in settings.tasks:
         if task.anchor is None or not task.anchor.is_auto:
             continue
         if scored.get(task.name) != set(task.anchor.candidates):
             raise StoreError(
                 f"{folder}: cannot resume, the candidates of {task.name}'s anchor changed since it "
-                "started; undo that, or begin another run beside it (--force-new)"
+                "started; undo that, or begin another run next to it (--force-new)"
             )
-
-
-def rows_to_score(
-    settings: Settings, *, compared: bool
-) -> tuple[LoadedModel, tuple[Task, ...], int]:
-    """Return the model, the tasks with the training rows that may be seen, and their seed."""
-    loaded = base_model.load(
-        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
-    )
-    tasks = []
-    for task in settings.tasks:
-        is_auto = task.anchor is not None and task.anchor.is_auto
-        tasks.append(task.model_copy(update={"anchor": None}) if is_auto else task)
-    drawn = settings.model_copy(update={"tasks": tuple(tasks), "general": ()})
-    seed = settings.seeds[0] if compared else settings.seed
-    rows = run_data.prepare(
-        drawn, loaded.tokenizer, loaded.context, seed, dev_apart=not compared, by_fold=compared
-    )
-    size = _smallest_size(settings) if compared else None
-    if size is not None:
-        rows = rows.at(size)
-    return loaded, rows.tasks, seed
-
-
-def _smallest_size(settings: Settings) -> int | None:
-    """Return the fewest task rows that an arm of a comparison gets; None if every arm gets all."""
-    sizes = list(settings.compare.sizes or ())
-    for own in settings.compare.sizes_of.values():
-        sizes += own
-    return min(sizes, default=None)
 
 
 def own_anchors(settings: Settings) -> list[tuple[str, Anchor]]:

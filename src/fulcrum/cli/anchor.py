@@ -83,20 +83,19 @@ def propose(
 
     asked = Endpoint(endpoint, endpoint_model, os.environ.get(key)) if endpoint else None
     with terminal.working(screen, f"loading {settings.model}, reading data"):
-        loaded, tasks, seed = choose.rows_to_score(settings, compared=False)
-    chosen = _task(tasks, task)
+        data = choose.load_data(settings, compared=False)
+    chosen = _task(data.tasks, task)
     wheres = [cast("Placement", name) for name in placements]
     sources = [cast("choose.Source", name) for name in who]
     found = [Candidate(Anchor(own, where), "given") for where in wheres for own in text or ()]
     left_out = Counter[str]()
     with Watch(screen) as watch:
         for where in wheres:
-            made, refused = choose.proposals(
+            made, refused = choose.propose_anchors(
                 chosen,
                 where,
-                loaded,
+                data,
                 wanted=count,
-                seed=seed,
                 by=sources,
                 endpoint=asked,
                 progress=watch,
@@ -105,7 +104,7 @@ def propose(
             left_out.update(refused)
     lines = []
     for one in found:
-        tokens = scoring.count_tokens(one.anchor, loaded)
+        tokens = scoring.count_tokens(one.anchor, data.loaded)
         lines.append({**store.plain(one.anchor), "source": one.source, "tokens": tokens})
     store.write_jsonl(out, lines)
     rows = [
@@ -159,8 +158,8 @@ def score(
 
     began = time.perf_counter()
     with terminal.working(screen, f"loading {settings.model}, reading data"):
-        loaded, tasks, seed = choose.rows_to_score(settings, compared=False)
-    chosen = _task(tasks, task)
+        data = choose.load_data(settings, compared=False)
+    chosen = _task(data.tasks, task)
     found = [Candidate(chosen.anchor, "the task's")] if chosen.anchor is not None else []
     found += [Candidate(one, source) for one, source in given if one != chosen.anchor]
     left_out: dict[str, int] = {}
@@ -169,15 +168,13 @@ def score(
             where: Placement = (
                 chosen.anchor.placement if chosen.anchor is not None else "user_prefix"
             )
-            made, left_out = choose.proposals(chosen, where, loaded, seed=seed, progress=watch)
+            made, left_out = choose.propose_anchors(chosen, where, data, progress=watch)
             found += made
         scores = choose.score_candidates(
             found,
             chosen,
-            tasks,
-            loaded,
-            seed=seed,
-            left_out=left_out,
+            data,
+            rejects=left_out,
             started=began,
             choose=True,
             progress=watch,

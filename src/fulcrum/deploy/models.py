@@ -43,15 +43,9 @@ class Speakers:
         except TooLongError as error:
             raise DataError(f"{error}; /reset begins anew") from None
         with adapter.active(self.loaded, speaker.adapter):
-            answers = generate.generate(
-                self.loaded,
-                [prompt],
-                form,
-                max_new_tokens=speaker.longest,
-                batch_tokens=1,
-                told=told,
+            return generate.generate_one(
+                self.loaded, prompt, form, max_new_tokens=speaker.longest, on_text=told
             )
-        return answers[0]
 
 
 def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> Speakers:

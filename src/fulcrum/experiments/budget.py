@@ -252,7 +252,7 @@ def _time_training(plan: ArmPlan, loaded: LoadedModel, task: float) -> tuple[flo
     """
     part = plan.stream(loaded.tokenizer, 1, 0)
     began = time.perf_counter()
-    _, result = loop.train(loaded, part, None, plan.settings.train, seed=0, repeats=1)
+    _, result = loop.train(loaded, part, loop.Recipe(plan.settings.train, seed=0, repeats=1))
     start = time.perf_counter() - began - result.seconds
     first, last = result.history[0], result.history[-1]
     seconds = last.seconds

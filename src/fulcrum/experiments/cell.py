@@ -137,14 +137,11 @@ def fit(
         name = label if plan.members == 1 else f"{label}-member{member}"
         purpose = "train" if member == 0 else f"train {member}"
         order = store.seed_for(seed, purpose) if member else seed
+        recipe = loop.Recipe(trained, store.seed_for(seed, purpose), chosen.repeats, chosen.kl)
         state, run = loop.train(
             session.model,
             plan.stream(session.model.tokenizer, chosen.repeats, order),
-            None,
-            trained,
-            seed=store.seed_for(seed, purpose),
-            repeats=chosen.repeats,
-            kl=chosen.kl,
+            recipe,
             checkpoint=session.checkpoint(name),
             progress=session.listener(name),
             say=session.progress.stage,
@@ -409,7 +406,12 @@ def drift(
     prompts = [encode.prompt_ids(row.prompt, plain) for row in general]
     with adapter.without(model):
         texts = generate.generate(
-            model, prompts, plain, max_new_tokens=_SAMPLED, batch_tokens=batch_tokens, sample=0
+            model,
+            prompts,
+            plain,
+            max_new_tokens=_SAMPLED,
+            batch_tokens=batch_tokens,
+            decoding=generate.Decoding(seed=0),
         )
     said = []
     for row, text in zip(general, texts, strict=True):

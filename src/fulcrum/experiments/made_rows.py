@@ -41,7 +41,7 @@ from fulcrum.model.adapter import State
 from fulcrum.model.base_model import LoadedModel
 from fulcrum.model.endpoint import WORKERS, Endpoint
 from fulcrum.training import loop
-from fulcrum.training.gradients import GRADIENTS_LABEL, in_blocks
+from fulcrum.training.gradients import GRADIENTS_LABEL, SketchOptions, sketch_in_blocks
 
 WARM_UP = 128  # general rows on which an adapter is trained before gradients are taken
 
@@ -65,13 +65,13 @@ def with_gradients(session: Session, rows: RunData, plans: Sequence[ArmPlan]) ->
     for key in sorted(wanted):
         row, anchor = wanted[key]
         examples[key] = encode.encode(row, forms[anchor])
-    found, seconds = in_blocks(
+    name = f"gradients-seed{rows.seed}"
+    found, seconds = sketch_in_blocks(
         model,
         examples,
-        partial(_warm_up, model, rows, settings),
-        None if session.kept is None else session.kept / store.MADE / f"gradients-seed{rows.seed}",
-        budget=settings.train.pack_tokens,
-        seed=rows.seed,
+        SketchOptions(settings.train.pack_tokens, rows.seed),
+        put_adapter=partial(_warm_up, model, rows, settings),
+        folder=None if session.kept is None else session.kept / store.MADE / name,
         count=partial(session.progress.count, GRADIENTS_LABEL),
     )
     note = (
@@ -96,7 +96,7 @@ def _warm_up(loaded: LoadedModel, rows: RunData, settings: Settings) -> None:
     )
     own = settings.train.model_copy(update={"early_stopping_patience": None})
     stream = Stream(plan, [], token_stream.tokenised(general, plain))
-    loop.train(loaded, stream, None, own, seed=store.seed_for(rows.seed, "warm up"), repeats=1)
+    loop.train(loaded, stream, loop.Recipe(own, store.seed_for(rows.seed, "warm up"), repeats=1))
 
 
 ANSWER_TOKENS = 64  # most; what is longer ends there

@@ -93,35 +93,31 @@ class OfModel:
         adapter.drop_adapter(self.loaded)
         form = encode.make_format(self.loaded.tokenizer, None)
         opening = encode.opening_ids(form)
-        sampled = partial(
-            generate.generate, self.loaded, batch_tokens=self.batch_tokens, whole=True
-        )
+        answer = partial(generate.generate, self.loaded, batch_tokens=self.batch_tokens)
+        drawn = generate.Decoding(seed, temperature, whole=True)
         if not self._answers(opening):
             tokenizer = self.loaded.tokenizer
             start = [
                 tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
             ]
-            texts = sampled(
+            texts = answer(
                 [start] * count,
                 form,
                 max_new_tokens=QUESTION_TOKENS + ANSWER_TOKENS,
-                sample=seed,
-                temperature=temperature,
+                decoding=drawn,
             )
             return [in_two(text) for text in texts]
-        asked = sampled(
-            [opening] * count,
-            form,
-            max_new_tokens=QUESTION_TOKENS,
-            sample=seed,
-            temperature=temperature,
-        )
+        asked = answer([opening] * count, form, max_new_tokens=QUESTION_TOKENS, decoding=drawn)
         asked = [text.strip() for text in asked]
         prompts = [
             encode.prompt_ids((Message("user", text),), form) for text in asked if sound(text)
         ]
-        answers = iter(sampled(prompts, form, max_new_tokens=ANSWER_TOKENS) if prompts else [])
-        return [(text, next(answers) if sound(text) else "") for text in asked]
+        answers: list[str] = []
+        if prompts:
+            greedy = generate.Decoding(whole=True)
+            answers = answer(prompts, form, max_new_tokens=ANSWER_TOKENS, decoding=greedy)
+        remaining = iter(answers)
+        return [(text, next(remaining) if sound(text) else "") for text in asked]
 
     def _answers(self, opening: Sequence[int]) -> bool:
         """Whether the model has turns: a template of its own that opens one, not the plain one that base models are given."""

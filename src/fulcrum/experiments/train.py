@@ -55,13 +55,12 @@ def train_arm(session: Session, plan: ArmPlan) -> ArmResult:
     trials: list[Trial] = []
     for chosen in plan.trials:
         label = f"{plan.arm.name}-seed{seed}-{chosen.name}"
+        own = cell.own_settings(settings.train, plan.arm, chosen)
         state, trained = loop.train(
             model,
             plan.stream(model.tokenizer, chosen.repeats, seed),
-            lambda: dev_loss(model, dev),
-            cell.own_settings(settings.train, plan.arm, chosen),
-            seed=store.seed_for(seed, "train"),
-            repeats=chosen.repeats,
+            loop.Recipe(own, store.seed_for(seed, "train"), chosen.repeats),
+            dev_loss=lambda: dev_loss(model, dev),
             checkpoint=session.checkpoint(label),
             progress=session.listener(label),
             say=session.progress.stage,

@@ -40,6 +40,7 @@ from fulcrum.mechanism.quanta_report import QUANTA
 from fulcrum.model import adapter, generate
 from fulcrum.training import gradients as gradient_sketches
 from fulcrum.training import loop
+from fulcrum.training.gradients import SketchOptions
 
 _BEFORE, _AFTER = 32, 12  # tokens of context that a reader is shown
 
@@ -134,20 +135,14 @@ def run_quanta(
         session, (rows,) = begin(QUANTA, settings, arms, settings.seeds, resume, progress)
         rows = rows.at(settings.quanta.rows or rows.longest)
         items = _items(session, rows)
-        gradients, seconds = gradient_sketches.in_blocks(
+        fresh_seed = seed_for(settings.seed, "quanta")
+        gradients, seconds = gradient_sketches.sketch_in_blocks(
             session.model,
             {item.key: item.tokens for item in items},
-            partial(
-                adapter.new_adapter,
-                session.model,
-                settings.train,
-                seed_for(settings.seed, "quanta"),
-            ),
-            None if session.kept is None else session.kept / store.MADE / "gradients",
-            budget=settings.train.pack_tokens,
-            seed=settings.seed,
+            SketchOptions(settings.train.pack_tokens, settings.seed, normalise=True),
+            put_adapter=partial(adapter.new_adapter, session.model, settings.train, fresh_seed),
+            folder=None if session.kept is None else session.kept / store.MADE / "gradients",
             count=partial(progress.count, _LABEL),
-            unit=True,
         )
         # If nothing is left to teach, there is no direction.
         taught = np.flatnonzero(gradients.any(axis=1))
@@ -214,10 +209,7 @@ def _trained(
     _, trained = loop.train(
         session.model,
         stream,
-        None,
-        settings.train,
-        seed=seed_for(settings.seed, "train"),
-        repeats=settings.quanta.repeats,
+        loop.Recipe(settings.train, seed_for(settings.seed, "train"), settings.quanta.repeats),
         checkpoint=session.checkpoint(name),
         progress=look,
         say=session.progress.stage,

@@ -1,16 +1,17 @@
-"""Attention for packed rows: every example sees itself only, and no mask of row length squared is ever built.
+"""Attention for packed rows: each example sees itself only, without a mask of row length squared.
 
-What sees what (`prefix.Segment`) travels as a forward keyword argument through the model to this function, which Transformers
-calls by name (`AttentionInterface`). A row has many short segments, and one call for each of them would cost more than its
-arithmetic: segments of like size are gathered into one padded batch, long ones are cut into pieces that see all before them.
+What sees what (`packing.Segment`) travels as a forward keyword argument through the model to
+`segment_attention`, which Transformers calls by name (`AttentionInterface`). A row has many short
+segments, and one call for each would cost more than its arithmetic: segments of similar size are
+gathered into one padded batch, and long ones are cut into pieces that see all before them.
 
-On a GPU the row goes to Transformers' own variable-length flash attention; there the boundaries are its `cu_seq_lens`. That
-path is written after its documentation and not yet measured.
+On a GPU the row goes to Transformers' own variable-length flash attention, which takes the
+boundaries as `cu_seq_lens`. That path follows its documentation and has not been measured yet.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fulcrum.core.errors import ModelError
-from fulcrum.core.types import IntArray
+from fulcrum.core.types import BoolArray, IntArray
 from fulcrum.model.packing import Segment
 
 NAME = "fulcrum_segments"
 
 _QUERIES = 384  # a longer segment is cut: its early queries need not look at late keys
-_WASTE = 12_000  # query-key pairs of padding that a batch of segments may have: more costs more than a batch of its own
+# Query-key pairs of padding in a batch of segments: more would cost more than another batch.
+_WASTE = 12_000
 
 
 def segment_attention(
@@ -41,7 +43,10 @@ def segment_attention(
     segments: "Segments | None" = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment of one row and to its context. Returns (1, tokens, heads, head_dim)."""
+    """Attend causally inside each segment of one row and to its context.
+
+    The result is (1, tokens, heads, head_dim). The signature is that of Transformers' interface.
+    """
     for name in ("s_aux", "position_bias"):
         if extra.get(name) is not None:
             raise ModelError(
@@ -49,62 +54,111 @@ def segment_attention(
             )
     if dropout:
         raise ModelError(
-            f"packed attention has no dropout, the model asks for {dropout:g}; the frozen base runs without"
+            f"packed attention has no dropout, the model asks for {dropout:g}; the frozen base "
+            "runs without"
         )
-    if segments is None and (query.shape[0] != 1 or query.shape[2] != key.shape[2]):
-        raise ModelError(
-            f"packed attention takes one row without a key/value cache, got queries of shape {tuple(query.shape)} and keys of "
-            f"{tuple(key.shape)}; generate with `fulcrum.generate`, or call model.set_attn_implementation('sdpa') first"
-        )
-    known = segments or Segments((Segment(0, query.shape[2]),))
-    plan = known.plan(query.shape[1], key.shape[1], sliding_window, value.dtype, value.device)
+    if segments is None:
+        segments = _whole_row(query, key)
+    plan = segments.plan(query.shape[1], key.shape[1], sliding_window, value.dtype, value.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     apply: Any = _Attention.apply
     keep = torch.is_grad_enabled()
-    return apply(
+    output: Tensor = apply(
         query.to(value.dtype), key.to(value.dtype), value, plan, scale, softcap, keep
-    ), None
+    )
+    return output, None
+
+
+def _whole_row(query: Tensor, key: Tensor) -> "Segments":
+    """Return the segments of a call that names none: one example, in a row of its own."""
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ModelError(
+            "packed attention takes one row without a key/value cache, got queries of shape "
+            f"{tuple(query.shape)} and keys of {tuple(key.shape)}; generate with "
+            "`fulcrum.generate`, or call model.set_attn_implementation('sdpa') first"
+        )
+    return Segments((Segment(0, query.shape[2]),))
+
+
+def keywords(segments: Sequence[Segment], flash: bool, device: torch.device) -> dict[str, Any]:
+    """Return the forward keyword arguments that carry the segments of one packed row.
+
+    On a GPU (`flash`) segments must have no context.
+    """
+    if not flash:
+        return {"segments": Segments(segments)}
+    lengths = torch.tensor([0, *(part.end for part in segments)], dtype=torch.int32, device=device)
+    longest = max(part.end - part.start for part in segments)
+    return {
+        "cu_seq_lens_q": lengths,
+        "cu_seq_lens_k": lengths,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def kept_numbers(
+    parts: Sequence[Segment], heads: int, key_heads: int, width: int, *, capped: bool
+) -> int:
+    """Return how many numbers one layer keeps for the backward pass.
+
+    They are the attention weights, and gathered queries, keys and values.
+    """
+    matrices = 2 if capped else 1  # a soft-capped score is kept next to its weight
+    total = 0
+    for piece in _pieces(parts, None):
+        queries, keys = _size(piece)
+        total += heads * queries * (keys * matrices + width) + 2 * key_heads * keys * width
+    return total
+
+
+class _LayerKind(NamedTuple):
+    """What the layers that share a plan have in common."""
+
+    heads: int
+    key_heads: int
+    window: int | None  # tokens that a query sees, itself included
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Segments of like size, padded to one shape. `shape`: segments, queries, keys.
+    """Segments of similar size, padded to one shape.
 
-    `queries` and `keys` are row numbers in (tokens * heads, d), in the order (segment, key head, queries that share it, token).
-    `bias` (segments, 1, 1, queries, keys) is 0 where a query may look, else -inf; `filled` is 0 for padding, None without any.
+    Row numbers point into (tokens * heads, d), in the order (segment, key head, queries that share
+    it, token).
     """
 
-    queries: Tensor
-    keys: Tensor
-    bias: Tensor
-    filled: Tensor | None
-    shape: tuple[int, int, int]
+    queries: Tensor  # row numbers
+    keys: Tensor  # row numbers
+    bias: Tensor  # (segments, 1, 1, queries, keys): 0 if a query may look, else -inf
+    filled: Tensor | None  # (segments, 1, 1, queries, 1): 0 for padding; None if there is none
+    shape: tuple[int, int, int]  # segments, queries, keys
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The batches of one row, and the way back: where in all batches' outputs each token and head stands.
-
-    `contexts` (batch, segment, slot, start, end): keys that a segment sees and does not own, whose gradients must be added.
-    """
+    """The batches of one row, and the way back from their outputs to its tokens and heads."""
 
     batches: tuple[_Batch, ...]
-    back_queries: Tensor
-    back_keys: Tensor
-    contexts: tuple[tuple[int, int, int, int, int], ...]
+    back_queries: Tensor  # place of each token and head in all batches' outputs
+    back_keys: Tensor  # place of each token and key head in all batches' keys
+    # Keys that a segment sees but does not own, and whose gradients must be added:
+    contexts: tuple[tuple[int, int, int, int, int], ...]  # (batch, segment, slot, start, end)
 
 
 class Segments:
-    """The segments of one packed row, and what each kind of layer needs to compute them, worked out once for all layers."""
+    """The segments of one packed row, with a plan for each kind of layer, made once for all."""
 
     def __init__(self, parts: Sequence[Segment]) -> None:
         self.parts = tuple(parts)
-        self._plans: dict[tuple[Any, ...], _Plan] = {}
+        self._plans: dict[_LayerKind, _Plan] = {}
 
     @property
     def windows(self) -> set[int | None]:
         """The sliding windows that layers have asked for so far."""
-        return {kind[2] for kind in self._plans}
+        return {kind.window for kind in self._plans}
 
     def plan(
         self,
@@ -114,149 +168,142 @@ class Segments:
         dtype: torch.dtype,
         device: torch.device,
     ) -> _Plan:
-        """The plan of a layer with these heads and this sliding window."""
-        kind = (heads, key_heads, window, dtype, device)
+        """Return the plan of a layer with these heads and this sliding window."""
+        kind = _LayerKind(heads, key_heads, window, dtype, device)
         if kind not in self._plans:
-            self._plans[kind] = _plan(
-                _pieces(self.parts, window), heads, key_heads, window, dtype, device
-            )
+            self._plans[kind] = _plan(_pieces(self.parts, window), kind)
         return self._plans[kind]
 
 
-def kept_numbers(
-    parts: Sequence[Segment], heads: int, key_heads: int, width: int, *, capped: bool
-) -> int:
-    """Numbers that one layer keeps for the backward pass: weights, and gathered queries, keys and values."""
-    total = 0
-    for piece in _pieces(parts, None):
-        queries = piece.end - piece.start
-        keys = queries + sum(b - a for a, b in piece.context)
-        total += (
-            heads * queries * (keys * (2 if capped else 1) + width) + 2 * key_heads * keys * width
-        )
-    return total
-
-
 def _pieces(parts: Sequence[Segment], window: int | None) -> list[Segment]:
-    """Cut long segments, and leave out of a context what a sliding window does not reach."""
+    """Cut long segments, and drop from contexts what a sliding window does not reach."""
     pieces = []
     for start, end, context in parts:
         for first in range(start, end, _QUERIES):
             before = (*context, (start, first)) if first > start else context
-            hidden = sum(b - a for a, b in before) - window + 1 if window is not None else 0
+            hidden = 0
+            if window is not None:
+                hidden = sum(b - a for a, b in before) - window + 1
             seen = []
             for a, b in before:
-                left_out = min(max(hidden, 0), b - a)
-                hidden -= left_out
-                seen += [(a + left_out, b)] if left_out < b - a else []
+                dropped = min(max(hidden, 0), b - a)
+                hidden -= dropped
+                if dropped < b - a:
+                    seen.append((a + dropped, b))
             pieces.append(Segment(first, min(first + _QUERIES, end), tuple(seen)))
     return pieces
 
 
-def _plan(
-    pieces: Sequence[Segment],
-    heads: int,
-    key_heads: int,
-    window: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> _Plan:
+def _size(piece: Segment) -> tuple[int, int]:
+    """Return how many queries a piece has, and how many keys they see."""
+    queries = piece.end - piece.start
+    return queries, queries + sum(b - a for a, b in piece.context)
+
+
+def _plan(pieces: Sequence[Segment], kind: _LayerKind) -> _Plan:
+    heads, key_heads = kind.heads, kind.key_heads
     tokens = sum(piece.end - piece.start for piece in pieces)
     back_queries = np.empty((tokens, key_heads, heads // key_heads), dtype=np.int64)
     back_keys = np.empty((tokens, key_heads), dtype=np.int64)
-    batches, contexts, queries_before, keys_before = [], [], 0, 0
+    batches = []
+    contexts = []
+    queries_before = 0
+    keys_before = 0
     for number, members in enumerate(_alike(pieces)):
-        n = [piece.end - piece.start for piece in members]
-        seen = [
-            np.concatenate([np.arange(a, b) for a, b in (*piece.context, (piece.start, piece.end))])
-            for piece in members
-        ]
-        shape = (len(members), max(n), max(map(len, seen)))
-        query_token, key_token = (
-            np.zeros(shape[:2], dtype=np.int64),
-            np.zeros((shape[0], shape[2]), dtype=np.int64),
-        )
-        hidden = np.ones(shape, dtype=np.bool_)
-        place_query = (
-            np.arange(shape[0] * heads * shape[1]).reshape(shape[0], key_heads, -1, shape[1])
-            + queries_before
-        )
-        place_key = (
-            np.arange(shape[0] * key_heads * shape[2]).reshape(shape[0], key_heads, -1)
-            + keys_before
-        )
-        for s, piece in enumerate(members):
-            own = len(seen[s]) - n[s]
-            query_token[s, : n[s]], key_token[s, : len(seen[s])] = (
-                np.arange(piece.start, piece.end),
-                seen[s],
-            )
-            distance = np.arange(own, len(seen[s]))[:, None] - np.arange(len(seen[s]))
-            hidden[s, : n[s], : len(seen[s])] = (distance < 0) | (
-                distance >= (window or len(seen[s]) + 1)
-            )
-            hidden[s, n[s] :, 0] = False  # padding looks somewhere, and nobody looks at it
-            back_queries[piece.start : piece.end] = np.moveaxis(place_query[s, :, :, : n[s]], -1, 0)
-            back_keys[piece.start : piece.end] = place_key[s, :, own : len(seen[s])].T
-            slots = np.cumsum([0, *(b - a for a, b in piece.context)]).tolist()
-            contexts += [
-                (number, s, slot, a, b) for slot, (a, b) in zip(slots, piece.context, strict=False)
-            ]
-        queries_before, keys_before = int(place_query.max()) + 1, int(place_key.max()) + 1
-        head = np.arange(heads).reshape(1, key_heads, -1, 1)
-        bias = torch.zeros(shape, dtype=dtype, device=device).masked_fill_(
-            _tensor(hidden, device), float("-inf")
-        )
-        filled = np.arange(shape[1]) < np.array(n)[:, None]
-        batches.append(
-            _Batch(
-                _tensor(query_token[:, None, None] * heads + head, device).flatten(),
-                _tensor(key_token[:, None] * key_heads + np.arange(key_heads)[:, None], device).flatten(),
-                bias[:, None, None], None if filled.all() else _tensor(filled, device).to(dtype)[:, None, None, :, None], shape,
-            )
-        )  # fmt: skip
+        batch = _pad(members, kind)
+        parts, longest, most_keys = batch.shape
+        query_places = np.arange(parts * heads * longest) + queries_before
+        query_places = query_places.reshape(parts, key_heads, -1, longest)
+        key_places = np.arange(parts * key_heads * most_keys) + keys_before
+        key_places = key_places.reshape(parts, key_heads, most_keys)
+        for k, piece in enumerate(members):
+            queries, keys = _size(piece)
+            own = slice(piece.start, piece.end)
+            back_queries[own] = np.moveaxis(query_places[k, :, :, :queries], -1, 0)
+            back_keys[own] = key_places[k, :, keys - queries : keys].T
+            slot = 0
+            for start, end in piece.context:
+                contexts.append((number, k, slot, start, end))
+                slot += end - start
+        queries_before += query_places.size
+        keys_before += key_places.size
+        batches.append(batch)
     return _Plan(
         tuple(batches),
-        _tensor(back_queries, device).flatten(),
-        _tensor(back_keys, device).flatten(),
+        _tensor(back_queries, kind.device).flatten(),
+        _tensor(back_keys, kind.device).flatten(),
         tuple(contexts),
     )
 
 
-def _tensor(array: IntArray | Any, device: torch.device) -> Tensor:
+def _pad(members: Sequence[Segment], kind: _LayerKind) -> _Batch:
+    """Gather pieces into one batch."""
+    sizes = [_size(piece) for piece in members]
+    longest = max(queries for queries, _ in sizes)
+    most_keys = max(keys for _, keys in sizes)
+    shape = (len(members), longest, most_keys)
+    query_token = np.zeros((len(members), longest), dtype=np.int64)
+    key_token = np.zeros((len(members), most_keys), dtype=np.int64)
+    hidden = np.ones(shape, dtype=np.bool_)
+    filled = np.zeros((len(members), longest), dtype=np.bool_)
+    for k, (piece, (queries, keys)) in enumerate(zip(members, sizes, strict=True)):
+        ranges = [np.arange(a, b) for a, b in (*piece.context, (piece.start, piece.end))]
+        query_token[k, :queries] = ranges[-1]
+        key_token[k, :keys] = np.concatenate(ranges)
+        distance = np.arange(keys - queries, keys)[:, None] - np.arange(keys)
+        hidden[k, :queries, :keys] = (distance < 0) | (distance >= (kind.window or keys + 1))
+        hidden[k, queries:, 0] = False  # padding looks somewhere, and nobody looks at it
+        filled[k, :queries] = True
+    head = np.arange(kind.heads).reshape(1, kind.key_heads, -1, 1)
+    query_rows = query_token[:, None, None] * kind.heads + head
+    key_rows = key_token[:, None] * kind.key_heads + np.arange(kind.key_heads)[:, None]
+    bias = torch.zeros(shape, dtype=kind.dtype, device=kind.device)
+    bias.masked_fill_(_tensor(hidden, kind.device), float("-inf"))
+    filled_tensor = None
+    if not filled.all():
+        filled_tensor = _tensor(filled, kind.device).to(kind.dtype)[:, None, None, :, None]
+    return _Batch(
+        _tensor(query_rows, kind.device).flatten(),
+        _tensor(key_rows, kind.device).flatten(),
+        bias[:, None, None],
+        filled_tensor,
+        shape,
+    )
+
+
+def _tensor(array: IntArray | BoolArray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
 def _alike(pieces: Sequence[Segment]) -> list[list[Segment]]:
-    """Group pieces of like size, largest first, so that each group's padding stays below `_WASTE` query-key pairs."""
-    sizes = {
-        piece: (
-            piece.end - piece.start,
-            piece.end - piece.start + sum(b - a for a, b in piece.context),
-        )
-        for piece in pieces
-    }
+    """Group pieces of similar size, largest first.
+
+    The padding of a group stays below `_WASTE` query-key pairs.
+    """
     groups: list[list[Segment]] = []
-    most, needed = (0, 0), 0
-    for piece in sorted(pieces, key=lambda piece: (*sizes[piece], piece.start), reverse=True):
-        queries, keys = sizes[piece]
-        wider = (max(most[0], queries), max(most[1], keys))
-        if (
-            groups
-            and (len(groups[-1]) + 1) * wider[0] * wider[1] - needed - queries * keys <= _WASTE
-        ):
+    widest = (0, 0)
+    needed = 0  # query-key pairs of the last group
+    for piece in sorted(pieces, key=lambda piece: (*_size(piece), piece.start), reverse=True):
+        queries, keys = _size(piece)
+        pairs = queries * keys
+        wider = (max(widest[0], queries), max(widest[1], keys))
+        padded = (len(groups[-1]) + 1) * wider[0] * wider[1] if groups else 0
+        if groups and padded - needed - pairs <= _WASTE:
             groups[-1].append(piece)
-            most, needed = wider, needed + queries * keys
+            widest = wider
+            needed += pairs
         else:
             groups.append([piece])
-            most, needed = (queries, keys), queries * keys
+            widest = (queries, keys)
+            needed = pairs
     return groups
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale q k' + bias) v over the batches of a plan: (1, heads, tokens, d) -> (1, tokens, heads, d).
+    """softmax(scale q k' + bias) v over a plan: (1, heads, tokens, d) -> (1, tokens, heads, d).
 
-    The weights are kept for the backward pass; rows for which that is too much are recomputed layer by layer (`loss`).
+    The weights are kept for the backward pass; rows for which that is too much are recomputed layer
+    by layer (`loss.set_checkpointing`).
     """
 
     @staticmethod
@@ -271,18 +318,16 @@ class _Attention(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         _, heads, tokens, width = query.shape
-        rows = [
-            states.transpose(1, 2).reshape(-1, states.shape[-1]) for states in (query, key, value)
-        ]
-        saved, outputs = [], []
+        groups = key.shape[1]
+        query_rows, key_rows, value_rows = _rows(query), _rows(key), _rows(value)
+        saved = []
+        outputs = []
         with torch.autocast(query.device.type, enabled=False):
             for batch in plan.batches:
-                (parts, longest, seen), groups = batch.shape, key.shape[1]
-                q = rows[0].index_select(0, batch.queries).view(parts * groups, -1, width)
-                k, v = (
-                    states.index_select(0, batch.keys).view(parts * groups, seen, -1)
-                    for states in rows[1:]
-                )
+                parts, longest, seen = batch.shape
+                q = query_rows.index_select(0, batch.queries).view(parts * groups, -1, width)
+                k = key_rows.index_select(0, batch.keys).view(parts * groups, seen, -1)
+                v = value_rows.index_select(0, batch.keys).view(parts * groups, seen, -1)
                 scores = _scaled(q, k.transpose(1, 2), scale)
                 bent = None
                 if softcap is not None:
@@ -291,57 +336,64 @@ class _Attention(torch.autograd.Function):
                 scores = scores.view(parts, groups, -1, longest, seen).add_(batch.bias)
                 weights = scores.softmax(dim=-1).view(parts * groups, -1, seen)
                 outputs.append(torch.bmm(weights, v).view(-1, value.shape[-1]))
-                saved += [q, k, v, weights, bent] if keep else []
+                if keep:
+                    saved += [q, k, v, weights, bent]
         ctx.save_for_backward(*saved)
-        ctx.plan, ctx.scale, ctx.heads, ctx.tokens = plan, scale, (heads, key.shape[1]), tokens
+        ctx.plan = plan
+        ctx.scale = scale
+        ctx.heads = (heads, groups)
+        ctx.tokens = tokens
         return _joined(outputs).index_select(0, plan.back_queries).view(1, tokens, heads, -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        plan, (heads, groups) = ctx.plan, ctx.heads
-        saved = (
-            ctx.saved_tensors
-        )  # read once: each reading would recompute them where activations are not kept
+        plan = ctx.plan
+        heads, groups = ctx.heads
+        saved = ctx.saved_tensors  # read once: with recomputed activations each read repeats them
         rows = gradient.reshape(-1, gradient.shape[-1])
         for_queries, for_keys, for_values = [], [], []
         for number, batch in enumerate(plan.batches):
             q, k, v, weights, bent = saved[5 * number : 5 * number + 5]
             parts, longest, _ = batch.shape
             down = rows.index_select(0, batch.queries)
-            if batch.filled is not None:  # what stands for padding is some token's gradient
+            if batch.filled is not None:  # a padded place holds some token's gradient
                 down.view(parts, groups, -1, longest, down.shape[-1]).mul_(batch.filled)
             down = down.view(parts * groups, -1, down.shape[-1])
             for_values.append(torch.bmm(weights.transpose(1, 2), down))
             slope = torch._softmax_backward_data(
                 torch.bmm(down, v.transpose(1, 2)), weights, -1, weights.dtype
             )
-            slope = slope if bent is None else slope * (1 - bent * bent)
+            if bent is not None:
+                slope = slope * (1 - bent * bent)
             for_queries.append(_scaled(slope, k, ctx.scale).view(-1, k.shape[-1]))
             for_keys.append(_scaled(slope.transpose(1, 2), q, ctx.scale))
-        for_query = (
-            _joined(for_queries).index_select(0, plan.back_queries).view(1, ctx.tokens, heads, -1)
-        )
-        for_key, for_value = (
-            _own_and_context(parts, plan, groups) for parts in (for_keys, for_values)
-        )
-        return for_query.transpose(1, 2), for_key, for_value, None, None, None, None
+        for_query = _joined(for_queries).index_select(0, plan.back_queries)
+        for_query = for_query.view(1, ctx.tokens, heads, -1).transpose(1, 2)
+        for_key = _own_and_context(for_keys, plan, groups)
+        for_value = _own_and_context(for_values, plan, groups)
+        return for_query, for_key, for_value, None, None, None, None
+
+
+def _rows(states: Tensor) -> Tensor:
+    """Return (1, heads, tokens, d) as (tokens * heads, d)."""
+    return states.transpose(1, 2).reshape(-1, states.shape[-1])
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * (a @ b), scaled inside the product: no pass and no rounding of its own."""
+    """Return scale * (a @ b), scaled inside the product: no pass and no rounding of its own."""
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
 def _own_and_context(gradients: Sequence[Tensor], plan: _Plan, groups: int) -> Tensor:
-    """Gradients (segments * groups, keys, d) of each batch -> (1, groups, tokens, d): as own key plus as others' context."""
+    """Return the gradients of keys or values: as a token's own, and as the context of others.
+
+    They come as (segments * groups, keys, d) of each batch, and become (1, groups, tokens, d).
+    """
     width = gradients[0].shape[-1]
-    total = (
-        _joined([part.view(-1, width) for part in gradients])
-        .index_select(0, plan.back_keys)
-        .view(-1, groups, width)
-    )
+    total = _joined([part.view(-1, width) for part in gradients])
+    total = total.index_select(0, plan.back_keys).view(-1, groups, width)
     if plan.contexts:
-        exact = total.float()  # a prefix is the sum over all that follow it
+        exact = total.float()  # a prefix's gradient is the sum over all that follow it
         views = [part.view(-1, groups, part.shape[1], width) for part in gradients]
         for number, segment, slot, start, end in plan.contexts:
             exact[start:end] += views[number][segment, :, slot : slot + end - start].transpose(0, 1)
@@ -354,17 +406,3 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 AttentionInterface.register(NAME, segment_attention)
-
-
-def keywords(segments: Sequence[Segment], flash: bool, device: torch.device) -> dict[str, Any]:
-    """Forward keyword arguments that carry the segments of one packed row; on a GPU they must have no context."""
-    if not flash:
-        return {"segments": Segments(segments)}
-    lengths = torch.tensor([0, *(part.end for part in segments)], dtype=torch.int32, device=device)
-    longest = max(part.end - part.start for part in segments)
-    return {
-        "cu_seq_lens_q": lengths,
-        "cu_seq_lens_k": lengths,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }

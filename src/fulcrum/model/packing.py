@@ -1,17 +1,16 @@
-"""Packing: examples laid end to end in rows of a token budget, so that no padding is ever computed.
+"""Packing: examples laid end to end in rows of a token budget, so that no padding is computed.
 
-In: one token count an example, or a tree of examples. Out: `PackedRow`s whose members index the caller's list.
 Callers pack the examples of one optimizer step only, so packing changes speed and nothing else.
+Every example is in exactly one row, whole; a row exceeds the budget only if it holds one example.
 
-Invariant: every example is in exactly one row, whole; a row exceeds the budget only if it holds a single example.
+Examples that begin alike form a tree, whose common beginnings are computed once: in a causal model
+the states of a prefix do not depend on what follows. The template's header, a system text and the
+anchor of many examples then take one forward pass. Every continuation attends to it, and its
+gradient is the sum over them: exact. The nodes on the path of an example spell exactly that
+example.
 
-Shared prefixes: examples that begin alike become a tree, whose common beginnings are computed once.
-
-In a causal model the states of a prefix do not depend on what follows. So the template's header, a system text and the anchor
-of many examples need one forward pass; every continuation attends to it, and its gradient is the sum over them: exact.
-
-In: token ids of examples. Out: `Tree`s, and the `Layout` of a packed row, whose `Segment`s say which tokens see which.
-Invariant: the nodes on the path of an example spell exactly that example.
+Token counts or token ids of examples come in. Out come `PackedRow`s, whose members index the
+caller's list; `Tree`s; and the `Layout` of a row, whose `Segment`s say which tokens see which.
 """
 
 from bisect import bisect_left, insort
@@ -25,26 +24,26 @@ import numpy as np
 from fulcrum.core.errors import ConfigError, DataError
 from fulcrum.core.types import IntArray, PackedRow
 
-# Prefixes are cut at multiples of this: so a node is never too small to pay for its own attention call.
+# Prefixes are cut at multiples of this: so a node is never too small to pay for its attention call.
 BLOCK = 8
 
 
 class Node(NamedTuple):
-    """Tokens [start, end) of example `source`; `parents` are the nodes before it on its path, root first."""
+    """A part of an example that others may share."""
 
-    source: int
-    start: int
-    end: int
-    parents: tuple[int, ...]
+    source: int  # example that holds the tokens
+    start: int  # first token
+    end: int  # last token + 1
+    parents: tuple[int, ...]  # the nodes before it on its path, root first
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Examples with a common beginning. `paths[k]` are the nodes that spell `members[k]`; parents come before children."""
+    """Examples with a common beginning."""
 
     members: tuple[int, ...]
-    nodes: tuple[Node, ...]
-    paths: tuple[tuple[int, ...], ...]
+    nodes: tuple[Node, ...]  # parents come before children
+    paths: tuple[tuple[int, ...], ...]  # the nodes that spell each member
 
     @property
     def length(self) -> int:
@@ -53,133 +52,31 @@ class Tree:
 
 
 class Segment(NamedTuple):
-    """Tokens [start, end) of a packed row; they see the row's `context` ranges whole, and each other causally."""
+    """Tokens of a packed row that see each other causally, and their context whole."""
 
     start: int
-    end: int
-    context: tuple[tuple[int, int], ...] = ()
+    end: int  # last token + 1
+    context: tuple[tuple[int, int], ...] = ()  # ranges of the row
 
 
 class Layout(NamedTuple):
-    """A packed row: its token ids and positions (n,), its segments, and where in it each member's tokens stand."""
+    """A packed row."""
 
-    ids: IntArray
-    positions: IntArray
+    ids: IntArray  # (n,)
+    positions: IntArray  # (n,)
     segments: tuple[Segment, ...]
-    places: dict[int, IntArray]
-
-
-def single(index: int, length: int) -> Tree:
-    """The tree of an example that shares nothing."""
-    return Tree((index,), (Node(index, 0, length, ()),), ((0,),))
-
-
-def trees(examples: Sequence[IntArray], budget: int) -> list[Tree]:
-    """Join examples that share at least `BLOCK` first tokens into trees of at most `budget` tokens (single ones: any length).
-
-    Examples are joined in the order of their ids, so that those with the longest common prefixes stand side by side.
-    """
-    order = sorted(range(len(examples)), key=lambda index: examples[index].astype(">u4").tobytes())
-    shared = [_common(examples[a], examples[b]) for a, b in pairwise(order)]
-    found: list[Tree] = []
-    start = 0
-    while start < len(order):
-        end, length = start + 1, len(examples[order[start]])
-        while (
-            end < len(order)
-            and shared[end - 1]
-            and length + len(examples[order[end]]) - shared[end - 1] <= budget
-        ):
-            length += len(examples[order[end]]) - shared[end - 1]
-            end += 1
-        found.append(_tree(examples, order[start:end], shared[start : end - 1]))
-        start = end
-    return found
-
-
-def shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Number of tokens that both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def common(examples: Sequence[IntArray]) -> int:
-    """Length, in whole blocks, of what all examples begin with; 0 without any."""
-    return min((_common(examples[0], other) for other in examples), default=0)
-
-
-def _common(a: IntArray, b: IntArray) -> int:
-    """Length of the common prefix, cut to whole blocks."""
-    size = min(len(a), len(b))
-    differs = np.flatnonzero(a[:size] != b[:size])
-    return int(differs[0] if len(differs) else size) // BLOCK * BLOCK
-
-
-def _tree(examples: Sequence[IntArray], members: Sequence[int], shared: Sequence[int]) -> Tree:
-    """The tree of examples in sorted order, `shared[k]` being what `members[k]` and the next one have in common."""
-    nodes: list[Node] = []
-    paths: dict[int, tuple[int, ...]] = {}
-    waiting: list[tuple[int, int, int, tuple[int, ...]]] = [
-        (0, len(members), 0, ())
-    ]  # first, last + 1, depth, parents
-    while waiting:
-        low, high, depth, parents = waiting.pop()
-        source = members[low]
-        cut = min(shared[low : high - 1], default=len(examples[source]))
-        if cut > depth:
-            nodes.append(Node(source, depth, cut, parents))
-            parents = (*parents, len(nodes) - 1)
-        if high - low == 1:
-            paths[source] = parents
-            continue
-        inner = [k + 1 for k in range(low, high - 1) if shared[k] == cut]
-        waiting.extend(
-            (a, b, cut, parents) for a, b in reversed(list(pairwise([low, *inner, high])))
-        )
-    return Tree(tuple(members), tuple(nodes), tuple(paths[member] for member in members))
-
-
-def layout(examples: Sequence[IntArray], forest: Sequence[Tree]) -> Layout:
-    """Lay the nodes of trees end to end in one row. `examples` are the token ids that the trees' nodes point into."""
-    nodes = [node for tree in forest for node in tree.nodes]
-    ends = np.cumsum([0, *(node.end - node.start for node in nodes)]).tolist()
-    parts: list[Segment] = []
-    places: dict[int, IntArray] = {}
-    for tree in forest:
-        first = len(parts)
-        own = list(pairwise(ends[first : first + len(tree.nodes) + 1]))
-        parts += [
-            Segment(*own[k], _merged([own[p] for p in node.parents]))
-            for k, node in enumerate(tree.nodes)
-        ]
-        for member, path in zip(tree.members, tree.paths, strict=True):
-            places[member] = np.concatenate([np.arange(*own[k]) for k in path])
-    return Layout(
-        np.concatenate([examples[node.source][node.start : node.end] for node in nodes]),
-        np.concatenate([np.arange(node.start, node.end) for node in nodes]),
-        tuple(parts),
-        places,
-    )
-
-
-def _merged(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Join neighbouring ranges."""
-    joined: list[tuple[int, int]] = []
-    for start, end in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    return tuple(joined)
+    places: dict[int, IntArray]  # where each member's tokens are: (its length,)
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[PackedRow]:
-    """Lay examples of `lengths` tokens into rows of at most `budget` tokens: best-fit decreasing (arXiv 2404.10830).
+    """Lay examples of `lengths` tokens into rows of at most `budget` tokens.
 
-    Each example, longest first, goes to the fullest row with room for it; one longer than the budget gets its own row.
-    Members ascend within a row and rows ascend by their first member:
+    Best-fit decreasing (arXiv 2404.10830): each example, longest first, goes to the fullest row
+    with room for it; one longer than the budget gets its own row. Members ascend within a row and
+    rows ascend by their first member:
 
-        pack([3, 6, 5, 2], budget=8) -> [PackedRow(members=(0, 2), length=8), PackedRow(members=(1, 3), length=8)]
+        pack([3, 6, 5, 2], budget=8)
+        -> [PackedRow(members=(0, 2), length=8), PackedRow(members=(1, 3), length=8)]
 
     Raises ConfigError if `budget` < 1, DataError if an example has no tokens.
     """
@@ -192,7 +89,7 @@ def pack(lengths: Sequence[int], budget: int) -> list[PackedRow]:
             )
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row) of rows that are not full, ascending
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(lengths)), key=lambda k: (-lengths[k], k)):
         best = bisect_left(room, (lengths[index], -1))
         if best < len(room):
             free, row = room.pop(best)
@@ -202,7 +99,115 @@ def pack(lengths: Sequence[int], budget: int) -> list[PackedRow]:
         rows[row].append(index)
         if free > lengths[index]:
             insort(room, (free - lengths[index], row))
-    packed = [
-        PackedRow(tuple(sorted(members)), int(sum(lengths[i] for i in members))) for members in rows
-    ]
+    packed = []
+    for members in rows:
+        packed.append(PackedRow(tuple(sorted(members)), int(sum(lengths[k] for k in members))))
     return sorted(packed, key=lambda row: row.members)
+
+
+def single(index: int, length: int) -> Tree:
+    """Return the tree of an example that shares nothing."""
+    return Tree((index,), (Node(index, 0, length, ()),), ((0,),))
+
+
+def trees(examples: Sequence[IntArray], budget: int) -> list[Tree]:
+    """Join examples that share at least `BLOCK` first tokens into trees of at most `budget` tokens.
+
+    A single example may be longer. Examples are joined in the order of their ids, so that those
+    with the longest common prefixes are neighbours.
+    """
+    order = sorted(range(len(examples)), key=lambda k: examples[k].astype(">u4").tobytes())
+    shared = [_common(examples[a], examples[b]) for a, b in pairwise(order)]
+    forest: list[Tree] = []
+    start = 0
+    while start < len(order):
+        end = start + 1
+        length = len(examples[order[start]])
+        while end < len(order) and shared[end - 1]:
+            added = len(examples[order[end]]) - shared[end - 1]
+            if length + added > budget:
+                break
+            length += added
+            end += 1
+        forest.append(_tree(examples, order[start:end], shared[start : end - 1]))
+        start = end
+    return forest
+
+
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of tokens that both begin with."""
+    size = min(len(one), len(other))
+    for place in range(size):
+        if one[place] != other[place]:
+            return place
+    return size
+
+
+def common(examples: Sequence[IntArray]) -> int:
+    """Return the length, in whole blocks, of what all examples begin with; 0 without any."""
+    return min((_common(examples[0], other) for other in examples), default=0)
+
+
+def _common(a: IntArray, b: IntArray) -> int:
+    """Return the length of the common prefix, cut to whole blocks."""
+    size = min(len(a), len(b))
+    differing = np.flatnonzero(a[:size] != b[:size])
+    length = int(differing[0]) if len(differing) else size
+    return length // BLOCK * BLOCK
+
+
+def _tree(examples: Sequence[IntArray], members: Sequence[int], shared: Sequence[int]) -> Tree:
+    """Return the tree of examples in sorted order.
+
+    `shared[k]` is how many tokens `members[k]` and the next one have in common.
+    """
+    nodes: list[Node] = []
+    paths: dict[int, tuple[int, ...]] = {}
+    # (first member, last + 1, tokens that are in nodes already, parents)
+    waiting: list[tuple[int, int, int, tuple[int, ...]]] = [(0, len(members), 0, ())]
+    while waiting:
+        low, high, depth, parents = waiting.pop()
+        source = members[low]
+        cut = min(shared[low : high - 1], default=len(examples[source]))
+        if cut > depth:
+            nodes.append(Node(source, depth, cut, parents))
+            parents = (*parents, len(nodes) - 1)
+        if high - low == 1:
+            paths[source] = parents
+            continue
+        bounds = [low, *(k + 1 for k in range(low, high - 1) if shared[k] == cut), high]
+        for first, last in reversed(list(pairwise(bounds))):
+            waiting.append((first, last, cut, parents))
+    return Tree(tuple(members), tuple(nodes), tuple(paths[member] for member in members))
+
+
+def layout(examples: Sequence[IntArray], forest: Sequence[Tree]) -> Layout:
+    """Lay the nodes of trees end to end in one row; nodes point into the examples' token ids."""
+    ids = []
+    positions = []
+    segments: list[Segment] = []
+    places: dict[int, IntArray] = {}
+    end = 0
+    for tree in forest:
+        ranges: list[tuple[int, int]] = []  # of the tree's nodes in the row
+        for node in tree.nodes:
+            start = end
+            end += node.end - node.start
+            ranges.append((start, end))
+            segments.append(Segment(start, end, _merged([ranges[k] for k in node.parents])))
+            ids.append(examples[node.source][node.start : node.end])
+            positions.append(np.arange(node.start, node.end))
+        for member, path in zip(tree.members, tree.paths, strict=True):
+            places[member] = np.concatenate([np.arange(*ranges[k]) for k in path])
+    return Layout(np.concatenate(ids), np.concatenate(positions), tuple(segments), places)
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Join neighbouring ranges."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return tuple(joined)

@@ -1,10 +1,10 @@
-"""What a row would teach: the gradient of its loss in the adapter's B matrices, sketched.
+"""Sketches of gradients: what a row would teach the adapter's B matrices, in few numbers.
 
 The gradient of B in a layer is a sum over a row's tokens of (gradient at the layer's output) x
-(input after A). Both factors of every token pass through a hook in the backward pass; there the
-first is projected to a few dimensions, the products are summed over each row's tokens, and a
-count-sketch of all layers' sums is what is kept: cosines of gradients stay, and a packed row of
-many examples costs one forward and one backward pass.
+(input after A). Hooks see both factors of every token in the backward pass. There the first is
+projected to a few dimensions, the products are summed over each row's tokens, and a count-sketch
+joins the sums of all layers. Cosines of gradients are preserved, and a packed row of many examples
+costs one forward and one backward pass.
 """
 
 import time
@@ -30,52 +30,50 @@ from fulcrum.model.base_model import LoadedModel
 
 GRADIENTS_LABEL = "rows whose gradients are taken"
 DIMENSIONS = 4096  # of a sketch
-_BLOCK = 512  # rows whose gradients are kept together: so many are taken again after a kill
-# Dimensions that are left of a layer's output: cosines of SmolLM2-135M's gradients are off by 0.03.
+_BLOCK = 512  # rows whose sketches are stored together: at most so many are repeated after a kill
+# Dimensions left of a layer's output: cosines of SmolLM2-135M's gradients are then off by 0.03.
 _PROJECTED = 16
 
 
-def gradients(
+@dataclass(frozen=True)
+class SketchOptions:
+    """How gradients are sketched."""
+
+    budget: int = 1536  # tokens in a packed row
+    seed: int = 0  # of the projections
+    normalise: bool = False  # to unit length, for cosines: half precision loses small gradients
+
+
+def sketch(
     loaded: LoadedModel,
     examples: Sequence[Tokens],
-    *,
-    budget: int = 1536,
-    seed: int = 0,
+    options: SketchOptions,
     progress: Callable[[int], None] | None = None,
 ) -> FloatArray:
-    """Return sketches of the gradients of examples' mean losses: (examples, d).
+    """Return sketches of the gradients of examples' mean losses: (examples, DIMENSIONS).
 
-    They are taken with respect to the present adapter's B matrices.
+    They are taken with respect to the present adapter's B matrices. `progress` is called with the
+    number of examples done.
 
     Source: LESS (Xia et al. 2024, arXiv 2402.04333), which projects whole gradients; the
     count-sketch is that of Charikar, Chen and Farach-Colton (2002). LESS also divides general rows'
-    gradients by Adam's moments; these are plain ones, of B alone. `budget` tokens are in a packed
-    row.
+    gradients by Adam's moments; these are plain ones, of B alone.
     """
     layers = [module for module in loaded.peft.modules() if isinstance(module, LoraLinear)]
     if not layers:
         raise ModelError(
             f"{loaded.name!r}: none of its adapted layers is one whose gradients can be sketched "
-            "(linear, not in 4 bits); "
-            "choose rows by mix.select: similar"
+            "(linear, not in 4 bits); choose rows by mix.select: similar"
         )
-    compiled, loaded.compiled = loaded.compiled, []  # hooks do not reach into compiled layers
-    found = torch.zeros(len(examples), DIMENSIONS)
+    compiled = loaded.compiled
+    loaded.compiled = []  # hooks do not reach into compiled layers
+    sketches = torch.zeros(len(examples), DIMENSIONS)
     done = 0
     try:
         # Shared tokens would belong to several examples.
-        for row in loss.rows(examples, loaded, budget, share=False):
+        for row in loss.rows(examples, loaded, options.budget, share=False):
             counts = torch.bincount(row.owner, minlength=len(examples))
-            sketch = _Sketch(found, _owners(row), seed)
-            handles = [
-                hook for place, layer in enumerate(layers) for hook in sketch.listen(layer, place)
-            ]
-            try:
-                total, _ = loss.row_loss(loaded, row, 1 / counts[row.owner].float())
-                torch.autograd.backward(total)
-            finally:
-                for handle in handles:
-                    handle.remove()
+            _add_row(loaded, layers, row, 1 / counts[row.owner].float(), sketches, options.seed)
             done += int((counts > 0).sum())
             if progress is not None:
                 progress(done)
@@ -83,11 +81,34 @@ def gradients(
         loaded.compiled = compiled
         for parameter in loaded.peft.parameters():
             parameter.grad = None
-    return found.numpy().astype(np.float64)
+    result = sketches.numpy().astype(np.float64)
+    if options.normalise:
+        lengths = np.linalg.norm(result, axis=1, keepdims=True)
+        result /= np.maximum(lengths, np.finfo(np.float64).tiny)
+    return result
+
+
+def _add_row(
+    loaded: LoadedModel,
+    layers: Sequence[LoraLinear],
+    row: loss.Row,
+    weights: Tensor,
+    sketches: Tensor,
+    seed: int,
+) -> None:
+    """Add the gradients of a packed row's examples to their sketches."""
+    hooks = _Hooks(sketches, _owners(row), seed)
+    handles = [hooks.listen(layer, number) for number, layer in enumerate(layers)]
+    try:
+        total, _ = loss.row_loss(loaded, row, weights)
+        torch.autograd.backward(total)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _owners(row: loss.Row) -> Tensor:
-    """Which example each token of a row belongs to: (n,), on the CPU.
+    """Return which example each token of a row belongs to: (n,), on the CPU.
 
     Segments are whole examples here.
     """
@@ -99,113 +120,105 @@ def _owners(row: loss.Row) -> Tensor:
 
 
 @dataclass
-class _Sketch:
-    """Adds every layer's part of the gradients to `into` (examples, d)."""
+class _Hooks:
+    """Hooks that add every layer's part of the gradients to the sketches of a row's examples."""
 
-    into: Tensor
-    owner: Tensor
+    sketches: Tensor  # (examples, DIMENSIONS)
+    owner: Tensor  # example of each of the row's tokens: (n,)
     seed: int
-    low: dict[int, Tensor] = field(default_factory=dict)
+    inputs: dict[int, Tensor] = field(default_factory=dict)  # after A, by layer: (n, rank)
 
-    def listen(self, layer: LoraLinear, place: int) -> list[Any]:
+    def listen(self, layer: LoraLinear, number: int) -> Any:
+        """Put the hooks on layer `number`; return the handle that removes them."""
         name = layer.active_adapters[0]
 
         def forward(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:  # a pass whose activations are not kept; it comes again
+            if not output.requires_grad:  # a pass that keeps no activations; it will be repeated
                 return
             flat = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-            self.low[place] = flat.float() @ module.lora_A[name].weight.detach().float().t()
+            self.inputs[number] = flat.float() @ module.lora_A[name].weight.detach().float().t()
 
-            def arrived(gradient: Tensor) -> None:
-                self._add(place, gradient.detach().reshape(-1, gradient.shape[-1]).float())
+            def backward(gradient: Tensor) -> None:
+                self._add(number, gradient.detach().reshape(-1, gradient.shape[-1]).float())
 
-            hook: Any = output.register_hook
-            hook(arrived)
+            register: Any = output.register_hook
+            register(backward)
 
-        return [layer.register_forward_hook(forward)]
+        return layer.register_forward_hook(forward)
 
-    def _add(self, place: int, gradient: Tensor) -> None:
-        low, device = self.low.pop(place), gradient.device
-        projection, buckets, signs = _random(self.seed, place, gradient.shape[1], low.shape[1])
-        parts = torch.einsum("tk,tr->tkr", gradient @ projection.to(device), low).reshape(
-            len(low), -1
-        )
-        members, where = torch.unique(self.owner, return_inverse=True)
-        sums = (
-            torch.zeros(len(members), parts.shape[1], device=device)
-            .index_add_(0, where.to(device), parts)
-            .cpu()
-        )
-        added = torch.zeros(len(members), self.into.shape[1]).index_add_(1, buckets, sums * signs)
-        self.into[members] += added
+    def _add(self, number: int, gradient: Tensor) -> None:
+        low = self.inputs.pop(number)
+        device = gradient.device
+        projection, buckets, signs = _random(self.seed, number, gradient.shape[1], low.shape[1])
+        products = torch.einsum("tk,tr->tkr", gradient @ projection.to(device), low)
+        products = products.reshape(len(low), -1)
+        members, member_of = torch.unique(self.owner, return_inverse=True)
+        sums = torch.zeros(len(members), products.shape[1], device=device)
+        sums = sums.index_add_(0, member_of.to(device), products).cpu()
+        added = torch.zeros(len(members), self.sketches.shape[1])
+        self.sketches[members] += added.index_add_(1, buckets, sums * signs)
 
 
 @lru_cache(maxsize=1024)
-def _random(seed: int, place: int, width: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a layer's projection (width, k), and where its k x rank sums go, with which signs."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+def _random(seed: int, layer: int, width: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a layer's projection (width, k), and the buckets and signs of its k x rank sums."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
     signs = torch.randint(0, 2, (width, _PROJECTED), generator=generator) * 2.0 - 1
     buckets = torch.randint(0, DIMENSIONS, (_PROJECTED * rank,), generator=generator)
-    turned = torch.randint(0, 2, (_PROJECTED * rank,), generator=generator) * 2.0 - 1
-    return signs / _PROJECTED**0.5, buckets, turned
+    bucket_signs = torch.randint(0, 2, (_PROJECTED * rank,), generator=generator) * 2.0 - 1
+    return signs / _PROJECTED**0.5, buckets, bucket_signs
 
 
-def in_blocks(
+def sketch_in_blocks(
     loaded: LoadedModel,
     examples: Mapping[str, Tokens],
-    begin: Callable[[], object],
-    place: Path | None,
+    options: SketchOptions,
     *,
-    budget: int,
-    seed: int,
+    put_adapter: Callable[[], object],
+    folder: Path | None,
     count: Count,
-    unit: bool = False,
 ) -> tuple[npt.NDArray[np.float16], float]:
-    """Return `gradients` of examples, in their order: (examples, d), and the seconds they took.
+    """Return the sketches of examples, in their order, and the seconds they took.
 
-    Blocks of them are kept in `place` as they are done, by the examples' keys, and read back when a
-    run is resumed. `begin` puts the adapter on the model, if there is anything to take. With
-    `unit`, each is divided by its length, for cosines (of gradients that are small, half precision
-    would keep nothing).
+    Blocks of them are stored in `folder` under the examples' keys, and read back when a run is
+    resumed. `put_adapter` is called once, before the first block that is not stored.
     """
-    keys, found = list(examples), []
-    seconds, begun = 0.0, False
+    keys = list(examples)
+    blocks = []
+    seconds = 0.0
+    has_adapter = False
     for start in range(0, len(keys), _BLOCK):
         block = keys[start : start + _BLOCK]
-        names = store.fingerprint([block, budget])
-        file = None if place is None else place / f"{start // _BLOCK:04}.npz"
-        known = None if file is None else _kept(file, names)
-        if known is None:
+        name = store.fingerprint([block, options.budget])
+        file = None if folder is None else folder / f"{start // _BLOCK:04}.npz"
+        stored = None if file is None else _read(file, name)
+        if stored is None:
             began = time.perf_counter()
-            if not begun:
-                begin()
-                begun = True
-            counted = after(start, len(keys), count)
-            taken = gradients(
-                loaded, [examples[key] for key in block], budget=budget, seed=seed, progress=counted
-            )
-            if unit:
-                taken /= np.maximum(
-                    np.linalg.norm(taken, axis=1, keepdims=True), np.finfo(np.float64).tiny
-                )
-            known = taken.astype(np.float16), time.perf_counter() - began
+            if not has_adapter:
+                put_adapter()
+                has_adapter = True
+            progress = after(start, len(keys), count)
+            sketches = sketch(loaded, [examples[key] for key in block], options, progress)
+            stored = sketches.astype(np.float16), time.perf_counter() - began
             if file is not None:
-                store.write_arrays(
-                    file, names=np.array(names), gradients=known[0], seconds=np.array(known[1])
-                )
-        found.append(known[0])
-        seconds += known[1]
-    if begun:
+                _write(file, name, *stored)
+        blocks.append(stored[0])
+        seconds += stored[1]
+    if has_adapter:
         adapter.drop_adapter(loaded)
-    return np.concatenate(found), seconds
+    return np.concatenate(blocks), seconds
 
 
-def _kept(file: Path, names: str) -> tuple[npt.NDArray[np.float16], float] | None:
-    """Return stored gradients of these rows, and the seconds they took; None if not whole."""
+def _write(file: Path, name: str, sketches: npt.NDArray[np.float16], seconds: float) -> None:
+    store.write_arrays(file, names=np.array(name), gradients=sketches, seconds=np.array(seconds))
+
+
+def _read(file: Path, name: str) -> tuple[npt.NDArray[np.float16], float] | None:
+    """Return the sketches of a stored block and the seconds they took; None if it is another."""
     try:
-        with np.load(file) as kept:
-            return (
-                (kept["gradients"], float(kept["seconds"])) if str(kept["names"]) == names else None
-            )
+        with np.load(file) as stored:
+            if str(stored["names"]) != name:
+                return None
+            return stored["gradients"], float(stored["seconds"])
     except (OSError, ValueError, KeyError, BadZipFile):
-        return None
+        return None  # missing or damaged: it is made again

@@ -1,8 +1,9 @@
 """A stream of examples -> an adapter: one plain loop, in as many processes as a launcher started.
 
-An optimizer step is `batch_size` consecutive plan positions. The loss is the mean over all supervised tokens of the step,
-weighted by source, whatever rows and processes the step is cut into. At equal spacing the dev loss is measured, and the best
-adapter is what the run returns; in a comparison, where dev rows are task rows, the last step's.
+An optimizer step is `batch_size` consecutive positions of the stream. Its loss is the mean over all
+supervised tokens of the step, weighted by source, however the step is cut into rows and processes.
+The dev loss is measured at equal spacing and the best adapter is returned; without a dev loss (as
+in a comparison, whose dev rows are task rows) it is the adapter after the last step.
 """
 
 import math
@@ -12,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fulcrum.config.settings import TrainSettings
 from fulcrum.core import processes
@@ -31,14 +31,26 @@ from fulcrum.model.loss import Row, row_loss, rows
 from fulcrum.training import checkpoint as checkpoints
 
 Progress = Callable[[TrainPoint, int, float | None], None]  # log line, total steps, newest dev loss
-POINTS = 500  # of a training's steps that are written down, evenly spaced: files stay small however long it is
+POINTS = 500  # steps that are logged, evenly spaced, so that files of a long training stay small
 _NAMED = 8  # rows of a step that an error names
 
 
-def learning_rate(step: int, phases: Sequence[int], settings: TrainSettings) -> float:
-    """Linear warm-up, then linear decay that ends at `final_lr` of the peak on a phase's last step (steps count from 0).
+@dataclass(frozen=True)
+class Recipe:
+    """How one adapter is trained on a stream."""
 
-    Each phase begins anew: where general rows come first, the task rows after them meet a full learning rate.
+    settings: TrainSettings
+    seed: int  # of the adapter's first weights and of its dropout
+    repeats: int  # times the stream shows each task row; kept in the training's record
+    kl: float = 0.0  # weight of KL(base || adapted), nats per supervised token, in the loss
+
+
+def learning_rate(step: int, phases: Sequence[int], settings: TrainSettings) -> float:
+    """Return the learning rate of a step (counted from 0).
+
+    It rises linearly in the warm-up, then falls linearly to `final_lr` of the peak on a phase's
+    last step. Each phase starts again: if general rows come first, the task rows after them meet a
+    full learning rate.
     """
     for steps in phases[:-1]:
         if step < steps:
@@ -54,196 +66,275 @@ def learning_rate(step: int, phases: Sequence[int], settings: TrainSettings) -> 
     return settings.learning_rate * (1 - (1 - settings.final_lr) * decay)
 
 
+def is_shown(step: int, steps: int) -> bool:
+    """Whether step `step` (from 1) of `steps` is logged."""
+    return step in (1, steps) or step % math.ceil(steps / POINTS) == 0
+
+
 def train(
     loaded: LoadedModel,
     stream: Stream,
-    dev_loss: Callable[[], float] | None,
-    settings: TrainSettings,
+    recipe: Recipe,
     *,
-    seed: int,
-    repeats: int,
-    kl: float = 0.0,
+    dev_loss: Callable[[], float] | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[State, TrainingRun]:
-    """Train a fresh adapter on the stream; returns the weights that were best on dev, and the run's record.
+    """Train a fresh adapter; return the weights that were best on dev rows, and the run's record.
 
-    `dev_loss` gives nats per token on the dev rows with the present adapter; without it the last step's weights are kept. `kl`
-    weighs the divergence from the base model (KL of it to the adapted one, nats per supervised token) in the loss. With a
-    `checkpoint` folder the run saves itself every `save_every` steps, and goes on from the newest whole checkpoint found there:
-    the result is the same, bit for bit. `say` is told of damaged ones.
-    Raises StoreError where a checkpoint belongs to other settings or another stream, DivergedError where the loss or its
-    gradient is no longer a number (the last checkpoint is of a step before), and Stopped where a signal asked for it, once the
-    step is finished and saved.
+    `dev_loss` measures the present adapter, in nats per token; without it the last step's weights
+    are returned. Given a `checkpoint` folder, the run saves itself every `save_every` steps, and
+    resumes from the newest whole checkpoint there; the result is the same, bit for bit. Damaged
+    checkpoints are reported to `say`.
+
+    Raises StoreError if a checkpoint belongs to other settings or another stream; DivergedError if
+    the loss or its gradient is no longer finite (the last checkpoint is from an earlier step); and
+    Stopped if a signal asked for it, once the step is finished and saved.
     """
-    # What `auto` became, and not how it was asked for: a worker is told, and goes on with what this process began.
-    settled = {
-        "dtype": str(loaded.dtype),
-        "device": loaded.device.type,
-        "compile": bool(loaded.compiled),
-    }
-    identity = fingerprint(
-        [
-            {**settings.model_dump(mode="json"), **settled},
-            stream.plan.fingerprint,
-            seed,
-            loaded.name,
-            kl,
-        ]
-    )
-    new_adapter(loaded, settings, seed)
-    parameters = [p for p in loaded.peft.parameters() if p.requires_grad]
-    optimizer = _adamw(parameters, settings, loaded)
-    torch.manual_seed(seed)  # adapter dropout
-    steps, phases = stream.steps(settings.batch_size), stream.phases(settings.batch_size)
-    state, best = _begun(checkpoint, identity, loaded, optimizer, say)
-    evaluations = settings.evaluations if dev_loss is not None else 0
-    measured = {max(1, round(steps * k / evaluations)) for k in range(1, evaluations + 1)}
-    before, started = state.seconds, time.perf_counter()
+    settings = recipe.settings
+    training = _Training(loaded, stream, recipe)
+    if checkpoint is not None:
+        training.resume(checkpoint, say)
+    state = training.state
+    steps = training.steps
+    measured: set[int] = set()
+    if dev_loss is not None:
+        measured = _evaluated_steps(steps, settings.evaluations)
+    seconds_before = state.seconds
+    started = time.perf_counter()
     batches = _batches(loaded, stream, settings, state.done, steps)
-    with processes.deferred() as asked:
+    with processes.deferred() as stop_signal:
         for step, batch in zip(range(state.done, steps), batches, strict=True):
-            if _stop_early(state, settings):
+            if training.is_stale:
                 break
-            rate = learning_rate(step, phases, settings)
-            taken = _step(optimizer, parameters, loaded, batch, settings, rate, kl, asked)
-            if not taken.is_finite:
-                raise _diverged(taken, stream, step, steps, settings)
+            rate = learning_rate(step, training.phases, settings)
+            result = training.take_step(batch, rate, stop_signal)
+            if not result.is_finite:
+                raise training.divergence(result, step)
             state.tokens += batch.tokens
-            state.seconds = before + time.perf_counter() - started
+            state.seconds = seconds_before + time.perf_counter() - started
             point = TrainPoint(
-                step + 1, taken.task_loss, taken.general_loss, rate, state.tokens, state.seconds
+                step + 1, result.task_loss, result.general_loss, rate, state.tokens, state.seconds
             )
             state.done = step + 1
             newest = None
-            if dev_loss is not None and step + 1 in measured:
+            if dev_loss is not None and state.done in measured:
                 newest = dev_loss()
-                if _note_dev(state, newest, steps, settings):
-                    best = adapter_state(loaded)
+                training.note_dev_loss(newest)
             if progress is not None:
                 progress(point, steps, newest)
-            ends = step + 1 == steps or _stop_early(state, settings)
-            if ends or is_shown(step + 1, steps):
+            ends = state.done == steps or training.is_stale
+            if ends or is_shown(state.done, steps):
                 state.history.append(point)
-            due = ends or taken.stop or (step + 1) % settings.save_every == 0
-            if checkpoint is not None and distributed.writes() and due:
-                now = checkpoints.Checkpoint(
-                    adapter_state(loaded), best, optimizer.state_dict(), state
-                )
-                checkpoints.write(checkpoint, identity, now)
-            if taken.stop:
-                raise processes.Stopped(taken.stop)
-        if asked():  # it came after the last step was asked: other trainings and tests would follow
-            raise processes.Stopped(asked())
+            is_due = ends or result.stop or state.done % settings.save_every == 0
+            if checkpoint is not None and is_due:
+                training.save(checkpoint)
+            if result.stop:
+                raise processes.Stopped(result.stop)
+        if stop_signal():  # after the last step looked: what follows must not begin
+            raise processes.Stopped(stop_signal())
     if dev_loss is None:
-        best, state.best_step = adapter_state(loaded), state.done
-    set_adapter_state(loaded, best)
-    return best, TrainingRun(
-        repeats=repeats, steps=state.done, best_step=state.best_step, dev_nll=tuple(state.dev), history=tuple(state.history),
-        share=stream.share(state.done * settings.batch_size),
-        train_tokens=state.tokens, seconds=state.seconds,
-    )  # fmt: skip
+        training.keep_last()
+    set_adapter_state(loaded, training.best)
+    return training.best, training.record()
 
 
-def is_shown(step: int, steps: int) -> bool:
-    """Whether step `step` (from 1) of `steps` is one of those that are written down."""
-    return step in (1, steps) or step % math.ceil(steps / POINTS) == 0
-
-
-def _adamw(
-    parameters: list[nn.Parameter], settings: TrainSettings, loaded: LoadedModel
-) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
-        fused=loaded.device.type in ("cpu", "cuda"),
-    )  # fmt: skip
-
-
-def _begun(
-    folder: Path | None,
-    identity: str,
-    loaded: LoadedModel,
-    optimizer: Any,
-    say: Callable[[str], None],
-) -> tuple[checkpoints.Progress, State]:
-    """How far a training is, and its best weights so far; a checkpoint is put on the model and the optimizer."""
-    found = None if folder is None else checkpoints.newest(folder, identity, say)
-    if found is None:
-        return checkpoints.Progress(), adapter_state(loaded)
-    set_adapter_state(loaded, found.adapter)
-    optimizer.load_state_dict(found.optimizer)
-    return found.progress, found.best
-
-
-def _note_dev(
-    state: checkpoints.Progress, newest: float, steps: int, settings: TrainSettings
-) -> bool:
-    """Write a dev loss down; returns whether it is the best so far. Raises DivergedError where it is no number."""
-    if not math.isfinite(newest):
-        raise DivergedError(
-            f"training diverged: the dev loss is {newest} after step {state.done} of {steps}; "
-            f"lower train.learning_rate ({settings.learning_rate:g})"
-        )
-    state.dev.append((state.done, newest))
-    state.stale += 1
-    if newest >= state.best_dev:
-        return False
-    state.best_step, state.best_dev, state.stale = state.done, newest, 0
-    return True
-
-
-def _stop_early(state: checkpoints.Progress, settings: TrainSettings) -> bool:
-    return (
-        settings.early_stopping_patience is not None
-        and state.stale >= settings.early_stopping_patience
-    )
+def _evaluated_steps(steps: int, evaluations: int) -> set[int]:
+    return {max(1, round(steps * k / evaluations)) for k in range(1, evaluations + 1)}
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """One optimizer step as one process trains it: its rows, the weight of each of its examples, and which are task rows.
+    """One optimizer step as one process trains it.
 
-    `own` of the packed rows count: none where a process has no example of its own, whose one row is then another's.
+    A process without an example of its own holds a row of another's, which does not count.
     """
 
     packed: list[Row]
-    weight_of: Tensor
-    task_of: Tensor
-    divisor: float
-    tokens: int
-    own: int
+    weights: Tensor  # (examples,), float32
+    is_task: Tensor  # (examples,), bool
+    divisor: float  # weighted supervised tokens of the whole step
+    tokens: int  # of the whole step
+    own: int  # packed rows that count
 
 
-def _batch(loaded: LoadedModel, stream: Stream, settings: TrainSettings, step: int) -> _Batch:
-    """Every process knows the whole step, so the divisor needs no communication."""
-    examples, is_task = stream.step(step, settings.batch_size)
-    weight = np.where(is_task, settings.task_weight, 1.0)
-    total = float(sum(w * example.n_loss for w, example in zip(weight, examples, strict=True)))
-    mine = list(
-        range(
-            distributed.processes().process_index,
-            len(examples),
-            distributed.processes().num_processes,
+@dataclass(frozen=True)
+class _StepResult:
+    """What a step measured over all processes."""
+
+    task_loss: float | None  # nats per supervised token; None without task rows
+    general_loss: float | None  # the same of general rows
+    norm: float  # of the gradient, before clipping
+    stop: int  # signal that asked a process to stop, 0 if none did
+
+    @property
+    def is_finite(self) -> bool:
+        losses = (self.task_loss or 0.0, self.general_loss or 0.0)
+        return math.isfinite(losses[0]) and math.isfinite(losses[1]) and math.isfinite(self.norm)
+
+
+class _Training:
+    """A fresh adapter on the model, its optimizer, and how far its training is."""
+
+    def __init__(self, loaded: LoadedModel, stream: Stream, recipe: Recipe) -> None:
+        self.loaded = loaded
+        self.stream = stream
+        self.recipe = recipe
+        settings = recipe.settings
+        new_adapter(loaded, settings, recipe.seed)
+        self.parameters = [one for one in loaded.peft.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            betas=(0.9, settings.beta2),
+            weight_decay=settings.weight_decay,
+            fused=loaded.device.type in ("cpu", "cuda"),
         )
-    )
-    has_own, mine = bool(mine), mine or [0]
-    share = settings.share_prefixes and settings.lora_dropout == 0
-    packed = rows([examples[i] for i in mine], loaded, settings.pack_tokens, share=share)
-    return _Batch(
-        packed,
-        torch.as_tensor(weight[mine], dtype=torch.float32, device=loaded.device),
-        torch.as_tensor(is_task[mine], device=loaded.device),
-        total,
-        sum(len(example) for example in examples),
-        len(packed) * has_own,
-    )
+        torch.manual_seed(recipe.seed)  # adapter dropout
+        self.steps = stream.steps(settings.batch_size)
+        self.phases = stream.phases(settings.batch_size)
+        self.state = checkpoints.Progress()
+        self.best = adapter_state(loaded)
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that the result depends on."""
+        # What `auto` resolved to, not `auto`: a worker is told it, and resumes this process's work.
+        resolved = {
+            "dtype": str(self.loaded.dtype),
+            "device": self.loaded.device.type,
+            "compile": bool(self.loaded.compiled),
+        }
+        settings = {**self.recipe.settings.model_dump(mode="json"), **resolved}
+        plan = self.stream.plan.fingerprint
+        return fingerprint([settings, plan, self.recipe.seed, self.loaded.name, self.recipe.kl])
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether early stopping ends the training."""
+        patience = self.recipe.settings.early_stopping_patience
+        return patience is not None and self.state.stale >= patience
+
+    def resume(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Continue from the newest whole checkpoint of a folder, if there is one."""
+        saved = checkpoints.newest(folder, self.identity, say)
+        if saved is None:
+            return
+        set_adapter_state(self.loaded, saved.adapter)
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.state = saved.progress
+        self.best = saved.best
+
+    def save(self, folder: Path) -> None:
+        if not distributed.writes():
+            return
+        now = checkpoints.Checkpoint(
+            adapter_state(self.loaded), self.best, self.optimizer.state_dict(), self.state
+        )
+        checkpoints.write(folder, self.identity, now)
+
+    def take_step(self, batch: _Batch, rate: float, stop_signal: Callable[[], int]) -> _StepResult:
+        """Take one optimizer step; it is skipped if what it measured is not finite."""
+        loaded = self.loaded
+        set_dropout(loaded, True)
+        sums = torch.zeros(5, dtype=torch.float64)
+        for index in range(_passes(loaded, batch)):
+            row = batch.packed[min(index, len(batch.packed) - 1)]
+            sums[:4] += self._backward(row, batch, counts=float(index < batch.own))
+        set_dropout(loaded, False)
+        distributed.share_gradients(self.parameters)
+        clip = self.recipe.settings.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
+        sums[4] = bool(stop_signal())  # one process may get it before the others do
+        sums = distributed.total(sums, loaded.device)
+        result = _StepResult(
+            task_loss=float(sums[0] / sums[1]) if sums[1] else None,
+            general_loss=float(sums[2] / sums[3]) if sums[3] else None,
+            norm=norm,
+            stop=(stop_signal() or signal.SIGTERM) if sums[4] else 0,
+        )
+        if result.is_finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return result
+
+    def _backward(self, row: Row, batch: _Batch, counts: float) -> Tensor:
+        """Add a row's gradient; return its task nats, task targets, general nats, general targets.
+
+        `counts` is 0 for a row that only keeps processes in step, else 1.
+        """
+        weights = counts * batch.weights[row.owner] / batch.divisor
+        with torch.enable_grad():
+            loss, nats = row_loss(self.loaded, row, weights, kl=self.recipe.kl)
+            torch.autograd.backward(loss)
+        is_task = batch.is_task[row.owner].cpu()
+        nats = nats.cpu()  # not every device has float64
+        sums = torch.zeros(4, dtype=torch.float64)
+        for kind, chosen in enumerate((is_task, ~is_task)):
+            sums[2 * kind] = counts * float(nats[chosen].sum(dtype=torch.float64))
+            sums[2 * kind + 1] = counts * int(chosen.sum())
+        return sums
+
+    def note_dev_loss(self, loss: float) -> None:
+        """Record a dev loss, and keep the adapter if it is the best so far."""
+        state = self.state
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"training diverged: the dev loss is {loss} after step {state.done} of "
+                f"{self.steps}; lower train.learning_rate ({self.recipe.settings.learning_rate:g})"
+            )
+        state.dev.append((state.done, loss))
+        state.stale += 1
+        if loss < state.best_dev:
+            state.best_step = state.done
+            state.best_dev = loss
+            state.stale = 0
+            self.best = adapter_state(self.loaded)
+
+    def keep_last(self) -> None:
+        """Make the present adapter the one that is returned."""
+        self.best = adapter_state(self.loaded)
+        self.state.best_step = self.state.done
+
+    def record(self) -> TrainingRun:
+        state = self.state
+        return TrainingRun(
+            repeats=self.recipe.repeats,
+            steps=state.done,
+            best_step=state.best_step,
+            dev_nll=tuple(state.dev),
+            history=tuple(state.history),
+            share=self.stream.share(state.done * self.recipe.settings.batch_size),
+            train_tokens=state.tokens,
+            seconds=state.seconds,
+        )
+
+    def divergence(self, result: _StepResult, step: int) -> DivergedError:
+        """Return the error that names a step's losses and rows."""
+        settings = self.recipe.settings
+        origins = self.stream.origins(step, settings.batch_size)
+        named = ", ".join(origins[:_NAMED])
+        if len(origins) > _NAMED:
+            named += f" and {len(origins) - _NAMED} more"
+        measured = [f"gradient norm {result.norm:g}"]
+        if result.general_loss is not None:
+            measured.insert(0, f"general loss {result.general_loss:g}")
+        if result.task_loss is not None:
+            measured.insert(0, f"task loss {result.task_loss:g}")
+        return DivergedError(
+            f"training diverged at step {step + 1} of {self.steps}: {', '.join(measured)}; rows of "
+            f"this step: {named}; the step was not taken, and the last checkpoint stands; lower "
+            f"train.learning_rate ({settings.learning_rate:g}), or look at these rows"
+        )
 
 
 def _batches(
     loaded: LoadedModel, stream: Stream, settings: TrainSettings, first: int, steps: int
 ) -> Iterator[_Batch]:
-    """The batches of steps `first` to `steps`; the next one is laid out while this one trains."""
+    """Yield the batches of steps `first` to `steps`; the next one is laid out while one trains."""
     with ThreadPoolExecutor(max_workers=1) as ahead:
         upcoming = ahead.submit(_batch, loaded, stream, settings, min(first, steps - 1))
         for step in range(first, steps):
@@ -252,85 +343,41 @@ def _batches(
             yield batch
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """What a step measured over all processes: mean nats per supervised token by source (None: it had none), the gradient's
-    norm before clipping, and the signal that asked any process to stop (0: none)."""
-
-    task_loss: float | None
-    general_loss: float | None
-    norm: float
-    stop: int
-
-    @property
-    def is_finite(self) -> bool:
-        return all(
-            math.isfinite(value)
-            for value in (self.task_loss or 0.0, self.general_loss or 0.0, self.norm)
-        )
-
-
-def _step(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loaded: LoadedModel, batch: _Batch,
-    settings: TrainSettings, rate: float, kl: float, asked: Callable[[], int],
-) -> _Taken:  # fmt: skip
-    """One optimizer step; it is not taken where what it measured is not finite."""
-    sums = torch.zeros(
-        5, dtype=torch.float64
-    )  # task nats, task targets, general nats, general targets, signal
-    set_dropout(loaded, True)
-    for place in range(_passes(loaded, batch)):
-        row, counts = batch.packed[min(place, len(batch.packed) - 1)], float(place < batch.own)
-        weights = counts * batch.weight_of[row.owner] / batch.divisor
-        with torch.enable_grad():
-            loss, nats = row_loss(loaded, row, weights, kl=kl)
-            torch.autograd.backward(loss)
-        own, nats = batch.task_of[row.owner].cpu(), nats.cpu()  # not every device has float64
-        for kind, chosen in enumerate((own, ~own)):
-            sums[2 * kind] += counts * float(nats[chosen].sum(dtype=torch.float64))
-            sums[2 * kind + 1] += counts * int(chosen.sum())
-    set_dropout(loaded, False)
-    distributed.share_gradients(parameters)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
-    sums[4] = bool(asked())  # one process may know of it before the others do
-    sums = distributed.total(sums, loaded.device)
-    task = float(sums[0] / sums[1]) if sums[1] else None
-    general = float(sums[2] / sums[3]) if sums[3] else None
-    taken = _Taken(task, general, norm, (asked() or signal.SIGTERM) if sums[4] else 0)
-    if taken.is_finite:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    optimizer.zero_grad()
-    return taken
+def _batch(loaded: LoadedModel, stream: Stream, settings: TrainSettings, step: int) -> _Batch:
+    """Lay out a step. Every process knows the whole of it, so the divisor needs no message."""
+    examples, is_task = stream.step(step, settings.batch_size)
+    weights = np.where(is_task, settings.task_weight, 1.0)
+    divisor = 0.0
+    tokens = 0
+    for weight, example in zip(weights, examples, strict=True):
+        divisor += float(weight * example.n_loss)
+        tokens += len(example)
+    launched = distributed.processes()
+    mine = list(range(launched.process_index, len(examples), launched.num_processes))
+    has_own = bool(mine)
+    if not has_own:
+        mine = [0]
+    share = settings.share_prefixes and settings.lora_dropout == 0
+    own_examples = [examples[k] for k in mine]
+    packed = rows(own_examples, loaded, settings.pack_tokens, share=share)
+    return _Batch(
+        packed=packed,
+        weights=torch.as_tensor(weights[mine], dtype=torch.float32, device=loaded.device),
+        is_task=torch.as_tensor(is_task[mine], device=loaded.device),
+        divisor=divisor,
+        tokens=tokens,
+        own=len(packed) if has_own else 0,
+    )
 
 
 def _passes(loaded: LoadedModel, batch: _Batch) -> int:
-    """How many rows this process runs: its own, and under FSDP as many as any has, since all gather each layer together."""
+    """Return how many rows this process runs.
+
+    They are its own; under FSDP as many as any process has, since all gather each layer together.
+    """
     if not loaded.sharded:
         return batch.own
-    each = torch.zeros(distributed.processes().num_processes)
-    each[distributed.processes().process_index] = batch.own
-    return int(distributed.total(each, loaded.device).max())
-
-
-def _diverged(
-    taken: _Taken, stream: Stream, step: int, steps: int, settings: TrainSettings
-) -> DivergedError:
-    rows = stream.origins(step, settings.batch_size)
-    named = ", ".join(rows[:_NAMED]) + (
-        f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-    )
-    losses = ", ".join(
-        f"{name} {value:g}"
-        for name, value in (
-            ("task loss", taken.task_loss),
-            ("general loss", taken.general_loss),
-            ("gradient norm", taken.norm),
-        )
-        if value is not None
-    )
-    return DivergedError(
-        f"training diverged at step {step + 1} of {steps}: {losses}; rows of this step: {named}; the step was not taken, and "
-        f"the last checkpoint stands; lower train.learning_rate ({settings.learning_rate:g}), or look at these rows"
-    )
+    launched = distributed.processes()
+    own = torch.zeros(launched.num_processes)
+    own[launched.process_index] = batch.own
+    return int(distributed.total(own, loaded.device).max())
