@@ -654,8 +654,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
     place: Path, finished: tuple[Path, str]
 ) -> None:
     before = (finished[0] / "results.json").read_bytes()
-    assert "already holds a run; go on with it" in refused("train", place / "run.yaml")
-    assert "already holds a run; go on with it" in refused("train", place / "run.yaml", "--seed", 1)
+    assert "already holds a run; resume it" in refused("train", place / "run.yaml")
+    assert "already holds a run; resume it" in refused("train", place / "run.yaml", "--seed", 1)
     assert "cannot resume" in refused("train", place / "run.yaml", "--seed", 1, "--resume")
     assert (finished[0] / "results.json").read_bytes() == before
 
@@ -823,7 +823,7 @@ def test_compare_two_arms_and_resume(place: Path) -> None:
     assert "comparison: 2/2, 0:00 left" in output
     assert f"adapters: {place / 'compared' / 'adapters'}" in output
     headline = next(line for line in output.splitlines() if " at 15 rows against base" in line)
-    assert "go on with it (--resume)" in refused(*words)
+    assert "resume it (--resume)" in refused(*words)
     again = done(*words, "--resume")
     assert headline in again
     assert "tell-15-seed0: step 8/8" in output

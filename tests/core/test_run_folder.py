@@ -20,7 +20,7 @@ def test_a_new_folder_is_taken_and_goes_on_only_when_asked(tmp_path: Path) -> No
     folder = run_folder.open_run(tmp_path / "a" / "run", IDENTITY, resume=False)
     assert store.read_json(folder / "manifest.json") == store.plain(IDENTITY)
     assert run_folder.open_run(folder, IDENTITY, resume=True) == folder
-    with pytest.raises(StoreError, match="already holds a run; go on with it"):
+    with pytest.raises(StoreError, match="already holds a run; resume it"):
         run_folder.open_run(folder, IDENTITY, resume=False)
 
 
@@ -32,7 +32,7 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
     run_folder.open_run(tmp_path, IDENTITY, resume=False)
     other = {**IDENTITY, "data": ["abd"]}
-    with pytest.raises(StoreError, match="already holds a run; go on with it"):
+    with pytest.raises(StoreError, match="already holds a run; resume it"):
         run_folder.open_run(tmp_path, other, resume=False)
     with pytest.raises(
         StoreError,
@@ -123,7 +123,7 @@ def test_a_second_process_is_refused_by_pid_and_time_until_the_first_is_gone(
     with (
         pytest.raises(
             StoreError,
-            match=rf"run: process {first.pid} on \S+ has been at work on it since \d{{4}}-\d\d-\d\d .* UTC",
+            match=rf"run: process {first.pid} on \S+ has been working on it since \d{{4}}-\d\d-\d\d .* UTC",
         ),
         run_folder.held(tmp_path / "run"),
     ):
@@ -132,12 +132,12 @@ def test_a_second_process_is_refused_by_pid_and_time_until_the_first_is_gone(
         "{}"
     )  # the same command again, which does not ask to go on
     with pytest.raises(
-        StoreError, match=rf"run: process {first.pid} on \S+ has been at work on it since \d{{4}}-"
+        StoreError, match=rf"run: process {first.pid} on \S+ has been working on it since \d{{4}}-"
     ):
         run_folder.check_free(tmp_path / "run", resume=False)
     first.kill()
     first.wait()
-    with pytest.raises(StoreError, match="already holds a run; go on with it"):
+    with pytest.raises(StoreError, match="already holds a run; resume it"):
         run_folder.check_free(tmp_path / "run", resume=False)
     with run_folder.held(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / ".owner.json").read_text())["pid"] == os.getpid()

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fulcrum
 from fulcrum.core import store
 from fulcrum.core.errors import StoreError
 from fulcrum.core.types import Anchor, Message
@@ -81,6 +82,40 @@ def test_seeds_are_split_by_name() -> None:
         == 6
     )
     assert all(0 <= store.seed_for(root, "mix") < 2**32 for root in range(50))
+
+
+PACKAGE = Path(fulcrum.__file__).parent
+PARTS = sorted({file.parent.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")})
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package's source."""
+    copy = tmp_path / "fulcrum"
+    for file in PACKAGE.rglob("*.py"):
+        target = copy / file.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    return copy
+
+
+def test_the_code_of_a_run_is_the_source_of_the_whole_package(package: Path) -> None:
+    assert {".", "core", "cli", "experiments", "web"} < set(PARTS)
+    assert store.source_hash(package) == store.code()
+    (package / "notes.txt").write_text("no source")
+    assert store.source_hash(package) == store.code()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_change_in_any_package_changes_the_code(package: Path, part: str) -> None:
+    file = min((package / part).glob("*.py"))
+    file.write_text(file.read_text() + "# changed\n")
+    assert store.source_hash(package) != store.code()
+
+
+def test_a_moved_file_changes_the_code(package: Path) -> None:
+    (package / "core" / "store.py").rename(package / "config" / "store.py")
+    assert store.source_hash(package) != store.code()
 
 
 def test_a_files_hash(tmp_path: Path) -> None:
@@ -360,9 +395,14 @@ def test_a_log_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("NaN", "NaN is not JSON"), ('[{"a": -Infinity}]', "-Infinity is not JSON"),
-     ('{"a": 1, "a": 2}', "^an object holds the same key twice$"), ("[" * 100_000, "^nested too deeply$"), ("{", "Expecting")],
-)  # fmt: skip
+    [
+        ("NaN", "NaN is not JSON"),
+        ('[{"a": -Infinity}]', "-Infinity is not JSON"),
+        ('{"a": 1, "a": 2}', "^an object holds the same key twice$"),
+        ("[" * 100_000, "^nested too deeply$"),
+        ("{", "Expecting"),
+    ],
+)
 def test_strict_json(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         store.strict_json(text)
@@ -432,7 +472,7 @@ def test_space_is_asked_of_the_nearest_folder_that_is_there(
 def test_a_lock_is_waited_for_and_the_waiting_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_PATIENCE", 0.01)
+    monkeypatch.setattr(store, "_LOCK_WAIT", 0.01)
     told: list[int] = []
     first = FileLock(tmp_path / "f" / ".lock")
     with store.locked(tmp_path / "f", told.append):

@@ -86,7 +86,7 @@ def test_who_finds_another_at_it_waits_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save(tmp_path / "a.jsonl", rows(3))
-    monkeypatch.setattr(store, "_PATIENCE", 0.0)
+    monkeypatch.setattr(store, "_LOCK_WAIT", 0.0)
     where = shards.folder(sources.origins(source)[0])
     where.mkdir(parents=True)
     other, said = FileLock(where / ".lock"), list[tuple[str, int]]()

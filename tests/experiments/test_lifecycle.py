@@ -284,7 +284,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(place: Path, tmp_path: Path, step
     with pytest.raises(Killed):
         run_training(settings(place, tmp_path / "killed", **dropout), progress=KillAfter(steps))
     assert not (tmp_path / "killed" / "results.json").exists()
-    with pytest.raises(StoreError, match="already holds a run; go on with it"):
+    with pytest.raises(StoreError, match="already holds a run; resume it"):
         run_training(settings(place, tmp_path / "killed", **dropout))
     run_training(settings(place, tmp_path / "killed", **dropout), resume=True)
     whole, resumed = tmp_path / "whole", tmp_path / "killed"
@@ -378,7 +378,7 @@ def test_a_full_disk_is_refused_before_training(
 @pytest.mark.usefixtures("_no_training")
 def test_a_folder_of_another_run_is_refused(place: Path, finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    with pytest.raises(StoreError, match="already holds a run; go on with it"):
+    with pytest.raises(StoreError, match="already holds a run; resume it"):
         run_training(settings(place, finished))
     with pytest.raises(
         StoreError,

@@ -1,7 +1,8 @@
-"""Every error a user can cause: one base, few kinds. A message says what is wrong, the values, where, and the nearest remedy.
+"""Every error that a user can cause: one base and few kinds.
 
-`FulcrumError` reaches the terminal as one line with exit code 2; anything else is a fault of ours: one line that says
-so with exit code 1, and its traceback with `--debug`.
+A message says what is wrong, the values, where, and the nearest remedy. `FulcrumError` reaches the
+terminal as one line with exit code 2. Anything else is a fault of ours: one line that says so with
+exit code 1, and its traceback with `--debug`.
 """
 
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ class ConfigError(FulcrumError):
 
 
 class DivergedError(ConfigError):
-    """A training's loss or gradient is no number: its learning rate is too high, or a row is broken."""
+    """A training's loss or gradient is NaN: the learning rate is too high, or a row is broken."""
 
 
 class DataError(FulcrumError):
@@ -25,11 +26,11 @@ class DataError(FulcrumError):
 
 
 class UnreachableError(DataError):
-    """The hub does not answer; what was read of it before may do."""
+    """The hub does not answer; what was read of it before may be used instead."""
 
 
 class ModelError(FulcrumError):
-    """A model cannot be found, fetched, trusted or loaded."""
+    """A model cannot be found, downloaded, trusted or loaded."""
 
 
 class StoreError(FulcrumError):
@@ -37,9 +38,9 @@ class StoreError(FulcrumError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return ``; did you mean 'x' or 'y'?``, or the full list where nothing is near (to append to a message)."""
-    known = sorted(set(choices))
-    close = get_close_matches(word, known, n=3, cutoff=0.5)
+    """Return the end of a message: ``; did you mean 'x' or 'y'?``, or all choices if none is near."""
+    names = sorted(set(choices))
+    close = get_close_matches(word, names, n=3, cutoff=0.5)
     if close:
         return "; did you mean " + " or ".join(repr(name) for name in close) + "?"
-    return "; known: " + ", ".join(known)
+    return "; known: " + ", ".join(names)

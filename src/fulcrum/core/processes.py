@@ -1,6 +1,6 @@
-"""Worker processes on this machine.
+"""Worker processes on this machine, and how signals stop them.
 
-Ctrl-C and SIGTERM: at once, or, where a step that can be finished and kept is under way, right after it.
+Ctrl-C and SIGTERM stop at once, or right after a step that is under way if it can be saved.
 """
 
 import os
@@ -26,19 +26,20 @@ class Stopped(KeyboardInterrupt):
 
 
 def at_once() -> None:
-    """From now on SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt. Only the main thread may ask for it."""
+    """Make SIGTERM raise Stopped from now on, as Ctrl-C raises KeyboardInterrupt.
+
+    Outside the main thread, which alone may set this, nothing changes.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(number)
-
-
 @contextmanager
 def deferred() -> Iterator[Callable[[], int]]:
-    """Inside, the first signal is only noted: the yielded function returns its number (0: none came), and whoever asks then
-    saves and raises `Stopped`. A second signal raises it at once. Outside the main thread, which alone may, nothing is changed.
+    """Inside, note the first signal instead of stopping; a second one raises `Stopped` at once.
+
+    The yielded function returns the noted signal's number, or 0; the caller saves and then raises
+    `Stopped`. Outside the main thread, which alone may set this, nothing changes.
     """
     noted = 0
 
@@ -49,25 +50,31 @@ def deferred() -> Iterator[Callable[[], int]]:
         noted = number
         os.write(2, _WAIT)  # printing is not safe in a handler
 
-    before: dict[int, Any] = {}
+    handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in _SIGNALS}
+        handlers = {number: signal.signal(number, note) for number in _SIGNALS}
     try:
         yield lambda: noted
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def start(
     jobs: int, initializer: Callable[..., None] | None = None, given: tuple[Any, ...] = ()
 ) -> ProcessPoolExecutor:
-    """`jobs` processes, each begun with `initializer(*given)`. They are started afresh, since a forked copy of this process's
-    threads would hang, and end when this process does, even where it is killed.
+    """Return a pool of `jobs` processes, each of which first calls `initializer(*given)`.
+
+    They are spawned, since a forked copy of this process's threads would hang. They end when this
+    process does, even if it is killed.
     """
     return ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(initializer, given)
     )
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(number)
 
 
 def _begin(initializer: Callable[..., None] | None, given: tuple[Any, ...]) -> None:

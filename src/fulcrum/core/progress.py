@@ -5,12 +5,12 @@ from typing import Protocol
 
 from fulcrum.core.types import TrainPoint
 
-Count = Callable[[int, int], None]  # is given how many are done, and how many there are
+Count = Callable[[int, int], None]  # called with how many are done, and how many there are
 LabelledCount = Callable[[str, int, int], None]  # the same after a label
 
 
 def after(before: int, total: int, count: Count) -> Callable[[int], None]:
-    """Return what tells `count` of each number done after `before` ones, of `total`."""
+    """Return a function that reports to `count` how many of `total` are done after `before`."""
     return lambda done: count(before + done, total)
 
 

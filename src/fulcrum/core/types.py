@@ -1,6 +1,7 @@
-"""The plain values that travel between the stages. Frozen, without behaviour beyond reading themselves, without torch.
+"""The plain values that travel between the stages: frozen, without torch.
 
-Flow: files -> `Example` -> plan -> `Tokens` -> `PackedRow` -> adapter -> `Prediction` -> `Score` -> results.json -> report.
+Flow: files -> `Example` -> plan -> `Tokens` -> `PackedRow` -> adapter -> `Prediction` -> `Score` ->
+results.json -> report.
 """
 
 import hashlib
@@ -22,24 +23,23 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `train` is False where a row says that this answer must not be learned (weight 0)."""
+    """One turn of a conversation."""
 
     role: Role
     content: str
-    train: bool = True
+    train: bool = True  # False if its row says that this answer must not be learned (weight 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One conversation whose last message is the assistant's answer (of an unlabelled input: the user's message).
+    """One conversation, whose last message is the assistant's answer.
 
-    `group` names the content (equal groups are never split over train, dev and test, and are resampled together);
-    `origin` says where the row came from, as ``file:line``.
+    That of an unlabelled input is the user's message instead.
     """
 
     messages: tuple[Message, ...]
-    group: str
-    origin: str
+    group: str  # of its content; equal ones are never split, and are resampled together
+    origin: str  # where the row came from, as ``file:line``
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -54,54 +54,57 @@ class Example:
     @property
     def question(self) -> str:
         """The last user message's text (empty if there is none)."""
-        return next((m.content for m in reversed(self.messages) if m.role == "user"), "")
+        for message in reversed(self.messages):
+            if message.role == "user":
+                return message.content
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that was read and not kept, with its place, a short reason that can be counted, and the details."""
+    """A row that was read and not kept."""
 
-    origin: str
-    reason: str
+    origin: str  # ``file:line``
+    reason: str  # short, so that equal ones can be counted
     detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """Text that every row of one task carries, and no general row; the same tokens in training and inference."""
+    """Text that every row of one task carries, and no general row.
+
+    Its tokens are the same in training and inference.
+    """
 
     text: str
     placement: Placement = "user_prefix"
 
     @property
     def sha256(self) -> str:
-        """Hash over text and placement, in hex."""
+        """Hash of text and placement, in hex."""
         return hashlib.sha256(f"{self.placement}\0{self.text}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task: its rows, split by content, its anchor and how it is scored. Dev rows count as task data.
-
-    `unlabeled` are inputs without answers.
-    """
+    """One task: its rows, split by content, its anchor and how it is scored."""
 
     name: str
     train: tuple[Example, ...]
-    dev: tuple[Example, ...]
+    dev: tuple[Example, ...]  # count as task data too
     test: tuple[Example, ...]
     anchor: Anchor | None = None
     metrics: tuple[str, ...] = ("nll", "exact_match")
     max_new_tokens: int = 64
-    unlabeled: tuple[Example, ...] = ()
+    unlabeled: tuple[Example, ...] = ()  # inputs without answers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
-    """A tokenised example: `ids` (length n) and `loss_mask` (length n, True where the token is a training target)."""
+    """A tokenised example."""
 
-    ids: IntArray
-    loss_mask: BoolArray
+    ids: IntArray  # (n,)
+    loss_mask: BoolArray  # (n,), True if the token is a training target
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,17 +117,17 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Examples laid end to end in one training row, isolated from each other. `members` index the caller's list."""
+    """Examples laid end to end in one training row, isolated from each other."""
 
-    members: tuple[int, ...]
-    length: int
+    members: tuple[int, ...]  # places in the caller's list
+    length: int  # in tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What part of a stream is task data, counted three ways, each in [0, 1], beside the absolute counts."""
+    """What part of a stream is task data, counted three ways, and the absolute counts."""
 
-    examples: float
+    examples: float  # in [0, 1], as the next two
     tokens: float
     loss_tokens: float
     task_examples: int
@@ -135,46 +138,41 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a model said on one row, and how likely the gold answer was: summed nats over `n_tokens` answer tokens.
+    """What a model answered on one row, and how likely the gold answer was."""
 
-    `tempered` are these nats at the temperature that suited the arm best on rows it was not trained on; None where none was
-    fitted.
-    """
-
-    origin: str
+    origin: str  # ``file:line``
     group: str
     prompt: str
     gold: str
-    output: str | None
-    nll_sum: float
+    output: str | None  # None if nothing was generated
+    nll_sum: float  # nats of the gold answer, over its `n_tokens` tokens
     n_tokens: int
+    # These nats at the temperature that suited the arm best on rows it was not trained on; None if
+    # none was fitted.
     tempered: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A metric with its 95% bootstrap interval over content groups (None or nan where one group only gives none).
-
-    `outcomes` holds one value a row where that exists.
-    """
+    """A metric with its 95% bootstrap interval over content groups."""
 
     metric: str
     value: float
-    low: float | None
+    low: float | None  # None or nan if there is one group only; so is `high`
     high: float | None
-    n: int
+    n: int  # rows
     n_groups: int
     higher_is_better: bool
-    outcomes: tuple[float, ...] = field(default=(), repr=False)
+    outcomes: tuple[float, ...] = field(default=(), repr=False)  # by row, if such values exist
 
 
 @dataclass(frozen=True, slots=True)
 class TrainPoint:
-    """One optimizer step's log line: mean loss (nats per supervised token) per source, None where a step had no such row."""
+    """The log line of one optimizer step."""
 
     step: int
-    task_loss: float | None
-    general_loss: float | None
+    task_loss: float | None  # nats per supervised token; None if the step had no such row
+    general_loss: float | None  # the same
     learning_rate: float
     tokens: int
     seconds: float
@@ -196,11 +194,13 @@ class Hyperparameters:
         """What differs from the default, as a part of file names: "repeats4-learning_rate0.001"."""
         if self.shots:
             return f"shots{self.shots}"
-        others = (("learning_rate", None), ("weight_decay", None), ("kl", 0.0), ("scale", 1.0))
-        found = [
-            f"{key}{getattr(self, key):g}" for key, usual in others if getattr(self, key) != usual
-        ]
-        return "-".join([f"repeats{self.repeats}", *found])
+        parts = [f"repeats{self.repeats}"]
+        defaults = {"learning_rate": None, "weight_decay": None, "kl": 0.0, "scale": 1.0}
+        for key, default in defaults.items():
+            value = getattr(self, key)
+            if value != default:
+                parts.append(f"{key}{value:g}")
+        return "-".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ class TrainingRun:
 
     repeats: int
     steps: int
-    best_step: int  # whose weights were kept
+    best_step: int  # the one whose weights were kept
     dev_nll: tuple[tuple[int, float], ...]  # (step, nats per answer token), if it was measured
     history: tuple[TrainPoint, ...]
     share: Share
@@ -230,43 +230,38 @@ class TrainingRun:
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One arm at one size and seed: what was tried, which of it was chosen, and how that did on test rows.
-
-    `size` is the number of task rows that it was given, 0 for an untrained arm. `training` made the adapter that was scored
-    (of several that were averaged, the first). `predictions` are by task, `general` by source of the held-out rows;
-    `general_nll` are the scores of the latter. `probes` are predictions that show side effects (`cell.probe`), by what was
-    changed. `seconds` count the training on all rows and the test.
-    """
+    """One arm at one size and seed: what was tried and chosen, and how that did on test rows."""
 
     arm: str
-    size: int
+    size: int  # task rows that it was given; 0 for an untrained arm
     seed: int
     tried: tuple[Trial, ...]
-    chosen: int | None
-    training: TrainingRun | None
-    scores: Mapping[str, tuple[Score, ...]]
-    predictions: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
-    general: Mapping[str, tuple[Prediction, ...]] = field(repr=False)
-    general_nll: Mapping[str, Score]
-    seconds: float
+    chosen: int | None  # place in `tried`
+    training: TrainingRun | None  # of the scored adapter, or of the first of several averaged ones
+    scores: Mapping[str, tuple[Score, ...]]  # by task
+    predictions: Mapping[str, tuple[Prediction, ...]] = field(repr=False)  # by task
+    general: Mapping[str, tuple[Prediction, ...]] = field(repr=False)  # by source of held-out rows
+    general_nll: Mapping[str, Score]  # of `general`, nats per answer token
+    seconds: float  # of the training on all rows and of the test
+    # Predictions that show side effects (`cell.probe`), by what was changed.
     probes: Mapping[str, tuple[Prediction, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def setting(self) -> Hyperparameters | None:
-        """What was chosen; None where there was nothing to choose."""
+        """What was chosen; None if there was nothing to choose."""
         return None if self.chosen is None else self.tried[self.chosen].setting
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Paired difference of two arms on the same test rows (arm minus reference), with its 95% interval."""
+    """Paired difference of two arms on the same test rows: arm minus reference."""
 
     task: str
     metric: str
     arm: str
     reference: str
     estimate: float
-    low: float | None
+    low: float | None  # of the 95% interval, as `high`
     high: float | None
     n_seeds: int
     higher_is_better: bool
@@ -279,7 +274,7 @@ class TaskFacts:
     name: str
     anchor: str | None
     placement: str | None
-    train: int
+    train: int  # rows, as the next two
     dev: int
     test: int
     test_groups: int
@@ -288,71 +283,54 @@ class TaskFacts:
 
 @dataclass(frozen=True, slots=True)
 class Pilot:
-    """How much general data a pilot found best: `losses` (nats per answer token, cross-validated) of `ratios` of general rows
-    to each shown task row, with the standard `errors` of their differences to none, on `rows` task rows shown `repeats` times
-    each; without general rows they were best shown `alone` times.
-    """
+    """How much general data a pilot found best."""
 
-    ratios: tuple[float, ...]
-    losses: tuple[float, ...]
-    errors: tuple[float, ...]
-    chosen: float
-    rows: int
-    repeats: int
-    alone: int
+    ratios: tuple[float, ...]  # general rows to each shown task row
+    losses: tuple[float, ...]  # of each ratio, cross-validated, nats per answer token
+    errors: tuple[float, ...]  # standard errors of their differences to no general rows
+    chosen: float  # ratio
+    rows: int  # task rows
+    repeats: int  # times each of them was shown
+    alone: int  # times that were best without general rows
     tokens: int
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class AnchorScore:
-    """What the frozen model makes of an anchor, before any training.
+    """What the frozen model makes of an anchor, before any training."""
 
-    text: empty for the control without an anchor
-    source: who made it: "given", "template", "model", "endpoint", or "control: ..."
-    tokens: of the text
-    loss: nats per answer token (S_loss)
-    low, high: ends of the 95% interval of the loss minus that without an anchor; None if unknown
-    chosen: whether `anchor: auto` takes it
-    """
-
-    text: str
+    text: str  # empty for the control without an anchor
     placement: Placement
-    source: str
-    tokens: int
-    loss: float
-    low: float | None
+    source: str  # who made it: "given", "template", "model", "endpoint", or "control: ..."
+    tokens: int  # of the text
+    loss: float  # nats per answer token (S_loss)
+    low: float | None  # of the 95% interval of the loss minus that without an anchor, as `high`
     high: float | None
-    chosen: bool = False
+    chosen: bool = False  # by `anchor: auto`
 
     @property
     def is_control(self) -> bool:
-        """Tell whether it is there for comparison only, and cannot be chosen."""
+        """Return whether it is there for comparison only, and cannot be chosen."""
         return self.source.startswith("control")
 
 
 @dataclass(frozen=True, slots=True)
 class AnchorScores:
-    """The scores of a task's anchors.
-
-    rows: training rows that they were scored on
-    left_out: proposals that were no anchors, counted by reason
-    seconds: what proposing and scoring took
-    """
+    """The scores of a task's anchors."""
 
     task: str
     scores: tuple[AnchorScore, ...]
-    rows: int
-    left_out: Mapping[str, int]
-    seconds: float
+    rows: int  # training rows that they were scored on
+    left_out: Mapping[str, int]  # proposals that were no anchors, counted by reason
+    seconds: float  # of proposing and scoring
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Everything that results.json holds and the report needs. Predictions are apart, in predictions.jsonl.
+    """Everything that results.json holds and the report needs.
 
-    `forgetting` are paired differences to the untrained arm on held-out general rows; their `task` is the rows' source.
-    `size` is the number of task rows at which arms are set against each other; other sizes stand in the certificate.
+    Predictions are apart, in predictions.jsonl.
     """
 
     kind: str  # the name of its `RunKind`
@@ -363,9 +341,9 @@ class Results:
     rejects: Mapping[str, int]
     arms: tuple[ArmResult, ...]
     differences: tuple[Difference, ...]
-    forgetting: tuple[Difference, ...]
+    forgetting: tuple[Difference, ...]  # to the untrained arm; `task` is the held-out rows' source
     step_cap: int
     seconds: float
     peak_memory_bytes: int
-    size: int
+    size: int  # task rows at which arms are compared; the certificate has the other sizes
     version: int = 3
