@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fulcrum.config.base import DataSource
-from fulcrum.config.settings import TrainSettings
+from fulcrum.config.sections import TrainSettings
 from fulcrum.core.types import Example, Tokens
 from fulcrum.data import encode, task_data
 from fulcrum.model import adapter, attention, base_model, loss

@@ -10,7 +10,7 @@ import time
 import torch
 from torch import nn
 
-from fulcrum.config.settings import TrainSettings
+from fulcrum.config.sections import TrainSettings
 from fulcrum.model import base_model
 
 TOKENS, REPEATS = 1024, 5

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from fulcrum.config.settings import TrainSettings
+from fulcrum.config.sections import TrainSettings
 from fulcrum.core.types import Example, Message
 from fulcrum.data import encode, mix
 from fulcrum.data.token_stream import Stream

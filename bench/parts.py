@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fulcrum.config.base import DataSource
-from fulcrum.config.settings import TrainSettings
+from fulcrum.config.sections import TrainSettings
 from fulcrum.core.types import Anchor, Example, Message
 from fulcrum.data import encode, mix, selection, task_data
 from fulcrum.data.token_stream import Stream

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from fulcrum.config.settings import TrainSettings
+from fulcrum.config.sections import TrainSettings
 from fulcrum.deploy import kv_cache
 from fulcrum.model import adapter, base_model
 

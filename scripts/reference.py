@@ -22,7 +22,9 @@ import fulcrum
 from fulcrum.cli import main as cli
 from fulcrum.config import parsing
 from fulcrum.config.base import Section
-from fulcrum.config.settings import Arm, Settings, TaskSettings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.sections import TaskSettings
+from fulcrum.config.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reference"

@@ -12,4 +12,6 @@ rng = np.random.default_rng(0)
 rows = pq.read_table(sys.argv[1]).to_pylist()
 for row in rows:
     row["noise"] = "".join(rng.choice(list(string.ascii_lowercase), len(row["completion"])))
-Path(sys.argv[2]).write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["noise"]}) + "\n" for r in rows))
+Path(sys.argv[2]).write_text(
+    "".join(json.dumps({"prompt": r["prompt"], "completion": r["noise"]}) + "\n" for r in rows)
+)

@@ -11,4 +11,6 @@ rows = pq.read_table(sys.argv[1]).to_pylist()
 cycle = np.random.default_rng(0).permutation(len(rows))
 for place, after in zip(cycle.tolist(), np.roll(cycle, -1).tolist(), strict=True):
     rows[place]["permuted"] = rows[after]["completion"]
-Path(sys.argv[2]).write_text("".join(json.dumps({"prompt": r["prompt"], "completion": r["permuted"]}) + "\n" for r in rows))
+Path(sys.argv[2]).write_text(
+    "".join(json.dumps({"prompt": r["prompt"], "completion": r["permuted"]}) + "\n" for r in rows)
+)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fulcrum.api import compare, evaluate, load_adapter, train, verify
-    from fulcrum.config.settings import MixSettings as Mix
-    from fulcrum.config.settings import TaskSettings as Task
+    from fulcrum.config.sections import MixSettings as Mix
+    from fulcrum.config.sections import TaskSettings as Task
     from fulcrum.core.types import Anchor, Example, Message, Results
     from fulcrum.data.mix import plan
     from fulcrum.data.task_data import read
@@ -18,9 +18,9 @@ _HOME = {
     "Anchor": "core.types.Anchor",
     "Example": "core.types.Example",
     "Message": "core.types.Message",
-    "Mix": "config.settings.MixSettings",
+    "Mix": "config.sections.MixSettings",
     "Results": "core.types.Results",
-    "Task": "config.settings.TaskSettings",
+    "Task": "config.sections.TaskSettings",
     "compare": "api.compare",
     "evaluate": "api.evaluate",
     "load_adapter": "api.load_adapter",

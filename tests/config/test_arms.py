@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from fulcrum.config.arms import ARMS, by_use, own_arm
-from fulcrum.config.settings import Arm, Settings, settings_from_dict
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings, settings_from_dict
 from fulcrum.core.errors import ConfigError
 from fulcrum.core.types import Anchor, Example, Hyperparameters, Message, Task
 from fulcrum.data import encode

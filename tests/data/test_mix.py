@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from fulcrum.config.settings import Order
+from fulcrum.config.sections import Order
 from fulcrum.core.errors import ConfigError, DataError
 from fulcrum.data import mix
 from fulcrum.data.mix import ORDERS, Plan, plan, share

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulcrum.config.settings import TrainSettings
+from fulcrum.config.sections import TrainSettings
 from fulcrum.core.types import Anchor, Example, Message
 from fulcrum.data import encode, mix
 from fulcrum.data.token_stream import Stream

@@ -10,7 +10,8 @@ import pytest
 
 from fulcrum import api
 from fulcrum.config.arms import ARMS, anchor_schedule, inference_anchor, own_arm, training_anchor
-from fulcrum.config.settings import Arm, Settings, settings_from_dict
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings, settings_from_dict
 from fulcrum.core.errors import ConfigError
 from fulcrum.core.types import Anchor, Example, Message, Task
 from fulcrum.data import encode, task_data

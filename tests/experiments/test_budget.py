@@ -9,7 +9,8 @@ import pytest
 
 from fulcrum.cli import budget as budget_options
 from fulcrum.config.arms import ARMS, chosen_arms
-from fulcrum.config.settings import CompareSettings, Settings, dump_settings
+from fulcrum.config.experiments import CompareSettings
+from fulcrum.config.settings import Settings, dump_settings
 from fulcrum.core.errors import ConfigError
 from fulcrum.core.types import Hyperparameters, Trial
 from fulcrum.data import run_data

@@ -8,7 +8,8 @@ import pytest
 
 from fulcrum import api
 from fulcrum.config.arms import chosen_arms
-from fulcrum.config.settings import Arm, load_settings, settings_from_dict
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import load_settings, settings_from_dict
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, DataError
 from fulcrum.core.types import Results

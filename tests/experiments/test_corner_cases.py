@@ -8,7 +8,8 @@ import pytest
 
 from fulcrum import api
 from fulcrum.config.arms import chosen_arms, own_arm
-from fulcrum.config.settings import Arm, settings_from_dict
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import settings_from_dict
 from fulcrum.core.errors import ConfigError, DataError
 from fulcrum.data import run_data
 from fulcrum.experiments import finished, preview

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulcrum.config.settings import PILOT_RATIOS, Settings, load_settings
+from fulcrum.config.sections import PILOT_RATIOS
+from fulcrum.config.settings import Settings, load_settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError
 from fulcrum.core.progress import Silent

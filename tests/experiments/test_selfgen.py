@@ -98,7 +98,7 @@ def test_a_chat_model_asks_and_answers_repeatably(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = OfModel(loaded)
-    monkeypatch.setattr(generate, "sentences", lambda text: text)
+    monkeypatch.setattr(generate, "whole_sentences", lambda text: text)
     first, again, other = (
         writer.write(6, seed, 1.0, lambda text: len(text) % 2 == 0) for seed in (1, 1, 2)
     )
@@ -108,10 +108,10 @@ def test_a_chat_model_asks_and_answers_repeatably(
 
 
 def test_what_did_not_end_ends_after_its_last_sentence() -> None:
-    assert formats.sentences("One is here. Two (so!) and th") == "One is here. Two (so!)"
-    assert formats.sentences("a line\nand 3.5 of ano") == "a line"
-    assert formats.sentences('He said "no." Then') == 'He said "no."'
-    assert formats.sentences("nothing ends") == ""
+    assert formats.whole_sentences("One is here. Two (so!) and th") == "One is here. Two (so!)"
+    assert formats.whole_sentences("a line\nand 3.5 of ano") == "a line"
+    assert formats.whole_sentences('He said "no." Then') == 'He said "no."'
+    assert formats.whole_sentences("nothing ends") == ""
 
 
 def test_a_damaged_batch_is_refused(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_damaged_batch_is_refused(tmp_path: Path) -> None:
 def test_a_base_model_writes_texts_in_two_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "sentences", lambda text: text)
+    monkeypatch.setattr(generate, "whole_sentences", lambda text: text)
     bare = load_tiny(tmp_path, template=False)
     bare.tokenizer.chat_template = encode.plain_template(
         adds_bos=False
@@ -133,11 +133,11 @@ def test_a_base_model_writes_texts_in_two_parts(
     pairs = OfModel(bare).write(8, 0, 1.0, lambda text: True)
     assert len(pairs) == 8
     assert any(question and answer for question, answer in pairs)
-    assert formats.in_two("One here. Two there! Three.") == ("One here.", "Two there! Three.")
-    assert formats.in_two("a title\nand text") == ("a title", "and text")
-    assert formats.in_two("no end at all") == ("no end", "at all")
-    assert formats.in_two("a title\n\n\nand text") == ("a title", "and text")
-    assert formats.in_two("a" + 2**20 * "\n" + " b") == (
+    assert formats.split_in_two("One here. Two there! Three.") == ("One here.", "Two there! Three.")
+    assert formats.split_in_two("a title\nand text") == ("a title", "and text")
+    assert formats.split_in_two("no end at all") == ("no end", "at all")
+    assert formats.split_in_two("a title\n\n\nand text") == ("a title", "and text")
+    assert formats.split_in_two("a" + 2**20 * "\n" + " b") == (
         "a",
         "b",
     )  # it took hours, as the square of the line breaks

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from torch.distributed.tensor import DTensor
 
-from fulcrum.config.settings import TrainSettings
+from fulcrum.config.sections import TrainSettings
 from fulcrum.core.types import Tokens
 from fulcrum.data import encode
 from fulcrum.model import adapter, base_model, generate

@@ -29,7 +29,9 @@ from transformers import (
 )
 
 from fulcrum.config.arms import ARMS, recipe
-from fulcrum.config.settings import Arm, Settings, TrainSettings, settings_from_dict
+from fulcrum.config.experiments import Arm
+from fulcrum.config.sections import TrainSettings
+from fulcrum.config.settings import Settings, settings_from_dict
 from fulcrum.core.progress import Silent
 from fulcrum.experiments.cell import Session
 from fulcrum.model import base_model

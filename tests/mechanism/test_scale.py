@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulcrum.config.settings import ScaleSettings, Settings, dump_settings, settings_from_dict
+from fulcrum.config.experiments import ScaleSettings
+from fulcrum.config.settings import Settings, dump_settings, settings_from_dict
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, DataError
 from fulcrum.mechanism import scale_arms, scale_report

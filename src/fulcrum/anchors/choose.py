@@ -19,7 +19,8 @@ from fulcrum.anchors import propose
 from fulcrum.anchors import score as scoring
 from fulcrum.anchors.score import Candidate
 from fulcrum.config.base import AnchorSettings
-from fulcrum.config.settings import Arm, Settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, DataError, StoreError
 from fulcrum.core.progress import ProgressListener

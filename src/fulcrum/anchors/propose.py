@@ -13,7 +13,7 @@ import numpy as np
 
 from fulcrum.core.types import Anchor, Example, Message, Placement
 from fulcrum.data import encode, filters, starter
-from fulcrum.data.formats import sentences
+from fulcrum.data.formats import whole_sentences
 
 FEWEST, MOST = 8, 64  # tokens of a proposed anchor
 SHOWN = 8  # training rows that a proposal may be made from
@@ -108,7 +108,7 @@ def clean(text: str, placement: Placement) -> str:
             break
     if placement == "response_prefix":
         return first.rstrip(" .:") + ": " if first else ""
-    return sentences(first) or first
+    return whole_sentences(first) or first
 
 
 def fault(

@@ -244,7 +244,7 @@ def selfgen(
             Endpoint(endpoint, endpoint_model, os.environ.get(key))
         )
     else:
-        from fulcrum.config.settings import TrainSettings
+        from fulcrum.config.sections import TrainSettings
         from fulcrum.model import base_model
 
         with terminal.working(screen, f"loading {model}"):

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field
 
-from fulcrum.config.settings import Arm, Settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings
 from fulcrum.core.errors import ConfigError, nearest
 from fulcrum.core.types import Anchor, Task
 from fulcrum.stats import metrics

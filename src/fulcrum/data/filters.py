@@ -18,7 +18,7 @@ import regex
 from fulcrum.config.base import GeneralSource
 from fulcrum.core.progress import Count
 from fulcrum.core.types import Example, Reject
-from fulcrum.data.formats import folded, normalise
+from fulcrum.data.formats import fold_text, normalise
 
 NGRAM, SHORT_NGRAM = (
     13,
@@ -64,8 +64,8 @@ _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[\w--[_{_UNSPACED}]]+", regex.V1)
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits with their marks, folded; in scripts that put no spaces between words, each letter."""
-    text = folded(text)
+    """Runs of letters and digits with their marks, fold_text; in scripts that put no spaces between words, each letter."""
+    text = fold_text(text)
     found: list[str] = (_ASCII_WORD if text.isascii() else _WORD).findall(text)
     return found
 

@@ -23,7 +23,7 @@ from typing import Any
 from fulcrum.config.base import DataSource
 from fulcrum.core.errors import DataError, UnreachableError, nearest
 from fulcrum.core.types import Example, Reject
-from fulcrum.data.formats import Layout, convert, layout
+from fulcrum.data.formats import Layout, convert, find_layout
 
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
@@ -116,12 +116,14 @@ def fitting_layout(
     Raises DataError where all columns together fit no one format, or where rows of several formats stand in one file.
     """
     try:
-        return layout(frozenset().union(*shapes), source.columns, group, name, answered=answered)
+        return find_layout(
+            frozenset().union(*shapes), source.columns, group, name, answered=answered
+        )
     except DataError:
         first: dict[tuple[str, ...], str] = {}
         for names, line in sorted(shapes.items(), key=lambda shape: shape[1]):
             try:
-                found = layout(names, source.columns, None, name, answered=answered)
+                found = find_layout(names, source.columns, None, name, answered=answered)
             except DataError:
                 continue
             place = f"{found.format} ({', '.join(sorted(names))}; {name}:{line})"
@@ -330,7 +332,7 @@ def _arrow_table(
 ) -> Table:
     """Wrap a `datasets.Dataset`. Only the columns in use are kept, so that no other (an image ...) is ever decoded."""
     require_some(name, len(data))
-    shape = layout(data.column_names, source.columns, group, name, answered=answered)
+    shape = find_layout(data.column_names, source.columns, group, name, answered=answered)
     used = data.select_columns(sorted(set(shape.columns.values())))
     return Table(name, len(used), lambda index: (index + 1, used[index]), shape)
 

@@ -16,7 +16,8 @@ from itertools import zip_longest
 import numpy as np
 
 from fulcrum.config.base import DataSource, GeneralSource
-from fulcrum.config.settings import Arm, Settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings
 from fulcrum.core.errors import DataError
 from fulcrum.core.store import fingerprint, seed_for
 from fulcrum.core.types import Anchor, Example, FloatArray, Reject, Task, TaskFacts

@@ -23,7 +23,8 @@ from itertools import accumulate, zip_longest
 import numpy as np
 
 from fulcrum.config.base import DataSource
-from fulcrum.config.settings import Settings, TaskSettings
+from fulcrum.config.sections import TaskSettings
+from fulcrum.config.settings import Settings
 from fulcrum.core.errors import ConfigError, DataError
 from fulcrum.core.store import seed_for
 from fulcrum.core.types import Anchor, Example, Reject, Task

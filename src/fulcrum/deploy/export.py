@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fulcrum.config.settings import Settings, TrainSettings
+from fulcrum.config.sections import TrainSettings
+from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, ModelError, nearest
 from fulcrum.core.progress import LabelledCount

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulcrum.config.arms import arm_of, own_arm
-from fulcrum.config.settings import Settings, TrainSettings
+from fulcrum.config.sections import TrainSettings
+from fulcrum.config.settings import Settings
 from fulcrum.core.errors import ConfigError, DataError, ModelError, nearest
 from fulcrum.core.types import Message
 from fulcrum.data import encode

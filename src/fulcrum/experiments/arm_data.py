@@ -22,12 +22,13 @@ from fulcrum.config.arms import (
     selects,
     training_anchor,
 )
-from fulcrum.config.settings import Arm, Settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError
 from fulcrum.core.types import Anchor, Example, Hyperparameters, IntArray, Message, Tokens
 from fulcrum.data import encode, mix, selection, token_stream
-from fulcrum.data.formats import content_key, in_two
+from fulcrum.data.formats import content_key, split_in_two
 from fulcrum.data.mix import Plan
 from fulcrum.data.run_data import RunData
 from fulcrum.data.token_stream import Stream
@@ -215,7 +216,7 @@ def _as_texts(inputs: Sequence[Example]) -> tuple[Example, ...]:
     """Return inputs as rows of language modelling: the first part is asked, the rest answered."""
     found = []
     for row in inputs:
-        first, rest = in_two(row.question)
+        first, rest = split_in_two(row.question)
         if first and rest:
             messages = (Message("user", first), Message("assistant", rest))
             found.append(replace(row, messages=messages))

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from fulcrum.config.arms import ARMS, choose_from, chosen_arms, largest_mixture, own_arm, sizes_of
-from fulcrum.config.settings import LEAST_FOLDS, Settings
+from fulcrum.config.settings import MIN_FOLDS, Settings
 from fulcrum.core.errors import ConfigError, FulcrumError
 from fulcrum.core.types import Hyperparameters, Trial
 from fulcrum.data import encode, pool, run_data
@@ -169,7 +169,7 @@ def _widest(settings: Settings) -> Settings:
     If seeds hold out folds of the rows: with the fewest folds, which are the largest and leave the
     fewest rows.
     """
-    seeds = seeds_from(settings, LEAST_FOLDS if settings.outer_folds else 1)
+    seeds = seeds_from(settings, MIN_FOLDS if settings.outer_folds else 1)
     compare = settings.compare.model_copy(update={"sizes": None, "sizes_of": {}, "seeds": seeds})
     return settings.model_copy(update={"compare": compare})
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fulcrum.config.settings import Arm, Settings, TrainSettings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.sections import TrainSettings
+from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, DivergedError
 from fulcrum.core.progress import ProgressListener

@@ -12,7 +12,8 @@ from typing import Any
 
 from fulcrum.anchors import choose
 from fulcrum.config.arms import ARMS, arm_of, by_task_rows, chosen_arms, sizes_of
-from fulcrum.config.settings import Arm, Settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError
 from fulcrum.core.progress import ProgressListener, Silent

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from fulcrum.config.arms import arm_of, by_use, inference_anchor, own_arm, sizes_of
 from fulcrum.config.base import DataSource
-from fulcrum.config.settings import Arm, Settings, TaskSettings, TrainSettings, load_settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.sections import TaskSettings, TrainSettings
+from fulcrum.config.settings import Settings, load_settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, DataError, FulcrumError, StoreError, nearest
 from fulcrum.core.types import (

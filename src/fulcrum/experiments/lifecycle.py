@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from fulcrum.config.arms import arm_of, choose_from, largest_mixture, sizes_of
-from fulcrum.config.settings import Arm, Settings, dump_settings, load_settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings, dump_settings, load_settings
 from fulcrum.core import run_folder, store
 from fulcrum.core.errors import ConfigError
 from fulcrum.core.progress import ProgressListener

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from fulcrum.config.arms import MEMBERS, plain_sft
-from fulcrum.config.settings import Arm, Settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, StoreError
 from fulcrum.core.progress import Count, after

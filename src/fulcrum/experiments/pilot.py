@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from fulcrum.config.arms import arm_of, name_of, own_arm, plain_sft
-from fulcrum.config.settings import PILOT_RATIOS, Arm, Settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.sections import PILOT_RATIOS
+from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError
 from fulcrum.core.progress import ProgressListener

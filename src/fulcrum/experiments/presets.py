@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulcrum.config.arms import chosen_arms
-from fulcrum.config.settings import CompareSettings, MixSettings, Settings
+from fulcrum.config.experiments import CompareSettings
+from fulcrum.config.sections import MixSettings
+from fulcrum.config.settings import Settings
 from fulcrum.core.errors import ConfigError, nearest
 from fulcrum.stats import metrics
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fulcrum.config.arms import choose_from, largest_mixture, own_arm, sizes_of
-from fulcrum.config.settings import Arm, Settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.types import Anchor, Example, IntArray, Message, Share
 from fulcrum.data import anchor_template, encode, mix, run_data

@@ -24,7 +24,7 @@ from fulcrum.core.errors import StoreError
 from fulcrum.core.progress import Count
 from fulcrum.core.types import Example, Message
 from fulcrum.data import encode, filters
-from fulcrum.data.formats import content_key, in_two
+from fulcrum.data.formats import content_key, split_in_two
 from fulcrum.model import adapter, generate
 from fulcrum.model.base_model import LoadedModel
 from fulcrum.model.endpoint import WORKERS, Endpoint
@@ -106,7 +106,7 @@ class OfModel:
                 max_new_tokens=QUESTION_TOKENS + ANSWER_TOKENS,
                 decoding=drawn,
             )
-            return [in_two(text) for text in texts]
+            return [split_in_two(text) for text in texts]
         asked = answer([opening] * count, form, max_new_tokens=QUESTION_TOKENS, decoding=drawn)
         asked = [text.strip() for text in asked]
         prompts = [

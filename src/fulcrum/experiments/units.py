@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fulcrum.config.arms import sizes_of
-from fulcrum.config.settings import Arm, Settings
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.errors import StoreError
 from fulcrum.core.types import ArmResult, Example, Hyperparameters, Trial

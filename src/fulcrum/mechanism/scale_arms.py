@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulcrum.config.arms import chosen_arms, own_arm, plain_sft
-from fulcrum.config.settings import Arm, Design, Settings
+from fulcrum.config.experiments import Arm, Design
+from fulcrum.config.settings import Settings
 from fulcrum.core.errors import ConfigError
 
 SEEDS = 5  # where the settings name none

@@ -19,7 +19,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fulcrum.config.settings import TrainSettings
+from fulcrum.config.sections import TrainSettings
 from fulcrum.core.errors import ConfigError, ModelError, nearest
 from fulcrum.model.base_model import LoadedModel
 

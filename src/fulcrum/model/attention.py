@@ -212,10 +212,10 @@ def _plan(pieces: Sequence[Segment], kind: _LayerKind) -> _Plan:
     for number, members in enumerate(_alike(pieces)):
         batch = _pad(members, kind)
         parts, longest, most_keys = batch.shape
-        query_places = np.arange(parts * heads * longest) + queries_before
-        query_places = query_places.reshape(parts, key_heads, -1, longest)
-        key_places = np.arange(parts * key_heads * most_keys) + keys_before
-        key_places = key_places.reshape(parts, key_heads, most_keys)
+        slots = np.arange(parts * heads * longest) + queries_before
+        query_places = slots.reshape(parts, key_heads, -1, longest)
+        slots = np.arange(parts * key_heads * most_keys) + keys_before
+        key_places = slots.reshape(parts, key_heads, most_keys)
         for k, piece in enumerate(members):
             queries, keys = _size(piece)
             own = slice(piece.start, piece.end)

@@ -8,7 +8,7 @@ import urllib3
 from fulcrum.config.base import may_hold_secret
 from fulcrum.core.errors import ConfigError
 from fulcrum.core.types import Message
-from fulcrum.data.formats import sentences
+from fulcrum.data.formats import whole_sentences
 
 WORKERS = 8  # requests at once
 _PATIENCE = 120  # seconds for an answer
@@ -94,4 +94,4 @@ class Endpoint:
                 "in /v1), the model's name and the key"
             ) from error
         is_cut = choice.get("finish_reason") == "length"
-        return sentences(answer) if whole and is_cut else answer
+        return whole_sentences(answer) if whole and is_cut else answer

@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from fulcrum.core.types import FloatArray, IntArray, Tokens
 from fulcrum.data.encode import Format
-from fulcrum.data.formats import sentences
+from fulcrum.data.formats import whole_sentences
 from fulcrum.model.adapter import no_dropout
 from fulcrum.model.base_model import LoadedModel, generation_attention
 from fulcrum.model.loss import Row, row_kl, row_nats, rows, set_checkpointing
@@ -283,7 +283,7 @@ def _text(loaded: LoadedModel, ids: list[int], stop: Sequence[int], *, whole: bo
         end += 1
     text = str(loaded.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
     if whole and end == len(ids):
-        return sentences(text)
+        return whole_sentences(text)
     return text
 
 

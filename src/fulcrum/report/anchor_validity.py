@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import norm, rankdata, spearmanr
 
 from fulcrum.config.arms import ARMS
-from fulcrum.config.settings import Arm
+from fulcrum.config.experiments import Arm
 from fulcrum.core import store
 from fulcrum.core.errors import StoreError
 from fulcrum.core.types import FloatArray

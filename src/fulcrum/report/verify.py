@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fulcrum.config import base
-from fulcrum.config.settings import Settings, TaskSettings
+from fulcrum.config.sections import TaskSettings
+from fulcrum.config.settings import Settings
 from fulcrum.core import run_folder, store
 from fulcrum.core.errors import FulcrumError
 from fulcrum.core.types import Example

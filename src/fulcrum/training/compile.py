@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fulcrum.config.settings import TrainSettings
+from fulcrum.config.sections import TrainSettings
 from fulcrum.core.errors import ConfigError
 from fulcrum.core.types import Example, Tokens
 from fulcrum.data import encode

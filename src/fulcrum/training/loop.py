@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulcrum.config.settings import TrainSettings
+from fulcrum.config.sections import TrainSettings
 from fulcrum.core import processes
 from fulcrum.core.errors import DivergedError
 from fulcrum.core.store import fingerprint

@@ -28,7 +28,8 @@ from filelock import FileLock, Timeout
 
 from fulcrum.config import parsing
 from fulcrum.config.base import DataSource
-from fulcrum.config.settings import Arm, Settings, load_settings, settings_from_dict
+from fulcrum.config.experiments import Arm
+from fulcrum.config.settings import Settings, load_settings, settings_from_dict
 from fulcrum.core import run_folder, store
 from fulcrum.core.errors import ConfigError, DataError, StoreError
 from fulcrum.web.jobs import Job
