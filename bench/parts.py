@@ -29,7 +29,7 @@ from fulcrum.stats import row_savings
 from fulcrum.training import gradients, loop
 
 MODEL = "smollm2-135m-instruct"
-DEMO = Path(__file__).parent.parent / "src/fulcrum/data/demo"
+DEMO = Path(__file__).parent.parent / "src/fulcrum/data/builtin/demo"
 ROUNDS = 3
 
 

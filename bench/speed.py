@@ -120,7 +120,7 @@ def mixes(name: str, pool: str, count: int) -> dict[str, list[list[Message]]]:
     form = encode.make_format(tokenizer, None)
     packaged, _ = task_data.read([DataSource(path="builtin")])
     task, _ = task_data.read(
-        [DataSource(path=str(HERE.parent / "src/fulcrum/data/demo/train.jsonl"))]
+        [DataSource(path=str(HERE.parent / "src/fulcrum/data/builtin/demo/train.jsonl"))]
     )
     general, _ = task_data.read([DataSource(path=pool, limit=40 * count)])
     short = [

@@ -14,7 +14,7 @@ Two steps: `generate` writes raw batches, one JSONL file each with its own seed 
 Invariant: `package` is a pure function of the raw files. (`generate` repeats its bits only on the same CPU and torch version.)
 
     python scripts/make_builtin_pool.py generate --raw pool_raw
-    python scripts/make_builtin_pool.py package --raw pool_raw --out src/fulcrum/data
+    python scripts/make_builtin_pool.py package --raw pool_raw --out src/fulcrum/data/builtin
 """
 
 import argparse
@@ -265,7 +265,10 @@ def main() -> None:
     parser.add_argument("step", choices=["generate", "package"])
     parser.add_argument("--raw", type=Path, required=True, help="folder of the raw samples")
     parser.add_argument(
-        "--out", type=Path, default=Path("src/fulcrum/data"), help="folder of the packaged files"
+        "--out",
+        type=Path,
+        default=Path("src/fulcrum/data/builtin"),
+        help="folder of the packaged files",
     )
     args = parser.parse_args()
     if args.step == "package":

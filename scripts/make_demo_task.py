@@ -18,7 +18,7 @@ so that the first n rows of a file are as mixed as the whole.
 
 Invariant: the files are a pure function of this script (no model, no data, no clock).
 
-    python scripts/make_demo_task.py --out src/fulcrum/data/demo
+    python scripts/make_demo_task.py --out src/fulcrum/data/builtin/demo
 """
 
 import argparse
@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("src/fulcrum/data/demo"))
+    parser.add_argument("--out", type=Path, default=Path("src/fulcrum/data/builtin/demo"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ROWS:

@@ -12,7 +12,7 @@ from make_builtin_pool import names_topic, word_list
 from pool_filters import Deduplicator, answer_fault, prompt_fault
 
 ROOT = Path(__file__).parents[2]
-DATA = ROOT / "src" / "fulcrum" / "data"
+DATA = ROOT / "src" / "fulcrum" / "data" / "builtin"
 
 SPLITS = {"train": 240, "dev": 40, "test": 120}
 LABELS = {
