@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv demo test test-fast lint docs check soak mutants lock release bench simulate controls data clean
+.PHONY: venv demo test test-fast lint docs check soak mutants lock release bench validate data clean
 
 venv: .venv/.installed
 
@@ -76,16 +76,14 @@ bench/.venv-%/.installed: bench/requirements-%.txt
 	bench/.venv-$*/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
-# Whether intervals cover what they claim: planted savings, nulls and flat curves, 1,000 experiments each. Some minutes.
-simulate: venv
-	$(BIN)/python scripts/simulate.py
-
-# Whether `scale` and `quanta` can be believed: curves without jumps and with planted ones, planted skills in a toy network, and a
-# task whose skill stands in general data alone, on the default model. Half an hour; plots and reports come to build/controls.
-controls: venv
-	$(BIN)/python scripts/simulate_scaling.py
-	$(BIN)/python scripts/parity.py --out build/controls/parity
-	$(BIN)/python scripts/planted.py build/controls/planted
+# Whether the tool finds what was planted and nothing else: intervals over 1,000 experiments a case, curves with and without jumps,
+# skills in a toy network, and a task whose skill lies in general data alone, on the default model. Plots come to build/validation.
+validate: venv
+	$(BIN)/python validation/simulate.py
+	$(BIN)/python validation/simulate_folds.py
+	$(BIN)/python validation/simulate_scaling.py
+	$(BIN)/python validation/parity.py --out build/validation/parity
+	$(BIN)/python validation/planted.py build/validation/planted
 
 # Makes the packaged data again: the demo task in seconds, the pool in about 20 minutes.
 data: venv

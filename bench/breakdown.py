@@ -1,9 +1,10 @@
-"""Where the time of a training step goes, and what single choices bring: parts left out or exchanged, in turn.
+"""Measure where the time of a training step goes: parts are dropped or exchanged, in turn.
 
     python bench/breakdown.py --pool ROWS.parquet                       # both models, everything
     python bench/breakdown.py --models gemma-3-270m --parts compiled
 
-A profiler is no help here: what it writes down needs pages of its own, and products look a third slower than they are.
+A profiler is no help here: what it writes down needs pages of its own, and products look a third
+slower than they are.
 """
 
 import argparse
@@ -33,7 +34,8 @@ Way = Callable[[], object]
 
 
 def examples(loaded: base_model.LoadedModel, pool: str, count: int) -> tuple[list[Tokens], Example]:
-    """General rows as `speed.py` takes them (prompts of at most 400 tokens), and the first of them as text."""
+    """General rows as `speed.py` takes them (prompts of at most 400 tokens), and the first of them
+    as text."""
     form = encode.make_format(loaded.tokenizer, None)
     general, _ = task_data.read([DataSource(path=pool, limit=40 * count)])
     short = [row for row in general if len(encode.prompt_ids(row.prompt, form)) <= 400]
@@ -53,7 +55,8 @@ def train(loaded: base_model.LoadedModel, rows: Sequence[loss.Row]) -> None:
 def in_turn(
     ways: Mapping[str, Way], before: Mapping[str, Way] | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each way, `ROUNDS` times in turn after one time that does not count; `before` prepares a way."""
+    """Seconds of each way, `ROUNDS` times in turn after one time that does not count; `before`
+    prepares a way."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(ROUNDS + 1):
         for name, way in ways.items():
@@ -113,7 +116,8 @@ class _BaseOnly(torch.autograd.Function):
 
 
 class _Without:
-    """Leaves parts of a model out: `without("attention", "norms")` from then on, `without()` for the whole again."""
+    """Leaves parts of a model out: `without("attention", "norms")` from then on, `without()` for
+    the whole again."""
 
     def __init__(self, loaded: base_model.LoadedModel) -> None:
         named = dict(loaded.causal.named_modules())
@@ -146,7 +150,8 @@ class _Without:
 
 
 def _products(loaded: base_model.LoadedModel, tokens: int) -> Way:
-    """The frozen body's products for a row of so many tokens, forward and backward, and nothing else."""
+    """The frozen body's products for a row of so many tokens, forward and backward, and nothing
+    else."""
     layers = [
         module
         for module in loaded.body.modules()
@@ -169,9 +174,13 @@ def _products(loaded: base_model.LoadedModel, tokens: int) -> Way:
 def parts(loaded: base_model.LoadedModel, rows: Sequence[Tokens], _example: Example) -> None:
     """A whole step's row and a short one, forward and backward, with parts left out."""
     without = _Without(loaded)
-    names = {"without attention": ("attention",), "without adapters": ("adapters",), "without norms": ("norms",),
-             "gate's product as a sum": ("gates",),
-             "without all four": ("attention", "adapters", "norms", "gates")}  # fmt: skip
+    names = {
+        "without attention": ("attention",),
+        "without adapters": ("adapters",),
+        "without norms": ("norms",),
+        "gate's product as a sum": ("gates",),
+        "without all four": ("attention", "adapters", "norms", "gates"),
+    }
     for chosen in (rows[:STEP], [min(rows, key=len)]):
         (row,) = loss.rows(chosen, loaded, 10**6)
         print(f"one row of {row.ids.shape[1]} tokens, {len(row.labels)} targets:", flush=True)
@@ -226,7 +235,8 @@ def compiling(loaded: base_model.LoadedModel, rows: Sequence[Tokens], example: E
 
 
 def pages(loaded: base_model.LoadedModel, rows: Sequence[Tokens], _example: Example) -> None:
-    """Three steps with freed memory given back at once, as glibc does, and kept (`model._keep_memory`); Linux only."""
+    """Three steps with freed memory given back at once, as glibc does, and kept
+    (`model._keep_memory`); Linux only."""
     steps = [
         loss.rows(rows[at : at + STEP], loaded, TrainSettings().pack_tokens)
         for at in range(0, 3 * STEP, STEP)
@@ -266,7 +276,8 @@ def lanes(loaded: base_model.LoadedModel, rows: Sequence[Tokens], _example: Exam
     ]
 
     def gradient(half: Sequence[loss.Row], each: int) -> None:
-        torch.get_num_threads()  # a new thread takes the process's number at its first question; then it may have its own
+        # a new thread takes the process's number at its first question; then it may have its own
+        torch.get_num_threads()
         torch.set_num_threads(each)
         for row in half:
             total, _ = loss.row_loss(

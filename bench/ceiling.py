@@ -1,7 +1,8 @@
-"""The most that this machine allows: matrix products of a frozen body, forward and backward, and nothing else.
+"""Measure what this machine allows at most: the matrix products of a frozen body, nothing else.
 
-For each linear layer of the body y = x W' and dx = dy W are timed with the model's own shapes and dtype, on rows of 1,024
-tokens: the frozen weights need no gradient of their own. Adapters, attention, norms, the head and the loss are left out.
+For each linear layer of the body y = x W' and dx = dy W are timed with the model's own shapes and
+dtype, on rows of 1,024 tokens: the frozen weights need no gradient of their own. Adapters,
+attention, norms, the head and the loss are left out.
 """
 
 import sys

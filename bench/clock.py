@@ -1,4 +1,4 @@
-"""What times a peer's training: from the first step's beginning to the last one's end, in whichever environment it runs."""
+"""Time a peer's training from the beginning of its first step to the end of its last."""
 
 import time
 from typing import Any

@@ -1,7 +1,10 @@
-"""Time and memory of `quanta`'s gradients and clusters: `python bench/gradients.py RUN.yaml [--rows 2000]`.
+"""Measure time and memory of the gradients and clusters of `quanta`.
 
-Whole answers, half of the task's training and test rows (with their anchor), half of general rows. Memory is the peak of the
-process so far, so that each line says what the step before it needed at most.
+    python bench/gradients.py RUN.yaml [--rows 2000]
+
+Whole answers, half of the task's training and test rows (with their anchor), half of general rows.
+Memory is the peak of the process so far, so that each line says what the step before it needed at
+most.
 """
 
 import argparse
@@ -34,7 +37,8 @@ def main() -> None:
 
     def say(what: str, began: float) -> None:
         print(
-            f"{what}: {time.perf_counter() - began:.0f} s, peak {peak_memory_bytes() / 2**20:,.0f} MiB",
+            f"{what}: {time.perf_counter() - began:.0f} s, peak "
+            f"{peak_memory_bytes() / 2**20:,.0f} MiB",
             flush=True,
         )
 
@@ -49,7 +53,8 @@ def main() -> None:
         *draw([(row, None) for row in pool], general=True),
     ]
     say(
-        f"{len(both):,} rows of {sum(len(item.tokens) for item in both):,} tokens, {torch.get_num_threads()} threads",
+        f"{len(both):,} rows of {sum(len(item.tokens) for item in both):,} tokens, "
+        f"{torch.get_num_threads()} threads",
         began,
     )
     began = time.perf_counter()

@@ -1,4 +1,7 @@
-"""One timed training run of Fulcrum, in a process of its own. In: a job as JSON. Out: one JSON line (see `speed.py`)."""
+"""Train once with Fulcrum, timed, in a process of its own.
+
+In: a job as JSON. Out: one JSON line (see `speed.py`).
+"""
 
 import json
 import sys
@@ -15,7 +18,8 @@ from fulcrum.training import compile, loop
 
 
 def main() -> None:
-    """Train one pass over the job's rows in their order, as `fulcrum train` would, without dev evaluation.
+    """Train one pass over the job's rows in their order, as `fulcrum train` would, without dev
+    evaluation.
 
     Compiling is not timed with it: a run that compiles is a long one. It is told apart.
     """

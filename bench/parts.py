@@ -1,7 +1,9 @@
-"""Fulcrum's own parts, timed against the plain way: generation, shared prefixes, start-up, plan, comparison.
+"""Time Fulcrum's own parts against the plain way.
 
-python bench/parts.py                       # all of them
-python bench/parts.py generation prefixes   # some
+Parts: generation, shared prefixes, start-up, plan, comparison.
+
+    python bench/parts.py                       # all of them
+    python bench/parts.py generation prefixes   # some
 """
 
 import json
@@ -53,7 +55,8 @@ def tell(what: str, seconds: Mapping[str, Sequence[float]]) -> None:
         for n, s in seconds.items()
     )
     print(
-        f"{what}: {shown}; ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"{what}: {shown}; ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+        f"{max(ratios):.2f})",
         flush=True,
     )
 
@@ -61,7 +64,8 @@ def tell(what: str, seconds: Mapping[str, Sequence[float]]) -> None:
 def rows_of(
     name: str, anchor_tokens: int, body_tokens: int, number: int, tokenizer: Any
 ) -> tuple[list[Example], Anchor]:
-    """Rows of about `body_tokens` with an anchor of about `anchor_tokens`, cut out of the packaged pool's text."""
+    """Rows of about `body_tokens` with an anchor of about `anchor_tokens`, cut out of the packaged
+    pool's text."""
     packaged, _ = task_data.read([DataSource(path="builtin")])
     ids = tokenizer(" ".join(row.answer for row in packaged), add_special_tokens=False)["input_ids"]
 
@@ -81,7 +85,8 @@ def rows_of(
 
 
 def generation() -> None:
-    """Answers to prompts with a common anchor: batched and with the anchor's keys computed once, against one by one."""
+    """Answers to prompts with a common anchor: batched and with the anchor's keys computed once,
+    against one by one."""
     loaded = base_model.load(MODEL, TrainSettings())
     task, _ = task_data.read([DataSource(path=str(DEMO / "test.jsonl"))])
     form = encode.make_format(loaded.tokenizer, rows_of("g", 100, 10, 0, loaded.tokenizer)[1])
@@ -97,9 +102,13 @@ def generation() -> None:
             ids = torch.tensor([prompt])
             with torch.no_grad(), loaded.precision():
                 out = loaded.causal.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False,
-                    eos_token_id=list(form.end_ids), pad_token_id=loaded.tokenizer.pad_token_id,
-                )  # fmt: skip
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=32,
+                    do_sample=False,
+                    eos_token_id=list(form.end_ids),
+                    pad_token_id=loaded.tokenizer.pad_token_id,
+                )
             texts.append(
                 str(
                     loaded.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
@@ -116,7 +125,8 @@ def generation() -> None:
 
 
 def prefixes() -> None:
-    """Common prefixes computed once, against every time: scoring, sft_anchor, and a real stream of task and general rows."""
+    """Common prefixes computed once, against every time: scoring, sft_anchor, and a real stream of
+    task and general rows."""
     settings = TrainSettings(pack_tokens=4096)
     loaded = base_model.load(MODEL, settings)
     rows, anchor = rows_of("p", 290, 200, 32, loaded.tokenizer)
@@ -133,9 +143,11 @@ def prefixes() -> None:
     streams = {
         "sft_anchor, anchor of 290": Stream(alone, long, []),
         "tell, demo": Stream(
-            mixed, [encode.encode(row, demo) for row in task[:8]], [encode.encode(row, plain) for row in general[:24]]
+            mixed,
+            [encode.encode(row, demo) for row in task[:8]],
+            [encode.encode(row, plain) for row in general[:24]],
         ),
-    }  # fmt: skip
+    }
 
     def score(share: bool) -> None:
         for row in loss.rows(long, loaded, 4096, share=share):
@@ -177,7 +189,8 @@ def start() -> None:
         )
         run = Path(folder, "run.yaml")
         run.write_text(
-            f"model: {MODEL}\ntask: {{train: {file}, anchor: Sort it.}}\nmix: {{general_per_task: 0.2, repeats: 1}}\n"
+            f"model: {MODEL}\ntask: {{train: {file}, anchor: Sort it.}}\nmix: "
+            f"{{general_per_task: 0.2, repeats: 1}}\n"
         )
         completing = {
             "_FULCRUM_COMPLETE": "complete_bash",
@@ -185,8 +198,10 @@ def start() -> None:
             "COMP_CWORD": "1",
         }
         for name, arguments, variables in (
-            ("--help", ["--help"], {}), ("completion", [], completing), ("check, 10,000 rows", ["check", str(run)], {}),
-        ):  # fmt: skip
+            ("--help", ["--help"], {}),
+            ("completion", [], completing),
+            ("check, 10,000 rows", ["check", str(run)], {}),
+        ):
             seconds = []
             for _ in range(ROUNDS):
                 started = time.perf_counter()
@@ -198,7 +213,8 @@ def start() -> None:
                 )
                 seconds.append(time.perf_counter() - started)
             print(
-                f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})",
+                f"{name}: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to "
+                f"{max(seconds):.2f})",
                 flush=True,
             )
 
@@ -217,22 +233,27 @@ def plan() -> None:
             made[position]
         single = (time.perf_counter() - started) / 500
         print(
-            f"plan of {len(made):,}: {rate / 1e6:.1f} million positions/s, one position {single * 1e6:.0f} us",
+            f"plan of {len(made):,}: {rate / 1e6:.1f} million positions/s, one position "
+            f"{single * 1e6:.0f} us",
             flush=True,
         )
 
 
 def comparison() -> None:
-    """Six cells of one comparison, against six separate `train` and `eval` commands on the same rows."""
+    """Six cells of one comparison, against six separate `train` and `eval` commands on the same
+    rows."""
     command = [sys.executable, "-m", "fulcrum"]
     seconds: dict[str, list[float]] = {"compare": [], "six train and eval": []}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run.yaml")
         run.write_text(
-            f"model: {MODEL}\ntask: {{train: {DEMO}/train.jsonl, dev: {DEMO}/dev.jsonl, test: {DEMO}/test.jsonl,\n"
+            f"model: {MODEL}\ntask: {{train: {DEMO}/train.jsonl, dev: {DEMO}/dev.jsonl, test: "
+            f"{DEMO}/test.jsonl,\n"
             "  anchor: Sort the mail., "
-            "metrics: [nll, exact_match], train_limit: 16, dev_limit: 8, test_limit: 12, max_new_tokens: 32}\n"
-            "mix: {general_per_task: 2, repeats: 1}\neval: {general_rows: 16}\ntrain: {evaluations: 2}\n"
+            "metrics: [nll, exact_match], train_limit: 16, dev_limit: 8, test_limit: 12, "
+            "max_new_tokens: 32}\n"
+            "mix: {general_per_task: 2, repeats: 1}\neval: {general_rows: 16}\ntrain: "
+            "{evaluations: 2}\n"
             "compare: {arms: [tell, mix], seeds: [0, 1, 2], sft_epochs: [1]}\n"
         )
         for number in range(ROUNDS):
@@ -264,7 +285,8 @@ def comparison() -> None:
 
 
 def statistics_of_a_comparison() -> None:
-    """What a certificate says of one metric: 15 arms at 8 seeds on 10,000 examples, five arms with a curve of 5 sizes."""
+    """What a certificate says of one metric: 15 arms at 8 seeds on 10,000 examples, five arms with
+    a curve of 5 sizes."""
     rng = np.random.default_rng(0)
     sizes, groups = (16, 32, 64, 128, 256), [f"g{k // 2}" for k in range(10_000)]
     arms = {"sft": sizes, "sft_anchor": sizes, "soup": sizes, "tell": sizes, "mix": sizes}
@@ -284,13 +306,15 @@ def statistics_of_a_comparison() -> None:
     row_savings.slope(ref)
     row_savings.at(ref, 64 + 50)
     print(
-        f"statistics, 10,000 examples x 15 arms x 8 seeds, 2,000 draws: {time.perf_counter() - started:.1f} s",
+        "statistics, 10,000 examples x 15 arms x 8 seeds, 2,000 draws: "
+        f"{time.perf_counter() - started:.1f} s",
         flush=True,
     )
 
 
 def choice() -> None:
-    """50,000 short rows put in order for 32 task rows: by words, by clusters, and 2,048 of them by gradient."""
+    """50,000 short rows put in order for 32 task rows: by words, by clusters, and 2,048 of them by
+    gradient."""
     loaded = base_model.load(MODEL, TrainSettings())
     packaged, _ = task_data.read([DataSource(path="builtin")])
     words = " ".join(row.question + " " + row.answer for row in packaged).split()
@@ -333,5 +357,6 @@ if __name__ == "__main__":
     for wanted in sys.argv[1:] or PARTS:
         PARTS[wanted]()
     print(
-        f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+        "peak memory of this process "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
     )

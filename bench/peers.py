@@ -1,7 +1,7 @@
-"""One timed training run of a peer (TRL, or Hugging Face Trainer with PEFT), in a process and an environment of its own.
+"""Train once with a peer (TRL, or Hugging Face Trainer with PEFT), timed, in its own environment.
 
-In: a job as JSON. Out: one JSON line (see `speed.py`). Time runs from the first step's beginning to the last one's end; loading
-and tokenising are not counted, for anyone.
+In: a job as JSON. Out: one JSON line (see `speed.py`). Time runs from the first step's beginning to
+the last one's end; loading and tokenising are not counted, for anyone.
 """
 
 import json
@@ -50,17 +50,23 @@ def main() -> None:
 def trl_trainer(
     job: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, lora: LoraConfig
 ) -> Any:
-    """SFTTrainer at its defaults but for what the job's options say; on a CPU it must be told so."""
+    """Train with SFTTrainer at its defaults, except for what the job's options say."""
     options = dict(job["options"])
     dtype = options.pop("dtype", None)
     model = job["model"]
     if dtype is not None:
         model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, dtype))
     arguments = SFTConfig(
-        output_dir=job["scratch"], use_cpu=True, num_train_epochs=1, save_strategy="no",
-        per_device_train_batch_size=options.pop("batch", job["batch"]), report_to=[], disable_tqdm=True,
-        max_length=options.pop("max_length", job["max_length"]), **options,
-    )  # fmt: skip
+        output_dir=job["scratch"],
+        use_cpu=True,
+        num_train_epochs=1,
+        save_strategy="no",
+        per_device_train_batch_size=options.pop("batch", job["batch"]),
+        report_to=[],
+        disable_tqdm=True,
+        max_length=options.pop("max_length", job["max_length"]),
+        **options,
+    )
     return SFTTrainer(
         model,
         args=arguments,
@@ -92,9 +98,15 @@ def hf_trainer(
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(job["model"]), lora)
     arguments = TrainingArguments(
-        output_dir=job["scratch"], use_cpu=True, num_train_epochs=1, save_strategy="no",
-        per_device_train_batch_size=job["batch"], report_to=[], disable_tqdm=True, **job["options"],
-    )  # fmt: skip
+        output_dir=job["scratch"],
+        use_cpu=True,
+        num_train_epochs=1,
+        save_strategy="no",
+        per_device_train_batch_size=job["batch"],
+        report_to=[],
+        disable_tqdm=True,
+        **job["options"],
+    )
     data = Dataset.from_list([encode(row) for row in rows])
     return Trainer(
         model, args=arguments, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer)

@@ -1,10 +1,10 @@
-"""A pool of millions of rows: how fast it is built, killed once and gone on with, in how much memory; how fast it opens.
+"""Build a pool of millions of rows, kill it once and resume it; measure time and memory.
 
     python bench/pools.py --rows 10000000 --jobs 2 --folder /somewhere/with/10GB
 
-Rows are generated: of every hundred one repeats an earlier row of another file exactly. Every step runs in a process of its
-own, whose memory (its children's too) is watched from outside, twenty times a second: resident memory that is not the file
-cache's.
+Rows are generated: of every hundred one repeats an earlier row of another file exactly. Every step
+runs in a process of its own, whose memory (its children's too) is watched from outside, twenty
+times a second: resident memory that is not the file cache's.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from fulcrum.data import filters, pool
 FILES, NEAR = 10, 0.8
 WORDS = [f"word{k}" for k in range(5000)]
 OPEN = (
-    "import sys, time; from fulcrum.data import mix, pool; from fulcrum.config.base import GeneralSource\n"
-    "started = time.perf_counter(); found = pool.open_pool([GeneralSource(path=sys.argv[1])], 0); found[len(found) // 2]\n"
+    "import sys, time; from fulcrum.data import mix, pool; from fulcrum.config.base import "
+    "GeneralSource\n"
+    "started = time.perf_counter(); found = pool.open_pool([GeneralSource(path=sys.argv[1])], "
+    "0); found[len(found) // 2]\n"
     "print(len(found), found.left_out, round(time.perf_counter() - started, 3))\n"
 )
 BUILD = (
@@ -79,7 +81,10 @@ def resident(pid: int) -> int:
 
 
 def watched(code: str, *words: object, kill_after: float | None = None) -> tuple[float, int, str]:
-    """Run a script; returns seconds, peak memory in bytes, and what it printed. It is killed after `kill_after` seconds."""
+    """Run a script; returns seconds, peak memory in bytes, and what it printed.
+
+    It is killed after `kill_after` seconds.
+    """
     script = Path(f"/tmp/bench-pools-{os.getpid()}.py")
     script.write_text(code)
     log = script.with_suffix(".log")
@@ -99,7 +104,8 @@ def watched(code: str, *words: object, kill_after: float | None = None) -> tuple
 
 
 def near(folder: Path, rows: int, jobs: int) -> None:
-    """Plant near-duplicates (1 to 5 words of 40 changed) in rows that are not alike; print how many are found, and the time."""
+    """Plant near-duplicates (1 to 5 words of 40 changed) in rows that are not alike; print how many
+    are found, and the time."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     texts = [[f"w{k}" for k in row] for row in rng.integers(20_000, size=(rows, 40))]
@@ -126,9 +132,13 @@ def near(folder: Path, rows: int, jobs: int) -> None:
     gone = set(range(rows)) - {
         int(found[k].origin.rpartition(":")[2]) - 1 for k in range(len(found))
     }
-    what = f"{rows:,} rows with {len(planted):,} changed copies, {len(alike):,} of them at {NEAR} or more"
+    what = (
+        f"{rows:,} rows with {len(planted):,} changed copies, {len(alike):,} of them at {NEAR} or "
+        "more"
+    )
     print(
-        f"{what}: {len(gone & alike):,} found, {len(gone - alike):,} others removed; {seconds:.0f} s"
+        f"{what}: {len(gone & alike):,} found, {len(gone - alike):,} others removed; "
+        f"{seconds:.0f} s"
     )
 
 
@@ -165,12 +175,14 @@ def main() -> None:
     seconds, peak, text = watched(BUILD, data, args.jobs, kill_after=kill_after)
     before = sum(1 for _ in (args.folder / "cache").rglob("*.json"))
     print(
-        f"killed after {seconds:.0f} s ({peak / 2**20:.0f} MiB), {before} small files written; {text.splitlines()[-1]}",
+        f"killed after {seconds:.0f} s ({peak / 2**20:.0f} MiB), {before} small files written; "
+        f"{text.splitlines()[-1]}",
         flush=True,
     )
     more, again, _ = watched(BUILD, data, args.jobs)
     print(
-        f"gone on for {more:.0f} s, peak {again / 2**20:.0f} MiB; {args.rows / (seconds + more):,.0f} rows/s in all",
+        f"gone on for {more:.0f} s, peak {again / 2**20:.0f} MiB; "
+        f"{args.rows / (seconds + more):,.0f} rows/s in all",
         flush=True,
     )
     _, memory, text = watched(OPEN, data)

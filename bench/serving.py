@@ -1,10 +1,11 @@
-"""`fulcrum serve` under load: many clients at once for some minutes, beside the same questions one by one.
+"""Load `fulcrum serve` with many clients for some minutes, then ask the same one by one.
 
     python bench/serving.py runs/tickets --data tickets_test.jsonl --clients 32 --minutes 10
 
-Starts the server as a process of its own and asks it by OpenAI's own client: one client first, then all of them, each asking
-again as soon as it is answered, for every model in turn; halves of the answers are streamed. Now and then a client is cut off
-in the middle of an answer. Prints failures, answers and tokens a second, latency, and the server's memory minute by minute.
+Starts the server as a process of its own and asks it by OpenAI's own client: one client first, then
+all of them, each asking again as soon as it is answered, for every model in turn; halves of the
+answers are streamed. Now and then a client is cut off in the middle of an answer. Prints failures,
+answers and tokens a second, latency, and the server's memory minute by minute.
 """
 
 import argparse
@@ -25,7 +26,10 @@ import openai
 
 @dataclass
 class Heard:
-    """What one stage of the bench saw. `latency` and `first` (streamed answers' first text) are in seconds."""
+    """What one stage of the bench saw.
+
+    `latency` and `first` (streamed answers' first text) are in seconds.
+    """
 
     latency: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
@@ -165,10 +169,13 @@ async def measure(
     watching.cancel()
     one, many = shown(alone, args.alone * 60), shown(together, args.minutes * 60)
     return {
-        "models": models, "one client": one, f"{args.clients} clients": many,
+        "models": models,
+        "one client": one,
+        f"{args.clients} clients": many,
         "times as many tokens": round(many["tokens/s"] / one["tokens/s"], 2),
-        "server MiB, each minute": [round(value) for value in memory[::6]], "what failed": sorted(set(together.failures))[:5],
-    }  # fmt: skip
+        "server MiB, each minute": [round(value) for value in memory[::6]],
+        "what failed": sorted(set(together.failures))[:5],
+    }
 
 
 def main() -> None:

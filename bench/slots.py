@@ -1,7 +1,9 @@
-"""The engine without a server: steps of SmolLM2 with random adapters. `python bench/slots.py [--steps 10]`.
+"""Time steps of the engine without a server: SmolLM2 with random adapters.
 
-Each line: conversations at once and whose they are, seconds to read 100 prompt tokens each, milliseconds of a step of a token
-each, tokens a second.
+    python bench/slots.py [--steps 10]
+
+Each line: conversations at once and whose they are, seconds to read 100 prompt tokens each,
+milliseconds of a step of a token each, tokens a second.
 """
 
 import argparse
@@ -54,7 +56,8 @@ def main() -> None:
             held.extend(rows, [[55]] * number, asked)
         step = (time.perf_counter() - began) / steps
         print(
-            f"{number:2} of {'+'.join(names)}: {read:.2f} s, {1000 * step:.0f} ms, {number / step:.0f} tokens/s",
+            f"{number:2} of {'+'.join(names)}: {read:.2f} s, {1000 * step:.0f} ms, "
+            f"{number / step:.0f} tokens/s",
             flush=True,
         )
 

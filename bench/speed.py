@@ -1,11 +1,15 @@
-"""Fulcrum and its peers on the same rows, with the same LoRA, on the same machine, taken in turn: ratios, medians and ranges.
+"""Compare the training speed of Fulcrum and its peers: same rows, same LoRA, same machine.
 
-    make bench                                          # everything; hours on two cores
-    python bench/speed.py --models smollm2-135m-instruct --mixes general --rounds 3 --pool ROWS.parquet
+The contenders take turns; ratios, medians and ranges are printed.
 
-Each contender trains one pass over the same rows, in steps of 8, in a process of its own; tokens are those of the rows without
-padding, as Fulcrum counts them, whoever trains. Loading and tokenising are not timed. In each round the contenders take turns,
-so that what else the machine does hits all of them. The ceiling is what the frozen body's matrix products alone would allow.
+    make bench                                   # everything; hours on two cores
+    python bench/speed.py --models smollm2-135m-instruct --mixes general --rounds 3 \
+        --pool ROWS.parquet
+
+Each contender trains one pass over the same rows, in steps of 8, in a process of its own; tokens
+are those of the rows without padding, as Fulcrum counts them, whoever trains. Loading and
+tokenising are not timed. In each round the contenders take turns, so that what else the machine
+does hits all of them. The ceiling is what the frozen body's matrix products alone would allow.
 """
 
 import argparse
@@ -91,16 +95,25 @@ def run(
     """One run in a process of its own; None where it fails (said)."""
     with tempfile.TemporaryDirectory() as scratch:
         job = {
-            **LORA, "model": name if contender.python == "own" else folder, "rows": str(rows), "kind": contender.kind,
-            "options": contender.options, "scratch": scratch, "template": encode.plain_template(adds_bos=True),
-        }  # fmt: skip
+            **LORA,
+            "model": name if contender.python == "own" else folder,
+            "rows": str(rows),
+            "kind": contender.kind,
+            "options": contender.options,
+            "scratch": scratch,
+            "template": encode.plain_template(adds_bos=True),
+        }
         done = subprocess.run(
-            [pythons()[contender.python], str(HERE / contender.script), json.dumps(job)], capture_output=True, text=True,
-            check=False, cwd=scratch,
-        )  # fmt: skip
+            [pythons()[contender.python], str(HERE / contender.script), json.dumps(job)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=scratch,
+        )
     if done.returncode:
         print(
-            f"  {contender.name}: failed: {(done.stderr.strip() or 'no output').splitlines()[-1][:200]}",
+            f"  {contender.name}: failed: "
+            f"{(done.stderr.strip() or 'no output').splitlines()[-1][:200]}",
             flush=True,
         )
         return None
@@ -108,7 +121,8 @@ def run(
     found["rate"] = tokens / found["seconds"]
     said = f" ({found['what']})" if contender.python == "own" else ""
     print(
-        f"  {contender.name}: {found['rate']:.0f} tokens/s, peak {found['peak_bytes'] / 2**30:.2f} GiB{said}",
+        f"  {contender.name}: {found['rate']:.0f} tokens/s, peak "
+        f"{found['peak_bytes'] / 2**30:.2f} GiB{said}",
         flush=True,
     )
     return found
@@ -166,7 +180,8 @@ def count_tokens(name: str, rows: Iterable[Sequence[Message]]) -> int:
 
 
 def ceiling(name: str) -> float:
-    """Tokens a second that the body's matrix products alone would allow, measured now in a process of its own."""
+    """Tokens a second that the body's matrix products alone would allow, measured now in a process
+    of its own."""
     return float(
         subprocess.run(
             [sys.executable, str(HERE / "ceiling.py"), name], check=True, capture_output=True
@@ -186,7 +201,8 @@ def rounds(
             if result := run(contender, name, folder, rows, tokens):
                 found[contender.name].append(result)
     print(
-        "\n| who | tokens/s, median (range) | Fulcrum is faster by (range over rounds) | peak GiB |\n|---|---|---|---|"
+        "\n| who | tokens/s, median (range) | Fulcrum is faster by (range over rounds) | peak "
+        "GiB |\n|---|---|---|---|"
     )
     own = [result["rate"] for result in found[OURS.name]]
     for who, results in found.items():
@@ -206,7 +222,8 @@ def rounds(
 
 
 def memory(name: str, folder: str) -> None:
-    """Peak memory of rows of 2,048 tokens, half of them supervised, one a step: with and without recomputed activations."""
+    """Peak memory of rows of 2,048 tokens, half of them supervised, one a step: with and without
+    recomputed activations."""
     tokenizer, _ = download.load_tokenizer(name)
     form = encode.make_format(tokenizer, None)
     packaged, _ = task_data.read([DataSource(path="builtin")])
@@ -219,7 +236,8 @@ def memory(name: str, folder: str) -> None:
         rows.append([Message("user", question), Message("assistant", answer)])
     lengths = [len(encode.encode(Example(tuple(row), "", ""), form)) for row in rows]
     print(
-        f"\n## {name}, memory: {len(rows)} rows of {min(lengths)} to {max(lengths)} tokens, micro-batches of 1",
+        f"\n## {name}, memory: {len(rows)} rows of {min(lengths)} to {max(lengths)} tokens, "
+        "micro-batches of 1",
         flush=True,
     )
     one = {"batch": 1, "max_length": max(lengths)}

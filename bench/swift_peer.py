@@ -1,6 +1,7 @@
-"""One timed training run of ms-swift, the framework of the paper, at its defaults, in a process and an environment of its own.
+"""Train once with ms-swift, the framework of the paper, at its defaults, timed.
 
-In: a job as JSON. Out: one JSON line (see `speed.py`). The model's own chat template writes the rows, as for all.
+In: a job as JSON. Out: one JSON line (see `speed.py`). The model's own chat template writes the
+rows, as for all.
 """
 
 import contextlib
@@ -31,7 +32,8 @@ KINDS = {"llama": "llama", "gemma3_text": "gemma3_text"}
 
 
 def give_template(folder: Path, copy: Path, job: dict[str, Any]) -> None:
-    """Where the tokenizer has no chat template, point the job at a copy of the folder with the one that all peers are given."""
+    """Where the tokenizer has no chat template, point the job at a copy of the folder with the one
+    that all peers are given."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -60,13 +62,28 @@ def main() -> None:
     config = json.loads(Path(job["model"], "config.json").read_text(encoding="utf-8"))
     give_template(Path(job["model"]), Path(job["scratch"], "model"), job)
     arguments = SftArguments(
-        model=job["model"], model_type=KINDS[config["model_type"]], template="chatml", template_backend="jinja",
+        model=job["model"],
+        model_type=KINDS[config["model_type"]],
+        template="chatml",
+        template_backend="jinja",
         dataset=[str(file)],
-        output_dir=job["scratch"], num_train_epochs=1, per_device_train_batch_size=job["batch"], gradient_accumulation_steps=1,
-        lora_rank=job["lora_r"], lora_alpha=int(job["lora_alpha"]), target_modules=["all-linear"], max_length=job["max_length"],
-        save_strategy="no", eval_strategy="no", split_dataset_ratio=0.0, report_to=[], use_hf=True,
-        device_map="cpu", use_cpu=True, **job["options"],
-    )  # fmt: skip
+        output_dir=job["scratch"],
+        num_train_epochs=1,
+        per_device_train_batch_size=job["batch"],
+        gradient_accumulation_steps=1,
+        lora_rank=job["lora_r"],
+        lora_alpha=int(job["lora_alpha"]),
+        target_modules=["all-linear"],
+        max_length=job["max_length"],
+        save_strategy="no",
+        eval_strategy="no",
+        split_dataset_ratio=0.0,
+        report_to=[],
+        use_hf=True,
+        device_map="cpu",
+        use_cpu=True,
+        **job["options"],
+    )
     with contextlib.redirect_stdout(sys.stderr):
         Timed(arguments).main()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,11 +1,12 @@
-"""Which anchors of a task are trained, by a rule that is fixed before any is: a comparison's settings out of their scores.
+"""Write the settings of a comparison of anchors, by a rule that is fixed before any is trained.
 
     fulcrum anchor score TASK.yaml CANDIDATES.jsonl --out scores.json
     python scripts/anchors_run.py TASK.yaml scores.json --out run.yaml
 
-Trained are: every anchor written by hand; of the templates the one of the lowest and of the median loss before training; of
-the model's own those of the lowest and of the highest; and random tokens. `auto`, which knows no anchor written by hand,
-would choose `by_template` or `by_model`; the file says which. All are TELL arms, alike but for the anchor.
+Trained are: every anchor written by hand; of the templates the one of the lowest and of the median
+loss before training; of the model's own those of the lowest and of the highest; and random tokens.
+`auto`, which knows no anchor written by hand, would choose `by_template` or `by_model`; the file
+says which. All are TELL arms, alike but for the anchor.
 """
 
 import argparse
@@ -36,7 +37,10 @@ def main() -> None:
     best = made[score.choose(made)]
     auto = next(name for name, score in chosen.items() if score.text == best.text)
     given["compare"]["arms"] = ["base", *(arm(name, score) for name, score in chosen.items())]
-    text = f"# Made by scripts/anchors_run.py; `anchor: auto` without anchors by hand would choose `{auto}`.\n"
+    text = (
+        "# Made by scripts/anchors_run.py; `anchor: auto` without anchors by hand would choose "
+        f"`{auto}`.\n"
+    )
     args.out.write_text(
         text + yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=160),
         encoding="utf-8",

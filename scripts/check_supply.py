@@ -1,8 +1,9 @@
 """What Fulcrum is built on, checked: `python scripts/check_supply.py`, which `make check` runs.
 
-The versions that are tested (constraints.txt) are those of the locks, which hold hashes; what is installed here is of these
-versions; every dependency that pyproject.toml names is in CONTRIBUTING.md with its reason; and where the index of known
-vulnerabilities can be reached, pip-audit finds none in what users install.
+The versions that are tested (constraints.txt) are those of the locks, which hold hashes; what is
+installed here is of these versions; every dependency that pyproject.toml names is in
+CONTRIBUTING.md with its reason; and where the index of known vulnerabilities can be reached,
+pip-audit finds none in what users install.
 """
 
 import re
@@ -79,7 +80,8 @@ def faults() -> list[str]:
 
 
 def installed() -> list[str]:
-    """What is installed here in other versions than those tested (a build's own mark, +cpu, does not count)."""
+    """What is installed here in other versions than those tested (a build's own mark, +cpu, does
+    not count)."""
     tested = pins("constraints.txt")
     here = {
         plain(one.metadata["Name"]): one.version.partition("+")[0]
@@ -93,7 +95,10 @@ def installed() -> list[str]:
 
 
 def audit() -> str:
-    """What pip-audit says of locks/run.txt: nothing where it finds nothing. Raises ConnectionError where it cannot look."""
+    """What pip-audit says of locks/run.txt: nothing where it finds nothing.
+
+    Raises ConnectionError where it cannot look.
+    """
     command = [
         sys.executable,
         "-m",
@@ -122,7 +127,10 @@ def main() -> None:
         print(f"known vulnerabilities: not looked up: {error}")
     print(
         "\n".join(wrong)
-        or f"{len(pins('constraints.txt'))} versions, locked with hashes; every dependency has its reason"
+        or (
+            f"{len(pins('constraints.txt'))} versions, locked with hashes; every dependency has "
+            "its reason"
+        )
     )
     sys.exit(bool(wrong))
 

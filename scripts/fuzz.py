@@ -1,6 +1,9 @@
-"""Drive a target of tests/fuzz_targets.py by coverage (atheris): `python scripts/fuzz.py TARGET RUNS CORPUS [SEED]`.
+"""Drive a target of tests/helpers/fuzz_targets.py by coverage (atheris).
 
-What is found stands in CORPUS as crash-...; play it again with tests/test_fuzz.py once it lies in tests/corpus/TARGET.
+    python scripts/fuzz.py TARGET RUNS CORPUS [SEED]
+
+What it finds lies in CORPUS as crash-...; tests/e2e/test_fuzz.py plays it again from
+tests/corpus/TARGET.
 """
 
 import contextlib
@@ -27,9 +30,15 @@ def main() -> None:
     ):  # from nothing, a fuzzer needs hours to reach inputs of some length
         Path(corpus, f"seed-{number}").write_bytes(drawn.randbytes(drawn.randrange(1, 512)))
     options = {
-        "runs": runs, "seed": (seed or ["1"])[0], "max_len": 512, "len_control": 0, "timeout": 20, "rss_limit_mb": 4096,
-        "print_final_stats": 1, "artifact_prefix": f"{corpus}/",
-    }  # fmt: skip
+        "runs": runs,
+        "seed": (seed or ["1"])[0],
+        "max_len": 512,
+        "len_control": 0,
+        "timeout": 20,
+        "rss_limit_mb": 4096,
+        "print_final_stats": 1,
+        "artifact_prefix": f"{corpus}/",
+    }
     target = TARGETS[name]
 
     def quiet(data: bytes) -> None:

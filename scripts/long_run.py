@@ -1,7 +1,10 @@
-"""Watch the memory of a long run: `python scripts/long_run.py RUN.yaml MINUTES OUT.json` starts `fulcrum train` on it.
+"""Watch the memory of a long run of `fulcrum train`.
 
-After MINUTES it is asked to stop (SIGTERM). Every 5 seconds the resident memory of its processes is sampled. Whether it grows
-is a line through the samples after the first `_WARM_UP` minutes, with an interval from blocks of them: neighbours are alike.
+    python scripts/long_run.py RUN.yaml MINUTES OUT.json
+
+After MINUTES it is asked to stop (SIGTERM). Every 5 seconds the resident memory of its processes is
+sampled. Whether it grows is a line through the samples after the first `_WARM_UP` minutes, with an
+interval from blocks of them: neighbours are alike.
 """
 
 import json
@@ -70,13 +73,16 @@ def main() -> None:
         f"exit code {process.returncode} after {samples[-1][0]:.0f} minutes, {len(samples)} samples"
     )
     print(
-        f"resident MiB: {warm[:, 1].min():.0f} to {warm[:, 1].max():.0f} after {_WARM_UP:g} minutes; a line: {line:+.1f}/h"
+        f"resident MiB: {warm[:, 1].min():.0f} to {warm[:, 1].max():.0f} after {_WARM_UP:g} "
+        f"minutes; a line: {line:+.1f}/h"
     )
     print(
-        f"change from block to block, MiB an hour: {grows.estimate:+.1f} [{grows.low:+.1f}, {grows.high:+.1f}]"
+        f"change from block to block, MiB an hour: {grows.estimate:+.1f} [{grows.low:+.1f}, "
+        f"{grows.high:+.1f}]"
     )
     print(
-        f"events.jsonl: {events.stat().st_size:,} bytes, {len(events.read_text().splitlines())} lines"
+        f"events.jsonl: {events.stat().st_size:,} bytes, "
+        f"{len(events.read_text().splitlines())} lines"
     )
     print(f"checkpoints kept: {sorted(path.name for path in folder.glob('checkpoints/*/*'))}")
 

@@ -1,17 +1,22 @@
-"""Make the packaged general data: SmolLM2-135M-Instruct writes instructions and then answers them (Magpie, arXiv 2406.08464).
+"""Make the packaged general data with SmolLM2-135M-Instruct.
 
-The chat template is rendered up to the start of a user turn, the model samples the rest of an instruction, and then answers
-it in a fresh conversation. Left alone, a 135M model asks the same few things again and again, so the system turn names a topic
-and the user turn starts with an opening, both drawn from `pool_topics.yaml`. That system turn is not stored; answers are
-sampled under the template's own default. Every raw sample is kept or rejected with a counted reason.
+It writes instructions and then answers them (Magpie, arXiv 2406.08464).
 
-Two steps: `generate` writes raw batches, one JSONL file each with its own seed (a rerun makes those that are missing), and
-`package` filters them and writes
+The chat template is rendered up to the start of a user turn, the model samples the rest of an
+instruction, and then answers it in a fresh conversation. Left alone, a 135M model asks the same few
+things again and again, so the system turn names a topic and the user turn starts with an opening,
+both drawn from `pool_topics.yaml`. That system turn is not stored; answers are sampled under the
+template's own default. Every raw sample is kept or rejected with a counted reason.
+
+Two steps: `generate` writes raw batches, one JSONL file each with its own seed (a rerun makes those
+that are missing), and `package` filters them and writes
 
     builtin_pool.jsonl.gz   rows {prompt, completion, family: "builtin", topic}
-    builtin_eval.jsonl.gz   the same, about the eval topics, which no pool row names; no prompt is near one of the pool
+    builtin_eval.jsonl.gz   the same, about the eval topics, which no pool row names; no prompt
+                            is near one of the pool
 
-Invariant: `package` is a pure function of the raw files. (`generate` repeats its bits only on the same CPU and torch version.)
+Invariant: `package` is a pure function of the raw files. (`generate` repeats its bits only on the
+same CPU and torch version.)
 
     python scripts/make_builtin_pool.py generate --raw pool_raw
     python scripts/make_builtin_pool.py package --raw pool_raw --out src/fulcrum/data/builtin
@@ -38,9 +43,13 @@ MIXED_BATCHES, EVAL_BATCHES = (
     4,
 )  # first batches over all topics, then some over the eval topics alone
 MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 32, 72
-TOP_K = 40  # of the vocabulary; a nucleus (top-p) would sort 49,152 logits a row and cost as much as the model itself
+# of the vocabulary; a nucleus (top-p) would sort 49,152 logits a row and cost as much as the model
+# itself
+TOP_K = 40
 PROMPT_TEMPERATURE, ANSWER_TEMPERATURE = 0.7, 0.3
-END_BIAS = 8.0  # nats for the end token right after a sentence (not in lists): half of the answers would else not end
+# nats for the end token right after a sentence (not in lists): half of the answers would else not
+# end
+END_BIAS = 8.0
 ASK_SYSTEM = "You are an expert on {topic}. You answer short, simple questions about {topic}."
 ROWS_PER_PREFIX = (
     60  # at most so many prompts with the same first four words: keeps one pet phrase from ruling
@@ -76,7 +85,8 @@ def side_fault(sample: Row, eval_topics: list[str], n_eval: int) -> str | None:
 
 
 def package(raw: Path, out: Path) -> Counter[str]:
-    """Filter the raw batches into the two packaged files; return the counts of raw samples, kept rows and rejects by reason."""
+    """Filter the raw batches into the two packaged files; return the counts of raw samples, kept
+    rows and rejects by reason."""
     lines = [
         line
         for path in sorted(raw.glob("*.jsonl"))
@@ -119,16 +129,17 @@ def package(raw: Path, out: Path) -> Counter[str]:
 class Sampler:
     """The model, and how it continues texts.
 
-    Unlike `generate`, finished rows leave the batch at once (on a CPU the cost of a step is nearly proportional to its rows),
-    and a sentence's end makes the end token likelier (END_BIAS).
+    Unlike `generate`, finished rows leave the batch at once (on a CPU the cost of a step is nearly
+    proportional to its rows), and a sentence's end makes the end token likelier (END_BIAS).
     """
 
     def __init__(self, folder: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        # Eager: with one query a row, plain products beat SDPA's CPU kernel by a third. One thread in each of two processes
-        # beats two threads, whose barriers stall as soon as anything else runs on the machine.
+        # Eager: with one query a row, plain products beat SDPA's CPU kernel by a third. One thread
+        # in each of two processes beats two threads, whose barriers stall as soon as anything else
+        # runs on the machine.
         torch.set_num_threads(1)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -142,7 +153,8 @@ class Sampler:
         self.number = torch.tensor([piece.strip().isdigit() for piece in pieces])
 
     def render(self, messages: list[dict[str, str]], *, go_on: bool) -> str:
-        """Return the chat template's text, up to inside the last message (`go_on`) or up to the answer's start."""
+        """Return the chat template's text, up to inside the last message (`go_on`) or up to the
+        answer's start."""
         text: str = self.tokenizer.apply_chat_template(
             messages, tokenize=False, continue_final_message=go_on, add_generation_prompt=not go_on
         )
@@ -151,7 +163,8 @@ class Sampler:
     def sample(
         self, texts: list[str], max_new: int, temperature: float, end_bias: float
     ) -> list[tuple[str, bool]]:
-        """Continue each text until the end token or `max_new` tokens; return (text, whether the end came), in order."""
+        """Continue each text until the end token or `max_new` tokens; return (text, whether the end
+        came), in order."""
         import torch
 
         end = self.tokenizer.eos_token_id
@@ -198,7 +211,8 @@ class Sampler:
 
 
 def make_batch(sampler: Sampler, number: int) -> list[Row]:
-    """Return batch `number`: every instruction asked, with its answer where `prompt_fault` lets it through."""
+    """Return batch `number`: every instruction asked, with its answer where `prompt_fault` lets it
+    through."""
     import torch
 
     torch.manual_seed(SEED + number)
@@ -235,7 +249,7 @@ def make_batch(sampler: Sampler, number: int) -> list[Row]:
 
 
 def generate(raw: Path, worker: int) -> None:
-    """Write batches `worker`, `worker` + WORKERS, … into `raw`, leaving out those that are there."""
+    """Write batches `worker`, `worker` + WORKERS ... into `raw`, skipping those that exist."""
     from fulcrum.model.download import prepare
 
     raw.mkdir(parents=True, exist_ok=True)
@@ -252,7 +266,8 @@ def generate(raw: Path, worker: int) -> None:
         half.replace(path)
         good = sum("completion" in row and answer_fault(row) is None for row in rows)
         print(
-            f"batch {number}: {good} of {len(rows)} pass the row filters, {time.monotonic() - start:.0f} s",
+            f"batch {number}: {good} of {len(rows)} pass the row filters, "
+            f"{time.monotonic() - start:.0f} s",
             flush=True,
         )
 

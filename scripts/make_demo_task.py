@@ -1,20 +1,26 @@
-"""Make the packaged demo task: mails to a small shop in, one JSON object out, 240 train / 40 dev / 120 test rows.
+"""Make the packaged demo task: mails to a small shop in, one JSON object out.
+
+There are 240 training, 40 dev and 120 test rows.
 
     {"desk": "bench", "rush": "p1", "item": "Brevo kettle", "ask": "swap"}
 
 The conventions are the shop's own, so a model has to learn them from the rows:
 
-- `desk` (who handles it): ledger = money and invoices, bench = broken things, dock = parcels, shelf = questions before buying,
-  gate = cancelling, or sending back what works
-- `rush`: p1 if the customer names a date by which it must be done, or writes for the third time or more; else p3. An angry
-  tone, the word "urgent", a second mail and the date of the purchase do not count, and occur in both classes
-- `item`: the thing it is about, copied as it stands in the mail (another thing of the shop may be mentioned too)
-- `ask` (what is wanted): refund, swap = another one sent, mend, tell = information, stop = a cancellation
+- `desk` (who handles it): ledger = money and invoices, bench = broken things, dock = parcels,
+  shelf = questions before buying, gate = cancelling, or sending back what works
+- `rush`: p1 if the customer names a date by which it must be done, or writes for the third time or
+  more; else p3. An angry tone, the word "urgent", a second mail and the date of the purchase do
+  not count, and occur in both classes
+- `item`: the thing it is about, copied as the mail has it (another thing of the shop may be
+  mentioned too)
+- `ask` (what is wanted): refund, swap = another one sent, mend, tell = information, stop = a
+  cancellation
 
-A scenario is one line ``desk | ask | text`` whose ``[a/b]`` are alternatives; a mail is a scenario with cues, distractions,
-typos, greeting and name. Dev and test are apart by content, not by chance: each split has its own scenarios, brands, kinds of
-thing, customers, greetings, cues and distractions. Column `group` is the scenario's id. Rows come in rounds over all scenarios,
-so that the first n rows of a file are as mixed as the whole.
+A scenario is one line ``desk | ask | text`` whose ``[a/b]`` are alternatives; a mail is a scenario
+with cues, distractions, typos, greeting and name. Dev and test are apart by content, not by chance:
+each split has its own scenarios, brands, kinds of thing, customers, greetings, cues and
+distractions. Column `group` is the scenario's id. Rows come in rounds over all scenarios, so that
+the first n rows of a file are as mixed as the whole.
 
 Invariant: the files are a pure function of this script (no model, no data, no clock).
 
@@ -60,7 +66,8 @@ def fill(template: str, rng: random.Random, slots: dict[str, str]) -> str:
 
 
 def add_typos(text: str, keep: str, rng: random.Random) -> str:
-    """Swap or drop a letter inside one or two lower-case words of five letters or more, never inside `keep`."""
+    """Swap or drop a letter inside one or two lower-case words of five letters or more, never
+    inside `keep`."""
     start = text.index(keep)
     spots = [
         m
@@ -94,7 +101,8 @@ def make_row(scenario: str, group: str, split: dict[str, list[str]], rng: random
     after = []
     if pressing:
         after.append(rng.choice(split[rng.choice(("deadlines", "contacts"))]))
-    # A p1 mail gets no "second mail": with a third contact it would be false, and alone it must mean p3.
+    # A p1 mail gets no "second mail": with a third contact it would be false, and alone it must
+    # mean p3.
     lookalikes = split["tones"] if pressing else split["tones"] + split["seconds"]
     if rng.random() < (0.2 if pressing else 0.65):
         after.append(rng.choice(lookalikes))
@@ -130,7 +138,8 @@ def split_texts(name: str) -> dict[str, list[str]]:
 
 
 def make_split(name: str, seed: int = SEED) -> list[Row]:
-    """Return the rows of one split: rounds over its scenarios, each round in a new order, no prompt twice."""
+    """Return the rows of one split: rounds over its scenarios, each round in a new order, no prompt
+    twice."""
     split = split_texts(name)
     rng = random.Random(f"{seed}-{name}")
     groups = {

@@ -1,10 +1,11 @@
-"""The comparisons on real tasks that LOG.md reports, run again: one process a run, resumable, a Markdown table at the end.
+"""Run the comparisons on real tasks of `results/notes` again, and print a Markdown table of them.
 
     python scripts/measure.py DATA_FOLDER OUT_FOLDER [NAME ...]
 
-DATA_FOLDER holds ``tasks/NAME/{train,dev,test}.jsonl`` with the columns prompt, completion and group, and
-``general/{t0_pool,assistant_pool}.parquet`` with the columns prompt and completion; LOG.md names the data sets. Run folders are
-made in OUT_FOLDER and gone on with when they exist.
+DATA_FOLDER holds ``tasks/NAME/{train,dev,test}.jsonl`` with the columns prompt, completion and
+group, and ``general/{t0_pool,assistant_pool}.parquet`` with the columns prompt and completion;
+The notes name the data sets. One process a run; run folders are made in OUT_FOLDER, and resumed
+if they exist.
 """
 
 import subprocess
@@ -54,7 +55,8 @@ RUNS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"train.max_length": 512, "mix.general_per_task": 2},
     ),
     "snips-gemma": ("compare", SNIPS, {"model": "gemma-3-270m"}),
-    # The paper's own rows: whole documents, and HaluEval in its prompt. Their anchors stand inside the rows.
+    # The paper's own rows: whole documents, and HaluEval in its prompt. Their anchors stand inside
+    # the rows.
     "wmt-documents": (
         "train",
         {"name": "wmt21-is-en", "metrics": ["nll", "chrf"], "max_new_tokens": 256, "dev": None}
@@ -106,10 +108,14 @@ def tables(folder: Path) -> str:
     results = run_report.load(folder)
     lines = []
     for task in results["tasks"]:
-        size = f"{task['train']} train, {task['dev']} dev, {task['test']} test rows in {task['test_groups']} groups"
+        size = (
+            f"{task['train']} train, {task['dev']} dev, {task['test']} test rows in "
+            f"{task['test_groups']} groups"
+        )
         cost = f"{results['seconds']:.0f} s, peak {results['peak_memory_bytes'] / 2**30:.1f} GiB"
         lines += [
-            f"**`{task['name']}`, {results['settings']['model']}** ({size}; step cap {results['step_cap']}; {cost})",
+            f"**`{task['name']}`, {results['settings']['model']}** ({size}; step cap "
+            f"{results['step_cap']}; {cost})",
             "",
         ]
         lines += _markdown(summary.score_grid(results, task["name"]))

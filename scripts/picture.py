@@ -2,9 +2,9 @@
 
     python scripts/picture.py results/map/confirm-smollm2/report.html docs/pictures/certificate.png
 
-The picture shows the answer (verdict and main numbers) and the first learning curve. It needs Chromium and its driver
-(Debian: apt-get install chromium chromium-driver) and selenium, which comes with the development packages.
-`fulcrum report RUN_FOLDER` makes the page of a stored run.
+The picture shows the answer (verdict and main numbers) and the first learning curve. It needs
+Chromium and its driver (Debian: apt-get install chromium chromium-driver) and selenium, which comes
+with the development packages. `fulcrum report RUN_FOLDER` makes the page of a stored run.
 """
 
 import base64
@@ -21,7 +21,8 @@ SCALE = 1.5  # image pixels for each CSS pixel
 MARGIN = 16  # CSS pixels below the curve
 COLOURS = 128  # of the picture's palette, which keeps the file small
 
-# Everything but the answer and the first figure is hidden. Returns the bottom of that figure in CSS pixels.
+# Everything but the answer and the first figure is hidden. Returns the bottom of that figure in CSS
+# pixels.
 CROP = """
 const figure = document.querySelector("main figure");
 const section = figure.closest("section");
@@ -37,7 +38,8 @@ return figure.getBoundingClientRect().bottom + window.scrollY;
 
 
 def take(page: Path, picture: Path) -> None:
-    """Open `page` in headless Chromium, crop it to the answer and its curve, and write `picture` as PNG."""
+    """Open `page` in headless Chromium, crop it to the answer and its curve, and write `picture` as
+    PNG."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"):

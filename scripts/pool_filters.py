@@ -1,7 +1,8 @@
-"""Filters for what SmolLM2-135M-Instruct writes: why an instruction or an answer is not kept, and which prompts are new.
+"""Say why an instruction or an answer of SmolLM2-135M-Instruct is not kept, and which are new.
 
-Rules of thumb, set by reading some hundred samples. A sample is a dict with `prompt`, `prompt_finished` and, once answered,
-`completion`, `answer_finished`. Nothing here judges whether an answer is true.
+Rules of thumb, set by reading some hundred samples. A sample is a dict with `prompt`,
+`prompt_finished` and, once answered, `completion`, `answer_finished`. Nothing here judges whether
+an answer is true.
 """
 
 import re
@@ -15,7 +16,8 @@ REFUSAL = re.compile(
     re.I,
 )
 TEMPLATE_DAMAGE = re.compile(
-    r"<\||\|>|</?s>|\[/?INST|^(?:system|user|assistant)\b\s*[:\n]|\n(?:system|user|assistant|human|ai)\b\s*[:\n]",
+    r"<\||\|>|</?s>|\[/?INST|^(?:system|user|assistant)\b\s*[:\n]"
+    r"|\n(?:system|user|assistant|human|ai)\b\s*[:\n]",
     re.I,
 )
 MISSING_CONTEXT = re.compile(
@@ -25,21 +27,25 @@ MISSING_CONTEXT = re.compile(
     re.I,
 )
 ASSISTANT_VOICE = re.compile(
-    r"\b(i'?d be happy to|here'?s a|here are|sure[,!]|certainly[,!]|i can help you|your question)\b",
+    r"\b(i'?d be happy to|here'?s a|here are|sure[,!]|certainly[,!]|i can help you"
+    r"|your question)\b",
     re.I,
 )
 SENSITIVE = re.compile(
-    r"\b(sex\w*|porn\w*|vagina|penis|nude|abortion|genocide|slave\w*|racis\w*|rap(?:e|ist)|suicid\w*|murder\w*|kill\w*"
+    r"\b(sex\w*|porn\w*|vagina|penis|nude|abortion|genocide|slave\w*|racis\w*"
+    r"|rap(?:e|ist)|suicid\w*|murder\w*|kill\w*"
     r"|nazi\w*|terroris\w*|bomb\w*|cocaine|heroin|covid\S*|vaccin\w*)\b",
     re.I,
 )
 # A 135M model invents facts about people and firms; places and topics of the list may be named.
 NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+ (?:[A-Z]\. )?[A-Z][a-z]+")
 PLACE = re.compile(
-    r"Olympic|(?:North|South|West|East|Middle|Central|New|United|Great|Solar|Ancient|Los|San|Roman|Industrial) [A-Z]"
+    r"Olympic|(?:North|South|West|East|Middle|Central|New|United|Great|Solar|Ancient|Los|San"
+    r"|Roman|Industrial) [A-Z]"
 )
 EMPTY_TALK = re.compile(
-    r"^(?:the age-old|the eternal|the right answer|the game of life|the art of [^.]*\.$|what a |that's a |a great idea"
+    r"^(?:the age-old|the eternal|the right answer|the game of life|the art of [^.]*\.$|what a "
+    r"|that's a |a great idea"
     r"|a wonderful way|sounds like|it's a pleasure|ah[,!]|alright)",
     re.I,
 )
@@ -55,7 +61,8 @@ def words_of(text: str) -> list[str]:
 
 
 def repeat_share(text: str, n: int = 3) -> float:
-    """Return the share of word n-grams that occurred before in the text, in [0, 1]; 0 for texts of fewer than 8 words."""
+    """Return the share of word n-grams that occurred before in the text, in [0, 1]; 0 for texts of
+    fewer than 8 words."""
     words = words_of(text)
     if len(words) < 8:
         return 0.0
@@ -64,7 +71,8 @@ def repeat_share(text: str, n: int = 3) -> float:
 
 
 def is_garbled(text: str) -> bool:
-    """Tell whether a text holds control or non-Latin characters, or too few letters to be an English sentence."""
+    """Tell whether a text holds control or non-Latin characters, or too few letters to be an
+    English sentence."""
     odd = sum(
         not (c.isascii() and (c.isprintable() or c == "\n")) and c not in ODD_BUT_FINE for c in text
     )
@@ -149,14 +157,16 @@ def shingles(text: str, n: int = 8) -> set[str]:
 
 
 class Deduplicator:
-    """Prompts seen so far, indexed by shingle, so that a new one is compared only with those that share some."""
+    """Prompts seen so far, indexed by shingle, so that a new one is compared only with those that
+    share some."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self.holders: dict[str, list[int]] = defaultdict(list)
 
     def is_new(self, prompt: str) -> bool:
-        """Tell whether no earlier prompt reaches Jaccard overlap NEAR_DUPLICATE, and remember the prompt if so."""
+        """Tell whether no earlier prompt reaches Jaccard overlap NEAR_DUPLICATE, and remember the
+        prompt if so."""
         own = shingles(prompt)
         shared = Counter(i for gram in own for i in self.holders.get(gram, ()))
         if any(n / (len(own) + self.sizes[i] - n) >= NEAR_DUPLICATE for i, n in shared.items()):

@@ -1,10 +1,11 @@
-"""Writes docs/reference/ from the code: every setting, every verb and option, every name that Python code may use.
+"""Write docs/reference from the code: settings, verbs with their options, public Python names.
 
     python scripts/reference.py             # write the three pages
     python scripts/reference.py --check     # say which pages are stale, and fail if any is
 
-Settings come from pydantic's fields, verbs from Typer's registered functions, Python names from the source itself, which is
-parsed and not imported. Invariant: the text depends on the code alone, not on the machine, the terminal or a library's version.
+Settings come from pydantic's fields, verbs from Typer's registered functions, Python names from the
+source itself, which is parsed and not imported. Invariant: the text depends on the code alone, not
+on the machine, the terminal or a library's version.
 """
 
 import argparse
@@ -31,7 +32,8 @@ FOLDER = ROOT / "docs" / "reference"
 SOURCE = ROOT / "src" / "fulcrum"
 NOTE = "<!-- Made from the code by scripts/reference.py; `make docs` writes it anew. -->"
 
-# Names beside those of `fulcrum` itself, which pages of docs/ and README.md offer: by module, in the order of the page.
+# Names beside those of `fulcrum` itself, which pages of docs/ and README.md offer: by module, in
+# the order of the page.
 OFFERED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("api", ("scale", "quanta", "write_report", "repeat")),
     ("experiments.finished", ("Adapter", "Evaluation", "evaluate")),
@@ -61,7 +63,8 @@ def main(words: Sequence[str] | None = None) -> int:
         for name in stale:
             (FOLDER / name).write_text(pages()[name], encoding="utf-8")
         print(
-            f"docs/reference: {len(stale)} pages written, {len(pages()) - len(stale)} were up to date"
+            f"docs/reference: {len(stale)} pages written, {len(pages()) - len(stale)} were up "
+            "to date"
         )
         return 0
     for name in stale:
@@ -89,15 +92,20 @@ def stale_pages() -> list[str]:
 
 
 def _settings() -> str:
-    """A table for each section, in the order of the file; a section that stands in several places is told once."""
+    """A table for each section, in the order of the file; a section that stands in several places
+    is told once."""
     sections = list(dict.fromkeys(_walk(Settings, "")))
     parts = [
         "# Settings",
-        "A settings file is YAML. Here is every key, with what it takes and what it is without being set. Keys of sections are "
-        "written with dots, as in `--set train.lora_r=8`; `task.` keys hold for each entry of `tasks:` too. How the parts of a "
+        "A settings file is YAML. Here is every key, with what it takes and what it is without "
+        "being set. Keys of sections are "
+        "written with dots, as in `--set train.lora_r=8`; `task.` keys hold for each entry of "
+        "`tasks:` too. How the parts of a "
         "settings file hang together is shown in the [quickstart](../quickstart.md).",
-        "Wherever a list of names, numbers or sources is asked for, one value does; a source may be just its path, an anchor "
-        "just its text. `[]` stands for an entry of a list: `task.dev`, `task.test` and `task.unlabeled` take what "
+        "Wherever a list of names, numbers or sources is asked for, one value does; a source "
+        "may be just its path, an anchor "
+        "just its text. `[]` stands for an entry of a list: `task.dev`, `task.test` and "
+        "`task.unlabeled` take what "
         "`task.train` takes. Unknown keys are errors that name the nearest known key.",
     ]
     for where, section in sections:
@@ -226,10 +234,13 @@ def _command_line() -> str:
     """Every verb with its arguments and options, from the functions that Typer was given."""
     parts = [
         "# Command line",
-        "Every verb, as `fulcrum VERB --help` tells it. Options stand after the verb, in any order. Errors that you can mend "
-        "are one line on stderr and exit code 2; a fault of Fulcrum itself is exit code 1, Ctrl-C 130. `--debug` shows "
+        "Every verb, as `fulcrum VERB --help` tells it. Options stand after the verb, in any "
+        "order. Errors that you can mend "
+        "are one line on stderr and exit code 2; a fault of Fulcrum itself is exit code 1, "
+        "Ctrl-C 130. `--debug` shows "
         "tracebacks and what libraries say, before or after the verb.",
-        "`fulcrum --version` prints the version; `fulcrum --install-completion` teaches the shell the verbs, and "
+        "`fulcrum --version` prints the version; `fulcrum --install-completion` teaches the "
+        "shell the verbs, and "
         "`--show-completion` prints what it would be taught.",
     ]
     for name, function in verbs():
@@ -243,7 +254,8 @@ def _command_line() -> str:
         usage = " ".join(_optional(_metavar(p, info), p) for p, info in arguments)
         parts.append(f"## `fulcrum {name}`")
         parts.append(
-            f"`fulcrum {' '.join(filter(None, (name, usage, '[OPTIONS]' * (len(told) > len(arguments)))))}`"
+            "`fulcrum "
+            f"{' '.join(filter(None, (name, usage, '[OPTIONS]' * (len(told) > len(arguments)))))}`"
         )
         parts.append(inspect.cleandoc(function.__doc__ or ""))
         rows = [
@@ -260,7 +272,8 @@ def _command_line() -> str:
 
 
 def verbs() -> Iterator[tuple[str, Any]]:
-    """Every verb in the order of `fulcrum --help`, those of groups as `pool build`, with its function."""
+    """Every verb in the order of `fulcrum --help`, those of groups as `pool build`, with its
+    function."""
     for command in cli.app.registered_commands:
         yield _named(command), command.callback
     for group in cli.app.registered_groups:
@@ -313,8 +326,10 @@ def _python() -> str:
     """Every public name with its signature and docstring, read from the source."""
     parts = [
         "# Python",
-        "`import fulcrum` costs next to nothing: each name is loaded when it is first used. Keywords of `train`, `compare`, "
-        "`scale` and `quanta` are the keys of the [settings file](settings.md). Errors that you can mend are `FulcrumError`s.",
+        "`import fulcrum` costs next to nothing: each name is loaded when it is first used. "
+        "Keywords of `train`, `compare`, "
+        "`scale` and `quanta` are the keys of the [settings file](settings.md). Errors that "
+        "you can mend are `FulcrumError`s.",
         "## `fulcrum`",
     ]
     for name in fulcrum.__all__:
@@ -376,7 +391,8 @@ def _doc(node: ast.ClassDef | ast.FunctionDef) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def line(cells: Sequence[Any]) -> str:
-        return f"| {' | '.join(' '.join(str(cell or '').replace('|', chr(92) + '|').split()) for cell in cells)} |"
+        texts = [str(cell or "").replace("|", r"\|") for cell in cells]
+        return f"| {' | '.join(' '.join(text.split()) for text in texts)} |"
 
     return "\n".join((line(head), line(["---"] * len(head)), *map(line, rows)))
 

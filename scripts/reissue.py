@@ -365,7 +365,9 @@ def _read_note(note: str, values: dict[str, Any]) -> bool:
 
 def _at_end(text: str) -> dict[str, Any]:
     pattern = r"(.*) at (\d+) rows, (passes|learning rate) (\S+) of (\S+) to (\S+)"
-    arm, size, unit, chosen, least, most = re.fullmatch(pattern, text).groups()  # type: ignore[union-attr]
+    match = re.fullmatch(pattern, text)
+    assert match is not None, text
+    arm, size, unit, chosen, least, most = match.groups()
     name = "repeats" if unit == "passes" else "learning_rate"
     ends = {"chosen": float(chosen), "least": float(least), "most": float(most)}
     return {"arm": arm, "size": int(size), "name": name, **ends}

@@ -1,8 +1,11 @@
-"""Kills, planted faults and fuzzers, and a table of what was lost: `python scripts/soak.py [--kills 8] [--fuzzed 1000000]`.
+"""Kill processes, plant faults and fuzz, and print a table of what was lost.
 
-Kills: real processes are killed (SIGKILL) at random moments, some in the middle of a checkpoint, and gone on with until they
-end; what they leave must be that of a process that nobody killed, bit for bit (seconds and memory apart).
-Faults: the tests marked `fault`. Fuzzers: scripts/fuzz.py on every target.
+    python scripts/soak.py [--kills 8] [--fuzzed 1000000]
+
+Kills: real processes are killed (SIGKILL) at random moments, some in the middle of a checkpoint,
+and resumed until they end; what they leave must be that of a process that nobody killed, bit
+for bit (seconds and memory apart). Faults: the tests marked `fault`. Fuzzers: scripts/fuzz.py on
+every target.
 """
 
 import argparse
@@ -41,7 +44,8 @@ _GIVE_UP = 600  # seconds for a process that was not killed
 
 @dataclass(frozen=True)
 class Job:
-    """What is killed: the arguments of a command that begins or goes on in a folder, and what it leaves there in the end."""
+    """What is killed: the arguments of a command that begins or goes on in a folder, and what it
+    leaves there in the end."""
 
     name: str
     arguments: Callable[[Path], list[str]]
@@ -67,7 +71,8 @@ def timeless(value: Any) -> Any:
 
 
 def bits(folder: Path, *patterns: str) -> dict[str, str]:
-    """Hashes of files, by name below `folder` (names that hash a path are *); of JSON without what is timed."""
+    """Hashes of files, by name below `folder` (names that hash a path are *); of JSON without what
+    is timed."""
     found = {}
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         data = path.read_bytes()
@@ -87,14 +92,19 @@ def jobs(place: Path, url: str) -> list[Job]:
     """Every verb that takes long, on a tiny model; at `url` somebody answers."""
     data = {
         "model": str(place / "model"),
-        "task": {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl"), "anchor": "Name it.",
-                 "metrics": ["nll", "exact_match"], "max_new_tokens": 4},
+        "task": {
+            "train": str(place / "train.jsonl"),
+            "test": str(place / "test.jsonl"),
+            "anchor": "Name it.",
+            "metrics": ["nll", "exact_match"],
+            "max_new_tokens": 4,
+        },
         "general": str(place / "pool.jsonl"),
         "mix": {"general_per_task": 2, "repeats": 4},
         "train": {**tiny_settings().model_dump(), "save_every": 1, "evaluations": 6},
         "eval": {"general_rows": 8, "draws": 100},
         "compare": {"arms": ["base", "sft", "tell"], "seeds": [0, 1]},
-    }  # fmt: skip
+    }
     run_file = place / "run.yaml"
     run_file.write_text(json.dumps(data))
     write_rows(place / "anchors.jsonl", [])
@@ -124,23 +134,50 @@ def jobs(place: Path, url: str) -> list[Job]:
     return [
         Job("train", verb("train"), lambda out: bits(out, *made), checkpoints=True),
         Job("compare", verb("compare"), lambda out: bits(out, *made), checkpoints=True),
-        Job("pool build", lambda out: ["pool", "build", str(place / "big.jsonl"), "--jobs", "2"],
-            lambda out: bits(out, "cache/pools/**/*.arrow", "cache/pools/**/*.npy", "cache/pools/**/*.parquet")),
-        Job("selfgen", lambda out: ["selfgen", str(out / "made.jsonl"), "-n", "1500", "--endpoint", url,
-                                    "--endpoint-model", "m"],
-            lambda out: bits(out, "made.*")),
-        Job("anchor score", lambda out: ["anchor", "score", str(run_file), str(place / "anchors.jsonl"), "--out",
-                                       str(out / "s.json")],
-            lambda out: bits(out, "s.json")),
-    ]  # fmt: skip
+        Job(
+            "pool build",
+            lambda out: ["pool", "build", str(place / "big.jsonl"), "--jobs", "2"],
+            lambda out: bits(
+                out, "cache/pools/**/*.arrow", "cache/pools/**/*.npy", "cache/pools/**/*.parquet"
+            ),
+        ),
+        Job(
+            "selfgen",
+            lambda out: [
+                "selfgen",
+                str(out / "made.jsonl"),
+                "-n",
+                "1500",
+                "--endpoint",
+                url,
+                "--endpoint-model",
+                "m",
+            ],
+            lambda out: bits(out, "made.*"),
+        ),
+        Job(
+            "anchor score",
+            lambda out: [
+                "anchor",
+                "score",
+                str(run_file),
+                str(place / "anchors.jsonl"),
+                "--out",
+                str(out / "s.json"),
+            ],
+            lambda out: bits(out, "s.json"),
+        ),
+    ]
 
 
 def said(body: dict[str, Any], number: int) -> tuple[int, str]:
-    """What a model says that takes its time, and says the same to the same question of the same seed."""
+    """What a model says that takes its time, and says the same to the same question of the same
+    seed."""
     time.sleep(0.01)
     return (
         200,
-        f"What may a {WORDS[body['seed'] % 16]} of {body['seed'] % 997} years do on a day like number {body['seed'] % 7919}?",
+        f"What may a {WORDS[body['seed'] % 16]} of {body['seed'] % 997} years do on a day like "
+        f"number {body['seed'] % 7919}?",
     )
 
 
@@ -170,7 +207,8 @@ def half_written(out: Path) -> bool:
 def kill_often(
     job: Job, work: Path, kills: int, rng: random.Random, say: Callable[[str], None]
 ) -> Row:
-    """Kill a command `kills` times, a third of them in mid-checkpoint where it has some, and let it end."""
+    """Kill a command `kills` times, a third of them in mid-checkpoint where it has some, and let it
+    end."""
     row = Row(f"kill {job.name}")
     reference, out = work / f"{job.name}-whole", work / f"{job.name}-killed"
     began = time.monotonic()
@@ -190,7 +228,9 @@ def kill_often(
         while time.monotonic() < limit and process.poll() is None:
             if in_checkpoint and half_written(out):
                 break
-            if not in_checkpoint:  # a checkpoint of a tiny model takes a few milliseconds: that is looked for without a pause
+            # a checkpoint of a tiny model takes a few milliseconds: that is looked for without a
+            # pause
+            if not in_checkpoint:
                 time.sleep(0.02)
         over = process.poll() is not None
         process.kill()
@@ -222,9 +262,22 @@ def kill_often(
 def faults() -> Row:
     """The tests marked `fault`."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "fault", "-p", "no:cacheprovider", "--durations=0", "-rA"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "fault",
+            "-p",
+            "no:cacheprovider",
+            "--durations=0",
+            "-rA",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     passed, failed = (
         len(set(re.findall(rf"^{kind} (\S+)", done.stdout, re.M)))
         for kind in ("PASSED", "(?:FAILED|ERROR)")
@@ -240,9 +293,19 @@ def faults() -> Row:
 def fuzz(target: str, runs: int, corpus: Path, seed: int) -> Row:
     """One target of the fuzzer."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "fuzz.py"), target, str(runs), str(corpus / target), str(seed)],
-        capture_output=True, text=True, check=False, errors="replace",
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "scripts" / "fuzz.py"),
+            target,
+            str(runs),
+            str(corpus / target),
+            str(seed),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        errors="replace",
+    )
     executed = re.search(r"number_of_executed_units: (\d+)", done.stderr + done.stdout)
     tried = int(executed.group(1)) if executed else 0
     found = [

@@ -25,10 +25,20 @@ from typing import IO, Any
 
 PATIENCE = 900  # seconds that a step may take
 LIBRARIES = (
-    "accelerate", "datasets", "matplotlib.figure", "peft", "pyarrow.parquet", "rich.progress",
-    "scipy.stats", "sacrebleu", "sklearn.linear_model", "torch", "transformers", "typer",
+    "accelerate",
+    "datasets",
+    "matplotlib.figure",
+    "peft",
+    "pyarrow.parquet",
+    "rich.progress",
+    "scipy.stats",
+    "sacrebleu",
+    "sklearn.linear_model",
+    "torch",
+    "transformers",
+    "typer",
     "transformers.models.llama.modeling_llama",
-)  # fmt: skip
+)
 
 
 def main() -> None:

@@ -1,9 +1,12 @@
-"""A control for `fulcrum scale`: a task whose sub-skill occurs in general data alone. `python scripts/planted.py FOLDER`.
+"""A control for `fulcrum scale`: a task whose sub-skill occurs in general data alone.
 
-Every word has a made-up code, which general rows tell in many forms. The task asks for a ticket that holds the code of a word;
-its few rows show the form and the codes of four words, its test asks for the other six. So task rows alone cannot teach it,
-however often they are shown: mixing must win, the curve must fall with the amount of general data, and it must not where
-general rows have each other's answers (the design `permuted`), since nothing is then left to transfer.
+`python validation/planted.py FOLDER`.
+
+Every word has a made-up code, which general rows tell in many forms. The task asks for a ticket
+that holds the code of a word; its few rows show the form and the codes of four words, its test asks
+for the other six. So task rows alone cannot teach it, however often they are shown: mixing must
+win, the curve must fall with the amount of general data, and it must not where general rows have
+each other's answers (the design `permuted`), since nothing is then left to transfer.
 """
 
 import argparse
@@ -24,21 +27,40 @@ from fulcrum.mechanism.scale import run_scale
 from fulcrum.stats.intervals import Interval
 
 WORDS = (
-    "brook", "stone", "lamp", "sparrow", "kettle", "meadow", "button", "candle", "drum", "engine",
-)  # fmt: skip
+    "brook",
+    "stone",
+    "lamp",
+    "sparrow",
+    "kettle",
+    "meadow",
+    "button",
+    "candle",
+    "drum",
+    "engine",
+)
 KNOWN = 4  # words of which the task's rows tell the codes
 _LETTERS = "BDFGHJKLMNPQRSTVWXZ"
 _ASKED = (
-    "What is the code of {}?", "Which code has {}?", "Tell me the code for {}.", "{}: its code?", "I need the code of {}.",
-    "Look up {} in the code book.", "Code book entry of {}:", "How is {} written in code?", "Give {} as a code.",
-    "Please encode {}.", "{} in the code book?", "Say the code that belongs to {}.",
-)  # fmt: skip
+    "What is the code of {}?",
+    "Which code has {}?",
+    "Tell me the code for {}.",
+    "{}: its code?",
+    "I need the code of {}.",
+    "Look up {} in the code book.",
+    "Code book entry of {}:",
+    "How is {} written in code?",
+    "Give {} as a code.",
+    "Please encode {}.",
+    "{} in the code book?",
+    "Say the code that belongs to {}.",
+)
 _PAIRS = ("What are the codes of {} and {}?", "Look up {}, then {}.")
 _TRIPLES = ("The codes of {}, {} and {}?", "Encode {}, {}, {}.")
 
 
 def rows(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
-    """Prompts and answers of the task's `train` (16) and `test` (48) rows, and of the `pool` (1,740)."""
+    """Prompts and answers of the task's `train` (16) and `test` (48) rows, and of the `pool`
+    (1,740)."""
     rng = random.Random(seed)
     pairs = [a + b for a in _LETTERS for b in _LETTERS if a != b]
     codes = dict(zip(WORDS, rng.sample(pairs, len(WORDS)), strict=True))
@@ -76,24 +98,37 @@ def settings(folder: Path, **changes: Any) -> Settings:
     files = write(folder / "data")
     return settings_from_dict(
         {
-            "task": {"name": "tickets", "train": files["train"], "test": files["test"], "anchor": "Write the ticket.",
-                     "metrics": ["nll", "exact_match"], "max_new_tokens": 12},
+            "task": {
+                "name": "tickets",
+                "train": files["train"],
+                "test": files["test"],
+                "anchor": "Write the ticket.",
+                "metrics": ["nll", "exact_match"],
+                "max_new_tokens": 12,
+            },
             "general": files["pool"],
             "clean": {"near_duplicates": 0},  # the pool's rows are alike on purpose
             "train": {"max_length": 128, "compile": "never"},
             "eval": {"general_rows": 16},
             "compare": {"seeds": [0, 1, 2]},
-            "scale": {"rows": 16, "repeats": 2, "ratios": [0, 4, 32], "designs": ["exposures", "permuted"]},
+            "scale": {
+                "rows": 16,
+                "repeats": 2,
+                "ratios": [0, 4, 32],
+                "designs": ["exposures", "permuted"],
+            },
             "output_dir": str(folder / "run"),
             **changes,
         }
-    )  # fmt: skip
+    )
 
 
 def judge(found: Mapping[str, Any]) -> dict[str, bool]:
-    """What must hold of `scaling.json`, and whether it does: 95% intervals over seeds, and the F test of the levels.
+    """What must hold of `scaling.json`, and whether it does: 95% intervals over seeds, and the F
+    test of the levels.
 
-    The skill itself is whether codes are right (exact match): wrong answers teach the loss what codes look like.
+    The skill itself is whether codes are right (exact match): wrong answers teach the loss what
+    codes look like.
     """
     nll, exact = (
         {
@@ -129,7 +164,8 @@ def _told(interval: Interval) -> str:
 
 
 def main() -> None:
-    """Run the control with the default model; print its verdicts and whether they are as planted, else exit with 1."""
+    """Run the control with the default model; print its verdicts and whether they are as planted,
+    else exit with 1."""
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("folder", type=Path)
     asked.add_argument("--jobs", type=int, default=1)

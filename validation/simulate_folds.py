@@ -1,9 +1,12 @@
-"""Whether intervals over folds cover the truth, with and without Nadeau and Bengio's factor: comparisons without a test file.
+"""Count how often intervals over folds cover the truth: comparisons without a test file.
 
-    python scripts/simulate_folds.py
+With and without the factor of Nadeau and Bengio (2003).
 
-Two ridge regressions (penalties 1 and 30, 20 inputs) are compared by their squared error, each fold by what the others trained.
-The truth is the mean difference over 1,500 data sets of the training size, on 2,000 new rows each.
+    python validation/simulate_folds.py
+
+Two ridge regressions (penalties 1 and 30, 20 inputs) are compared by their squared error, each fold
+by what the others trained. The truth is the mean difference over 1,500 data sets of the training
+size, on 2,000 new rows each.
 """
 
 import numpy as np

@@ -1,11 +1,11 @@
-"""Whether the intervals of `fulcrum.row_savings` cover what they claim to cover: experiments with planted curves.
+"""Count how often the intervals of `fulcrum.stats.row_savings` cover what was planted.
 
-    python scripts/simulate.py                 # 1,000 experiments a case, some minutes
-    python scripts/simulate.py --experiments 200
+    python validation/simulate.py                 # 1,000 experiments a case, some minutes
+    python validation/simulate.py --experiments 200
 
-An experiment has SFT at 16 to 256 rows, SFT with the anchor and TELL at some of these, S seeds and 200 test rows in 50 groups.
-The seeds' chains dominate: they move all arms together, each arm, and each arm at each size. Truth is what the same measured
-sizes show without noise.
+An experiment has SFT at 16 to 256 rows, SFT with the anchor and TELL at some of these, S seeds and
+200 test rows in 50 groups. The seeds' chains dominate: they move all arms together, each arm, and
+each arm at each size. Truth is what the same measured sizes show without noise.
 """
 
 import argparse
@@ -35,7 +35,8 @@ Curve = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Case:
-    """Planted curves: SFT's, SFT with the anchor's, and TELL's, by number of rows; `mixed`: where the latter are measured."""
+    """Planted curves: SFT's, SFT with the anchor's, and TELL's, by number of rows; `mixed`: where
+    the latter are measured."""
 
     name: str
     sft: Curve
@@ -77,20 +78,45 @@ CASES = (
     Case("worse", _log(0.0, 0.2), _log(-0.1, 0.2), _log(-0.15, 0.2)),
     Case("beyond what sizes show", _log(0.0, 0.2), _log(-0.1, 0.2), _log(2.0, 0.2)),
     Case("flat reference", _log(0.0, 0.0), _log(-0.1, 0.0), _log(0.05, 0.0)),
-    Case("no gain, references alike, on test", _log(0.0, 0.2), _log(0.0, 0.2), _log(0.0, 0.2), on_test=True),
-    Case("no gain, four references alike, on test", _log(0, 0.2), _log(0, 0.2), _log(0, 0.2), on_test=True, more=2),
     Case(
-        "no gain, seeds that move all arms, on test", _log(0, 0.2), _log(-0.5, 0.2), _log(0, 0.2), on_test=True, chain=1.0
+        "no gain, references alike, on test",
+        _log(0.0, 0.2),
+        _log(0.0, 0.2),
+        _log(0.0, 0.2),
+        on_test=True,
+    ),
+    Case(
+        "no gain, four references alike, on test",
+        _log(0, 0.2),
+        _log(0, 0.2),
+        _log(0, 0.2),
+        on_test=True,
+        more=2,
+    ),
+    Case(
+        "no gain, seeds that move all arms, on test",
+        _log(0, 0.2),
+        _log(-0.5, 0.2),
+        _log(0, 0.2),
+        on_test=True,
+        chain=1.0,
     ),
     Case("worse, on test", _log(0.0, 0.2), _log(-0.1, 0.2), _log(-0.15, 0.2), on_test=True),
-    Case("saving of 3, on test", _log(0.0, 0.2), _log(-0.05, 0.2), lambda d: _log(0.0, 0.2)(3 * d), on_test=True),
-)  # fmt: skip
+    Case(
+        "saving of 3, on test",
+        _log(0.0, 0.2),
+        _log(-0.05, 0.2),
+        lambda d: _log(0.0, 0.2)(3 * d),
+        on_test=True,
+    ),
+)
 
 
 def outcomes(
     case: Case, seeds: int, rng: np.random.Generator
 ) -> tuple[dict[Point, FloatArray], dict[Point, FloatArray], list[str]]:
-    """Outcomes (seeds, rows) of one experiment by point, dev scores (seeds,) by point, and the rows' groups."""
+    """Outcomes (seeds, rows) of one experiment by point, dev scores (seeds,) by point, and the
+    rows' groups."""
     place = np.repeat(np.arange(GROUPS), ROWS // GROUPS)
     difficulty = rng.normal(0, GROUP, GROUPS)[place]
     chain = rng.normal(0, case.chain, (seeds, 1))
@@ -134,9 +160,13 @@ def _evaluate(drawn: row_savings.Draws, case: Case) -> Answer:
         else difference.high < 0
     )
     return Answer(
-        difference, row_savings.p_value(gained), row_savings.row_saving(drawn, "tell", ref),
-        row_savings.row_gain(drawn, "tell", 64, ref), row_savings.identifiable(ref, SIZES[-1]), worse,
-    )  # fmt: skip
+        difference,
+        row_savings.p_value(gained),
+        row_savings.row_saving(drawn, "tell", ref),
+        row_savings.row_gain(drawn, "tell", 64, ref),
+        row_savings.identifiable(ref, SIZES[-1]),
+        worse,
+    )
 
 
 def truth(case: Case) -> Answer:
@@ -179,8 +209,12 @@ def report(case: Case, seeds: int, experiments: int) -> None:
         ],
     }
     saving = np.median([a.saving.estimate for a in found])
-    print(f"\n## {case.name}, {seeds} seeds, {experiments} experiments; true difference {true.difference.estimate:.3f}, "
-          f"saving {true.saving.estimate:.2f}, gain {true.gain.estimate:.2f}; median saving found {saving:.2f}")  # fmt: skip
+    print(
+        f"\n## {case.name}, {seeds} seeds, {experiments} experiments; true difference "
+        f"{true.difference.estimate:.3f}, "
+        f"saving {true.saving.estimate:.2f}, gain {true.gain.estimate:.2f}; median saving "
+        f"found {saving:.2f}"
+    )
     for what, hits in shares.items():
         print(f"  {what:22} {np.mean(hits):6.1%}", flush=True)
 

@@ -1,21 +1,24 @@
 """The positive control of quanta discovery: multitask sparse parity, whose quanta are planted.
 
-    python scripts/parity.py --out /tmp/parity                 # 20 tasks, seeds 0 to 2, some minutes
-    python scripts/parity.py --out /tmp/parity --seeds 5
+    python validation/parity.py --out /tmp/parity   # 20 tasks, seeds 0 to 2, some minutes
+    python validation/parity.py --out /tmp/parity --seeds 5
 
-The toy of Michaud et al. 2023 (arXiv 2303.13506): an input is a one-hot task and random bits, the answer the parity of the k
-bits that are the task's; tasks have frequencies i^-(alpha + 1). A ReLU network of one hidden layer learns from fresh samples.
-Every task's loss falls in a step of its own, the mean loss as a power law. Then samples are drawn as in training, those that
-are not learned (a loss of 0.1 nats and more, as in the paper's code) are left out and counted, and `clusters.find` is given
-their gradients: it has to find the tasks, and how many they are.
+The toy of Michaud et al. 2023 (arXiv 2303.13506): an input is a one-hot task and random bits, the
+answer the parity of the k bits that are the task's; tasks have frequencies i^-(alpha + 1). A ReLU
+network of one hidden layer learns from fresh samples. Every task's loss falls in a step of its own,
+the mean loss as a power law. Then samples are drawn as in training, those that are not learned (a
+loss of 0.1 nats and more, as in the paper's code) are skipped and counted, and `clusters.find` is
+given their gradients: it has to find the tasks, and how many they are.
 
 What differs from the paper, which has 500 tasks, 100 bits and hours on a GPU, and why:
-- Control bits are 8 high, not 1, and data bits are -1 and 1: hidden units are then gated by the task within a minute. It takes
-  that: at 5, 14 clusters are found (adjusted Rand index 0.995, seed 0), and at 3 only 2 (0.46), as gradients of different tasks
-  have so much in common, though 19 tasks are learned. So the control says how the tool does where tasks use different units.
-- The gradient of a sample is that of its log-odds of answer 1. The loss's own is the same times p - y: two samples of one task
-  with different answers pull opposite ways, so that their affinity is near 0 and each task is two clusters, one an answer.
-  Both are reported. Tokens of a large vocabulary are not each other's negation, so that this is a trait of two answers.
+- Control bits are 8 high, not 1, and data bits are -1 and 1: hidden units are then gated by the
+  task within a minute. It takes that: at 5, 14 clusters are found (adjusted Rand index 0.995,
+  seed 0), and at 3 only 2 (0.46), as gradients of different tasks have so much in common, though
+  19 tasks are learned. So the control says how the tool does if tasks use different units.
+- The gradient of a sample is that of its log-odds of answer 1. The loss's own is the same times
+  p - y: two samples of one task with different answers pull opposite ways, so that their affinity
+  is near 0 and each task is two clusters, one an answer. Both are reported. Tokens of a large
+  vocabulary are not each other's negation, so that this is a trait of two answers.
 """
 
 import argparse
@@ -99,7 +102,8 @@ class Trained:
 
 
 def train(toy: Toy) -> Trained:
-    """Train on fresh samples with Adam; losses are measured at up to 120 steps, evenly spaced in their logarithm."""
+    """Train on fresh samples with Adam; losses are measured at up to 120 steps, evenly spaced in
+    their logarithm."""
     source = Source(toy)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(toy.seed)
@@ -124,7 +128,8 @@ def train(toy: Toy) -> Trained:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """Learned samples: gradients (n, d) of the log-odds, tasks and answers (n,), and how many were drawn."""
+    """Learned samples: gradients (n, d) of the log-odds, tasks and answers (n,), and how many were
+    drawn."""
 
     gradients: npt.NDArray[np.float32]
     tasks: IntArray
@@ -133,7 +138,8 @@ class Items:
 
     @property
     def of_loss(self) -> npt.NDArray[np.float32]:
-        """Directions of the loss's own gradients (n, d): against the log-odds where the answer is 1."""
+        """Directions of the loss's own gradients (n, d): against the log-odds where the answer is
+        1."""
         found: npt.NDArray[np.float32] = self.gradients * (1 - 2 * self.answers[:, None]).astype(
             np.float32
         )
@@ -141,7 +147,8 @@ class Items:
 
 
 def items(trained: Trained, n: int) -> Items:
-    """Draw n samples by frequency and take the learned ones' gradients with respect to all parameters, whole."""
+    """Draw n samples by frequency and take the learned ones' gradients with respect to all
+    parameters, whole."""
     first, _, last = trained.network
     assert isinstance(first, Linear)
     assert isinstance(last, Linear)
@@ -166,10 +173,13 @@ def items(trained: Trained, n: int) -> Items:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How step-like learning was. `octaves` (tasks,): doublings of the step from 90% to 10% of chance, nan where a task did not
-    get there; `octaves_mean` is that of the mean loss. `halves` (tasks,): the step at which a task's loss is halved.
-    `exponent`, `r2`: of the power law of the mean loss between `start` and `end`, the steps by which the first task and half
-    the tasks are learned: of a finite number of tasks the rest of the curve has to fall faster.
+    """How step-like learning was.
+
+    `octaves` (tasks,): doublings of the step from 90% to 10% of chance, nan where a task did not
+    get there; `octaves_mean` is that of the mean loss. `halves` (tasks,): the step at which a
+    task's loss is halved. `exponent`, `r2`: of the power law of the mean loss between `start` and
+    `end`, the steps by which the first task and half the tasks are learned: of a finite number of
+    tasks the rest of the curve has to fall faster.
     """
 
     octaves: FloatArray
@@ -201,7 +211,8 @@ def shape(trained: Trained) -> Shape:
 
 
 def _crossing(steps: IntArray, losses: FloatArray, share: float) -> float:
-    """The step, interpolated in its logarithm, at which a loss first falls below a share of chance; nan if it never does."""
+    """The step, interpolated in its logarithm, at which a loss first falls below a share of chance;
+    nan if it never does."""
     below = losses <= share * np.log(2)
     place = int(np.argmax(below))
     if not below.any() or place == 0:
@@ -212,7 +223,8 @@ def _crossing(steps: IntArray, losses: FloatArray, share: float) -> float:
 
 
 def _octaves(steps: IntArray, losses: FloatArray) -> float:
-    """Doublings of the step from the last time a loss is at 90% of chance to the first time that it is at 10%."""
+    """Doublings of the step from the last time a loss is at 90% of chance to the first time that it
+    is at 10%."""
     end = _crossing(steps, losses, 0.1)
     above = np.flatnonzero((losses >= 0.9 * np.log(2)) & (steps < end))
     return float(np.log2(end / steps[above[-1]])) if len(above) else np.nan
@@ -252,9 +264,13 @@ def draw_losses(trained: Trained, found: Shape, path: Path) -> None:
     inside = (trained.steps >= found.start) & (trained.steps <= found.end)
     right.plot(trained.steps, mean, color="#0072B2", label="mean over tasks, by frequency")
     right.plot(
-        trained.steps[inside], found.line[inside], color="#D55E00", linestyle="--", linewidth=2,
+        trained.steps[inside],
+        found.line[inside],
+        color="#D55E00",
+        linestyle="--",
+        linewidth=2,
         label=f"step^-{found.exponent:.2f} (R² {found.r2:.3f}), from the first to half the tasks",
-    )  # fmt: skip
+    )
     right.set(
         xscale="log",
         xlim=(10, trained.steps[-1]),
@@ -268,7 +284,8 @@ def draw_losses(trained: Trained, found: Shape, path: Path) -> None:
 
 
 def draw_affinity(taken: Items, found: Clusters, path: Path, most: int = 800) -> None:
-    """Affinities sorted by found clusters, with the planted tasks beside them; of every item or an even share of them."""
+    """Affinities sorted by found clusters, with the planted tasks beside them; of every item or an
+    even share of them."""
     from matplotlib.figure import Figure
 
     labels = np.zeros(len(taken.tasks), np.int64) if found.labels is None else found.labels
@@ -296,7 +313,10 @@ def draw_affinity(taken: Items, found: Clusters, path: Path, most: int = 800) ->
     for edge in np.flatnonzero(np.diff(labels[order])) + 0.5:
         main.axhline(edge, color="white", linewidth=0.35)
         main.axvline(edge, color="white", linewidth=0.35)
-    title = f"{found.k} clusters found, adjusted Rand index with {len(np.unique(taken.tasks))} planted tasks: "
+    title = (
+        f"{found.k} clusters found, adjusted Rand index with {len(np.unique(taken.tasks))} planted "
+        "tasks: "
+    )
     main.set(xticks=[], yticks=[], title=title + f"{agreement(found, taken.tasks):.3f}")
     main.title.set_fontsize(10)
     figure.colorbar(
@@ -306,7 +326,8 @@ def draw_affinity(taken: Items, found: Clusters, path: Path, most: int = 800) ->
 
 
 def run(toy: Toy, n: int, out: Path | None = None) -> dict[str, Any]:
-    """One network: train, take n samples' gradients, find clusters; the numbers, and with `out` the plots."""
+    """One network: train, take n samples' gradients, find clusters; the numbers, and with `out` the
+    plots."""
     trained = train(toy)
     form, taken = shape(trained), items(trained, n)
     found = clusters.find(taken.gradients, seed=toy.seed)
@@ -336,7 +357,7 @@ def run(toy: Toy, n: int, out: Path | None = None) -> dict[str, Any]:
 
 
 def _order(halves: FloatArray) -> float:
-    """Spearman correlation of tasks' ranks by frequency with the steps at which they are learned."""
+    """Return Spearman's correlation of tasks' ranks by frequency with the steps that learn them."""
     from scipy.stats import spearmanr
 
     reached = ~np.isnan(halves)

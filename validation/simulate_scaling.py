@@ -1,11 +1,12 @@
-"""Whether `fulcrum.mechanism.jumps` claims jumps where none were planted, and find those that were.
+"""Count the jumps that `fulcrum.mechanism.jumps` claims if none or some were planted.
 
-    python scripts/simulate_scaling.py                    # 500 experiments a cell, some minutes on one core
-    python scripts/simulate_scaling.py --experiments 100
+    python validation/simulate_scaling.py    # 500 experiments a cell, some minutes
+    python validation/simulate_scaling.py --experiments 100
 
-Smooth truths rise by 1 over the levels (the constant by 0); noise is the standard deviation of one seed at one level, and a
-seed moves its whole chain besides. Some truths lie outside of every form that is fitted: exponential saturation, a hump. A cell
-of the false alarms is one noise and one number of seeds; "p alone" is the bootstrap without the other conditions.
+Smooth truths rise by 1 over the levels (the constant by 0); noise is the standard deviation of one
+seed at one level, and a seed moves its whole chain besides. Some truths lie outside of every form
+that is fitted: exponential saturation, a hump. A cell of the false alarms is one noise and one
+number of seeds; "p alone" is the bootstrap without the other conditions.
 """
 
 import argparse
@@ -59,8 +60,8 @@ SMOOTH: dict[str, Curve] = {
 
 @dataclass(frozen=True)
 class Noise:
-    """How seeds differ: `kind` gauss, t3 (scaled to the same deviation), drift (a random walk over levels), or unequal (a fifth
-    from the third level on)."""
+    """How seeds differ: `kind` gauss, t3 (scaled to the same deviation), drift (a random walk over
+    levels), or unequal (a fifth from the third level on)."""
 
     sd: float
     kind: str = "gauss"
@@ -90,7 +91,8 @@ def experiments(
     *,
     every_p: bool = False,
 ) -> tuple[BoolArray, FloatArray]:
-    """Which of `number` experiments claim an improving jump, and their p; a false alarm counts in either direction."""
+    """Which of `number` experiments claim an improving jump, and their p; a false alarm counts in
+    either direction."""
     scores = curve + noise.draw(
         np.random.default_rng([seed, seeds, len(levels)]), (number, seeds, len(levels))
     )
@@ -107,7 +109,10 @@ def false_alarms(number: int) -> Iterator[Table]:
     """Each smooth truth: claims over all cells, and the worst cell."""
     totals = {"claimed": 0, "p alone": 0, "experiments": 0, "cells above 1%": 0}
     for levels in (SHORT, LONG):
-        title = f"False alarms, {len(levels)} levels up to {levels[-1]:g}: jumps claimed, either way, where the truth is smooth"
+        title = (
+            f"False alarms, {len(levels)} levels up to {levels[-1]:g}: jumps claimed, either way, "
+            "where the truth is smooth"
+        )
         table = Table(title=title)
         for column in ("truth", "claimed", "worst cell", "p < 0.01 alone"):
             table.add_column(column)
@@ -127,9 +132,11 @@ def false_alarms(number: int) -> Iterator[Table]:
             claimed, alone = sum(cell[0] for cell in cells), sum(cell[1] for cell in cells)
             worst = max(cells)
             table.add_row(
-                name, share(claimed, number * len(cells)), f"{worst[0] / number:.2%} ({worst[2]})" if worst[0] else "none",
+                name,
+                share(claimed, number * len(cells)),
+                f"{worst[0] / number:.2%} ({worst[2]})" if worst[0] else "none",
                 share(alone, number * len(cells)),
-            )  # fmt: skip
+            )
             totals["claimed"] += claimed
             totals["p alone"] += alone
             totals["experiments"] += number * len(cells)
@@ -140,15 +147,21 @@ def false_alarms(number: int) -> Iterator[Table]:
     table = Table(title="False alarms in all")
     for column in totals:
         table.add_column(column)
-    table.add_row(share(totals["claimed"], totals["experiments"]), share(totals["p alone"], totals["experiments"]),
-                  str(totals["experiments"]), str(totals["cells above 1%"]))  # fmt: skip
+    table.add_row(
+        share(totals["claimed"], totals["experiments"]),
+        share(totals["p alone"], totals["experiments"]),
+        str(totals["experiments"]),
+        str(totals["cells above 1%"]),
+    )
     yield table
 
 
 def other_noise(number: int) -> Table:
-    """False alarms where the noise is not what the test assumes."""
+    """Return the false alarms if the noise is not what the test assumes."""
     table = Table(
-        title="False alarms under other noise (sd 0.05, 5 seeds): p < 0.01 alone, and all conditions"
+        title=(
+            "False alarms under other noise (sd 0.05, 5 seeds): p < 0.01 alone, and all conditions"
+        )
     )
     for column in ("levels", "noise", "truth", "p alone", "claimed"):
         table.add_column(column)
@@ -175,10 +188,14 @@ def other_noise(number: int) -> Table:
 
 
 def powers(number: int) -> Iterator[Table]:
-    """How often planted jumps are found: by size over the noise of one seed, place, shape of what lies around, and seeds."""
+    """How often planted jumps are found: by size over the noise of one seed, place, shape of what
+    lies around, and seeds."""
     for levels, sizes in ((SHORT, (5, 10, 20, 40, 80)), (LONG, (1, 2, 4, 6, 8, 12, 20))):
         table = Table(
-            title=f"Power, {len(levels)} levels up to {levels[-1]:g}: jumps found, by size in units of one seed's noise"
+            title=(
+                f"Power, {len(levels)} levels up to {levels[-1]:g}: jumps found, by size in units "
+                "of one seed's noise"
+            )
         )
         for column in ("step between", "background", "seeds", *(f"{size:g}" for size in sizes)):
             table.add_column(column)
@@ -204,9 +221,13 @@ def powers(number: int) -> Iterator[Table]:
 
 
 def rows(number: int) -> Table:
-    """False discovery proportions of `row_jumps`, 500 rows an experiment, and how many planted jumps it finds."""
+    """False discovery proportions of `row_jumps`, 500 rows an experiment, and how many planted
+    jumps it finds."""
     table = Table(
-        title="Rows: false discovery proportion (nominal 10%), 500 rows; truly jumping rows fall by 1 nat, noise 0.15"
+        title=(
+            "Rows: false discovery proportion (nominal 10%), 500 rows; truly jumping rows fall by "
+            "1 nat, noise 0.15"
+        )
     )
     for column in (
         "levels",
@@ -244,8 +265,15 @@ def rows(number: int) -> Table:
             some.append(bool((jumps & ~true).any()))
             found.append(float(jumps[true].mean()) if jumping else np.nan)
         error = float(np.std(false) / np.sqrt(number))
-        table.add_row(str(len(levels)), kind, f"{slope:g}", f"{jumping:.0%}", f"{np.mean(false):.1%} ± {error:.1%}",
-                      f"{np.mean(some):.0%}", f"{np.mean(found):.0%}" if jumping else "-")  # fmt: skip
+        table.add_row(
+            str(len(levels)),
+            kind,
+            f"{slope:g}",
+            f"{jumping:.0%}",
+            f"{np.mean(false):.1%} ± {error:.1%}",
+            f"{np.mean(some):.0%}",
+            f"{np.mean(found):.0%}" if jumping else "-",
+        )
     return table
 
 
