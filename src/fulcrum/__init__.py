@@ -1,4 +1,4 @@
-"""Fulcrum: leverage learning. Adapt a language model with a few task rows and much general data, and prove what it bought.
+"""Adapt a language model with few task rows and much general data, and prove what it brought.
 
 Names are loaded on first use, so that `import fulcrum` costs next to nothing.
 """
@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fulcrum.api import compare, evaluate, load_adapter, train, verify
+    from fulcrum.api import compare, evaluate, load_adapter, quanta, scale, train, verify
     from fulcrum.config.sections import MixSettings as Mix
     from fulcrum.config.sections import TaskSettings as Task
     from fulcrum.core.types import Anchor, Example, Message, Results
@@ -25,15 +25,30 @@ _HOME = {
     "evaluate": "api.evaluate",
     "load_adapter": "api.load_adapter",
     "plan": "data.mix.plan",
+    "quanta": "api.quanta",
     "read": "data.task_data.read",
+    "scale": "api.scale",
     "train": "api.train",
     "verify": "api.verify",
 }
 
 __all__ = [
-    "Anchor", "Example", "Message", "Mix", "Results", "Task",
-    "compare", "evaluate", "load_adapter", "plan", "read", "train", "verify",
-]  # fmt: skip
+    "Anchor",
+    "Example",
+    "Message",
+    "Mix",
+    "Results",
+    "Task",
+    "compare",
+    "evaluate",
+    "load_adapter",
+    "plan",
+    "quanta",
+    "read",
+    "scale",
+    "train",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
