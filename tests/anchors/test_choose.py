@@ -1,4 +1,5 @@
-"""`anchor: auto`: proposed, scored and chosen from training rows alone, kept, read back, and shown; and the commands for it."""
+"""`anchor: auto`: proposed, scored and chosen from training rows alone, kept, read back, and shown;
+and the commands for it."""
 
 import json
 from collections.abc import Iterator
@@ -35,8 +36,13 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings_of(folder: Path, anchor: Any = AUTO, **more: Any) -> Settings:
     place = folder if (folder / "train.jsonl").exists() else save_task(folder, 32, 4)
-    task = {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl"), "anchor": anchor, "metrics": ["nll"],
-            "max_new_tokens": 4}  # fmt: skip
+    task = {
+        "train": str(place / "train.jsonl"),
+        "test": str(place / "test.jsonl"),
+        "anchor": anchor,
+        "metrics": ["nll"],
+        "max_new_tokens": 4,
+    }
     return comparison_settings(place, place / "out", task=task, **more)
 
 
@@ -52,8 +58,10 @@ def test_a_run_chooses_keeps_says_and_shows(
     assert AUTO["candidates"][0] in {score["text"] for score in own if score["source"] == "given"}
     assert sum(score["source"] == "template" for score in own) == 6
     assert sorted(score["source"] for score in known["scores"] if score not in own) == [
-        "control: another task's", "control: none", "control: random tokens",
-    ]  # fmt: skip
+        "control: another task's",
+        "control: none",
+        "control: random tokens",
+    ]
     assert (
         known["rows"] == 26 - 6
     )  # a fifth of 32 rows are dev rows; a quarter of the rest was shown
@@ -219,9 +227,22 @@ def yaml_of(folder: Path, **task: Any) -> Path:
 def test_propose_and_score_on_the_command_line(tmp_path: Path) -> None:
     file, out = yaml_of(tmp_path), tmp_path / "anchors.jsonl"
     text = done(
-        "anchor", "propose", file, "--out", out, "-n", 3, "--by", "template", "--placement", "system",
-        "--placement", "response_prefix", "--text", "Say which colour the animal has.",
-    )  # fmt: skip
+        "anchor",
+        "propose",
+        file,
+        "--out",
+        out,
+        "-n",
+        3,
+        "--by",
+        "template",
+        "--placement",
+        "system",
+        "--placement",
+        "response_prefix",
+        "--text",
+        "Say which colour the animal has.",
+    )
     assert f"next: fulcrum anchor score {file} {out}" in text
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["placement"] for row in rows] == [
@@ -282,9 +303,11 @@ def test_what_a_run_has_to_settle_cannot_be_written_before(tmp_path: Path) -> No
 @pytest.fixture
 def endpoint() -> Iterator[tuple[str, Asked]]:
     texts = [
-        "Name the colour that this animal has today.", "- Name the colour that this animal has today.",
-        "I'm sorry, but I cannot do that for you today.", "Tell which of three colours goes with the animal.",
-    ]  # fmt: skip
+        "Name the colour that this animal has today.",
+        "- Name the colour that this animal has today.",
+        "I'm sorry, but I cannot do that for you today.",
+        "Tell which of three colours goes with the animal.",
+    ]
     said = iter(texts * 9)
     with answering.endpoint(lambda *_: (200, next(said))) as (url, asked):
         yield url, asked
@@ -296,8 +319,9 @@ def test_an_endpoint_proposes(tmp_path: Path, endpoint: tuple[str, Asked]) -> No
     options = ["--by", "endpoint", "--endpoint", url, "--endpoint-model", "m", "-n", 2]
     text = done("anchor", "propose", yaml_of(tmp_path), "--out", out, *options)
     assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == [
-        "Name the colour that this animal has today.", "Tell which of three colours goes with the animal.",
-    ]  # fmt: skip
+        "Name the colour that this animal has today.",
+        "Tell which of three colours goes with the animal.",
+    ]
     assert "1 × endpoint: proposed twice" in text
     assert "1 × endpoint: refusal" in text
     questions = [each["messages"][0]["content"] for each in asked]
@@ -316,8 +340,12 @@ def test_answers_that_all_begin_with_the_prefix_are_refused_before_anything_is_s
 ) -> None:
     place = save_task(tmp_path, 32, 4)
     write_rows(place / "train.jsonl", ((f"q {k}", f"The answer: {k}") for k in range(32)))
-    task = {"train": str(place / "train.jsonl"), "test": str(place / "test.jsonl"), "metrics": ["nll"],
-            "anchor": {"text": "The answer: ", "placement": "response_prefix"}}  # fmt: skip
+    task = {
+        "train": str(place / "train.jsonl"),
+        "test": str(place / "test.jsonl"),
+        "metrics": ["nll"],
+        "anchor": {"text": "The answer: ", "placement": "response_prefix"},
+    }
     with pytest.raises(ConfigError, match="begin their answers with its text already"):
         run_training(comparison_settings(place, place / "out", task=task))
     assert not (place / "out").exists()

@@ -1,4 +1,5 @@
-"""Anchors in words: what templates say of rows, what is asked of a writer, and what is no anchor."""
+"""Anchors in words: what templates say of rows, what is asked of a writer, and what is no
+anchor."""
 
 import pytest
 
@@ -25,14 +26,15 @@ def test_templates_say_what_inputs_and_answers_look_like() -> None:
     found = propose.templates(BASH, "nl2bash", "user_prefix")
     assert found[0] == "Read the input and give the answer only, without any explanation."
     assert found[1] == (
-        'For example, "find files in directory number 0" is answered with "find . -name 0". Do it like that.'
+        'For example, "find files in directory number 0" is answered with "find . -name 0". Do '
+        "it like that."
     )
-    assert (
-        found[2]
-        == "Answer the input with a short text that mostly begins with find, as all answers here do."
+    assert found[2] == (
+        "Answer the input with a short text that mostly begins with find, as all answers here do."
     )
     assert found[3] == (
-        "Each input is a request about directory, files, number. Give a short text and do not explain it."
+        "Each input is a request about directory, files, number. Give a short text and do not "
+        "explain it."
     )
     assert (
         "one JSON object with the keys intent, slots"

@@ -1,4 +1,5 @@
-"""Scores of anchors on the frozen model: the loss by its definition, controls, the rule, the cache."""
+"""Scores of anchors on the frozen model: the loss by its definition, controls, the rule, the
+cache."""
 
 from dataclasses import replace
 from pathlib import Path

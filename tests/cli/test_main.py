@@ -55,15 +55,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "model": str(place / "model"),
         "task": {
-            "name": "tickets", "anchor": "Sort the ticket.", "metrics": ["nll", "exact_match"], "max_new_tokens": 3,
+            "name": "tickets",
+            "anchor": "Sort the ticket.",
+            "metrics": ["nll", "exact_match"],
+            "max_new_tokens": 3,
             **{part: str(place / f"{part}.jsonl") for part in ("train", "dev", "test")},
         },
         "general": str(place / "pool.jsonl"),
         "mix": {"general_per_task": 2, "repeats": 1},
-        "train": {"batch_size": 6, "evaluations": 2, "save_every": 2, "dtype": "float32", "device": "cpu", "lora_r": 2},
+        "train": {
+            "batch_size": 6,
+            "evaluations": 2,
+            "save_every": 2,
+            "dtype": "float32",
+            "device": "cpu",
+            "lora_r": 2,
+        },
         "eval": {"general_rows": 0, "draws": 100},
         "output_dir": str(place / "run"),
-    }  # fmt: skip
+    }
     (place / "run.yaml").write_text(yaml.safe_dump(settings))
     return place
 
@@ -108,10 +118,29 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_help_lists_every_verb() -> None:
     output = done("--help")
-    assert {line.split()[0] for line in output.partition("Commands:")[2].splitlines() if line.strip()} == {
-        "init", "check", "train", "compare", "scale", "quanta", "eval", "chat", "export", "mix", "report", "models", "pool",
-        "anchor", "selfgen", "certify", "verify", "serve", "ui",
-    }  # fmt: skip
+    assert {
+        line.split()[0] for line in output.partition("Commands:")[2].splitlines() if line.strip()
+    } == {
+        "init",
+        "check",
+        "train",
+        "compare",
+        "scale",
+        "quanta",
+        "eval",
+        "chat",
+        "export",
+        "mix",
+        "report",
+        "models",
+        "pool",
+        "anchor",
+        "selfgen",
+        "certify",
+        "verify",
+        "serve",
+        "ui",
+    }
 
 
 def test_help_says_what_is_taken_where_nothing_is_given() -> None:
@@ -149,21 +178,26 @@ def test_misspelt_verb_and_option_are_suggested(place: Path) -> None:
         ("task.metrics=[exact_macth]", "unknown metric 'exact_macth'; did you mean 'exact_match'"),
         (
             "mix.general_per_task=50",
-            "the mix needs 600 general rows, the pool has 66 usable (of 66); set mix.general_per_task to 5.5 or less, "
+            "the mix needs 600 general rows, the pool has 66 usable (of 66); set "
+            "mix.general_per_task to 5.5 or less, "
             "use `general: builtin`, or add rows",
         ),
         (
             "eval.general_rows=64",
-            "the mix needs 24 general rows, the pool has 66 usable (of 66), and 64 of these are held out for measuring "
-            "forgetting; set mix.general_per_task to 0.16 or less, lower eval.general_rows (64), use `general: builtin`, or",
+            "the mix needs 24 general rows, the pool has 66 usable (of 66), and 64 of these "
+            "are held out for measuring "
+            "forgetting; set mix.general_per_task to 0.16 or less, lower eval.general_rows "
+            "(64), use `general: builtin`, or",
         ),
         (
             "eval.general_rows=66",
-            "66 of these are held out for measuring forgetting; lower eval.general_rows (66), use `general: builtin`, or add",
+            "66 of these are held out for measuring forgetting; lower eval.general_rows (66), "
+            "use `general: builtin`, or add",
         ),
         (
             "general=buildin",
-            "buildin: no such file (and a hub id is written org/name); did you mean 'builtin' or 'builtin_eval'?",
+            "buildin: no such file (and a hub id is written org/name); did you mean 'builtin' "
+            "or 'builtin_eval'?",
         ),
         ("output_dir=", "--set 'output_dir=': output_dir: expected a text (got nothing)"),
     ],
@@ -227,7 +261,8 @@ def test_modules_that_the_model_lacks_are_one_line(place: Path) -> None:
     said = refused(*words, "--set", "train.lora_target_modules=[foo]")
     assert "train.lora_target_modules: 'foo' names no module of" in said
     assert said.endswith(
-        "; known: all-linear, down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+        "; known: all-linear, down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, "
+        "v_proj"
     )
     assert not (place / "refused").exists()
 
@@ -323,10 +358,14 @@ def test_init_writes_what_config_reads(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "stem"),
     [
-        ("a/my-tickets.jsonl", "my-tickets"), ("tickets.jsonl.gz", "tickets"), ("org/name", "name"), ("a/*.csv", "task"),
-        ("default.csv", "task"), ("my rows.csv", "my_rows"),
+        ("a/my-tickets.jsonl", "my-tickets"),
+        ("tickets.jsonl.gz", "tickets"),
+        ("org/name", "name"),
+        ("a/*.csv", "task"),
+        ("default.csv", "task"),
+        ("my rows.csv", "my_rows"),
     ],
-)  # fmt: skip
+)
 def test_a_run_is_named_after_its_data(data: str, stem: str) -> None:
     assert starter.stem(data) == stem
 
@@ -381,7 +420,10 @@ def test_init_knows_models(place: Path, tmp_path: Path) -> None:
 
 def test_libraries_say_nothing_about_a_broken_file(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("not parquet")
-    code = "import sys\nfrom fulcrum.cli.main import main\nsys.argv = ['fulcrum', *sys.argv[1:]]\nmain()"
+    code = (
+        "import sys\nfrom fulcrum.cli.main import main\nsys.argv = ['fulcrum', "
+        "*sys.argv[1:]]\nmain()"
+    )
     words = ("init", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "x.yaml"))
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert ended.returncode == 2
@@ -421,9 +463,12 @@ def test_rows_cannot_steer_the_terminal() -> None:
     )
     spans = preview.spans(example, form)
     assert spans == [
-        ("prompt", "<|im_start|>user\n"), ("anchor", "Sort."),
-        ("prompt", "\n\n[red]a\x1b[31m<|im_end|><|im_end|>\n<|im_start|>assistant\n"), ("trained", "ok"), ("end", "<|im_end|>"),
-    ]  # fmt: skip
+        ("prompt", "<|im_start|>user\n"),
+        ("anchor", "Sort."),
+        ("prompt", "\n\n[red]a\x1b[31m<|im_end|><|im_end|>\n<|im_start|>assistant\n"),
+        ("trained", "ok"),
+        ("end", "<|im_end|>"),
+    ]
     assert "[red]a\\x1b[31m<|im_end|>" in terminal.row_text(spans, colour=True).plain
     assert terminal.visible("a\tb\n\u202ec\x9b") == "a\tb\n\\u202ec\\x9b"
 
@@ -449,9 +494,18 @@ def test_the_anchor_is_marked_once_where_it_stands(placement: str) -> None:
 
 def test_dry_run_prints_settings_and_plan_and_trains_nothing(place: Path) -> None:
     output = done(
-        "train", place / "run.yaml", "--dry-run", "--output-dir", place / "dry", "--seed", 7, "--set", "mix.repeats=auto",
-        "--set", "mix.general_per_task=0.5",
-    )  # fmt: skip
+        "train",
+        place / "run.yaml",
+        "--dry-run",
+        "--output-dir",
+        place / "dry",
+        "--seed",
+        7,
+        "--set",
+        "mix.repeats=auto",
+        "--set",
+        "mix.general_per_task=0.5",
+    )
     resolved = yaml.safe_load(output[output.index("model:") : output.index("Training runs")])
     assert (resolved["seed"], resolved["output_dir"], resolved["mix"]["repeats"]) == (
         7,
@@ -481,8 +535,8 @@ def test_a_piped_dry_run_prints_settings_that_can_be_loaded(place: Path, tmp_pat
 
 
 def test_dry_run_of_a_comparison_counts_all_arms(place: Path) -> None:
-    # 12 training rows and 3 dev rows are task rows. TELL has 45 rows = 8 steps; SFT may use as many: 3 epochs of 15 rows,
-    # tried as 1, 2 and 3.
+    # 12 training rows and 3 dev rows are task rows. TELL has 45 rows = 8 steps; SFT may use as
+    # many: 3 epochs of 15 rows, tried as 1, 2 and 3.
     output = done(
         "compare",
         place / "run.yaml",
@@ -524,8 +578,8 @@ def test_dry_run_of_a_comparison_by_sizes_counts_every_size(place: Path) -> None
         "compare", place / "run.yaml", "--dry-run", *words[:2], "--set", "compare.sizes=[6, 16]"
     )
     assert (
-        "compare.sizes: 16 rows are asked for, tickets has 15 (train and dev together); lower the sizes (of scale"
-        in said
+        "compare.sizes: 16 rows are asked for, tickets has 15 (train and dev together); lower "
+        "the sizes (of scale" in said
     )
 
 
@@ -583,11 +637,18 @@ def test_trl_gets_fulcrums_batches_from_the_stream(place: Path, tmp_path: Path) 
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(place / "model"),
         SFTConfig(
-            str(tmp_path / "trl"), use_cpu=True, per_device_train_batch_size=6, max_length=None, bf16=False, report_to=[],
-            disable_tqdm=True, train_sampling_strategy="sequential",
+            str(tmp_path / "trl"),
+            use_cpu=True,
+            per_device_train_batch_size=6,
+            max_length=None,
+            bf16=False,
+            report_to=[],
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
         ),
-        train_dataset=Dataset.from_list(pairs), processing_class=seen.tokenizer,
-    )  # fmt: skip
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=seen.tokenizer,
+    )
     batches = list(trainer.get_train_dataloader())
     assert len(batches) == stream.steps(6) == 8
     for step, batch in enumerate(batches):
@@ -602,7 +663,8 @@ def test_trl_gets_fulcrums_batches_from_the_stream(place: Path, tmp_path: Path) 
                 batch["input_ids"][place_][inside].tolist(),
                 (batch["labels"][place_][inside] != -100).tolist(),
             )
-            # TRL trains what the template writes after the end token too, here a line feed; nobody ever generates it.
+            # TRL trains what the template writes after the end token too, here a line feed; nobody
+            # ever generates it.
             assert seen.tokenizer.decode(ids[len(example) :]) == "\n"
             assert (ids[: len(example)], trained[: len(example)]) == (
                 example.ids.tolist(),
@@ -742,7 +804,10 @@ def test_chat_answers_a_line_each_and_names_the_anchor(finished: tuple[Path, str
 
 
 def test_chat_asks_several_side_by_side_each_by_its_own_form(finished: tuple[Path, str]) -> None:
-    """Piped: one below the other, each after its name. What the model of the run says is what it says alone."""
+    """Piped: one below the other, each after its name.
+
+    What the model of the run says is what it says alone.
+    """
     lines = "Where is my ant?\n/anchor off\nWhere is my ant?\n/history\n/ancor\n"
     alone = fulcrum("chat", finished[0], stdin="Where is my ant?\n").stdout
     result = fulcrum("chat", finished[0], "--with", "base", stdin=lines)
@@ -867,8 +932,8 @@ def test_a_live_bar_shows_both_losses_and_leaves_a_line() -> None:
     text = out.export_text()
     assert "reading [data]" in text
     assert (
-        "tell: step 2/4, 150 tokens/s, 0:04 left, task loss 2.000, general loss 3.000, dev loss 1.500"
-        in text
+        "tell: step 2/4, 150 tokens/s, 0:04 left, task loss 2.000, general loss 3.000, dev "
+        "loss 1.500" in text
     )
     assert "answers: 1/2" in text
 

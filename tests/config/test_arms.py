@@ -49,7 +49,8 @@ def material() -> RunData:
 
 
 def test_what_is_known_of_built_in_arms_is_whole_and_stays_out_of_files() -> None:
-    """Every reference has its advice, ranks are no two arms', and a run folder holds what a user may set only."""
+    """Every reference has its advice, ranks are no two arms', and a run folder holds what a user
+    may set only."""
     known = ARMS.values()
     assert {arm.name for arm in known if arm.advice} == {
         arm.name for arm in known if arm.is_reference
@@ -161,7 +162,8 @@ def test_a_single_run_is_the_arm_that_its_settings_describe(
 
 
 def test_what_else_is_tuned_takes_the_place_of_epochs(material: RunData, given: Settings) -> None:
-    """TELL tries four numbers of repeats; an arm with a second setting has two numbers of epochs and two of that."""
+    """TELL tries four numbers of repeats; an arm with a second setting has two numbers of epochs
+    and two of that."""
     tried = {
         name: resolve(ARMS[name], material, given).trials
         for name in ("tell", "sft", "sft_kl", "soup")
@@ -176,9 +178,14 @@ def test_what_else_is_tuned_takes_the_place_of_epochs(material: RunData, given: 
     assert tried["soup"] == tuple(
         Hyperparameters(epochs, scale=scale) for epochs in (4, 13) for scale in (1.0, 0.5)
     )  # of three
-    assert [setting.name for setting in (tried["sft"][1], tried["sft_kl"][0], *tried["soup"][:2])] == [
-        "repeats3", "repeats6-kl0.1", "repeats4", "repeats4-scale0.5",
-    ]  # fmt: skip
+    assert [
+        setting.name for setting in (tried["sft"][1], tried["sft_kl"][0], *tried["soup"][:2])
+    ] == [
+        "repeats3",
+        "repeats6-kl0.1",
+        "repeats4",
+        "repeats4-scale0.5",
+    ]
 
 
 def test_every_arm_tries_the_learning_rates_and_decays_that_are_given(material: RunData) -> None:

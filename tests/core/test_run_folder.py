@@ -1,4 +1,5 @@
-"""One folder holds one run, and one process works on it; what a run made is sealed, and what was killed leaves no litter."""
+"""One folder holds one run, and one process works on it; what a run made is sealed, and what was
+killed leaves no litter."""
 
 import json
 import os
@@ -89,7 +90,10 @@ def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 5 * 2**20))
     with pytest.raises(
         StoreError,
-        match=r"a run folder needs 64 MiB, the disk has 5 MiB free; free some space or set output_dir",
+        match=(
+            r"a run folder needs 64 MiB, the disk has 5 MiB free; free some space or set "
+            r"output_dir"
+        ),
     ):
         run_folder.open_run(tmp_path / "new" / "run", IDENTITY, resume=False)
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +127,10 @@ def test_a_second_process_is_refused_by_pid_and_time_until_the_first_is_gone(
     with (
         pytest.raises(
             StoreError,
-            match=rf"run: process {first.pid} on \S+ has been working on it since \d{{4}}-\d\d-\d\d .* UTC",
+            match=(
+                rf"run: process {first.pid} on \S+ has been working on it since \d{{4}}-\d\d-\d\d "
+                r".* UTC"
+            ),
         ),
         run_folder.held(tmp_path / "run"),
     ):

@@ -1,4 +1,5 @@
-"""A folder holds one run, a file is whole or as it was, and equal values have equal fingerprints."""
+"""A folder holds one run, a file is whole or as it was, and equal values have equal
+fingerprints."""
 
 import hashlib
 import json
@@ -255,7 +256,8 @@ def test_a_folder_that_cannot_be_filled_leaves_what_was_there(
         store.write_folder(tmp_path / "f", fails)
     if isinstance(error, OSError):
         assert str(raised.value) == (
-            f"{tmp_path / 'f'}: cannot write: No space left on device; free some space or set output_dir (or FULCRUM_CACHE, "
+            f"{tmp_path / 'f'}: cannot write: No space left on device; free some space or set "
+            "output_dir (or FULCRUM_CACHE, "
             "for models and pools) to another disk"
         )
     assert store.damaged(tmp_path / "f") == []

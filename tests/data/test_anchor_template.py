@@ -1,4 +1,5 @@
-"""The anchor stands in every conversation of its task exactly once, and `bake` and `apply` put it in the same place."""
+"""The anchor stands in every conversation of its task exactly once, and `bake` and `apply` put it
+in the same place."""
 
 from typing import get_args
 
@@ -14,9 +15,12 @@ from helpers.tiny import CHATML, FORGETFUL, TRIMMING, tiny_tokenizer
 
 PLACEMENTS = get_args(Placement)
 SYSTEM, ASK, ANSWER, AGAIN, LAST = (
-    Message("system", "Be brief."), Message("user", "One?"), Message("assistant", "1"), Message("user", "Two?"),
+    Message("system", "Be brief."),
+    Message("user", "One?"),
+    Message("assistant", "1"),
+    Message("user", "Two?"),
     Message("assistant", "2"),
-)  # fmt: skip
+)
 SINGLE, MULTI = (ASK,), (ASK, ANSWER, AGAIN)
 TOKENIZER = tiny_tokenizer()
 
@@ -29,7 +33,10 @@ def render(template: str, messages: tuple[Message, ...], generation_prompt: bool
 
 
 ANCHORED = {
-    "system": "<|im_start|>system\nSORT.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n",
+    "system": (
+        "<|im_start|>system\nSORT.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ),
     "user_prefix": "<|im_start|>user\nSORT.\n\nOne?<|im_end|>\n<|im_start|>assistant\n",
     "user_suffix": "<|im_start|>user\nOne?\n\nSORT.<|im_end|>\n<|im_start|>assistant\n",
     "response_prefix": "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\nSORT.",
@@ -47,19 +54,23 @@ def test_a_single_question(placement: Placement) -> None:
 ANCHORED_MULTI = {
     "system": (
         "<|im_start|>system\nSORT.\n\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n"
-        "<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     ),
     "user_prefix": (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSORT.\n\nOne?<|im_end|>\n"
-        "<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     ),
     "user_suffix": (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n"
-        "<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\nTwo?\n\nSORT.<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\nTwo?\n\n"
+        "SORT.<|im_end|>\n<|im_start|>assistant\n"
     ),
     "response_prefix": (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n"
-        "<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\nSORT."
+        "<|im_start|>assistant\n1<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n"
+        "<|im_start|>assistant\nSORT."
     ),
 }
 
@@ -120,7 +131,7 @@ def test_apply_keeps_what_a_message_says_about_training() -> None:
 def test_apply_needs_a_user_turn(placement: Placement) -> None:
     with pytest.raises(
         ConfigError,
-        match=f"placement '{placement}' needs a user turn, the row has none; use placement 'system'",
+        match=f"placement '{placement}' needs a user turn, the row has none; use",
     ):
         anchor_template.apply((SYSTEM, LAST), Anchor("SORT.", placement))
 

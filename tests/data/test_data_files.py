@@ -1,4 +1,5 @@
-"""The packaged data are what their README says: counted, apart by content, free of template text, remade by their scripts."""
+"""The packaged data are what their README says: counted, apart by content, free of template text,
+remade by their scripts."""
 
 import gzip
 import json

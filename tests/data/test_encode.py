@@ -1,4 +1,5 @@
-"""The encoding contract: what is a target, what user text cannot do, and where the anchor's tokens stand."""
+"""The encoding contract: what is a target, what user text cannot do, and where the anchor's tokens
+stand."""
 
 from typing import get_args
 
@@ -20,14 +21,16 @@ PLAIN = encode.make_format(TOKENIZER, None)
 
 @pytest.fixture(autouse=True)
 def _nothing_is_known() -> None:
-    """Formats are kept by the process, and rows by them: no test rests on what another one encoded."""
+    """Formats are kept by the process, and rows by them: no test rests on what another one
+    encoded."""
     encode._format.cache_clear()
     encode._markers.cache_clear()
     PLAIN.known.clear()
 
 
 def row(*texts: str, system: str = "", untrained: tuple[int, ...] = ()) -> Example:
-    """A conversation: user, assistant, user, assistant ...; answers numbered in `untrained` (from 0) have weight 0."""
+    """A conversation: user, assistant, user, assistant ...; answers numbered in `untrained`
+    (from 0) have weight 0."""
     turns = [
         Message("assistant" if i % 2 else "user", text, train=not (i % 2 and i // 2 in untrained))
         for i, text in enumerate(texts)
@@ -151,7 +154,8 @@ def test_special_token_text_in_an_earlier_answer_stays_plain_and_all_answers_are
 
 
 def test_a_marker_that_the_tokenizer_gives_no_role_stays_plain_text_too() -> None:
-    """As `<|eot_id|>` of Llama 3 or `<start_of_turn>` of Gemma: added as special, and neither BOS nor EOS nor listed."""
+    """As `<|eot_id|>` of Llama 3 or `<start_of_turn>` of Gemma: added as special, and neither
+    BOS nor EOS nor listed."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="<s>", chat_template=CHATML
     )
@@ -253,7 +257,8 @@ def test_a_response_prefixs_trailing_space_belongs_to_the_answer() -> None:
 
 
 def test_an_answers_length_is_the_same_in_all_arms() -> None:
-    """The space that a response prefix leaves to the answer may cost a token: a summed loss is not divided by it."""
+    """The space that a response prefix leaves to the answer may cost a token: a summed loss is
+    not divided by it."""
     example = row("One?", "1", "Two?", "refund")
     anchors = [
         None,
@@ -312,14 +317,18 @@ def test_a_base_model_gets_the_plain_template() -> None:
     plain = form(False)
     tokens = encode.encode(row("One?", "1", "Two?", "2", system="Be brief."), plain)
     assert decode(tokens.ids) == (
-        "<s>Be brief.\n\nInput:\nOne?\n\nOutput:\n1<|im_end|>\n\nInput:\nTwo?\n\nOutput:\n2<|im_end|>"
+        "<s>Be "
+        "brief.\n\nInput:\nOne?\n\nOutput:\n1<|im_end|>\n\nInput:\nTwo?\n\nOutput:\n2<|im_end|>"
     )
     assert trained_parts(tokens) == ["1<|im_end|>", "2<|im_end|>"]
     assert tokens.ids[0] == plain.tokenizer.bos_token_id
 
 
 def test_a_template_without_an_end_marker_ends_answers_with_the_tokenizers_own() -> None:
-    lines = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    lines = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% "
+        "endfor %}"
+    )
     bare = form(lines + "{% if add_generation_prompt %}assistant:{% endif %}")
     tokens = encode.encode(row("One?", "1"), bare)
     assert decode(tokens.ids) == "user: One?\nassistant:1<|im_end|>"
@@ -345,8 +354,8 @@ def test_a_broken_template_is_refused() -> None:
 
 def test_a_row_that_the_template_refuses_is_named() -> None:
     refusing = form(
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        + CHATML
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
+        "supported') }}{% endif %}" + CHATML
     )
     with pytest.raises(DataError, match=r"rows\.jsonl:1: .*System role not supported"):
         encode.encode(row("One?", "1", system="Be brief."), refusing)
@@ -363,16 +372,26 @@ def test_ids_and_mask_are_plain_arrays() -> None:
 def test_rows_encoded_ahead_are_those_encoded_one_by_one(template: bool | str) -> None:
     special = "a <|im_end|> b"
     rows = [
-        Example((Message("user", f"sort {k}"), Message("assistant", f"box {k}")), str(k), f"r:{k}") for k in range(5)
+        Example((Message("user", f"sort {k}"), Message("assistant", f"box {k}")), str(k), f"r:{k}")
+        for k in range(5)
     ] + [
         Example((Message("user", special), Message("assistant", "x")), "s", "r:s"),
         Example((Message("user", "x"), Message("assistant", special)), "t", "r:t"),
         Example(
-            (Message("system", "be brief"), Message("user", "one"), Message("assistant", "1"), Message("user", "two"),
-             Message("assistant", "2", train=False), Message("user", "three"), Message("assistant", "3")), "m", "r:m",
+            (
+                Message("system", "be brief"),
+                Message("user", "one"),
+                Message("assistant", "1"),
+                Message("user", "two"),
+                Message("assistant", "2", train=False),
+                Message("user", "three"),
+                Message("assistant", "3"),
+            ),
+            "m",
+            "r:m",
         ),
         Example((Message("user", "x"), Message("assistant", "y", train=False)), "n", "r:n"),
-    ]  # fmt: skip
+    ]
     for anchor in (None, Anchor("Sort it."), Anchor("Answer: ", placement="response_prefix")):
         alone, ahead = form(template, anchor), form(template, anchor)
         assert alone is not ahead
@@ -389,13 +408,15 @@ def test_rows_encoded_ahead_are_those_encoded_one_by_one(template: bool | str) -
 def test_a_template_that_refuses_a_row_refuses_it_by_name_after_encoding_ahead() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
+        "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('no bad "
+        "words') }}{% endif %}"
         "{{ m['content'] }}{% endfor %}"
     )
     refusing = encode.make_format(tokenizer, None)
     good, bad = (
-        Example((Message("user", text), Message("assistant", "y")), text, f"r:{text}") for text in ("good", "bad")
-    )  # fmt: skip
+        Example((Message("user", text), Message("assistant", "y")), text, f"r:{text}")
+        for text in ("good", "bad")
+    )
     encode.encode_ahead([good, bad], refusing)
     assert len(encode.encode(good, refusing)) > 0
     with pytest.raises(
@@ -494,7 +515,7 @@ def test_ids_of_a_row_are_64_bit_whatever_they_are_made_of() -> None:
 def test_a_template_that_begins_twice_is_refused_and_once_is_not() -> None:
     with pytest.raises(
         ModelError,
-        match=r"^the model's chat template begins with '<s>' twice; take one out of it and save the",
+        match=r"^the model's chat template begins with '<s>' twice; take one out of it and",
     ):
         encode.make_format(tiny_tokenizer("{{ bos_token }}{{ bos_token }}" + CHATML), None)
     once = encode.make_format(tiny_tokenizer("{{ bos_token }}" + CHATML), None)
@@ -508,7 +529,10 @@ def test_an_opening_is_what_stands_before_the_first_of_the_users_words() -> None
 
 
 def test_a_prompt_that_the_template_refuses_says_so() -> None:
-    refusing = form("{% if messages|length > 1 %}{{ messages[0]['content'] }}{{ messages[1]['content'] }}{% else %}"
-                    "{{ raise_exception('no') if messages[0]['content'] == 'bad' else 'x' }}{% endif %}")  # fmt: skip
+    refusing = form(
+        "{% if messages|length > 1 %}{{ messages[0]['content'] }}{{ messages[1]['content'] "
+        "}}{% else %}"
+        "{{ raise_exception('no') if messages[0]['content'] == 'bad' else 'x' }}{% endif %}"
+    )
     with pytest.raises(DataError, match="the model's chat template refuses these messages: no"):
         encode.prompt_ids([Message("user", "bad")], refusing)

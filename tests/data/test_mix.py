@@ -24,7 +24,8 @@ every_order = pytest.mark.parametrize("order", ORDERS)
 
 CHANCES = (0.03234672816961037, 0.6739353295506166, 0.6801017682583281)  # seed 5, "anchor"
 
-# A stream of 3 task rows (T), shown twice, among 9 of 20 general rows (g), seed 7. A change here breaks resuming old runs.
+# A stream of 3 task rows (T), shown twice, among 9 of 20 general rows (g), seed 7. A change here
+# breaks resuming old runs.
 GOLDEN = {
     "random": "T0 g3 T0 g18 g15 g14 g13 T1 g19 g16 g11 T1 g17 T2 T2",
     "epoch_stratified": "g16 T1 T2 g15 g19 g17 T0 g18 g13 g11 T0 T2 g3 g14 T1",
@@ -167,7 +168,8 @@ def test_splitmix64_is_the_published_generator():
 @every_permutation
 @pytest.mark.parametrize("n", [50, 64, 100])
 def test_mean_image_of_every_item_is_the_middle(permute, n):
-    """Mean over seeds of each item's place: sum of squared z-scores is chi-square with n - 1 degrees of freedom."""
+    """Mean over seeds of each item's place: sum of squared z-scores is chi-square with n - 1
+    degrees of freedom."""
     n_seeds = 400
     places = np.array(
         [permute(np.arange(n), n, seed, "chi", 0) for seed in range(n_seeds)], dtype=float
@@ -296,7 +298,8 @@ def test_without_general_rows_it_is_plain_sft(order):
 
 
 def test_random_is_a_full_shuffle():
-    """Over seeds, every position holds a task row equally often: 5 x 200 draws in a stream of 25."""
+    """Over seeds, every position holds a task row equally often: 5 x 200 draws in a stream of
+    25."""
     counts = sum(
         whole(make(n_task=5, n_general=20, repeats=1, general_per_task=4, seed=s))[0].astype(int)
         for s in range(200)
@@ -359,7 +362,8 @@ def test_fingerprint_covers_every_field():
 
 
 def test_positions_that_exceed_64_bits_are_refused_and_no_others():
-    """N * (RT + 1) must stay below 2**63: of one task row and G general rows that is 2 * (G + 1)."""
+    """N * (RT + 1) must stay below 2**63: of one task row and G general rows that is 2 * (G +
+    1)."""
     most = 2**62 - 2
     assert len(Plan(1, most, 1, most, "random", 0)) == most + 1
     assert (
@@ -374,7 +378,8 @@ def test_positions_that_exceed_64_bits_are_refused_and_no_others():
 
 def test_a_pool_that_is_too_small_names_the_settings_that_work():
     message = (
-        "mix: general_per_task 4 × repeats 8 × 500 task rows = 16,000 general rows, but the pool has 10,000 and none is "
+        "mix: general_per_task 4 × repeats 8 × 500 task rows = 16,000 general rows, but the "
+        "pool has 10,000 and none is "
         "shown twice. Set general_per_task to 2.5, or repeats to 5, or add 6,000 general rows."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
@@ -428,7 +433,8 @@ def test_slices_outside_the_plan(start, stop):
 
 
 def test_share_counts_examples_tokens_and_loss_tokens():
-    """Long general answers: a fifth of the examples is a tenth of the tokens and 3% of what is learned."""
+    """Long general answers: a fifth of the examples is a tenth of the tokens and 3% of what is
+    learned."""
     is_task = np.array([True, False, False, False, False])
     s = share(is_task, np.array([40, 90, 90, 90, 90]), np.array([6, 49, 48, 49, 48]))
     assert (s.examples, s.tokens, s.loss_tokens) == (0.2, 0.1, 0.03)

@@ -1,4 +1,5 @@
-"""The pool stays on disk and gives the rows that `read` gives; selection counts every row and plants no leak."""
+"""The pool stays on disk and gives the rows that `read` gives; selection counts every row and
+plants no leak."""
 
 import json
 import os
@@ -133,7 +134,8 @@ NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 
 
 def test_every_planted_fault_is_counted_with_its_reason(tmp_path):
-    """N-grams are those of one message: 13 words, 8 in messages under 13; rows with less everywhere are compared whole."""
+    """N-grams are those of one message: 13 words, 8 in messages under 13; rows with less everywhere
+    are compared whole."""
     thirteen, twelve = " ".join(WORDS[:13]), " ".join(WORDS[1:13])
     pool = open_pool(
         [
@@ -186,7 +188,8 @@ def test_every_planted_fault_is_counted_with_its_reason(tmp_path):
 
 @pytest.mark.parametrize("words", range(8, 16))
 def test_a_task_rows_prompt_is_found_whatever_the_answers_are(tmp_path, words):
-    """A short prompt and its answer together are 13 words and more: that must not hide the prompt."""
+    """A short prompt and its answer together are 13 words and more: that must not hide the
+    prompt."""
     question = " ".join(WORDS[:words])
     pool = open_pool(
         [jsonl(tmp_path / "a.jsonl", (question.title(), "quite another answer"))], seed=0
@@ -205,7 +208,8 @@ def test_a_task_rows_prompt_is_found_whatever_the_answers_are(tmp_path, words):
     ],
 )
 def test_the_same_text_in_another_form_is_the_same(tmp_path, held, general):
-    """As a leak, and as a repeat within the pool (where it is only punctuation that differs, it is none)."""
+    """As a leak, and as a repeat within the pool (where it is only punctuation that differs, it
+    is none)."""
     pool = open_pool([jsonl(tmp_path / "a.jsonl", (general, "yes"), (held, "yes"))], seed=0)
     assert len(pool) == (2 if "!" in general else 1)
     chosen = pick(pool, 9, held_out_rows=[task(held, "yes")])
@@ -233,7 +237,10 @@ def test_scripts_without_spaces_are_compared_letter_by_letter(tmp_path):
     assert filters.words("ไทย cafe\u0301 北京2026") == ["ไ", "ท", "ย", "café", "北", "京", "2026"]
 
 
-SHARED = "You are a helpful assistant who answers every question with great care and in full sentences, as its user asks."
+SHARED = (
+    "You are a helpful assistant who answers every question with great care and in full sentences, "
+    "as its user asks."
+)
 
 
 def spoken(*texts, system=None):
@@ -365,7 +372,8 @@ def test_a_general_row_with_the_anchors_text_is_refused(tmp_path, place):
 
 
 def test_all_repeats_and_leaks_planted_in_a_hundred_thousand_rows_are_found(tmp_path):
-    """1,000 exact repeats (other case and spacing), and texts of 60 task and held-out rows in 300 rows; nothing else goes."""
+    """1,000 exact repeats (other case and spacing), and texts of 60 task and held-out rows in
+    300 rows; nothing else goes."""
     rng = np.random.default_rng(0)
     words = np.array([f"w{k}" for k in range(20_000)])
     texts = [" ".join(row) for row in words[rng.integers(len(words), size=(98_700, 12))]]
@@ -405,8 +413,10 @@ def test_all_repeats_and_leaks_planted_in_a_hundred_thousand_rows_are_found(tmp_
     assert pool.left_out == {"duplicate": 1000}
     chosen = pick(pool, len(everything), task_rows=own[::2], held_out_rows=own[1::2])
     assert Counter(r.reason.partition(" with ")[0] for r in chosen.rejects) == {
-        "is a task or held-out row": 100, "shares an 8-gram": 100, "shares a 13-gram": 100,
-    }  # fmt: skip
+        "is a task or held-out row": 100,
+        "shares an 8-gram": 100,
+        "shares a 13-gram": 100,
+    }
     assert {e.question for e in chosen.examples} == set(texts)
 
 
@@ -414,7 +424,8 @@ HEADER = (
     "below is an instruction that describes what is wanted so write a response that fits it well:"
 )
 SYSTEMS = [
-    f"you are a helpful assistant of kind {k} who thinks step by step and explains every answer very carefully"
+    f"you are a helpful assistant of kind {k} who thinks step by step and explains every "
+    "answer very carefully"
     for k in range(3)
 ]
 
@@ -448,7 +459,10 @@ def test_rows_held_out_of_a_pool_do_not_take_it_with_them(tmp_path):
 
 
 def test_what_a_held_out_row_alone_says_is_kept_out_of_the_mix(tmp_path):
-    page = "the lighthouse was lit in the year of the great storm by a keeper who had come from the north"
+    page = (
+        "the lighthouse was lit in the year of the great storm by a keeper who had come from the "
+        "north"
+    )
     apart = [
         example(f"{page} what was lit", "the lighthouse"),
         example(f"{HEADER} where is it", "there"),
@@ -457,19 +471,25 @@ def test_what_a_held_out_row_alone_says_is_kept_out_of_the_mix(tmp_path):
     apart += [example(f"{HEADER} what is {word}", word) for word in WORDS]
     apart = [Example(row.messages, f"g{k}", f"o{k}") for k, row in enumerate(apart)]
     rows = [
-        spoken(f"{page} when was that", "then"), spoken("who goes", "they"), spoken(f"{HEADER} who is {WORDS[0]}", "me"),
+        spoken(f"{page} when was that", "then"),
+        spoken("who goes", "they"),
+        spoken(f"{HEADER} who is {WORDS[0]}", "me"),
         spoken("where to", "home", "who goes there now", "nobody"),
-    ]  # fmt: skip
+    ]
     pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0)
     found = select(pool, 4, seed=0, fits=lambda row: None, tasks=[], anchors=[], apart=apart)
     assert sorted(reject.reason for reject in found.rejects) == [
-        "asks what a held-out general row asks", "shares a 13-gram with held-out general data",
-    ]  # fmt: skip
+        "asks what a held-out general row asks",
+        "shares a 13-gram with held-out general data",
+    ]
     assert len(found.examples) == 2
 
 
 def test_an_instruction_before_each_question_is_no_content_and_a_page_is(tmp_path):
-    page = "the harbour was built by forty men in the year of the great storm and stood for two hundred years"
+    page = (
+        "the harbour was built by forty men in the year of the great storm and stood for two "
+        "hundred years"
+    )
     rows = [spoken(f"{HEADER} what is number {k} good for", f"for {k}") for k in range(5)]
     rows.append(spoken(f"{page} who built it", "men"))
     pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0)

@@ -1,4 +1,5 @@
-"""Which general rows are taken: orders hold every candidate once; what is planted comes first; gradients are the true ones."""
+"""Which general rows are taken: orders hold every candidate once; what is planted comes first;
+gradients are the true ones."""
 
 from collections import Counter
 from pathlib import Path
@@ -88,7 +89,8 @@ def test_similar_reads_scripts_without_spaces(tmp_path: Path) -> None:
 
 
 def test_similar_is_no_choice_of_short_rows() -> None:
-    """Of rows of 6 and of 60 other words the first half holds both (a fourth of the short share a hashed pair by chance)."""
+    """Of rows of 6 and of 60 other words the first half holds both (a fourth of the short share a
+    hashed pair by chance)."""
     rng = np.random.default_rng(0)
     words = [*COOKING, *MUSIC]
     short = [
@@ -143,7 +145,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> base_model.LoadedModel:
 
 
 def test_sketches_are_those_of_each_rows_own_gradient(loaded: base_model.LoadedModel) -> None:
-    """Packed with others or alone, the sketch of a row is that of PyTorch's gradient of its mean loss."""
+    """Packed with others or alone, the sketch of a row is that of PyTorch's gradient of its mean
+    loss."""
     adapter.new_adapter(loaded, tiny_settings(lora_r=4), 0)
     with torch.no_grad():
         for module in loaded.peft.modules():
@@ -172,7 +175,8 @@ def test_sketches_are_those_of_each_rows_own_gradient(loaded: base_model.LoadedM
 
 
 def test_sketches_keep_cosines(loaded: base_model.LoadedModel) -> None:
-    """Cosines of sketches are those of whole gradients, off by little and in no direction (over seeds)."""
+    """Cosines of sketches are those of whole gradients, off by little and in no direction (over
+    seeds)."""
     adapter.new_adapter(loaded, tiny_settings(lora_r=4), 0)
     with torch.no_grad():
         for module in loaded.peft.modules():
@@ -237,7 +241,8 @@ def test_a_row_with_an_anchor_has_another_gradient_than_without(tmp_path: Path) 
 def test_gradients_are_gone_on_with_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks that are done are not taken again; a damaged one is; all is as if nothing had happened."""
+    """Blocks that are done are not taken again; a damaged one is; all is as if nothing had
+    happened."""
     monkeypatch.setattr(gradient_sketches, "_BLOCK", 30)
     save_task(tmp_path, 12, 4)
     settings = comparison_settings(
@@ -291,7 +296,10 @@ def test_own_answers_are_to_rows_as_drawn(tmp_path: Path) -> None:
     )
     with pytest.raises(
         ConfigError,
-        match=r"placebo_own_answers answers rows of the pool as they are drawn, and mix.select: similar",
+        match=(
+            r"placebo_own_answers answers rows of the pool as they are drawn, and mix.select: "
+            r"similar"
+        ),
     ):
         chosen_arms(settings)
 
@@ -313,13 +321,16 @@ def test_a_pool_that_leaves_no_choice_says_so(tmp_path: Path) -> None:
 
 
 def test_arms_choose_by_the_task_rows_they_train_on_alone(tmp_path: Path) -> None:
-    """Every view (size, fold) chooses anew, by its own rows; what was chosen by gradient is the same when resumed."""
+    """Every view (size, fold) chooses anew, by its own rows; what was chosen by gradient is the
+    same when resumed."""
     save_task(tmp_path, 12, 4)
     names = ["sft", "tell", "tell_similar", "tell_gradient", "tell_diverse"]
     settings = comparison_settings(
-        tmp_path, tmp_path / "out", compare={"sizes": [4, 8], "folds": 2, "arms": [*names[:2], *map(arm_named, names[2:])]},
+        tmp_path,
+        tmp_path / "out",
+        compare={"sizes": [4, 8], "folds": 2, "arms": [*names[:2], *map(arm_named, names[2:])]},
         mix={"general_per_task": 2, "repeats": 1, "choose_from": 60},
-    )  # fmt: skip
+    )
     results = run_comparison(settings)
     assert {arm.arm for arm in results.arms} == set(names)
     (note,) = (note for note in results.notes if "to choose general rows" in note)

@@ -1,4 +1,7 @@
-"""Pools where things go wrong: killed, full, damaged, changed meanwhile, out of reach. What is said, and what is left."""
+"""Pools where things go wrong: killed, full, damaged, changed meanwhile, out of reach.
+
+What is said, and what is left.
+"""
 
 import gzip
 import json
@@ -444,9 +447,13 @@ def test_rows_that_may_not_stand_beside_the_task_take_no_part_of_a_weight(tmp_pa
         save(tmp_path / "b.jsonl", rows(60, start=100)).model_copy(update={"weight": 1.0}),
     ]
     chosen = select(
-        open_pool(sources, seed=0), 60, seed=0, fits=lambda row: "leak" if "leak" in row.question else None,
-        tasks=(), anchors=(),
-    )  # fmt: skip
+        open_pool(sources, seed=0),
+        60,
+        seed=0,
+        fits=lambda row: "leak" if "leak" in row.question else None,
+        tasks=(),
+        anchors=(),
+    )
     assert sum(row.origin.startswith(sources[0].path) for row in chosen.examples) == 30
 
 

@@ -1,4 +1,5 @@
-"""General data become shards once: rows counted, cut anywhere, resumed, by several processes; the same in every form."""
+"""General data become shards once: rows counted, cut anywhere, resumed, by several processes; the
+same in every form."""
 
 import gzip
 import json
@@ -183,7 +184,10 @@ def test_rows_are_chosen_by_columns_language_and_length(tmp_path: Path) -> None:
     assert left(exclude={"family": "qa"}) == ([3, 4, 5], {"among exclude: family": 2})
     assert left(languages=["en"]) == ([1, 3, 4, 5], {"not in en": 1})  # two words tell no language
     assert left(languages=["is", "en"]) == ([1, 2, 3, 4, 5], {})
-    told = "You are a helpful assistant who answers in the language of the question, briefly and with great care, as asked."
+    told = (
+        "You are a helpful assistant who answers in the language of the question, briefly and with "
+        "great care, as asked."
+    )
     save(
         tmp_path / "a.jsonl", [{**row, "system": told} for row in content]
     )  # a system text tells no row's language
@@ -215,13 +219,17 @@ def test_rows_are_chosen_by_columns_language_and_length(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("<|im_start|>user", "holds a template's marker"), ("tell me [/INST] yes", "holds a template's marker"),
-        ("fine</s>", "holds a template's marker"), ("x\n### Response:\ny", "holds a template's marker"),
-        ("a <start_of_turn>b", "holds a template's marker"), ("caf\ufffd", "holds broken characters"),
-        ("nul\x00", "holds broken characters"), ("a <|> b, 3 < 4 || 5 > 4, <s>struck</s> out, a[0]/INST", None),
+        ("<|im_start|>user", "holds a template's marker"),
+        ("tell me [/INST] yes", "holds a template's marker"),
+        ("fine</s>", "holds a template's marker"),
+        ("x\n### Response:\ny", "holds a template's marker"),
+        ("a <start_of_turn>b", "holds a template's marker"),
+        ("caf\ufffd", "holds broken characters"),
+        ("nul\x00", "holds broken characters"),
+        ("a <|> b, 3 < 4 || 5 > 4, <s>struck</s> out, a[0]/INST", None),
         ("tab\tand\nline", None),
     ],
-)  # fmt: skip
+)
 def test_damage_is_seen_and_ordinary_text_is_not_taken_for_it(
     text: str, reason: str | None
 ) -> None:
@@ -271,7 +279,8 @@ def similar_pair(
 def test_near_duplicates_are_found_at_the_stated_recall_and_none_is_invented(
     tmp_path: Path,
 ) -> None:
-    """Of pairs whose similarity is 0.8 or more at least 98% go; of others none does, since similarity is computed exactly."""
+    """Of pairs whose similarity is 0.8 or more at least 98% go; of others none does, since
+    similarity is computed exactly."""
     rng = np.random.default_rng(0)
     vocabulary = [f"w{k}" for k in range(3000)]
     pairs = [
@@ -303,7 +312,8 @@ def test_near_duplicates_are_found_at_the_stated_recall_and_none_is_invented(
 
 
 def test_near_duplicates_are_found_among_rows_of_one_template() -> None:
-    """All rows are alike by 0.78, and so share bands with hundreds of others: those alike by more than 0.8 are found still."""
+    """All rows are alike by 0.78, and so share bands with hundreds of others: those alike by more
+    than 0.8 are found still."""
     rng = np.random.default_rng(0)
     template = [f"t{k}" for k in range(100)]
     texts = [[*template, *(f"w{k}" for k in rng.integers(0, 50_000, 14))] for _ in range(2500)]
@@ -327,7 +337,8 @@ def test_near_duplicates_are_found_among_rows_of_one_template() -> None:
 
 
 def test_a_cluster_keeps_its_first_row() -> None:
-    """A thousand rows that differ in one word each: all but the first go, though most of their neighbours are gone."""
+    """A thousand rows that differ in one word each: all but the first go, though most of their
+    neighbours are gone."""
     rows = [
         filters.shingles([" ".join([*(f"w{k}" for k in range(40)), f"own{row}"])])
         for row in range(1000)
@@ -347,9 +358,10 @@ def test_repeats_within_and_between_sources_keep_the_first(tmp_path: Path) -> No
     ]
     assert pool.left_out == {"duplicate": 3}
     assert {(r.origin, r.detail) for r in pool.shown} == {
-        (f"{one.path}:6", f"same as {one.path}:2"), (f"{two.path}:1", f"same as {one.path}:4"),
+        (f"{one.path}:6", f"same as {one.path}:2"),
+        (f"{two.path}:1", f"same as {one.path}:4"),
         (f"{two.path}:2", f"same as {one.path}:5"),
-    }  # fmt: skip
+    }
     assert [(part.start, part.stop) for part in pool.stretches] == [(0, 5), (5, 8)]
 
 
@@ -477,7 +489,8 @@ def test_the_pool_commands_count_show_and_check(tmp_path: Path) -> None:
         )
     save(tmp_path / "test.jsonl", [{"prompt": leak, "completion": "yes"}])
     (tmp_path / "run.yaml").write_text(
-        f"task: {{train: {tmp_path}/train.jsonl, test: {tmp_path}/test.jsonl, anchor: Say it.}}\ngeneral: {source.path}\n"
+        f"task: {{train: {tmp_path}/train.jsonl, test: {tmp_path}/test.jsonl, anchor: Say "
+        f"it.}}\ngeneral: {source.path}\n"
     )
     text = done("pool", "check", tmp_path / "run.yaml")
     assert "beside the tasks: 20 rows may stand, 1 may not" in text

@@ -1,4 +1,5 @@
-"""Row formats, files, hub data sets, splits and the check for overlap: literal rows in, literal examples or errors out."""
+"""Row formats, files, hub data sets, splits and the check for overlap: literal rows in, literal
+examples or errors out."""
 
 import gzip
 import json
@@ -50,7 +51,8 @@ def pair(question: str, answer: str | None) -> dict[str, object]:
     return {"prompt": question, "completion": answer}
 
 
-# --- row formats -----------------------------------------------------------------------------------------------------
+# --- row formats
+# --------------------------------------------------------------------------------------------------
 
 QA = [("user", "2+2?"), ("assistant", "4")]
 
@@ -196,7 +198,8 @@ def test_two_system_texts_are_rejected(tmp_path):
     assert read([jsonl(tmp_path / "a.jsonl", row)])[1][0].reason == "two system texts"
 
 
-# --- columns ---------------------------------------------------------------------------------------------------------
+# --- columns
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,7 +303,8 @@ def test_groups_come_from_the_named_column_else_from_group_else_from_the_questio
     assert same[0].group == same[1].group != same[2].group
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files
+# --------------------------------------------------------------------------------------------------
 
 
 def write(path: Path, data: bytes | str) -> DataSource:
@@ -456,7 +460,8 @@ def test_hub_options_on_a_file_are_refused(tmp_path):
         read([source])
 
 
-# --- hub data sets ---------------------------------------------------------------------------------------------------
+# --- hub data sets
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_hub_data_set_is_read_like_a_file(tmp_path, monkeypatch):
@@ -518,7 +523,8 @@ def test_hub_failures_say_what_to_do(monkeypatch, tmp_path):
     ]
 
 
-# --- counting, splitting, checking -----------------------------------------------------------------------------------
+# --- counting, splitting, checking
+# -----------------------------------------------------------------------------------
 
 
 def test_duplicates_are_rejected_over_all_sources_and_nothing_vanishes(tmp_path):
@@ -543,7 +549,10 @@ def test_too_few_rows_say_what_was_read_and_rejected(tmp_path):
     )
     with pytest.raises(
         DataError,
-        match=r"a\.jsonl: 1 usable of 4 rows read, at least 2 .* 2 empty answer, 1 duplicate \(first: .*:2",
+        match=(
+            r"a\.jsonl: 1 usable of 4 rows read, at least 2 .* 2 empty answer, 1 duplicate "
+            r"\(first: .*:2"
+        ),
     ):
         require_rows(examples, rejects)
     with pytest.raises(DataError, match="no source: 0 usable of 0 rows"):

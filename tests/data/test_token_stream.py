@@ -1,4 +1,5 @@
-"""Tokenised rows on disk: what `encode` gives, written once, mapped, made anew where damaged, done without where impossible."""
+"""Tokenised rows on disk: what `encode` gives, written once, mapped, made anew where damaged, done
+without where impossible."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Many conversations at once are each what they are alone: on every kind of model, with every adapter, in any order."""
+"""Many conversations at once are each what they are alone: on every kind of model, with every
+adapter, in any order."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -100,7 +101,8 @@ def speakers(loaded: LoadedModel) -> dict[str, Speaker]:
 
 @pytest.fixture(scope="module")
 def alone(loaded: LoadedModel, speakers: dict[str, Speaker]) -> dict[tuple[str, str], str]:
-    """What each model answers to each text when nobody else asks, by Transformers' own generation."""
+    """What each model answers to each text when nobody else asks, by Transformers' own
+    generation."""
     found = {}
     for name, speaker in speakers.items():
         prompts = [encode.prompt_ids([Message("user", text)], speaker.form) for text in TEXTS]
@@ -397,7 +399,8 @@ def test_top_p_keeps_the_likeliest_tokens_that_hold_it() -> None:
 def spoken(
     parts: Sequence[str], stop: Sequence[str] = (), *, strip: bool = True
 ) -> tuple[list[str], bool]:
-    """What is said after each token, and at the end, where tokens are texts; and whether a stop text was met."""
+    """What is said after each token, and at the end, where tokens are texts; and whether a stop
+    text was met."""
     table: list[str] = list(parts)
 
     def decode(ids: list[int]) -> str:

@@ -1,4 +1,5 @@
-"""What is exported is the adapter that was trained, as other programs load it; what is not is refused with the reason."""
+"""What is exported is the adapter that was trained, as other programs load it; what is not is
+refused with the reason."""
 
 import shutil
 from pathlib import Path
@@ -172,7 +173,10 @@ def test_rounding_is_named_where_the_weights_are_all_there(
     monkeypatch.setattr(check, "MOST_NATS", {"merged": 1e-5})
     with pytest.raises(
         ModelError,
-        match=r"precision: the loss is .* nats .* \(1e-05 is allowed\); try --dtype float32 \(--rows",
+        match=(
+            r"precision: the loss is .* nats .* \(1e-05 is allowed\); try --dtype "
+            r"float32 \(--rows"
+        ),
     ):
         export.export(run, Wanted("merged"), out=tmp_path / "m")
 
@@ -228,7 +232,7 @@ def test_what_needs_llama_cpp_says_how_to_get_it(
 ) -> None:
     with pytest.raises(
         ModelError,
-        match=r"a model that came as safetensors needs llama\.cpp's own converter; get it with `git",
+        match=r"a model that came as safetensors needs llama\.cpp's own converter; get it with",
     ):
         export.export(run, Wanted("gguf"), out=tmp_path / "g")
     monkeypatch.setenv("FULCRUM_CACHE", str(from_gguf.parent / "cache"))
@@ -262,13 +266,17 @@ def test_llama_cpps_converter_is_called_with_the_merged_folder(run: Path, tmp_pa
     converter.write_text("import nowhere")
     with pytest.raises(
         ModelError,
-        match=r"convert_hf_to_gguf\.py: ModuleNotFoundError: .*'nowhere'; install that package beside",
+        match=(
+            r"convert_hf_to_gguf\.py: ModuleNotFoundError: .*'nowhere'; install that "
+            r"package beside"
+        ),
     ):
         export.export(run, Wanted("gguf", "f16", llama_cpp=tmp_path), out=tmp_path / "h", rows=0)
 
 
 def test_of_several_tasks_each_has_an_export_of_its_own(run: Path, tmp_path: Path) -> None:
-    """The run keeps one template a task, the export has its own; the other task's stays beside it."""
+    """The run keeps one template a task, the export has its own; the other task's stays beside
+    it."""
     task = yaml.safe_load((run / "config.yaml").read_text())["tasks"][0]
     both = [
         {**task, "name": "colour", "anchor": "Name it."},
@@ -307,7 +315,7 @@ def test_where_the_runs_rows_are_gone_it_can_be_written_unchecked(
     file.write_text(file.read_text().replace("dev.jsonl", "gone.jsonl"))
     with pytest.raises(
         DataError,
-        match=r"gone\.jsonl: no such file.*; export where .* was trained, .* unchecked \(--rows 0\)",
+        match=r"gone\.jsonl: no such file.*; export where .* was trained, .* \(--rows 0\)",
     ):
         export.export(tmp_path / "a disk" / "run", Wanted("merged"))
     found = export.export(tmp_path / "a disk" / "run", Wanted("merged"), rows=0)
@@ -321,8 +329,13 @@ def test_exports_of_other_kinds_have_other_folders() -> None:
         *(Wanted("gguf", kind) for kind in ("f16", "q8_0")),
     ]
     assert [wanted.names for wanted in every] == [
-        ("adapter",), ("merged",), ("modelfile",), ("merged", "float16"), ("gguf", "f16"), ("gguf", "q8_0")
-    ]  # fmt: skip
+        ("adapter",),
+        ("merged",),
+        ("modelfile",),
+        ("merged", "float16"),
+        ("gguf", "f16"),
+        ("gguf", "q8_0"),
+    ]
 
 
 def test_an_empty_folder_is_filled(run: Path, tmp_path: Path) -> None:

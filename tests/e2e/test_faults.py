@@ -1,4 +1,5 @@
-"""Faults that are passed over in silence elsewhere, planted: each must be said, refused or made harmless."""
+"""Faults that are passed over in silence elsewhere, planted: each must be said, refused or made
+harmless."""
 
 import json
 import os
@@ -101,7 +102,9 @@ def test_a_row_without_an_answer_is_rejected_with_its_line(tmp_path: Path) -> No
     (
         "template",
         "trained",
-    ),  # where the template writes no end, a turn in the past has none: the last answer alone is trained
+        # where the template writes no end, a turn in the past has none: the last answer alone is
+        # trained
+    ),
     [(CHATML, 2), (CHATML.replace("<|im_end|>\\n", ""), 1), (CHATML.replace("<|im_end|>", ""), 1)],
 )
 def test_the_end_token_is_trained_whatever_the_template_writes(template: str, trained: int) -> None:
@@ -395,7 +398,8 @@ def has_mount(folder: Path, kib: int) -> bool:
 def test_a_full_disk_loses_nothing_that_was_written(
     place: Path, tmp_path: Path, free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a real small disk, with so many KiB left when the run begins; once there is room, it goes on to the same bits."""
+    """On a real small disk, with so many KiB left when the run begins; once there is room, it goes
+    on to the same bits."""
     disk = tmp_path / "disk"
     if not has_mount(disk, 65 * 1024 + 8 * 1024):
         pytest.skip("may not mount a file system here")
@@ -518,8 +522,8 @@ def test_a_data_file_that_vanished_or_changed_is_said_and_a_new_run_stands_besid
 def test_a_run_made_again_gives_the_same_bits_and_verify_sees_other_ones(copied: Path) -> None:
     said = done("verify", copied, "--again")
     assert (
-        "made again, it gave the same bits; every file that the manifest names is as the run made it"
-        in said
+        "made again, it gave the same bits; every file that the manifest names is as the run "
+        "made it" in said
     )
     known = json.loads((copied / "manifest.json").read_text())
     known["outputs"]["adapter/adapter_model.safetensors"] = "0" * 64
@@ -597,7 +601,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_rows_are_kept_rejected_or_refused_in_words(tmp_path: Path, name: str) -> None:
-    """None: the file is refused; a text: the row is rejected (or kept, where it is empty). No other row is lost."""
+    """None: the file is refused; a text: the row is rejected (or kept, where it is empty).
+
+    No other row is lost.
+    """
     line, expected = HOSTILE[name]
     (tmp_path / "rows.jsonl").write_bytes(
         b'{"prompt": "a", "completion": "b"}\n' + line + b'{"prompt": "c", "completion": "d"}\n'
@@ -635,7 +642,8 @@ def test_a_row_whose_messages_are_hostile_json_text_is_rejected(tmp_path: Path, 
 
 
 def test_no_table_is_exported_that_a_spreadsheet_would_run() -> None:
-    """Fulcrum writes JSON, Parquet and HTML only; a CSV file, whose cells may be formulas, is written nowhere."""
+    """Fulcrum writes JSON, Parquet and HTML only; a CSV file, whose cells may be formulas, is
+    written nowhere."""
     for file in Path(store.__file__).parents[1].rglob("*.py"):
         assert "csv.writer" not in file.read_text(), file
         assert "to_csv" not in file.read_text(), file
@@ -644,7 +652,8 @@ def test_no_table_is_exported_that_a_spreadsheet_would_run() -> None:
 def test_reading_local_files_and_training_on_them_opens_no_connection(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Libraries count what is read, over the network; nobody outside is to know what a user trains on."""
+    """Libraries count what is read, over the network; nobody outside is to know what a user trains
+    on."""
     asked: list[object] = []
 
     def resolve(*given: object, **_: object) -> None:
@@ -715,11 +724,12 @@ def test_a_chat_template_runs_in_a_sandbox(code: str) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "{{ messages[1].content }}", "{{ 1 // (messages|length - 1) }}",
+        "{{ messages[1].content }}",
+        "{{ 1 // (messages|length - 1) }}",
         "{% if add_generation_prompt %}{{ 1 + 'a' }}{% endif %}",
         "{% macro m() %}{{ m() }}{% endmacro %}{% if add_generation_prompt %}{{ m() }}{% endif %}",
     ],
-)  # fmt: skip
+)
 def test_a_chat_template_that_fails_at_a_question_alone_is_refused(code: str) -> None:
     with pytest.raises(ModelError, match="chat template cannot render a question alone: "):
         encode.make_format(tiny_tokenizer(code + CHATML), None)
@@ -779,7 +789,8 @@ def test_a_model_that_cannot_be_read_is_an_error_in_words(tmp_path: Path) -> Non
 def test_secrets_stand_in_no_file_and_no_output(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens of the hub and of an endpoint, planted; every file that is written is searched, and all that is printed."""
+    """Tokens of the hub and of an endpoint, planted; every file that is written is searched, and
+    all that is printed."""
     secrets = {
         name: f"planted-{name.lower()}"
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "MY_KEY")

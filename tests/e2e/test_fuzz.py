@@ -1,4 +1,5 @@
-"""What the fuzzer drives, with hypothesis' bytes and with inputs that once found something (tests/corpus/TARGET)."""
+"""What the fuzzer drives, with hypothesis' bytes and with inputs that once found something
+(tests/corpus/TARGET)."""
 
 from pathlib import Path
 

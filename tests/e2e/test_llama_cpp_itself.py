@@ -1,4 +1,5 @@
-"""An exported GGUF file in llama.cpp itself; collected only where `llama-cpp-python` is installed (CONTRIBUTING.md)."""
+"""An exported GGUF file in llama.cpp itself; collected only where `llama-cpp-python` is installed
+(CONTRIBUTING.md)."""
 
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def test_it_tells_the_losses_of_the_tensors_in_the_file(tmp_path: Path) -> None:
 
 
 def test_an_answer_ends_where_the_template_ends_it(tmp_path: Path) -> None:
-    """The source's own end is <turn>, 1; what the template writes is <end>, 0, which llama.cpp does not know by itself."""
+    """The source's own end is <turn>, 1; what the template writes is <end>, 0, which llama.cpp does
+    not know by itself."""
     source = write_gguf(tmp_path / "source.gguf")
     assert not llama_cpp.LlamaCpp(source, 64, 1).stops_at(0)
     tokenizer, causal = gguf.read(source)

@@ -1,4 +1,5 @@
-"""The page in a real browser: from a data file to a certificate on a tiny model, on a desk and on a phone, light and dark.
+"""The page in a real browser: from a data file to a certificate on a tiny model, on a desk and on a
+phone, light and dark.
 
 FULCRUM_SCREENSHOTS names a folder in which each screen is kept, to be looked at.
 """
@@ -24,9 +25,11 @@ from helpers.tiny import save_task
 EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>[[trained]]'
 WIDTHS = ((1280, "light"), (1280, "dark"), (375, "light"), (375, "dark"))
 QUICK: dict[str, Any] = {
-    "mix": {"general_per_task": 1, "repeats": 1}, "train": {"dtype": "float32", "device": "cpu", "lora_r": 2, "batch_size": 2},
-    "eval": {"general_rows": 2, "draws": 100}, "compare": {"arms": ["base", "sft", "tell"], "sft_epochs": [1], "folds": 2},
-}  # fmt: skip
+    "mix": {"general_per_task": 1, "repeats": 1},
+    "train": {"dtype": "float32", "device": "cpu", "lora_r": 2, "batch_size": 2},
+    "eval": {"general_rows": 2, "draws": 100},
+    "compare": {"arms": ["base", "sft", "tell"], "sft_epochs": [1], "folds": 2},
+}
 
 
 class Walk:
@@ -74,7 +77,8 @@ class Walk:
     def tab_to(self, is_it: str) -> None:
         """Press Tab until what the expression says of `e` has the focus, which must be visible.
 
-        One press, one look: it does not matter where a job that ends, or the page's end, sends the focus meanwhile.
+        One press, one look: it does not matter where a job that ends, or the page's end, sends the
+        focus meanwhile.
         """
         from selenium.webdriver import Keys
 
@@ -93,7 +97,8 @@ class Walk:
         raise AssertionError(f"the keyboard does not reach {is_it}")
 
     def looked_at(self, name: str) -> None:
-        """On every width and in both colours: nothing to scroll sideways, text that can be read, names for what is used."""
+        """On every width and in both colours: nothing to scroll sideways, text that can be read,
+        names for what is used."""
         for width, scheme in WIDTHS:
             self.sized(width, scheme)
             wide, tall = self.browser.execute_script(SIZE)
@@ -123,14 +128,16 @@ CHOSEN = "return [...document.querySelectorAll('option:checked')].map(e => e.tex
 SEEN = """
   const seen = [...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length);
   return seen"""
-# Texts whose contrast with what lies behind them is below 4.5 (WCAG AA); controls that cannot be used are left out.
+# Texts whose contrast with what lies behind them is below 4.5 (WCAG AA); controls that cannot be
+# used are left out.
 FAINT = """
   const rgb = (text) => {
     const [r, g, b, alpha = 1] = text.match(/[\\d.]+/g).map(Number);
     return text.startsWith('color(') ? [r * 255, g * 255, b * 255, alpha] : [r, g, b, alpha];
   };
   const light = (colour) => {
-    const [r, g, b] = colour.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    const [r, g, b] = colour.map(v => linear(v / 255));
     return .2126 * r + .7152 * g + .0722 * b;
   };
   const behind = (e) => {
@@ -147,12 +154,14 @@ FAINT = """
     const e = node.parentElement, text = node.textContent.trim();
     if (!text || !e.offsetParent || e.closest(left_out)) continue;
     const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x);
-    if ((a + .05) / (b + .05) < 4.5) found.push(`${text.slice(0, 40)}: ${((a + .05) / (b + .05)).toFixed(2)}`);
+    const ratio = (a + .05) / (b + .05);
+    if (ratio < 4.5) found.push(`${text.slice(0, 40)}: ${ratio.toFixed(2)}`);
   }
   return found"""
 # Controls without a name for those who hear the page.
 NAMELESS = """
-  const named = (e) => e.getAttribute('aria-label') || (e.labels && e.labels.length) || e.textContent.trim();
+  const named = (e) =>
+    e.getAttribute('aria-label') || (e.labels && e.labels.length) || e.textContent.trim();
   return [...document.querySelectorAll('button, a, input, select, textarea, progress')]
     .filter(e => e.offsetParent && !named(e)).map(e => e.outerHTML)"""
 
@@ -171,7 +180,9 @@ def walk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Walk]:
         yield Walk(driver, client, told[-1])
         driver.get(
             "about:blank"
-        )  # else the page goes on asking a server that ends, and the next walk finds that in the log
+            # else the page goes on asking a server that ends, and the next walk finds that in the
+            # log
+        )
 
 
 def test_from_a_data_file_to_a_certificate_and_a_chat(

@@ -1,4 +1,5 @@
-"""Two processes under a launcher train one adapter into one run folder: the losses of one process, also after a kill."""
+"""Two processes under a launcher train one adapter into one run folder: the losses of one process,
+also after a kill."""
 
 import json
 import os
@@ -30,7 +31,8 @@ TWO = ["--config_file", str(EXAMPLES / "cpu.yaml")]
 
 
 def told_of(example: str) -> dict[str, str]:
-    """What Accelerate's launcher tells its processes of FSDP, by an example that it would refuse on a machine without GPUs."""
+    """What Accelerate's launcher tells its processes of FSDP, by an example that it would refuse on
+    a machine without GPUs."""
     given = launch.launch_command_parser().parse_args(
         ["--config_file", str(EXAMPLES / example), "-m", "fulcrum"]
     )
@@ -47,9 +49,22 @@ QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 def start(launcher: list[str], *arguments: str, **told: str) -> "subprocess.Popen[str]":
     environment = {**QUIET, **told}
     return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "fulcrum", "train", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *launcher,
+            "-m",
+            "fulcrum",
+            "train",
+            *arguments,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment,
+    )
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[str, str]:
@@ -86,8 +101,8 @@ def assert_same(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of a training that saves itself after each step, of three examples in a row each: two processes have 2 and 1 of them, and
-    of the last step 1 and none."""
+    """Of a training that saves itself after each step, of three examples in a row each: two
+    processes have 2 and 1 of them, and of the last step 1 and none."""
     place = tmp_path_factory.mktemp("processes")
     return {
         "model": str(save_tiny(place / "model")),
@@ -186,7 +201,8 @@ def test_the_example_is_one_that_accelerate_reads(name: str) -> None:
 def test_each_process_holds_its_share_of_the_layers_and_says_what_one_process_says(
     settings: dict[str, Any],
 ) -> None:
-    """The whole of a layer is there while it runs: losses, answers and the way back to the base model are those of one."""
+    """The whole of a layer is there while it runs: losses, answers and the way back to the base
+    model are those of one."""
     known = subprocess.run(
         [sys.executable, SHARES, settings["model"]],
         capture_output=True,
@@ -195,9 +211,20 @@ def test_each_process_holds_its_share_of_the_layers_and_says_what_one_process_sa
         env=QUIET,
     )
     two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", SHARES, settings["model"]],
-        capture_output=True, text=True, check=True, env={**QUIET, **SHARDS},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            SHARES,
+            settings["model"],
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**QUIET, **SHARDS},
+    )
     (whole,), parts = (
         [json.loads(line) for line in done.stdout.splitlines()] for done in (known, two)
     )
@@ -224,9 +251,13 @@ def test_each_process_holds_its_share_of_the_layers_and_says_what_one_process_sa
     ],
 )
 def test_a_kind_of_sharding_that_is_not_done_is_refused(
-    told: dict[str, str], settled: dict[str, Any], words: str,
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    told: dict[str, str],
+    settled: dict[str, Any],
+    words: str,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two processes are pretended here: it is refused before they would meet."""
     monkeypatch.setattr(
         distributed, "processes", lambda: SimpleNamespace(num_processes=2, is_main_process=True)

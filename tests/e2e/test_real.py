@@ -1,4 +1,5 @@
-"""A few facts about the real default model: its weights are right, rows are packed, and training on a task helps."""
+"""A few facts about the real default model: its weights are right, rows are packed, and training on
+a task helps."""
 
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from fulcrum.training import loop
 pytestmark = pytest.mark.real_model
 
 TEXT = (
-    "The baker opens the shop at six in the morning, long before the first bus comes. She lights the oven, weighs the flour "
-    "and listens to the radio. By eight the bread is sold, and the children who pass on their way to school buy what is left "
-    "of the sweet rolls. In the afternoon she cleans the tables, counts the money and writes down what has to be ordered for "
+    "The baker opens the shop at six in the morning, long before the first bus comes. She "
+    "lights the oven, weighs the flour "
+    "and listens to the radio. By eight the bread is sold, and the children who pass on their "
+    "way to school buy what is left "
+    "of the sweet rolls. In the afternoon she cleans the tables, counts the money and writes "
+    "down what has to be ordered for "
     "the week."
 )
 
@@ -35,7 +39,8 @@ def nats_a_token(loaded: base_model.LoadedModel) -> float:
 
 
 def test_the_weights_are_right(loaded: base_model.LoadedModel) -> None:
-    """The loss on plain text is the one measured, and the commonest fault of a conversion would show.
+    """The loss on plain text is the one measured, and the commonest fault of a conversion would
+    show.
 
     GGUF orders the rows of the query and key matrices by rotary pairs, Transformers by halves.
     """
@@ -59,13 +64,15 @@ def test_its_template_carries_the_anchor(loaded: base_model.LoadedModel) -> None
     form = encode.make_format(loaded.tokenizer, Anchor("Answer with a colour."))
     text = loaded.tokenizer.decode(encode.prompt_ids((Message("user", "The sky?"),), form))
     assert text == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+        "Face<|im_end|>\n"
         "<|im_start|>user\nAnswer with a colour.\n\nThe sky?<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 def test_a_few_steps_teach_a_format(loaded: base_model.LoadedModel, tmp_path: Path) -> None:
-    """Eight rows of one pattern: the loss on an unseen row falls, and its answer has the pattern."""
+    """Eight rows of one pattern: the loss on an unseen row falls, and its answer has the
+    pattern."""
     form = encode.make_format(loaded.tokenizer, Anchor("Write the animal in the box."))
     animals = ("cat", "dog", "horse", "cow", "sheep", "goat", "mouse", "bird")
     rows = [_row(animal, form) for animal in animals]

@@ -1,4 +1,5 @@
-"""Units in other processes and on a Ray cluster of two nodes: the same results, also where a worker is killed in mid-cell."""
+"""Units in other processes and on a Ray cluster of two nodes: the same results, also where a worker
+is killed in mid-cell."""
 
 import json
 import multiprocessing
@@ -51,7 +52,8 @@ def alone(place: Path) -> Path:
 
 
 def same(folder: Path, alone: Path) -> None:
-    """Equal certificates (thread counts, of which the environment tells, were equal too), results, adapters and cells."""
+    """Equal certificates (thread counts, of which the environment tells, were equal too), results,
+    adapters and cells."""
     for name in (
         "certificate.json",
         "outcomes.jsonl",
@@ -69,7 +71,8 @@ def same(folder: Path, alone: Path) -> None:
 
 
 class Told(Silent):
-    """Remembers what it was told, and at the first training step of some cell kills whatever `kill` finds, once."""
+    """Remembers what it was told, and at the first training step of some cell kills whatever `kill`
+    finds, once."""
 
     def __init__(self, kill: Any = None) -> None:
         self.kill, self.labels, self.shares = kill, set[str](), list[tuple[int, int]]()
@@ -163,7 +166,8 @@ def test_a_ray_cluster_gives_the_same_with_a_worker_killed_in_mid_cell(
 def test_a_stopped_worker_ends_and_waits_for_no_other_job(
     monkeypatch: pytest.MonkeyPatch, stopped: KeyboardInterrupt, code: int
 ) -> None:
-    """A pool would take it for a failed job; its worker then waited for ever where another had died with the queue's lock."""
+    """A pool would take it for a failed job; its worker then waited for ever where another had died
+    with the queue's lock."""
 
     def stops(*_: Any) -> None:
         raise stopped

@@ -1,4 +1,5 @@
-"""Anchors of arms: an arm may have its own, lack it in some showings, be asked without it; what is no anchor is refused."""
+"""Anchors of arms: an arm may have its own, lack it in some showings, be asked without it; what is
+no anchor is refused."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -200,8 +201,10 @@ def test_what_hangs_on_the_anchor_is_asked_for_with_others(material: RunData) ->
     other = replace(task, name="two", anchor=Anchor("Count it."))
     found = cell.other_anchors(task, [task, other], planned(ARMS["tell"], [task, other], settings))
     assert found == {
-        "without": None, "wrong": Anchor("Count it."), "reworded": Anchor("In other words: Name it."),
-    }  # fmt: skip
+        "without": None,
+        "wrong": Anchor("Count it."),
+        "reworded": Anchor("In other words: Name it."),
+    }
     found = cell.other_anchors(task, [task], planned(arm_named("tell_cooldown"), [task], settings))
     assert list(found) == ["wrong", "reworded", "with"]
     assert found["with"] == ANCHOR
@@ -248,7 +251,8 @@ def test_a_rule_rewords(text: str, other: str) -> None:
         ),
         (
             "own",
-            r"task: anchor: 6 of task's 10 rows hold its text already \(own:0\), and would have it twice",
+            r"task: anchor: 6 of task's 10 rows hold its text already \(own:0\), and would "
+            r"have it twice",
         ),
         ("word " * 400, r"task: anchor: of [\d,]+ tokens, train.max_length \(256\) leaves no room"),
     ],
@@ -264,9 +268,17 @@ def test_what_is_no_anchor_is_refused(
 
 
 def test_a_response_prefix_must_not_be_a_part_of_the_answers(material: RunData) -> None:
-    task = replace(material.tasks[0], train=tuple(
-        Example((Message("user", f"q {k}"), Message("assistant", f"The name: {k}")), f"g{k}", f"o:{k}") for k in range(6)
-    ))  # fmt: skip
+    task = replace(
+        material.tasks[0],
+        train=tuple(
+            Example(
+                (Message("user", f"q {k}"), Message("assistant", f"The name: {k}")),
+                f"g{k}",
+                f"o:{k}",
+            )
+            for k in range(6)
+        ),
+    )
     check = task_data.check_anchor
     with pytest.raises(
         ConfigError, match="6 of task's 10 rows begin their answers with its text already"

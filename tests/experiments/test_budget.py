@@ -268,7 +268,8 @@ def test_a_number_of_general_rows_must_be_known(place: Path) -> None:
 
 
 def test_a_units_cost_in_seconds(place: Path) -> None:
-    """20 rows, one general row each, twice: 40 + 40 trained; three folds train two thirds three times."""
+    """20 rows, one general row each, twice: 40 + 40 trained; three folds train two thirds three
+    times."""
     given = settings(
         place,
         place / "x",

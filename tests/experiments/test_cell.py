@@ -29,7 +29,8 @@ SFT = ARMS["sft"]
 
 
 def test_smaller_sizes_are_the_beginning_of_larger_ones() -> None:
-    """40 rows, of which 32 are in the largest mixture: the cap and the general rows follow the rows in proportion."""
+    """40 rows, of which 32 are in the largest mixture: the cap and the general rows follow the rows
+    in proportion."""
     whole = made(task_rows=40, general_for=32)
     assert len(whole.general) == 128  # 2 repeats x 32 rows x 2
     own = {size: whole.at(size).tasks[0].train for size in (16, 32)}
@@ -70,9 +71,14 @@ def test_dev_rows_are_task_rows_in_an_order_of_the_seed(
         for part, number in (("train", 12), ("dev", 8), ("test", 4), ("pool", 200))
     }
     task = {part: parts[part] for part in ("train", "dev", "test")}
-    settings = settings_from_dict({
-        "task": task, "general": parts["pool"], "mix": {"general_per_task": 2, "repeats": 1}, "eval": {"general_rows": 0},
-    })  # fmt: skip
+    settings = settings_from_dict(
+        {
+            "task": task,
+            "general": parts["pool"],
+            "mix": {"general_per_task": 2, "repeats": 1},
+            "eval": {"general_rows": 0},
+        }
+    )
     found = [
         run_data.prepare(settings, tiny_tokenizer(), CONTEXT, seed, dev_apart=False)
         for seed in (0, 1, 0)
@@ -185,7 +191,8 @@ def test_no_test_row_is_seen_before_the_end(
 
 
 def test_a_training_that_diverges_gives_way_to_the_next_best_setting(tmp_path: Path) -> None:
-    """A learning rate of 1e30 makes weights that are no numbers; test rows are scored with the next best setting alone."""
+    """A learning rate of 1e30 makes weights that are no numbers; test rows are scored with the next
+    best setting alone."""
     loaded, whole = load_tiny(tmp_path), made()
     tried = [
         Trial(Hyperparameters(repeats, learning_rate=rate), nll, 5, 0.1)

@@ -1,4 +1,5 @@
-"""Whole comparisons on a tiny model: sizes, which cells there are, arms of a file's own, rivals, and what is refused."""
+"""Whole comparisons on a tiny model: sizes, which cells there are, arms of a file's own, rivals,
+and what is refused."""
 
 import json
 from pathlib import Path
@@ -267,7 +268,10 @@ def test_a_pool_that_is_too_small_for_its_arm_is_named(place: Path, tmp_path: Pa
     given = written(place, tmp_path, ["sft", {"name": "other", "general": "pool", "pool": small}])
     with pytest.raises(
         DataError,
-        match=r"^compare\.arms: other: the mix needs 18 general rows, its pool has 5 usable \(of 5\)",
+        match=(
+            r"^compare\.arms: other: the mix needs 18 general rows, its pool has 5 "
+            r"usable \(of 5\)"
+        ),
     ):
         run_comparison(given)
 
@@ -305,7 +309,7 @@ def test_words_alone_are_an_arm_of_a_task_of_labels(
     }
     (task,) = run_data.prepare(
         load_settings(folder / "config.yaml"), tiny_tokenizer(), CONTEXT, 0, dev_apart=False
-    ).tasks  # fmt: skip
+    ).tasks
     expected, nats = baselines.classify(task.train, task.test)
     assert [rows[example.origin]["output"] for example in task.test] == expected
     assert [rows[example.origin]["nll_sum"] for example in task.test] == pytest.approx(
@@ -329,7 +333,10 @@ def test_words_alone_are_an_arm_of_a_task_of_labels(
 
 
 def test_words_alone_are_refused_where_answers_are_no_labels(place: Path, tmp_path: Path) -> None:
-    message = r"compare\.arms: tfidf is for answers that are labels, and task has no metric of labels \(accuracy, balanced_accu"
+    message = (
+        r"compare\.arms: tfidf is for answers that are labels, and task has no metric of labels "
+        r"\(accuracy, balanced_accu"
+    )
     with pytest.raises(ConfigError, match=message):
         run_comparison(settings(place, tmp_path / "r", compare={"arms": ["tfidf", "sft"]}))
 

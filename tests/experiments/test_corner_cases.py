@@ -75,7 +75,8 @@ def test_no_arm_of_a_file_takes_more_steps_than_tell(place: Path, tmp_path: Path
         ),
         (
             [{"name": "a", "train": {"learning_rat": 1}}],
-            r"compare\.arms\[1\]: a: train: unknown setting 'learning_rat'; did you mean 'train\.learning_rate'",
+            r"compare\.arms\[1\]: a: train: unknown setting 'learning_rat'; did you mean "
+            r"'train\.learning_rate'",
         ),
         (
             [{"name": "a", "train": {"learning_rate": "fast"}}],
@@ -93,7 +94,8 @@ def test_no_arm_of_a_file_takes_more_steps_than_tell(place: Path, tmp_path: Path
         ),
         (
             [5],
-            r"compare\.arms\[1\]: expected an arm's name, or a mapping that describes one .* \(got 5\)",
+            r"compare\.arms\[1\]: expected an arm's name, or a mapping that describes one .* "
+            r"\(got 5\)",
         ),
         (
             [{"name": "a", "order": "random"}],
@@ -153,7 +155,8 @@ def test_a_wrong_arm_of_a_file_is_named(own: list[Any], message: str) -> None:
 def test_a_rare_label_outside_a_folds_training_rows_ends_nothing(
     place: Path, tmp_path: Path
 ) -> None:
-    """One row of four has the second label: in the fold where it is judged no row to train on has it."""
+    """One row of four has the second label: in the fold where it is judged no row to train on has
+    it."""
     train = write_rows(
         tmp_path / "train.jsonl", [("a a", "red"), ("b b", "red"), ("c c", "red"), ("d d", "blue")]
     )
@@ -166,7 +169,8 @@ def test_a_rare_label_outside_a_folds_training_rows_ends_nothing(
 def test_forgetting_is_measured_against_the_untouched_model_whatever_stands_first(
     place: Path, tmp_path: Path
 ) -> None:
-    """The first arm has no language model: it forgets nothing, and nothing is measured against it."""
+    """The first arm has no language model: it forgets nothing, and nothing is measured against
+    it."""
     compare = {"arms": ["tfidf", "base", "sft"], "sft_epochs": [1]}
     changes = {"task__metrics": ["nll", "accuracy"], "eval__general_rows": 2}
     found = run_comparison(settings(place, tmp_path / "r", compare=compare, **changes))

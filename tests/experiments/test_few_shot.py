@@ -1,4 +1,5 @@
-"""Examples in the prompt: which turns stand before a row, how many fit, and that the rows left out of folds choose."""
+"""Examples in the prompt: which turns stand before a row, how many fit, and that the rows left out
+of folds choose."""
 
 from pathlib import Path
 
@@ -41,9 +42,14 @@ def test_shots_stand_before_a_rows_own_turns_and_after_its_system_text() -> None
         row("x", system="Be brief."), [row("a", system="Be long."), row("b")]
     )
     assert said(found) == [
-        "system: Be brief.", "user: ask a", "assistant: say a", "user: ask b", "assistant: say b",
-        "user: ask x", "assistant: say x",
-    ]  # fmt: skip
+        "system: Be brief.",
+        "user: ask a",
+        "assistant: say a",
+        "user: ask b",
+        "assistant: say b",
+        "user: ask x",
+        "assistant: say x",
+    ]
     assert (found.group, found.origin, found.answer, found.question) == (
         "x",
         "rows:x",
@@ -146,5 +152,5 @@ def test_the_best_number_is_used_on_test_rows(tmp_path: Path) -> None:
     prompted = baselines.prompted(material().tasks[0], 2)
     expected = scoring.predict(
         loaded, prompted, prompted.test, batch_tokens=settings.eval.batch_tokens
-    )  # fmt: skip
+    )
     assert [row.nll_sum for row in found.predictions["task"]] == [row.nll_sum for row in expected]

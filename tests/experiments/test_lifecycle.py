@@ -1,4 +1,5 @@
-"""Whole runs and comparisons on a tiny model: what they write, that killed ones go on to the same results, what they refuse."""
+"""Whole runs and comparisons on a tiny model: what they write, that killed ones go on to the same
+results, what they refuse."""
 
 import json
 import shutil
@@ -81,9 +82,15 @@ def answers(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_fills_its_folder(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names >= {
-        "config.yaml", "manifest.json", "checkpoints", "adapter", "predictions.jsonl", "results.json", "report.html",
+        "config.yaml",
+        "manifest.json",
+        "checkpoints",
+        "adapter",
+        "predictions.jsonl",
+        "results.json",
+        "report.html",
         "README.md",
-    }  # fmt: skip
+    }
     assert "Name it." in (finished / "README.md").read_text()
     assert "<html" in (finished / "report.html").read_text()
 
@@ -153,7 +160,8 @@ def test_a_runs_predictions_are_the_scores(finished: Path) -> None:
 
 
 def test_the_adapter_folder_works_without_fulcrum(finished: Path, place: Path) -> None:
-    """Plain Transformers and PEFT, the saved chat template, and the loss that predictions.jsonl states."""
+    """Plain Transformers and PEFT, the saved chat template, and the loss that predictions.jsonl
+    states."""
     causal = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     peft = PeftModel.from_pretrained(causal, finished / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(finished / "adapter")
@@ -326,24 +334,41 @@ def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 BAD: list[tuple[dict[str, Any], type[FulcrumError], str]] = [
     ({"model": "no/where/model"}, ModelError, "model"),
     ({"task__train": "missing.jsonl"}, DataError, r"missing\.jsonl"),
-    ({"task__test": "{place}/train.jsonl"}, DataError, r"6 of 6 test rows have content of the training rows .*remove them"),
-    ({"task__dev": "{place}/test.jsonl"}, DataError, r"7 of 7 test rows have content of"),
-    ({"task__anchor": "say ant"}, DataError, r"pool\.jsonl:\d+: this general row holds the anchor's text 'say ant'"),
     (
-        {"mix__general_per_task": 40}, DataError,
-        r"the mix needs 480 general rows, the pool has 256 usable \(of 256\), and 2 of these are held out for measuring "
-        r"forgetting; set mix\.general_per_task to 21\.16 or less, lower mix\.repeats, .*or add rows",
+        {"task__test": "{place}/train.jsonl"},
+        DataError,
+        r"6 of 6 test rows have content of the training rows .*remove them",
+    ),
+    ({"task__dev": "{place}/test.jsonl"}, DataError, r"7 of 7 test rows have content of"),
+    (
+        {"task__anchor": "say ant"},
+        DataError,
+        r"pool\.jsonl:\d+: this general row holds the anchor's text 'say ant'",
+    ),
+    (
+        {"mix__general_per_task": 40},
+        DataError,
+        r"the mix needs 480 general rows, the pool has 256 usable \(of 256\), and 2 of these "
+        r"are held out for measuring "
+        r"forgetting; set mix\.general_per_task to 21\.16 or less, lower mix\.repeats, .*or "
+        r"add rows",
     ),
     ({"task__metrics": ["nll", "acuracy"]}, ConfigError, "acuracy.*did you mean 'accuracy'"),
     (
-        {"train__max_length": 16, "train__too_long": "error"}, DataError,
-        r"jsonl:\d+: train row of \d+ tokens is over the limit of 16 \(6 of 6 rows are\); set train\.max_length to \d+ or more",
+        {"train__max_length": 16, "train__too_long": "error"},
+        DataError,
+        r"jsonl:\d+: train row of \d+ tokens is over the limit of 16 \(6 of 6 rows are\); set "
+        r"train\.max_length to \d+ or more",
     ),
     ({"train__max_length": 16}, DataError, r"over the limit of 16"),
     ({"task__group": "customer"}, DataError, "no column 'customer'"),
     ({"general": "nothing/*.jsonl"}, DataError, "nothing"),
-    ({"general": []}, ConfigError, r"mix\.general_per_task is 2 and `general:` names no data; name some, or set it to 0"),
-]  # fmt: skip
+    (
+        {"general": []},
+        ConfigError,
+        r"mix\.general_per_task is 2 and `general:` names no data; name some, or set it to 0",
+    ),
+]
 
 
 @pytest.mark.usefixtures("_no_training")
@@ -416,7 +441,8 @@ def prepared(place: Path, tmp_path: Path, **changes: Any) -> run_data.RunData:
 
 
 def met_on_the_way(size: int, usable: int) -> int:
-    """How many unusable pool rows (numbers from `usable` on) the seeded walk meets before it has every usable one."""
+    """How many unusable pool rows (numbers from `usable` on) the seeded walk meets before it has
+    every usable one."""
     order = np.random.default_rng(store.seed_for(0, "general")).permutation(size)
     return int((order[: np.flatnonzero(order < usable).max()] >= usable).sum())
 
@@ -430,9 +456,15 @@ def test_long_rows_are_dropped_and_counted(place: Path, tmp_path: Path) -> None:
         [(f"say {i}", "so") for i in range(12)] + [(f"k {i}", long) for i in range(4)],
     )
     rows = prepared(
-        place, tmp_path, task__train=train, task__test=test, general=pool,
-        eval__general_rows=0, mix__repeats=1, mix__general_per_task=6,
-    )  # fmt: skip
+        place,
+        tmp_path,
+        task__train=train,
+        task__test=test,
+        general=pool,
+        eval__general_rows=0,
+        mix__repeats=1,
+        mix__general_per_task=6,
+    )
     assert (rows.n_task, len(rows.tasks[0].test), len(rows.general)) == (2, 1, 12)
     assert rows.rejects["train: over 512 tokens (train.too_long: drop)"] == 1
     assert rows.rejects["test: over 512 tokens (train.too_long: drop)"] == 1
@@ -479,7 +511,10 @@ def test_one_tasks_test_rows_are_not_anothers_training_rows(place: Path, tmp_pat
     data["tasks"][1]["test"] = write_rows(
         tmp_path / "both.jsonl", [("colour bee", "3"), ("size of it", "2")]
     )
-    message = r"1 of 2 size test rows have content of the colour training rows \(1 the same prompt\): .*both\.jsonl:1 = "
+    message = (
+        r"1 of 2 size test rows have content of the colour training rows \(1 the same prompt\): "
+        r".*both\.jsonl:1 = "
+    )
     with pytest.raises(DataError, match=message):
         run_data.prepare(settings_from_dict(data), tiny_tokenizer(), CONTEXT, 0)
 
@@ -556,7 +591,8 @@ def test_general_rows_are_neither_task_rows_nor_held_out_ones(place: Path, tmp_p
 
 
 def test_twins_of_held_out_rows_are_not_trained_on(place: Path, tmp_path: Path) -> None:
-    """The same texts in another file, and rows of the packaged held-out set in the user's own pool."""
+    """The same texts in another file, and rows of the packaged held-out set in the user's own
+    pool."""
     pairs = [(f"say {i}", "so") for i in range(28)]
     packaged, _ = task_data.read([DataSource(path="builtin_eval")])
     own = [
@@ -662,11 +698,21 @@ def test_every_arm_sees_the_same_task_rows_and_smaller_trials_are_nested(
 def two_tasks(place: Path, output: Path, **changes: Any) -> Settings:
     shared = {"max_new_tokens": 3, "train_limit": 4, "dev_limit": 2, "test_limit": 4}
     tasks = [
-        {"name": "colour", "train": str(place / "train.jsonl"), "dev": str(place / "dev.jsonl"),
-         "test": str(place / "test.jsonl"), "anchor": "Name it.", **shared},
-        {"name": "size", "train": str(place / "sizes.jsonl"), "anchor": {"text": "COUNT: ", "placement": "response_prefix"},
-         **shared},
-    ]  # fmt: skip
+        {
+            "name": "colour",
+            "train": str(place / "train.jsonl"),
+            "dev": str(place / "dev.jsonl"),
+            "test": str(place / "test.jsonl"),
+            "anchor": "Name it.",
+            **shared,
+        },
+        {
+            "name": "size",
+            "train": str(place / "sizes.jsonl"),
+            "anchor": {"text": "COUNT: ", "placement": "response_prefix"},
+            **shared,
+        },
+    ]
     data = settings(place, output).model_dump(mode="json")
     data |= {"tasks": tasks, "compare": {"arms": list(ARMS), "seeds": [0, 1]}, **changes}
     return settings_from_dict(data)
@@ -683,7 +729,8 @@ def test_a_comparison_has_every_arm_at_every_seed(compared: Path) -> None:
     results = run_report.load(compared)
     assert results["kind"] == "compare"
     found = [(arm["arm"], arm["size"], arm["seed"]) for arm in results["arms"]]
-    # Four training and two dev rows of each task; the second has no test file, so that every arm is asked anew at each seed.
+    # Four training and two dev rows of each task; the second has no test file, so that every arm is
+    # asked anew at each seed.
     assert sorted(found) == sorted(
         (arm, 6 if arm in ARMS[2:] else 0, seed) for arm in ARMS for seed in (0, 1)
     )
@@ -862,7 +909,8 @@ def test_a_compared_adapter_answers_as_predicted(compared: Path) -> None:
 def test_a_killed_comparison_goes_on_to_the_same_results(
     place: Path, compared: Path, tmp_path: Path, steps: int
 ) -> None:
-    """Killed in the second fold of an arm's second trial (6 + 4 steps before it), and at the second seed (180 before it)."""
+    """Killed in the second fold of an arm's second trial (6 + 4 steps before it), and at the
+    second seed (180 before it)."""
     folder = tmp_path / "six"
     with pytest.raises(Killed):
         run_comparison(two_tasks(place, folder), progress=KillAfter(steps))
@@ -1099,7 +1147,7 @@ def test_planned_tokens_count_every_trial_of_every_arm(place: Path, tmp_path: Pa
 @pytest.mark.skipif(compile._compiler() is None, reason="no C++ compiler")
 def test_a_run_writes_down_that_it_compiled_and_scores_without(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     seen = []
     real = loop.row_loss
 

@@ -1,4 +1,7 @@
-"""General rows that the base model makes itself: its own answers, and questions from nothing. On a tiny model."""
+"""General rows that the base model makes itself: its own answers, and questions from nothing.
+
+On a tiny model.
+"""
 
 from pathlib import Path
 
@@ -64,7 +67,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def test_arms_train_on_made_rows_which_are_made_once(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     # A random model writes nothing that would be kept.
     monkeypatch.setattr(
         selfgen,

@@ -1,4 +1,5 @@
-"""A comparison without test rows of its own: every seed holds out another fold of the rows (outer cross-validation)."""
+"""A comparison without test rows of its own: every seed holds out another fold of the rows (outer
+cross-validation)."""
 
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def test_one_group_has_no_folds():
 
 
 def by_seed(values: np.ndarray) -> np.ndarray:
-    """Values (seeds, rows a seed) as outcomes (seeds, all rows), nan where a row was no test row."""
+    """Values (seeds, rows a seed) as outcomes (seeds, all rows), nan where a row was no test
+    row."""
     n_seeds, width = values.shape
     found = np.full((n_seeds, n_seeds * width), np.nan)
     for seed in range(n_seeds):
@@ -83,7 +85,8 @@ def by_seed(values: np.ndarray) -> np.ndarray:
 
 
 def widened(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """The paired t interval of K folds with Nadeau and Bengio's factor: variance times 1/K + test/train instead of 1/K."""
+    """The paired t interval of K folds with Nadeau and Bengio's factor: variance times 1/K +
+    test/train instead of 1/K."""
     folds, plain = len(a), scipy_stats.ttest_rel(a, b).confidence_interval()
     factor = np.sqrt((1 / folds + 1 / (folds - 1)) * folds)
     middle = float(np.mean(a - b))
@@ -91,7 +94,8 @@ def widened(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def test_folds_that_differ_equally_say_nothing_of_others():
-    """Two folds of four rows, in each of which one row more is right: no spread, so no interval, whatever rounding leaves."""
+    """Two folds of four rows, in each of which one row more is right: no spread, so no interval,
+    whatever rounding leaves."""
     sft, tell = (
         by_seed(np.array([[1, 1, 0, 0], [0, 1, 1, 0]])),
         by_seed(np.array([[1, 1, 1, 0], [1, 1, 1, 0]])),
@@ -137,7 +141,8 @@ def test_points_with_other_rows_at_a_seed_are_refused():
 
 
 def test_rows_tested_at_two_of_four_seeds_count_as_they_would_by_independent_folds():
-    """Half of the variance that groups bring stands between seeds then, half between groups: none is lost or counted twice."""
+    """Half of the variance that groups bring stands between seeds then, half between groups:
+    none is lost or counted twice."""
     rng = np.random.default_rng(2)
     total, expected = [], []
     for _ in range(400):
@@ -163,8 +168,14 @@ def done(tmp_path_factory: pytest.TempPathFactory):
         "metrics": ["nll", "exact_match"],
         "max_new_tokens": 4,
     }
-    compare = {"arms": ["base", "sft", "sft_anchor", "tell"], "seeds": list(SEEDS), "sizes": [6, 12], "folds": 2,
-               "tune": "each", "sft_epochs": [1]}  # fmt: skip
+    compare = {
+        "arms": ["base", "sft", "sft_anchor", "tell"],
+        "seeds": list(SEEDS),
+        "sizes": [6, 12],
+        "folds": 2,
+        "tune": "each",
+        "sft_epochs": [1],
+    }
     settings = comparison_settings(place, place / "run", task=task, compare=compare)
     return place / "run", settings, run_comparison(settings)
 
@@ -179,8 +190,9 @@ def test_every_row_is_a_test_row_at_one_seed_and_never_trained_on_there(done):
         assert (tested.sum(axis=0) == 1).all()  # each row once
         assert tested.sum(axis=1).min() >= ROWS // len(SEEDS)
     assert {(arm.arm, arm.size) for arm in results.arms if arm.seed == 4} == {
-        ("base", 0), *((arm, size) for arm in ("sft", "sft_anchor", "tell") for size in (6, 12))
-    }  # fmt: skip
+        ("base", 0),
+        *((arm, size) for arm in ("sft", "sft_anchor", "tell") for size in (6, 12)),
+    }
 
 
 def test_the_certificate_says_so_and_holds(done):

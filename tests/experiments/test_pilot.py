@@ -1,4 +1,5 @@
-"""How much general data: the choice from a curve, and a pilot on a tiny model that is resolved once and kept."""
+"""How much general data: the choice from a curve, and a pilot on a tiny model that is resolved once
+and kept."""
 
 import json
 from dataclasses import replace
@@ -129,7 +130,8 @@ def test_task_rows_alone_may_use_the_steps_of_the_mixtures(
 def test_a_killed_pilot_goes_on_with_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mixtures that were tried are not tried again, wherever the run is to stand; another seed tries its own."""
+    """Mixtures that were tried are not tried again, wherever the run is to stand; another seed
+    tries its own."""
     settings = settings_of(tmp_path)
     held_out, tried = pilot._held_out, list[int]()
 
@@ -166,7 +168,10 @@ def test_a_killed_pilot_goes_on_with_what_is_left(
 def test_too_few_tokens_are_refused_with_how_many_do(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"1,000 pilot tokens buy mixtures of \d task rows, 8 are needed; set mix.pilot_tokens to",
+        match=(
+            r"1,000 pilot tokens buy mixtures of \d task rows, 8 are needed; set mix.pilot_tokens "
+            r"to"
+        ),
     ):
         run_comparison(settings_of(tmp_path, pilot_tokens=1000))
 
@@ -174,7 +179,8 @@ def test_too_few_tokens_are_refused_with_how_many_do(tmp_path: Path) -> None:
 def test_a_pilot_sees_no_test_row_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a test file a training holds out a quarter, a comparison another fold at each seed."""
+    """Without a test file a training holds out a quarter, a comparison another fold at each
+    seed."""
     seen: list[set[str]] = []
     found = Pilot(PILOT_RATIOS, (1.0, 1.0, 1.0, 1.0), (0.0, 0.1, 0.1, 0.1), 1.0, 8, 1, 5, 100, 1.0)
 

@@ -1,4 +1,5 @@
-"""Unlabelled inputs as general data: read and cleaned, as texts, answered by adapters of the arm's own rows or by a teacher."""
+"""Unlabelled inputs as general data: read and cleaned, as texts, answered by adapters of the arm's
+own rows or by a teacher."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -49,9 +50,13 @@ def settings_of(
 ) -> Settings:
     save_task(folder, 8, 4)
     task = {
-        "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "anchor": "Name it.", "metrics": ["nll"],
-        "max_new_tokens": 4, "unlabeled": write_inputs(folder / "inputs.jsonl", texts),
-    }  # fmt: skip
+        "train": str(folder / "train.jsonl"),
+        "test": str(folder / "test.jsonl"),
+        "anchor": "Name it.",
+        "metrics": ["nll"],
+        "max_new_tokens": 4,
+        "unlabeled": write_inputs(folder / "inputs.jsonl", texts),
+    }
     compare = {"arms": ["sft", *names], "folds": 2, "sft_epochs": [1]}
     mix = {"general_per_task": 1, "repeats": 1}
     return comparison_settings(
@@ -96,7 +101,10 @@ def test_a_file_without_inputs_says_which_columns_do(tmp_path: Path) -> None:
     source = DataSource(path=write_inputs(tmp_path / "rows.jsonl", ["x"], "utterance"))
     with pytest.raises(
         DataError,
-        match=r"no column holds inputs; the columns are: utterance\..*columns: \{prompt: YOUR_COLUMN\}",
+        match=(
+            r"no column holds inputs; the columns are: utterance\..*columns: \{prompt: "
+            r"YOUR_COLUMN\}"
+        ),
     ):
         task_data.read([source], answered=False)
     mapped = source.model_copy(update={"columns": {"prompt": "utterance"}})
@@ -121,16 +129,22 @@ def test_what_is_labelled_already_or_asked_in_test_is_left_out_and_counted(tmp_p
         if "unlabeled" in reason or reason == "duplicate"
     }
     assert reasons == {
-        "unlabeled: labelled already": 1, "unlabeled: is a task or held-out row": 1, "duplicate": 1,
+        "unlabeled: labelled already": 1,
+        "unlabeled: is a task or held-out row": 1,
+        "duplicate": 1,
         "unlabeled: over 512 tokens with its answer": 1,
-    }  # fmt: skip
+    }
 
 
-HEADER = "You are asked for the colour of a thing that is named after this sentence, which all inputs begin with:"
+HEADER = (
+    "You are asked for the colour of a thing that is named after this sentence, which all inputs "
+    "begin with:"
+)
 
 
 def headed(folder: Path, inputs: Sequence[str], **columns: str) -> Settings:
-    """Settings of a task whose prompts all begin alike; `columns` are further ones of its labelled rows."""
+    """Settings of a task whose prompts all begin alike; `columns` are further ones of its labelled
+    rows."""
     settings = settings_of(folder, ["unlabeled"], inputs)
     for name in ("train", "test"):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
@@ -170,7 +184,10 @@ def test_inputs_of_which_none_is_left_are_an_error(tmp_path: Path) -> None:
     write_inputs(tmp_path / "inputs.jsonl", rows)
     with pytest.raises(
         DataError,
-        match=r"task\.unlabeled: none of 8 inputs is left, mostly since: unlabeled: labelled already \(6\)",
+        match=(
+            r"task\.unlabeled: none of 8 inputs is left, mostly since: unlabeled: labelled already "
+            r"\(6\)"
+        ),
     ):
         prepared(settings)
 
@@ -244,7 +261,8 @@ def test_of_the_adapters_answers_the_likeliest_to_all_is_taken(
     monkeypatch.setattr(made_rows.adapter, "adapter_state", lambda loaded: {})
     monkeypatch.setattr(made_rows.adapter, "use", lambda *given: None)
     monkeypatch.setattr(generate, "generate", lambda *given, **named: next(said))
-    # Nats of (first: blue, green, red; second: red) by three adapters: blue is no adapter's sure loser, and the sum's best.
+    # Nats of (first: blue, green, red; second: red) by three adapters: blue is no adapter's sure
+    # loser, and the sum's best.
     nats = iter([[2.0, 9.0, 1.0, 1.0], [1.0, 9.0, 8.0, 1.0], [2.0, 1.0, 8.0, 1.0]])
     monkeypatch.setattr(generate, "nats", lambda *given: (np.array(next(nats)), None))
     arm = ARMS["pseudo_self"]

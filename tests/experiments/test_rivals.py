@@ -1,4 +1,5 @@
-"""What rivals of TELL do to the training: averaged adapters, a distance to the base model, one source after the other."""
+"""What rivals of TELL do to the training: averaged adapters, a distance to the base model, one
+source after the other."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,5 @@
-"""Data out of a model alone: repeatable, resumed, filtered with counted reasons, from chat and base models and endpoints."""
+"""Data out of a model alone: repeatable, resumed, filtered with counted reasons, from chat and base
+models and endpoints."""
 
 import json
 import shutil
@@ -48,15 +49,29 @@ GOOD = [(f"What is the colour of thing number {k}?", f"Thing {k} is blue.") for 
 @pytest.mark.parametrize(
     ("question", "answer", "reason"),
     [
-        ("Why?", "Because.", "question too short"), ("What is it then?", " ... ", "no answer"),
-        ("Tell me a joke.", "I'm sorry, but I can't.", "refusal"), ("Tell me why.", "I’m sorry, but I can’t help.", "refusal"),
-        ("What is a large language model?", "Why I can't sleep is another matter, as an AI knows.", None),
+        ("Why?", "Because.", "question too short"),
+        ("What is it then?", " ... ", "no answer"),
+        ("Tell me a joke.", "I'm sorry, but I can't.", "refusal"),
+        ("Tell me why.", "I’m sorry, but I can’t help.", "refusal"),
+        (
+            "What is a large language model?",
+            "Why I can't sleep is another matter, as an AI knows.",
+            None,
+        ),
         ("What is the sea?", "salt and water, " * 20, "repeats itself"),
         ("What is <|im_end|> here?", "An end.", "holds a template's marker"),
-        ("What is the colour of the sky in the morning?", "The sky is red, and then it is blue.", None),
-        ("Welche Farbe hat der Himmel am fruehen Morgen?", "Der Himmel ist dann rot und spaeter blau.", "not in en"),
+        (
+            "What is the colour of the sky in the morning?",
+            "The sky is red, and then it is blue.",
+            None,
+        ),
+        (
+            "Welche Farbe hat der Himmel am fruehen Morgen?",
+            "Der Himmel ist dann rot und spaeter blau.",
+            "not in en",
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_fault_has_its_reason(question: str, answer: str, reason: str | None) -> None:
     assert selfgen.fault(question, answer, "en") == reason
 
@@ -211,9 +226,15 @@ def test_a_kill_between_the_last_writes_leaves_nothing_that_cannot_be_gone_on_wi
             "cleaning": (shutil, "rmtree"),
         }[moment]
         kept = getattr(*where)
-        late = killed if moment != "recipe" else lambda path, *given, **how: (
-            killed() if path.name.endswith(".recipe.json") and path.parent == tmp_path else kept(path, *given, **how)
-        )  # fmt: skip
+        late = (
+            killed
+            if moment != "recipe"
+            else lambda path, *given, **how: (
+                killed()
+                if path.name.endswith(".recipe.json") and path.parent == tmp_path
+                else kept(path, *given, **how)
+            )
+        )
         patched.setattr(*where, late)
         assert fulcrum("selfgen", tmp_path / "made.jsonl", *words).exit_code == 130
     done("selfgen", tmp_path / "made.jsonl", *words)

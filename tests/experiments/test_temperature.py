@@ -1,4 +1,5 @@
-"""The loss at a temperature that is fitted inside the task rows: a gain that it does not show is one of calibration."""
+"""The loss at a temperature that is fitted inside the task rows: a gain that it does not show is
+one of calibration."""
 
 import json
 from collections.abc import Sequence
@@ -42,7 +43,8 @@ def test_nats_at_a_temperature_are_those_of_divided_logits(tmp_path: Path, kind:
 
 @pytest.mark.parametrize("planted", [0.8, 1.0, 1.7, 2.6])
 def test_a_planted_overconfidence_is_found(planted: float):
-    """Labels drawn from a softmax whose logits are then multiplied: dividing by the same number gives the least loss."""
+    """Labels drawn from a softmax whose logits are then multiplied: dividing by the same number
+    gives the least loss."""
     rng = np.random.default_rng(1)
     true = rng.normal(size=(20_000, 8)) * 2
     labels = (true + rng.gumbel(size=true.shape)).argmax(axis=1)
@@ -126,7 +128,8 @@ def test_the_matched_arm_takes_what_tell_chose_and_tries_nothing(done):
     notes = wording.notes(known)
     assert "Settings tried: base 1, sft 1, tell 4." in notes
     assert notes[0] == (
-        "Settings were chosen by 3-fold cross-validation inside the task rows of each seed, so on 2/3 of the rows; test rows "
+        "Settings were chosen by 3-fold cross-validation inside the task rows of each seed, so "
+        "on 2/3 of the rows; test rows "
         "were scored once."
     )
 

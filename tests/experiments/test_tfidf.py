@@ -1,4 +1,5 @@
-"""TF-IDF and logistic regression: scikit-learn itself is the oracle; what was never seen has a known price."""
+"""TF-IDF and logistic regression: scikit-learn itself is the oracle; what was never seen has a
+known price."""
 
 import numpy as np
 import pytest
@@ -8,8 +9,13 @@ from sklearn.linear_model import LogisticRegression
 from fulcrum.core.types import Example, Message, Task
 from fulcrum.experiments import baselines
 
-TRAIN = [("where is my parcel", "delivery"), ("my parcel is late", "delivery"), ("I want my money", "refund"),
-         ("money back please", "refund"), ("cannot sign in", "login")]  # fmt: skip
+TRAIN = [
+    ("where is my parcel", "delivery"),
+    ("my parcel is late", "delivery"),
+    ("I want my money", "refund"),
+    ("money back please", "refund"),
+    ("cannot sign in", "login"),
+]
 ASKED = ["my parcel", "the money", "sign in"]
 
 
@@ -71,7 +77,8 @@ def test_all_of_the_prompt_is_read_and_nothing_of_the_answer() -> None:
     "train", [TRAIN[:2], [("?", "delivery"), ("!", "delivery"), ("...", "delivery")]]
 )
 def test_where_nothing_can_be_told_apart_the_most_frequent_label_is_said(train: list) -> None:
-    """One label, or prompts without a word: its share times n / (n + 1), and 1 / (n + 1) for what is unheard of."""
+    """One label, or prompts without a word: its share times n / (n + 1), and 1 / (n + 1) for what
+    is unheard of."""
     outputs, nats = baselines.classify(
         rows(train), rows([("my parcel", "delivery"), ("the money", "complaint")])
     )

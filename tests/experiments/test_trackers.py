@@ -1,6 +1,8 @@
-"""Trackers hold what the run folder holds, begin no other run when it goes on, and end none by failing.
+"""Trackers hold what the run folder holds, begin no other run when it goes on, and end none by
+failing.
 
-TensorBoard is installed here, and its own reader reads its files. For the other three packages stand in (`stand_ins`).
+TensorBoard is installed here, and its own reader reads its files. For the other three packages
+stand in (`stand_ins`).
 """
 
 import json
@@ -112,9 +114,12 @@ def test_curves_are_those_of_the_events(finished: Path) -> None:
     labels = {event["run"] for event in events}
     assert set(runs) == {*labels, trackers.RESULTS}
     names = {
-        "loss/task": "task_loss", "loss/general": "general_loss", "loss/dev": "dev_nll", "tokens": "tokens",
+        "loss/task": "task_loss",
+        "loss/general": "general_loss",
+        "loss/dev": "dev_nll",
+        "tokens": "tokens",
         "learning_rate": "learning_rate",
-    }  # fmt: skip
+    }
     for label in labels:
         assert set(runs[label].Tags()["scalars"]) == set(names)
         for tag, name in names.items():

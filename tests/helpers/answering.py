@@ -13,9 +13,8 @@ Said = Callable[[dict[str, Any], int], tuple[int, str]]
 
 @contextmanager
 def endpoint(said: Said) -> Iterator[tuple[str, Asked]]:
-    """Its address and what it was asked so far, each with `path` and `key`; `said` gives status and answer to a question, the
-    how-manieth (from 1) is told too.
-    """
+    """Its address and what it was asked so far, each with `path` and `key`; `said` gives status and
+    answer to a question, the how-manieth (from 1) is told too."""
     asked: Asked = []
     lock = Lock()
 

@@ -18,12 +18,17 @@ def browser() -> Iterator[Any]:
     """A headless Chromium that keeps what it says and asks for."""
     programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if None in programs:
-        missing = "no chromium with chromium-driver here (Debian: apt-get install chromium chromium-driver)"
+        missing = (
+            "no chromium with chromium-driver here (Debian: apt-get install chromium "
+            "chromium-driver)"
+        )
         if os.environ.get(NEEDS_BROWSER):
             pytest.fail(missing)
         pytest.skip(
             missing
-        )  # a newcomer needs no browser; .ci/run installs one, and sets the variable that makes this fail
+            # a newcomer needs no browser; .ci/run installs one, and sets the variable that makes
+            # this fail
+        )
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()

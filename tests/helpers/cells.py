@@ -49,6 +49,12 @@ def chosen(**compare: Any) -> Settings:
         "max_new_tokens": 3,
     }
     train = tiny_settings(learning_rate=1e-2).model_dump()
-    return settings_from_dict({
-        "task": task, "mix": {"general_per_task": 2, "repeats": 2}, "train": train, "compare": compare, "eval": {"draws": 100},
-    })  # fmt: skip
+    return settings_from_dict(
+        {
+            "task": task,
+            "mix": {"general_per_task": 2, "repeats": 2},
+            "train": train,
+            "compare": compare,
+            "eval": {"draws": 100},
+        }
+    )

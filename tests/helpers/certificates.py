@@ -15,7 +15,8 @@ ROWS = 40
 def lines(
     tell: float = 1.0, sft: float = 1.0, *, seeds: int = 5, dev: bool = True
 ) -> Iterator[dict[str, object]]:
-    """A comparison: each doubling brings 1, `tell` is so many doublings ahead, `sft` scales the reference's slope."""
+    """A comparison: each doubling brings 1, `tell` is so many doublings ahead, `sft` scales the
+    reference's slope."""
     rng = np.random.default_rng(0)
     for arm, ahead in (("sft", 0.0), ("tell", tell)):
         for size in SIZES:

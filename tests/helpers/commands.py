@@ -17,7 +17,8 @@ def done(*words: object, stdin: str | None = None) -> str:
 
 
 def refused(*words: object) -> str:
-    """Run a command that must fail as users' errors do: exit code 2 and one line, which is returned."""
+    """Run a command that must fail as users' errors do: exit code 2 and one line, which is
+    returned."""
     result = fulcrum(*words)
     assert result.exit_code == 2, result.output
     *_, line = result.stderr.splitlines()

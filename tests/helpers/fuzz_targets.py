@@ -1,6 +1,8 @@
-"""What the fuzzer drives, a function of bytes each: any input ends well, or with an error that a user can mend.
+"""What the fuzzer drives, a function of bytes each: any input ends well, or with an error that a
+user can mend.
 
-`scripts/fuzz.py` guides bytes by coverage; `test_fuzz.py` plays inputs that once found something, and hypothesis' own.
+`scripts/fuzz.py` guides bytes by coverage; `test_fuzz.py` plays inputs that once found something,
+and hypothesis' own.
 """
 
 import json
@@ -47,7 +49,8 @@ class Drawn:
         return choices[self.integer(0, len(choices) - 1)]
 
     def text(self, longest: int = 24) -> str:
-        """Text with what is special here among it: markers of templates, white space, odd characters."""
+        """Text with what is special here among it: markers of templates, white space, odd
+        characters."""
         parts = []
         for _ in range(self.integer(0, 3)):
             raw = self.take(self.integer(0, longest))
@@ -73,21 +76,64 @@ class Drawn:
 
 
 class Valid(Drawn):
-    """Texts that are Unicode: reading rejects others, so that what is encoded holds no lone surrogates."""
+    """Texts that are Unicode: reading rejects others, so that what is encoded holds no lone
+    surrogates."""
 
     def text(self, longest: int = 24) -> str:
         return super().text(longest).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 SPECIAL = (
-    "<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<s>", "<pad>", "\ufdd0", "\ufdd1", "\ufdd03\ufdd1", "\x00",
-    "\u202e", "\u2028", "\r\n", " ", "\t", "\ud83d", "{{ messages }}", "{% for %}", "Name it.", "fulcrumprobe", "=1+1",
-    "<script>", "\U0001f600", "e\u0301", "ﬁ",
-)  # fmt: skip
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|im_start|>assistant\n",
+    "<s>",
+    "<pad>",
+    "\ufdd0",
+    "\ufdd1",
+    "\ufdd03\ufdd1",
+    "\x00",
+    "\u202e",
+    "\u2028",
+    "\r\n",
+    " ",
+    "\t",
+    "\ud83d",
+    "{{ messages }}",
+    "{% for %}",
+    "Name it.",
+    "fulcrumprobe",
+    "=1+1",
+    "<script>",
+    "\U0001f600",
+    "e\u0301",
+    "ﬁ",
+)
 KEYS = (
-    "messages", "role", "content", "user", "assistant", "system", "prompt", "completion", "instruction", "input", "output",
-    "query", "response", "conversations", "from", "value", "group", "weight", "train", "chosen", "text", "history", "",
-)  # fmt: skip
+    "messages",
+    "role",
+    "content",
+    "user",
+    "assistant",
+    "system",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "query",
+    "response",
+    "conversations",
+    "from",
+    "value",
+    "group",
+    "weight",
+    "train",
+    "chosen",
+    "text",
+    "history",
+    "",
+)
 _ROLES = ("user", "assistant", "system", "human", "gpt", "model", "tool")
 
 
@@ -120,7 +166,8 @@ def _row(drawn: Drawn) -> Any:
 
 
 def read_rows(data: bytes) -> None:
-    """Files of every format, of bytes as they come or of rows: each row is kept or rejected, and none is lost."""
+    """Files of every format, of bytes as they come or of rows: each row is kept or rejected, and
+    none is lost."""
     drawn = Drawn(data)
     ending = drawn.one((".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".jsonl", ".json"))
     written = None
@@ -162,7 +209,8 @@ def _tokenizer(number: int) -> Any:
 
 
 def encode_rows(data: bytes) -> None:
-    """Conversations of any text: only the template's own markers are special, every answer and its end is trained."""
+    """Conversations of any text: only the template's own markers are special, every answer and its
+    end is trained."""
     drawn = Valid(data)
     number = drawn.integer(0, 3)
     tokenizer = _tokenizer(number)
@@ -229,7 +277,8 @@ def pack_rows(data: bytes) -> None:
 
 
 def plan_streams(data: bytes) -> None:
-    """Every task row stands in a plan as often as asked, no general row twice, wherever it is cut."""
+    """Every task row stands in a plan as often as asked, no general row twice, wherever it is
+    cut."""
     drawn = Drawn(data)
     task, general = drawn.integer(-1, 40), drawn.integer(0, 200)
     if drawn.integer(0, 9) == 9:
@@ -281,10 +330,41 @@ def plan_streams(data: bytes) -> None:
 
 
 _NAMES = (
-    "model", "task", "tasks", "train", "test", "dev", "anchor", "text", "placement", "general", "path", "mix",
-    "general_per_task", "repeats", "order", "learning_rate", "lora_r", "output_dir", "seed", "metrics", "compare", "arms",
-    "sizes", "name", "eval", "unit", "columns", "limit", "weight", "clean", "group", "max_new_tokens", "batch_size", "seeds",
-)  # fmt: skip
+    "model",
+    "task",
+    "tasks",
+    "train",
+    "test",
+    "dev",
+    "anchor",
+    "text",
+    "placement",
+    "general",
+    "path",
+    "mix",
+    "general_per_task",
+    "repeats",
+    "order",
+    "learning_rate",
+    "lora_r",
+    "output_dir",
+    "seed",
+    "metrics",
+    "compare",
+    "arms",
+    "sizes",
+    "name",
+    "eval",
+    "unit",
+    "columns",
+    "limit",
+    "weight",
+    "clean",
+    "group",
+    "max_new_tokens",
+    "batch_size",
+    "seeds",
+)
 
 
 def _setting(drawn: Drawn, depth: int = 3) -> Any:
@@ -301,7 +381,8 @@ def _setting(drawn: Drawn, depth: int = 3) -> Any:
 
 
 def read_settings(data: bytes) -> None:
-    """Settings files of any text: settings that are written and read back the same, or an error in words."""
+    """Settings files of any text: settings that are written and read back the same, or an error
+    in words."""
     drawn = Drawn(data)
     kind = drawn.integer(0, 2)
     file = _file(".yaml")
@@ -335,5 +416,9 @@ def read_settings(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    "ingest": read_rows, "encode": encode_rows, "pack": pack_rows, "plan": plan_streams, "config": read_settings,
-}  # fmt: skip
+    "ingest": read_rows,
+    "encode": encode_rows,
+    "pack": pack_rows,
+    "plan": plan_streams,
+    "config": read_settings,
+}

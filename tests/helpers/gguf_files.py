@@ -48,7 +48,8 @@ def tiny_llama(vocabulary: int = len(VOCAB)) -> LlamaForCausalLM:
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp's order of rotary rows (convert_hf_to_gguf.py, permute): the two halves of each head, row by row."""
+    """llama.cpp's order of rotary rows (convert_hf_to_gguf.py, permute): the two halves of each
+    head, row by row."""
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
         .swapaxes(1, 2)
@@ -57,10 +58,17 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def write_gguf(
-    path: Path, *, split: str = "smollm", leave_out: str = "", vocabulary: Sequence[str] = VOCAB, template: str = TEMPLATE,
-    context: int = 128, more: Mapping[str, str] = MappingProxyType({}),
-) -> Path:  # fmt: skip
-    """A Llama in float32, in the names and the layout of llama.cpp, with a byte-level tokenizer of 100 tokens."""
+    path: Path,
+    *,
+    split: str = "smollm",
+    leave_out: str = "",
+    vocabulary: Sequence[str] = VOCAB,
+    template: str = TEMPLATE,
+    context: int = 128,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """A Llama in float32, in the names and the layout of llama.cpp, with a byte-level tokenizer of
+    100 tokens."""
     model = tiny_llama(len(vocabulary))
     config = model.config
     writer = gguf_format.GGUFWriter(path, "llama")
@@ -141,7 +149,8 @@ GEMMA_VOCAB = [
 
 
 def tiny_gemma() -> Gemma3ForCausalLM:
-    """Six layers, because a GGUF file does not say which of them see everything: every sixth one does."""
+    """Six layers, because a GGUF file does not say which of them see everything: every sixth one
+    does."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=len(GEMMA_VOCAB),
@@ -168,10 +177,11 @@ def tiny_gemma() -> Gemma3ForCausalLM:
 
 
 def write_gemma(path: Path, *, forget: str = "nothing", rope_factor: float | None = None) -> Path:
-    """A Gemma 3 in float32 as llama.cpp's converter writes it: the embedding unscaled, every norm weight plus one.
+    """A Gemma 3 in float32 as llama.cpp's converter writes it: the embedding unscaled, every norm
+    weight plus one.
 
-    `forget`: the norm that is written without its one, or "scale": the embedding is written scaled. `rope_factor`: the file
-    says that rotary positions are scaled.
+    `forget`: the norm that is written without its one, or "scale": the embedding is written scaled.
+    `rope_factor`: the file says that rotary positions are scaled.
     """
     model = tiny_gemma()
     config = model.config

@@ -33,7 +33,8 @@ def shaken_adapter(loaded: base_model.LoadedModel, settings) -> None:
 def stock_losses_and_gradients(
     loaded: base_model.LoadedModel, settings, examples: list[Tokens], dtype: str = "float32"
 ):
-    """The same adapter on the model as Transformers loads it, eager attention, one example at a time, no code of ours."""
+    """The same adapter on the model as Transformers loads it, eager attention, one example at a
+    time, no code of ours."""
     causal = AutoModelForCausalLM.from_pretrained(
         loaded.path, dtype=getattr(torch, dtype), attn_implementation="eager"
     )
@@ -81,7 +82,8 @@ def same_gradients(found, expected, tolerance: float = 1e-5) -> None:
 
 
 def sharing_examples(longest: int = 5 * WINDOW) -> list[Tokens]:
-    """A header that all but one share, an anchor that three share, one example twice; targets in shared tokens too."""
+    """A header that all but one share, an anchor that three share, one example twice; targets in
+    shared tokens too."""
     header, anchor = tokens(BLOCK + 1, 90), tokens(2 * BLOCK + 4, 91)
     own = [tokens(length, seed) for seed, length in enumerate((5, longest, 2, 3 * WINDOW))]
     parts = [

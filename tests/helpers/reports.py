@@ -76,7 +76,8 @@ def training(arm: str, level: float, steps: int = 120, *, dev_apart: bool = Fals
 def arm_result(
     arm: str, seed: int, tasks: tuple[str, ...], shift: float, kind: str = "compare"
 ) -> ArmResult:
-    """What a comparison tries costs 2 of 3 parts of the rows in each of 3 folds; a single run tries what it keeps."""
+    """What a comparison tries costs 2 of 3 parts of the rows in each of 3 folds; a single run tries
+    what it keeps."""
     level = ARMS[arm] + (0 if arm.startswith("base") else shift)
     trained = not arm.startswith("base")
     scores = {task: (score("nll", level), score("exact_match", MATCH[arm])) for task in tasks}
@@ -91,9 +92,18 @@ def arm_result(
     predictions = (Prediction(f"t.jsonl:{seed}", "g", "p", "g", "o", 1.0, 1),)
     held_out = {"builtin": (Prediction(f"b.jsonl:{seed}", "g", "p", "g", None, 1.0, 1),)}
     return ArmResult(
-        arm, SIZE if trained else 0, seed, tried, 0 if tried else None, trial, scores, {tasks[0]: predictions}, held_out,
-        general, 130.0,
-    )  # fmt: skip
+        arm,
+        SIZE if trained else 0,
+        seed,
+        tried,
+        0 if tried else None,
+        trial,
+        scores,
+        {tasks[0]: predictions},
+        held_out,
+        general,
+        130.0,
+    )
 
 
 def make(

@@ -14,16 +14,26 @@ def settings(place: Path, output: Path, **changes: Any) -> Settings:
     data: dict[str, Any] = {
         "model": str(place / "model"),
         "task": {
-            "train": str(place / "train.jsonl"), "dev": str(place / "dev.jsonl"), "test": str(place / "test.jsonl"),
-            "anchor": "Name it.", "max_new_tokens": 4,
+            "train": str(place / "train.jsonl"),
+            "dev": str(place / "dev.jsonl"),
+            "test": str(place / "test.jsonl"),
+            "anchor": "Name it.",
+            "max_new_tokens": 4,
         },
         "general": str(place / "pool.jsonl"),
         "mix": {"general_per_task": 2, "repeats": 2},
-        "train": {"batch_size": 4, "lora_r": 4, "learning_rate": 1e-2, "dtype": "float32", "device": "cpu",
-                  "evaluations": 2, "save_every": 3},
+        "train": {
+            "batch_size": 4,
+            "lora_r": 4,
+            "learning_rate": 1e-2,
+            "dtype": "float32",
+            "device": "cpu",
+            "evaluations": 2,
+            "save_every": 3,
+        },
         "eval": {"general_rows": 2, "draws": 100},
         "output_dir": str(output),
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         *sections, last = key.split("__")
         section = data

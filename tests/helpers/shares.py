@@ -1,4 +1,5 @@
-"""A program for a launcher's processes: what each holds of a model's layers, and what it says of a text, as a line of JSON."""
+"""A program for a launcher's processes: what each holds of a model's layers, and what it says of a
+text, as a line of JSON."""
 
 import json
 import sys

@@ -1,8 +1,9 @@
-"""Packages that stand in for Trackio, Weights & Biases and MLflow: their names, the signatures that are called, and their ways.
+"""Packages that stand in for Trackio, Weights & Biases and MLflow: their names, the signatures that
+are called, and their ways.
 
-Trackio ends the run that its context began before, MLflow keeps a stack of active runs for each thread, W&B begins as many runs
-as it is asked to. Each writes what it is told into the file that $TOLD names, as JSON lines: begin, log, files or finish, the
-run's name, and what about it.
+Trackio ends the run that its context began before, MLflow keeps a stack of active runs for each
+thread, W&B begins as many runs as it is asked to. Each writes what it is told into the file that
+$TOLD names, as JSON lines: begin, log, files or finish, the run's name, and what about it.
 """
 
 from pathlib import Path
@@ -32,7 +33,8 @@ class Run:
         tell("log", self.name, step, data)
 
     def log_artifact(self, artifact_or_path, name=None, type=None, aliases=None):
-        tell("files", self.name, {file: text(path) for file, path in artifact_or_path.files.items()})
+        files = artifact_or_path.files
+        tell("files", self.name, {file: text(path) for file, path in files.items()})
 
     def finish(self):
         self.over = True
@@ -50,11 +52,13 @@ class Artifact:
     def add_file(self, local_path, name=None):
         self.files[name] = local_path
 
-def init(project, name=None, group=None, space_id=None, server_url=None, dataset_id=None, bucket_id=None, config=None,
-         resume="never", settings=None, private=None, embed=True, auto_log_gpu=None, gpu_log_interval=10.0):
+def init(project, name=None, group=None, space_id=None, server_url=None, dataset_id=None,
+         bucket_id=None, config=None, resume="never", settings=None, private=None, embed=True,
+         auto_log_gpu=None, gpu_log_interval=10.0):
     if current_run.get() is not None:
         current_run.get().finish()
-    facts = {{"project": project, "group": group, "again": resume == "allow", "away": bool(space_id or server_url)}}
+    away = bool(space_id or server_url)
+    facts = {{"project": project, "group": group, "again": resume == "allow", "away": away}}
     tell("begin", name, facts)
     current_run.set(Run(name, name))
     return current_run.get()
@@ -68,13 +72,16 @@ class Artifact:
         assert all(letter.isalnum() or letter in "-_." for letter in name), name
         self.files = {{}}
 
-    def add_file(self, local_path, name=None, is_tmp=False, skip_cache=False, policy="mutable", overwrite=False):
+    def add_file(self, local_path, name=None, is_tmp=False, skip_cache=False, policy="mutable",
+                 overwrite=False):
         self.files[name] = local_path
 
-def init(entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None, config=None, group=None,
-         job_type=None, mode=None, force=None, reinit=None, resume=None, save_code=None, settings=None):
+def init(entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None,
+         config=None, group=None, job_type=None, mode=None, force=None, reinit=None, resume=None,
+         save_code=None, settings=None):
     assert reinit == "create_new", "another run would be ended or returned"
-    facts = {{"project": project, "group": group, "again": id in known, "away": mode != "offline", "dir": dir}}
+    away = mode != "offline"
+    facts = {{"project": project, "group": group, "again": id in known, "away": away, "dir": dir}}
     tell("begin", name, facts)
     known.add(id)
     return Run(name, id)
@@ -97,18 +104,21 @@ def create_experiment(name, artifact_location=None, tags=None, trace_location=No
     made.append(SimpleNamespace(name=name, experiment_id=str(len(made)), place=artifact_location))
     return made[-1].experiment_id
 
-def start_run(run_id=None, experiment_id=None, run_name=None, nested=False, parent_run_id=None, tags=None, description=None):
+def start_run(run_id=None, experiment_id=None, run_name=None, nested=False, parent_run_id=None,
+              tags=None, description=None):
     assert nested or not stack(), "a run is active already"
     one = next(one for one in made if one.experiment_id == experiment_id)
     again, run_id = run_id is not None, run_id or f"id{{len(names)}}"
     names[run_id] = run_name
     away = not os.environ["MLFLOW_TRACKING_URI"].startswith("sqlite:///")
     telemetry = os.environ.get("MLFLOW_DISABLE_TELEMETRY") != "true"
-    tell("begin", run_name, {{"project": one.name, "again": again, "away": away or telemetry, "dir": one.place}})
+    facts = {{"project": one.name, "again": again, "away": away or telemetry, "dir": one.place}}
+    tell("begin", run_name, facts)
     stack().append(SimpleNamespace(info=SimpleNamespace(run_id=run_id)))
     return stack()[-1]
 
-def log_metrics(metrics, step=None, synchronous=None, run_id=None, timestamp=None, model_id=None, dataset=None):
+def log_metrics(metrics, step=None, synchronous=None, run_id=None, timestamp=None, model_id=None,
+                dataset=None):
     tell("log", names[run_id or stack()[-1].info.run_id], step, metrics)
 
 def log_artifact(local_path, artifact_path=None, run_id=None):

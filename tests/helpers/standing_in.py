@@ -1,6 +1,8 @@
-"""A program that takes the place of `fulcrum` where only its manners matter: how it is begun, stopped, gone on with, asked.
+"""A program that takes the place of `fulcrum` where only its manners matter: how it is begun,
+stopped, gone on with, asked.
 
-`train` runs until it is asked to stop; with --resume it finishes at once. `serve` speaks as `fulcrum serve` does.
+`train` runs until it is asked to stop; with --resume it finishes at once. `serve` speaks as
+`fulcrum serve` does.
 """
 
 import json
@@ -79,7 +81,10 @@ class Handler(BaseHTTPRequestHandler):
         if asked["model"] not in MODELS:
             self._answer(404, "application/json", b'{"error": {"message": "no such model"}}')
             return
-        said = f"{asked['model']} heard {asked['messages'][-1]['content']} <b>and</b> {len(asked['messages'])} turns"
+        said = (
+            f"{asked['model']} heard {asked['messages'][-1]['content']} <b>and</b> "
+            f"{len(asked['messages'])} turns"
+        )
         parts = [{"choices": [{"delta": {"content": word + " "}}]} for word in said.split(" ")]
         body = "".join(f"data: {json.dumps(part)}\n\n" for part in parts) + "data: [DONE]\n\n"
         self._answer(200, "text/event-stream", body.encode())

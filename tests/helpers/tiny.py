@@ -1,7 +1,9 @@
-"""Tiny random language models of many architectures, with a real tokenizer, made on the spot in some hundredths of a second.
+"""Tiny random language models of many architectures, with a real tokenizer, made on the spot in
+some hundredths of a second.
 
-`save_tiny` writes a model folder, `load_tiny` opens one as Fulcrum does. Weights are drawn from a fixed seed and are large
-(standard deviation 0.2), so that attention, windows and soft-caps change the logits visibly.
+`save_tiny` writes a model folder, `load_tiny` opens one as Fulcrum does. Weights are drawn from a
+fixed seed and are large (standard deviation 0.2), so that attention, windows and soft-caps change
+the logits visibly.
 """
 
 import json
@@ -51,14 +53,16 @@ CHATML = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 
-# As Gemma's: content is trimmed, the assistant is called model, a system text joins the first user turn.
+# As Gemma's: content is trimmed, the assistant is called model, a system text joins the first user
+# turn.
 TRIMMING = (
     "{{- bos_token -}}"
     "{%- if messages[0]['role'] == 'system' -%}"
     "{%- set first = messages[0]['content'] + '\\n\\n' -%}{%- set messages = messages[1:] -%}"
     "{%- else -%}{%- set first = '' -%}{%- endif -%}"
     "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}"
+    "{{- '<|im_start|>' + ('model' if message['role'] == 'assistant' else message['role']) + "
+    "'\\n' -}}"
     "{{- (first if loop.first else '') + message['content'] | trim + '<|im_end|>\\n' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>model\\n' -}}{%- endif -%}"
@@ -68,7 +72,8 @@ TRIMMING = (
 FORGETFUL = (
     "{%- for message in messages -%}"
     "{%- set text = message['content'] -%}"
-    "{%- if message['role'] == 'assistant' and not loop.last -%}{%- set text = text.split('</think>')[-1] -%}{%- endif -%}"
+    "{%- if message['role'] == 'assistant' and not loop.last -%}{%- set text = "
+    "text.split('</think>')[-1] -%}{%- endif -%}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + text + '<|im_end|>\\n' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
@@ -92,7 +97,10 @@ _GROUPED = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": CONTE
 
 
 def _configuration(kind: str, vocabulary: dict[str, int]) -> Any:
-    """A tiny configuration of one architecture. Soft-caps and scales are set so that leaving them out would show."""
+    """A tiny configuration of one architecture.
+
+    Soft-caps and scales are set so that leaving them out would show.
+    """
     if kind == "llama":
         return LlamaConfig(**_GROUPED, **vocabulary)
     if kind == "mistral":
@@ -101,9 +109,14 @@ def _configuration(kind: str, vocabulary: dict[str, int]) -> Any:
         return Qwen3Config(**_GROUPED, head_dim=8, tie_word_embeddings=True, **vocabulary)
     if kind == "gemma2":
         return Gemma2Config(
-            **_GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW,
-            attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **vocabulary,
-        )  # fmt: skip
+            **_GROUPED,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=WINDOW,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            **vocabulary,
+        )
     if kind == "gemma3":
         layers = ["sliding_attention", "full_attention"]
         return Gemma3TextConfig(
@@ -140,7 +153,8 @@ def _configuration(kind: str, vocabulary: dict[str, int]) -> Any:
 
 
 def tiny_tokenizer(template: bool | str = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with ChatML's markers; `template` is its chat template, False for a base model.
+    """A byte-level BPE tokenizer with ChatML's markers; `template` is its chat template, False for
+    a base model.
 
     A base model's tokenizer starts every text with <s>, as Llama's and Gemma's do.
     """
@@ -148,30 +162,38 @@ def tiny_tokenizer(template: bool | str = True) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=360, special_tokens=["<pad>", "<s>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        vocab_size=360,
+        special_tokens=["<pad>", "<s>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     core.train_from_iterator(_SENTENCES, trainer)
     if template is False:
         core.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
         )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="<|im_end|>",
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],
-    )  # fmt: skip
+    )
     if template is not False:
         tokenizer.chat_template = CHATML if template is True else template
     return tokenizer
 
 
 def save_tiny(folder: Path, kind: str = "llama", *, template: bool | str = True) -> Path:
-    """Write a tiny random causal language model of an architecture, and its tokenizer, into `folder`; returns the folder."""
+    """Write a tiny random causal language model of an architecture, and its tokenizer, into
+    `folder`; returns the folder."""
     tokenizer = tiny_tokenizer(template)
     vocabulary = {
-        "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     configuration = _configuration(kind, vocabulary)
     configuration.initializer_range = 0.2
     with torch.random.fork_rng():
@@ -190,7 +212,8 @@ def save_tiny(folder: Path, kind: str = "llama", *, template: bool | str = True)
 def load_tiny(
     folder: Path, kind: str = "llama", *, template: bool | str = True, **train_settings: Any
 ) -> base_model.LoadedModel:
-    """Save a tiny model below `folder` and load it through Fulcrum, in fp32 on the CPU unless `train_settings` differ."""
+    """Save a tiny model below `folder` and load it through Fulcrum, in fp32 on the CPU unless
+    `train_settings` differ."""
     place = folder / f"tiny-{kind}"
     if not place.exists():
         save_tiny(place, kind, template=template)
@@ -239,7 +262,8 @@ WORDS = (
 
 
 def save_task(folder: Path, train: int, test: int, *, pool: int = 1) -> Path:
-    """Write a tiny model, a task of colours (train.jsonl, test.jsonl) and a pool of 256 x `pool` rows into `folder`."""
+    """Write a tiny model, a task of colours (train.jsonl, test.jsonl) and a pool of 256 x `pool`
+    rows into `folder`."""
     save_tiny(folder / "model")
     rows = [
         (f"colour {word} {k}", ("red", "blue", "green")[(k + n) % 3])
@@ -257,15 +281,20 @@ def comparison_settings(folder: Path, output: Path, **changes: Any) -> Settings:
     """Settings of a comparison on what `save_task` wrote; `changes` are sections."""
     data: dict[str, Any] = {
         "model": str(folder / "model"),
-        "task": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "anchor": "Name it.",
-                 "metrics": ["nll"], "max_new_tokens": 4},
+        "task": {
+            "train": str(folder / "train.jsonl"),
+            "test": str(folder / "test.jsonl"),
+            "anchor": "Name it.",
+            "metrics": ["nll"],
+            "max_new_tokens": 4,
+        },
         "general": str(folder / "pool.jsonl"),
         "mix": {"general_per_task": 2, "repeats": 1},
         "train": tiny_settings().model_dump(),
         "eval": {"general_rows": 2, "draws": 100},
         "output_dir": str(output),
         **changes,
-    }  # fmt: skip
+    }
     return settings_from_dict(data)
 
 

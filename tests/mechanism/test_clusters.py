@@ -1,4 +1,5 @@
-"""Clusters of gradients: literal affinities, planted clusters and noise; the density test against scipy and planted trends."""
+"""Clusters of gradients: literal affinities, planted clusters and noise; the density test against
+scipy and planted trends."""
 
 import itertools
 
@@ -19,7 +20,8 @@ SIZES = (300, 120, 60, 40, 25, 15, 12)
 def planted(
     sizes: tuple[int, ...], spread: float, *, d: int = 400, shared: float = 0.0, seed: int = 0
 ) -> tuple[FloatArray, IntArray]:
-    """Gaussian clusters of given sizes around directions of their own, and `shared` times a direction of all."""
+    """Gaussian clusters of given sizes around directions of their own, and `shared` times a
+    direction of all."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(len(sizes)), sizes)
     centres = rng.normal(size=(len(sizes), d))
@@ -183,7 +185,8 @@ def by_cluster(
     task_items: int = 4,
     **settings: int,
 ) -> DensityTest:
-    """The test of clusters that have `task_items` task items each, and so many general ones that densities are as given."""
+    """The test of clusters that have `task_items` task items each, and so many general ones that
+    densities are as given."""
     labels, general, gain, base = [], [], [], []
     for label, (density, mean) in enumerate(zip(densities, gains, strict=True)):
         others = round(task_items * density / (1 - density))
@@ -214,7 +217,8 @@ class TestDensity:
             "The gain rises with a cluster's general-data density (rho 1.00"
         )
         assert found.sentence.endswith(
-            "This is a correlation over clusters only: it does not say that the density is the cause."
+            "This is a correlation over clusters only: it does not say that the density is the "
+            "cause."
         )
         np.testing.assert_allclose([row.density for row in found.clusters], DENSITIES)
         assert [row.size for row in found.clusters] == [4, 5, 6, 8, 10, 12, 16, 20]

@@ -3,10 +3,10 @@ from math import log
 
 import numpy as np
 import pytest
-import simulate_scaling
 from scipy.stats import f as f_law
 from scipy.stats import false_discovery_control
 
+import simulate_scaling
 from fulcrum.core.errors import DataError
 from fulcrum.mechanism.curve_fits import FORMS, aicc, best, fits, octaves
 from fulcrum.mechanism.jumps import (
@@ -282,7 +282,8 @@ def test_a_constant_shows_no_change():
         "No change with general data is shown (F test of the levels, p 0.38). "
     )
     assert re.search(
-        r"as large as all that the curve moves \(0\.\d+\) would be found in \d+% of such experiments only",
+        r"as large as all that the curve moves \(0\.\d+\) would be found in \d+% of such "
+        r"experiments only",
         sentence,
     )
 
@@ -325,7 +326,8 @@ def test_what_plainly_moves_is_never_said_not_to(levels):
 
 
 def test_a_step_that_could_hardly_be_claimed_is_not_called_smooth():
-    """Seven levels: a step of 25 standard deviations lacks AICc; that one of half a nat would be found is no reason."""
+    """Seven levels: a step of 25 standard deviations lacks AICc; that one of half a nat would be
+    found is no reason."""
     found = [judged(chains(step(2, 0.15, SEVEN), 0.006, 3, number), SEVEN) for number in range(8)]
     words = {verdict(one, worth=0.5)[0] for one in found if not one.abrupt}
     assert words == {"not enough data"}
@@ -335,9 +337,11 @@ def test_a_step_that_could_hardly_be_claimed_is_not_called_smooth():
 def test_draws_that_cannot_show_a_p_are_refused_everywhere(draws):
     scores = chains(step(2), 0.1)
     for ask in (
-        lambda: judged(scores, draws=draws), lambda: find_jumps(NINE, scores[None], draws=draws),
-        lambda: power(NINE, 0.1, 5, 1.0, draws=draws), lambda: detectable(NINE, 0.1, 5, draws=draws),
-    ):  # fmt: skip
+        lambda: judged(scores, draws=draws),
+        lambda: find_jumps(NINE, scores[None], draws=draws),
+        lambda: power(NINE, 0.1, 5, 1.0, draws=draws),
+        lambda: detectable(NINE, 0.1, 5, draws=draws),
+    ):
         with pytest.raises(DataError, match=rf"draws: {draws} .* give 199 or more"):
             ask()
 
@@ -349,7 +353,10 @@ def test_a_noise_that_is_none_is_refused(noise):
 
 
 def test_unequal_noise_raises_no_more_alarms():
-    """The first two levels are five times as noisy as the others. Drawn with one variance the null gave 6 to 11%."""
+    """The first two levels are five times as noisy as the others.
+
+    Drawn with one variance the null gave 6 to 11%.
+    """
     unequal = simulate_scaling.Noise(0.05, "unequal")
     for name in ("logistic, 10-90% in 2.5 octaves", "power law, beta 1", "1 - exp(-g / 4)"):
         curve = simulate_scaling.SMOOTH[name](np.array(NINE))

@@ -1,11 +1,12 @@
-"""The positive control: planted tasks of a small network are learned in steps, and found by their gradients."""
+"""The positive control: planted tasks of a small network are learned in steps, and found by their
+gradients."""
 
 import numpy as np
-import parity
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import parity
 from fulcrum.mechanism import clusters
 
 

@@ -1,4 +1,5 @@
-"""The planted sub-skill: its rows are what the control says they are, and its judgement can fail."""
+"""The planted sub-skill: its rows are what the control says they are, and its judgement can
+fail."""
 
 import re
 from typing import Any

@@ -1,4 +1,5 @@
-"""The explorer of clusters: what it says of each, that rows' text is inert on it, and that equal records give equal bytes."""
+"""The explorer of clusters: what it says of each, that rows' text is inert on it, and that equal
+records give equal bytes."""
 
 import json
 from pathlib import Path
@@ -13,7 +14,8 @@ from fulcrum.mechanism import clusters, quanta_report
 
 
 def record(k: int = 6, per: int = 10, evil: str = "ending") -> dict[str, Any]:
-    """Clusters of `per` task items each and ever more general ones, where TELL gains the more of these there are."""
+    """Clusters of `per` task items each and ever more general ones, where TELL gains the more of
+    these there are."""
     items, labels = [], []
     for label in range(k):
         for number in range(per + 3 * label):
@@ -21,11 +23,17 @@ def record(k: int = 6, per: int = 10, evil: str = "ending") -> dict[str, Any]:
             gain = 0.0 if general else 0.1 * label + 0.01 * number
             items.append(
                 {
-                    "general": general, "origin": f"r{label}-{number}", "group": "g",
-                    "before": "the stem of ", "text": f" {evil}", "after": "\nand more", "cluster": label, "untrained": 4.0,
+                    "general": general,
+                    "origin": f"r{label}-{number}",
+                    "group": "g",
+                    "before": "the stem of ",
+                    "text": f" {evil}",
+                    "after": "\nand more",
+                    "cluster": label,
+                    "untrained": 4.0,
                     "losses": {"sft_anchor": [3.0, 2.0], "tell": [3.0 - gain, 2.0 - gain]},
                 }
-            )  # fmt: skip
+            )
             labels.append(label)
     general = np.array([item["general"] for item in items])
     gain = np.array(
@@ -33,18 +41,28 @@ def record(k: int = 6, per: int = 10, evil: str = "ending") -> dict[str, Any]:
     )
     test = clusters.density_test(labels, general, ~general, gain, before=np.full(len(items), 4.0))
     found = {
-        "k": k, "stability": 0.9, "eigenvalues": [1.0] * k + [0.2], "candidates": [{"k": k, "gap": 0.8, "stability": 0.9}],
-    }  # fmt: skip
+        "k": k,
+        "stability": 0.9,
+        "eigenvalues": [1.0] * k + [0.2],
+        "candidates": [{"k": k, "gap": 0.8, "stability": 0.9}],
+    }
     return dict(
         store.plain(
             {
-                "version": 1, "unit": "tokens", "seed": 0, "arms": ["sft_anchor", "tell"], "tokens": 1234,
-                "steps": {"sft_anchor": [4, 8], "tell": [10, 20]}, "gradient_seconds": 12.0, "clusters": found,
-                "without_gradient": 0, "test": test,
+                "version": 1,
+                "unit": "tokens",
+                "seed": 0,
+                "arms": ["sft_anchor", "tell"],
+                "tokens": 1234,
+                "steps": {"sft_anchor": [4, 8], "tell": [10, 20]},
+                "gradient_seconds": 12.0,
+                "clusters": found,
+                "without_gradient": 0,
+                "test": test,
                 "items": items,
             }
         )
-    )  # fmt: skip
+    )
 
 
 def test_every_cluster_has_its_sizes_losses_and_gain() -> None:

@@ -1,4 +1,5 @@
-"""What a scaling run's curves say, from results and predictions alone: planted jumps, smooth curves, hard metrics, rows."""
+"""What a scaling run's curves say, from results and predictions alone: planted jumps, smooth
+curves, hard metrics, rows."""
 
 import json
 import re
@@ -25,10 +26,14 @@ SEEDS = (0, 1, 2, 3)
 
 
 def run(
-    loss: Callable[[float], float], hard: Callable[[float], float] | None = None, noise: float = 0.01, rows: int = 12,
+    loss: Callable[[float], float],
+    hard: Callable[[float], float] | None = None,
+    noise: float = 0.01,
+    rows: int = 12,
     **asked: Any,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    """Results and predictions of a scaling run whose scores are functions of the ratio, with noise of each seed and level."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Results and predictions of a scaling run whose scores are functions of the ratio, with noise
+    of each seed and level."""
     rng = np.random.default_rng(7)
     asked = {"ratios": RATIOS, "designs": ["exposures"], "repeats": 2, **asked}
     task = {"name": "t", "train": "x", "anchor": "a", "metrics": ["nll", "exact_match"]}
@@ -69,15 +74,25 @@ def test_a_planted_jump_of_the_loss_is_found_where_it_is() -> None:
     found = design(scale_report.analyse(*run(step)))
     nll = found["metrics"][0]
     assert found["word"] == "jump"
-    said = r"From none to 64 general rows .* from (1\.9|2\.0)\d\d to 1\.[12]\d\d nats per token \(-0\.[78]\d\d; -.*4 seeds\)"
+    said = (
+        r"From none to 64 general rows .* from (1\.9|2\.0)\d\d to 1\.[12]\d\d nats per token "
+        r"\(-0\.[78]\d\d; -.*4 seeds\)"
+    )
     assert re.match(said, found["sentence"])
     assert nll["between"] == [2, 4]
     assert nll["size"] == pytest.approx(-0.8, abs=0.05)
     assert np.shape(nll["by_seed"]) == (4, 9)
     assert found["rows"]["jumps"] == 12  # all rows fall by 0.8 there
     assert dict(map(tuple, found["rows"]["places"])) == {
-        "0 to 0.5": 0, "0.5 to 1": 0, "1 to 2": 0, "2 to 4": 12, "4 to 8": 0, "8 to 16": 0, "16 to 32": 0, "32 to 64": 0,
-    }  # fmt: skip
+        "0 to 0.5": 0,
+        "0.5 to 1": 0,
+        "1 to 2": 0,
+        "2 to 4": 12,
+        "4 to 8": 0,
+        "8 to 16": 0,
+        "16 to 32": 0,
+        "32 to 64": 0,
+    }
 
 
 def test_a_power_law_is_smooth_and_a_hard_metric_that_jumps_beside_it_an_artefact() -> None:
@@ -131,17 +146,20 @@ def test_what_designs_say_of_each_other() -> None:
         design: str, word: str, size: float, place: float, losses: list[list[float]] | None = None
     ) -> dict[str, Any]:
         nll = {
-            "metric": "nll", "location": place, "size": size, "improves": size < 0, "by_seed": losses or [[2.0, 1.0]] * 3
-        }  # fmt: skip
+            "metric": "nll",
+            "location": place,
+            "size": size,
+            "improves": size < 0,
+            "by_seed": losses or [[2.0, 1.0]] * 3,
+        }
         return {"design": design, "word": word, "ratios": [0, 64], "metrics": [nll]}
 
     def said(*designs: dict[str, Any]) -> str:
         return " ".join(filter(None, scale_report._together(designs)))
 
     jump, unknown = one("exposures", "jump", -0.8, 3), one("steps", "not enough data", 0, 3)
-    assert (
-        said(jump, unknown)
-        == "The jump is there with fixed exposures; whether it is with fixed steps could not be told."
+    assert said(jump, unknown) == (
+        "The jump is there with fixed exposures; whether it is with fixed steps could not be told."
     )
     assert "neither length" in said(jump, one("steps", "jump", -0.5, 5))
     assert "not alike (-0.8 at ratio 3 with exposures fixed, +0.8 at 27.8" in said(
@@ -159,7 +177,8 @@ def test_what_designs_say_of_each_other() -> None:
         "with wrong answers nothing is gained, so what general rows teach is in their answers."
     )
     assert said(true, part).endswith(
-        "that much is in their answers, the rest is there with wrong ones too (form, words, length)."
+        "that much is in their answers, the rest is there with wrong ones too (form, words, "
+        "length)."
     )
     assert (
         "change the loss by -1.000 (-1.248 to -0.752), with each other's answers by +0.033"
@@ -260,8 +279,12 @@ def test_every_amount_is_trained_once_at_every_seed_and_nothing_is_tuned(finishe
     ]
     assert [steps for _, _, steps, _ in trained[:5]] == [2, 4, 6, 4, 6]
     assert [(share["task_examples"], share["general_examples"]) for *_, share in trained[:5]] == [
-        (8, 0), (8, 8), (8, 16), (8, 8), (8, 16),
-    ]  # fmt: skip
+        (8, 0),
+        (8, 8),
+        (8, 16),
+        (8, 8),
+        (8, 16),
+    ]
     assert all(arm["tried"] == [] and arm["chosen"] is None for arm in results["arms"])
     assert not (finished / "adapters").exists()
     said = scale_report.read_sentences(finished, results)

@@ -1,4 +1,5 @@
-"""The amounts of general data of a scaling run, and what is held fixed along each curve: literal values."""
+"""The amounts of general data of a scaling run, and what is held fixed along each curve: literal
+values."""
 
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,24 @@ def of(design: str, found: tuple[scale_arms.Level, ...]) -> list[tuple[float, in
 def test_exposures_are_fixed_and_ratios_are_what_was_asked_for() -> None:
     found = scale_arms.levels(settings(scale={"ratios": [0, 0.5, 2, 16], "repeats": 3}))
     assert of("exposures", found) == [
-        (0, 3, "exposures_0"), (0.5, 3, "exposures_0_5"), (2, 3, "exposures_2"), (16, 3, "exposures_16"),
-    ]  # fmt: skip
+        (0, 3, "exposures_0"),
+        (0.5, 3, "exposures_0_5"),
+        (2, 3, "exposures_2"),
+        (16, 3, "exposures_16"),
+    ]
 
 
 def test_where_steps_are_fixed_whole_repeats_make_the_ratios() -> None:
     found = of("steps", scale_arms.levels(settings(scale={"ratios": [0, 0.5, 1, 2, 4, 8, 16]})))
     assert [(round(ratio, 3), repeats) for ratio, repeats, _ in found] == [
-        (0.0, 17), (0.545, 11), (1.125, 8), (1.833, 6), (4.667, 3), (7.5, 2), (16.0, 1),
-    ]  # fmt: skip
+        (0.0, 17),
+        (0.545, 11),
+        (1.125, 8),
+        (1.833, 6),
+        (4.667, 3),
+        (7.5, 2),
+        (16.0, 1),
+    ]
     assert all(
         repeats * (1 + ratio) == pytest.approx(17) for ratio, repeats, _ in found
     )  # every training is as long
@@ -58,8 +68,13 @@ def test_permuted_and_true_answers_have_the_training_without_general_rows_in_com
         settings(scale={"ratios": [0, 1, 2], "designs": ["exposures", "permuted"]})
     )
     assert [level.arm for level in found] == [
-        "exposures_0", "exposures_1", "exposures_2", "exposures_0", "permuted_1", "permuted_2",
-    ]  # fmt: skip
+        "exposures_0",
+        "exposures_1",
+        "exposures_2",
+        "exposures_0",
+        "permuted_1",
+        "permuted_2",
+    ]
     kinds = {
         arm.name: arm.general
         for arm in chosen_arms(scale_arms.prepared(settings(scale={"designs": ["permuted"]})))

@@ -1,4 +1,5 @@
-"""The fused LoRA layer gives what PEFT's gives: values, gradients, merged weights; special cases go PEFT's own way."""
+"""The fused LoRA layer gives what PEFT's gives: values, gradients, merged weights; special cases go
+PEFT's own way."""
 
 import pytest
 import torch

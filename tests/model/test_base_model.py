@@ -1,4 +1,5 @@
-"""Every architecture loads, says whether it packs, trains and generates; packed rows give what the stock model gives alone."""
+"""Every architecture loads, says whether it packs, trains and generates; packed rows give what the
+stock model gives alone."""
 
 import itertools
 from pathlib import Path
@@ -213,7 +214,8 @@ def test_a_common_beginning_is_computed_once_and_changes_no_answer(
         loaded, prompts, form, max_new_tokens=8, batch_tokens=2 * (len(prompts[1]) + 8)
     )
     hook.remove()
-    # A sliding window of 8 tokens counts the padding between the beginning and the rest: those models go the plain way.
+    # A sliding window of 8 tokens counts the padding between the beginning and the rest: those
+    # models go the plain way.
     windowed = getattr(loaded.causal.config.get_text_config(), "sliding_window", None) is not None
     shared = len(prompts[0]) - len(
         prompts[0][
@@ -358,7 +360,8 @@ def test_a_model_that_cannot_recompute_trains_as_it_is(
 def test_answers_are_the_same_after_a_row_that_recomputed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A layer that recomputes drops the key/value cache, and `generate` then sees only the newest token."""
+    """A layer that recomputes drops the key/value cache, and `generate` then sees only the newest
+    token."""
     loaded = load_tiny(tmp_path)
     shaken_adapter(loaded, tiny_settings())
     form = encode.make_format(loaded.tokenizer, None)
@@ -400,7 +403,8 @@ def test_a_model_knows_the_end_that_its_template_writes(tmp_path: Path) -> None:
 
 
 def test_the_heads_input_is_contiguous(tmp_path: Path) -> None:
-    """For a slice PyTorch would copy the head's weights once a row: gigabytes for a batch of prompts."""
+    """For a slice PyTorch would copy the head's weights once a row: gigabytes for a batch of
+    prompts."""
     loaded = load_tiny(tmp_path)
     base_model.generation_attention(loaded)
     seen: list[bool] = []
@@ -471,7 +475,8 @@ def test_bf16_keeps_adapters_in_fp32_and_agrees(tmp_path: Path) -> None:
 def test_in_bf16_the_fast_path_is_as_near_to_fp32_as_the_stock_model(
     tmp_path: Path, kind: str
 ) -> None:
-    """Shared prefixes, padded batches, fused adapters and the chunked head together, against one example at a time."""
+    """Shared prefixes, padded batches, fused adapters and the chunked head together, against one
+    example at a time."""
     rough, settings = load_tiny(tmp_path, kind, dtype="bfloat16"), tiny_settings()
     assert rough.shares
     adapter.new_adapter(rough, settings, 0)
@@ -514,9 +519,15 @@ def test_the_base_has_no_dropout_not_even_where_its_layers_are_told_that_they_tr
     tmp_path: Path,
 ) -> None:
     config = OPTConfig(
-        vocab_size=400, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
-        max_position_embeddings=128, dropout=0.5,
-    )  # fmt: skip
+        vocab_size=400,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=128,
+        dropout=0.5,
+    )
     torch.manual_seed(0)
     loaded = base_model.adopt(
         "opt", "opt", AutoModelForCausalLM.from_config(config), tiny_tokenizer(), torch.float32
@@ -568,8 +579,8 @@ def test_a_window_that_does_not_reach_the_attention_forbids_packing(
     loaded = base_model.load(str(place), tiny_settings())
     assert not loaded.packed
     assert (
-        "one example per row: its sliding window or chunked attention does not reach the packed attention"
-        in loaded.facts
+        "one example per row: its sliding window or chunked attention does not reach the "
+        "packed attention" in loaded.facts
     )
 
 

@@ -31,9 +31,14 @@ from helpers.gguf_files import (
 )
 
 GEMMA_NORMS = (
-    "model.norm", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
-    "q_norm", "k_norm",
-)  # fmt: skip
+    "model.norm",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "q_norm",
+    "k_norm",
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +85,20 @@ def test_a_converted_gemma_gives_the_logits_of_the_model_that_was_written(tmp_pa
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_ids_to_tokens(tokenizer("b a  b<end_of_turn>\n")["input_ids"]) == [
-        "<bos>", "b", "▁a", "▁▁", "b", "<end_of_turn>", "\n",
-    ]  # fmt: skip
+        "<bos>",
+        "b",
+        "▁a",
+        "▁▁",
+        "b",
+        "<end_of_turn>",
+        "\n",
+    ]
 
 
 @pytest.mark.parametrize("fault", [*GEMMA_NORMS, "scale"])
 def test_one_wrong_norm_or_scale_of_a_gemma_would_show(fault: str, tmp_path: Path) -> None:
-    """The test above could fail: a file in which one kind of norm lacks its one gives quite other logits."""
+    """The test above could fail: a file in which one kind of norm lacks its one gives quite other
+    logits."""
     folder = convert(write_gemma(tmp_path / "gemma.gguf", forget=fault), tmp_path / "folder")
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert (gemma_logits(loaded) - gemma_logits(tiny_gemma())).abs().max() > 1
@@ -228,7 +240,8 @@ def test_the_default_model_keeps_the_weights_tokens_and_template_of_its_gguf(
     turns = [{"role": "user", "content": "Name a colour."}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text.startswith(
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>"
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+        "Face<|im_end|>"
     )
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""A merged model as a GGUF file: read back it is that model, in llama.cpp's order, with the source's metadata."""
+"""A merged model as a GGUF file: read back it is that model, in llama.cpp's order, with the
+source's metadata."""
 
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def facts(file: Path) -> dict[str, Any]:
 def test_llama_cpp_is_told_where_an_answer_ends_and_that_nothing_is_put_before_the_template(
     tmp_path: Path,
 ) -> None:
-    """The file's own end is <turn>, the template's is <end>; its server would begin a text with <turn>, training did not."""
+    """The file's own end is <turn>, the template's is <end>; its server would begin a text with
+    <turn>, training did not."""
     source = write_gguf(tmp_path / "source.gguf")
     tokenizer, _ = gguf.read(source)
     for template, begins in (

@@ -1,4 +1,5 @@
-"""A Modelfile's template says what the Jinja template says, wherever the anchor stands; none is made where it cannot."""
+"""A Modelfile's template says what the Jinja template says, wherever the anchor stands; none is
+made where it cannot."""
 
 import json
 import re
@@ -32,7 +33,8 @@ WORDS = 'Say "it" in {{ braces }}, """thrice""", \\n and ü.'
 
 
 def go(template: str, messages: Sequence[Message]) -> str:
-    """What Go's text/template makes of the few actions that are used: literals, fields, if, else, range and assignment."""
+    """What Go's text/template makes of the few actions that are used: literals, fields, if, else,
+    range and assignment."""
     parts = re.findall(
         r'\{\{-? ?((?:"(?:[^"\\]|\\.)*"|[^"}])*?) ?\}\}|((?:(?!\{\{).)+)', template, re.DOTALL
     )
@@ -117,7 +119,8 @@ def test_go_says_what_jinja_says(
 
 
 def test_a_conversation_has_the_same_tokens_wherever_it_is_rendered(tmp_path: Path) -> None:
-    """Fulcrum, plain Transformers with the saved tokenizer, and the Modelfile; its runner adds the first token itself."""
+    """Fulcrum, plain Transformers with the saved tokenizer, and the Modelfile; its runner adds the
+    first token itself."""
     from transformers import AutoTokenizer
 
     loaded = load_tiny(tmp_path, template=CHATML)

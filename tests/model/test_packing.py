@@ -48,7 +48,8 @@ def test_every_example_is_in_exactly_one_row_whole(lengths, budget):
 
 @lengths_and_budget
 def test_at_most_one_row_is_half_empty(lengths, budget):
-    """Two rows that fit together would have been one: what best-fit guarantees, and why rows are few."""
+    """Two rows that fit together would have been one: what best-fit guarantees, and why rows are
+    few."""
     assert sum(2 * row.length <= budget for row in pack(lengths, budget)) <= 1
 
 

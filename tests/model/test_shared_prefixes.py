@@ -98,7 +98,8 @@ def inner(tree: Tree) -> list[list[Node]]:
 
 @given(few_tokens)
 def test_no_shared_block_is_computed_twice(examples):
-    """Unlimited, the trees hold each distinct prefix of whole blocks once, and the rest of each example."""
+    """Unlimited, the trees hold each distinct prefix of whole blocks once, and the rest of each
+    example."""
     blocks = {tuple(e[: k * BLOCK]) for e in examples for k in range(1, len(e) // BLOCK + 1)}
     rest = sum(len(e) % BLOCK for e in examples)
     assert sum(tree.length for tree in trees(examples, 10**9)) == BLOCK * len(blocks) + rest

@@ -1,4 +1,5 @@
-"""Whether the loss before training told the loss after it: correlations, permutations, the verdict."""
+"""Whether the loss before training told the loss after it: correlations, permutations, the
+verdict."""
 
 import itertools
 import json
@@ -129,8 +130,9 @@ def test_arms_that_differ_in_more_than_their_anchor_are_not_compared(tmp_path: P
     losses = {"tell": [1.0, 2.0], "one": [3.0, 5.0], "few": [0.0, 0.0], "unscored": [7.0, 7.0]}
     (found,) = anchor_validity.find_groups(results(arms, losses), scores("Name it.", "One."), "run")
     assert [(one.arm, one.text, one.loss, one.outcome) for one in found.anchors] == [
-        ("tell", "Name it.", 0, 1.5), ("one", "One.", 1, 4.0),
-    ]  # fmt: skip
+        ("tell", "Name it.", 0, 1.5),
+        ("one", "One.", 1, 4.0),
+    ]
     assert found.seeds == 2
     (tmp_path / "results.json").write_text(json.dumps(results(arms, losses)))
     assert anchor_validity.read_groups(tmp_path) == []  # anchors were not scored

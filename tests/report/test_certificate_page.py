@@ -1,4 +1,5 @@
-"""The page of a certificate: it says what the certificate holds, acts on nobody's text, and works in a real browser."""
+"""The page of a certificate: it says what the certificate holds, acts on nobody's text, and works
+in a real browser."""
 
 import json
 import math
@@ -25,9 +26,14 @@ from helpers.reports import folder_with, make, predictions
 
 EVIL = "<script>alert(1)</script>"
 ARMS = {
-    "base": (None, (0,)), "sft": (0.0, (16, 32, 64, 128, 256)), "sft_anchor": (-0.6, (16, 64)), "mix": (0.7, (16, 64)),
-    "tell": (1.3, (16, 32, 64)), "general_then_task": (0.6, (16, 64)), "placebo_permuted": (0.1, (16, 64)),
-}  # fmt: skip
+    "base": (None, (0,)),
+    "sft": (0.0, (16, 32, 64, 128, 256)),
+    "sft_anchor": (-0.6, (16, 64)),
+    "mix": (0.7, (16, 64)),
+    "tell": (1.3, (16, 32, 64)),
+    "general_then_task": (0.6, (16, 64)),
+    "placebo_permuted": (0.1, (16, 64)),
+}
 
 
 def compared(gain: float = 1.0) -> Iterator[dict[str, object]]:
@@ -178,7 +184,8 @@ def test_a_gain_is_read_where_a_saving_cannot_be(tmp_path: Path) -> None:
     name, value, text = view["tiles"][1]
     assert (name, re.sub(r"\d", "0", value)) == ("Row gain", "0.0×")
     assert re.fullmatch(
-        r"\[1\.\d, 2\.\d\]: 16 rows of tell were worth 3\d \(\d\d to \d\d\) rows without general data",
+        r"\[1\.\d, 2\.\d\]: 16 rows of tell were worth 3\d \(\d\d to \d\d\) rows without "
+        r"general data",
         text,
     )
     saving, gain = view["answers"][0]["factors"]
@@ -188,8 +195,8 @@ def test_a_gain_is_read_where_a_saving_cannot_be(tmp_path: Path) -> None:
         text := certificate_page.html({"certificate.json": known(tmp_path)})
     )
     assert (
-        "The row saving is not identifiable, because more rows improve the reference as a whole (quality"
-        in text
+        "The row saving is not identifiable, because more rows improve the reference as a "
+        "whole (quality" in text
     )
 
 
@@ -226,8 +233,8 @@ def test_one_seed_is_said_and_nothing_is_said_of_side_effects(tmp_path: Path) ->
     assert "One seed: intervals say nothing of another training run." in text
     assert "with one seed only the groups vary" in text
     assert (
-        "Not measured: the outcomes hold neither forgetting nor drift, leakage or dependency on the anchor."
-        in text
+        "Not measured: the outcomes hold neither forgetting nor drift, leakage or dependency "
+        "on the anchor." in text
     )
     assert "Nothing more can be told: the arms that would tell" in text
     assert " seeds: " not in text
@@ -289,7 +296,8 @@ def test_equal_certificates_give_equal_bytes_below_a_megabyte(rich: Path) -> Non
 def test_the_page_runs_nothing_and_asks_no_network(rich: Path) -> None:
     text = certificate_page.html({"certificate.json": known(rich)})
     assert not re.search(
-        r"""(src|href)\s*=\s*["'](?!#)|https?:|url\((?!#)|@import|<(script|link|iframe|img|object)\b""",
+        r"""(src|href)\s*=\s*["'](?!#)|https?:|url\((?!#)|@import"""
+        r"|<(script|link|iframe|img|object)\b",
         text,
     )
     assert "default-src 'none'" in text
@@ -512,14 +520,16 @@ def test_no_text_of_a_plot_covers_another_sticks_out_or_is_too_small(
 ) -> None:
     faults = """
       const box = e => e.getBoundingClientRect();
-      const cross = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3;
+      const cross = (a, b) => a.left < b.right - 1 && b.left < a.right - 1
+        && a.top < b.bottom - 3 && b.top < a.bottom - 3;
       const found = [];
       for (const plot of [...document.querySelectorAll('.plot svg')].filter(p => box(p).width)) {
         const texts = [...plot.querySelectorAll('text')], field = box(plot);
         if (texts.length < 5) found.push('a plot without labels');
         texts.forEach((text, place) => {
           const own = box(text), name = text.textContent;
-          if (own.right > field.right + 1 || own.left < field.left - 1) found.push(name + ' sticks out');
+          if (own.right > field.right + 1 || own.left < field.left - 1)
+            found.push(name + ' sticks out');
           if (own.height < 10) found.push(name + ' is too small');
           for (const other of texts.slice(place + 1))
             if (cross(own, box(other))) found.push(name + ' / ' + other.textContent);
@@ -536,7 +546,10 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, written: Path) -> Non
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390
     assert visible(browser, ".plot.wide") == []
     assert len(visible(browser, ".plot.narrow")) == 2
-    wider = "return [...document.querySelectorAll('.plot, .forest')].filter(p => p.scrollWidth > p.clientWidth).length"
+    wider = (
+        "return [...document.querySelectorAll('.plot, .forest')].filter(p => p.scrollWidth > "
+        "p.clientWidth).length"
+    )
     assert browser.execute_script(wider) == 0
 
 

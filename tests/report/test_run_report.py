@@ -40,19 +40,23 @@ def terminal(results: dict, width: int = 240) -> str:
 class TestHeadline:
     def test_a_gain_is_stated_against_the_best_arm_without_general_data(self):
         assert summary.headline(make()) == (
-            "tell is better than sft_anchor by 0.115 nats per answer token (95% interval 0.030 to 0.200; n=60 test rows, "
+            "tell is better than sft_anchor by 0.115 nats per answer token (95% interval 0.030 "
+            "to 0.200; n=60 test rows, "
             "one seed: differences between seeds are not covered)."
         )
 
     def test_an_interval_over_0_shows_no_gain_and_advises_sft(self):
         assert summary.headline(make(bounds=(-0.2, 0.04))) == (
-            "No gain shown: tell's advantage over sft_anchor is 0.080 nats per answer token (95% interval −0.040 to 0.200; "
-            "n=60 test rows, one seed: differences between seeds are not covered). Use SFT with the anchor."
+            "No gain shown: tell's advantage over sft_anchor is 0.080 nats per answer token "
+            "(95% interval −0.040 to 0.200; "
+            "n=60 test rows, one seed: differences between seeds are not covered). Use SFT "
+            "with the anchor."
         )
 
     def test_a_loss_is_said_plainly(self):
         assert summary.headline(make(seeds=(0, 1), bounds=(0.03, 0.2))) == (
-            "tell is worse than sft_anchor by 0.115 nats per answer token (95% interval 0.030 to 0.200; n=60 test rows, "
+            "tell is worse than sft_anchor by 0.115 nats per answer token (95% interval 0.030 "
+            "to 0.200; n=60 test rows, "
             "2 seeds). Use SFT with the anchor."
         )
 
@@ -95,7 +99,8 @@ class TestHeadline:
             "NLL in nats per answer token [95% interval]: base 2.310 [2.210, 2.410]; base_anchor"
         )
         assert text.endswith(
-            "tell 1.260 [1.160, 1.360] (n=60 test rows, one seed: differences between seeds are not covered)."
+            "tell 1.260 [1.160, 1.360] (n=60 test rows, one seed: differences between seeds "
+            "are not covered)."
         )
         assert "better" not in text
 
@@ -332,8 +337,8 @@ class TestPage:
             "Nats per answer token above base_anchor, the untrained model, on general rows" in page
         )
         assert (
-            "minus that of base_anchor, the untrained model, on the same held-out general rows.</li>"
-            in page
+            "minus that of base_anchor, the untrained model, on the same held-out general "
+            "rows.</li>" in page
         )
         assert "the changes against base_anchor stand in the table above" in page
         assert run_report.forgetting_plot(results).count("stroke-dasharray") == 1
@@ -439,8 +444,8 @@ class TestCard:
         assert "for one training seed" in text
         assert "LoRA r=16" in text
         assert (
-            "chosen by cross-validation inside the task rows; the last step's weights were kept. All settings"
-            in text
+            "chosen by cross-validation inside the task rows; the last step's weights were "
+            "kept. All settings" in text
         )
         assert "with the best dev NLL were kept. All settings: `config.yaml`" in run_report.card(
             make(kind="train"), TRAIN, ""
@@ -496,7 +501,10 @@ class TestCard:
 
 
 def test_the_report_needs_no_torch():
-    code = "import sys, fulcrum.report.run_report; assert not {'torch', 'matplotlib', 'jinja2', 'rich'} & sys.modules.keys()"
+    code = (
+        "import sys, fulcrum.report.run_report; assert not {'torch', 'matplotlib', 'jinja2', "
+        "'rich'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

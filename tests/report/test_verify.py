@@ -1,4 +1,7 @@
-"""What was changed after the fact is named: an outcome, a setting, a data row, a file. On a comparison of a tiny model."""
+"""What was changed after the fact is named: an outcome, a setting, a data row, a file.
+
+On a comparison of a tiny model.
+"""
 
 import json
 import shutil
@@ -125,7 +128,8 @@ def test_a_certificate_elsewhere_says_what_it_could_not_check(copied: Path, tmp_
     assert found.wrong == []
     assert found.unchecked == [
         f"settings: no {store.MANIFEST} of the run next to the certificate",
-        f"data file {copied.parent / 'pool.jsonl'}: not here (paths are as they were given to the run)",
+        f"data file {copied.parent / 'pool.jsonl'}: not here (paths are as they were given to "
+        "the run)",
     ]
 
 

@@ -145,11 +145,13 @@ def test_headlines() -> None:
     gain = Worth(64, True, factor(2.0, 1.5, INF), None)
     gained = replace(answer(identifiable=False), gains=(gain,))
     assert wording.headline(certificate(gained)) == (
-        f"Your 64 rows were worth 128 without general data: row gain 2.0× [1.5, at least 4.0]; {moved}."
+        "Your 64 rows were worth 128 without general data: row gain 2.0× [1.5, at least 4.0]; "
+        f"{moved}."
     )
     mixed = Contradiction("verdicts", ("nll", "json_fields"))
     assert wording.headline(certificate(answer(), mixed)) == (
-        f"Mixed: NLL is better, and json fields is worse. We therefore state no row saving. tell: {moved}."
+        "Mixed: NLL is better, and json fields is worse. We therefore state no row saving. "
+        f"tell: {moved}."
     )
     assert wording.headline(certificate(answer(identifiable=False))) == (
         "Better than sft, but we can't say how many rows that is worth: more rows improve the "
@@ -169,11 +171,13 @@ def test_headlines() -> None:
         ((NAN, NAN, NAN), "the reference was measured with one number of rows only"),
         (
             (-0.1, -0.3, 0.1),
-            "more rows do not clearly improve the reference (NLL −0.100 [−0.300, +0.100] with each doubling)",
+            "more rows do not clearly improve the reference (NLL −0.100 [−0.300, +0.100] with "
+            "each doubling)",
         ),
         (
             (-0.1, NAN, NAN),
-            "nothing is known of other seeds and test groups (NLL −0.100 (no interval) with each doubling)",
+            "nothing is known of other seeds and test groups (NLL −0.100 (no interval) with "
+            "each doubling)",
         ),
         (
             (-0.2, -0.3, -0.1),
@@ -223,7 +227,8 @@ def test_notes_say_what_favours_an_arm_and_what_was_left_out() -> None:
         "64 rows are all that there are: at this size intervals hold given these rows.",
         "2 seeds: fewer than the 5 that make intervals narrow.",
         "To fit 10 minutes: mix, seeds after 1.",
-        "No test file: 22 of the rows were test rows, each of them at one seed, where nothing was trained on it.",
+        "No test file: 22 of the rows were test rows, each of them at one seed, where nothing "
+        "was trained on it.",
     ]
 
 

@@ -1,4 +1,5 @@
-"""Certificates: outcomes that any trainer made in, one honest sentence out; every number is checked against the outcomes."""
+"""Certificates: outcomes that any trainer made in, one honest sentence out; every number is checked
+against the outcomes."""
 
 import itertools
 import json
@@ -72,7 +73,8 @@ def test_nothing_that_varies_is_not_called_no_gain(tmp_path: Path) -> None:
 
 
 def test_untrained_references_alone_have_no_curve_and_no_factor(tmp_path: Path) -> None:
-    """They cost no rows, so nothing can be worth so many of them; the difference is said all the same."""
+    """They cost no rows, so nothing can be worth so many of them; the difference is said all the
+    same."""
 
     def against_base() -> Iterator[dict[str, object]]:
         yield from (
@@ -174,7 +176,8 @@ def chosen(answer: Answer) -> dict[int, str]:
 
 
 def test_more_rows_are_those_of_the_arms_that_were_measured_with_so_many(tmp_path: Path) -> None:
-    """kshot is the best at 16 rows and sft at 64, so that their curve ends there; sft alone goes on to 256."""
+    """kshot is the best at 16 rows and sft at 64, so that their curve ends there; sft alone goes on
+    to 256."""
     sizes = {"sft": (16, 32, 64, 128, 256), "kshot": (16, 64), "tell": (16, 64)}
 
     def wide() -> Iterator[dict[str, object]]:
@@ -405,7 +408,8 @@ def test_a_reference_that_knows_larger_sizes_shows_what_rows_were_worth(tmp_path
 
 
 def test_rows_whose_worth_is_read_above_them_need_no_smaller_size(tmp_path: Path) -> None:
-    """The arm at 16 rows alone, the reference from 16 rows on: no saving can be known, the gain can."""
+    """The arm at 16 rows alone, the reference from 16 rows on: no saving can be known, the gain
+    can."""
     fewer = (line for line in lines() if line["arm"] == "sft" or line["size"] == 16)
     found = certification.certify(outcomes.read(save(tmp_path / "in.jsonl", fewer)), QUESTION)
     (answer,) = found.answers
@@ -647,17 +651,23 @@ def test_a_group_that_is_null_is_no_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda known: known.pop("outcomes"), lambda known: known.update(outcomes=None),
+        lambda known: known.pop("outcomes"),
+        lambda known: known.update(outcomes=None),
         lambda known: known.update(winner="10x!"),
-        lambda known: known["question"].update(draws=0), lambda known: known["question"].update(seed=None),
-        lambda known: known["question"].update(draws=10**12), lambda known: known.update(question=[]),
-        lambda known: known["question"].pop("task"), lambda known: known.pop("inputs"),
-        lambda known: known.pop("answers"), lambda known: known.update(answers=[]),
-        lambda known: known["answers"][0].pop("points"), lambda known: known["answers"][0].update(verdict="won"),
+        lambda known: known["question"].update(draws=0),
+        lambda known: known["question"].update(seed=None),
+        lambda known: known["question"].update(draws=10**12),
+        lambda known: known.update(question=[]),
+        lambda known: known["question"].pop("task"),
+        lambda known: known.pop("inputs"),
+        lambda known: known.pop("answers"),
+        lambda known: known.update(answers=[]),
+        lambda known: known["answers"][0].pop("points"),
+        lambda known: known["answers"][0].update(verdict="won"),
         lambda known: known["answers"][0]["saving"]["rows"].update(low="far"),
         lambda known: known["answers"][0]["difference"].update(low=True),
     ],
-)  # fmt: skip
+)
 def test_verify_refuses_odd_certificates_in_one_line(made: Path, tmp_path: Path, change) -> None:
     folder = tampered(made, tmp_path)
     known = json.loads((folder / "certificate.json").read_text())
@@ -716,7 +726,8 @@ def arms_at_16(scores: dict[str, float], seeds: int = 5) -> Iterator[dict[str, o
 
 @pytest.mark.parametrize(("tell", "verdict"), [(1.5, "loss"), (2.0, "no_gain"), (2.5, "gain")])
 def test_a_weak_reference_makes_no_gain(tmp_path: Path, tell: float, verdict: str) -> None:
-    """kshot at 1, sft at 2: beside the better one counts, and being worse than it is a loss, though it was selected on test."""
+    """kshot at 1, sft at 2: beside the better one counts, and being worse than it is a loss, though
+    it was selected on test."""
     found = outcomes.read(
         save(tmp_path / "in.jsonl", arms_at_16({"kshot": 1.0, "sft": 2.0, "tell": tell}))
     )

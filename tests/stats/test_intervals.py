@@ -194,7 +194,8 @@ def test_differences_that_never_varied_have_no_interval():
 
 
 def test_few_groups_widen_the_percentiles_as_much_as_a_t_interval():
-    """Three groups: the tail is Phi(sqrt(3/2) * t(2, 0.025)), so that the interval is all that draws ever reached."""
+    """Three groups: the tail is Phi(sqrt(3/2) * t(2, 0.025)), so that the interval is all that
+    draws ever reached."""
     values = np.array([1.0, 2.0, 6.0])
     interval = mean_interval(values, ["a", "b", "c"], draws=4000)
     assert interval == (3.0, 1.0, 6.0)
@@ -231,7 +232,8 @@ def test_defaults_are_2000_draws_of_seed_0():
 
 
 def test_over_two_seeds_and_two_groups_by_hand():
-    """Seeds' means 1 and 2, groups' means 1 and 2: each part has variance 1/4 with one degree of freedom, together t with 2."""
+    """Seeds' means 1 and 2, groups' means 1 and 2: each part has variance 1/4 with one degree of
+    freedom, together t with 2."""
     interval = intervals.paired_over_seeds(np.array([[0.5, 1.5], [1.5, 2.5]]), ["a", "b"])
     half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(1 / 2)
     assert interval == pytest.approx((1.5, 1.5 - half, 1.5 + half))

@@ -1,12 +1,13 @@
-"""Leverage statistics state answers: literal factors without noise, t intervals, oracles, censoring, and a short simulation."""
+"""Leverage statistics state answers: literal factors without noise, t intervals, oracles,
+censoring, and a short simulation."""
 
 import numpy as np
 import pytest
-import simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
+import simulate
 from fulcrum.core.errors import DataError
 from fulcrum.stats import intervals, row_savings
 
@@ -312,7 +313,7 @@ def test_what_cannot_be_measured_is_refused():
         row_savings.row_saving(drawn, "tell", row_savings.reference(drawn, ["sft"], 64))
 
 
-EXPERIMENTS = 80  # of each case here; `make simulate` runs 1,000
+EXPERIMENTS = 80  # of each case here; `make validate` runs 1,000
 
 
 def shares(name, seeds):
@@ -343,7 +344,7 @@ def test_no_gain_is_called_a_gain_no_more_often_than_named():
 
 
 def test_the_best_of_four_alike_by_test_scores_is_allowed_for():
-    """Draws that are not moved back cover 0.80 (LOG.md); 80 of 0.94: below 68 once in 1,000 times."""
+    """Draws that are not moved back cover 0.80; 80 of 0.94: below 68 once in 1,000 times."""
     true, found = shares("no gain, four references alike, on test", 5)
     assert sum(simulate.covers(a.difference, true.difference.estimate) for a in found) >= 68
     assert sum(a.difference.low > 0 for a in found) <= 3
@@ -385,7 +386,8 @@ DENSE = {("sft", size): 0.3 + 0.05 * k for k, size in enumerate((16, 32, 64, 128
 
 
 def test_the_reference_curve_is_of_the_same_arms_at_every_size() -> None:
-    """sft_anchor is far better and stands at three sizes: those of sft alone in between would bend the curve down."""
+    """sft_anchor is far better and stands at three sizes: those of sft alone in between would bend
+    the curve down."""
     found = noisy(
         {
             **DENSE,

@@ -1,4 +1,5 @@
-"""A killed training goes on to the same bits: from the newest checkpoint that is whole, after signals, on full disks."""
+"""A killed training goes on to the same bits: from the newest checkpoint that is whole, after
+signals, on full disks."""
 
 import os
 import shutil
@@ -265,7 +266,8 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_last_step_stops_what_comes_after_it(tmp_path: Path, number: int) -> None:
-    """A run has more trainings and tests than this one; its last step is saved, and is not done again."""
+    """A run has more trainings and tests than this one; its last step is saved, and is not done
+    again."""
     whole, _ = train(tmp_path)
     with pytest.raises(Stopped) as stopped:
         train(tmp_path, checkpoint=tmp_path / "c", progress=signalled(6, number))
@@ -304,10 +306,15 @@ def test_a_gradient_that_is_no_number_stops_before_the_step_and_keeps_the_last_c
     whole, _ = train(tmp_path)
     row_loss, calls = loop.row_loss, iter(range(99))
     poisoned = {3 * 2}  # the fourth step's first row: two rows a step (pack_tokens)
-    monkeypatch.setattr(loop, "row_loss", lambda *given, **how: (
-        (row_loss(*given, **how)[0] * float("nan"), row_loss(*given, **how)[1]) if next(calls) in poisoned
-        else row_loss(*given, **how)
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        loop,
+        "row_loss",
+        lambda *given, **how: (
+            (row_loss(*given, **how)[0] * float("nan"), row_loss(*given, **how)[1])
+            if next(calls) in poisoned
+            else row_loss(*given, **how)
+        ),
+    )
     with pytest.raises(DivergedError) as error:
         train(tmp_path, checkpoint=tmp_path / "c", pack_tokens=60)
     said = str(error.value)
@@ -315,8 +322,8 @@ def test_a_gradient_that_is_no_number_stops_before_the_step_and_keeps_the_last_c
     rows = stream()
     assert said.startswith(f"training diverged at step {step} of 6: task loss ")
     assert (
-        f"gradient norm nan; rows of this step: {', '.join(rows.origins(step - 1, 4))}; the step was not taken"
-        in said
+        f"gradient norm nan; rows of this step: {', '.join(rows.origins(step - 1, 4))}; the "
+        "step was not taken" in said
     )
     assert numbers(tmp_path / "c")[-1] == step - 1
     monkeypatch.undo()

@@ -1,4 +1,5 @@
-"""Compiled layers: the same gradients, in training only, and only where a run is long enough to pay for them."""
+"""Compiled layers: the same gradients, in training only, and only where a run is long enough to pay
+for them."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""What must agree does: packing and accumulation, resumed and uninterrupted, one process and two, TRL and Fulcrum."""
+"""What must agree does: packing and accumulation, resumed and uninterrupted, one process and two,
+TRL and Fulcrum."""
 
 import os
 import signal
@@ -163,7 +164,10 @@ def test_early_stopping_counts_evaluations_without_a_better_one(tmp_path: Path) 
 def test_a_run_that_diverges_is_an_error_and_not_an_untrained_adapter(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"diverged at step 2 of 6: task loss nan, .*; rows of this step: general row 13, .*learning_rate \(1e\+20\)",
+        match=(
+            r"diverged at step 2 of 6: task loss nan, .*; rows of this step: general row 13, "
+            r".*learning_rate \(1e\+20\)"
+        ),
     ):
         train(tmp_path, learning_rate=1e20, max_grad_norm=1e30)
 
@@ -231,12 +235,19 @@ def test_the_loss_and_gradients_on_one_batch_are_trls(tmp_path: Path, kind: str)
     trainer = SFTTrainer(
         peft,
         SFTConfig(
-            str(tmp_path / "trl"), use_cpu=True, per_device_train_batch_size=5, max_length=None, bf16=False,
-            completion_only_loss=True, gradient_checkpointing=False, report_to=[], disable_tqdm=True,
+            str(tmp_path / "trl"),
+            use_cpu=True,
+            per_device_train_batch_size=5,
+            max_length=None,
+            bf16=False,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            report_to=[],
+            disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(records),
         processing_class=loaded.tokenizer,
-    )  # fmt: skip
+    )
     prepared = trainer.data_collator([trainer.train_dataset[i] for i in range(5)])
     theirs = trainer.compute_loss(trainer.model, prepared)
     theirs.backward()

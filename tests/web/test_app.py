@@ -1,4 +1,7 @@
-"""The page's server: who may ask, what may be named, what becomes of runs when it ends. The page: e2e/test_page.py."""
+"""The page's server: who may ask, what may be named, what becomes of runs when it ends.
+
+The page: e2e/test_page.py.
+"""
 
 import io
 import json
@@ -172,7 +175,8 @@ def test_the_page_holds_no_script_or_style_of_its_own() -> None:
     )
     for file in folder.glob("*.js"):
         assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|https?://(?!www\.w3\.org)",
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\("
+            r"|https?://(?!www\.w3\.org)",
             file.read_text(),
         ), file
 
@@ -424,8 +428,12 @@ def test_a_run_is_begun_found_again_stopped_and_gone_on_with(
 def test_a_killed_server_hurts_no_run(
     space: Workspace, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real server, killed with SIGKILL and all of its process group; another finds the run and stops it."""
-    code = f"from fulcrum.web import jobs; jobs.COMMAND = {STANDING_IN!r}; from fulcrum.cli.main import main; main()"
+    """A real server, killed with SIGKILL and all of its process group; another finds the run and
+    stops it."""
+    code = (
+        f"from fulcrum.web import jobs; jobs.COMMAND = {STANDING_IN!r}; from fulcrum.cli.main "
+        "import main; main()"
+    )
     words = [
         "ui",
         "--folder",
@@ -506,7 +514,10 @@ def test_data_that_could_not_be_read_are_no_run_to_come(run: Run) -> None:
 
 def test_who_asks_twice_to_stop_is_obeyed_once(tmp_path: Path) -> None:
     """A second signal would end a training in mid-step."""
-    code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True)); print('up', flush=True); "
+    code = (
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True)); "
+        "print('up', flush=True); "
+    )
     job = Job(tmp_path, "run")
     process = subprocess.Popen(
         [sys.executable, "-c", code + "sys.stdin.read()"],
@@ -805,7 +816,8 @@ def test_only_what_is_there_is_exported(space: Workspace, run: Run) -> None:
 
 
 def test_minutes_are_the_sum_of_what_is_planned(tmp_path: Path) -> None:
-    """24 rows, of which a fifth is dev: each trial is its rows, its looks at dev rows, and its beginning."""
+    """24 rows, of which a fifth is dev: each trial is its rows, its looks at dev rows, and its
+    beginning."""
     settings = comparison_settings(
         save_task(tmp_path, 24, 6), tmp_path / "out", mix={"general_per_task": 2, "repeats": 3}
     )
