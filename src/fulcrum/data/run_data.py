@@ -523,7 +523,7 @@ class _Sampler:
 
         None has the content of a row of `held_out`, or shares text with those of its "pool".
         """
-        excluded = set()
+        excluded = set[str]()
         for rows in held_out.values():
             excluded.update(map(content_key, rows))
 
