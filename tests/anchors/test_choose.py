@@ -297,7 +297,7 @@ def test_what_a_run_has_to_settle_cannot_be_written_before(tmp_path: Path) -> No
     assert "task.anchor is auto, which a run settles" in refused(
         "mix", file, "--out", tmp_path / "stream.jsonl"
     )
-    assert "anchor: auto is chosen by a run; here rows stand without one" in done("check", file)
+    assert "anchor: auto is chosen by a run; the rows here have none" in done("check", file)
 
 
 @pytest.fixture

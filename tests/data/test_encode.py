@@ -25,7 +25,7 @@ def _nothing_is_known() -> None:
     encoded."""
     encode._format.cache_clear()
     encode._markers.cache_clear()
-    PLAIN.known.clear()
+    PLAIN.encoded.clear()
 
 
 def row(*texts: str, system: str = "", untrained: tuple[int, ...] = ()) -> Example:
@@ -396,7 +396,7 @@ def test_rows_encoded_ahead_are_those_encoded_one_by_one(template: bool | str) -
         alone, ahead = form(template, anchor), form(template, anchor)
         assert alone is not ahead
         encode.encode_ahead([*rows, rows[0]], ahead)
-        assert [row.origin for row in ahead.known] == ["r:0", "r:1", "r:2", "r:3", "r:4", "r:m"]
+        assert [row.origin for row in ahead.encoded] == ["r:0", "r:1", "r:2", "r:3", "r:4", "r:m"]
         for row in rows[:-1]:
             found, expected = encode.encode(row, ahead), encode.encode(row, alone)
             assert found.ids.tolist() == expected.ids.tolist()
@@ -432,7 +432,7 @@ def test_a_tokenizer_that_begins_every_text_by_itself_gives_the_same_ids_ahead()
     for one, found in zip(rows, ahead, strict=True):
         assert found.ids.tolist() == encode.encode(one, beginning, keep=False).ids.tolist()
         assert (found.ids == beginning.tokenizer.convert_tokens_to_ids("<s>")).sum() == 1
-    assert beginning.known == {}  # many rows at once are not kept
+    assert beginning.encoded == {}  # many rows at once are not kept
 
 
 def test_a_row_is_known_once_it_was_asked_for_unless_it_is_not_to_be_kept() -> None:
@@ -441,17 +441,17 @@ def test_a_row_is_known_once_it_was_asked_for_unless_it_is_not_to_be_kept() -> N
     first = encode.encode(one, own)
     assert encode.encode(one, own) is first
     encode.encode(other, own, keep=False)
-    assert list(own.known) == [one]
+    assert list(own.encoded) == [one]
 
 
 def test_what_is_known_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_KNOWN", 3)
+    monkeypatch.setattr(encode, "_MOST_ENCODED", 3)
     own = form(anchor=Anchor("Within a bound."))
     for number in range(3):
         encode.encode(row(f"q{number}", "a"), own)
-    assert len(own.known) == 3
+    assert len(own.encoded) == 3
     encode.encode(row("q3", "a"), own)
-    assert [one.question for one in own.known] == ["q3"]
+    assert [one.question for one in own.encoded] == ["q3"]
 
 
 def test_what_the_template_writes_before_a_users_first_words() -> None:
@@ -508,7 +508,7 @@ def test_an_answer_without_any_question_is_refused() -> None:
 
 
 def test_ids_of_a_row_are_64_bit_whatever_they_are_made_of() -> None:
-    empty = encode._joined([])
+    empty = encode._join([])
     assert (empty.ids.dtype, empty.loss_mask.dtype) == (np.int64, np.bool_)
 
 

@@ -47,7 +47,7 @@ def test_many_rows_are_stored_once_and_mapped(cache: Path, monkeypatch: pytest.M
     ]
     assert pa.total_allocated_bytes() < 10_000  # the file's pages, not a copy of them
     (file,) = cache.iterdir()
-    assert form.known == {}
+    assert form.encoded == {}
 
     def fails(*_: object) -> None:
         raise AssertionError("tokenised again")

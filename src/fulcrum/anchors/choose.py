@@ -60,9 +60,7 @@ def load_data(settings: Settings, *, compared: bool) -> AnchorData:
         tasks.append(task.model_copy(update={"anchor": None}) if is_auto else task)
     drawn = settings.model_copy(update={"tasks": tuple(tasks), "general": ()})
     seed = settings.seeds[0] if compared else settings.seed
-    rows = run_data.prepare(
-        drawn, loaded.tokenizer, loaded.context, seed, dev_apart=not compared, by_fold=compared
-    )
+    rows = run_data.prepare(drawn, loaded.tokenizer, loaded.context, seed, dev_apart=not compared)
     size = _smallest_size(settings) if compared else None
     if size is not None:
         rows = rows.at(size)

@@ -1,15 +1,15 @@
-"""Conversations -> token ids and loss mask. The contract that keeps training and inference alike:
+"""Turn conversations into token ids and loss masks, alike in training and inference.
 
-- A prompt (with a response prefix) is one string and is tokenised as one; an answer is tokenised apart and ends with the
-  template's end-of-turn token, which is trained.
-- Template markers become special ids; the same characters inside a user's text stay plain text, so a row that contains
-  ``<|im_end|>`` cannot end a turn.
-- The anchor is part of the template (`anchor.bake`), for training and inference alike.
+- A prompt (with a response prefix) is one string and is tokenised as one; an answer is tokenised
+  apart and ends with the template's end-of-turn token, which is trained.
+- Template markers become special ids; the same characters inside a user's text stay plain text, so
+  a row that contains ``<|im_end|>`` cannot end a turn.
+- The anchor is part of the template (`anchor_template.bake`).
 """
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,19 +21,27 @@ from fulcrum.core.errors import DataError, ModelError
 from fulcrum.core.types import Anchor, Example, Message, Tokens
 from fulcrum.data import anchor_template
 
-# For base models, whose tokenizers bring no chat template: a plain question-and-answer layout that any text model has seen.
+Messages = tuple[Message, ...]
+
+# For base models, whose tokenizers bring no chat template: a plain question-and-answer layout that
+# any text model has seen.
 PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{- message['content'] + '\\n\\n' -}}"
-    "{%- elif message['role'] == 'assistant' -%}{{- 'Output:\\n' + message['content'] + eos_token + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- 'Output:\\n' + message['content'] + eos_token + '\\n\\n' -}}"
     "{%- else -%}{{- 'Input:\\n' + message['content'] + '\\n\\n' -}}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Output:\\n' -}}{%- endif -%}"
 )
 
-# Noncharacters (Unicode reserves them for internal use) stand in for special-token text while a template is rendered.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+# Noncharacters (Unicode reserves them for internal use) replace special-token text while a template
+# is rendered.
+_OPEN = "\ufdd0"
+_CLOSE = "\ufdd1"
 _MARKED = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_PROBE = "fulcrumprobe"  # a text that no template writes
+_MOST_ENCODED = 2**15  # rows that a format remembers
 
 
 class Tokenizer(Protocol):
@@ -64,98 +72,212 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """How one tokenizer writes conversations with one anchor (or none). `make_format` gives the same one for the same."""
+    """How one tokenizer writes conversations with one anchor (or none); see `make_format`."""
 
     tokenizer: Tokenizer
-    template: str
+    template: str  # the anchor included
     anchor: Anchor | None
-    end_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]  # of the token that ends a turn
     end_text: str
-    special: re.Pattern[str] = field(repr=False)
+    special: re.Pattern[str] = field(repr=False)  # finds the text of any special token
     special_names: tuple[str, ...] = field(repr=False)
-    known: dict[Example, Tokens] = field(
-        repr=False, default_factory=dict
-    )  # arms, trials and previews ask for rows again
+    # Arms, trials and previews ask for the same rows again.
+    encoded: dict[Example, Tokens] = field(repr=False, default_factory=dict)
 
 
 def plain_template(adds_bos: bool) -> str:
-    """The template given to tokenizers that have none; `adds_bos`: the tokenizer starts plain text with its BOS token."""
+    """Return the template for tokenizers that have none.
+
+    `adds_bos` says whether the tokenizer starts plain text with its BOS token.
+    """
     return ("{{- bos_token -}}" if adds_bos else "") + PLAIN_TEMPLATE
 
 
 def make_format(tokenizer: Tokenizer, anchor: Anchor | None) -> Format:
-    """Prepare encoding. Raises ModelError where the chat template cannot render one question and answer."""
+    """Prepare encoding; equal arguments give the same object.
+
+    Raises ModelError if the chat template cannot render one question and answer.
+    """
     if not isinstance(tokenizer.chat_template, str):
         raise ModelError(
-            "the tokenizer has no chat template (or several); load the model through `fulcrum.model.base_model.load`"
+            "the tokenizer has no chat template (or several); load the model through "
+            "`fulcrum.model.base_model.load`"
         )
     return _format(tokenizer, len(tokenizer), tokenizer.chat_template, anchor)
 
 
-@functools.lru_cache(maxsize=64)  # one for each anchor: `encode` keeps rows by it
+def encode(example: Example, form: Format, *, keep: bool = True) -> Tokens:
+    """Return ids and loss mask of one conversation.
+
+    Every trained answer and its end token is a target. Earlier answers of a multi-turn row are
+    trained only if the template renders the conversation up to them as the beginning of the longer
+    one (some drop reasoning from past turns), and if the anchor does not come after the last
+    question. An answer before any question is context. With `keep`, the row is remembered. Raises
+    DataError if no answer may be trained, or if the chat template refuses the row.
+    """
+    known = form.encoded.get(example)
+    if known is not None:
+        return known
+    trained = _trained_places(example, form)
+    if not trained:
+        raise DataError(
+            f"{example.origin}: no answer to train (every assistant message has weight 0); "
+            "drop the row"
+        )
+    try:
+        texts = _split(example.messages, trained, form, lambda prompt: _render([prompt], form)[0])
+    except TemplateError as error:
+        raise DataError(
+            f"{example.origin}: the model's chat template refuses this row: {error}"
+        ) from error
+    parts = []
+    for prompt, answer in texts:
+        parts.append((_prompt_ids(prompt, form), _answer_ids(answer, form)))
+    tokens = _join(parts)
+    if keep:
+        _remember({example: tokens}, form)
+    return tokens
+
+
+def encode_ahead(examples: Sequence[Example], form: Format) -> None:
+    """Encode rows that will be asked for, all at once: three times as fast.
+
+    Rows that cannot be encoded are skipped; asking for them raises.
+    """
+    _remember(_encode_together(examples, form), form)
+
+
+def encode_many(examples: Sequence[Example], form: Format) -> list[Tokens]:
+    """Encode rows all at once, without remembering them. Raises DataError as `encode` does."""
+    together = _encode_together(examples, form)
+    rows = []
+    for example in examples:
+        if example in together:
+            rows.append(together[example])
+        else:
+            rows.append(encode(example, form, keep=False))
+    return rows
+
+
+def final_answer(example: Example, form: Format) -> Tokens:
+    """Encode a row as it is scored: only the final answer is a target."""
+    return encode(scored(example), form)
+
+
+def scored(example: Example) -> Example:
+    """Return the row as it is scored: its final answer is the only target."""
+    *earlier, last = example.messages
+    context = [Message(message.role, message.content, train=False) for message in earlier]
+    messages = (*context, Message(last.role, last.content))
+    return Example(messages, example.group, example.origin)
+
+
+def answer_length(example: Example, form: Format) -> int:
+    """Return the tokens of the final answer and its end token.
+
+    White space that a response prefix left to it is not counted: a summed loss is divided by this
+    number, which must be the same with and without an anchor.
+    """
+    return len(_text_ids(example.answer, form)) + len(form.end_ids)
+
+
+def prompt_ids(messages: Sequence[Message], form: Format) -> list[int]:
+    """Return the token ids of a prompt (messages without the final answer).
+
+    The generation prompt and a response prefix are included. Raises DataError if the model's chat
+    template refuses the messages, or if they are not valid Unicode.
+    """
+    try:
+        (text,) = _render([messages], form)
+    except TemplateError as error:
+        raise DataError(f"the model's chat template refuses these messages: {error}") from error
+    with unicode_only():
+        return _prompt_ids(text, form)
+
+
+def opening_ids(form: Format) -> list[int]:
+    """Return the token ids of all that the template writes before a user's first words."""
+    (text,) = _render([[Message("user", _PROBE)]], form)
+    return _prompt_ids(text.partition(_PROBE)[0], form)
+
+
+@contextmanager
+def unicode_only() -> Iterator[None]:
+    """Raise DataError for what tokenizers raise inside if a surrogate pair is cut in half."""
+    try:
+        yield
+    except (TypeError, UnicodeError) as error:
+        raise DataError("the text is not valid Unicode") from error
+
+
+@functools.lru_cache(maxsize=64)  # one for each anchor: the format remembers rows by it
 def _format(tokenizer: Tokenizer, size: int, template: str, anchor: Anchor | None) -> Format:
+    markers = _markers(tokenizer, size, template)
     return Format(
         tokenizer,
         anchor_template.bake(template, anchor),
         anchor,
-        *_markers(tokenizer, size, template),
+        end_ids=markers.end_ids,
+        end_text=markers.end_text,
+        special=markers.special,
+        special_names=markers.special_names,
     )
 
 
-@functools.lru_cache(
-    maxsize=4
-)  # Gemma has 6,249 special tokens; size and template are part of the key: both can be changed
-def _markers(
-    tokenizer: Tokenizer, size: int, template: str
-) -> tuple[tuple[int, ...], str, re.Pattern[str], tuple[str, ...]]:
-    """The end of a turn (ids, text) and the special tokens (pattern, names) that the tokenizer has with this template."""
-    # `all_special_tokens` lists those with a role (BOS, EOS ...) only; most chat markers are merely added as special.
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    names = tuple(
-        sorted(
-            {str(token) for token in (*tokenizer.all_special_tokens, *added) if str(token)},
-            key=len,
-            reverse=True,
-        )
-    )
-    special = re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
-    end = _end_of_turn(tokenizer, special)
+@dataclass(frozen=True)
+class _Markers:
+    """The special tokens of a tokenizer with one template; the fields are those of `Format`."""
+
+    end_ids: tuple[int, ...]
+    end_text: str
+    special: re.Pattern[str]
+    special_names: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4)  # Gemma has 6,249 special tokens
+def _markers(tokenizer: Tokenizer, size: int, template: str) -> _Markers:
+    """Find the special tokens. Size and template are part of the key: both can be changed."""
+    names = {str(token) for token in tokenizer.all_special_tokens}
+    # Those have a role (BOS, EOS ...); most chat markers are merely added as special.
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            names.add(str(token))
+    names.discard("")
+    longest_first = tuple(sorted(names, key=len, reverse=True))
+    special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    end_ids, end_text = _end_of_turn(tokenizer, special)
     _check_start(tokenizer)
-    return *end, special, names
+    return _Markers(end_ids, end_text, special, longest_first)
 
 
 def _end_of_turn(tokenizer: Tokenizer, special: re.Pattern[str]) -> tuple[tuple[int, ...], str]:
-    """The special token that the template writes after an answer; the tokenizer's EOS where it writes none."""
-    probe = "fulcrumprobe"
+    """Return the special token that the template writes after an answer, else the EOS token."""
+    question = {"role": "user", "content": "x"}
+    answer = {"role": "assistant", "content": _PROBE}
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": "x"}, {"role": "assistant", "content": probe}],
-                tokenize=False,
-            )
-        )
+        text = str(tokenizer.apply_chat_template([question, answer], tokenize=False))
     except Exception as error:  # Jinja raises many kinds, and templates raise their own
         raise ModelError(
             f"the model's chat template cannot render a question and an answer: {error}"
         ) from error
-    found = special.match(text.rpartition(probe)[2].lstrip())
-    if found:
-        return (int(tokenizer.convert_tokens_to_ids(found.group())),), found.group()
+    end = special.match(text.rpartition(_PROBE)[2].lstrip())
+    if end:
+        return (int(tokenizer.convert_tokens_to_ids(end.group())),), end.group()
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            "neither the chat template nor the tokenizer has an end token; set tokenizer.eos_token and save the model"
+            "neither the chat template nor the tokenizer has an end token; set "
+            "tokenizer.eos_token and save the model"
         )
     return (tokenizer.eos_token_id,), str(tokenizer.decode([tokenizer.eos_token_id]))
 
 
 def _check_start(tokenizer: Tokenizer) -> None:
-    """Raise ModelError where the template begins a conversation with the beginning-of-text token twice: nobody trained that."""
+    """Raise ModelError if the template writes the BOS token twice: no model was trained on that."""
     start = tokenizer.special_tokens_map.get("bos_token")
+    question = {"role": "user", "content": "x"}
     try:
         text = str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
-            )
+            tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
         )
     except Exception as error:  # as above
         raise ModelError(
@@ -163,57 +285,152 @@ def _check_start(tokenizer: Tokenizer) -> None:
         ) from error
     if start and text.startswith(2 * str(start)):
         raise ModelError(
-            f"the model's chat template begins with {start!r} twice; take one out of it and save the tokenizer"
+            f"the model's chat template begins with {start!r} twice; take one out of it and save "
+            "the tokenizer"
         )
 
 
-def _hide(text: str, form: Format) -> str:
-    """The text with its special-token texts, and what would be read as the mark of one, marked by their numbers."""
-    text = text.replace(_OPEN, f"{_OPEN}{len(form.special_names)}{_CLOSE}")
-    return form.special.sub(
-        lambda found: f"{_OPEN}{form.special_names.index(found.group())}{_CLOSE}", text
-    )
+def _encode_together(examples: Sequence[Example], form: Format) -> dict[Example, Tokens]:
+    """Encode rows in one call of the template and one of the tokenizer.
+
+    Rows that are remembered, hold a special token's text or have no answer to train are skipped.
+    """
+    trained_places = {}
+    for example in examples:
+        if example not in form.encoded:
+            trained = _trained_places(example, form)
+            if trained:
+                trained_places[example] = trained
+    prompts: dict[Messages, None] = {}  # an ordered set
+    for row, trained in trained_places.items():
+        for place in trained:
+            prompts[row.messages[:place]] = None
+    if not prompts:
+        return {}
+    try:
+        rendered = dict(zip(prompts, _render(list(prompts), form), strict=True))
+    except TemplateError:
+        return {}
+    texts: dict[Example, list[tuple[str, str]]] = {}
+    for row, trained in trained_places.items():
+        parts = []
+        for prompt, answer in _split(row.messages, trained, form, rendered.__getitem__):
+            parts.append((prompt, _answer_text(answer, form)))
+        if not any(_holds_special(prompt, answer, form) for prompt, answer in parts):
+            texts[row] = parts
+    ids = _ids_by_text(texts.values(), form)
+    end = list(form.end_ids)
+    tokens = {}
+    for row, parts in texts.items():
+        tokens[row] = _join([(ids[prompt], ids[answer] + end) for prompt, answer in parts])
+    return tokens
 
 
-def _show(text: str, form: Format) -> str:
-    names = (*form.special_names, _OPEN)
-    return _MARKED.sub(
-        lambda found: (
-            names[int(found.group(1))] if int(found.group(1)) < len(names) else found.group()
-        ),
-        text,
-    )
+def _holds_special(prompt: str, answer: str, form: Format) -> bool:
+    return _OPEN in prompt or form.special.search(answer) is not None
 
 
-def _ids(text: str, form: Format, *, plain: bool = False) -> list[int]:
-    found = form.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
-    return [int(token) for token in found]
+def _ids_by_text(rows: Iterable[Sequence[tuple[str, str]]], form: Format) -> dict[str, list[int]]:
+    """Tokenise all texts of rows in one call."""
+    texts: set[str] = set()
+    for parts in rows:
+        for part in parts:
+            texts.update(part)
+    if not texts:
+        return {}
+    ordered = list(texts)
+    ids = form.tokenizer(ordered, add_special_tokens=False, split_special_tokens=False)
+    return dict(zip(ordered, ids["input_ids"], strict=True))
+
+
+def _remember(tokens: Mapping[Example, Tokens], form: Format) -> None:
+    if len(form.encoded) + len(tokens) > _MOST_ENCODED:
+        form.encoded.clear()
+    form.encoded.update(tokens)
+
+
+def _trained_places(example: Example, form: Format) -> list[int]:
+    """Return the places of the answers that are trained."""
+    trained = []
+    asked = False
+    for place, message in enumerate(example.messages):
+        if message.role == "user":
+            asked = True
+        elif message.role == "assistant" and asked and message.train:
+            trained.append(place)
+    if anchor_template.last_answer_only(form.anchor):
+        return trained[-1:]
+    return trained
+
+
+def _split(
+    messages: Messages, trained: Sequence[int], form: Format, render: Callable[[Messages], str]
+) -> list[tuple[str, str]]:
+    """Return each trained answer (a place in `messages`) with the text since the one before it."""
+    parts: list[tuple[str, str]] = []
+    done = ""
+    for place in trained:
+        text = render(messages[:place])
+        if not text.startswith(done):
+            return _split(messages, trained[-1:], form, render)
+        answer = messages[place].content
+        parts.append((text[len(done) :], answer))
+        done = text + _hide(answer, form) + form.end_text
+    return parts
+
+
+def _join(parts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tokens:
+    """Lay the ids of prompts and answers end to end; the answers are targets."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for prompt, answer in parts:
+        ids += [*prompt, *answer]
+        mask += [False] * len(prompt) + [True] * len(answer)
+    return Tokens(np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=np.bool_))
 
 
 def _render(prompts: Sequence[Sequence[Message]], form: Format) -> list[str]:
-    """Rendered prompts; special-token text of the user stands hidden in them."""
-    turns = [
-        [{"role": message.role, "content": _hide(message.content, form)} for message in prompt]
-        for prompt in prompts
-    ]
+    """Render prompts; special-token text of the user is hidden in them. Raises TemplateError."""
+    conversations = []
+    for prompt in prompts:
+        turns = []
+        for message in prompt:
+            turns.append({"role": message.role, "content": _hide(message.content, form)})
+        conversations.append(turns)
     try:
-        found = form.tokenizer.apply_chat_template(
-            turns, chat_template=form.template, add_generation_prompt=True, tokenize=False
-        )  # fmt: skip
+        texts = form.tokenizer.apply_chat_template(
+            conversations, chat_template=form.template, add_generation_prompt=True, tokenize=False
+        )
     except TemplateError:
         raise
-    except (
-        Exception
-    ) as error:  # what a template computes may fail in any way, for one row and not for another
+    except Exception as error:  # what a template computes may fail in any way, for some rows only
         raise TemplateError(f"{type(error).__name__}: {error}") from error
-    return [str(text) for text in found]
+    return [str(text) for text in texts]
 
 
-def _prompt_text(messages: Sequence[Message], form: Format) -> str:
-    return _render([messages], form)[0]
+def _hide(text: str, form: Format) -> str:
+    """Replace special-token texts, and what would be read as such a mark, by marks."""
+    text = text.replace(_OPEN, f"{_OPEN}{len(form.special_names)}{_CLOSE}")
+
+    def mark(match: re.Match[str]) -> str:
+        return f"{_OPEN}{form.special_names.index(match.group())}{_CLOSE}"
+
+    return form.special.sub(mark, text)
+
+
+def _show(text: str, form: Format) -> str:
+    """Undo `_hide`."""
+    names = (*form.special_names, _OPEN)
+
+    def name(match: re.Match[str]) -> str:
+        number = int(match.group(1))
+        return names[number] if number < len(names) else match.group()
+
+    return _MARKED.sub(name, text)
 
 
 def _prompt_ids(text: str, form: Format) -> list[int]:
+    """Tokenise a rendered prompt; hidden text becomes plain text."""
     if _OPEN not in text:
         return _ids(text, form)
     ids: list[int] = []
@@ -225,198 +442,19 @@ def _prompt_ids(text: str, form: Format) -> list[int]:
     return ids + _ids(_show(text[end:], form), form, plain=True)
 
 
-def prompt_ids(messages: Sequence[Message], form: Format) -> list[int]:
-    """Token ids of a prompt (messages without the final answer), the generation prompt and response prefix included.
-
-    Raises DataError where the model's chat template refuses the messages, or they are no Unicode.
-    """
-    try:
-        text = _prompt_text(messages, form)
-    except TemplateError as error:
-        raise DataError(f"the model's chat template refuses these messages: {error}") from error
-    with unicode_only():
-        return _prompt_ids(text, form)
-
-
-@contextmanager
-def unicode_only() -> Iterator[None]:
-    """Around tokenizing: raise DataError where tokenizers raise what they do for halves of surrogate pairs."""
-    try:
-        yield
-    except (TypeError, UnicodeError) as error:
-        raise DataError("the text is not valid Unicode") from error
-
-
-def opening_ids(form: Format) -> list[int]:
-    """Token ids of all that the template writes before a user's first words; none where it writes nothing."""
-    probe = "fulcrumprobe"
-    return _prompt_ids(_prompt_text([Message("user", probe)], form).partition(probe)[0], form)
-
-
-def _answer(answer: str, form: Format) -> str:
+def _answer_text(answer: str, form: Format) -> str:
     return anchor_template.answer_lead(form.anchor) + answer
 
 
 def _answer_ids(answer: str, form: Format) -> list[int]:
-    text = _answer(answer, form)
-    return _ids(text, form, plain=form.special.search(text) is not None) + list(form.end_ids)
+    return _text_ids(_answer_text(answer, form), form) + list(form.end_ids)
 
 
-def answer_length(example: Example, form: Format) -> int:
-    """Tokens of the final answer and its end token, without the white space that a response prefix left to it.
-
-    This is what a summed loss is divided by: the same number in arms with and without an anchor.
-    """
-    answer = example.answer
-    return len(_ids(answer, form, plain=form.special.search(answer) is not None)) + len(
-        form.end_ids
-    )
+def _text_ids(text: str, form: Format) -> list[int]:
+    """Tokenise a text in which special-token text is plain text."""
+    return _ids(text, form, plain=form.special.search(text) is not None)
 
 
-def encode(example: Example, form: Format, *, keep: bool = True) -> Tokens:
-    """Return ids and loss mask of one conversation; every trained answer and its end token is a target.
-
-    Earlier answers of a multi-turn row are trained too, where the template renders a conversation so far as the beginning of
-    the longer one (some drop reasoning from past turns: there, and for anchors that stand after the last question, only the
-    last answer is). An answer that stands before any question is context. Raises DataError where no answer may be trained,
-    and where the model's chat template refuses the row. With `keep`, the row is known when it is asked for again.
-    """
-    found = form.known.get(example)
-    if found is None:
-        trained = _trained(example, form)
-        if not trained:
-            raise DataError(
-                f"{example.origin}: no answer to train (every assistant message has weight 0); drop the row"
-            )
-        try:
-            parts = _parts(
-                example.messages, trained, form, lambda messages: _prompt_text(messages, form)
-            )
-        except TemplateError as error:
-            raise DataError(
-                f"{example.origin}: the model's chat template refuses this row: {error}"
-            ) from error
-        found = _joined(
-            [(_prompt_ids(prompt, form), _answer_ids(answer, form)) for prompt, answer in parts]
-        )
-        if keep:
-            _keep({example: found}, form)
-    return found
-
-
-def encode_ahead(examples: Sequence[Example], form: Format) -> None:
-    """Encode rows that will be asked for, all at once: three times as fast. What cannot be encoded waits to be asked for."""
-    _keep(_together(examples, form), form)
-
-
-def encode_many(examples: Sequence[Example], form: Format) -> list[Tokens]:
-    """`encode` for each example, all at once and without keeping them. Raises DataError."""
-    found = _together(examples, form)
-    return [
-        found[example] if example in found else encode(example, form, keep=False)
-        for example in examples
-    ]
-
-
-def _together(examples: Sequence[Example], form: Format) -> dict[Example, Tokens]:
-    """Encode those rows that are not known yet and hold no special token's text, in two calls of the tokenizer."""
-    rows = {
-        example: trained
-        for example in examples
-        if example not in form.known and (trained := _trained(example, form))
-    }
-    prompts = list(
-        dict.fromkeys(row.messages[:i] for row, trained in rows.items() for i in trained)
-    )
-    try:
-        texts = dict(zip(prompts, _render(prompts, form), strict=True)) if prompts else {}
-    except TemplateError:
-        return {}
-    plain = {
-        row: _parts(row.messages, trained, form, texts.__getitem__) for row, trained in rows.items()
-    }
-    plain = {
-        row: [(prompt, _answer(answer, form)) for prompt, answer in parts]
-        for row, parts in plain.items()
-        if not any(
-            _OPEN in prompt or form.special.search(_answer(answer, form))
-            for prompt, answer in parts
-        )
-    }
-    wanted = list({text for parts in plain.values() for part in parts for text in part})
-    options = {"add_special_tokens": False, "split_special_tokens": False}  # as in `_ids`
-    ids = (
-        dict(zip(wanted, form.tokenizer(wanted, **options)["input_ids"], strict=True))
-        if wanted
-        else {}
-    )
-    end = list(form.end_ids)
-    return {
-        row: _joined([(ids[prompt], ids[answer] + end) for prompt, answer in parts])
-        for row, parts in plain.items()
-    }
-
-
-_KNOWN = 2**15  # rows that a format keeps
-
-
-def _keep(found: Mapping[Example, Tokens], form: Format) -> None:
-    if len(form.known) + len(found) > _KNOWN:
-        form.known.clear()
-    form.known.update(found)
-
-
-def _trained(example: Example, form: Format) -> list[int]:
-    """The places of the answers that are trained."""
-    question = next(
-        (i for i, message in enumerate(example.messages) if message.role == "user"),
-        len(example.messages),
-    )
-    answers = [
-        i
-        for i, message in enumerate(example.messages)
-        if message.role == "assistant" and i > question
-    ]
-    trained = [i for i in answers if example.messages[i].train]
-    return trained[-1:] if anchor_template.last_answer_only(form.anchor) else trained
-
-
-def _parts(
-    messages: tuple[Message, ...],
-    trained: Sequence[int],
-    form: Format,
-    render: Callable[[tuple[Message, ...]], str],
-) -> list[tuple[str, str]]:
-    """The text before each of the `trained` answers (places in `messages`), from the end of the one before, and the answer."""
-    parts: list[tuple[str, str]] = []
-    done = ""
-    for i in trained:
-        text = render(messages[:i])
-        if not text.startswith(done):
-            return _parts(messages, trained[-1:], form, render)
-        parts.append((text[len(done) :], messages[i].content))
-        done = text + _hide(messages[i].content, form) + form.end_text
-    return parts
-
-
-def _joined(parts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tokens:
-    """Token ids of prompts and answers, laid end to end; the answers are targets."""
-    ids = [token for pair in parts for part in pair for token in part]
-    mask = [
-        target
-        for prompt, answer in parts
-        for target in [False] * len(prompt) + [True] * len(answer)
-    ]
-    return Tokens(np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=np.bool_))
-
-
-def final_answer(example: Example, form: Format) -> Tokens:
-    """Like `encode`, but only the final answer is a target: what is scored."""
-    return encode(scored(example), form)
-
-
-def scored(example: Example) -> Example:
-    """The row as it is scored: its final answer is the only target."""
-    *earlier, last = example.messages
-    silent = tuple(Message(message.role, message.content, train=False) for message in earlier)
-    return Example((*silent, Message(last.role, last.content)), example.group, example.origin)
+def _ids(text: str, form: Format, *, plain: bool = False) -> list[int]:
+    ids = form.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+    return list(map(int, ids))

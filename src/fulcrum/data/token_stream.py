@@ -1,8 +1,8 @@
-"""Token streams: a plan with the tokens of its rows, and tokenised general rows on disk.
+"""Token streams: a plan together with the tokens of its rows, and tokenised general rows on disk.
 
 General rows are written once, memory-mapped, and shared by the cells of a comparison and by later
 runs. A file is named by all that its tokens depend on (tokenizer, template, rows), so it is never
-out of date. Arrow does the rest.
+out of date. Arrow handles the format.
 """
 
 import math
@@ -24,8 +24,8 @@ from fulcrum.data import encode, mix
 from fulcrum.data.encode import Format, Tokenizer
 from fulcrum.data.mix import Plan
 
-SMALLEST = 512  # rows; fewer are encoded again sooner than a file is opened
-KEPT_BYTES = 4 * 2**30  # of all files; beyond that the ones unused for longest go
+SMALLEST = 512  # rows; encoding fewer again is faster than opening a file
+KEPT_BYTES = 4 * 2**30  # of all files; beyond that those unused for longest are deleted
 _BLOCK = 4096  # rows encoded and written at a time
 _SCHEMA = pa.schema({"ids": pa.list_(pa.int32()), "loss": pa.list_(pa.bool_())})
 
@@ -49,28 +49,29 @@ class Stream:
 
     def _examples(self, start: int, stop: int) -> tuple[list[Tokens], BoolArray]:
         is_task, ids = self.plan.slice(start, stop)
-        found = []
+        examples = []
         for of_task, bare, row in zip(is_task, self.is_bare(start, stop), ids, strict=True):
             if not of_task:
-                found.append(self.general[row])
+                examples.append(self.general[row])
             elif bare:
-                found.append(self.bare[row])
+                examples.append(self.bare[row])
             else:
-                found.append(self.task[row])
-        return found, is_task
+                examples.append(self.task[row])
+        return examples, is_task
 
     def origins(self, index: int, batch_size: int) -> list[str]:
         """Return where the rows of one optimizer step come from, in order."""
         start = index * batch_size
         is_task, ids = self.plan.slice(start, min(start + batch_size, len(self.plan)))
-        found = []
+        origins = []
         for of_task, row in zip(is_task.tolist(), ids.tolist(), strict=True):
             if self.rows is None:
-                found.append(f"{'task' if of_task else 'general'} row {row}")
+                origins.append(f"{'task' if of_task else 'general'} row {row}")
             else:
                 task, general = self.rows
-                found.append((task if of_task else general)[row].origin)
-        return found
+                source = task if of_task else general
+                origins.append(source[row].origin)
+        return origins
 
     def is_bare(self, start: int, stop: int) -> BoolArray:
         """Return whether a task row at each position would lack its anchor: (stop - start,)."""
@@ -109,7 +110,7 @@ class Stored(Sequence[Tokens]):
 
     @classmethod
     def open(cls, file: Path) -> "Stored":
-        """Map a file. Raises OSError or ArrowInvalid where it is missing or damaged."""
+        """Map a file. Raises OSError or ArrowInvalid if it is missing or damaged."""
         return cls(pa.ipc.open_file(pa.memory_map(str(file))).read_all())
 
     def __len__(self) -> int:
@@ -120,13 +121,14 @@ class Stored(Sequence[Tokens]):
     @overload
     def __getitem__(self, index: slice) -> "Stored": ...
     def __getitem__(self, index: int | slice) -> "Tokens | Stored":
-        """Row `index` as `encode.encode` gives it, or a range of rows, still mapped."""
+        """Return a row as `encode.encode` gives it, or a range of rows, still mapped."""
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step != 1:
                 raise ValueError(f"rows are sliced in their order, got step {step}")
             return Stored(self._table.slice(start, max(stop - start, 0)))
-        ids, loss = (self._table.column(name)[int(index)].values for name in ("ids", "loss"))
+        ids = self._table.column("ids")[int(index)].values
+        loss = self._table.column("loss")[int(index)].values
         return Tokens(ids.to_numpy().astype(np.int64), loss.to_numpy(zero_copy_only=False))
 
 
@@ -134,7 +136,7 @@ class Stored(Sequence[Tokens]):
 def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
     """Return the tokens of `examples`: few from memory, many from a file of the cache.
 
-    A file that is missing is made. If the cache cannot be written (a full disk, a read-only
+    A missing file is written. If the cache cannot be written (a full disk, a read-only
     folder), the rows are encoded in memory. Raises DataError as `encode.encode` does.
     """
     # A template that writes the date gives other tokens tomorrow.
@@ -143,27 +145,26 @@ def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
     if tokenizer is None:
         encode.encode_ahead(examples, form)
         return [encode.encode(example, form) for example in examples]
-    # Templates write them.
-    roles = sorted((name, str(token)) for name, token in form.tokenizer.special_tokens_map.items())
-    named = [
-        tokenizer,
-        roles,
-        form.template,
-        form.anchor,
-        form.end_ids,
-        [example.messages for example in examples],
-    ]
-    file = store.cache_dir() / "tokens" / f"{fingerprint(named)[:32]}.arrow"
+    file = store.cache_dir() / "tokens" / f"{_name(examples, form, tokenizer)}.arrow"
     try:
-        if not _whole(file, len(examples)):
+        if not _is_whole(file, len(examples)):
             _write(file, examples, form)
-        found = Stored.open(file)
+        stored = Stored.open(file)
     except OSError:
         return encode.encode_many(examples, form)
     with suppress(OSError):  # a folder that can only be read, or another process that prunes too
         os.utime(file)
         _prune(file.parent)
-    return found
+    return stored
+
+
+def _name(examples: Sequence[Example], form: Format, tokenizer: str) -> str:
+    """Hash all that the tokens depend on; templates write the special tokens' text."""
+    special = form.tokenizer.special_tokens_map.items()
+    roles = sorted((name, str(token)) for name, token in special)
+    texts = [example.messages for example in examples]
+    parts = [tokenizer, roles, form.template, form.anchor, form.end_ids, texts]
+    return fingerprint(parts)[:32]
 
 
 @lru_cache(maxsize=4)
@@ -173,8 +174,8 @@ def _tokenizer_hash(tokenizer: Tokenizer, size: int) -> str | None:
     return None if backend is None else fingerprint([backend.to_str(), size])
 
 
-def _whole(file: Path, rows: int) -> bool:
-    """Whether the file is there and Arrow can open it: one that is cut off is made anew."""
+def _is_whole(file: Path, rows: int) -> bool:
+    """Return whether Arrow can open the file: one that is cut off is written again."""
     try:
         return len(Stored.open(file)) == rows
     except (OSError, pa.ArrowInvalid):
@@ -182,20 +183,16 @@ def _whole(file: Path, rows: int) -> bool:
 
 
 def _write(file: Path, examples: Sequence[Example], form: Format) -> None:
-    """Write next to the file's place and rename, so that processes that race find it whole."""
+    """Write another file in the folder and rename it, so that racing processes find it whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             for start in range(0, len(examples), _BLOCK):
                 rows = encode.encode_many(examples[start : start + _BLOCK], form)
-                columns = [[row.ids for row in rows], [row.loss_mask for row in rows]]
-                writer.write_batch(
-                    pa.record_batch(
-                        [pa.array(c, t.type) for c, t in zip(columns, _SCHEMA, strict=True)],
-                        _SCHEMA,
-                    )
-                )
+                ids = pa.array([row.ids for row in rows], _SCHEMA.field("ids").type)
+                loss = pa.array([row.loss_mask for row in rows], _SCHEMA.field("loss").type)
+                writer.write_batch(pa.record_batch([ids, loss], _SCHEMA))
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.rename(file)
@@ -204,10 +201,9 @@ def _write(file: Path, examples: Sequence[Example], form: Format) -> None:
 
 
 def _prune(folder: Path) -> None:
-    """Drop the files that were not used for longest, until the rest is within `KEPT_BYTES`."""
-    newest, *older = sorted(
-        folder.glob("*.arrow"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
+    """Delete the files unused for longest, until the rest is within `KEPT_BYTES`."""
+    files = sorted(folder.glob("*.arrow"), key=lambda path: path.stat().st_mtime, reverse=True)
+    newest, *older = files
     total = newest.stat().st_size
     for file in older:
         total += file.stat().st_size

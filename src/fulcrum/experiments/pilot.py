@@ -71,13 +71,12 @@ def resolve(
             settings.model, settings.train, trust_remote_code=settings.trust_remote_code
         )
         seed = settings.seeds[0] if compared else settings.seed
-        rows = run_data.prepare(
+        rows = run_data.prepare_for_pilot(
             small,
             loaded.tokenizer,
             loaded.context,
             seed,
-            dev_apart=False,
-            by_fold=compared,
+            compared=compared,
             mixed_rows=_fed(small, repeats),
         )
         found = run(Session(loaded, small, None, progress), rows, own_arm(small))
