@@ -1,7 +1,7 @@
 """Draw the plots of the mechanism runs with the means of `plots`.
 
-`scaling` draws a metric over amounts of general data, `bars` counts, `spots` clusters by their share
-of general data, `eigenvalues` how many clusters there are.
+`scaling` draws a metric over amounts of general data, `bars` counts, `spots` clusters by gain and
+share of general data, `eigenvalues` how many clusters there are.
 """
 
 import math
