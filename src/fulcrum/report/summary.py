@@ -392,5 +392,5 @@ def difference_grid(results: Record, *, first_metric_only: bool = False) -> Grid
     head = ("arm − reference", "task", "metric", "difference [95% interval]", "seeds", "verdict")
     title = "Paired differences"
     if first_metric_only:
-        title += " (first metric; the others stand in the report)"
+        title += " (first metric; the report has the others)"
     return Grid(title, head, tuple(rows), tuple(marks))
