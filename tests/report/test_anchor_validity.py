@@ -64,7 +64,7 @@ def test_many_permutations_are_drawn() -> None:
     p = anchor_validity.permutation_p([chance])
     assert p is not None
     assert p == anchor_validity.permutation_p([chance])  # equal seeds, equal draws
-    x, y = anchor_validity._pairs(chance)
+    x, y = anchor_validity.losses_and_outcomes(chance)
     assert p == pytest.approx(spearmanr(x, y).pvalue, abs=0.05)
 
 

@@ -208,7 +208,7 @@ class TestTerminal:
         assert [str(table.title) for table in run_report.tables(results)] == [
             "a",
             "b",
-            "Paired differences (first metric; the others stand in the report)",
+            "Paired differences (first metric; the report has the others)",
             "Training and cost",
             "Forgetting: general rows held out, nats per answer token above the base model",
         ]
@@ -340,7 +340,7 @@ class TestPage:
             "minus that of base_anchor, the untrained model, on the same held-out general "
             "rows.</li>" in page
         )
-        assert "the changes against base_anchor stand in the table above" in page
+        assert "the changes against base_anchor are in the table above" in page
         assert run_report.forgetting_plot(results).count("stroke-dasharray") == 1
         assert "against base_anchor, the untrained model" in run_report.card(results, TRAIN, "")
 
@@ -349,7 +349,7 @@ class TestPage:
         results = make(arms=arms, differences=(), forgetting=())
         page = run_report.html(results, [], COMPARE)
         assert "NLL on held-out general rows, with 95% intervals.\n" in page
-        assert not re.search("dashed|untrained|stand in the table above|Forgetting is", page)
+        assert not re.search("dashed|untrained|are in the table above|Forgetting is", page)
         assert "stroke-dasharray" not in run_report.forgetting_plot(results)
 
     @pytest.mark.parametrize("seeds", [(0,), (0, 1)])

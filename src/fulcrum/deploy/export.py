@@ -281,13 +281,15 @@ def export(
         store.write_json(place / RECORD, {**record, "check": check})
         card = run_report.export_card(
             run_report.load(folder),
-            wanted.to,
-            adapter.arm,
-            adapter.train.lora_r,
-            sorted(path.name for path in place.iterdir()),
-            form.anchor,
-            store.plain(check),
-            list_inputs(folder, adapter.settings),
+            run_report.ExportFacts(
+                wanted.to,
+                adapter.arm,
+                adapter.train.lora_r,
+                sorted(path.name for path in place.iterdir()),
+                form.anchor,
+                store.plain(check),
+                list_inputs(folder, adapter.settings),
+            ),
         )
         store.write_bytes(place / "README.md", card.encode())
 

@@ -1,6 +1,7 @@
-"""Draw learning curves, scores over task rows, with intervals, seeds and what is read off them.
+"""Draw learning curves: scores over task rows, with intervals, seeds and the row saving.
 
-Arms with the same number of rows stand side by side. On a phone the plot is drawn anew, not shrunk.
+Arms with the same number of rows are drawn side by side. A phone gets a plot of its own, not a
+smaller one.
 """
 
 import math
@@ -38,19 +39,19 @@ class Mark:
     value: float
     low: float | None  # 95% interval; None: unknown
     high: float | None
-    seeds: tuple[float, ...]
+    seeds: tuple[float, ...]  # the values of single seeds
     title: str  # shown when the mouse rests on the mark
-    ringed: bool = False  # it is the reference at this size
+    ringed: bool = False  # whether the arm is the reference at this size
 
 
 @dataclass(frozen=True)
 class Line:
-    """One arm's learning curve; strong ones set the scale and have a band, others whiskers."""
+    """One arm's learning curve."""
 
     arm: str
     label: str
     marks: tuple[Mark, ...]  # ascending by size
-    strong: bool = False
+    strong: bool = False  # strong lines set the scale and have a band; others have whiskers
 
     @property
     def untrained(self) -> bool:
@@ -60,14 +61,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Reading:
-    """The row saving, read off at the height of the reference's score."""
+    """The row saving: where the arm's curve reaches the reference's score."""
 
     value: float  # the reference's score with `n` rows
     n: int
     rows: float  # with which the arm is as good
     fewest: float | None  # end of the interval of `rows`; None: beyond the measured sizes
-    most: float | None
-    smallest: int
+    most: float | None  # the other end
+    smallest: int  # the arm's smallest measured size
     text: str
 
 
@@ -81,7 +82,7 @@ def learning_curves(lines: Sequence[Line], reading: Reading | None, *, narrow: b
 def _draw_learning_curves(
     figure: "Figure", lines: Sequence[Line], reading: Reading | None, points: float
 ) -> None:
-    """Draw learning curves on an axis that is about so many points wide."""
+    """Draw learning curves on an axis that is about `points` points wide."""
     from matplotlib.lines import Line2D
 
     axis = figure.subplots()
@@ -115,8 +116,8 @@ def _draw_learning_curves(
 
 
 def _columns(lines: Sequence[Line]) -> dict[int, float]:
-    """Return where each size lies: at its logarithm, and untrained arms left of all."""
-    sizes = sorted({mark.size for line in lines for mark in line.marks})
+    """Return the place of each size: its logarithm; untrained arms are left of all others."""
+    sizes = sorted({mark.size for mark in _all_marks(lines)})
     trained = [size for size in sizes if size] or [1]
     columns = {size: math.log2(size) for size in trained}
     if sizes[0] == 0:
@@ -125,13 +126,16 @@ def _columns(lines: Sequence[Line]) -> dict[int, float]:
     return columns
 
 
+def _all_marks(lines: Sequence[Line]) -> list[Mark]:
+    return [mark for line in lines for mark in line.marks]
+
+
 def _shifts(lines: Sequence[Line], columns: Mapping[int, float], most: float) -> dict[str, float]:
-    """Return by how much each trained arm stands beside its column: strong ones in the middle."""
-    trained = sorted(
-        (line for line in lines if not line.untrained), key=lambda line: not line.strong
-    )
-    places = sorted(columns.values())
-    gap = min((b - a for a, b in pairwise(places)), default=math.inf)
+    """Return how far each trained arm is from its column: strong ones are in the middle."""
+    trained = [line for line in lines if not line.untrained]
+    trained.sort(key=lambda line: not line.strong)
+    gaps = [right - left for left, right in pairwise(sorted(columns.values()))]
+    gap = min(gaps, default=math.inf)
     step = min(most, 0.5 * gap / max(1, len(trained)))
     shifts = {}
     for place, line in enumerate(trained):  # 0, 1, -1, 2, -2 ... steps
@@ -141,32 +145,35 @@ def _shifts(lines: Sequence[Line], columns: Mapping[int, float], most: float) ->
 
 
 def _values_shown(lines: Sequence[Line], also: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of the scale: it shows strong lines, and of others what is near to these.
+    """Return the ends of the scale: it shows strong lines, and the parts of others near to them.
 
-    An untrained model is often so much worse that it would squash all that is learned; it then
-    stands at the edge.
+    An untrained model is often so much worse that it would flatten all other curves; it is then
+    drawn at the edge.
     """
     leading = [line for line in lines if line.strong and not line.untrained] or lines
-    leading_marks = [mark for line in leading for mark in line.marks]
-    values = [*(mark.value for mark in leading_marks), *also]
-    low, high = min(values), max(values)
+    values = list(also)
     widths = []
-    for mark in leading_marks:
+    for mark in _all_marks(leading):
+        values.append(mark.value)
         if mark.low is not None and mark.high is not None:
             widths.append(mark.high - mark.low)
+    low, high = min(values), max(values)
     span = max(high - low, min(widths, default=0.0), 1e-3 * max(abs(low), abs(high)), 1e-6)
 
-    marks = [mark for line in lines for mark in line.marks]
-    near = [mark for mark in marks if low - 1.2 * span <= mark.value <= high + 1.2 * span]
-    low = min([low, *(mark.value for mark in near)])
-    high = max([high, *(mark.value for mark in near)])
-
-    # Intervals and seeds widen the scale, though not without limit.
+    near_low, near_high = low - 1.2 * span, high + 1.2 * span
     ends: list[float] = []
-    for mark in near:
-        ends.extend(mark.seeds)
-        ends.extend(end for end in (mark.low, mark.high) if end is not None)
-    low, high = max(min([low, *ends]), low - 0.6 * span), min(max([high, *ends]), high + 0.6 * span)
+    for mark in _all_marks(lines):
+        if near_low <= mark.value <= near_high:
+            low = min(low, mark.value)
+            high = max(high, mark.value)
+            ends += mark.seeds
+            if mark.low is not None:
+                ends.append(mark.low)
+            if mark.high is not None:
+                ends.append(mark.high)
+    # Intervals and seeds widen the scale, but by no more than this.
+    low = max(min([low, *ends]), low - 0.6 * span)
+    high = min(max([high, *ends]), high + 0.6 * span)
     room = 0.04 * (high - low) or 0.5 * span
     return low - room, high + room
 
@@ -201,7 +208,7 @@ def _draw_line(
 def _draw_marks(
     axis: "Axes", line: Line, columns: Mapping[int, float], marker: str, colour: str
 ) -> None:
-    """Draw marks with their titles and seeds; a triangle at the edge is beyond the scale."""
+    """Draw marks with their titles and seeds; a triangle at the edge marks a value beyond it."""
     bottom, top = axis.get_ylim()
     for mark in line.marks:
         x = columns[mark.size]
@@ -243,7 +250,7 @@ def _draw_marks(
 
 
 def _draw_reading(axis: "Axes", reading: Reading, colour: str) -> None:
-    """Draw the way from the reference to where the arm is as good, and the interval of its rows."""
+    """Draw a path from the reference to where the arm is as good, and the interval of its rows."""
     bottom = axis.get_ylim()[0]
     start, at = math.log2(reading.n), math.log2(reading.rows)
     fewest = math.log2(reading.smallest if reading.fewest is None else reading.fewest)
@@ -258,8 +265,12 @@ def _draw_reading(axis: "Axes", reading: Reading, colour: str) -> None:
     if reading.most is None:
         axis.plot([most], [bottom], ">", markersize=9, markeredgewidth=0, **span)
     left, right = axis.get_xlim()
-    part = (at - left) / (right - left)
-    side = "left" if part < 0.3 else "right" if part > 0.7 else "center"
+    share = (at - left) / (right - left)
+    side = "center"
+    if share < 0.3:
+        side = "left"
+    elif share > 0.7:
+        side = "right"
     axis.annotate(
         reading.text,
         (at, 0),
@@ -273,7 +284,7 @@ def _draw_reading(axis: "Axes", reading: Reading, colour: str) -> None:
 
 
 def _label_columns(axis: "Axes", columns: Mapping[int, float], point: float) -> None:
-    """Write the sizes under their columns, without those that would touch the one before."""
+    """Write the sizes under their columns; skip any that would touch the one before."""
     places: list[float] = []
     texts: list[str] = []
     end = -math.inf

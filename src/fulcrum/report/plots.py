@@ -1,4 +1,4 @@
-"""Draw the plots of reports and certificates with matplotlib, as SVG text that goes into the page.
+"""Draw the plots of reports and certificates with matplotlib, as SVG text for the page.
 
 `dots` draws values with intervals, `curves` losses over optimizer steps, `amounts` a pilot's losses
 over amounts of general data; `learning_plots` and `research_plots` have more. Each panel is an
@@ -9,8 +9,7 @@ Colours are the Okabe-Ito palette, which people with colour-blindness can tell a
 differ by label, marker or dashes. Each colour has a counterpart for dark pages, and the browser
 chooses.
 
-Invariant: the same values give the same bytes, and no text of the caller's is read as markup or
-mathematics.
+Invariant: equal values give equal bytes, and no text of the caller is read as markup or formula.
 """
 
 import io
@@ -30,13 +29,13 @@ if TYPE_CHECKING:
 
 # Okabe & Ito 2008, "Color Universal Design", without its yellow, which cannot be seen on white.
 COLOURS = {arm.name: arm.colour for arm in ARMS.values() if arm.colour}
-# No pure black, which matplotlib leaves out of the SVG as what is drawn anyway.
+# For arms without a colour. Not pure black: matplotlib omits it from the SVG, as the default.
 OTHERS = ("#009e73", "#cc79a7", "#111111")
 INK = "#222222"
 PAPER = "#ffffff"
 GREY = "#8a8a8a"
 FAINT = "#e4e4e4"
-DARK = {  # for each colour, the one that a dark page shows
+DARK = {  # colour -> the one that a dark page shows
     "#5f5f5f": "#a9b0b8",
     "#999999": "#79828c",
     "#e69f00": "#e69f00",
@@ -52,12 +51,12 @@ DARK = {  # for each colour, the one that a dark page shows
     FAINT: "#363c43",
 }
 DASHES = ("-", "--", "-.", ":")
-DASHED = (0, (4, 3))  # of lines to compare with
+DASHED = (0, (4, 3))  # for lines to compare with
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 PANEL = 4.2  # inches: the width of a phone, or of half a page
 PAGE = 9.2  # inches
-LETTER = 0.55 * 10  # points that a letter takes, on average
-_LONGEST = 40  # letters of a label; longer ones are cut
+LETTER = 0.55 * 10  # mean width of a letter, in points
+_LONGEST = 40  # letters of a label
 _TITLE = "title of the mark: "
 _STYLE = {
     "svg.hashsalt": "fulcrum",  # without it the ids in the file are random
@@ -79,7 +78,7 @@ _STYLE = {
 
 
 def arm_colours(arms: Iterable[str]) -> dict[str, str]:
-    """Return the colour of each arm: its own, or one of three in turn for arms that have none."""
+    """Return the colour of each arm: its own, or in turn one of three if it has none."""
     colours: dict[str, str] = {}
     others = 0
     for arm in dict.fromkeys(arms):
@@ -96,22 +95,22 @@ def arm_colours(arms: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Dot:
-    """One line of a panel: a value with its interval, and the values of single seeds."""
+    """One line of a panel."""
 
     label: str
     interval: Interval
-    seeds: Sequence[float] = ()
+    seeds: Sequence[float] = ()  # the values of single seeds
     colour: str = INK
 
 
 @dataclass(frozen=True)
 class Dots:
-    """One panel: values with intervals on one axis, and a value to compare them with."""
+    """One panel: values with intervals on one axis."""
 
     title: str
     x_label: str
     rows: Sequence[Dot]
-    reference: float | None = None
+    reference: float | None = None  # a value to compare them with
 
 
 def dots(panels: Sequence[Dots]) -> str:
@@ -160,11 +159,11 @@ def _draw_dots(figure: "Figure", panel: Dots) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm's values over optimizer steps; `best` is the step whose weights were kept."""
+    """One arm's values over optimizer steps."""
 
     arm: str
-    points: Sequence[tuple[float, float]]
-    best: int | None = None
+    points: Sequence[tuple[float, float]]  # (step, value)
+    best: int | None = None  # the step whose weights were kept
 
 
 @dataclass(frozen=True)
@@ -233,8 +232,8 @@ def amounts(
 ) -> str:
     """Draw a pilot's losses over general rows for each shown task row, and return one ``<svg>``.
 
-    The curve is the parabola that was fitted, the upright line what was chosen; `errors` are
-    standard errors of the differences to the first.
+    The curve is the fitted parabola, the upright line the chosen ratio; `errors` are standard
+    errors of the differences to the first loss.
     """
     import numpy as np
 
@@ -276,7 +275,7 @@ def cut(text: str) -> str:
 
 
 def titled(text: str) -> str:
-    """Return the id for an artist whose SVG group then has this title, shown on a hover."""
+    """Return an id that gives an artist's SVG group this title, shown on a hover."""
     return _TITLE + text
 
 
@@ -287,7 +286,7 @@ def grid(axis: "Axes", which: Literal["x", "y", "both"]) -> None:
 
 
 def legend(figure: "Figure", handles: Iterable[Any], labels: Iterable[str]) -> None:
-    """Add room below the plot, and write there what the lines are, in columns."""
+    """Add room below the plot, and write the legend there, in columns."""
     texts = [cut(label) for label in labels]
     column = 45 + LETTER * max(map(len, texts), default=0)  # points
     columns = max(1, int(72 * figure.get_figwidth() / column))
@@ -320,17 +319,17 @@ def draw_svg(height: float, draw: Callable[["Figure"], None], *, width: float = 
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(rf"<g id=([\"']){_TITLE}(.*?)\1>", r"<g><title>\2</title>", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r'<g id="[^"]*"', "<g", svg
-    )  # nothing refers to these, and other plots repeat them
+    # Nothing refers to these ids, and other plots repeat them.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"<[^>]*>", _colour_for_both, svg)  # tags only: text may hold anything
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
 def _colour_for_both(tag: re.Match[str]) -> str:
     """Return a tag whose colours are each given for light and for dark pages."""
-    return re.sub(
-        r"(fill|stroke): (#[0-9a-f]{6})",
-        lambda found: f"{found[1]}: light-dark({found[2]}, {DARK[found[2]]})",
-        tag[0],
-    )
+    return re.sub(r"(fill|stroke): (#[0-9a-f]{6})", _light_and_dark, tag[0])
+
+
+def _light_and_dark(style: re.Match[str]) -> str:
+    name, colour = style.groups()
+    return f"{name}: light-dark({colour}, {DARK[colour]})"

