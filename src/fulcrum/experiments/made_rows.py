@@ -157,7 +157,7 @@ def from_nothing(session: Session, arm: Arm, data: RunData, count: Count) -> tup
     folder = None if session.kept is None else session.kept / store.MADE / f"{arm.name}-seed{seed}"
     recipe = selfgen.Recipe(wanted, store.seed_for(seed, "self made"))
     writer = selfgen.OfModel(model, session.settings.eval.batch_tokens)
-    rows, rejects = selfgen.made(writer, recipe, folder, count)
+    rows, rejects = selfgen.make(writer, recipe, folder, count)
     if not rows:
         reasons = ", ".join(f"{number} {reason}" for reason, number in rejects.items())
         raise ConfigError(
