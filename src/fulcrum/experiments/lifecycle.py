@@ -86,8 +86,7 @@ def begin(
     tokens = sum(planned_tokens(plan, loaded.tokenizer) for plan in plans)
     if compile.wanted(loaded, train_settings, tokens):
         progress.stage("compiling the model's layers")
-        shortest = min(rows[0].tasks[0].train, key=_characters)
-        compile.switch_on(loaded, train_settings, shortest)
+        compile.switch_on(loaded, train_settings, shortest(rows[0].tasks[0].train))
     if distributed.writes():
         run_folder.open_run(folder, _manifest(kind.name, settings, loaded, rows), resume=resume)
         probed = {
@@ -180,6 +179,15 @@ def shown_size(arms: Sequence[ArmResult], settings: Settings) -> int:
     """Return the size at which arms are compared: the most task rows of a mixture, else of any."""
     mixed = [arm.size for arm in arms if arm_of(settings, arm.arm).uses_general_data]
     return max(mixed, default=0) or max((arm.size for arm in arms), default=0)
+
+
+def shortest(rows: Sequence[Example]) -> Example:
+    """Return the row with the fewest characters, on which compiled layers are tried."""
+
+    def characters(row: Example) -> int:
+        return sum(len(message.content) for message in row.messages)
+
+    return min(rows, key=characters)
 
 
 # Begin.
@@ -282,10 +290,6 @@ def _prompt_hash(loaded: LoadedModel) -> str:
 
 def _dtype(loaded: LoadedModel) -> str:
     return str(loaded.dtype).removeprefix("torch.")
-
-
-def _characters(row: Example) -> int:
-    return sum(len(message.content) for message in row.messages)
 
 
 # Finish.
