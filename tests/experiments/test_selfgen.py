@@ -78,12 +78,12 @@ def test_each_fault_has_its_reason(question: str, answer: str, reason: str | Non
 
 def test_rows_are_counted_or_kept_and_a_model_that_repeats_itself_ends() -> None:
     writer = Listed([*GOOD[:3], ("Why?", "x"), GOOD[0]], [GOOD[1]], [GOOD[4]])
-    found, left_out = selfgen.made(writer, Recipe(4), None, nothing)
+    found, left_out = selfgen.make(writer, Recipe(4), None, nothing)
     assert [row.question for row in found] == [GOOD[k][0] for k in (0, 1, 2, 4)]
     assert [row.origin for row in found] == [f"made:{k}" for k in (1, 2, 3, 4)]
     assert left_out == {"question too short": 1, "duplicate": 2}
     tired = Listed(GOOD[:2])
-    found, left_out = selfgen.made(tired, Recipe(5), None, nothing)
+    found, left_out = selfgen.make(tired, Recipe(5), None, nothing)
     assert (len(found), left_out, len(tired.calls)) == (2, {"duplicate": 16}, 9)
     assert len(set(tired.calls)) == 9  # every batch has a seed of its own
 
@@ -91,21 +91,21 @@ def test_rows_are_counted_or_kept_and_a_model_that_repeats_itself_ends() -> None
 def test_a_killed_run_goes_on_to_the_same_rows_and_another_recipe_is_refused(
     tmp_path: Path,
 ) -> None:
-    whole = selfgen.made(Listed(GOOD[:2], GOOD[2:4], GOOD[4:]), Recipe(6), tmp_path / "a", nothing)
+    whole = selfgen.make(Listed(GOOD[:2], GOOD[2:4], GOOD[4:]), Recipe(6), tmp_path / "a", nothing)
 
     def killed(done: int, total: int) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        selfgen.made(Listed(GOOD[:2], GOOD[2:4], GOOD[4:]), Recipe(6), tmp_path / "b", killed)
+        selfgen.make(Listed(GOOD[:2], GOOD[2:4], GOOD[4:]), Recipe(6), tmp_path / "b", killed)
     rest = Listed(GOOD[4:])
-    assert selfgen.made(rest, Recipe(6), tmp_path / "b", nothing) == whole
+    assert selfgen.make(rest, Recipe(6), tmp_path / "b", nothing) == whole
     assert len(rest.calls) == 1
     with pytest.raises(StoreError, match=r"b: holds rows of another recipe"):
-        selfgen.made(rest, Recipe(6, seed=1), tmp_path / "b", nothing)
+        selfgen.make(rest, Recipe(6, seed=1), tmp_path / "b", nothing)
     assert (
-        selfgen.made(rest, Recipe(3), tmp_path / "b", nothing)[0] == whole[0][:3]
+        selfgen.make(rest, Recipe(3), tmp_path / "b", nothing)[0] == whole[0][:3]
     )  # fewer: the beginning
 
 
@@ -131,10 +131,10 @@ def test_what_did_not_end_ends_after_its_last_sentence() -> None:
 
 def test_a_damaged_batch_is_refused(tmp_path: Path) -> None:
     writer = Listed(GOOD)
-    selfgen.made(writer, Recipe(2), tmp_path, nothing)
+    selfgen.make(writer, Recipe(2), tmp_path, nothing)
     (tmp_path / "00000.json").write_text('[["one"]]')
     with pytest.raises(StoreError, match=r"00000\.json: not a batch of rows"):
-        selfgen.made(writer, Recipe(2), tmp_path, nothing)
+        selfgen.make(writer, Recipe(2), tmp_path, nothing)
 
 
 def test_a_base_model_writes_texts_in_two_parts(

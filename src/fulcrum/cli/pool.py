@@ -250,7 +250,7 @@ def selfgen(
         with terminal.working(screen, f"loading {model}"):
             writer = self_generation.OfModel(base_model.load(model, TrainSettings()))
     with Watch(screen) as watch:
-        made, left_out = self_generation.made(
+        made, left_out = self_generation.make(
             writer, recipe, parts, lambda done, total: watch.count("rows made", done, total)
         )
     described = {**writer.described, **store.plain(recipe), "kept": len(made), "left_out": left_out}

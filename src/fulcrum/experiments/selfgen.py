@@ -1,12 +1,14 @@
-"""General data out of a model alone, for whoever may not or cannot bring any: questions with answers, or texts in two parts.
+"""General data made by a model alone, for those who may not or cannot bring any.
 
-A chat model continues its template's opening of a user's turn, and then answers (Magpie, arXiv 2406.08464). A base model, which
-has no turns, writes texts; the first part of each is asked, the rest is the answer. An OpenAI-compatible endpoint does for a
-model that is not here. What is too short, garbled, a refusal, repetitive, in another language or there already is left out and
-counted.
+A chat model continues its template's opening of a user's turn, and then answers (Magpie, arXiv
+2406.08464). A base model, which has no turns, writes texts; the first part of each is the question,
+the rest is the answer. An OpenAI-compatible endpoint replaces a model that is not on this machine.
+Rows that are too short, garbled, a refusal, repetitive, in another language or duplicates are
+skipped and counted.
 
-Invariant: batch n is a pure function of (recipe, writer, n), and the rows are one of all batches up to the last; so a
-killed run goes on with the batches that are there, to the same rows (of an endpoint as far as it keeps its seeds).
+Invariant: batch n is a pure function of (recipe, writer, n), and the rows are one of all batches up
+to the last. So a killed run continues with the stored batches, to the same rows (with an endpoint
+as far as it respects its seeds).
 """
 
 import zlib
@@ -14,9 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fulcrum.config.base import GeneralSource
 from fulcrum.core import store
@@ -29,45 +30,66 @@ from fulcrum.model import adapter, generate
 from fulcrum.model.base_model import LoadedModel
 from fulcrum.model.endpoint import WORKERS, Endpoint
 
-QUESTION_TOKENS, ANSWER_TOKENS = 48, 64  # most
-VERSION = 3  # raise it where the same recipe would give other rows
+QUESTION_TOKENS = 48  # longest question
+ANSWER_TOKENS = 64  # longest answer
+VERSION = 3  # raise it if the same recipe would give other rows
 BATCH = 64  # rows that are asked for at once
+
 _DRY = 8  # batches in a row without a new row: the model repeats itself
 _FEWEST = 3  # words in a question
-_SQUEEZED = (
-    0.35  # of its length a text of `_LONG` characters may be compressed to; below it repeats itself
-)
-_LONG = 200
-
+_LONG = 200  # bytes; shorter texts are not tested for repetition
+_SQUEEZED = 0.35  # of its length; a text that compresses below it repeats itself
 _SUBJECTS = (
-    "cooking", "animals", "travel", "history", "mathematics", "health", "sport", "music", "language", "work", "school",
-    "nature", "money", "computers", "the home", "law", "art", "science", "the weather", "books", "cities", "machines",
-    "families", "games",
-)  # fmt: skip
-Pair = tuple[str, str]  # what is asked, and the answer
+    "cooking",
+    "animals",
+    "travel",
+    "history",
+    "mathematics",
+    "health",
+    "sport",
+    "music",
+    "language",
+    "work",
+    "school",
+    "nature",
+    "money",
+    "computers",
+    "the home",
+    "law",
+    "art",
+    "science",
+    "the weather",
+    "books",
+    "cities",
+    "machines",
+    "families",
+    "games",
+)
+
+Pair = tuple[str, str]  # question and answer
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is to be made. `language`: ISO 639-1 code that rows must be in, none: any."""
+    """What is to be made."""
 
     rows: int
     seed: int = 0
     temperature: float = 1.0
-    language: str | None = None
+    language: str | None = None  # ISO 639-1 code that rows must be in; None: any
 
 
 class Writer(Protocol):
-    """Who writes: `described` is what its rows depend on."""
+    """Who writes the rows."""
 
     @property
     def described(self) -> Mapping[str, str]:
-        """Name and weights."""
+        """What its rows depend on: name and weights."""
 
     def write(
         self, count: int, seed: int, temperature: float, sound: Callable[[str], bool]
     ) -> list[Pair]:
-        """About `count` pairs; what is not `sound` to ask is not answered (its answer is empty)."""
+        """Return about `count` pairs; the answer is empty if the question is not `sound`."""
 
 
 @dataclass(frozen=True)
@@ -79,48 +101,66 @@ class OfModel:
 
     @property
     def described(self) -> Mapping[str, str]:
-        """Name and weights."""
-        dtype, device = str(self.loaded.dtype).removeprefix("torch."), self.loaded.device.type
+        """Name, weights, and what rounding depends on."""
         return {
-            "model": self.loaded.name, "weights": self.loaded.fingerprint(), "dtype": dtype, "device": device,
+            "model": self.loaded.name,
+            "weights": self.loaded.fingerprint(),
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            "device": self.loaded.device.type,
             "batch_tokens": str(self.batch_tokens),
-        }  # fmt: skip
+        }
 
     def write(
         self, count: int, seed: int, temperature: float, sound: Callable[[str], bool]
     ) -> list[Pair]:
-        """Questions with greedy answers, or texts in two parts."""
+        """Return sampled questions with greedy answers, or texts in two parts."""
         adapter.drop_adapter(self.loaded)
         form = encode.make_format(self.loaded.tokenizer, None)
         opening = encode.opening_ids(form)
-        answer = partial(generate.generate, self.loaded, batch_tokens=self.batch_tokens)
-        drawn = generate.Decoding(seed, temperature, whole=True)
-        if not self._answers(opening):
-            tokenizer = self.loaded.tokenizer
-            start = [
-                tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-            ]
-            texts = answer(
-                [start] * count,
-                form,
-                max_new_tokens=QUESTION_TOKENS + ANSWER_TOKENS,
-                decoding=drawn,
-            )
+        sampled = generate.Decoding(seed, temperature, whole=True)
+        if not self._has_turns(opening):
+            start = [self._start_ids()] * count
+            texts = self._generate(start, form, QUESTION_TOKENS + ANSWER_TOKENS, sampled)
             return [split_in_two(text) for text in texts]
-        asked = answer([opening] * count, form, max_new_tokens=QUESTION_TOKENS, decoding=drawn)
-        asked = [text.strip() for text in asked]
-        prompts = [
-            encode.prompt_ids((Message("user", text),), form) for text in asked if sound(text)
-        ]
+        texts = self._generate([opening] * count, form, QUESTION_TOKENS, sampled)
+        questions = [text.strip() for text in texts]
+        asked = [text for text in questions if sound(text)]
+        prompts = [encode.prompt_ids((Message("user", text),), form) for text in asked]
         answers: list[str] = []
         if prompts:
             greedy = generate.Decoding(whole=True)
-            answers = answer(prompts, form, max_new_tokens=ANSWER_TOKENS, decoding=greedy)
+            answers = self._generate(prompts, form, ANSWER_TOKENS, greedy)
         remaining = iter(answers)
-        return [(text, next(remaining) if sound(text) else "") for text in asked]
+        return [(text, next(remaining) if sound(text) else "") for text in questions]
 
-    def _answers(self, opening: Sequence[int]) -> bool:
-        """Whether the model has turns: a template of its own that opens one, not the plain one that base models are given."""
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        form: encode.Format,
+        max_new_tokens: int,
+        decoding: generate.Decoding,
+    ) -> list[str]:
+        return generate.generate(
+            self.loaded,
+            prompts,
+            form,
+            max_new_tokens=max_new_tokens,
+            batch_tokens=self.batch_tokens,
+            decoding=decoding,
+        )
+
+    def _start_ids(self) -> list[int]:
+        """Return the prompt from which a base model begins a text."""
+        tokenizer = self.loaded.tokenizer
+        if tokenizer.bos_token_id is None:
+            return [tokenizer.eos_token_id]
+        return [tokenizer.bos_token_id]
+
+    def _has_turns(self, opening: Sequence[int]) -> bool:
+        """Return whether its template is one of its own that opens a user's turn.
+
+        Base models are given a plain template.
+        """
         plain = {encode.plain_template(adds_bos=adds) for adds in (True, False)}
         return bool(opening) and self.loaded.tokenizer.chat_template not in plain
 
@@ -133,32 +173,72 @@ class OfEndpoint:
 
     @property
     def described(self) -> Mapping[str, str]:
-        """Where and who."""
+        """Address and model."""
         return {"endpoint": self.endpoint.url, "model": self.endpoint.model}
 
     def write(
         self, count: int, seed: int, temperature: float, sound: Callable[[str], bool]
     ) -> list[Pair]:
-        """Questions on subjects in turn, and their answers."""
+        """Return questions on subjects in turn, with their answers."""
 
-        def pair(number: int) -> Pair:
+        def write_pair(number: int) -> Pair:
             subject = _SUBJECTS[(seed + number) % len(_SUBJECTS)]
-            wish = f"Write one question or request about {subject} that somebody might put to an assistant. Write nothing else."
-            asked = self.endpoint.say(
-                [Message("user", wish)], QUESTION_TOKENS, temperature, seed + number, whole=True
+            wish = (
+                f"Write one question or request about {subject} that somebody might put to an "
+                "assistant. Write nothing else."
             )
-            if not asked or not sound(asked):
-                return asked or "", ""
-            return asked, self.endpoint.say(
-                [Message("user", asked)], ANSWER_TOKENS, 0.0, seed + number, whole=True
-            ) or ""
+            question = self._say(wish, QUESTION_TOKENS, temperature, seed + number)
+            if not question or not sound(question):
+                return question, ""
+            return question, self._say(question, ANSWER_TOKENS, 0.0, seed + number)
 
         with ThreadPoolExecutor(WORKERS) as threads:
-            return list(threads.map(pair, range(count)))
+            return list(threads.map(write_pair, range(count)))
+
+    def _say(self, text: str, max_new_tokens: int, temperature: float, seed: int) -> str:
+        messages = [Message("user", text)]
+        return self.endpoint.say(messages, max_new_tokens, temperature, seed, whole=True) or ""
+
+
+def make(
+    writer: Writer, recipe: Recipe, folder: Path | None, count: Count
+) -> tuple[tuple[Example, ...], dict[str, int]]:
+    """Return rows as the recipe asks, and the number of skipped ones by reason.
+
+    They are fewer than asked if `_DRY` batches in a row bring nothing new. Batches are stored in
+    `folder` and read back. Raises StoreError if it holds another recipe's.
+    """
+    if folder is not None:
+        _claim(folder, writer, recipe)
+    rows: dict[str, Example] = {}  # by content
+    rejects = Counter[str]()
+    dry = 0
+    number = 0
+    while len(rows) < recipe.rows and dry < _DRY:
+        before = len(rows)
+        for question, answer in _load_or_write(writer, recipe, folder, number):
+            messages = (Message("user", question), Message("assistant", answer))
+            row = Example(messages, f"made {len(rows)}", f"made:{len(rows) + 1}")
+            reason = fault(question, None, recipe.language)
+            if reason is None:
+                reason = fault(question, answer, recipe.language)
+            if reason is None and content_key(row) in rows:
+                reason = "duplicate"
+            if reason is not None:
+                rejects[reason] += 1
+            elif len(rows) < recipe.rows:
+                rows[content_key(row)] = row
+        dry = dry + 1 if len(rows) == before else 0
+        number += 1
+        count(len(rows), recipe.rows)
+    return tuple(rows.values()), dict(rejects)
 
 
 def fault(question: str, answer: str | None, language: str | None) -> str | None:
-    """Why a row is not kept, in words that can be counted; None where it is. Without an answer only the question is judged."""
+    """Return why a row is skipped, in words that can be counted; None if it is kept.
+
+    Without an answer only the question is judged.
+    """
     texts = [question] if answer is None else [question, answer]
     if len(filters.words(question)) < _FEWEST:
         return "question too short"
@@ -168,14 +248,12 @@ def fault(question: str, answer: str | None, language: str | None) -> str | None
         return "refusal"
     if any(_repeats(text) for text in texts):
         return "repeats itself"
-    row = Example(
-        tuple(Message("user", text) for text in texts), "", ""
-    )  # who says it does not matter here
-    if damage := filters.unfit(
-        row, GeneralSource(path="made", languages=(language,) if language else ())
-    ):
-        return damage.reason
-    return None
+    messages = tuple(Message("user", text) for text in texts)  # roles do not matter here
+    languages = (language,) if language else ()
+    damage = filters.unfit(
+        Example(messages, "", ""), GeneralSource(path="made", languages=languages)
+    )
+    return damage.reason if damage else None
 
 
 def _repeats(text: str) -> bool:
@@ -183,60 +261,28 @@ def _repeats(text: str) -> bool:
     return len(raw) >= _LONG and len(zlib.compress(raw)) < _SQUEEZED * len(raw)
 
 
-def batch(writer: Writer, recipe: Recipe, number: int, size: int = BATCH) -> list[Pair]:
-    """Batch `number` of a recipe."""
-    seed = store.seed_for(recipe.seed, f"batch {number}")
-    return writer.write(
-        size, seed, recipe.temperature, lambda text: fault(text, None, recipe.language) is None
-    )
-
-
-def made(
-    writer: Writer, recipe: Recipe, folder: Path | None, count: Count
-) -> tuple[tuple[Example, ...], dict[str, int]]:
-    """Rows as the recipe asks, and those left out by reason; fewer where `_DRY` batches bring nothing new.
-
-    Batches are kept in `folder` and read back. Raises StoreError where it holds another recipe's.
-    """
-    if folder is not None:
-        _own(folder, {"version": VERSION, "rows are of": {**writer.described}, "seed": recipe.seed,
-                      "temperature": recipe.temperature, "language": recipe.language})  # fmt: skip
-    found: dict[str, Example] = {}
-    left_out, dry, number = Counter[str](), 0, 0
-    while len(found) < recipe.rows and dry < _DRY:
-        before = len(found)
-        for question, answer in _kept(folder, number, partial(batch, writer, recipe, number)):
-            reason = fault(question, None, recipe.language) or fault(
-                question, answer, recipe.language
-            )
-            row = Example(
-                (Message("user", question), Message("assistant", answer)),
-                f"made {len(found)}",
-                f"made:{len(found) + 1}",
-            )
-            if reason is None and content_key(row) in found:
-                reason = "duplicate"
-            if reason is not None:
-                left_out[reason] += 1
-            elif len(found) < recipe.rows:
-                found[content_key(row)] = row
-        dry = dry + 1 if len(found) == before else 0
-        number += 1
-        count(len(found), recipe.rows)
-    return tuple(found.values()), dict(left_out)
-
-
-def _own(folder: Path, identity: Mapping[str, Any]) -> None:
+def _claim(folder: Path, writer: Writer, recipe: Recipe) -> None:
+    """Write the recipe into its folder. Raises StoreError if another one is there."""
+    identity = {
+        "version": VERSION,
+        "rows are of": dict(writer.described),
+        "seed": recipe.seed,
+        "temperature": recipe.temperature,
+        "language": recipe.language,
+    }
     file = folder / "recipe.json"
-    if file.exists() and (known := store.read_json(file)) != store.plain(identity):
-        raise StoreError(
-            f"{folder}: holds rows of another recipe ({known}); delete it, or name another file"
-        )
     if not file.exists():
         store.write_json(file, identity)
+        return
+    stored = store.read_json(file)
+    if stored != store.plain(identity):
+        raise StoreError(
+            f"{folder}: holds rows of another recipe ({stored}); delete it, or name another file"
+        )
 
 
-def _kept(folder: Path | None, number: int, make: Callable[[], list[Pair]]) -> list[Pair]:
+def _load_or_write(writer: Writer, recipe: Recipe, folder: Path | None, number: int) -> list[Pair]:
+    """Return batch `number`: as it is stored, else written and stored."""
     file = None if folder is None else folder / f"{number:05}.json"
     if file is not None and file.exists():
         try:
@@ -245,7 +291,15 @@ def _kept(folder: Path | None, number: int, make: Callable[[], list[Pair]]) -> l
             raise StoreError(
                 f"{file}: not a batch of rows, the file was changed or damaged; delete it"
             ) from error
-    pairs = make()
+    pairs = _write_batch(writer, recipe, number)
     if file is not None:
         store.write_json(file, pairs, indent=None)
     return pairs
+
+
+def _write_batch(writer: Writer, recipe: Recipe, number: int) -> list[Pair]:
+    def is_sound(question: str) -> bool:
+        return fault(question, None, recipe.language) is None
+
+    seed = store.seed_for(recipe.seed, f"batch {number}")
+    return writer.write(BATCH, seed, recipe.temperature, is_sound)

@@ -30,33 +30,38 @@ def run_training(
 
     Raises ConfigError, DataError, ModelError or StoreError, each naming the remedy.
     """
-    progress, started = progress or Silent(), time.perf_counter()
+    progress = progress or Silent()
+    started = time.perf_counter()
     with claimed(settings, resume=resume):
         settings, anchors = choose.resolve(settings, compared=False, progress=progress)
-        settings, found = pilot.resolve(settings, compared=False, progress=progress)
+        settings, measured = pilot.resolve(settings, compared=False, progress=progress)
         arm = own_arm(settings)
         session, (rows,) = begin(TRAIN, settings, [arm], [settings.seed], resume, progress)
-        notes = [*choose.keep(anchors, session.kept), *pilot.keep(found, session.kept)]
+        notes = [*choose.keep(anchors, session.kept), *pilot.keep(measured, session.kept)]
         rows = made_rows.with_gradients(session, rows, [resolve(arm, rows, settings)])
-        base, plan = resolve(untrained(arm), rows, settings), resolve(arm, rows, settings)
+        base = resolve(untrained(arm), rows, settings)
+        plan = resolve(arm, rows, settings)
         before = cell.score(session, base, rows.tasks, base.arm.name)
-        results = [replace(before, seed=settings.seed), train_arm(session, plan)]
+        after = train_arm(session, plan)
         if session.kept is not None:
             save.save_adapter(session.model, session.kept / "adapter", plan.ask_anchors)
+        results = [replace(before, seed=settings.seed), after]
         return finish(TRAIN, session, [rows], results, started, notes=notes)
 
 
 def train_arm(session: Session, plan: ArmPlan) -> ArmResult:
     """Train every trial of an arm; score the adapter that was best on dev, once, on test."""
-    started, settings, model = time.perf_counter(), session.settings, session.model
+    started = time.perf_counter()
+    settings, model = session.settings, session.model
     seed, tasks = settings.seed, plan.rows.tasks
     dev = cell.tokenised(model, plan, tasks, "dev")
-    found: list[tuple[State, TrainingRun]] = []
+    states: list[State] = []
+    runs: list[TrainingRun] = []
     trials: list[Trial] = []
     for chosen in plan.trials:
         label = f"{plan.arm.name}-seed{seed}-{chosen.name}"
         own = cell.own_settings(settings.train, plan.arm, chosen)
-        state, trained = loop.train(
+        state, run = loop.train(
             model,
             plan.stream(model.tokenizer, chosen.repeats, seed),
             loop.Recipe(own, store.seed_for(seed, "train"), chosen.repeats),
@@ -65,14 +70,14 @@ def train_arm(session: Session, plan: ArmPlan) -> ArmResult:
             progress=session.listener(label),
             say=session.progress.stage,
         )
-        found.append((state, trained))
-        loss = min(loss for _, loss in trained.dev_nll)
-        trials.append(Trial(chosen, loss, trained.train_tokens, trained.seconds))
+        states.append(state)
+        runs.append(run)
+        loss = min(loss for _, loss in run.dev_nll)
+        trials.append(Trial(chosen, loss, run.train_tokens, run.seconds))
     best = min(range(len(trials)), key=lambda place: trials[place].dev_nll)
-    state, trained = found[best]
-    adapter.use(model, state, settings.train)
+    adapter.use(model, states[best], settings.train)
     scored = cell.score(session, plan, tasks, f"{plan.arm.name}-seed{seed}")
-    # The trials of a resumed training know the seconds of earlier processes.
+    # The trials of a resumed training include the seconds of earlier processes.
     seconds = max(time.perf_counter() - started, sum(trial.seconds for trial in trials))
     return replace(
         scored,
@@ -80,11 +85,11 @@ def train_arm(session: Session, plan: ArmPlan) -> ArmResult:
         seed=seed,
         tried=tuple(trials),
         chosen=best,
-        training=trained,
+        training=runs[best],
         seconds=seconds,
     )
 
 
 def dev_loss(loaded: LoadedModel, dev: Sequence[Sequence[Tokens]]) -> float:
-    """Nats per answer token, averaged over tasks so that a large one does not decide alone."""
+    """Return nats per answer token, averaged over tasks: a large one does not decide alone."""
     return float(np.mean([generate.mean_nats(loaded, rows) for rows in dev]))

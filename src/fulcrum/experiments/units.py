@@ -1,8 +1,9 @@
-"""The jobs of a comparison: what is run, stored and read back at once, here or in another process.
+"""The jobs of a comparison: run, stored and read back one at a time, here or in another process.
 
 A job is a trial (cross-validation of some hyperparameters) or a final training with its test. It is
-a value, and so is the plan of the comparison that it belongs to: both travel to workers. What a job
-gives depends on these alone.
+a value, and so is the plan of the comparison that it belongs to: both travel to workers.
+
+Invariant: the result of a job depends on these two alone.
 """
 
 import math
@@ -31,18 +32,15 @@ Result = Trial | ArmResult
 
 @dataclass(frozen=True)
 class Job:
-    """A trial of `hyperparameters`, or, if these are None, a final training.
-
-    A trial cross-validates them; a final training has all rows, and the best of `tried`.
-    """
+    """A trial, which cross-validates hyperparameters, or a final training on all rows."""
 
     cell: Cell
-    hyperparameters: Hyperparameters | None = None
-    tried: tuple[Trial, ...] = ()
+    hyperparameters: Hyperparameters | None = None  # of a trial; None: a final training
+    tried: tuple[Trial, ...] = ()  # from which a final training takes the best
 
     @property
     def name(self) -> str:
-        """What its file is called."""
+        """The stem of its file's name."""
         if self.hyperparameters is None:
             return self.cell.name
         return f"{self.cell.name}-{self.hyperparameters.name}"
@@ -50,7 +48,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of what takes time. The defaults are a guess: only their proportions matter."""
+    """Seconds that each part of a job takes.
+
+    The defaults are a guess: only their proportions matter.
+    """
 
     task: float = 1.0  # training on a task row
     general: float = 1.0  # training on a general row
@@ -77,7 +78,7 @@ class ComparisonPlan:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Seeds of the chains."""
+        """Every seed, in the order in which they run."""
         return tuple(self.rows)
 
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
@@ -86,19 +87,20 @@ class ComparisonPlan:
 
     def cells(self, arms: Sequence[Arm], seeds: Sequence[int] | None = None) -> list[Cell]:
         """Return every cell of these arms, seed by seed (all seeds if none are given)."""
-        found = []
+        cells = []
         for seed in self.seeds if seeds is None else seeds:
             for arm in arms:
                 if seed in self.seeds_of(arm):
-                    found += [Cell(arm, size, seed) for size in self.sizes(arm)]
-        return found
+                    cells += [Cell(arm, size, seed) for size in self.sizes(arm)]
+        return cells
 
     def resolve(self, cell: Cell) -> ArmPlan:
-        """Return what the arm of a cell does with the cell's rows.
+        """Return the plan of a cell's arm on the cell's rows.
 
-        What does not depend on the number of rows is measured on the most that any arm is given.
+        An arm that does not depend on the number of rows gets the most that any arm is given.
         """
-        compare, rows = self.settings.compare, self.rows[cell.seed]
+        compare = self.settings.compare
+        rows = self.rows[cell.seed]
         sizes = list(compare.sizes or (rows.longest,))
         for own in compare.sizes_of.values():
             sizes += own
@@ -106,7 +108,8 @@ class ComparisonPlan:
 
     def cost(self, job: Job) -> float:
         """Return about how many seconds a job takes at this speed."""
-        plan, speed = self.resolve(job.cell), self.speed
+        plan = self.resolve(job.cell)
+        speed = self.speed
         chosen = job.hyperparameters
         if chosen is None:
             choices = cell.best_first(plan.arm, job.tried)
@@ -117,33 +120,38 @@ class ComparisonPlan:
             folds = self.settings.compare.folds
             trainings = plan.members * (training * (folds - 1) + folds * speed.start)
             return trainings + plan.rows.n_task * speed.scored
-        scored, answered = self._looked_at(plan, is_probed=self.is_probed(job.cell))
+        scored, answered = self._test_counts(plan, is_probed=self.is_probed(job.cell))
         trainings = plan.members * (training + speed.start)
         return trainings + scored * speed.scored + answered * speed.answered
 
-    def _looked_at(self, plan: ArmPlan, *, is_probed: bool) -> tuple[int, int]:
+    def _test_counts(self, plan: ArmPlan, *, is_probed: bool) -> tuple[int, int]:
         """Return how many rows the test of a final training scores, and how many it answers."""
-        tests = sum(len(task.test) for task in plan.rows.tasks)
+        tests = 0
+        answered = 0
+        for task in plan.rows.tasks:
+            tests += len(task.test)
+            if metrics.needs_generation(task.metrics):
+                answered += len(task.test)
         held_out = [len(part) for part in plan.rows.held_out.values()]
         scored = tests + sum(held_out)
-        answered = sum(
-            len(task.test) for task in plan.rows.tasks if metrics.needs_generation(task.metrics)
-        )
         if is_probed:
             scored += 3 * tests * plan.arm.anchored
-            prompts = max((min(number, cell.PROBED) for number in held_out), default=0)
+            prompts = min(max(held_out, default=0), cell.PROBED)
             answered += prompts * (2 if plan.arm.trained else 1)
         return scored, answered
 
     def is_probed(self, cell: Cell) -> bool:
-        """Whether side effects are looked for, and the adapter kept: first seed, largest size."""
+        """Return whether a cell is the one of its arm whose side effects and adapter are wanted.
+
+        That is the first seed's, at the largest size.
+        """
         return self.probed and cell.seed == self.seeds[0] and cell.size == max(self.sizes(cell.arm))
 
 
 def perform(comparison: ComparisonPlan, session: Session, job: Job) -> Result:
     """Run a job.
 
-    The session's folder gets its checkpoints, and the adapters of the first seed's largest sizes.
+    The session's folder gets its checkpoints and, if it is to be kept, its adapter.
     """
     plan = comparison.resolve(job.cell)
     if job.hyperparameters is not None:
@@ -151,70 +159,41 @@ def perform(comparison: ComparisonPlan, session: Session, job: Job) -> Result:
     is_probed = comparison.is_probed(job.cell)
     result = cell.final(session, plan, job.cell, job.tried, probed=is_probed)
     if session.kept is not None and _keeps_adapter(comparison, job):
-        save.save_adapter(session.model, _adapter(session.kept, job), plan.ask_anchors)
+        save.save_adapter(session.model, _adapter_folder(session.kept, job), plan.ask_anchors)
     return result
-
-
-def _keeps_adapter(comparison: ComparisonPlan, job: Job) -> bool:
-    return job.hyperparameters is None and job.cell.arm.trained and comparison.is_probed(job.cell)
-
-
-def _adapter(folder: Path, job: Job) -> Path:
-    return folder / "adapters" / job.cell.arm.name
 
 
 def keep(comparison: ComparisonPlan, job: Job, result: Result) -> None:
     """Store a finished job, atomically, and drop its checkpoints: it is never trained again."""
-    content = _shortened(result)
-    store.write_json(
-        _file(comparison, job), {"sha256": store.fingerprint(content), **content}, indent=None
-    )
+    content = _without_texts(result)
+    sealed = {"sha256": store.fingerprint(content), **content}
+    store.write_json(_file(comparison, job), sealed, indent=None)
     checkpoints = comparison.folder / "checkpoints"
-    # No more: another job's name may begin like this one's.
-    for part in (
-        "fold",
-        "member",
-        "attempt",
-    ):
+    # Only these endings: another job's name may begin like this one's.
+    for part in ("fold", "member", "attempt"):
         for training in checkpoints.glob(f"{job.name}-{part}*"):
             store.drop_folder(training)
     store.drop_folder(checkpoints / job.name)
 
 
-def _file(comparison: ComparisonPlan, job: Job) -> Path:
-    return comparison.folder / "cells" / f"{job.name}.json"
-
-
-def _shortened(result: Result) -> dict[str, Any]:
-    """Return a result as it is stored: without the texts of test rows, which are known."""
-    found: dict[str, Any] = store.plain(result)
-    for part in ("predictions", "general", "probes"):
-        for predictions in found.get(part, {}).values():
-            for prediction in predictions:
-                for name in ("prompt", "gold", "group"):
-                    del prediction[name]
-    return found
-
-
 def read(comparison: ComparisonPlan, job: Job) -> Result | None:
-    """Return a stored result, its predictions with the texts of their rows again.
+    """Return a stored result; None if there is none, or if its adapter is no longer whole.
 
-    None if there is none, or if the adapter that it kept is no longer whole. Raises StoreError for
-    anything else.
+    Raises StoreError if the file is damaged.
     """
     file = _file(comparison, job)
     if not file.exists():
         return None
-    if _keeps_adapter(comparison, job) and store.damaged(_adapter(comparison.folder, job)):
+    if _keeps_adapter(comparison, job) and store.damaged(_adapter_folder(comparison.folder, job)):
         return None
     content = store.read_json(file)
     try:
         if content.pop("sha256") != store.fingerprint(content):
             raise KeyError("sha256")
         is_trial = job.hyperparameters is not None
-        for tried in [content] if is_trial else content["tried"]:
-            # JSON has no infinity.
-            tried["dev_nll"] = math.inf if tried["dev_nll"] is None else tried["dev_nll"]
+        for trial in [content] if is_trial else content["tried"]:
+            if trial["dev_nll"] is None:  # JSON has no infinity
+                trial["dev_nll"] = math.inf
         if is_trial:
             return TypeAdapter(Trial).validate_python(content)
         _put_texts_back(content, comparison.rows[job.cell.seed])
@@ -226,6 +205,29 @@ def read(comparison: ComparisonPlan, job: Job) -> Result | None:
         ) from error
 
 
+def _keeps_adapter(comparison: ComparisonPlan, job: Job) -> bool:
+    return job.hyperparameters is None and job.cell.arm.trained and comparison.is_probed(job.cell)
+
+
+def _adapter_folder(folder: Path, job: Job) -> Path:
+    return folder / "adapters" / job.cell.arm.name
+
+
+def _file(comparison: ComparisonPlan, job: Job) -> Path:
+    return comparison.folder / "cells" / f"{job.name}.json"
+
+
+def _without_texts(result: Result) -> dict[str, Any]:
+    """Return a result as it is stored: without the texts of test rows, which the data hold."""
+    content: dict[str, Any] = store.plain(result)
+    for part in ("predictions", "general", "probes"):
+        for predictions in content.get(part, {}).values():
+            for prediction in predictions:
+                for name in ("prompt", "gold", "group"):
+                    del prediction[name]
+    return content
+
+
 def _put_texts_back(content: dict[str, Any], rows: RunData) -> None:
     """Give the predictions of a stored result the texts of their rows.
 
@@ -235,15 +237,16 @@ def _put_texts_back(content: dict[str, Any], rows: RunData) -> None:
     general = next((part for part in rows.held_out.values() if part), ())
     probed: dict[str, Sequence[Example]] = {cell.GENERAL_PROMPTS: general, cell.DRIFT: general}
     for name, examples in tests.items():
-        probed |= {f"{name}: {what} anchor": examples for what in cell.OTHER_ANCHORS}
-    known: dict[str, Mapping[str, Sequence[Example]]] = {
+        for anchor in cell.OTHER_ANCHORS:
+            probed[f"{name}: {anchor} anchor"] = examples
+    rows_of_part: dict[str, Mapping[str, Sequence[Example]]] = {
         "predictions": tests,
         "general": rows.held_out,
         "probes": probed,
     }
-    for part, examples_of in known.items():
+    for part, rows_of in rows_of_part.items():
         for name, predictions in content[part].items():
-            by_origin = {example.origin: example for example in examples_of[name]}
+            by_origin = {example.origin: example for example in rows_of[name]}
             for prediction in predictions:
                 row = by_origin[prediction["origin"]]
                 prediction |= {"prompt": row.question, "gold": row.answer, "group": row.group}

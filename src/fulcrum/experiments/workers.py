@@ -1,10 +1,10 @@
-"""Where the jobs of a comparison run: here one by one, in local processes, or on a Ray cluster.
-
-The results are equal.
+"""Run the jobs of a comparison: here one by one, in local processes, or on a Ray cluster.
 
 Every worker loads the model once, with the dtype, device and number of threads that were settled
 before the first job; the run's manifest records these. Workers return values; the driver alone
 stores them.
+
+Invariant: results do not depend on where jobs run.
 """
 
 import os
@@ -30,6 +30,7 @@ from fulcrum.core.processes import Stopped
 from fulcrum.core.progress import ProgressListener, Silent
 from fulcrum.core.types import TrainPoint
 from fulcrum.experiments.cell import Session
+from fulcrum.experiments.lifecycle import shortest
 from fulcrum.experiments.units import ComparisonPlan, Job, Result, perform
 from fulcrum.model import base_model
 from fulcrum.training import compile
@@ -39,9 +40,9 @@ _RETRIES = 3  # of a job whose Ray worker or node died
 
 
 def share_threads(jobs: int, on: str) -> None:
-    """Give each of `jobs` workers of this machine its part of the threads.
+    """Give each of `jobs` workers its part of the machine's threads.
 
-    Raises ConfigError for what cannot be.
+    Raises ConfigError for numbers and places that cannot be.
     """
     if on not in ("local", "ray"):
         raise ConfigError(f"--on {on}: jobs run on `local` or on `ray`")
@@ -53,22 +54,24 @@ def share_threads(jobs: int, on: str) -> None:
             "each"
         )
     if on == "ray":
-        nodes = [
-            int(node["Resources"].get("CPU", 0)) for node in _connect().nodes() if node["Alive"]
-        ]
-        torch.set_num_threads(max(1, min(sum(nodes) // jobs, max(nodes))))  # a job runs on one node
+        cpus = []  # of each node
+        for node in _connect().nodes():
+            if node["Alive"]:
+                cpus.append(int(node["Resources"].get("CPU", 0)))
+        torch.set_num_threads(max(1, min(sum(cpus) // jobs, max(cpus))))  # a job runs on one node
     elif jobs > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
 @contextmanager
 def runner(comparison: ComparisonPlan, session: Session, *, jobs: int, on: str) -> Iterator[Runner]:
-    """Give what runs jobs and yields each result; workers live as long as the context."""
+    """Give a function that runs jobs and yields each result; workers live as long as the block."""
     if on == "local" and jobs == 1:
         yield lambda work: _here(comparison, session, work)
         return
     settled = replace(comparison, settings=load_settings(comparison.folder / "config.yaml"))
-    with _ray(settled, session) if on == "ray" else _processes(settled, session, jobs) as run:
+    workers = _ray(settled, session) if on == "ray" else _processes(settled, session, jobs)
+    with workers as run:
         yield run
 
 
@@ -81,7 +84,7 @@ def _here(
 
 
 class _Forwarder(Silent):
-    """A worker's listener: what it hears goes to the driver through a queue."""
+    """A worker's listener, which sends everything to the driver through a queue."""
 
     def __init__(self, messages: Any) -> None:
         self.messages = messages
@@ -100,23 +103,23 @@ class _Forwarder(Silent):
 def _forwarding(
     messages: Any, progress: ProgressListener, empty: type[Exception]
 ) -> Iterator[None]:
-    """Inside, a thread tells the listener what workers put into the queue."""
-    over = threading.Event()
+    """Forward what workers put into the queue to the listener, on a thread."""
+    is_over = threading.Event()
 
-    def pass_on() -> None:
-        while not over.is_set():
+    def forward() -> None:
+        while not is_over.is_set():
             try:
-                name, *about = messages.get(timeout=0.2)
+                name, *arguments = messages.get(timeout=0.2)
             except empty:
                 continue
-            getattr(progress, name)(*about)
+            getattr(progress, name)(*arguments)
 
-    thread = threading.Thread(target=pass_on, daemon=True)
+    thread = threading.Thread(target=forward, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        is_over.set()
         thread.join()
 
 
@@ -125,16 +128,14 @@ class _Worker:
 
     def __init__(self, comparison: ComparisonPlan, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.comparison, settings = comparison, comparison.settings
+        self.comparison = comparison
+        settings = comparison.settings
         self.loaded = base_model.load(
             settings.model, settings.train, trust_remote_code=settings.trust_remote_code
         )
         if settings.train.compile == "always":
             rows = comparison.rows[comparison.seeds[0]].tasks[0].train
-            shortest = min(
-                rows, key=lambda row: sum(len(message.content) for message in row.messages)
-            )
-            compile.switch_on(self.loaded, settings.train, shortest)
+            compile.switch_on(self.loaded, settings.train, shortest(rows))
 
     def perform(
         self, comparison: ComparisonPlan, job: Job, folder: Path | None, messages: Any
@@ -150,7 +151,8 @@ _messages: Any = None
 
 def _open(comparison: ComparisonPlan, threads: int, messages: Any) -> None:
     global _worker, _messages
-    _worker, _messages = _Worker(comparison, threads), messages
+    _worker = _Worker(comparison, threads)
+    _messages = messages
 
 
 def _in_process(job: Job) -> Result:
@@ -159,7 +161,7 @@ def _in_process(job: Job) -> Result:
         return _worker.perform(_worker.comparison, job, _worker.comparison.folder, _messages)
     except KeyboardInterrupt as error:  # Stopped too
         # A pool takes this for a failed job, and its worker would wait for the next one: for ever,
-        # where the lock of the queue died with another worker. What was to be saved is saved.
+        # if the lock of the queue died with another worker. What was to be saved is saved.
         os._exit(128 + getattr(error, "number", signal.SIGINT))
 
 
@@ -167,9 +169,9 @@ def _in_process(job: Job) -> Result:
 def _processes(comparison: ComparisonPlan, session: Session, jobs: int) -> Iterator[Runner]:
     """Run jobs in local processes."""
     messages = get_context("spawn").Queue()
-    given = (comparison, torch.get_num_threads(), messages)
+    arguments = (comparison, torch.get_num_threads(), messages)
     with (
-        processes.start(jobs, _open, given) as pool,
+        processes.start(jobs, _open, arguments) as pool,
         _forwarding(messages, session.progress, queue.Empty),
     ):
 
@@ -181,15 +183,15 @@ def _processes(comparison: ComparisonPlan, session: Session, jobs: int) -> Itera
             except BrokenProcessPool:
                 raise StoreError(
                     "a worker process died (killed, or out of memory); finished jobs are stored: "
-                    "continue with --resume and the "
-                    f"same --jobs {jobs}; if memory is short, begin anew with fewer"
+                    f"continue with --resume and the same --jobs {jobs}; if memory is short, begin "
+                    "anew with fewer"
                 ) from None
 
         try:
             yield run
-        except BaseException as error:  # Ctrl-C too: what has not begun is not waited for
+        except BaseException as error:  # Ctrl-C too: jobs that have not begun are not awaited
             pool.shutdown(wait=False, cancel_futures=True)
-            # Ctrl-C reaches the workers by itself.
+            # Ctrl-C reaches the workers by itself, SIGTERM does not.
             if isinstance(error, Stopped) and error.number == signal.SIGTERM:
                 for worker in active_children():
                     worker.terminate()
@@ -212,7 +214,7 @@ def _connect() -> Any:
 def _on_node(
     comparison: ComparisonPlan, job: Job, threads: int, weights: str, messages: Any
 ) -> tuple[Result, dict[str, bytes]]:
-    """Run a job on whatever node Ray chose; return its result and the adapter's files, if kept."""
+    """Run a job on the node that Ray chose; return its result and the adapter's files, if kept."""
     global _worker
     if _worker is None or not _is_same(_worker.comparison, comparison):
         _worker = _Worker(comparison, threads)
@@ -224,8 +226,11 @@ def _on_node(
         )
     with tempfile.TemporaryDirectory() as name:
         result = _worker.perform(comparison, job, Path(name), messages)
-        kept = [path for path in (Path(name) / "adapters").rglob("*") if path.is_file()]
-        return result, {str(path.relative_to(name)): path.read_bytes() for path in kept}
+        files = {}
+        for path in (Path(name) / "adapters").rglob("*"):
+            if path.is_file():
+                files[str(path.relative_to(name))] = path.read_bytes()
+        return result, files
 
 
 def _is_same(one: ComparisonPlan, other: ComparisonPlan) -> bool:
@@ -241,7 +246,8 @@ def _ray(comparison: ComparisonPlan, session: Session) -> Iterator[Runner]:
     ray = _connect()
     from ray.util.queue import Empty, Queue
 
-    threads, weights = torch.get_num_threads(), session.model.fingerprint()
+    threads = torch.get_num_threads()
+    weights = session.model.fingerprint()
     gpus = 1 if comparison.settings.train.device == "cuda" else 0
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=_RETRIES)(_on_node)
     messages = Queue(actor_options={"num_cpus": 0})
@@ -257,11 +263,9 @@ def _ray(comparison: ComparisonPlan, session: Session) -> Iterator[Runner]:
                     store.write_bytes(comparison.folder / name, data)
                 yield waiting.pop(done), result
         except ray.exceptions.RayTaskError as error:
-            raise (
-                error.cause
-                if isinstance(error.cause, FulcrumError)
-                else StoreError(f"on a Ray worker: {error}")
-            ) from None
+            if isinstance(error.cause, FulcrumError):
+                raise error.cause from None
+            raise StoreError(f"on a Ray worker: {error}") from None
         except ray.exceptions.RayError as error:
             raise StoreError(
                 f"Ray: {error}; finished jobs are stored: continue with --resume"
