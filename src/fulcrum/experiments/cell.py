@@ -191,7 +191,7 @@ def numbers_of_shots(model: LoadedModel, plan: ArmPlan, seed: int) -> tuple[Hype
     """
     plain = encode.make_format(model.tokenizer, None)
     folds = plan.folds(plan.settings.compare.folds, store.seed_for(seed, "folds"))
-    numbers = [baselines.numbers(fold.rows.tasks, plain, model.context) for fold in folds]
+    numbers = [baselines.shot_counts(fold.rows.tasks, plain, model.context) for fold in folds]
     return tuple(Hyperparameters(shots=number) for number in min(numbers, key=len))
 
 
@@ -241,7 +241,7 @@ def _losses_of_counts(
     """
     found = []
     for task in tasks:
-        nats, number = baselines.nats(task.train, task.dev, _length(model))
+        nats, number = baselines.losses(task.train, task.dev, _length(model))
         found.append((np.repeat(nats[:, None], len(TEMPERATURES), axis=1), number))
     return found
 
@@ -250,7 +250,7 @@ def _prompted(tasks: Sequence[Task], chosen: Hyperparameters) -> Sequence[Task]:
     """Return the tasks with training rows in their prompts, if any are to stand there."""
     if not chosen.shots:
         return tasks
-    return [baselines.prompted(task, chosen.shots) for task in tasks]
+    return [baselines.add_shots(task, chosen.shots) for task in tasks]
 
 
 def best_temperature(losses: FloatArray) -> float:
