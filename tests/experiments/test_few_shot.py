@@ -111,7 +111,7 @@ def given(folds: int = 3) -> Settings:
 def test_as_many_are_tried_as_the_smallest_fold_leaves(
     tmp_path: Path, train: int, folds: int, numbers: tuple
 ) -> None:
-    found = cell.numbers_of_shots(
+    found = cell.few_shot_trials(
         load_tiny(tmp_path), resolve(KSHOT, material(train), given(folds)), 0
     )
     assert found == tuple(

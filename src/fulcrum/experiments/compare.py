@@ -244,7 +244,7 @@ def plan_trials(plan: ComparisonPlan, arms: Sequence[Arm], model: LoadedModel) -
     seeds = plan.seeds[:1] if plan.settings.compare.tune == "first" else plan.seeds
     for one in plan.cells([arm for arm in arms if arm.hyperparameters_of is None], seeds):
         if one.arm.few_shot:
-            tried = cell.numbers_of_shots(model, plan.resolve(one), one.seed)
+            tried = cell.few_shot_trials(model, plan.resolve(one), one.seed)
         elif one.arm.trained:
             tried = plan.resolve(one).trials
         else:
