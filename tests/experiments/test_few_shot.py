@@ -60,7 +60,7 @@ def test_shots_stand_before_a_rows_own_turns_and_after_its_system_text() -> None
 
 def test_a_task_has_the_same_shots_before_every_row_and_keeps_its_training_rows() -> None:
     own = task()
-    found = baselines.prompted(own, 2)
+    found = baselines.add_shots(own, 2)
     assert found.train == own.train
     for example in (*found.dev, *found.test):
         assert said(example)[:4] == [
@@ -84,19 +84,19 @@ def test_only_the_own_answer_is_scored() -> None:
 def test_as_many_are_tried_as_there_are_rows_and_as_the_context_holds() -> None:
     form = encode.make_format(tiny_tokenizer(), None)
     own = task()
-    assert baselines.numbers([own], form, None) == [1, 2, 4]
-    assert baselines.numbers([own, task(train=2)], form, None) == [1, 2]
+    assert baselines.shot_counts([own], form, None) == [1, 2, 4]
+    assert baselines.shot_counts([own, task(train=2)], form, None) == [1, 2]
     longest = max(
-        len(encode.final_answer(example, form)) for example in baselines.prompted(own, 2).test
+        len(encode.final_answer(example, form)) for example in baselines.add_shots(own, 2).test
     )
-    assert baselines.numbers([own], form, longest) == [1, 2]
-    assert baselines.numbers([own], form, longest - 1) == [1]
+    assert baselines.shot_counts([own], form, longest) == [1, 2]
+    assert baselines.shot_counts([own], form, longest - 1) == [1]
     answer = encode.final_answer(row("x"), form).n_loss
-    assert baselines.numbers([task(answer_room=answer + 1)], form, longest) == [1]
+    assert baselines.shot_counts([task(answer_room=answer + 1)], form, longest) == [1]
     with pytest.raises(
         ConfigError, match="kshot: not even one example fits into the model's context of 9 tokens"
     ):
-        baselines.numbers([own], form, 9)
+        baselines.shot_counts([own], form, 9)
 
 
 def material(train: int = 6) -> RunData:
@@ -117,7 +117,7 @@ def given(folds: int = 3) -> Settings:
 def test_as_many_are_tried_as_the_smallest_fold_leaves(
     tmp_path: Path, train: int, folds: int, numbers: tuple
 ) -> None:
-    found = cell.numbers_of_shots(
+    found = cell.few_shot_trials(
         load_tiny(tmp_path), resolve(KSHOT, material(train), given(folds)), 0
     )
     assert found == tuple(
@@ -149,7 +149,7 @@ def test_the_best_number_is_used_on_test_rows(tmp_path: Path) -> None:
     found = cell.final(session(loaded, settings), plan, Cell(KSHOT, 0, 7), tried)
     assert (found.chosen, found.setting, found.training) == (1, Hyperparameters(shots=2), None)
     assert (found.arm, found.size, found.seed) == ("kshot", 6, 7)
-    prompted = baselines.prompted(material().tasks[0], 2)
+    prompted = baselines.add_shots(material().tasks[0], 2)
     expected = scoring.predict(
         loaded, prompted, prompted.test, batch_tokens=settings.eval.batch_tokens
     )

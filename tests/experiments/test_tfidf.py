@@ -109,7 +109,7 @@ def test_predictions_are_divided_by_answer_tokens_as_in_every_arm() -> None:
         ("rows:the money", "the money", "the money", "complaint", outputs[1], 9),
     ]
     np.testing.assert_allclose([p.nll_sum for p in found], nats)
-    losses, lengths = baselines.nats(task.train, test, lambda example: len(example.answer))
+    losses, lengths = baselines.losses(task.train, test, lambda example: len(example.answer))
     np.testing.assert_allclose(losses, nats)
     assert lengths.tolist() == [9, 9]
 
@@ -126,9 +126,9 @@ def test_answers_in_the_tasks_form_are_told_from_general_ones() -> None:
         '{"queue": "The Rhine"}',
         "",
     ]
-    assert baselines.in_form_of(task, general, asked)[:3] == [True, False, True]
+    assert baselines.look_like_task(task, general, asked)[:3] == [True, False, True]
     many = general * 20  # rare answers are not drowned by many general ones
-    assert baselines.in_form_of(task, many, asked)[:2] == [True, False]
+    assert baselines.look_like_task(task, many, asked)[:2] == [True, False]
 
 
 def test_labels_are_learnt_in_scripts_without_spaces() -> None:

@@ -1,7 +1,13 @@
-"""A comparison's results -> one certificate a task: outcomes, the question that they answer, hashes of what they rest on."""
+"""Turn the results of a comparison into one certificate per task.
 
+A certificate holds the outcomes of every test row, the question that they answer, and hashes of the
+settings, data and model that they depend on. `stats.certification` computes it; this module says
+which numbers of a run are outcomes, and of which cell.
+"""
+
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,15 +38,11 @@ from fulcrum.stats.certificate import (
 from fulcrum.stats.outcomes import Cell, Outcomes
 
 LEAKAGE = "leakage"
-TEMPERED = "nll_tempered"  # the loss at a temperature fitted inside the task rows: is a gain more than calibration?
+# The loss at a temperature fitted on task rows: it shows if a gain is more than calibration.
+TEMPERED = "nll_tempered"
 
 
-def folder_of(folder: Path, settings: Settings, task: str) -> Path:
-    """Where a task's certificate is: in the run folder, or, of several tasks, in one of its own."""
-    return folder if len(settings.tasks) == 1 else folder / "certificates" / task
-
-
-def certificates(
+def write_certificates(
     session: Session,
     rows: Mapping[int, RunData],
     results: Sequence[ArmResult],
@@ -48,174 +50,262 @@ def certificates(
 ) -> dict[str, Certificate]:
     """Write a certificate for every task, and return them by task.
 
-    There are none if no arm, or every arm, has general rows. `budget` is what a time limit cost.
+    There are none if no arm, or every arm, has general rows. `rows` are by seed; `budget` says what
+    a time limit cost.
     """
-    settings, loaded = session.settings, session.model
-    folder = Path(settings.output_dir)
-    asked = asked_of(settings, results)
-    if asked is None:
+    settings = session.settings
+    arm, references = arms_in_question(settings, results)
+    if arm is None or not references:
         return {}
-    arm, references = asked
-    plain = encode.make_format(loaded.tokenizer, None)
-    asked_by: dict[str, tuple[Question, Outcomes]] = {}
+    plain = encode.make_format(session.model.tokenizer, None)
+    measured: dict[str, tuple[Question, Outcomes]] = {}
     for task in next(iter(rows.values())).tasks:
-        if names := tuple(name for name in task.metrics if metrics.HAS_OUTCOMES[name]):
-            names += (TEMPERED,) if "nll" in names else ()
-            lower = tuple(name for name in names if not metrics.HIGHER_IS_BETTER.get(name))
-            design = design_of(settings, rows, results, task.name, budget)
-            question = Question(arm, references, names, lower, task.name, design=design)
-            asked_by[task.name] = question, outcomes_of(results, rows, task.name, names, plain)
-    adjusted_p = _holm(asked_by)
+        names = _certified_metrics(task)
+        if not names:
+            continue
+        design = describe_design(settings, rows, results, task.name, budget)
+        lower = tuple(name for name in names if not metrics.HIGHER_IS_BETTER.get(name))
+        question = Question(arm, references, names, lower, task.name, design=design)
+        measured[task.name] = question, collect_outcomes(results, rows, task.name, names, plain)
+    adjusted_p = _adjust_p_values(measured)
     written = {}
-    for name, (question, found) in asked_by.items():
-        inputs = replace(inputs_of(settings, rows, results, name, loaded), adjusted_p=adjusted_p)
-        own_folder = folder_of(folder, settings, name)
-        written[name] = certification.write(own_folder, found, question, inputs)
+    for name, (question, found) in measured.items():
+        inputs = describe_inputs(settings, rows, results, name, session.model)
+        inputs = replace(inputs, adjusted_p=adjusted_p)
+        folder = certificate_folder(Path(settings.output_dir), settings, name)
+        written[name] = certification.write(folder, found, question, inputs)
     return written
 
 
-def _holm(asked_by: Mapping[str, tuple[Question, Outcomes]]) -> dict[str, float]:
-    """Adjust the p-values of several tasks' deciding metrics for the number of those that are known."""
-    if len(asked_by) < 2:
+def certificate_folder(run_folder: Path, settings: Settings, task: str) -> Path:
+    """Return the folder of a task's certificate: the run folder itself if there is one task."""
+    if len(settings.tasks) == 1:
+        return run_folder
+    return run_folder / "certificates" / task
+
+
+def _certified_metrics(task: Task) -> tuple[str, ...]:
+    """Return the task's metrics that score each row, and the tempered loss if the loss is one."""
+    names = tuple(name for name in task.metrics if metrics.HAS_OUTCOMES[name])
+    if "nll" in names:
+        names += (TEMPERED,)
+    return names
+
+
+def _adjust_p_values(measured: Mapping[str, tuple[Question, Outcomes]]) -> dict[str, float]:
+    """Return the p-values of the deciding metrics by task, adjusted for their number (Holm).
+
+    A task without a p-value is skipped; there are none if only one task is certified.
+    """
+    if len(measured) < 2:
         return {}
-    known = {}
-    for name, (question, found) in asked_by.items():
+    p_values = {}
+    for name, (question, found) in measured.items():
         p = certification.certify(found, question).answer.p
         if p is not None:
-            known[name] = p
-    return dict(zip(known, row_savings.holm(list(known.values())), strict=True))
+            p_values[name] = p
+    adjusted = row_savings.holm(list(p_values.values()))
+    return dict(zip(p_values, adjusted, strict=True))
 
 
-def asked_of(
+def arms_in_question(
     settings: Settings, results: Sequence[ArmResult]
-) -> tuple[str, tuple[str, ...]] | None:
-    """The arm whose gain is asked for, and its references: what has no general rows and chose its own settings."""
-    names = [
-        name
-        for name in dict.fromkeys(result.arm for result in results)
-        if arm_of(settings, name).hyperparameters_of is None
-    ]
-    mixed = [name for name in names if arm_of(settings, name).uses_general_data]
-    references = tuple(name for name in names if name not in mixed)
-    from_pool = [
-        name for name in mixed if arm_of(settings, name).uses_pool
-    ]  # a placebo is asked for last
-    first = next((name for name in ("tell", "mix", *from_pool, *mixed) if name in mixed), "")
-    return (first, references) if mixed and references else None
+) -> tuple[str | None, tuple[str, ...]]:
+    """Return the arm whose gain is certified (None if no arm has general rows), and its references.
+
+    References are the arms without general rows. Arms that take another arm's hyperparameters are
+    neither. A placebo is certified only if there is nothing else.
+    """
+    mixed = []
+    references = []
+    for name in dict.fromkeys(result.arm for result in results):
+        arm = arm_of(settings, name)
+        if arm.hyperparameters_of is not None:
+            continue
+        if arm.uses_general_data:
+            mixed.append(name)
+        else:
+            references.append(name)
+    from_pool = [name for name in mixed if arm_of(settings, name).uses_pool]
+    for name in ("tell", "mix", *from_pool, *mixed):
+        if name in mixed:
+            return name, tuple(references)
+    return None, tuple(references)
 
 
-def outcomes_of(
+# Outcomes.
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The outcomes of one cell by one metric."""
+
+    metric: str
+    cell: Cell
+    values: Sequence[float]  # by row
+    rows: Sequence[Prediction]
+    in_nats: bool  # summed over a row's tokens, which are its weight; else every row weighs 1
+
+
+def collect_outcomes(
     results: Sequence[ArmResult],
     rows: Mapping[int, RunData],
     task: str,
     names: Sequence[str],
     plain: encode.Format,
 ) -> Outcomes:
-    """All outcomes of a task; tokens are those of task rows without anchor, weights the first arm's answer tokens.
+    """Return all outcomes of a task, by the metrics `names` and by side effects.
 
-    No dev scores: a cross-validated loss is one of fewer rows, and which arm is best with these (often k-shot) need not be best
-    with all. Among arms without general data the best on test is the reference, which favours it.
+    A cell's tokens are those of its task rows without an anchor. A row's weight is its number of
+    answer tokens in the first arm. There are no dev scores: a cross-validated loss is one of fewer
+    rows, and the arm that is best with these (often k-shot) need not be best with all. Among arms
+    without general data the best on test is the reference, which favours it.
     """
-    counted = {seed: _tokens(material.tasks, task, plain) for seed, material in rows.items()}
-    tokens = {
-        cell: counted[cell[2]][cell[1]]
-        for result in results
-        if (cell := cell_of(result, rows, task))[1]
-    }
-    measured = [
-        (name, cell_of(result, rows, task), _values(result, task, name), shown)
-        for name in names for result in results for shown in (result.predictions[task],)
-    ]  # fmt: skip
-    lengths: dict[tuple[bool, str], int] = {}  # drift is measured on texts of its own
-
-    def lines() -> Iterator[dict[str, Any]]:
-        for metric, cell, found, shown in (*measured, *side_effects(results, rows, task)):
-            in_nats = metric not in names or metric in ("nll", TEMPERED)
-            for row, value in zip(shown, found, strict=True):
-                weight = (
-                    lengths.setdefault((metric == DRIFT, row.origin), row.n_tokens)
-                    if in_nats and metric != LEAKAGE
-                    else 1
-                )
-                line = {
-                    "metric": metric,
-                    "row": row.origin,
-                    "group": row.group,
-                    "outcome": value,
-                    "weight": weight,
-                }
-                yield _named(cell) | line
-        for cell, number in tokens.items():
-            yield _named(cell) | {"tokens": number}
-
-    return outcomes.collect(lines(), task)
-
-
-def _values(result: ArmResult, task: str, metric: str) -> Sequence[float]:
-    shown = result.predictions[task]
-    if metric == TEMPERED:  # word counts have no temperature
-        return [row.nll_sum if row.tempered is None else row.tempered for row in shown]
-    return scoring.outcomes(shown, result.scores[task], metric)
-
-
-def _named(cell: Cell) -> dict[str, Any]:
-    return dict(zip(("arm", "size", "seed"), cell, strict=True))
+    measurements = itertools.chain(
+        _task_measurements(results, rows, task, names), side_effects(results, rows, task)
+    )
+    lines = itertools.chain(_outcome_lines(measurements), _token_lines(results, rows, task, plain))
+    return outcomes.collect(lines, task)
 
 
 def cell_of(result: ArmResult, rows: Mapping[int, RunData], task: str) -> Cell:
-    """The cell of a result: with as many rows as the task has, where it has fewer than the size."""
-    most = next(len(own.train) for own in rows[result.seed].tasks if own.name == task)
-    return result.arm, min(result.size, most), result.seed
+    """Return the cell of a result: its size is at most the number of the task's rows."""
+    own = _task_named(rows[result.seed].tasks, task)
+    return result.arm, min(result.size, len(own.train)), result.seed
+
+
+def _task_measurements(
+    results: Sequence[ArmResult], rows: Mapping[int, RunData], task: str, names: Sequence[str]
+) -> Iterator[Measurement]:
+    for name in names:
+        for result in results:
+            cell = cell_of(result, rows, task)
+            predictions = result.predictions[task]
+            if name == TEMPERED:
+                values = _tempered_losses(predictions)
+            else:
+                values = scoring.outcomes(predictions, result.scores[task], name)
+            in_nats = name in ("nll", TEMPERED)
+            yield Measurement(name, cell, values, predictions, in_nats)
 
 
 def side_effects(
     results: Sequence[ArmResult], rows: Mapping[int, RunData], task: str
-) -> Iterator[tuple[str, Cell, list[float], Sequence[Prediction]]]:
-    """Outcomes beside the task: metric, cell, an outcome a row, and these rows.
+) -> Iterator[Measurement]:
+    """Give the outcomes that show what training changed apart from the task.
 
-    Forgetting: nats on held-out general rows. Dependency: the rise of a test row's nats without the anchor, with another, or
-    with the same in other words.
-    Drift: KL(base || adapted) on texts of the base model. Leakage: whether the answer to a general prompt, asked without
-    anchor, has the form of the task's answers.
+    Forgetting: the loss on held-out general rows. Dependency: how much a test row's loss rises
+    without the anchor, with another one, or with the same one in other words. Drift: KL(base ||
+    adapted) on texts of the base model. Leakage: whether the answer to a general prompt, asked
+    without an anchor, has the form of the task's answers.
     """
     for result in results:
         cell = cell_of(result, rows, task)
-        for source, found in result.general.items():
-            yield f"forgetting: {source}", cell, [row.nll_sum for row in found], found
-        for what in OTHER_ANCHORS:
-            if changed := result.probes.get(f"{task}: {what} anchor"):
-                pairs = zip(changed, result.predictions[task], strict=True)
-                yield (
-                    f"dependency: {what} anchor",
-                    cell,
-                    [new.nll_sum - own.nll_sum for new, own in pairs],
-                    changed,
-                )
-        if texts := result.probes.get(DRIFT):
-            yield DRIFT, cell, [row.nll_sum for row in texts], texts
-        if answers := result.probes.get(GENERAL_PROMPTS):
-            material = rows[result.seed]
-            gold = [row.answer for own in material.tasks if own.name == task for row in own.train]
-            general = [row.answer for part in material.held_out.values() for row in part]
-            alike = baselines.in_form_of(gold, general, [row.output or "" for row in answers])
-            yield LEAKAGE, cell, [float(flag) for flag in alike], answers
+        for source, predictions in result.general.items():
+            yield Measurement(
+                f"forgetting: {source}", cell, _losses(predictions), predictions, True
+            )
+        for name in OTHER_ANCHORS:
+            changed = result.probes.get(f"{task}: {name} anchor")
+            if changed:
+                rises = _rises(changed, result.predictions[task])
+                yield Measurement(f"dependency: {name} anchor", cell, rises, changed, True)
+        texts = result.probes.get(DRIFT)
+        if texts:
+            yield Measurement(DRIFT, cell, _losses(texts), texts, True)
+        answers = result.probes.get(GENERAL_PROMPTS)
+        if answers:
+            leaks = _leaks(answers, rows[result.seed], task)
+            yield Measurement(LEAKAGE, cell, leaks, answers, False)
 
 
-def _tokens(tasks: Sequence[Task], name: str, plain: encode.Format) -> list[int]:
-    """Tokens of the first n training rows, by n."""
-    own = next(task for task in tasks if task.name == name)
-    return [0, *np.cumsum([len(encode.encode(row, plain)) for row in own.train]).tolist()]
+def _losses(predictions: Sequence[Prediction]) -> list[float]:
+    return [row.nll_sum for row in predictions]
 
 
-def design_of(
+def _tempered_losses(predictions: Sequence[Prediction]) -> list[float]:
+    """Return the losses at the fitted temperature; word counts have none, and keep their loss."""
+    losses = []
+    for row in predictions:
+        losses.append(row.nll_sum if row.tempered is None else row.tempered)
+    return losses
+
+
+def _rises(changed: Sequence[Prediction], own: Sequence[Prediction]) -> list[float]:
+    pairs = zip(changed, own, strict=True)
+    return [after.nll_sum - before.nll_sum for after, before in pairs]
+
+
+def _leaks(answers: Sequence[Prediction], data: RunData, task: str) -> list[float]:
+    """Return 1 for each answer that has the form of the task's answers, else 0."""
+    gold = [row.answer for row in _task_named(data.tasks, task).train]
+    general: list[str] = []
+    for part in data.held_out.values():
+        general += [row.answer for row in part]
+    outputs = [row.output or "" for row in answers]
+    return [float(flag) for flag in baselines.look_like_task(gold, general, outputs)]
+
+
+def _outcome_lines(measurements: Iterator[Measurement]) -> Iterator[dict[str, Any]]:
+    """Give a line for each row of each measurement, with the weight that the row had first."""
+    # Drift is measured on texts of its own, so that its rows have other weights.
+    weights: dict[tuple[bool, str], int] = {}
+    for measurement in measurements:
+        is_drift = measurement.metric == DRIFT
+        for row, value in zip(measurement.rows, measurement.values, strict=True):
+            weight = 1
+            if measurement.in_nats:
+                weight = weights.setdefault((is_drift, row.origin), row.n_tokens)
+            yield _cell_keys(measurement.cell) | {
+                "metric": measurement.metric,
+                "row": row.origin,
+                "group": row.group,
+                "outcome": value,
+                "weight": weight,
+            }
+
+
+def _token_lines(
+    results: Sequence[ArmResult], rows: Mapping[int, RunData], task: str, plain: encode.Format
+) -> Iterator[dict[str, Any]]:
+    """Give a line for each cell with the tokens of its task rows; none if it has no rows."""
+    tokens = {}
+    for seed, data in rows.items():
+        tokens[seed] = _cumulated_tokens(_task_named(data.tasks, task), plain)
+    for cell in dict.fromkeys(cell_of(result, rows, task) for result in results):
+        _, size, seed = cell
+        if size:
+            yield _cell_keys(cell) | {"tokens": tokens[seed][size]}
+
+
+def _cumulated_tokens(task: Task, plain: encode.Format) -> list[int]:
+    """Return the number of tokens of the first n training rows, at place n."""
+    lengths = [len(encode.encode(row, plain)) for row in task.train]
+    return [0, *np.cumsum(lengths).tolist()]
+
+
+def _cell_keys(cell: Cell) -> dict[str, Any]:
+    arm, size, seed = cell
+    return {"arm": arm, "size": size, "seed": seed}
+
+
+def _task_named(tasks: Sequence[Task], name: str) -> Task:
+    return next(task for task in tasks if task.name == name)
+
+
+# How the outcomes were made.
+
+
+def describe_design(
     settings: Settings,
     rows: Mapping[int, RunData],
     results: Sequence[ArmResult],
     task: str,
     budget: Budget | None,
 ) -> Design:
-    """Return what a reader has to know of how a task's outcomes were made."""
+    """Return what a reader has to know about how a task's outcomes were made."""
     own = [result for result in results if arm_of(settings, result.arm).hyperparameters_of is None]
+    trained = [result.arm for result in own if result.training is not None]
     largest = max(result.size for result in results)
     tasks = next(iter(rows.values())).tasks
     has_all = not settings.outer_folds and all(largest >= len(each.train) for each in tasks)
@@ -223,71 +313,75 @@ def design_of(
         folds=settings.compare.folds,
         tune=settings.compare.tune,
         trials={result.arm: len(result.tried) for result in own},
-        trained=tuple(dict.fromkeys(result.arm for result in own if result.training is not None)),
+        trained=tuple(dict.fromkeys(trained)),
         at_end=at_an_end(own),
         diverged=_diverged(results),
         all_rows=largest if has_all else None,
-        test_rows=_test_rows(settings, rows, results, task),
+        test_rows=_held_out_test_rows(settings, rows, results, task),
         budget=budget,
     )
 
 
 def at_an_end(results: Sequence[ArmResult]) -> tuple[AtEnd, ...]:
-    """Find epochs and learning rates whose chosen value is the least or the most that was tried.
+    """Return the epochs and learning rates whose chosen value is the least or the most tried.
 
-    A single epoch is the least that there is.
+    A single epoch does not count: fewer are not possible.
     """
-    found: list[AtEnd] = []
+    ends: list[AtEnd] = []
     names: tuple[Literal["repeats", "learning_rate"], ...] = ("repeats", "learning_rate")
     for result in results:
         for name in names:
-            tried = sorted({getattr(one.setting, name) for one in result.tried} - {None})
+            tried = sorted({getattr(trial.setting, name) for trial in result.tried} - {None})
             chosen = getattr(result.setting, name, None)
             if chosen is None or len(tried) < 2 or (name, chosen) == ("repeats", 1):
                 continue
             if chosen in (tried[0], tried[-1]):
-                found.append(AtEnd(result.arm, result.size, name, chosen, tried[0], tried[-1]))
-    return tuple(dict.fromkeys(found))
+                ends.append(AtEnd(result.arm, result.size, name, chosen, tried[0], tried[-1]))
+    return tuple(dict.fromkeys(ends))
 
 
 def _diverged(results: Sequence[ArmResult]) -> tuple[Diverged, ...]:
-    found = []
+    """Return the final trainings that did not use their best trial, as it diverged on all rows."""
+    diverged = []
     for result in results:
-        best = min(result.tried, key=lambda one: one.dev_nll, default=None)
+        best = min(result.tried, key=lambda trial: trial.dev_nll, default=None)
         if best is not None and result.setting != best.setting:
-            found.append(Diverged(result.arm, result.size, result.seed, best.setting.name))
-    return tuple(found)
+            diverged.append(Diverged(result.arm, result.size, result.seed, best.setting.name))
+    return tuple(diverged)
 
 
-def _test_rows(
+def _held_out_test_rows(
     settings: Settings, rows: Mapping[int, RunData], results: Sequence[ArmResult], name: str
 ) -> int | None:
-    """Count the rows that were held out as test rows; None if the task has a test file."""
+    """Return how many rows were held out as test rows; None if the task has a test file."""
     if next(task for task in settings.tasks if task.name == name).test:
         return None
     tested: set[str] = set()
     for seed in {result.seed for result in results}:
-        own = next(task for task in rows[seed].tasks if task.name == name)
+        own = _task_named(rows[seed].tasks, name)
         tested.update(row.origin for row in own.test)
     return len(tested)
 
 
-def inputs_of(
+def describe_inputs(
     settings: Settings,
     rows: Mapping[int, RunData],
     results: Sequence[ArmResult],
     task: str,
     loaded: LoadedModel,
 ) -> Inputs:
-    """Describe settings, environment and every row, so that what was changed can be named."""
-    kept: dict[str, Example] = {}
+    """Return settings, environment and the hash of every row, so that changes can be named."""
+    examples: dict[str, Example] = {}
     for data in rows.values():
-        own = next(part for part in data.tasks if part.name == task)
-        kept.update((row.origin, row) for row in (*own.train, *own.test))
-    chosen = [Chosen(one.arm, one.size, one.seed, store.plain(one.setting)) for one in results]
+        own = _task_named(data.tasks, task)
+        examples.update((row.origin, row) for row in (*own.train, *own.test))
+    chosen = []
+    for result in results:
+        setting = store.plain(result.setting)
+        chosen.append(Chosen(result.arm, result.size, result.seed, setting))
     return replace(
-        verify.describe_inputs(settings, task, kept.values()),
+        verify.describe_inputs(settings, task, examples.values()),
         environment=environment(loaded),
-        general_rows={str(seed): each.fingerprints["general"] for seed, each in rows.items()},
+        general_rows={str(seed): data.fingerprints["general"] for seed, data in rows.items()},
         hyperparameters=tuple(chosen),
     )

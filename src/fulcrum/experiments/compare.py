@@ -22,7 +22,7 @@ from fulcrum.data.run_data import RunData
 from fulcrum.experiments import cell, made_rows, pilot, scoring, workers
 from fulcrum.experiments.arm_data import ArmPlan, resolve
 from fulcrum.experiments.cell import Session
-from fulcrum.experiments.certify import certificates
+from fulcrum.experiments.certify import write_certificates
 from fulcrum.experiments.lifecycle import begin, claimed, finish, shown_size
 from fulcrum.experiments.units import ComparisonPlan, Job, keep, read
 from fulcrum.model.base_model import LoadedModel
@@ -118,7 +118,7 @@ def run_comparison(
             [result for result in results if result.size in (0, at)], settings
         )
         if writes():
-            certificates(session, rows, results, skipped)
+            write_certificates(session, rows, results, skipped)
         return finish(COMPARE, session, list(rows.values()), results, started, differences, notes)
 
 
@@ -244,7 +244,7 @@ def plan_trials(plan: ComparisonPlan, arms: Sequence[Arm], model: LoadedModel) -
     seeds = plan.seeds[:1] if plan.settings.compare.tune == "first" else plan.seeds
     for one in plan.cells([arm for arm in arms if arm.hyperparameters_of is None], seeds):
         if one.arm.few_shot:
-            tried = cell.numbers_of_shots(model, plan.resolve(one), one.seed)
+            tried = cell.few_shot_trials(model, plan.resolve(one), one.seed)
         elif one.arm.trained:
             tried = plan.resolve(one).trials
         else:
