@@ -171,7 +171,7 @@ def _answer(draws: Draws, question: Question, metric: str) -> Answer:
     on_test = measured.dev is measured.by_seed
     is_worse = improvement.high < 0
     if on_test:
-        is_worse = row_savings.beaten(draws, question.arm, question.references, n)
+        is_worse = row_savings.is_beaten(draws, question.arm, question.references, n)
     in_tokens = _tokens_rise(draws, question)
     sizes = [size for size in measured.sizes([question.arm]) if 0 < size < whole.sizes[-1]]
     return Answer(
@@ -207,8 +207,8 @@ def _points(draws: Draws, sign: int, *, in_tokens: bool) -> tuple[Point, ...]:
 
 def _selections(ref: Reference, whole: Reference, n: int) -> tuple[Selection, ...]:
     """List the reference by size; with all rows (`n`) it is what the arm is compared with."""
-    chosen = {**ref.chosen, **whole.chosen, n: ref.chosen[n]}
-    picked = {**ref.picked, **whole.picked, n: ref.picked[n]}
+    chosen = {**ref.shares, **whole.shares, n: ref.shares[n]}
+    picked = {**ref.selected, **whole.selected, n: ref.selected[n]}
     return tuple(Selection(size, picked[size], dict(chosen[size])) for size in sorted(chosen))
 
 
@@ -319,7 +319,7 @@ def _more_rows(
     ]
     if ref.sizes[-1] < n + MORE and far:
         ref = row_savings.curve(draws, far, max(draws.measured.sizes(far)))
-    reached = row_savings.at(ref, n + MORE)
+    reached = row_savings.score_at(ref, n + MORE)
     if reached is None:
         nothing = Interval(math.nan, math.nan, math.nan)
         return MoreRows(MORE, "unmeasured", (), nothing, nothing)
@@ -331,7 +331,7 @@ def _more_rows(
         choice = "general_data"
     elif advantage.high < 0:
         choice = "labelling"
-    arms = tuple(sorted(set(ref.picked.values())))
+    arms = tuple(sorted(set(ref.selected.values())))
     return MoreRows(MORE, choice, arms, signed(labelling, sign), signed(advantage, sign))
 
 
@@ -358,13 +358,13 @@ def _contradiction(answers: Sequence[Answer]) -> Contradiction | None:
         if (
             a.saving.identifiable
             and b.saving.identifiable
-            and row_savings.apart(a.saving.rows, b.saving.rows)
+            and row_savings.contradict(a.saving.rows, b.saving.rows)
         ):
             return Contradiction("savings", both)
         if (
             a.gain is not None
             and b.gain is not None
-            and row_savings.apart(a.gain.rows, b.gain.rows)
+            and row_savings.contradict(a.gain.rows, b.gain.rows)
         ):
             return Contradiction("gains", both)
     return None
