@@ -304,7 +304,7 @@ def statistics_of_a_comparison() -> None:
         for size in sizes[:-1]:
             row_savings.row_gain(drawn, arm, size, ref)
     row_savings.slope(ref)
-    row_savings.at(ref, 64 + 50)
+    row_savings.score_at(ref, 64 + 50)
     print(
         "statistics, 10,000 examples x 15 arms x 8 seeds, 2,000 draws: "
         f"{time.perf_counter() - started:.1f} s",

@@ -155,7 +155,7 @@ def _evaluate(drawn: row_savings.Draws, case: Case) -> Answer:
     gained = drawn.of("tell", SIZES[-1]) - ref.last
     difference = row_savings.interval(gained)
     worse = (
-        row_savings.beaten(drawn, "tell", case.references, SIZES[-1])
+        row_savings.is_beaten(drawn, "tell", case.references, SIZES[-1])
         if case.on_test
         else difference.high < 0
     )

@@ -254,7 +254,7 @@ def test_whole_numbers_are_read_as_numbers():
     with pytest.raises(DataError, match=r"^no rows: an interval needs at least one value$"):
         intervals.seed_interval([])
     with pytest.raises(DataError, match="1 of 2 values are not finite, the first at index 1, 0"):
-        intervals._require_finite(np.array([[1.0], [np.nan]]))
+        intervals.require_finite(np.array([[1.0], [np.nan]]))
 
 
 def test_the_tail_is_that_of_the_expanded_percentile_interval():

@@ -85,7 +85,7 @@ def test_the_reference_is_chosen_on_dev_at_every_size():
         1.0,
         2.0,
     ]  # at 64 sft_anchor is better on test: that must not be seen
-    assert ref.chosen == {
+    assert ref.shares == {
         16: {"sft": 0.0, "sft_anchor": 1.0},
         32: {"sft": 1.0},
         64: {"sft": 1.0, "sft_anchor": 0.0},
@@ -106,7 +106,7 @@ def test_the_reference_is_chosen_anew_in_every_draw():
     ref = row_savings.reference(drawn, ["sft", "sft_anchor"], 64)
     better = drawn.dev[:, 0] >= drawn.dev[:, 1]
     assert ref.last.tolist() == np.where(better, drawn.score[:, 0], drawn.score[:, 1]).tolist()
-    assert 0.05 < ref.chosen[64]["sft"] < 0.95
+    assert 0.05 < ref.shares[64]["sft"] < 0.95
 
 
 def close(found, expected):
@@ -163,7 +163,7 @@ def test_draws_do_not_hang_on_how_the_root_is_taken():
     rng = np.random.default_rng(0)
     outcomes = {("sft", 64): rng.normal(size=(1, 30)), ("base", 0): np.zeros((1, 30))}
     measured = row_savings.measure(outcomes, [str(k) for k in range(30)])
-    root = row_savings._root(measured.by_group)
+    root = row_savings.symmetric_root(measured.by_group)
     assert root @ root == pytest.approx(measured.by_group)
     assert root == pytest.approx(root.T)
     assert np.linalg.eigvalsh(root).min() >= -1e-12
@@ -203,12 +203,14 @@ def test_slope_of_a_flat_reference_is_not_above_zero():
 
 def test_more_rows_reads_the_curve_and_goes_no_further():
     ref = row_savings.reference(exact(SFT), ["sft"], 64)  # 1 more with each doubling
-    assert row_savings.at(ref, 32) - row_savings.at(ref, 16) == pytest.approx(np.ones(6))
-    assert row_savings.at(ref, 60) - row_savings.at(ref, 20) == pytest.approx(
+    assert row_savings.score_at(ref, 32) - row_savings.score_at(ref, 16) == pytest.approx(
+        np.ones(6)
+    )
+    assert row_savings.score_at(ref, 60) - row_savings.score_at(ref, 20) == pytest.approx(
         np.full(6, np.log2(3))
     )
-    assert row_savings.at(ref, 82) is None
-    assert row_savings.at(ref, 15) is None
+    assert row_savings.score_at(ref, 82) is None
+    assert row_savings.score_at(ref, 15) is None
 
 
 def test_a_reference_that_has_levelled_off_makes_no_factor_identifiable():
@@ -285,10 +287,10 @@ def test_p_value_counts_both_tails():
     assert row_savings.p_value(mostly) == row_savings.p_value(-mostly) == pytest.approx(0.1)
 
 
-def test_apart():
+def test_factors_contradict_each_other_if_their_intervals_do_not_overlap():
     near, far = row_savings.Factor(2, 1.5, 3, 1, 4), row_savings.Factor(1, 0, 1.2, 1, 4)
-    assert row_savings.apart(near, far)
-    assert not row_savings.apart(near, row_savings.Factor(1, 0, 1.6, 1, 4))
+    assert row_savings.contradict(near, far)
+    assert not row_savings.contradict(near, row_savings.Factor(1, 0, 1.6, 1, 4))
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -398,7 +400,7 @@ def test_the_reference_curve_is_of_the_same_arms_at_every_size() -> None:
         }
     )
     curve = row_savings.curve(found, ["sft", "sft_anchor"], 64)
-    assert (curve.sizes, set(curve.picked.values())) == ((16, 64, 256), {"sft_anchor"})
+    assert (curve.sizes, set(curve.selected.values())) == ((16, 64, 256), {"sft_anchor"})
     gain = row_savings.row_gain(found, "tell", 64, curve)
     assert 0.5 < gain.estimate < 0.9  # worse than the reference: 0.57 is what it has with 42 rows
 
@@ -408,11 +410,11 @@ def test_an_arm_that_is_always_the_best_stands_for_the_reference_at_all_its_size
     curve = row_savings.curve(found, ["sft", "sft_anchor"], 64)
     assert curve.sizes == (16, 32, 64, 128, 256)
     assert row_savings.row_gain(found, "tell", 64, curve).estimate == pytest.approx(2, rel=0.1)
-    assert row_savings.at(curve, 114) is not None
+    assert row_savings.score_at(curve, 114) is not None
 
 
 def test_where_the_best_differs_by_size_only_common_sizes_count() -> None:
     found = noisy({**DENSE, ("kshot", 16): 0.45, ("kshot", 64): 0.38, ("tell", 64): 0.45})
     curve = row_savings.curve(found, ["sft", "kshot"], 64)
-    assert (curve.sizes, curve.picked) == ((16, 64), {16: "kshot", 64: "sft"})
-    assert row_savings.at(curve, 114) is None
+    assert (curve.sizes, curve.selected) == ((16, 64), {16: "kshot", 64: "sft"})
+    assert row_savings.score_at(curve, 114) is None

@@ -1,4 +1,4 @@
-"""Outcomes -> certificate: the question asked of them, answered metric by metric, and sealed.
+"""Make a certificate from outcomes: answer the question metric by metric, then seal it.
 
 Everything is computed from draws in which higher is better (`row_savings`), and turned back into
 the metric's own sign at the end.
@@ -6,7 +6,7 @@ the metric's own sign at the end.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from fulcrum.stats.row_savings import Draws, Reference
 
 MORE = 50  # rows that the user could label instead
 
-# What a difference between arms at all rows says, by code; each is a sum of scores, + or -.
+# What a difference between arms with all rows says, by code; each is a sum of scores, + or -.
 ATTRIBUTION: Mapping[str, tuple[tuple[str, int], ...]] = {
     "mixing": (("mix", 1), ("sft", -1)),
     "anchor_within_mix": (("tell", 1), ("mix", -1)),
@@ -80,16 +80,15 @@ def hashes(found: Outcomes) -> tuple[CellHash, ...]:
 def certify(found: Outcomes, question: Question) -> Certificate:
     """Answer a question, not yet sealed. Raises DataError if it does not fit the outcomes."""
     _check(found, question)
-    answers = tuple(
-        _answer(_measure(found, question, metric), question, metric) for metric in question.metrics
-    )
-    effects = [metric for metric in sorted(found.values) if is_side_effect(metric)]
-    return Certificate(
-        question,
-        _contradiction(answers),
-        answers,
-        tuple(_side_effect(found, question, metric, answers[0].rows) for metric in effects),
-    )
+    answers = []
+    for metric in question.metrics:
+        draws = _draw(found, question, metric)
+        answers.append(_answer(_Comparison.of(draws, question, metric), metric))
+    side_effects = []
+    for metric in sorted(found.values):
+        if is_side_effect(metric):
+            side_effects.append(_side_effect(found, question, metric, answers[0].rows))
+    return Certificate(question, _contradiction(answers), tuple(answers), tuple(side_effects))
 
 
 def _check(found: Outcomes, question: Question) -> None:
@@ -109,47 +108,54 @@ def _check(found: Outcomes, question: Question) -> None:
                 raise DataError(f"no outcomes of the arm {arm!r} by {metric}{nearest(arm, known)}")
     if question.arm in question.references:
         raise DataError(
-            f"{question.arm} cannot be its own reference; name the arms without general data as references"
+            f"{question.arm} cannot be its own reference; name the arms without general data as "
+            "references"
         )
+
+
+def _draw(found: Outcomes, question: Question, metric: str) -> Draws:
+    """Draw all points of one metric, higher is better."""
+    sign = _sign(question, metric)
+    seeds = {point: found.seeds(metric, *point) for point in found.points(metric)}
+    _check_seeds(seeds)
+    scores = {}
+    dev: dict[tuple[str, int], list[float]] = {}
+    tokens = {}
+    is_dev_known = True
+    for point, own_seeds in seeds.items():
+        scores[point] = sign * found.matrix(metric, *point)
+        cells = [(*point, seed) for seed in own_seeds]
+        dev[point] = [0.0]  # an arm that is no reference is not selected
+        if _all_in(cells, found.dev):
+            dev[point] = [found.dev[cell] for cell in cells]
+        elif point[0] in question.references:
+            is_dev_known = False
+        if _all_in(cells, found.tokens):
+            tokens[point] = float(np.mean([found.tokens[cell] for cell in cells]))
+    measured = row_savings.measure(
+        scores,
+        found.groups[metric],
+        denominators=found.weights[metric],
+        dev=dev if is_dev_known else None,
+        tokens=tokens,
+    )
+    return row_savings.draw(measured, draws=question.draws, seed=question.seed)
 
 
 def _sign(question: Question, metric: str) -> int:
     return -1 if metric in question.lower_is_better else 1
 
 
-def _measure(found: Outcomes, question: Question, metric: str) -> Draws:
-    """Draw all points of one metric, higher is better."""
-    sign = _sign(question, metric)
-    points = found.points(metric)
-    seeds = {point: found.seeds(metric, *point) for point in points}
-    most = max(seeds.values(), key=len)
-    for point, own in seeds.items():
-        if own != most and not (point[1] == 0 and len(own) == 1):
+def _check_seeds(seeds: Mapping[tuple[str, int], list[int]]) -> None:
+    """Raise DataError if a point lacks seeds, but for untrained arms with one."""
+    all_seeds = max(seeds.values(), key=len)
+    for (arm, size), own in seeds.items():
+        if own != all_seeds and not (size == 0 and len(own) == 1):
             raise DataError(
-                f"{point[0]} at {point[1]} rows has the seeds {_listed(own)}, other cells have "
-                f"{_listed(most)}; every arm and size needs the same seeds, since a seed is a "
+                f"{arm} at {size} rows has the seeds {_listed(own)}, other cells have "
+                f"{_listed(all_seeds)}; every arm and size needs the same seeds, since a seed is a "
                 "whole chain (an untrained arm has size 0 and one seed)"
             )
-    cells = {point: [(*point, seed) for seed in own] for point, own in seeds.items()}
-    dev = {
-        point: [found.dev[cell] for cell in own]
-        for point, own in cells.items()
-        if _all_in(own, found.dev)
-    }
-    tokens = {
-        point: [found.tokens[cell] for cell in own]
-        for point, own in cells.items()
-        if _all_in(own, found.tokens)
-    }
-    missing = [point for point in points if point[0] in question.references and point not in dev]
-    measured = row_savings.measure(
-        {point: sign * found.matrix(metric, *point) for point in points},
-        found.groups[metric],
-        denominators=found.weights[metric],
-        dev=None if missing else {point: dev.get(point, [0.0]) for point in points},
-        tokens={point: float(np.mean(values)) for point, values in tokens.items()},
-    )
-    return row_savings.draw(measured, draws=question.draws, seed=question.seed)
 
 
 def _listed(numbers: Iterable[int]) -> str:
@@ -160,74 +166,114 @@ def _all_in(cells: Sequence[Cell], known: Mapping[Cell, float]) -> bool:
     return all(cell in known for cell in cells)
 
 
-def _answer(draws: Draws, question: Question, metric: str) -> Answer:
-    """Say all that one metric says, from draws in which higher is better."""
-    sign, measured = _sign(question, metric), draws.measured
-    n = _largest(draws, question)
-    ref = row_savings.reference(draws, question.references, n)
-    whole = row_savings.curve(draws, question.references, n)
-    improved = row_savings.contrast((1, draws.of(question.arm, n)), (-1, ref.last))
-    improvement = row_savings.interval(improved)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Comparison:
+    """What all parts of an answer are computed from; higher is better in draws.
+
+    n: the task rows at which arms are compared
+    best: the reference with up to `n` rows
+    curve: the reference's learning curve, also beyond `n`
+    improvement: draws of the arm minus the reference, both with `n` rows
+    in_tokens: whether factors are stated in tokens too
+    sign: -1 if lower is better by the metric, else 1
+    """
+
+    draws: Draws
+    question: Question
+    n: int
+    best: Reference
+    curve: Reference
+    improvement: FloatArray
+    in_tokens: bool
+    sign: int
+
+    @classmethod
+    def of(cls, draws: Draws, question: Question, metric: str) -> "_Comparison":
+        n = _largest(draws, question)
+        best = row_savings.reference(draws, question.references, n)
+        return cls(
+            draws,
+            question,
+            n,
+            best,
+            curve=row_savings.curve(draws, question.references, n),
+            improvement=row_savings.contrast((1, draws.of(question.arm, n)), (-1, best.last)),
+            in_tokens=_tokens_rise(draws, question),
+            sign=_sign(question, metric),
+        )
+
+
+def _answer(comparison: _Comparison, metric: str) -> Answer:
+    """Say all that one metric says."""
+    draws, question = comparison.draws, comparison.question
+    n, curve, sign = comparison.n, comparison.curve, comparison.sign
+    measured = draws.measured
+    improvement = row_savings.interval(comparison.improvement)
     on_test = measured.dev is measured.by_seed
     is_worse = improvement.high < 0
     if on_test:
-        is_worse = row_savings.beaten(draws, question.arm, question.references, n)
-    in_tokens = _tokens_rise(draws, question)
-    sizes = [size for size in measured.sizes([question.arm]) if 0 < size < whole.sizes[-1]]
+        is_worse = row_savings.is_beaten(draws, question.arm, question.references, n)
+    gains = []
+    for size in measured.sizes([question.arm]):
+        if 0 < size < curve.sizes[-1]:
+            gains.append(_gain(comparison, size))
     return Answer(
         metric=metric,
         lower_is_better=sign < 0,
         rows=n,
         seeds=measured.by_seed.shape[1],
         test_groups=round(measured.groups, 1),
-        points=_points(draws, sign, in_tokens=in_tokens),
-        references=_selections(ref, whole, n),
+        points=_points(comparison),
+        references=_selections(comparison),
         selected_on="test" if on_test else "dev",
         difference=signed(improvement, sign),
-        p=None if np.isnan(improvement.low) else row_savings.p_value(improved),
-        slope=signed(row_savings.slope(whole), sign),
-        slope_towards_rows=signed(row_savings.slope_towards(whole, n), sign),
-        saving=_saving(draws, question, ref, whole, n, in_tokens=in_tokens),
-        gains=tuple(_gain(draws, question, whole, size, in_tokens=in_tokens) for size in sizes),
+        p=None if np.isnan(improvement.low) else row_savings.p_value(comparison.improvement),
+        slope=signed(row_savings.slope(curve), sign),
+        slope_towards_rows=signed(row_savings.slope_towards(curve, n), sign),
+        saving=_saving(comparison),
+        gains=tuple(gains),
         verdict=_verdict(improvement, is_worse),
-        more_rows=_more_rows(draws, question, whole, n, improved, sign),
+        more_rows=_more_rows(comparison),
         attribution=_attribution(draws, n, sign),
     )
 
 
-def _points(draws: Draws, sign: int, *, in_tokens: bool) -> tuple[Point, ...]:
+def _points(comparison: _Comparison) -> tuple[Point, ...]:
+    sign, measured = comparison.sign, comparison.draws.measured
     points = []
-    for place, (arm, size) in enumerate(draws.measured.points):
-        tokens = float(draws.measured.tokens[place]) if in_tokens else None
-        by_seed = tuple(sign * float(score) + 0.0 for score in draws.measured.by_seed[place])
-        score = signed(row_savings.interval(draws.score[:, place]), sign)
+    for place, (arm, size) in enumerate(measured.points):
+        tokens = float(measured.tokens[place]) if comparison.in_tokens else None
+        by_seed = tuple(sign * float(score) + 0.0 for score in measured.by_seed[place])
+        score = signed(row_savings.interval(comparison.draws.score[:, place]), sign)
         points.append(Point(arm, size, tokens, by_seed, score))
     return tuple(points)
 
 
-def _selections(ref: Reference, whole: Reference, n: int) -> tuple[Selection, ...]:
-    """List the reference by size; with all rows (`n`) it is what the arm is compared with."""
-    chosen = {**ref.chosen, **whole.chosen, n: ref.chosen[n]}
-    picked = {**ref.picked, **whole.picked, n: ref.picked[n]}
-    return tuple(Selection(size, picked[size], dict(chosen[size])) for size in sorted(chosen))
+def _selections(comparison: _Comparison) -> tuple[Selection, ...]:
+    """List the reference by size; with all rows it is what the arm is compared with."""
+    n, best, curve = comparison.n, comparison.best, comparison.curve
+    shares = {**best.shares, **curve.shares, n: best.shares[n]}
+    arms = {**best.selected, **curve.selected, n: best.selected[n]}
+    return tuple(Selection(size, arms[size], dict(shares[size])) for size in sorted(shares))
 
 
-def _saving(
-    draws: Draws, question: Question, ref: Reference, whole: Reference, n: int, *, in_tokens: bool
-) -> Worth:
-    rows = row_savings.row_saving(draws, question.arm, ref)
-    tokens = row_savings.row_saving(draws, question.arm, ref, tokens=True) if in_tokens else None
-    return Worth(n, row_savings.identifiable(whole, n), rows, tokens)
+def _saving(comparison: _Comparison) -> Worth:
+    draws, arm, best = comparison.draws, comparison.question.arm, comparison.best
+    rows = row_savings.row_saving(draws, arm, best)
+    tokens = None
+    if comparison.in_tokens:
+        tokens = row_savings.row_saving(draws, arm, best, tokens=True)
+    identifiable = row_savings.identifiable(comparison.curve, comparison.n)
+    return Worth(comparison.n, identifiable, rows, tokens)
 
 
-def _gain(
-    draws: Draws, question: Question, whole: Reference, size: int, *, in_tokens: bool
-) -> Worth:
-    rows = row_savings.row_gain(draws, question.arm, size, whole)
-    tokens = (
-        row_savings.row_gain(draws, question.arm, size, whole, tokens=True) if in_tokens else None
-    )
-    return Worth(size, row_savings.gain_identifiable(whole, size), rows, tokens)
+def _gain(comparison: _Comparison, size: int) -> Worth:
+    draws, arm, curve = comparison.draws, comparison.question.arm, comparison.curve
+    rows = row_savings.row_gain(draws, arm, size, curve)
+    tokens = None
+    if comparison.in_tokens:
+        tokens = row_savings.row_gain(draws, arm, size, curve, tokens=True)
+    return Worth(size, row_savings.gain_identifiable(curve, size), rows, tokens)
 
 
 def _side_effect(found: Outcomes, question: Question, metric: str, n: int) -> SideEffect:
@@ -236,19 +282,24 @@ def _side_effect(found: Outcomes, question: Question, metric: str, n: int) -> Si
     scores = {point: found.matrix(metric, *point) for point in points}
     measured = row_savings.measure(scores, found.groups[metric], denominators=found.weights[metric])
     draws = row_savings.draw(measured, draws=question.draws, seed=question.seed)
-    base = next((point for point in points if point[1] == 0), None)
-    arms = []
+    base = points[0] if points[0][1] == 0 else None  # untrained ones come first
+    effects = []
     for point in points:
-        score, rise = row_savings.interval(draws.of(*point)), None
+        own = draws.of(*point)
+        score = row_savings.interval(own)
+        rise = None
         if base is not None and point != base:
-            rise = row_savings.interval(
-                row_savings.contrast((1, draws.of(*point)), (-1, draws.of(*base)))
-            )
-        if metric in ("leakage", "drift"):  # a share, and a divergence
-            most = 1.0 if metric == "leakage" else np.inf
-            score = Interval(*(float(np.clip(end, 0.0, most)) for end in score))
-        arms.append(Effect(*point, score, rise))
-    return SideEffect(metric, measured.by_seed.shape[1], round(measured.groups, 1), tuple(arms))
+            rise = row_savings.interval(row_savings.contrast((1, own), (-1, draws.of(*base))))
+        if metric == "leakage":  # a share
+            score = _clip(score, 1.0)
+        elif metric == "drift":  # a divergence
+            score = _clip(score, np.inf)
+        effects.append(Effect(*point, score, rise))
+    return SideEffect(metric, measured.by_seed.shape[1], round(measured.groups, 1), tuple(effects))
+
+
+def _clip(score: Interval, most: float) -> Interval:
+    return Interval(*(float(np.clip(end, 0.0, most)) for end in score))
 
 
 def _points_at(found: Outcomes, metric: str, n: int) -> list[tuple[str, int]]:
@@ -281,7 +332,7 @@ def _attribution(draws: Draws, n: int, sign: int) -> tuple[Part, ...]:
     parts = []
     for code, arms in ATTRIBUTION.items():
         if all((arm, n) in draws.measured.points for arm, _ in arms):
-            total = row_savings.contrast(*((part, draws.of(arm, n)) for arm, part in arms))
+            total = row_savings.contrast(*[(factor, draws.of(arm, n)) for arm, factor in arms])
             parts.append(Part(code, signed(row_savings.interval(total), sign)))
     return tuple(parts)
 
@@ -290,56 +341,57 @@ def _tokens_rise(draws: Draws, question: Question) -> bool:
     """Return whether tokens are known and rise with the rows; else no factor is in tokens."""
     measured = draws.measured
     for arms in ([question.arm], question.references):
-        points = [
-            (size, measured.tokens[place])
-            for place, (arm, size) in enumerate(measured.points)
-            if arm in arms
-        ]
-        trained = [(size, tokens) for size, tokens in points if size]
-        if any(tokens == size for size, tokens in trained):
-            return False
-        if any(a[0] < b[0] and a[1] >= b[1] for a in trained for b in trained):
-            return False
+        trained = []
+        for (arm, size), tokens in zip(measured.points, measured.tokens, strict=True):
+            if arm in arms and size > 0:
+                trained.append((size, tokens))
+        for size, tokens in trained:
+            if tokens == size:  # they are not known
+                return False
+            if any(size < other and tokens >= more for other, more in trained):
+                return False
     return True
 
 
-def _more_rows(
-    draws: Draws, question: Question, ref: Reference, n: int, improved: FloatArray, sign: int
-) -> MoreRows:
+def _more_rows(comparison: _Comparison) -> MoreRows:
     """Ask whether more labelled rows would have bought more than the arm's general data.
 
     The reference's curve says what they would bring; if it does not go so far, that of the
     references which were measured with so many rows. These may not be the best there is, so that
     labelling is worth at least as much.
     """
-    far = [
-        arm
-        for arm in question.references
-        if max(draws.measured.sizes([arm]), default=0) >= n + MORE
-    ]
-    if ref.sizes[-1] < n + MORE and far:
-        ref = row_savings.curve(draws, far, max(draws.measured.sizes(far)))
-    reached = row_savings.at(ref, n + MORE)
-    if reached is None:
+    draws, question, sign = comparison.draws, comparison.question, comparison.sign
+    curve = comparison.curve
+    wanted = comparison.n + MORE
+    if curve.sizes[-1] < wanted:
+        largest = {arm: max(draws.measured.sizes([arm]), default=0) for arm in question.references}
+        far = [arm for arm, size in largest.items() if size >= wanted]
+        if far:
+            curve = row_savings.curve(draws, far, max(draws.measured.sizes(far)))
+    with_more = row_savings.score_at(curve, wanted)
+    if with_more is None:
         nothing = Interval(math.nan, math.nan, math.nan)
         return MoreRows(MORE, "unmeasured", (), nothing, nothing)
-    over_labelling = row_savings.contrast((1, draws.of(question.arm, n)), (-1, reached))
+    over_labelling = row_savings.contrast(
+        (1, draws.of(question.arm, comparison.n)), (-1, with_more)
+    )
+    by_labelling = row_savings.contrast((1, comparison.improvement), (-1, over_labelling))
     advantage = row_savings.interval(over_labelling)
-    labelling = row_savings.interval(row_savings.contrast((1, improved), (-1, over_labelling)))
+    labelling = row_savings.interval(by_labelling)
     choice: Choice = "undecided"
     if advantage.low > 0:
         choice = "general_data"
     elif advantage.high < 0:
         choice = "labelling"
-    arms = tuple(sorted(set(ref.picked.values())))
+    arms = tuple(sorted(set(curve.selected.values())))
     return MoreRows(MORE, choice, arms, signed(labelling, sign), signed(advantage, sign))
 
 
 def _verdict(improvement: Interval, is_worse: bool) -> Verdict:
-    """Say what the improvement says.
+    """Say what the improvement means.
 
     A reference that was selected by the scores it is judged by is flattered, which makes gains
-    harder to show; whether the arm `is_worse` is then asked of each reference by itself.
+    harder to show; `is_worse` then comes from comparing the arm with each reference by itself.
     """
     if np.isnan(improvement.low) and improvement.estimate != 0:
         return "unknown"  # nothing varied, or nothing is known of other seeds and groups
@@ -349,22 +401,20 @@ def _verdict(improvement: Interval, is_worse: bool) -> Verdict:
 
 
 def _contradiction(answers: Sequence[Answer]) -> Contradiction | None:
-    """Find two metrics that say the opposite, or whose factors lie apart."""
+    """Find two metrics that say the opposite, or whose factors contradict each other."""
     by_verdict = {answer.verdict: answer.metric for answer in answers}
     if "gain" in by_verdict and "loss" in by_verdict:
         return Contradiction("verdicts", (by_verdict["gain"], by_verdict["loss"]))
     for a, b in combinations(answers, 2):
         both = (a.metric, b.metric)
-        if (
-            a.saving.identifiable
-            and b.saving.identifiable
-            and row_savings.apart(a.saving.rows, b.saving.rows)
-        ):
+        if _contradict(a.saving, b.saving):
             return Contradiction("savings", both)
-        if (
-            a.gain is not None
-            and b.gain is not None
-            and row_savings.apart(a.gain.rows, b.gain.rows)
-        ):
+        if _contradict(a.gain, b.gain):
             return Contradiction("gains", both)
     return None
+
+
+def _contradict(a: Worth | None, b: Worth | None) -> bool:
+    if a is None or b is None or not (a.identifiable and b.identifiable):
+        return False
+    return row_savings.contradict(a.rows, b.rows)

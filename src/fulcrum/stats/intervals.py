@@ -1,12 +1,14 @@
-"""Intervals: how far a number could be off, given the content groups and the training seeds behind it.
+"""Intervals: how far off a number could be, given the content groups and training seeds behind it.
 
-Everything here is a statistic of sums. A row gives k sufficient statistics (for a mean its value and a 1, for nats per
-token its nats and its tokens, for BLEU its n-gram counts); rows add up to groups, and a bootstrap draw adds up as many
-groups as there are, taken with replacement. So one draw is one row of multinomial counts times the (groups, k) matrix of
-group sums, and a mean, a ratio, balanced accuracy, MCC and corpus BLEU differ only in the function that reads k sums.
+Everything here is a statistic of sums. A row gives k sufficient statistics: for a mean its value
+and a 1, for a loss per token its loss and its tokens, for BLEU its n-gram counts. Rows add up to
+groups, and a bootstrap draw adds up as many groups as there are, taken with replacement. So one
+draw is one row of multinomial counts times the (groups, k) matrix of group sums; a mean, a ratio,
+balanced accuracy, MCC and corpus BLEU differ only in the function that reads the k sums.
 
-Invariants: rows of one group are resampled together, never apart; the order of the rows does not matter; equal seeds and equal
-group names draw equal groups, so two calls on the same rows are paired.
+Invariants: rows of one group are resampled together, never apart. The order of the rows does not
+matter. Equal seeds and equal group names draw equal groups, so two calls on the same rows are
+paired.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ MAX_CELLS = 2**22  # of float64 in one chunk of draws: 32 MiB, whatever the numb
 
 
 class Interval(NamedTuple):
-    """An estimate with its two-sided interval; `low` and `high` are nan where the data cannot give one."""
+    """An estimate with its two-sided interval; the ends are nan if the data cannot give them."""
 
     estimate: float
     low: float
@@ -38,16 +40,18 @@ def bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap over whole groups of any statistic of sums.
+    """Return the percentile bootstrap interval, over whole groups, of any statistic of sums.
 
-    `sums` is (rows, k): each row's sufficient statistics; `groups` names each row's content group. `statistic` maps summed
-    statistics (draws, k) to values (draws,), one row at a time. The estimate is the statistic of the data as they are.
+    `sums` is (rows, k): each row's sufficient statistics. `groups` names each row's content group.
+    `statistic` maps summed statistics (draws, k) to values (draws,), one row at a time. The
+    estimate is the statistic of the data as they are.
 
-    The plain percentile interval is too short for few groups: it has the spread of the n-divisor variance and normal tails.
-    The percentiles are therefore moved outwards until they match a t interval (Hesterberg 2015, "What Teachers Should Know
-    About the Bootstrap", The American Statistician 69(4), expanded percentile interval); from some 50 groups up the two agree.
-    One group says nothing about another, and groups that are (nearly) all alike nothing about others: `low` and `high` are
-    then nan.
+    The plain percentile interval is too short for few groups: it has the spread of the n-divisor
+    variance and normal tails. The percentiles are therefore moved outwards until they match a t
+    interval (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", The American
+    Statistician 69(4), expanded percentile interval); from some 50 groups up the two agree. One
+    group, or groups that are (nearly) all alike, say nothing about other groups: `low` and `high`
+    are then nan.
 
     Raises `DataError` if there are no rows or a value is not finite.
     """
@@ -65,29 +69,30 @@ def bootstrap(
         values[start:stop] = statistic(counts @ per_group)
     tail = float(ndtr(np.sqrt(n_groups / (n_groups - 1)) * stdtrit(n_groups - 1, (1 - level) / 2)))
     low, high = np.quantile(values, [tail, 1 - tail])
-    if high - low <= 1e-12 * max(
-        1.0, abs(estimate)
-    ):  # sums of equal values differ by rounding only
+    rounding = 1e-12 * max(1.0, abs(estimate))  # by which sums of equal values differ
+    if high - low <= rounding:
         return Interval(estimate, np.nan, np.nan)
     return Interval(estimate, float(low), float(high))
 
 
 def ratio(sums: FloatArray) -> FloatArray:
-    """Numerator over denominator for summed statistics (draws, 2): the `statistic` of means and of nats per token."""
+    """Divide summed numerators by denominators (draws, 2): the `statistic` of means and losses."""
     quotient: FloatArray = sums[:, 0] / sums[:, 1]
     return quotient
 
 
 def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean over training seeds with its Student-t interval (n - 1 degrees of freedom); nan where it has no width: for one
-    seed, and where all seeds agree.
+    """Return the mean over training seeds with its Student-t interval (n - 1 degrees of freedom).
 
-    Not a percentile bootstrap: over 3 to 5 seeds that cannot leave [min, max] and covers far too seldom.
+    The ends are nan for one seed, and if all seeds agree. This is no percentile bootstrap: over 3
+    to 5 seeds that cannot leave [min, max] and covers far too seldom.
+
     Raises `DataError` if there are no values or one is not finite.
     """
     seeds = np.asarray(values, dtype=np.float64)
-    _require_finite(seeds)
-    mean, n = float(seeds.mean()), len(seeds)
+    require_finite(seeds)
+    mean = float(seeds.mean())
+    n = len(seeds)
     if n < 2 or np.ptp(seeds) == 0:
         return Interval(mean, np.nan, np.nan)
     return _t_interval(mean, float(seeds.var(ddof=1)) / n, n - 1, level)
@@ -100,23 +105,30 @@ def paired_over_seeds(
     denominators: FloatArray | None = None,
     level: float = 0.95,
 ) -> Interval:
-    """Mean paired difference over training seeds and test rows, for seeds and rows that both could have been others.
+    """Return the mean paired difference over seeds and test rows that both could have been others.
 
-    `differences` is (seeds, rows), a - b on the same test rows, so that what makes a row hard for both cancels out. With
-    `denominators` (rows,) the mean is sum over sum, as for nats per token: summed nats over tokens (> 0).
-    The variance is the sum of two parts: that of the seeds' means, var / S with S - 1 degrees of freedom, and that of the
-    rows averaged over seeds, between content groups with G - 1. The latter is the linearised variance of a ratio (Cochran
-    1977, "Sampling Techniques", 6.4), which is what the group bootstrap estimates, without its noise. The interval is t with
-    Satterthwaite's (1946) degrees of freedom. Each part holds the seed-by-row interaction once, so that it counts twice
-    and the interval errs on the wide side where seeds differ little. Where seeds dominate (spread as large as that of the
-    groups; 3,000 simulations with 30 groups) it covers 0.89 at 2 seeds, 0.93 at 3 and 0.95 from 5 up.
+    `differences` is (seeds, rows), a - b on the same test rows, so that what makes a row hard for
+    both cancels out. With `denominators` (rows,), all above 0, the mean is sum over sum: for a loss
+    per token, summed losses over tokens.
 
-    With one seed only the group variance counts: the interval is then *given this seed* and says nothing of another training
-    run. With one group, or where nothing varies at all, it is nan. Raises `DataError` if there are no rows or a value is not
-    finite.
+    The variance is the sum of two parts: that of the seeds' means, var / S with S - 1 degrees of
+    freedom, and that of the rows averaged over seeds, between content groups, with G - 1. The
+    latter is the linearised variance of a ratio (Cochran 1977, "Sampling Techniques", 6.4), which
+    is what the group bootstrap estimates, without its noise. The interval is t with Satterthwaite's
+    (1946) degrees of freedom. Each part holds the seed-by-row interaction once, so that it counts
+    twice and the interval errs on the wide side if seeds differ little. If seeds dominate (spread
+    as large as that of the groups; 3,000 simulations with 30 groups) it covers 0.89 at 2 seeds,
+    0.93 at 3 and 0.95 from 5 up.
+
+    With one seed only the group variance counts: the interval is then *given this seed* and says
+    nothing of another training run. With one group, or if nothing varies at all, it is nan.
+
+    Raises `DataError` if there are no rows or a value is not finite.
     """
     n_seeds, n_rows = differences.shape
-    sizes = np.ones(n_rows) if denominators is None else np.asarray(denominators, dtype=np.float64)
+    sizes = np.ones(n_rows)
+    if denominators is not None:
+        sizes = np.asarray(denominators, dtype=np.float64)
     if sizes.shape != (n_rows,):
         raise ValueError(f"denominators: shape {sizes.shape} for {n_rows} rows")
     if not (sizes > 0).all():
@@ -124,7 +136,7 @@ def paired_over_seeds(
             f"row {int(np.argmin(sizes > 0))}: a denominator must be above 0, got {sizes.min():g}"
         )
     total = float(sizes.sum())
-    _require_finite(differences)
+    require_finite(differences)
     seed_means = differences.sum(axis=1) / total
     estimate = float(seed_means.mean())
     per_group = _sum_by_group(np.column_stack([differences.mean(axis=0), sizes]), groups)
@@ -132,32 +144,47 @@ def paired_over_seeds(
     if n_groups < 2:
         return Interval(estimate, np.nan, np.nan)
     residuals = per_group[:, 0] - estimate * per_group[:, 1]
-    parts = [(n_groups / (n_groups - 1) * float((residuals**2).sum()) / total**2, n_groups - 1)]
+    variance = n_groups / (n_groups - 1) * float((residuals**2).sum()) / total**2
+    squares_over_df = variance**2 / (n_groups - 1)
     if n_seeds > 1:
-        parts.append((float(seed_means.var(ddof=1)) / n_seeds, n_seeds - 1))
-    variance = sum(part for part, _ in parts)
+        between_seeds = float(seed_means.var(ddof=1)) / n_seeds
+        variance += between_seeds
+        squares_over_df += between_seeds**2 / (n_seeds - 1)
     if variance == 0:
         return Interval(estimate, np.nan, np.nan)
-    return _t_interval(
-        estimate, variance, variance**2 / sum(part**2 / df for part, df in parts), level
-    )
+    return _t_interval(estimate, variance, variance**2 / squares_over_df, level)
 
 
 def certain_only(
     value: float, n_groups: int, *, lowest: float = 0.0, level: float = 0.95
 ) -> Interval:
-    """Interval of a share in [0, 1] that was 0 in every group, or 1 in every group (Clopper and Pearson 1934, at the ends).
+    """Return the interval of a share that was 0 in every group, or 1 in every group.
 
-    With `lowest` -1 of a difference of shares that was -1, 0 or 1 in every group: as many groups as may have been missed
-    could have differed from that. A bootstrap sees no spread there and can say nothing: 0 of 20 allows up to 0.17. Raises
-    ValueError for other values.
+    A bootstrap sees no spread there and can say nothing. This is what Clopper and Pearson (1934)
+    give at the ends: as many groups as may have been missed could differ, so 0 of 20 allows up to
+    0.17. With `lowest` -1 it serves a difference of shares that was -1, 0 or 1 in every group.
+
+    Raises ValueError for other values.
     """
     if value not in (lowest, 0.0, 1.0):
         raise ValueError(
             f"a share that is the same in every group is {lowest:g}, 0 or 1, got {value}"
         )
-    reach = 1 - ((1 - level) / 2) ** (1 / n_groups)
-    return Interval(value, max(value - reach, lowest), min(value + reach, 1.0))
+    missed = 1 - ((1 - level) / 2) ** (1 / n_groups)
+    return Interval(value, max(value - missed, lowest), min(value + missed, 1.0))
+
+
+def require_finite(values: FloatArray) -> None:
+    """Raise DataError if there are no values, or one is not finite."""
+    if not values.size:
+        raise DataError("no rows: an interval needs at least one value")
+    broken = ~np.isfinite(values)
+    if broken.any():
+        index = ", ".join(map(str, np.argwhere(broken)[0]))
+        raise DataError(
+            f"{int(broken.sum())} of {values.size} values are not finite, "
+            f"the first at index {index}"
+        )
 
 
 def _t_interval(mean: float, variance: float, df: float, level: float) -> Interval:
@@ -170,19 +197,8 @@ def _sum_by_group(sums: FloatArray, groups: Sequence[str]) -> FloatArray:
     rows = np.asarray(sums, dtype=np.float64)
     if rows.ndim != 2 or len(rows) != len(groups):
         raise ValueError(f"sums of shape {rows.shape} for {len(groups)} group names")
-    _require_finite(rows)
+    require_finite(rows)
     place = {name: i for i, name in enumerate(sorted(set(groups)))}
     per_group = np.zeros((len(place), rows.shape[1]))
     np.add.at(per_group, [place[name] for name in groups], rows)
     return per_group
-
-
-def _require_finite(values: FloatArray) -> None:
-    if not values.size:
-        raise DataError("no rows: an interval needs at least one value")
-    finite = np.isfinite(values)
-    if not finite.all():
-        where = ", ".join(map(str, np.argwhere(~finite)[0]))
-        raise DataError(
-            f"{int((~finite).sum())} of {values.size} values are not finite, the first at index {where}"
-        )
