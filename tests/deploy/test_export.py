@@ -135,7 +135,7 @@ def test_a_gguf_file_is_the_adapter_on_the_file_that_the_model_came_as(
     monkeypatch.setattr(
         check, "LEAST_AGREEMENT", 0.8
     )  # of a random model's tokens some are near ties
-    monkeypatch.setattr(check, "MOST_NATS", {"merged": 0.05, "f16": 0.05, "q8_0": 0.3})
+    monkeypatch.setattr(check, "MAX_LOSS_DIFFERENCE", {"merged": 0.05, "f16": 0.05, "q8_0": 0.3})
     found = export.export(from_gguf, Wanted("gguf", quantization), out=tmp_path / "g")
     file = f"sft_anchor-{quantization}.gguf"
     assert {file, "Modelfile", "README.md"} <= set(found.files)
@@ -169,7 +169,7 @@ def test_a_lost_adapter_is_refused_and_nothing_stays(
 def test_rounding_is_named_where_the_weights_are_all_there(
     run: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(check, "MOST_NATS", {"merged": 1e-5})
+    monkeypatch.setattr(check, "MAX_LOSS_DIFFERENCE", {"merged": 1e-5})
     with pytest.raises(
         ModelError,
         match=r"precision: the loss is .* nats .* \(1e-05 is allowed\); try --dtype float32 \(--rows",
@@ -262,7 +262,7 @@ def test_llama_cpps_converter_is_called_with_the_merged_folder(run: Path, tmp_pa
     converter.write_text("import nowhere")
     with pytest.raises(
         ModelError,
-        match=r"convert_hf_to_gguf\.py: ModuleNotFoundError: .*'nowhere'; install that package beside",
+        match=r"convert_hf_to_gguf\.py: ModuleNotFoundError: .*'nowhere'; install that package next to",
     ):
         export.export(run, Wanted("gguf", "f16", llama_cpp=tmp_path), out=tmp_path / "h", rows=0)
 

@@ -158,7 +158,7 @@ def serve(
         found = models.load(run_folders, common.names(arm))
         engine = Engine(
             found.loaded,
-            found.known,
+            found.by_name,
             slots=slots,
             waiting=waiting,
             context=context,
@@ -174,7 +174,7 @@ def serve(
     place.listen()  # from now on who connects is answered
     terminal.say(terminal.console(), f"listening on {where}")
     terminal.say(
-        notes, f"models: {', '.join(found.known)}; base URL for clients: {where}/v1; Ctrl-C stops"
+        notes, f"models: {', '.join(found.by_name)}; base URL for clients: {where}/v1; Ctrl-C stops"
     )
     for number in (
         signal.SIGINT,

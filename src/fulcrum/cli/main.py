@@ -388,7 +388,7 @@ def chat(
         found, names = models.side_by_side(run_folder, arm, common.names(beside), task)
     for text in found.notes:
         terminal.say(notes, f"warning: {text}", "yellow")
-    anchors = {name: found.known[name].form.anchor for name in names}
+    anchors = {name: found.by_name[name].form.anchor for name in names}
     said = {
         name: "no anchor" if own is None else f"anchor ({own.placement}): {own.text}"
         for name, own in anchors.items()

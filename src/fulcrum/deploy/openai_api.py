@@ -44,9 +44,7 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
 }
 MAX_CHOICES = 16
-_MAX_PARTS = (
-    2_000  # messages of a conversation, parts of a message; a list fails at its first mistake
-)
+_MAX_PARTS = 2_000  # messages of a conversation, parts of a message
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine that no other one reaches
 
 

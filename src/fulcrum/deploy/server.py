@@ -1,8 +1,8 @@
 """An OpenAI-compatible server for the adapters of some runs.
 
-It adds the anchor itself: clients send the question. Every request is checked before the model sees any of it (key, host, size, fields). What cannot be
-done is answered by a 4xx that says why. A client that leaves frees its slots. `engine` computes the
-answers; for heavy traffic there is vLLM.
+It adds the anchor itself: clients send the question. Every request is checked before the model sees
+any of it (key, host, size, fields). What cannot be done is answered by a 4xx that says why. A
+client that leaves frees its slots. `engine` computes the answers; for heavy traffic there is vLLM.
 """
 
 import asyncio
