@@ -157,10 +157,8 @@ class CompletionRequest(GenerationRequest):
 
 def _is_off(name: str, value: Any) -> bool:
     """Return whether a field has the value that means "off"; false is not the number 0."""
-    for off in _OFF.get(name, ()):
-        if value == off and isinstance(value, bool) == isinstance(off, bool):
-            return True
-    return False
+    is_bool = isinstance(value, bool)
+    return any(value == off and is_bool == isinstance(off, bool) for off in _OFF.get(name, ()))
 
 
 class Envelope:
