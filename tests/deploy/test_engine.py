@@ -303,7 +303,7 @@ def test_a_model_whose_numbers_break_down_is_said_and_spoils_no_slot(
         torch.nn.init.constant_(first, float("nan"))
         broken = [ask(running, "tell", "ant " * 30) for _ in range(4)]
         assert {heard.last.finish for heard in broken} == {"error"}
-        assert broken[0].last.wrong == "the model's numbers are none for this question"
+        assert broken[0].last.wrong == "the model produced NaN for this prompt"
         first.data.copy_(before)
         assert [ask(running, "base", text).text for text in TEXTS] == [
             alone["base", text] for text in TEXTS

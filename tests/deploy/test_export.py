@@ -136,7 +136,7 @@ def test_a_gguf_file_is_the_adapter_on_the_file_that_the_model_came_as(
     monkeypatch.setattr(
         check, "LEAST_AGREEMENT", 0.8
     )  # of a random model's tokens some are near ties
-    monkeypatch.setattr(check, "MOST_NATS", {"merged": 0.05, "f16": 0.05, "q8_0": 0.3})
+    monkeypatch.setattr(check, "MAX_LOSS_DIFFERENCE", {"merged": 0.05, "f16": 0.05, "q8_0": 0.3})
     found = export.export(from_gguf, Wanted("gguf", quantization), out=tmp_path / "g")
     file = f"sft_anchor-{quantization}.gguf"
     assert {file, "Modelfile", "README.md"} <= set(found.files)
@@ -170,7 +170,7 @@ def test_a_lost_adapter_is_refused_and_nothing_stays(
 def test_rounding_is_named_where_the_weights_are_all_there(
     run: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(check, "MOST_NATS", {"merged": 1e-5})
+    monkeypatch.setattr(check, "MAX_LOSS_DIFFERENCE", {"merged": 1e-5})
     with pytest.raises(
         ModelError,
         match=(
@@ -232,7 +232,7 @@ def test_what_needs_llama_cpp_says_how_to_get_it(
 ) -> None:
     with pytest.raises(
         ModelError,
-        match=r"a model that came as safetensors needs llama\.cpp's own converter; get it with",
+        match=r"a model that came as safetensors needs llama\.cpp's own converter; get it with `git",
     ):
         export.export(run, Wanted("gguf"), out=tmp_path / "g")
     monkeypatch.setenv("FULCRUM_CACHE", str(from_gguf.parent / "cache"))
@@ -268,7 +268,7 @@ def test_llama_cpps_converter_is_called_with_the_merged_folder(run: Path, tmp_pa
         ModelError,
         match=(
             r"convert_hf_to_gguf\.py: ModuleNotFoundError: .*'nowhere'; install that "
-            r"package beside"
+            r"package next to"
         ),
     ):
         export.export(run, Wanted("gguf", "f16", llama_cpp=tmp_path), out=tmp_path / "h", rows=0)
@@ -315,7 +315,7 @@ def test_where_the_runs_rows_are_gone_it_can_be_written_unchecked(
     file.write_text(file.read_text().replace("dev.jsonl", "gone.jsonl"))
     with pytest.raises(
         DataError,
-        match=r"gone\.jsonl: no such file.*; export where .* was trained, .* \(--rows 0\)",
+        match=r"gone\.jsonl: no such file.*; export where .* was trained, .* unchecked \(--rows 0\)",
     ):
         export.export(tmp_path / "a disk" / "run", Wanted("merged"))
     found = export.export(tmp_path / "a disk" / "run", Wanted("merged"), rows=0)

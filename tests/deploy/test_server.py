@@ -54,7 +54,7 @@ def run(settings: Settings) -> Path:
 @pytest.fixture(scope="module")
 def running(run: Path) -> Iterator[Engine]:
     found = models.load([run])
-    with Engine(found.loaded, found.known, slots=4, waiting=40) as engine:
+    with Engine(found.loaded, found.by_name, slots=4, waiting=40) as engine:
         yield engine
 
 
@@ -609,9 +609,9 @@ def test_adapters_of_several_runs_share_the_base(
     single = settings.model_copy(update={"output_dir": str(tmp_path / "other")})
     train(single)
     found = models.load([run, tmp_path / "other"])
-    assert list(found.known) == ["base", "run/tell", "run/sft", "other/tell"]
+    assert list(found.by_name) == ["base", "run/tell", "run/sft", "other/tell"]
     expected = fulcrum.load_adapter(tmp_path / "other").answer(["colour ant 0"])
-    with Engine(found.loaded, found.known, slots=2) as engine, served(engine, LIMITS) as port:
+    with Engine(found.loaded, found.by_name, slots=2) as engine, served(engine, LIMITS) as port:
         answer = post(port, "/v1/chat/completions", asked() | {"model": "other/tell"})[1]
     assert [answer["choices"][0]["message"]["content"]] == expected
 

@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(
             check, "LEAST_AGREEMENT", 0.8
         )  # of a random model's tokens some are near ties
-        patch.setattr(check, "MOST_NATS", {"merged": 0.05, "f16": 0.05, "q8_0": 0.3})
+        patch.setattr(check, "MAX_LOSS_DIFFERENCE", {"merged": 0.05, "f16": 0.05, "q8_0": 0.3})
         task = {"anchor": "say:", "metrics": ["nll", "exact_match"]}
         yield trained(
             place,

@@ -1,11 +1,11 @@
-"""`fulcrum anchor`: propose anchors, score them before training, and compare with the outcome."""
+"""`fulcrum anchor`: propose anchors, score them before training, compare with the outcome."""
 
 import json
 import os
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -14,9 +14,13 @@ from fulcrum.cli.common import Changes, EndpointModel, EndpointUrl, KeyVariable,
 from fulcrum.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
-    from fulcrum.core.types import AnchorScores, Placement
+    from fulcrum.anchors import choose
+    from fulcrum.anchors.score import Candidate
+    from fulcrum.core.types import Anchor, AnchorScores, Placement, Task
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -58,26 +62,21 @@ def propose(
     from fulcrum.config.settings import load_settings
     from fulcrum.core.types import Placement
 
-    who = common.names(by)
-    placements = placement or ["user_prefix"]
-    for names, known in ((who, SOURCES), (placements, get_args(Placement))):
-        for name in names:
-            if name not in known:
-                raise ConfigError(f"{name!r} is not known here; known: {', '.join(known)}")
+    sources = _check_names(common.names(by), SOURCES)
+    placements = _check_names(placement or ["user_prefix"], get_args(Placement))
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out {out}: the name must end in .jsonl")
-    if "endpoint" in who and not (endpoint and endpoint_model):
+    if "endpoint" in sources and not (endpoint and endpoint_model):
         raise ConfigError(
-            "--by endpoint needs --endpoint, its address, and --endpoint-model, the model's name there"
+            "--by endpoint needs --endpoint, its address, "
+            "and --endpoint-model, the model's name there"
         )
     settings = load_settings(run_file, changes or ())
     screen = common.ready(ctx, settings)
     from fulcrum.anchors import choose
-    from fulcrum.anchors import score as scoring
     from fulcrum.anchors.score import Candidate
     from fulcrum.cli import terminal
     from fulcrum.cli.terminal import Watch
-    from fulcrum.core import store
     from fulcrum.core.types import Anchor
     from fulcrum.model.endpoint import Endpoint
 
@@ -85,43 +84,68 @@ def propose(
     with terminal.working(screen, f"loading {settings.model}, reading data"):
         data = choose.load_data(settings, compared=False)
     chosen = _task(data.tasks, task)
-    wheres = [cast("Placement", name) for name in placements]
-    sources = [cast("choose.Source", name) for name in who]
-    found = [Candidate(Anchor(own, where), "given") for where in wheres for own in text or ()]
-    left_out = Counter[str]()
+    texts = text or ()
+    candidates = []
+    for name in placements:
+        for own in texts:
+            candidates.append(Candidate(Anchor(own, cast("Placement", name)), "given"))
+    rejects = Counter[str]()
     with Watch(screen) as watch:
-        for where in wheres:
-            made, refused = choose.propose_anchors(
+        for name in placements:
+            proposed, refused = choose.propose_anchors(
                 chosen,
-                where,
+                cast("Placement", name),
                 data,
                 wanted=count,
-                by=sources,
+                by=[cast("choose.Source", source) for source in sources],
                 endpoint=asked,
                 progress=watch,
             )
-            found += made
-            left_out.update(refused)
-    lines = []
-    for one in found:
-        tokens = scoring.count_tokens(one.anchor, data.loaded)
-        lines.append({**store.plain(one.anchor), "source": one.source, "tokens": tokens})
-    store.write_jsonl(out, lines)
-    rows = [
-        (line["text"], line["placement"], line["source"], str(line["tokens"])) for line in lines
-    ]
-    head = ("anchor", "placement", "by", "tokens")
-    screen.print(terminal.grid(f"Anchors for {chosen.name}", head, rows, numbers=False))
+            candidates += proposed
+            rejects.update(refused)
+    _write_candidates(screen, out, chosen.name, candidates, data)
     terminal.say(screen, "proposals that were no anchors, by reason:")
-    terminal.say_rejects(screen, left_out)
-    wanted = len(placements) * (count + len(text or ()))
-    if len(found) < wanted:
+    terminal.say_rejects(screen, rejects)
+    wanted = len(placements) * (count + len(texts))
+    if len(candidates) < wanted:
         terminal.say(
             screen,
-            f"{len(found)} of {wanted}: write some yourself (--text), or ask a larger model (--by endpoint)",
+            f"{len(candidates)} of {wanted}: "
+            "write some yourself (--text), or ask a larger model (--by endpoint)",
             "yellow",
         )
     terminal.say(screen, f"wrote {out}; next: fulcrum anchor score {run_file} {out}")
+
+
+def _check_names(names: list[str], known: "Sequence[str]") -> list[str]:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{name!r} is not known here; known: {', '.join(known)}")
+    return names
+
+
+def _write_candidates(
+    screen: "Console",
+    out: Path,
+    task: str,
+    candidates: "Sequence[Candidate]",
+    data: "choose.AnchorData",
+) -> None:
+    """Write proposed anchors into a file, and show them."""
+    from fulcrum.anchors import score as scoring
+    from fulcrum.cli import terminal
+    from fulcrum.core import store
+
+    lines = []
+    rows = []
+    for one in candidates:
+        anchor = one.anchor
+        tokens = scoring.count_tokens(anchor, data.loaded)
+        lines.append({**store.plain(anchor), "source": one.source, "tokens": tokens})
+        rows.append((anchor.text, anchor.placement, one.source, str(tokens)))
+    store.write_jsonl(out, lines)
+    head = ("anchor", "placement", "by", "tokens")
+    screen.print(terminal.grid(f"Anchors for {task}", head, rows, numbers=False))
 
 
 @app.command()
@@ -147,7 +171,7 @@ def score(
     """
     from fulcrum.config.settings import load_settings
 
-    given = [] if anchors is None else _read(anchors)
+    given = [] if anchors is None else _read_anchors(anchors)
     settings = load_settings(run_file, changes or ())
     screen = common.ready(ctx, settings)
     from fulcrum.anchors import choose
@@ -160,21 +184,24 @@ def score(
     with terminal.working(screen, f"loading {settings.model}, reading data"):
         data = choose.load_data(settings, compared=False)
     chosen = _task(data.tasks, task)
-    found = [Candidate(chosen.anchor, "the task's")] if chosen.anchor is not None else []
-    found += [Candidate(one, source) for one, source in given if one != chosen.anchor]
-    left_out: dict[str, int] = {}
+    candidates = []
+    where: Placement = "user_prefix"
+    if chosen.anchor is not None:
+        candidates.append(Candidate(chosen.anchor, "the task's"))
+        where = chosen.anchor.placement
+    for one, source in given:
+        if one != chosen.anchor:
+            candidates.append(Candidate(one, source))
+    rejects: dict[str, int] = {}
     with Watch(screen) as watch:
         if anchors is None:
-            where: Placement = (
-                chosen.anchor.placement if chosen.anchor is not None else "user_prefix"
-            )
-            made, left_out = choose.propose_anchors(chosen, where, data, progress=watch)
-            found += made
+            proposed, rejects = choose.propose_anchors(chosen, where, data, progress=watch)
+            candidates += proposed
         scores = choose.score_candidates(
-            found,
+            candidates,
             chosen,
             data,
-            rejects=left_out,
+            rejects=rejects,
             started=began,
             choose=True,
             progress=watch,
@@ -204,7 +231,8 @@ def outcome(
         groups += anchor_validity.read_groups(folder)
     if not groups:
         raise ConfigError(
-            f"{run_folders[0]}: no arms that differ in their anchor alone; give arms an `anchor:` of their own and compare them"
+            f"{run_folders[0]}: no arms that differ in their anchor alone; "
+            "give arms an `anchor:` of their own and compare them"
         )
     for group in groups:
         rows = []
@@ -224,7 +252,9 @@ def show(screen: "Console", scores: "AnchorScores") -> None:
 
     rows = []
     for one in scores.scores:
-        ends = "" if one.low is None or one.high is None else f"[{one.low:+.3f}, {one.high:+.3f}]"
+        interval = ""
+        if one.low is not None and one.high is not None:
+            interval = f"[{one.low:+.3f}, {one.high:+.3f}]"
         rows.append(
             (
                 "→" if one.chosen else "",
@@ -233,7 +263,7 @@ def show(screen: "Console", scores: "AnchorScores") -> None:
                 one.source,
                 f"{one.tokens}",
                 f"{one.loss:.3f}",
-                ends,
+                interval,
             )
         )
     head = ("", "anchor", "placement", "by", "tokens", "S_loss", "to no anchor")
@@ -241,47 +271,51 @@ def show(screen: "Console", scores: "AnchorScores") -> None:
     screen.print(terminal.grid(title, head, rows, numbers=False))
     terminal.say(
         screen,
-        "S_loss: nats per answer token before training, with the 95% interval of its difference to no anchor.",
+        "S_loss: nats per answer token before training, "
+        "with the 95% interval of its difference to no anchor.",
     )
     if any(one.chosen for one in scores.scores):
         terminal.say(screen, choose.sentence(scores), "bold")
 
 
-def _task(tasks: Any, name: str | None) -> Any:
+def _task(tasks: "Sequence[Task]", name: str | None) -> "Task":
     from fulcrum.core.errors import nearest
 
-    found = next((task for task in tasks if name in (None, task.name)), None)
-    if found is None:
-        raise ConfigError(
-            f"--task {name}: no such task{nearest(str(name), [task.name for task in tasks])}"
-        )
-    return found
+    for task in tasks:
+        if name in (None, task.name):
+            return task
+    names = [task.name for task in tasks]
+    raise ConfigError(f"--task {name}: no such task{nearest(str(name), names)}")
 
 
-def _read(file: Path) -> list[tuple[Any, str]]:
-    """Anchors of a file. Raises DataError for lines that are none."""
-    from fulcrum.core.types import Anchor, Placement
-
+def _read_anchors(file: Path) -> "list[tuple[Anchor, str]]":
+    """Return the anchors of a file with their sources. Raise DataError for lines that are none."""
     try:
         lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{file}: cannot be read ({error}); give a file of `fulcrum anchor propose`"
         ) from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            text, where = str(row["text"]), row.get("placement", "user_prefix")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(
-                f'{file}:{number}: no anchor: {line[:80]!r}; a line is {{"text": "...", "placement": "user_prefix"}}'
-            ) from None
-        if where not in get_args(Placement) or not text.strip():
-            raise DataError(
-                f"{file}:{number}: placement {where!r} or text {text!r:.40} is none; known: {', '.join(get_args(Placement))}"
-            )
-        found.append((Anchor(text, where), str(row.get("source", "given"))))
-    if not found:
+    if not lines:
         raise DataError(f"{file}: holds no anchor; write some with `fulcrum anchor propose`")
-    return found
+    return [_read_anchor(line, f"{file}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _read_anchor(line: str, place: str) -> "tuple[Anchor, str]":
+    from fulcrum.core.types import Anchor, Placement
+
+    try:
+        row = json.loads(line)
+        text = str(row["text"])
+        placement = row.get("placement", "user_prefix")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(
+            f'{place}: no anchor: {line[:80]!r}; a line is {{"text": "...", '
+            '"placement": "user_prefix"}'
+        ) from None
+    if placement not in get_args(Placement) or not text.strip():
+        known = ", ".join(get_args(Placement))
+        raise DataError(
+            f"{place}: placement {placement!r} or text {text!r:.40} is none; known: {known}"
+        )
+    return Anchor(text, placement), str(row.get("source", "given"))

@@ -35,7 +35,7 @@ class Request:
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of a text such as 2h, 1h30m, 90m or 600s. Raises ConfigError."""
+    """Return the seconds of a text such as 2h, 1h30m, 90m or 600s. Raise ConfigError."""
     pattern = r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+)s)?"
     match = re.fullmatch(pattern, text.strip())
     seconds = 0.0
@@ -75,7 +75,7 @@ def plan_comparison(
 ) -> tuple["Settings", "Budget"]:
     """Show the chosen design and have it agreed to; return its settings and the budget to keep.
 
-    Raises ConfigError if nothing fits or nobody agrees.
+    Raise ConfigError if nothing fits or nobody agrees.
     """
     from fulcrum.cli import terminal
     from fulcrum.experiments import budget
@@ -142,10 +142,14 @@ def _preset_table(plan: "Plan") -> Any:
     """Lay out every preset side by side, as it is on these rows and this machine."""
     from fulcrum.cli import terminal
 
-    head = ("", *(design.preset for design in plan.designs))
     columns = [_describe(design) for design in plan.designs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [(name, *(column.get(name, "–") for column in columns)) for name in names]
+    names: dict[str, None] = {}  # in order, each once
+    for column in columns:
+        names |= dict.fromkeys(column)
+    rows = []
+    for name in names:
+        rows.append([name, *(column.get(name, "–") for column in columns)])
+    head = ["", *(design.preset for design in plan.designs)]
     return terminal.grid("Presets for these rows on this machine", head, rows, numbers=False)
 
 
@@ -154,19 +158,20 @@ def _describe(design: "Design") -> dict[str, str]:
     settings = design.settings
     compare = settings.compare
     arms = [arm if isinstance(arm, str) else arm.name for arm in compare.arms]
-    found = {"seeds": f"{len(settings.seeds)}", "arms": ", ".join(arms)}
-    found["task rows"] = _listed(compare.sizes or (design.rows,))
+    cells = {"seeds": f"{len(settings.seeds)}", "arms": ", ".join(arms)}
+    cells["task rows"] = _listed(compare.sizes or (design.rows,))
     for name, sizes in compare.sizes_of.items():
-        found[f"task rows of {name}"] = _listed(sizes)
-    found["repeats tried"] = _listed(settings.mix.candidates)
-    found["test rows"] = _test_rows(settings)
-    found["metrics"] = ", ".join(
-        dict.fromkeys(name for task in settings.tasks for name in task.metrics)
-    )
-    found["side effects"] = "checked" if settings.eval.general_rows else "not checked"
-    found["trials, trainings"] = f"{design.jobs}"
-    found["expected"] = design.why_not or f"about {_minutes(design.seconds)}"
-    return found
+        cells[f"task rows of {name}"] = _listed(sizes)
+    cells["repeats tried"] = _listed(settings.mix.candidates)
+    cells["test rows"] = _test_rows(settings)
+    metrics: dict[str, None] = {}  # in order, each once
+    for task in settings.tasks:
+        metrics |= dict.fromkeys(task.metrics)
+    cells["metrics"] = ", ".join(metrics)
+    cells["side effects"] = "checked" if settings.eval.general_rows else "not checked"
+    cells["trials, trainings"] = f"{design.jobs}"
+    cells["expected"] = design.why_not or f"about {_minutes(design.seconds)}"
+    return cells
 
 
 def _listed(numbers: "Sequence[int]") -> str:
@@ -174,9 +179,9 @@ def _listed(numbers: "Sequence[int]") -> str:
 
 
 def _test_rows(settings: "Settings") -> str:
-    limits = [
-        "all" if task.test_limit is None else f"up to {task.test_limit}" for task in settings.tasks
-    ]
+    limits = []
+    for task in settings.tasks:
+        limits.append("all" if task.test_limit is None else f"up to {task.test_limit}")
     return ", ".join(dict.fromkeys(limits))
 
 
@@ -199,10 +204,11 @@ def _show_choice(
 
 
 def _confirm(option: str) -> None:
-    """Ask whether to start. Raises ConfigError if the answer is no or nobody can answer."""
+    """Ask whether to start. Raise ConfigError if the answer is no or nobody can answer."""
     if not sys.stdin.isatty():
         raise ConfigError(
-            f"{option} asks for confirmation, but this is not a terminal; add --yes, or --dry-run to see the plan"
+            f"{option} asks for confirmation, but this is not a terminal; "
+            "add --yes, or --dry-run to see the plan"
         )
     if input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
         raise ConfigError("not started; choose another preset or budget, or change the settings")
@@ -216,5 +222,5 @@ def answer(folder: Path) -> None:
 
     file = folder / certificate.FILE
     if file.exists():
-        found = certificate.Certificate.read(file).answer
-        terminal.say(terminal.console(), wording.quick_answer(found), "bold")
+        first = certificate.Certificate.read(file).answer
+        terminal.say(terminal.console(), wording.quick_answer(first), "bold")

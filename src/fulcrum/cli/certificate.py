@@ -1,4 +1,4 @@
-"""`fulcrum certify` and `fulcrum verify`: an honest number for outcomes that any trainer made, and its check."""
+"""`fulcrum certify` and `verify`: an honest number for any trainer's outcomes, and its check."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ import typer
 from fulcrum.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fulcrum.stats.certificate import Answer
     from fulcrum.stats.outcomes import Outcomes
 
 # Metrics whose names hold one of these are better when lower, unless told otherwise.
@@ -70,13 +71,14 @@ def certify(
         int, typer.Option("--draws", min=200, max=100_000, help="Draws for intervals.")
     ] = 2000,
 ) -> None:
-    """Say from outcomes that any trainer made what general data bought: difference, row saving, row gain, with intervals.
+    """Say from any trainer's outcomes what general data bought, with intervals.
 
-    A line is {"arm": "sft", "size": 64, "seed": 0, "row": "t17", "outcome": 0.5}, with "metric", "group" (rows that belong
-    together) and "weight" where needed: a score is the sum of outcomes over the sum of weights, so that summed nats with the
-    number of answer tokens as weight are nats per token. {"arm": "sft", "size": 64,
-    "seed": 0, "dev": 0.7, "tokens": 5321} says by what score a cell was selected (higher is better; without it arms are
-    selected on test, which favours the reference) and how many tokens its task rows have.
+    A line is {"arm": "sft", "size": 64, "seed": 0, "row": "t17", "outcome": 0.5}, with "metric",
+    "group" (rows that belong together) and "weight" where needed: a score is the sum of outcomes
+    over the sum of weights, so that summed nats with the number of answer tokens as weight are nats
+    per token. {"arm": "sft", "size": 64, "seed": 0, "dev": 0.7, "tokens": 5321} says by what score
+    a cell was selected (higher is better; without it arms are selected on test, which favours the
+    reference) and how many tokens its task rows have.
     """
     from fulcrum.cli import terminal
     from fulcrum.core import store
@@ -87,59 +89,78 @@ def certify(
     for name in (certificate.FILE, outcomes.FILE, certificate_page.REPORT):
         if (out / name).exists():
             raise ConfigError(
-                f"{out / name}: exists already and is not overwritten; name another folder with --out"
+                f"{out / name}: exists already and is not overwritten; "
+                "name another folder with --out"
             )
-    found = outcomes.read(file)
-    known = [name for name in found.values if not certificate.is_side_effect(name)]
-    if not metric and len(known) > 1:
-        raise ConfigError(
-            f"{file} has the metrics {', '.join(known)}; say with --metric which count, the deciding one first"
-        )
-    metrics = tuple(metric or known)
-    turned = tuple(
-        name
-        for name in metrics
-        if name in (lower or ()) or (_lower_by_name(name) and name not in (higher or ()))
-    )
-    question = Question(arm, tuple(reference or _references(found)), metrics, turned, task, draws)
+    read = outcomes.read(file)
+    metrics = tuple(metric or _metrics(read, file))
+    lower_is_better = []
+    for name in metrics:
+        by_name = _is_lower_by_name(name) and name not in (higher or ())
+        if by_name or name in (lower or ()):
+            lower_is_better.append(name)
+    references = tuple(reference or _references(read))
+    question = Question(arm, references, metrics, tuple(lower_is_better), task, draws)
     screen = terminal.console()
     with terminal.working(screen, "computing intervals"):
-        sealed = certification.write(
-            out, found, question, Inputs(outcomes_file=store.file_sha256(file))
-        )
+        inputs = Inputs(outcomes_file=store.file_sha256(file))
+        sealed = certification.write(out, read, question, inputs)
     terminal.say(screen, wording.headline(sealed), "bold")
     for answer in sealed.answers:
-        for table in terminal.certificate_tables(answer):
-            screen.print(table)
-        short, _, full = wording.more_rows(answer)
-        rows = answer.more_rows.rows
-        terminal.say(screen, f"{rows} more labelled rows, or general data? {short}. {full}")
-        if answer.selected_on == "test":
-            terminal.say(screen, f"The reference was selected by {wording.selected_by(answer)}.")
+        _show_answer(answer)
     terminal.say(screen, f"report: {certificate_page.write(out)}")
-    terminal.say(
-        screen,
-        f"wrote {out / certificate.FILE}; check it any time: fulcrum verify {out / certificate.FILE}",
-    )
+    sealed_file = out / certificate.FILE
+    terminal.say(screen, f"wrote {sealed_file}; check it any time: fulcrum verify {sealed_file}")
 
 
-def _lower_by_name(name: str) -> bool:
-    return (
-        any(part in LOWER_IS_BETTER for part in re.split(r"[^a-z]+", name.casefold()))
-        or name.casefold() in LOWER_IS_BETTER
-    )
+def _metrics(read: "Outcomes", file: Path) -> list[str]:
+    """Return the only metric of outcomes. Raise ConfigError if there are several."""
+    from fulcrum.stats import certificate
+
+    names = [name for name in read.values if not certificate.is_side_effect(name)]
+    if len(names) > 1:
+        raise ConfigError(
+            f"{file} has the metrics {', '.join(names)}; "
+            "say with --metric which count, the deciding one first"
+        )
+    return names
 
 
-def _references(found: "Outcomes") -> list[str]:
+def _is_lower_by_name(name: str) -> bool:
+    folded = name.casefold()
+    if folded in LOWER_IS_BETTER:
+        return True
+    return any(part in LOWER_IS_BETTER for part in re.split(r"[^a-z]+", folded))
+
+
+def _references(read: "Outcomes") -> list[str]:
+    """Return the arms known to use no general data. Raise ConfigError if there are none."""
     from fulcrum.config.arms import ARMS
 
-    known = {arm for cells in found.values.values() for arm, _, _ in cells}
-    chosen = [name for name, arm in ARMS.items() if arm.is_reference and name in known]
-    if not chosen:
+    arms = set()
+    for cells in read.values.values():
+        arms |= {arm for arm, _, _ in cells}
+    references = [name for name, arm in ARMS.items() if arm.is_reference and name in arms]
+    if not references:
         raise ConfigError(
-            f"none of the arms ({', '.join(sorted(known))}) is known to use no general data; name it with --reference"
+            f"none of the arms ({', '.join(sorted(arms))}) is known to use no general data; "
+            "name it with --reference"
         )
-    return chosen
+    return references
+
+
+def _show_answer(answer: "Answer") -> None:
+    from fulcrum.cli import terminal
+    from fulcrum.report import wording
+
+    screen = terminal.console()
+    for table in terminal.certificate_tables(answer):
+        screen.print(table)
+    short, _, full = wording.more_rows(answer)
+    rows = answer.more_rows.rows
+    terminal.say(screen, f"{rows} more labelled rows, or general data? {short}. {full}")
+    if answer.selected_on == "test":
+        terminal.say(screen, f"The reference was selected by {wording.selected_by(answer)}.")
 
 
 def verify(
@@ -158,7 +179,7 @@ def verify(
         ),
     ] = False,
 ) -> None:
-    """Compare what a run made with its manifest, and compute every number of certificates again from their outcomes."""
+    """Compare a run with its manifest, and compute every number of certificates again."""
     from fulcrum import api
     from fulcrum.cli import terminal
     from fulcrum.core import store
@@ -167,7 +188,8 @@ def verify(
     is_run = (path / store.MANIFEST).is_file()
     if again and not is_run:
         raise ConfigError(
-            f"--again: {path} is not a run folder; give the output_dir of `fulcrum train` or `compare`"
+            f"--again: {path} is not a run folder; "
+            "give the output_dir of `fulcrum train` or `compare`"
         )
     screen = terminal.console()
     with terminal.working(screen, "reading hashes, computing intervals"):
@@ -176,24 +198,25 @@ def verify(
         from fulcrum.cli.terminal import Watch
 
         with Watch(screen) as watch:
-            found = api.repeat(path, watch)
-        wrong, unchecked = wrong + found.wrong, unchecked + found.unchecked
+            repeated = api.repeat(path, watch)
+        wrong = wrong + repeated.wrong
+        unchecked = unchecked + repeated.unchecked
     for text in unchecked:
         terminal.say(screen, f"not checked: {text}", "yellow")
     for text in wrong:
         terminal.say(screen, text, "red")
     if wrong:
-        terminal.fail(
-            f"{path}: {len(wrong)} thing{'s' if len(wrong) > 1 else ''} that do{'' if len(wrong) > 1 else 'es'} not match"
-        )
+        count = "1 thing that does" if len(wrong) == 1 else f"{len(wrong)} things that do"
+        terminal.fail(f"{path}: {count} not match")
         raise typer.Exit(2)
-    said = []
-    if is_run:
-        said.append("every file that the manifest names is as the run made it")
-    if not is_run or any(path.rglob(certificate.FILE)):
-        said.append(
-            "every number follows from the outcomes next to it (the seal is no signature: it does not say who made it)"
-        )
+    confirmed = []
     if again:
-        said.insert(0, "made again, it gave the same bits")
-    terminal.say(screen, f"{path}: {'; '.join(said)}")
+        confirmed.append("made again, it gave the same bits")
+    if is_run:
+        confirmed.append("every file that the manifest names is as the run made it")
+    if not is_run or any(path.rglob(certificate.FILE)):
+        confirmed.append(
+            "every number follows from the outcomes next to it "
+            "(the seal is no signature: it does not say who made it)"
+        )
+    terminal.say(screen, f"{path}: {'; '.join(confirmed)}")

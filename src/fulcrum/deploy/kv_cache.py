@@ -1,11 +1,13 @@
-"""Many conversations in one forward pass: a key/value cache with a row, a *slot*, for each, all of lengths of their own.
+"""Many conversations in one forward pass: a key/value cache with a row, a *slot*, for each.
 
-A step writes new keys and values where each slot ends, and a query sees the keys of its own slot up to its own position
-(`AttentionInterface`, as `attention`). So prompts and answers of any length share a step without being padded against each
-other, one that ends leaves at once, and one that comes takes its slot: what Orca calls iteration-level scheduling (Yu et al.,
-OSDI 2022). Adapters are chosen by row, through PEFT's `adapter_names`.
+Slots have lengths of their own. A step writes new keys and values at the end of each slot, and a
+query sees the keys of its own slot up to its own position (`AttentionInterface`, as `attention`).
+So prompts and answers of any length share a step without padding each other; one that ends leaves
+at once, and a new one takes its slot: iteration-level scheduling (Orca: Yu et al., OSDI 2022).
+Adapters are chosen by row, through PEFT's `adapter_names`.
 
-Invariant: a slot's logits are those of its tokens alone. Keys past a slot's length are never seen, and are always numbers.
+Invariant: a slot's logits are those of its tokens alone. Keys past a slot's length are never seen,
+and are always numbers.
 """
 
 from collections.abc import Sequence
@@ -32,32 +34,30 @@ from fulcrum.model.base_model import (
 from fulcrum.model.loss import set_checkpointing
 
 NAME = "fulcrum_slots"
-_WIDTH = 256  # tokens a slot has room for at first; doubled when one needs more
+_ROOM = 256  # tokens a slot has room for at first; doubled when one needs more
 
 
 @dataclass
 class _Step:
-    """Where a step's tokens go. `rows` picks the slots, `index` (n,) is the same as numbers; `positions` (n, tokens); `width`:
-    keys that some query sees. `biases` are worked out once for all layers of a kind."""
+    """Where the tokens of a step's n slots go."""
 
-    rows: slice | Tensor
-    index: Tensor
-    positions: Tensor
-    width: int
+    rows: slice | Tensor  # the slots, as an index into keys and values
+    index: Tensor  # (n,), the slots' numbers
+    positions: Tensor  # (n, tokens)
+    width: int  # keys that some query sees
+    # by window and dtype, computed once for all layers that share them
     biases: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """0 where a query may look, else -inf: (n, 1, 1, tokens, keys)."""
+        """Return 0 where a query may look, else -inf: (n, 1, 1, tokens, keys)."""
         if (window, dtype) not in self.biases:
-            keys, at = (
-                torch.arange(self.width, device=self.positions.device),
-                self.positions[:, :, None],
-            )
-            seen = keys <= at
-            seen = seen if window is None else seen & (keys > at - window)
-            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-                ~seen, float("-inf")
-            )
+            keys = torch.arange(self.width, device=self.positions.device)
+            queries = self.positions[:, :, None]
+            seen = keys <= queries
+            if window is not None:
+                seen = seen & (keys > queries - window)
+            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            bias.masked_fill_(~seen, float("-inf"))
             self.biases[window, dtype] = bias[:, None, None]
         return self.biases[window, dtype]
 
@@ -79,7 +79,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]  # Transformers' classes ha
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the step's keys and values where each slot ends; returns all that its queries may see."""
+        """Write the step's keys and values at each slot's end; return all that queries may see."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         step = self.slots.step
@@ -89,9 +89,11 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]  # Transformers' classes ha
 
     def widen(self, room: int) -> None:
         """Grow to a room of so many tokens."""
-        for name in ("keys", "values") if self.is_initialized else ():
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
             old = getattr(self, name)
-            if old.shape[2] >= room:  # when memory was short for another layer
+            if old.shape[2] >= room:  # grown before memory was too short for another layer
                 continue
             grown = old.new_zeros((*old.shape[:2], room, old.shape[3]))
             grown[:, :, : old.shape[2]] = old
@@ -103,15 +105,15 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]  # Transformers' classes ha
             held[target, :, :length] = held[source, :, :length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Nobody masks but `slot_attention`."""
+        """Return sizes for a mask that is not used: `slot_attention` masks itself."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """No single length: positions are always given."""
+        """Return 0: there is no single length, and positions are always given."""
         return 0
 
     def get_max_length(self) -> int:
-        """As `DynamicLayer`'s: none."""
+        """Return that there is none, as `DynamicLayer` does."""
         return -1
 
 
@@ -128,8 +130,10 @@ def slot_attention(
     slots: "Slots | None" = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of each slot's new tokens to that slot's keys, without repeating the keys that several heads share. Returns
-    (n, tokens, heads, head_dim)."""
+    """Attend from each slot's new tokens to that slot's keys; return (n, tokens, heads, head_dim).
+
+    Keys that several heads share are not repeated.
+    """
     if slots is None:
         raise ModelError(
             "slot attention was called without its slots; generate with `fulcrum.generate`"
@@ -141,19 +145,17 @@ def slot_attention(
             )
     n, heads, tokens, width = query.shape
     shared, keys = key.shape[1], key.shape[2]
+    group = heads // shared  # query heads of one key/value head
     scale = width**-0.5 if scaling is None else scaling
-    grouped = (query * scale).to(value.dtype).reshape(n, shared, heads // shared * tokens, width)
-    scores = (
-        torch.matmul(grouped, key.to(value.dtype).transpose(2, 3))
-        .view(n, shared, heads // shared, tokens, keys)
-        .float()
-    )
-    scores = torch.tanh(scores / softcap) * softcap if softcap is not None else scores
-    weights = torch.softmax(scores + slots.step.bias(sliding_window, scores.dtype), dim=-1).to(
-        value.dtype
-    )
-    found = torch.matmul(weights.view(n, shared, heads // shared * tokens, keys), value)
-    return found.view(n, heads, tokens, -1).transpose(1, 2), None
+    grouped = (query * scale).to(value.dtype).reshape(n, shared, group * tokens, width)
+    scores = torch.matmul(grouped, key.to(value.dtype).transpose(2, 3))
+    scores = scores.view(n, shared, group, tokens, keys).float()
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + slots.step.bias(sliding_window, scores.dtype)
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    attended = torch.matmul(weights.view(n, shared, group * tokens, keys), value)
+    return attended.view(n, heads, tokens, -1).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, slot_attention)
@@ -163,26 +165,30 @@ class Slots:
     """`number` conversations of a model, each with an adapter of its own or none."""
 
     def __init__(self, loaded: LoadedModel, number: int, most: int | None = None) -> None:
-        """Make the model ready, and find out whether it can do this. Raises ModelError where it cannot, with the reason.
+        """Make the model ready. Raise ModelError with the reason if it cannot do this.
 
         `most`: tokens that a slot will need at most.
 
-        From then on the model's attention is this one: whoever does anything else with it must `close` the slots first.
+        From then on the model's attention is this one: `close` the slots before any other use of
+        it.
         """
-        self.loaded, self.number, self.most = loaded, number, most
-        self.lengths = [0] * number
-        self.room = _WIDTH
+        self.loaded = loaded
+        self.number = number
+        self.most = most
+        self.lengths = [0] * number  # tokens
+        self.room = _ROOM
         self.step = _Step(slice(0), torch.empty(0, dtype=torch.int64), torch.empty(0), 0)
         self._cache = Cache(layer_class_to_replicate=partial(_Layer, self))
-        self._windows: set[int | None] = set()
+        self._windows: set[int | None] = set()  # that layers asked for
         no_dropout(loaded)
         set_checkpointing(loaded, False)
         self._before = str(loaded.causal.config._attn_implementation)
-        why = self._probe()
-        if why:
+        problem = self._probe()
+        if problem:
             self.close()
             raise ModelError(
-                f"{loaded.name!r} cannot answer several conversations at once: {why}; use `fulcrum chat`"
+                f"{loaded.name!r} cannot answer several conversations at once: {problem}; "
+                "use `fulcrum chat`"
             )
 
     def close(self) -> None:
@@ -194,10 +200,11 @@ class Slots:
         self.lengths[slot] = 0
 
     def erase(self, slot: int) -> None:
-        """Forget a slot's tokens, and what was computed of them."""
+        """Forget a slot's tokens, and overwrite their keys and values."""
         self.clear(slot)
         for layer in self._cache.layers:
-            layer.keys[slot], layer.values[slot] = 0, 0
+            layer.keys[slot] = 0
+            layer.values[slot] = 0
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a slot begin with the first `length` tokens of another."""
@@ -209,31 +216,31 @@ class Slots:
     def extend(
         self, slots: Sequence[int], ids: Sequence[Sequence[int]], adapters: Sequence[str]
     ) -> Tensor:
-        """Add tokens to slots, each with its adapter (`BASE`: none). Returns the logits after the last of each:
-        (n, vocabulary), float32."""
-        counts = [len(part) for part in ids]
+        """Add tokens to slots, each with its adapter (`BASE`: none).
+
+        Return the logits after the last of each: (n, vocabulary), float32.
+        """
         device = self.loaded.device
-        given = pad_sequence(
-            [torch.as_tensor(part, dtype=torch.int64) for part in ids], batch_first=True
-        ).to(device)
+        counts = [len(part) for part in ids]
+        parts = [torch.as_tensor(part, dtype=torch.int64) for part in ids]
+        given = pad_sequence(parts, batch_first=True).to(device)
         starts = torch.tensor([self.lengths[slot] for slot in slots], device=device)
-        # Padding stands behind a slot's tokens, is seen by none of them, and is written over by those that come there.
+        # Padding stands behind a slot's tokens: none of them sees it, and later ones overwrite it.
         positions = starts[:, None] + torch.arange(given.shape[1], device=device)
         self._make_room(int(positions.max()) + 1)
         index = torch.tensor(slots, device=device)
-        straight = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        rows = (
-            slice(slots[0], slots[0] + len(slots)) if straight else index
-        )  # a slice is looked at, an index is copied
+        rows: slice | Tensor = index
+        adjacent = range(slots[0], slots[0] + len(slots))
+        if list(slots) == list(adjacent):
+            rows = slice(adjacent.start, adjacent.stop)  # gives a view, an index would copy
         width = max(self.lengths[slot] + count for slot, count in zip(slots, counts, strict=True))
         self.step = _Step(rows, index, positions, width)
         last = torch.tensor(counts, device=device) - 1
-        kept, where = torch.unique(last, return_inverse=True)
-        if self.loaded.context is not None:  # padding may stand where the model knows no position
+        kept, inverse = torch.unique(last, return_inverse=True)
+        if self.loaded.context is not None:  # padding may be where the model knows no position
             positions = positions.clamp(max=self.loaded.context - 1)
-        logits = self._forward(given, positions, kept, adapters)[
-            torch.arange(len(slots)), where
-        ].float()
+        logits = self._forward(given, positions, kept, adapters)
+        logits = logits[torch.arange(len(slots)), inverse].float()
         self._windows |= {window for window, _ in self.step.biases}
         for slot, count in zip(slots, counts, strict=True):
             self.lengths[slot] += count
@@ -242,67 +249,80 @@ class Slots:
     def _forward(
         self, ids: Tensor, positions: Tensor, kept: Tensor, adapters: Sequence[str]
     ) -> Tensor:
+        """Return the logits at the places `kept`: (n, kept, vocabulary)."""
         peft = self.loaded.peft
-        options: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True, "slots": self}
-        options |= {"input_ids": ids, "position_ids": positions, "logits_to_keep": kept}
-        with self.loaded.precision():
-            if peft is None:
-                found: Tensor = self.loaded.causal(**options).logits
-                return found
+        model = self.loaded.causal
+        options: dict[str, Any] = {
+            "past_key_values": self._cache,
+            "use_cache": True,
+            "slots": self,
+            "input_ids": ids,
+            "position_ids": positions,
+            "logits_to_keep": kept,
+        }
+        if peft is not None:
             names = set(adapters)
-            if (
-                len(names) == 1 and BASE not in names
-            ):  # one product a layer, where PEFT's mixed batches take several
-                if peft.active_adapter != adapters[0]:
-                    peft.set_adapter(adapters[0], inference_mode=True)
-                found = self.loaded.causal(**options).logits
-                return found
-            found = peft(adapter_names=list(adapters), **options).logits
-            return found
+            if len(names) > 1 or BASE in names:
+                model = peft
+                options["adapter_names"] = list(adapters)
+            elif peft.active_adapter != adapters[0]:
+                # A single adapter takes one product a layer, PEFT's mixed batches take several.
+                peft.set_adapter(adapters[0], inference_mode=True)
+        with self.loaded.precision():
+            logits: Tensor = model(**options).logits
+        return logits
 
     def _make_room(self, tokens: int) -> None:
-        if tokens > self.room:
-            room = max(
-                tokens, 2 * self.room if self.most is None else min(2 * self.room, self.most)
-            )
-            for layer in self._cache.layers:
-                layer.widen(room)
-            self.room = room  # last: where memory does not suffice, all stays as it was
+        if tokens <= self.room:
+            return
+        room = 2 * self.room
+        if self.most is not None:
+            room = min(room, self.most)
+        room = max(tokens, room)
+        for layer in self._cache.layers:
+            layer.widen(room)
+        self.room = room  # last: if memory does not suffice, all stays as it was
 
     def _probe(self) -> str:
-        """Two texts side by side, some of their tokens at once and then one by one, against the stock attention. Returns why
-        this model cannot do it, or ''."""
-        loaded, slots = self.loaded, list(range(min(2, self.number)))
+        """Return why this model cannot do it, or ""."""
+        try:
+            distance, allowed = self._measure()
+        except Exception as error:  # a model's own code raises many kinds: it has no such cache
+            message = (str(error).splitlines() or [""])[0]
+            return f"{type(error).__name__}: {message[:120]}"
+        for slot in range(min(2, self.number)):
+            self.clear(slot)
+        has_window = declares_window(self.loaded.causal.config.get_text_config())
+        if has_window and self._windows == {None}:
+            return "its sliding window does not reach the attention"
+        if not distance <= allowed:
+            return (
+                f"its answers differ from single ones ({distance:.2g} nats, allowed {allowed:.2g})"
+            )
+        return ""
+
+    def _measure(self) -> tuple[float, float]:
+        """Return how far losses in slots are from the stock attention's, and how far they may be.
+
+        Two texts share their steps: some of their tokens at once, and then one by one.
+        """
+        loaded = self.loaded
+        slots = list(range(min(2, self.number)))
         texts = [probe_ids(loaded, text, special=True) for text in PROBE_TEXTS[: len(slots)]]
+        with torch.no_grad(), without(loaded):
+            stock = [probe_nats(loaded.causal(input_ids=text).logits, text) for text in texts]
+            allowed = allowed_distance(loaded, texts, stock)
+        loaded.causal.set_attn_implementation(NAME)
         ids: list[list[int]] = [text[0].tolist() for text in texts]
         begun = [3 + 2 * slot for slot in slots]
-        near: list[list[Tensor]] = [[] for _ in slots]
-        try:
-            with torch.no_grad(), without(loaded):
-                stock = [probe_nats(loaded.causal(input_ids=text).logits, text) for text in texts]
-                allowed = allowed_distance(loaded, texts, stock)
-            loaded.causal.set_attn_implementation(NAME)
-            parts = [ids[slot][: begun[slot]] for slot in slots]
-            for more in range(4):
-                logits = self.extend(slots, parts, [BASE] * len(slots))
-                parts = [[ids[slot][begun[slot] + more]] for slot in slots]
-                for slot in slots:
-                    near[slot].append(-torch.log_softmax(logits[slot], dim=-1)[parts[slot][0]])
-        except (
-            Exception
-        ) as error:  # whatever a model's own code raises: it has no key/value cache of this kind
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-        for slot in slots:
-            self.clear(slot)
-        if declares_window(loaded.causal.config.get_text_config()) and self._windows == {None}:
-            return "its sliding window does not reach the attention"
-        apart = [
-            torch.stack(near[slot]) - stock[slot][begun[slot] - 1 : begun[slot] + 3]
-            for slot in slots
-        ]
-        distance = float(torch.cat(apart).abs().mean())
-        return (
-            ""
-            if distance <= allowed
-            else f"its answers differ from single ones ({distance:.2g} nats, allowed {allowed:.2g})"
-        )
+        parts = [ids[slot][: begun[slot]] for slot in slots]
+        distances = []
+        for more in range(4):
+            logits = self.extend(slots, parts, [BASE] * len(slots))
+            for slot in slots:
+                place = begun[slot] + more
+                target = ids[slot][place]
+                loss = -torch.log_softmax(logits[slot], dim=-1)[target]
+                distances.append((loss - stock[slot][place - 1]).abs())
+                parts[slot] = [target]
+        return float(torch.stack(distances).mean()), allowed

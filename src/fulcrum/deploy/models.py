@@ -1,4 +1,4 @@
-"""The models that can be asked of some runs: one base model in memory, their adapters on it, by name."""
+"""The models of some runs: one base model in memory, with their adapters on it, by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,28 +15,31 @@ from fulcrum.experiments import finished
 from fulcrum.model import adapter, generate
 from fulcrum.model.base_model import LoadedModel
 
-BASE = "base"  # by this name the model without an adapter is asked, and without an anchor
+BASE = "base"  # the name of the model without an adapter, and without an anchor
 
 
 @dataclass(frozen=True)
 class Speakers:
-    """A base model with adapters on it, and by which names they are asked; `notes`: what differs from their training."""
+    """A base model with adapters on it."""
 
     loaded: LoadedModel
-    known: Mapping[str, Speaker]
-    notes: tuple[str, ...]
+    by_name: Mapping[str, Speaker]
+    notes: tuple[str, ...]  # what differs from their training, in words
 
     def speak(
         self,
         name: str,
         messages: Sequence[Message],
-        told: Callable[[str], None] | None = None,
+        on_text: Callable[[str], None] | None = None,
         *,
         anchored: bool = True,
     ) -> str:
-        """The greedy answer of one of them to a conversation that ends with a question; `told` hears it as it comes. Raises
-        DataError for what is no Unicode or too long."""
-        speaker = self.known[name]
+        """Return a model's greedy answer to a conversation that ends with a question.
+
+        `on_text` is called with the answer's parts as they come. Raise DataError for a text that is
+        no Unicode or too long.
+        """
+        speaker = self.by_name[name]
         form = speaker.form if anchored else encode.make_format(self.loaded.tokenizer, None)
         prompt = encode.prompt_ids(messages, form)
         try:
@@ -45,86 +48,99 @@ class Speakers:
             raise DataError(f"{error}; /reset begins anew") from None
         with adapter.active(self.loaded, speaker.adapter):
             return generate.generate_one(
-                self.loaded, prompt, form, max_new_tokens=speaker.longest, on_text=told
+                self.loaded, prompt, form, max_new_tokens=speaker.longest, on_text=on_text
             )
 
 
 def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> Speakers:
-    """Load the base model once, and all adapters of some run folders, or those of the arms `wanted` (`base` is always there).
+    """Load the base model once, with the adapters of run folders, or only of the arms `wanted`.
 
-    An adapter is called by its arm, with several tasks `ARM/TASK`, of several runs `RUN/ARM`. Raises StoreError; ConfigError
-    for an arm that no run has; ModelError where the runs' base models differ.
+    `base` is always there. An adapter is called by its arm; with several tasks `ARM/TASK`; with
+    several runs `RUN/ARM`. Raise StoreError; ConfigError for an arm that no run has; ModelError if
+    the runs' base models differ.
     """
     runs = {Path(folder): finished.read_settings(Path(folder)) for folder in folders}
-    first, *others = runs
-    for folder in others:
-        if runs[folder].model != runs[first].model:
-            raise ModelError(
-                f"{folder} is a run of {runs[folder].model!r}, {first} of {runs[first].model!r}: serve them by two servers"
-            )
-    found = {
-        folder: finished.adapter_folders(folder, settings) for folder, settings in runs.items()
-    }
-    there = {name for arms_there in found.values() for name in arms_there}
-    for name in wanted:
-        if name not in {BASE, *there}:
-            raise ConfigError(
-                f"no adapter of arm {name!r} in {', '.join(map(str, runs))}{nearest(name, {BASE, *there})}"
-            )
-    loaded = finished.load_base(runs[first])
+    _check_same_base(runs)
+    weights = {}
+    for folder, settings in runs.items():
+        weights[folder] = finished.adapter_folders(folder, settings)
+    _check_arms(wanted, weights)
+    loaded = finished.load_base(next(iter(runs.values())))
     longest = max(task.max_new_tokens for settings in runs.values() for task in settings.tasks)
-    known = {BASE: Speaker(adapter.BASE, encode.make_format(loaded.tokenizer, None), longest)}
+    speakers = {BASE: Speaker(adapter.BASE, encode.make_format(loaded.tokenizer, None), longest)}
     states: dict[str, tuple[adapter.State, TrainSettings]] = {}
     for folder, settings in runs.items():
-        for name, weights in found[folder].items():
-            if wanted and name not in wanted:
+        run_name = folder.resolve().name if len(runs) > 1 else None
+        for arm_name, place in weights[folder].items():
+            if wanted and arm_name not in wanted:
                 continue
-            key = f"adapter{len(states)}"  # an arm's own name may hold a dot, which PEFT's must not
-            arm = arm_of(settings, name) if weights.name != "adapter" else own_arm(settings)
-            states[key] = (
-                finished.read_state(weights),
-                finished.as_saved(weights, settings.train, arm),
-            )
-            for task, called in _names(folder, name, settings, several=len(runs) > 1).items():
-                if called in known:
+            key = f"adapter{len(states)}"  # an arm's name may hold a dot, which PEFT's must not
+            arm = own_arm(settings) if place.name == "adapter" else arm_of(settings, arm_name)
+            train = finished.as_saved(place, settings.train, arm)
+            states[key] = (finished.read_state(place), train)
+            for task in settings.tasks:
+                name = _served_name(run_name, arm_name, task.name, settings)
+                if name in speakers:
                     raise ConfigError(
-                        f"two adapters would be called {called!r}; rename a folder, or an arm"
+                        f"two adapters would be called {name!r}; rename a folder, or an arm"
                     )
-                own = next(one for one in settings.tasks if one.name == task)
-                form = encode.make_format(
-                    loaded.tokenizer, finished.task_anchor(own, arm, settings)
-                )
-                known[called] = Speaker(key, form, own.max_new_tokens)
+                anchor = finished.task_anchor(task, arm, settings)
+                form = encode.make_format(loaded.tokenizer, anchor)
+                speakers[name] = Speaker(key, form, task.max_new_tokens)
     adapter.put_on(loaded, states)
-    return Speakers(
-        loaded,
-        known,
-        tuple(note for folder in runs for note in finished.other_base(folder, loaded)),
-    )
+    notes: list[str] = []
+    for folder in runs:
+        notes += finished.other_base(folder, loaded)
+    return Speakers(loaded, speakers, tuple(notes))
 
 
 def side_by_side(
     folder: Path, arm: str | None, others: Sequence[str], task: str | None
 ) -> tuple[Speakers, list[str]]:
-    """The adapter of an arm (default: the first that the run has) and others beside it, and by which names they are asked for a
-    task (default: the first). Raises as `load`, and ConfigError for an unknown task."""
+    """Load the adapter of an arm and others to compare it with; return also their names.
+
+    Defaults: the first arm that the run has, and its first task. Raise as `load`, and ConfigError
+    for an unknown task.
+    """
     settings = finished.read_settings(folder)
     tasks = [one.name for one in settings.tasks]
     if task is not None and task not in tasks:
         raise ConfigError(f"no task {task!r} in this run{nearest(task, tasks)}")
     first = arm or next(iter(finished.adapter_folders(folder, settings)))
     wanted = list(dict.fromkeys([first, *others]))
-    named = {
-        name: name if name == BASE or len(tasks) == 1 else f"{name}/{task or tasks[0]}"
-        for name in wanted
-    }
-    return load([folder], wanted), list(named.values())
+    names = []
+    for name in wanted:
+        if name == BASE:
+            names.append(BASE)
+        else:
+            names.append(_served_name(None, name, task or tasks[0], settings))
+    return load([folder], wanted), names
 
 
-def _names(folder: Path, arm: str, settings: Settings, *, several: bool) -> dict[str, str]:
-    """By which name an adapter is asked, for each task."""
-    run = [folder.resolve().name] if several else []
-    tasks = settings.tasks
-    return {
-        task.name: "/".join([*run, arm, *([task.name] if len(tasks) > 1 else [])]) for task in tasks
-    }
+def _check_same_base(runs: Mapping[Path, Settings]) -> None:
+    first, *others = runs
+    for folder in others:
+        if runs[folder].model != runs[first].model:
+            raise ModelError(
+                f"{folder} is a run of {runs[folder].model!r}, {first} of {runs[first].model!r}: "
+                "serve them by two servers"
+            )
+
+
+def _check_arms(wanted: Sequence[str], weights: Mapping[Path, Mapping[str, Path]]) -> None:
+    """Raise ConfigError for an arm that no run has; `weights`: adapter folders by run and arm."""
+    names = {BASE}
+    for by_arm in weights.values():
+        names |= by_arm.keys()
+    for name in wanted:
+        if name not in names:
+            folders = ", ".join(map(str, weights))
+            raise ConfigError(f"no adapter of arm {name!r} in {folders}{nearest(name, names)}")
+
+
+def _served_name(run: str | None, arm: str, task: str, settings: Settings) -> str:
+    """Return the name of an adapter for one of its tasks; `run`: None if there is one run alone."""
+    parts = [arm] if run is None else [run, arm]
+    if len(settings.tasks) > 1:
+        parts.append(task)
+    return "/".join(parts)

@@ -1,7 +1,7 @@
-"""What OpenAI's clients send and expect, as typed values: requests, answers, errors. Nothing here computes.
+"""What OpenAI's clients send and expect, as typed values: requests, answers, errors.
 
-A field that would change the answer and is not supported is refused by name, never passed over. Those that change nothing are
-let through, as are fields at the value that means "off".
+A field that would change the answer and is not supported is refused by name, never ignored. Fields
+that change nothing are accepted, as are fields at the value that means "off".
 """
 
 import time
@@ -13,17 +13,38 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from fulcrum.core.types import Message
 
 _WITHOUT_EFFECT = {
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "parallel_tool_calls",
-}  # fmt: skip
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prediction",
+    "parallel_tool_calls",
+}
 _OFF: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},),
-    "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "modalities": (["text"],), "echo": (False,), "best_of": (1,), "suffix": ("",),
-    "reasoning_effort": ("none",), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "chat_template_kwargs": ({},),
-}  # fmt: skip
-MOST_CHOICES = 16
-_MOST_PARTS = 2_000  # messages of a conversation, parts of a message; a list with mistakes is left at the first of them
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "reasoning_effort": ("none",),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "chat_template_kwargs": ({},),
+}
+MAX_CHOICES = 16
+_MAX_PARTS = 2_000  # messages of a conversation, parts of a message
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine that no other one reaches
 
 
@@ -36,14 +57,14 @@ class _Part(BaseModel):
 
 
 class Turn(BaseModel):
-    """A message. What clients send back of an answer (`refusal: null` and the like) is let through where it is empty."""
+    """A message; what clients send back of an answer (`refusal: null`) is accepted if empty."""
 
     model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[_Part], Field(max_length=_MOST_PARTS, fail_fast=True)]
+    content: str | Annotated[list[_Part], Field(max_length=_MAX_PARTS, fail_fast=True)]
 
     @model_validator(mode="after")
-    def _nothing_else(self) -> "Turn":
+    def _refuse_other_content(self) -> "Turn":
         for name, value in (self.model_extra or {}).items():
             if value and name not in ("name", "id"):
                 raise ValueError(
@@ -52,14 +73,11 @@ class Turn(BaseModel):
         return self
 
     def message(self) -> Message:
-        """As the model is asked."""
-        text = (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
-        )
+        """Return the message as the model reads it."""
         role = "system" if self.role == "developer" else self.role
-        return Message(role, text)
+        if isinstance(self.content, str):
+            return Message(role, self.content)
+        return Message(role, "".join(part.text for part in self.content))
 
 
 class _StreamOptions(BaseModel):
@@ -67,7 +85,7 @@ class _StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Asked(BaseModel):
+class GenerationRequest(BaseModel):
     """What both kinds of request have in common."""
 
     model_config = ConfigDict(extra="allow")
@@ -75,14 +93,14 @@ class Asked(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=5)
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
     @model_validator(mode="after")
-    def _nothing_is_passed_over(self) -> "Asked":
+    def _refuse_unsupported(self) -> "GenerationRequest":
         for name, value in (self.model_extra or {}).items():
             if name not in _WITHOUT_EFFECT and value is not None and not _is_off(name, value):
                 raise ValueError(f"{name!r} is not supported by this server; leave it out")
@@ -90,36 +108,38 @@ class Asked(BaseModel):
 
     @field_validator("stop")
     @classmethod
-    def _stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        given = [value] if isinstance(value, str) else value or []
-        if len(given) > 4 or not all(given):
+    def _check_stop(cls, value: str | list[str] | None) -> str | list[str] | None:
+        texts = [value] if isinstance(value, str) else value or []
+        if len(texts) > 4 or not all(texts):
             raise ValueError("at most four texts, none of them empty")
         return value
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts at which an answer ends."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        """Return the texts at which an answer ends."""
+        if isinstance(self.stop, str):
+            return (self.stop,)
+        return tuple(self.stop or ())
 
 
-class Chat(Asked):
+class ChatRequest(GenerationRequest):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=_MOST_PARTS, fail_fast=True)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=_MAX_PARTS, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @field_validator("messages")
     @classmethod
-    def _ends_with_a_question(cls, value: list[Turn]) -> list[Turn]:
+    def _check_last(cls, value: list[Turn]) -> list[Turn]:
         if value[-1].role != "user":
             raise ValueError(f"the last message must be the user's, it is the {value[-1].role}'s")
         return value
 
 
-class Completion(Asked):
+class CompletionRequest(GenerationRequest):
     """A request to /v1/completions: one text or several to continue."""
 
-    prompt: str | Annotated[list[str], Field(max_length=MOST_CHOICES, fail_fast=True)]
+    prompt: str | Annotated[list[str], Field(max_length=MAX_CHOICES, fail_fast=True)]
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -136,11 +156,9 @@ class Completion(Asked):
 
 
 def _is_off(name: str, value: Any) -> bool:
-    """Whether a field has the value that means "off"; false is no number."""
-    return any(
-        value == off and isinstance(value, bool) == isinstance(off, bool)
-        for off in _OFF.get(name, ())
-    )
+    """Return whether a field has the value that means "off"; false is not the number 0."""
+    is_bool = isinstance(value, bool)
+    return any(value == off and is_bool == isinstance(off, bool) for off in _OFF.get(name, ()))
 
 
 class Envelope:
@@ -149,41 +167,34 @@ class Envelope:
     def __init__(self, kind: str, number: str, model: str) -> None:
         """`kind`: chat or completion; `number`: the request's own."""
         self.kind = kind
-        self.head = {
-            "id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{number}",
-            "created": int(time.time()),
-            "model": model,
-        }
+        prefix = "chatcmpl" if kind == "chat" else "cmpl"
+        self.head = {"id": f"{prefix}-{number}", "created": int(time.time()), "model": model}
 
     def whole(self, texts: list[str], ends: list[str], usage: dict[str, int]) -> dict[str, Any]:
-        """All answers, in one piece."""
-        said: list[dict[str, Any]] = [
-            {"message": {"role": "assistant", "content": text, "refusal": None}}
-            if self.kind == "chat"
-            else {"text": text}
-            for text in texts
-        ]
-        choices = [
-            {"index": k, "logprobs": None, "finish_reason": ends[k], **one}
-            for k, one in enumerate(said)
-        ]
+        """Return all answers, in one piece."""
+        choices = []
+        for index, (text, end) in enumerate(zip(texts, ends, strict=True)):
+            content: dict[str, Any] = {"text": text}
+            if self.kind == "chat":
+                content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            choices.append({"index": index, "logprobs": None, "finish_reason": end, **content})
         return {**self.head, "object": self._object(""), "choices": choices, "usage": usage}
 
     def part(
         self, index: int, text: str, end: str | None, *, first: bool = False
     ) -> dict[str, Any]:
-        """A part of one answer."""
-        role = {"role": "assistant"} if first else {}
-        said = (
-            {"delta": {**role, **({"content": text} if text or first else {})}}
-            if self.kind == "chat"
-            else {"text": text}
-        )
-        choice = {"index": index, "logprobs": None, "finish_reason": end, **said}
+        """Return a part of one answer."""
+        content: dict[str, Any] = {"text": text}
+        if self.kind == "chat":
+            delta = {"role": "assistant"} if first else {}
+            if text or first:
+                delta["content"] = text
+            content = {"delta": delta}
+        choice = {"index": index, "logprobs": None, "finish_reason": end, **content}
         return {**self.head, "object": self._object(".chunk"), "choices": [choice]}
 
-    def counted(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last part of a stream whose client asked for its usage."""
+    def with_usage(self, usage: dict[str, int]) -> dict[str, Any]:
+        """Return the last part of a stream whose client asked for its usage."""
         return {**self.head, "object": self._object(".chunk"), "choices": [], "usage": usage}
 
     def _object(self, chunk: str) -> str:
@@ -191,7 +202,7 @@ class Envelope:
 
 
 def usage(prompt: int, answer: int) -> dict[str, int]:
-    """Tokens read and written."""
+    """Return the numbers of tokens read and written."""
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
@@ -202,5 +213,5 @@ def error(
     field: str | None = None,
     code: str | None = None,
 ) -> dict[str, Any]:
-    """An error as clients read it."""
+    """Return an error as clients read it."""
     return {"error": {"message": text, "type": kind, "param": field, "code": code}}

@@ -1,7 +1,8 @@
-"""An OpenAI-compatible server for the adapters of some runs. The anchor is put in by the server: clients send the question.
+"""An OpenAI-compatible server for the adapters of some runs.
 
-Every request is looked at before the model sees any of it (key, host, size, fields), and what cannot be done is answered by a
-4xx that says why. A client that leaves frees its slots. The work is `engine`'s; for heavy traffic there is vLLM.
+It adds the anchor itself: clients send the question. Every request is checked before the model sees
+any of it (key, host, size, fields). What cannot be done is answered by a 4xx that says why. A
+client that leaves frees its slots. `engine` computes the answers; for heavy traffic there is vLLM.
 """
 
 import asyncio
@@ -31,58 +32,119 @@ from fulcrum.core.errors import DataError, nearest
 from fulcrum.data import encode
 from fulcrum.deploy import openai_api
 from fulcrum.deploy.engine import STOPPED, BusyError, Engine, Piece, Question, Speaker, TooLongError
-from fulcrum.deploy.openai_api import LOOPBACK, Asked, Chat, Completion, Envelope
+from fulcrum.deploy.openai_api import (
+    LOOPBACK,
+    ChatRequest,
+    CompletionRequest,
+    Envelope,
+    GenerationRequest,
+)
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 _BODY_SECONDS = 30.0  # within which each part of a body must come
-_LAST_SECONDS = 5  # in which those are told whose answers were broken off at the end
-_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # bounds of the histograms
+_FINAL_SECONDS = 5  # for telling clients whose answers were broken off when the server ends
+_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds, of the histograms
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health")
+_HEADERS = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}  # by status
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for: bytes of its body, tokens of an answer, seconds until it ends."""
+    """What one request may ask for."""
 
-    body: int = 1_000_000
-    tokens: int = 1_024
-    seconds: float = 120.0
+    body: int = 1_000_000  # bytes
+    tokens: int = 1_024  # of an answer
+    seconds: float = 120.0  # until the answer ends
 
 
-class Refused(HTTPException):
-    """A request that is answered by an error. A kind of Starlette's, which FastAPI lets through from everywhere."""
+def application(
+    engine: Engine, *, limits: Limits, key: str | None = None, hosts: Sequence[str] = LOOPBACK
+) -> ASGIApp:
+    """Return the server's application around a running engine.
 
-    def __init__(self, status: int, body: dict[str, Any]) -> None:
-        super().__init__(status, body["error"]["message"])
-        self.body = body
+    `hosts`: names that a request's Host may have (none: any). `key`: what every request but /health
+    must bring.
+    """
+    # The pages of `docs_url` and `redoc_url` would load scripts from the internet.
+    app = FastAPI(title="Fulcrum", docs_url=None, redoc_url=None)
+    metrics = Metrics(engine)
+    handler = _Handler(engine, limits, metrics)
+    _add_answers(app, handler)
+    _add_state(app, handler)
+    _add_errors(app)
+    return Gate(app, hosts=hosts, key=key, limit=limits.body, metrics=metrics)
+
+
+def run(app: ASGIApp, engine: Engine, listening: socket, grace: int) -> None:
+    """Serve on a socket until SIGINT or SIGTERM; open answers then have `grace` seconds more.
+
+    The engine runs inside.
+    """
+    # uvicorn's own logging setup would close the handlers of others in this process.
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        timeout_graceful_shutdown=grace + _FINAL_SECONDS,
+        lifespan="off",
+    )
+    with engine:
+        _Server(settings, engine, grace).run(sockets=[listening])
+
+
+class RequestError(HTTPException):
+    """A request that is answered by an error.
+
+    A kind of Starlette's HTTPException, which FastAPI lets through from everywhere.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        text: str,
+        kind: str = "invalid_request_error",
+        *,
+        field: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(status, text)
+        self.body = openai_api.error(text, kind, field=field, code=code)
+
+    def response(self) -> JSONResponse:
+        """Return the error as its client reads it."""
+        return JSONResponse(self.body, self.status_code, _HEADERS.get(self.status_code, {}))
 
 
 class Metrics:
     """What Prometheus asks for: requests by how they ended, times, and what the engine counts."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.registry = engine, CollectorRegistry()
+        self.engine = engine
+        self.registry = CollectorRegistry()
         self.requests = Counter(
             "fulcrum_requests", "Requests by status.", ["path", "status"], registry=self.registry
         )
-        first, whole = (
-            "Seconds from a request to its first token.",
-            "Seconds from a request to its last token.",
-        )
         self.first = Histogram(
-            "fulcrum_first_token_seconds", first, buckets=_SECONDS, registry=self.registry
+            "fulcrum_first_token_seconds",
+            "Seconds from a request to its first token.",
+            buckets=_BUCKETS,
+            registry=self.registry,
         )
         self.whole = Histogram(
-            "fulcrum_answer_seconds", whole, buckets=_SECONDS, registry=self.registry
+            "fulcrum_answer_seconds",
+            "Seconds from a request to its last token.",
+            buckets=_BUCKETS,
+            registry=self.registry,
         )
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """As Prometheus' collectors do."""
+        """Yield what the engine counts, as Prometheus' collectors do."""
         running, waiting = self.engine.open
+        counts = self.engine.counts
         yield GaugeMetricFamily("fulcrum_running", "Answers under way.", running)
         yield GaugeMetricFamily("fulcrum_waiting", "Questions that wait for a slot.", waiting)
-        counts = self.engine.counts
         yield CounterMetricFamily("fulcrum_steps", "Forward steps.", counts.steps)
         yield CounterMetricFamily(
             "fulcrum_prompt_tokens", "Prompt tokens, reused ones among them.", counts.prompt_tokens
@@ -96,111 +158,102 @@ class Metrics:
 
 
 class Gate:
-    """Lets requests in: of the hosts that may be named, with the key, not too large. Pure ASGI, so that a client that leaves is
-    still noticed."""
+    """Lets requests in: to the allowed hosts, with the key, not too large.
+
+    Pure ASGI, so that a client that leaves is still noticed.
+    """
 
     def __init__(
         self, app: ASGIApp, *, hosts: Sequence[str], key: str | None, limit: int, metrics: Metrics
     ) -> None:
-        self.app, self.hosts, self.key, self.limit, self.metrics = app, hosts, key, limit, metrics
+        self.app = app
+        self.hosts = hosts
+        self.key = key
+        self.limit = limit  # bytes of a body
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI's."""
+        """Handle a request, as ASGI's applications do."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        known = scope["path"] in (
-            "/v1/chat/completions",
-            "/v1/completions",
-            "/v1/models",
-            "/metrics",
-            "/health",
-        )
-        read, is_read = 0, False
+        path = scope["path"] if scope["path"] in _PATHS else "other"
 
-        async def counted(message: Message) -> None:
+        async def counting_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.metrics.requests.labels(
-                    scope["path"] if known else "other", str(message["status"])
-                ).inc()
+                self.metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
-        async def limited() -> Message:
-            nonlocal read, is_read
-            try:
-                message = await asyncio.wait_for(receive(), None if is_read else _BODY_SECONDS)
-            except TimeoutError:
-                raise Refused(
-                    408, openai_api.error(f"the body did not come within {_BODY_SECONDS:g} seconds")
-                ) from None
-            is_read = is_read or not message.get("more_body", False)
-            read += len(message.get("body", b""))
-            if read > self.limit:
-                raise Refused(
-                    413,
-                    openai_api.error(f"the body is over {self.limit:,} bytes", code="too_large"),
-                )
-            return message
-
+        headers = {}
+        for name, value in scope["headers"]:
+            headers[name.decode("latin-1")] = value.decode("latin-1")
         try:
-            self._admit(
-                {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]},
-                scope["path"],
-            )
-        except Refused as refused:
-            await _refusal(refused)(scope, receive, counted)
+            self._admit(headers, scope["path"])
+        except RequestError as error:
+            await error.response()(scope, receive, counting_send)
             return
-        await self.app(scope, limited, counted)
+        await self.app(scope, _LimitedReceive(receive, self.limit), counting_send)
 
     def _admit(self, headers: dict[str, str], path: str) -> None:
         host = _hostname(headers.get("host", ""))
-        if (
-            self.hosts and host not in self.hosts
-        ):  # a page of another name that resolves to this machine (DNS rebinding)
-            raise Refused(
-                421,
-                openai_api.error(
-                    f"host {host!r} is not served here; use {' or '.join(self.hosts)}"
-                ),
-            )
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        isnt_let_in = scheme.lower() != "bearer" or not hmac.compare_digest(
-            given.encode(), (self.key or "").encode()
-        )
-        if self.key is not None and path != "/health" and isnt_let_in:
+        # Refuse a page under another name that resolves to this machine (DNS rebinding).
+        if self.hosts and host not in self.hosts:
+            names = " or ".join(self.hosts)
+            raise RequestError(421, f"host {host!r} is not served here; use {names}")
+        if path != "/health" and not self._has_key(headers.get("authorization", "")):
             text = "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
-            raise Refused(
-                401, openai_api.error(text, "authentication_error", code="invalid_api_key")
-            )
+            raise RequestError(401, text, "authentication_error", code="invalid_api_key")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.limit:
             text = f"the body has {int(length):,} bytes, {self.limit:,} are allowed"
-            raise Refused(413, openai_api.error(text, code="too_large"))
+            raise RequestError(413, text, code="too_large")
+
+    def _has_key(self, authorization: str) -> bool:
+        if self.key is None:
+            return True
+        scheme, _, given = authorization.partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key.encode())
+
+
+class _LimitedReceive:
+    """ASGI's `receive` of one request; refuses a body that is too large or comes too slowly."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self.receive = receive
+        self.limit = limit  # bytes
+        self.read = 0
+        self.is_complete = False
+
+    async def __call__(self) -> Message:
+        seconds = None if self.is_complete else _BODY_SECONDS
+        try:
+            message = await asyncio.wait_for(self.receive(), seconds)
+        except TimeoutError:
+            text = f"the body did not come within {_BODY_SECONDS:g} seconds"
+            raise RequestError(408, text) from None
+        self.is_complete = self.is_complete or not message.get("more_body", False)
+        self.read += len(message.get("body", b""))
+        if self.read > self.limit:
+            raise RequestError(413, f"the body is over {self.limit:,} bytes", code="too_large")
+        return message
 
 
 def _hostname(host: str) -> str:
-    """The name in a Host header, without its port; '' where it is none."""
+    """Return the name in a Host header, without its port; "" if there is none."""
     with suppress(ValueError):
         return urlsplit(f"//{host}").hostname or ""
     return ""
 
 
-def _refusal(refused: Refused) -> JSONResponse:
-    headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(
-        refused.status_code, {}
-    )
-    return JSONResponse(refused.body, refused.status_code, headers)
-
-
-class _Heard:
-    """The parts of all answers to one request, brought from the engine's thread into the server's loop."""
+class _AnswerQueue:
+    """The parts of all answers to one request, from the engine's thread to the server's loop."""
 
     def __init__(self) -> None:
-        self.queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()  # answer number, part
         self.loop = asyncio.get_running_loop()
 
-    def to(self, index: int) -> Callable[[Piece], None]:
-        """Who takes the parts of one answer."""
+    def writer(self, index: int) -> Callable[[Piece], None]:
+        """Return the function that takes the parts of one answer."""
 
         def deliver(piece: Piece) -> None:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, piece))
@@ -208,306 +261,328 @@ class _Heard:
         return deliver
 
 
-class _Stream(StreamingResponse):
-    """Server-sent events. However it ends, nothing is computed for it any more."""
+@dataclass(frozen=True)
+class _Exchange:
+    """A request whose questions are with the engine."""
 
-    def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:
-        super().__init__(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
-        self.ended = ended
+    envelope: Envelope
+    answers: _AnswerQueue
+    questions: Sequence[Question]
+    prompt_tokens: int  # of each prompt once, however many answers
+    reports_usage: bool  # in a stream
+
+    def cancel(self) -> None:
+        """Give up what is not answered yet."""
+        for question in self.questions:
+            question.cancel()
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events. However the stream ends, nothing more is computed for it."""
+
+    def __init__(self, events: AsyncIterator[str], exchange: _Exchange) -> None:
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI's."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.ended()
+            self.exchange.cancel()
 
 
-class _Desk:
-    """Turns requests into questions, and what the engine says into answers."""
+class _Handler:
+    """Turns requests into questions, and the engine's answers into responses."""
 
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics) -> None:
-        self.engine, self.limits, self.metrics = engine, limits, metrics
-        self.lock = (
-            threading.Lock()
-        )  # tokenizers are told by a switch of theirs to leave special tokens alone
+        self.engine = engine
+        self.limits = limits
+        self.metrics = metrics
+        # Encoding switches a tokenizer's handling of special tokens, so one request at a time.
+        self.lock = threading.Lock()
 
     def speaker(self, name: str) -> Speaker:
-        """A model by its name."""
-        known = self.engine.speakers
-        if name not in known:
-            text = f"no model {name!r} here{nearest(name, known)}"
-            raise Refused(404, openai_api.error(text, field="model", code="model_not_found"))
-        return known[name]
+        """Return a model by its name."""
+        speakers = self.engine.speakers
+        if name not in speakers:
+            text = f"no model {name!r} here{nearest(name, speakers)}"
+            raise RequestError(404, text, field="model", code="model_not_found")
+        return speakers[name]
 
-    async def chat(self, asked: Chat, request: Request) -> Response:
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        speaker = self.speaker(asked.model)
-        messages = [turn.message() for turn in asked.messages]
-        prompt = await self._tokens(lambda: encode.prompt_ids(messages, speaker.form))
-        most = asked.max_completion_tokens or asked.max_tokens
-        return await self._answer(
-            "chat", asked, [prompt], most or self._usual(speaker.longest, [prompt]), request
-        )
+        speaker = self.speaker(body.model)
+        messages = [turn.message() for turn in body.messages]
+        prompt = await self._tokenize(lambda: encode.prompt_ids(messages, speaker.form))
+        limit = body.max_completion_tokens or body.max_tokens
+        limit = limit or self._default_limit(speaker.longest, [prompt])
+        return await self._answer("chat", body, [prompt], limit, request)
 
-    async def completion(self, asked: Completion, request: Request) -> Response:
+    async def completion(self, body: CompletionRequest, request: Request) -> Response:
         """Continue a text as it is, markers of the template included: its writer rendered it."""
-        self.speaker(asked.model)
+        self.speaker(body.model)
+        number = len(body.prompts) * (body.n or 1)
+        if not 0 < number <= openai_api.MAX_CHOICES:
+            raise RequestError(
+                400, f"{number} answers were asked for, 1 to {openai_api.MAX_CHOICES} are allowed"
+            )
         tokenizer = self.engine.loaded.tokenizer
-        number = len(asked.prompts) * (asked.n or 1)
-        if not 0 < number <= openai_api.MOST_CHOICES:
-            text = f"{number} answers were asked for, 1 to {openai_api.MOST_CHOICES} are allowed"
-            raise Refused(400, openai_api.error(text))
-        prompts = await self._tokens(lambda: [_raw(tokenizer, text) for text in asked.prompts])
-        limit = asked.max_tokens or self._usual(16, prompts)
-        return await self._answer("completion", asked, prompts, limit, request)
+        prompts = await self._tokenize(lambda: [_raw_ids(tokenizer, t) for t in body.prompts])
+        limit = body.max_tokens or self._default_limit(16, prompts)
+        return await self._answer("completion", body, prompts, limit, request)
 
-    def _usual(self, most: int, prompts: list[list[int]]) -> int:
-        """The answer tokens of a request that names no number: fewer than usual where a limit or the context leaves fewer."""
-        room = most if self.engine.context is None else self.engine.context - max(map(len, prompts))
-        return max(1, min(most, self.limits.tokens, room))
+    def _default_limit(self, usual: int, prompts: list[list[int]]) -> int:
+        """Return the most answer tokens of a request that names no number.
 
-    async def _tokens(self, make: Callable[[], Made]) -> Made:
-        def locked() -> Made:
+        It is `usual`, or less if a limit or the context leaves less.
+        """
+        room = usual
+        if self.engine.context is not None:
+            room = self.engine.context - max(map(len, prompts))
+        return max(1, min(usual, self.limits.tokens, room))
+
+    async def _tokenize(self, tokenize: Callable[[], T]) -> T:
+        def locked() -> T:
             with self.lock:
-                return make()
+                return tokenize()
 
         try:
             return await asyncio.to_thread(locked)
         except DataError as error:
-            raise Refused(400, openai_api.error(str(error))) from error
+            raise RequestError(400, str(error)) from error
 
     async def _answer(
-        self, kind: str, asked: Asked, prompts: list[list[int]], most: int, request: Request
+        self,
+        kind: str,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        limit: int,
+        request: Request,
     ) -> Response:
-        if most > self.limits.tokens:
-            text = f"{most} answer tokens were asked for, {self.limits.tokens} are allowed"
-            raise Refused(400, openai_api.error(text, field="max_tokens"))
-        heard, questions = _Heard(), list[Question]()
-        options: dict[str, Any] = {
-            "temperature": asked.temperature or 0.0,
-            "top_p": asked.top_p or 1.0,
-            "stop": asked.stops,
-        }
-        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(asked.n or 1)):
-            seed = None if asked.seed is None else (asked.seed + index) % 2**63
-            more = {
-                **options,
-                "seed": seed,
-                "strip": kind == "chat",
-                "seconds": self.limits.seconds,
-            }
-            questions.append(Question(asked.model, prompt, most, heard.to(index), **more))
+        if limit > self.limits.tokens:
+            text = f"{limit} answer tokens were asked for, {self.limits.tokens} are allowed"
+            raise RequestError(400, text, field="max_tokens")
+        answers = _AnswerQueue()
+        exchange = _Exchange(
+            envelope=Envelope(kind, secrets.token_hex(12), body.model),
+            answers=answers,
+            questions=self._questions(kind, body, prompts, limit, answers),
+            prompt_tokens=sum(map(len, prompts)),
+            reports_usage=body.stream_options is not None and body.stream_options.include_usage,
+        )
+        self._submit(exchange)
+        if body.stream:
+            return _EventStream(self._events(exchange), exchange)
+        return await self._whole(exchange, request)
+
+    def _questions(
+        self,
+        kind: str,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        limit: int,
+        answers: _AnswerQueue,
+    ) -> list[Question]:
+        questions: list[Question] = []
+        for prompt in prompts:
+            for _ in range(body.n or 1):
+                index = len(questions)
+                question = Question(
+                    body.model,
+                    prompt,
+                    limit,
+                    answers.writer(index),
+                    temperature=body.temperature or 0.0,
+                    top_p=body.top_p or 1.0,
+                    seed=None if body.seed is None else (body.seed + index) % 2**63,
+                    stop=body.stops,
+                    strip=kind == "chat",
+                    seconds=self.limits.seconds,
+                )
+                questions.append(question)
+        return questions
+
+    def _submit(self, exchange: _Exchange) -> None:
+        """Ask all questions, or, if one is refused, none."""
         try:
-            for question in questions:
+            for question in exchange.questions:
                 self.engine.submit(question)
         except BusyError as error:
-            self._leave(questions)
-            raise Refused(429, openai_api.error(str(error), "rate_limit_error")) from error
+            exchange.cancel()
+            raise RequestError(429, str(error), "rate_limit_error") from error
         except DataError as error:
-            self._leave(questions)
+            exchange.cancel()
             code = "context_length_exceeded" if isinstance(error, TooLongError) else None
-            raise Refused(400, openai_api.error(str(error), code=code)) from error
-        read = sum(map(len, prompts))  # once, however many answers
-        envelope = Envelope(kind, secrets.token_hex(12), asked.model)
-        counted = asked.stream_options is not None and asked.stream_options.include_usage
-        if asked.stream:
-            events = self._events(envelope, heard, questions, read if counted else None)
-            return _Stream(events, lambda: self._leave(questions))
-        return await self._whole(envelope, heard, questions, read, request)
+            raise RequestError(400, str(error), code=code) from error
 
-    @staticmethod
-    def _leave(questions: Sequence[Question]) -> None:
-        for question in questions:
-            question.cancel()
+    async def _pieces(self, exchange: _Exchange) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield the parts as they come, until all answers ended.
 
-    async def _parts(
-        self, heard: _Heard, questions: Sequence[Question]
-    ) -> AsyncIterator[tuple[int, Piece]]:
-        """The parts as they come, until all answers ended. Raises Refused where one was broken off."""
-        left, begun = len(questions), questions[0].begun
-        silent = True
-        while left:
-            index, piece = await heard.queue.get()
-            if silent and piece.tokens:
+        Raise RequestError if one was broken off.
+        """
+        begun = exchange.questions[0].begun
+        open_answers = len(exchange.questions)
+        is_silent = True
+        while open_answers:
+            index, piece = await exchange.answers.queue.get()
+            if is_silent and piece.tokens:
                 self.metrics.first.observe(time.monotonic() - begun)
-                silent = False
+                is_silent = False
             if piece.finish == "timeout":
-                raise Refused(
-                    504,
-                    openai_api.error(
-                        f"not answered within {self.limits.seconds:g} seconds", "timeout"
-                    ),
-                )
+                text = f"not answered within {self.limits.seconds:g} seconds"
+                raise RequestError(504, text, "timeout")
             if piece.finish in ("error", "cancelled"):
                 status = 503 if piece.wrong == STOPPED else 500
-                raise Refused(status, openai_api.error(piece.wrong or "broken off", "server_error"))
-            left -= piece.finish is not None
+                raise RequestError(status, piece.wrong or "broken off", "server_error")
+            if piece.finish is not None:
+                open_answers -= 1
             yield index, piece
         self.metrics.whole.observe(time.monotonic() - begun)
 
-    async def _whole(
-        self,
-        envelope: Envelope,
-        heard: _Heard,
-        questions: Sequence[Question],
-        read: int,
-        request: Request,
-    ) -> Response:
-        texts, ends, tokens = [""] * len(questions), [""] * len(questions), 0
+    async def _whole(self, exchange: _Exchange, request: Request) -> Response:
+        """Return all answers at once, or stop when the client leaves."""
+        texts = [""] * len(exchange.questions)
+        ends = [""] * len(exchange.questions)
+        tokens = 0
 
         async def gather() -> None:
             nonlocal tokens
-            async for index, piece in self._parts(heard, questions):
+            async for index, piece in self._pieces(exchange):
                 texts[index] += piece.text
                 ends[index] = piece.finish or ""
                 tokens += piece.tokens
 
-        async def gone() -> None:
+        async def disconnect() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
-        answered, left = asyncio.ensure_future(gather()), asyncio.ensure_future(gone())
+        gathering = asyncio.ensure_future(gather())
+        leaving = asyncio.ensure_future(disconnect())
         try:
-            await asyncio.wait((answered, left), return_when=asyncio.FIRST_COMPLETED)
-            if not answered.done():
+            await asyncio.wait((gathering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not gathering.done():
                 return Response(status_code=499)  # nobody reads it
-            answered.result()
+            gathering.result()
         finally:
-            for task in (answered, left):
+            for task in (gathering, leaving):
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await task
-            self._leave(questions)
-        return JSONResponse(envelope.whole(texts, ends, openai_api.usage(read, tokens)))
+            exchange.cancel()
+        usage = openai_api.usage(exchange.prompt_tokens, tokens)
+        return JSONResponse(exchange.envelope.whole(texts, ends, usage))
 
-    async def _events(
-        self, envelope: Envelope, heard: _Heard, questions: Sequence[Question], read: int | None
-    ) -> AsyncIterator[str]:
-        """Server-sent events; `read`: prompt tokens, where the client asked to be told."""
-        for index in range(len(questions)) if envelope.kind == "chat" else ():
-            yield _event(envelope.part(index, "", None, first=True))
+    async def _events(self, exchange: _Exchange) -> AsyncIterator[str]:
+        """Yield the answers as server-sent events."""
+        envelope = exchange.envelope
+        if envelope.kind == "chat":
+            for index in range(len(exchange.questions)):
+                yield _event(envelope.part(index, "", None, first=True))
         tokens = 0
         try:
-            async for index, piece in self._parts(heard, questions):
+            async for index, piece in self._pieces(exchange):
                 tokens += piece.tokens
                 if piece.text or piece.finish:
                     yield _event(envelope.part(index, piece.text, piece.finish))
-        except Refused as refused:
-            yield _event(refused.body)
+        except RequestError as error:
+            yield _event(error.body)
             return
-        if read is not None:
-            yield _event(envelope.counted(openai_api.usage(read, tokens)))
+        if exchange.reports_usage:
+            yield _event(envelope.with_usage(openai_api.usage(exchange.prompt_tokens, tokens)))
         yield "data: [DONE]\n\n"
 
 
-def _raw(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text with its markers, begun as the tokenizer begins texts, once."""
+def _raw_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text with its markers, begun once as the tokenizer begins texts."""
     with encode.unicode_only():
         ids = [int(token) for token in tokenizer(text)["input_ids"]]
     start = tokenizer.bos_token_id
-    return ids[1:] if start is not None and ids[:2] == [start, start] else ids
+    if start is not None and ids[:2] == [start, start]:
+        return ids[1:]
+    return ids
 
 
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def application(
-    engine: Engine, *, limits: Limits, key: str | None = None, hosts: Sequence[str] = LOOPBACK
-) -> ASGIApp:
-    """The server's application around a running engine. `hosts`: names that a request's Host may have (none: any); `key`: what
-    every request but /health must bring."""
-    app = FastAPI(
-        title="Fulcrum", docs_url=None, redoc_url=None
-    )  # their pages would come from the internet
-    metrics = Metrics(engine)
-    desk = _Desk(engine, limits, metrics)
-    began = int(time.time())
-
+def _add_answers(app: FastAPI, handler: _Handler) -> None:
     @app.post("/v1/chat/completions")
-    async def chat(request: Request, asked: Annotated[Chat, Body()]) -> Response:
-        return await desk.chat(asked, request)
+    async def chat(request: Request, body: Annotated[ChatRequest, Body()]) -> Response:
+        return await handler.chat(body, request)
 
     @app.post("/v1/completions")
-    async def complete(request: Request, asked: Annotated[Completion, Body()]) -> Response:
-        return await desk.completion(asked, request)
+    async def complete(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
+        return await handler.completion(body, request)
 
-    def shown(name: str) -> dict[str, Any]:
+
+def _add_state(app: FastAPI, handler: _Handler) -> None:
+    engine = handler.engine
+    began = int(time.time())
+
+    def describe(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": began, "owned_by": "fulcrum"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [shown(name) for name in engine.speakers]}
+        return {"object": "list", "data": [describe(name) for name in engine.speakers]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        desk.speaker(name)
-        return shown(name)
+        handler.speaker(name)
+        return describe(name)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        return JSONResponse(
-            {"status": "ok" if engine.alive else "the engine stopped"}, 200 if engine.alive else 503
-        )
+        if engine.alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "the engine stopped"}, 503)
 
     @app.get("/metrics")
-    async def measured() -> Response:
-        return Response(
-            generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+    async def metrics() -> Response:
+        content = generate_latest(handler.metrics.registry)
+        return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
-        return _refusal(error)
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> Response:
+        return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        # Of a value of several possible types pydantic names each type: no name that the client sent.
+        # For a value of several possible types pydantic names each: not a name the client sent.
         parts = []
         for part in first["loc"][1:]:
             if isinstance(part, int) or (part.isidentifier() and part != "str"):
                 parts.append(str(part))
         place = ".".join(parts)
         text = str(first["msg"]).removeprefix("Value error, ")
-        return JSONResponse(
-            openai_api.error(f"{place}: {text}" if place else text, field=place or None), 400
-        )
+        if not place:
+            return JSONResponse(openai_api.error(text), 400)
+        return JSONResponse(openai_api.error(f"{place}: {text}", field=place), 400)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
         body = openai_api.error(f"{request.method} {request.url.path}: {error.detail}")
         return JSONResponse(body, error.status_code, error.headers)
 
-    return Gate(app, hosts=hosts, key=key, limit=limits.body, metrics=metrics)
-
 
 class _Server(uvicorn.Server):
-    """uvicorn, which tells the engine at once that it was asked to end, so that what cannot be answered in time is told so."""
+    """uvicorn, which tells the engine at once when it is asked to end.
+
+    So clients whose answers cannot be finished in time are told.
+    """
 
     def __init__(self, settings: uvicorn.Config, engine: Engine, grace: float) -> None:
         super().__init__(settings)
-        self.engine, self.grace = engine, grace
+        self.engine = engine
+        self.grace = grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """As uvicorn's, of a signal."""
+        """Handle a signal as uvicorn does, and stop the engine."""
         if not self.should_exit:
             threading.Thread(target=self.engine.stop, args=(self.grace,), daemon=True).start()
         super().handle_exit(sig, frame)
-
-
-def run(app: ASGIApp, engine: Engine, listening: socket, grace: int) -> None:
-    """Answer on a socket until SIGINT or SIGTERM, and then `grace` seconds more what is under way. The engine runs inside."""
-    # uvicorn's own logging setup would close the handlers of others in this process.
-    settings = uvicorn.Config(
-        app,
-        log_config=None,
-        log_level="warning",
-        timeout_graceful_shutdown=grace + _LAST_SECONDS,
-        lifespan="off",
-    )
-    with engine:
-        _Server(settings, engine, grace).run(sockets=[listening])

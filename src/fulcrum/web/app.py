@@ -1,6 +1,7 @@
-"""The page's server: plain values in and out, every name looked up (`workspace`), every request guarded (`guard`).
+"""The page's server: plain values in and out, names looked up (`workspace`), requests guarded.
 
-Ending it hurts no run: what trains are processes of their own (`jobs`), found again by whoever starts the page next.
+Ending it stops no run: trainings are processes of their own (`jobs`), found again by the next
+server.
 """
 
 import asyncio
@@ -37,8 +38,10 @@ _KINDS = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
+# The place in settings that an error is about: a line, an unknown setting, or a setting.
 _FIELD = re.compile(
-    rf"{re.escape(workspace.YAML)}(?::(\d+):\d+)?: (?:unknown setting '([\w.\[\]]+)'|([a-z_]+(?:[\w.\[\]])*):)?"
+    rf"{re.escape(workspace.YAML)}(?::(\d+):\d+)?: "
+    r"(?:unknown setting '([\w.\[\]]+)'|([a-z_]+(?:[\w.\[\]])*):)?"
 )
 _PIECE = 2**20  # bytes of a file that are read at once
 Id = Annotated[str, InPath(pattern=r"^[0-9a-f]{12}$")]
@@ -57,27 +60,27 @@ class NewRun(_Body):
 
 
 class Columns(_Body):
-    """Our names of columns, each with the file's."""
+    """The file's name of each column, by ours."""
 
     columns: dict[str, Annotated[str, Field(min_length=1, max_length=200)]]
 
 
-class Changed(_Body):
+class SettingsChange(_Body):
     """Settings: as text, or as `a.b: value`."""
 
     text: str | None = Field(None, max_length=200_000)
     changes: dict[str, Any] = Field(default_factory=dict)
 
 
-class Begun(_Body):
-    """How a run is begun."""
+class RunStart(_Body):
+    """How to begin a run."""
 
     verb: Literal["train", "compare", "quick"]
     minutes: int | None = Field(None, ge=1, le=100_000)
 
 
-class Shipped(_Body):
-    """What is exported."""
+class ExportRequest(_Body):
+    """What to export."""
 
     to: str
     arm: str
@@ -91,7 +94,7 @@ class Turn(_Body):
     content: str = Field(max_length=20_000)
 
 
-class Asked(_Body):
+class ChatQuestion(_Body):
     """A question to one model of a run, after what was said."""
 
     model: str = Field(min_length=1, max_length=100)
@@ -102,64 +105,68 @@ def make_app(space: Workspace, talks: Talks, kinds: Kinds) -> FastAPI:
     """Make the application, unguarded; it shows results of these `kinds` of runs."""
 
     @asynccontextmanager
-    async def alive(app: FastAPI) -> AsyncIterator[None]:
-        async def watch() -> None:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async def end_idle_chats() -> None:
             while True:
                 await asyncio.sleep(30)
                 await asyncio.to_thread(talks.end_if_idle)
 
-        watching = asyncio.create_task(watch())
+        watching = asyncio.create_task(end_idle_chats())
         yield
         watching.cancel()
         await asyncio.to_thread(talks.end)
 
-    app = FastAPI(lifespan=alive, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(FulcrumError, _refused)
     app.add_exception_handler(RequestValidationError, _unreadable)
-    _static(app)
-    _data(app, space)
-    _settings(app, space, talks)
-    _running(app, space)
-    _results(app, space, kinds)
-    _chat(app, space, talks)
+    _add_static(app)
+    _add_data(app, space)
+    _add_runs(app, space)
+    _add_settings(app, space, talks)
+    _add_jobs(app, space)
+    _add_running(app, space)
+    _add_results(app, space, kinds)
+    _add_chat(app, space, talks)
     return app
 
 
-def guarded(space: Workspace, port: int, told: Callable[[str], None], kinds: Kinds) -> App:
-    """Make the whole server for a port; `told` is given each address to open."""
-    return Guard(make_app(space, Talks(space), kinds), port, workspace.MOST_BYTES, told)
+def guarded(space: Workspace, port: int, show: Callable[[str], None], kinds: Kinds) -> App:
+    """Make the whole server for a port; `show` is called with each address to open."""
+    return Guard(make_app(space, Talks(space), kinds), port, workspace.MOST_BYTES, show)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     text = str(error)
-    found = _FIELD.match(text)
-    line, unknown, field = found.groups() if found else (None, None, None)
-    where = {"line": int(line)} if line else {"field": unknown or field} if unknown or field else {}
+    body: dict[str, Any] = {"error": text.removeprefix(f"{workspace.YAML}: ")}
+    match = _FIELD.match(text)
+    if match:
+        line, unknown, field = match.groups()
+        if line:
+            body["line"] = int(line)
+        elif unknown or field:
+            body["field"] = unknown or field
     status = 404 if isinstance(error, StoreError) and text.startswith("no such") else 400
-    return JSONResponse({"error": text.removeprefix(f"{workspace.YAML}: "), **where}, status)
+    return JSONResponse(body, status)
 
 
 async def _unreadable(request: Request, error: Exception) -> Response:
-    first = (
-        error.errors()[0]
-        if isinstance(error, RequestValidationError)
-        else {"loc": (), "msg": str(error)}
-    )
+    if not isinstance(error, RequestValidationError):
+        return JSONResponse({"error": str(error)}, 422)
+    first = error.errors()[0]
     if first["loc"][:1] == ("path",):
         return JSONResponse({"error": "no such thing here"}, 404)
-    return JSONResponse({"error": f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"}, 422)
+    place = ".".join(map(str, first["loc"][1:]))
+    return JSONResponse({"error": f"{place}: {first['msg']}"}, 422)
 
 
-def _static(app: FastAPI) -> None:
+def _add_static(app: FastAPI) -> None:
     folder = resources.files("fulcrum.web") / "static"
-    files = {
-        item.name: item.read_bytes()
-        for item in folder.iterdir()
-        if Path(item.name).suffix in _KINDS
-    }
-    files["style.css"] = (
-        resources.files("fulcrum.report") / "templates" / "style.css"
-    ).read_bytes()  # the reports'
+    files = {}
+    for item in folder.iterdir():
+        if Path(item.name).suffix in _KINDS:
+            files[item.name] = item.read_bytes()
+    style = resources.files("fulcrum.report") / "templates" / "style.css"
+    files["style.css"] = style.read_bytes()  # the reports'
 
     @app.get("/")
     def index() -> Response:
@@ -172,16 +179,20 @@ def _static(app: FastAPI) -> None:
         return Response(files[name], media_type=_KINDS[Path(name).suffix])
 
 
-def _data(app: FastAPI, space: Workspace) -> None:
+def _add_data(app: FastAPI, space: Workspace) -> None:
     @app.get("/api/start")
     def start() -> Any:
         from fulcrum.model import registry
         from fulcrum.stats import metrics
 
         return {
-            "models": [*space.models, *registry.BUILTIN], "metrics": list(metrics.HAS_OUTCOMES), "folder": str(space.folder),
-            "data": store.plain(space.data()), "packaged": workspace.PACKAGED, "most": workspace.MOST_BYTES,
-        }  # fmt: skip
+            "models": [*space.models, *registry.BUILTIN],
+            "metrics": list(metrics.HAS_OUTCOMES),
+            "folder": str(space.folder),
+            "data": store.plain(space.data()),
+            "packaged": workspace.PACKAGED,
+            "most": workspace.MOST_BYTES,
+        }
 
     @app.post("/api/data")
     async def upload(
@@ -191,17 +202,19 @@ def _data(app: FastAPI, space: Workspace) -> None:
             async for part in request.stream():
                 spool.write(part)
             spool.seek(0)
-            return store.plain(
-                await asyncio.to_thread(space.add_data, name, iter(lambda: spool.read(_PIECE), b""))
-            )
+            parts = iter(lambda: spool.read(_PIECE), b"")
+            return store.plain(await asyncio.to_thread(space.add_data, name, parts))
 
+
+def _add_runs(app: FastAPI, space: Workspace) -> None:
     @app.get("/api/runs")
     def all_runs() -> Any:
-        return [_worded(space, run_views.summarize(run)) for run in space.runs()]
+        return [_name_data(space, run_views.summarize(run)) for run in space.runs()]
 
     @app.post("/api/runs")
     def new(body: NewRun) -> Any:
-        data, model = space.datum(body.data), space.model(body.model)
+        data = space.datum(body.data)
+        model = space.model(body.model)
         run = space.new_run(Path(data.name).stem, data)
         run_views.start_init(space, run, model)
         return run_views.summarize(run)
@@ -209,88 +222,89 @@ def _data(app: FastAPI, space: Workspace) -> None:
     @app.post("/api/runs/{run_id}/init")
     def init(run_id: Id, body: Columns) -> Any:
         run_views.start_init(space, space.run(run_id), None, body.columns)
-        return _told(space, run_id, run_views.INIT)
+        return _read_job(space, run_id, run_views.INIT)
 
     @app.post("/api/runs/{run_id}/again")
     def again(run_id: Id) -> Any:
         return run_views.summarize(space.again(space.run(run_id)))
 
 
-def _settings(app: FastAPI, space: Workspace, talks: Talks) -> None:
+def _add_settings(app: FastAPI, space: Workspace, talks: Talks) -> None:
     @app.get("/api/runs/{run_id}")
-    def run(run_id: Id) -> Any:
-        found = space.run(run_id)
-        run_views.settle(space, found)
+    def show(run_id: Id) -> Any:
+        run = space.run(run_id)
+        run_views.settle(space, run)
         return {
-            **run_views.summarize(found),
-            "changeable": run_views.can_change(found),
-            "data_id": found.data,
-            **_written(space, found),
+            **run_views.summarize(run),
+            "changeable": run_views.can_change(run),
+            "data_id": run.data,
+            **_read_settings(space, run),
         }
 
     @app.delete("/api/runs/{run_id}")
     def remove(run_id: Id) -> Any:
-        found = space.run(run_id)
-        run_views.remove(space, found)
-        talks.end(found)
-        return {"removed": found.title}
+        run = space.run(run_id)
+        run_views.remove(space, run)
+        talks.end(run)
+        return {"removed": run.title}
 
     @app.put("/api/runs/{run_id}/settings")
-    def change(run_id: Id, body: Changed) -> Any:
-        found = space.run(run_id)
-        if not run_views.can_change(found):
+    def change(run_id: Id, body: SettingsChange) -> Any:
+        run = space.run(run_id)
+        if not run_views.can_change(run):
             raise StoreError(
                 "this run was begun: its settings stand; make another with the same settings"
             )
         if body.text is not None:
-            space.save(found, body.text)
+            space.save(run, body.text)
         else:
-            space.change(found, body.changes)
-        return _written(space, found)
+            space.change(run, body.changes)
+        return _read_settings(space, run)
 
+
+def _add_jobs(app: FastAPI, space: Workspace) -> None:
     @app.post("/api/runs/{run_id}/jobs/{name}")
     def look(run_id: Id, name: Name) -> Any:
         run_views.start_look(space, space.run(run_id), name)
-        return _told(space, run_id, name)
+        return _read_job(space, run_id, name)
 
     @app.get("/api/runs/{run_id}/jobs/{name}")
-    def told(run_id: Id, name: Name) -> Any:
-        return _told(space, run_id, name)
+    def state(run_id: Id, name: Name) -> Any:
+        return _read_job(space, run_id, name)
 
     @app.delete("/api/runs/{run_id}/jobs/{name}")
     def end(run_id: Id, name: Name) -> Any:
         return run_views.stop_job(space.run(run_id), name)
 
 
-def _told(space: Workspace, run_id: str, name: str) -> dict[str, Any]:
-    return _worded(space, run_views.read_job(space.run(run_id), name))
+def _read_job(space: Workspace, run_id: str, name: str) -> dict[str, Any]:
+    return _name_data(space, run_views.read_job(space.run(run_id), name))
 
 
-def _worded(space: Workspace, found: dict[str, Any]) -> dict[str, Any]:
-    """What is told of a command, with files called as the user called them."""
+def _name_data(space: Workspace, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a command, with uploaded files called as the user called them."""
     return {
-        **found,
-        "why": space.in_words(found["why"]),
-        "log": [space.in_words(line) for line in found.get("log", ())],
+        **state,
+        "why": space.in_words(state["why"]),
+        "log": [space.in_words(line) for line in state.get("log", ())],
     }
 
 
-def _written(space: Workspace, run: Run) -> dict[str, Any]:
-    """A run's settings: the text, and of an own run's its values."""
+def _read_settings(space: Workspace, run: Run) -> dict[str, Any]:
+    """Return a run's settings: the text, and for a run that the page made its values."""
     if not run.settings.exists():
         return {"text": None, "values": None}
     text = space.text(run)
     if not run.is_own:
         return {"text": text, "values": None}
-    values = settings_from_dict(
-        parsing.parse(text, workspace.YAML), workspace.YAML
-    )  # shown, whatever they name
+    # Shown even if they name what the page may not use, so not looked up.
+    values = settings_from_dict(parsing.parse(text, workspace.YAML), workspace.YAML)
     return {"text": text, "values": values.model_dump(mode="json")}
 
 
-def _running(app: FastAPI, space: Workspace) -> None:
+def _add_running(app: FastAPI, space: Workspace) -> None:
     @app.post("/api/runs/{run_id}/begin")
-    def begin(run_id: Id, body: Begun) -> Any:
+    def begin(run_id: Id, body: RunStart) -> Any:
         run_views.begin(space, space.run(run_id), body.verb, body.minutes)
         return run_views.summarize(space.run(run_id))
 
@@ -306,21 +320,18 @@ def _running(app: FastAPI, space: Workspace) -> None:
 
     @app.get("/api/runs/{run_id}/watch")
     def watch(run_id: Id, after: Annotated[int, Query(ge=0)] = 0) -> Any:
-        return _worded(space, run_views.follow(space.run(run_id), after))
+        return _name_data(space, run_views.follow(space.run(run_id), after))
 
 
-def _results(app: FastAPI, space: Workspace, kinds: Kinds) -> None:
+def _add_results(app: FastAPI, space: Workspace, kinds: Kinds) -> None:
     @app.get("/api/runs/{run_id}/result")
     def result(run_id: Id) -> Any:
         return run_views.read_result(space.run(run_id), kinds)
 
     @app.get("/runs/{run_id}/report")
     def report(run_id: Id) -> Response:
-        return _file(
-            space.run(run_id).folder / REPORT,
-            "text/html",
-            {"content-security-policy": SHOWN_POLICY},
-        )
+        headers = {"content-security-policy": SHOWN_POLICY}
+        return _file(space.run(run_id).folder / REPORT, "text/html", headers)
 
     @app.get("/runs/{run_id}/certificate.json")
     def certificate(run_id: Id) -> Response:
@@ -328,21 +339,17 @@ def _results(app: FastAPI, space: Workspace, kinds: Kinds) -> None:
 
         folder = space.run(run_id).folder
         name = next(iter(certificate_page.find(folder)), "certificate.json")
-        return _file(
-            folder / name,
-            "application/json",
-            {"content-disposition": 'attachment; filename="certificate.json"'},
-        )
+        headers = {"content-disposition": 'attachment; filename="certificate.json"'}
+        return _file(folder / name, "application/json", headers)
 
     @app.get("/api/runs/{run_id}/exports")
     def exports(run_id: Id) -> Any:
         return run_views.list_exports(space.run(run_id))
 
     @app.post("/api/runs/{run_id}/exports")
-    def ship(run_id: Id, body: Shipped) -> Any:
-        return {
-            "name": run_views.export(space, space.run(run_id), body.to, body.arm, body.quantization)
-        }
+    def export(run_id: Id, body: ExportRequest) -> Any:
+        run = space.run(run_id)
+        return {"name": run_views.export(space, run, body.to, body.arm, body.quantization)}
 
     @app.get("/runs/{run_id}/exports/{name}.zip")
     def download(run_id: Id, name: Name) -> Response:
@@ -350,7 +357,7 @@ def _results(app: FastAPI, space: Workspace, kinds: Kinds) -> None:
         if not (folder / "export.json").is_file():
             raise StoreError("no such export here")
         headers = {"content-disposition": f'attachment; filename="{name}.zip"'}
-        return StreamingResponse(_zipped(folder), media_type="application/zip", headers=headers)
+        return StreamingResponse(_zip(folder), media_type="application/zip", headers=headers)
 
 
 def _file(path: Path, kind: str, headers: dict[str, str]) -> Response:
@@ -360,7 +367,7 @@ def _file(path: Path, kind: str, headers: dict[str, str]) -> Response:
 
 
 class _Drain:
-    """A file that is only written: what was, is taken away at once."""
+    """A file that is only written, whose content is taken out again at once."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -370,16 +377,19 @@ class _Drain:
         return len(part)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: nothing is held back."""
 
-    def taken(self) -> bytes:
-        found = b"".join(self.parts)
+    def take(self) -> bytes:
+        content = b"".join(self.parts)
         self.parts.clear()
-        return found
+        return content
 
 
-def _zipped(folder: Path) -> Iterator[bytes]:
-    """A folder as a zip archive, uncompressed, piece by piece: weights do not become smaller, and may exceed the memory."""
+def _zip(folder: Path) -> Iterator[bytes]:
+    """Yield a folder as a zip archive, piece by piece, since weights may exceed the memory.
+
+    It is uncompressed: weights do not become smaller.
+    """
     drain = _Drain()
     file: Any = drain
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -390,11 +400,11 @@ def _zipped(folder: Path) -> Iterator[bytes]:
             ):
                 while block := stream.read(_PIECE):
                     target.write(block)
-                    yield drain.taken()
-    yield drain.taken()
+                    yield drain.take()
+    yield drain.take()
 
 
-def _chat(app: FastAPI, space: Workspace, talks: Talks) -> None:
+def _add_chat(app: FastAPI, space: Workspace, talks: Talks) -> None:
     @app.get("/api/runs/{run_id}/chat")
     def state(run_id: Id) -> Any:
         return talks.state(space.run(run_id))
@@ -406,15 +416,14 @@ def _chat(app: FastAPI, space: Workspace, talks: Talks) -> None:
 
     @app.delete("/api/runs/{run_id}/chat")
     def end(run_id: Id) -> Any:
-        found = space.run(run_id)
-        talks.end(found)
-        return talks.state(found)
+        run = space.run(run_id)
+        talks.end(run)
+        return talks.state(run)
 
     @app.post("/api/runs/{run_id}/chat/ask")
-    def ask(run_id: Id, body: Asked) -> Response:
-        pieces = talks.ask(
-            space.run(run_id), body.model, [turn.model_dump() for turn in body.messages]
-        )
+    def ask(run_id: Id, body: ChatQuestion) -> Response:
+        messages = [turn.model_dump() for turn in body.messages]
+        pieces = talks.ask(space.run(run_id), body.model, messages)
         return StreamingResponse(pieces, media_type="text/event-stream")
 
 

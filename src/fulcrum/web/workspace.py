@@ -1,13 +1,14 @@
 """The folder in which the page works: uploaded data, settings, runs. Names in, files out.
 
-    data/ID.jsonl, data/ID.about        what was uploaded, under a name made here, and what the user called it
-    runs/ID/run.yaml, about.json        one run: its settings (as written; paths are relative to the folder), what it is
+    data/ID.jsonl, data/ID.about        an upload, named here, and what the user called it
+    runs/ID/run.yaml, about.json        a run: its settings (paths relative to this folder), title
     runs/ID/out/                        its run folder
     runs/ID/jobs/                       commands that were run for it (`jobs`)
-    others/ID/jobs/                     the same for a run folder of the user's, in which nothing is ever written
+    others/ID/jobs/                     the same for a run folder of the user's, never written to
 
-Invariant: whoever asks names things by an id, which is matched against a pattern and then looked up among what is there, and
-never by a path. Paths inside settings are looked up too: uploaded files, packaged data, hub ids, models named at the start.
+Invariant: clients name things by an id, which is matched against a pattern and then looked up,
+never by a path. Paths inside settings are looked up too: uploaded files, packaged data, hub ids,
+models named at the start.
 """
 
 import codecs
@@ -42,43 +43,46 @@ _UPLOADED = re.compile(r"data/([0-9a-f]{12})\.")
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 _DEPTH = 3  # folders below one that is given, in which run folders are looked for
 _SHOWN = 80  # characters of a name
-_FIRST_BYTES = 2**22  # of the longest first line by which a file is known
+_FIRST_BYTES = 2**22  # of the longest first line by which a file's kind is recognized
 
 
 @dataclass(frozen=True)
 class Data:
-    """An uploaded file: `path` is how settings name it, `name` what the user called it."""
+    """An uploaded file."""
 
     id: str
-    name: str
-    path: str
+    name: str  # as the user called it
+    path: str  # as settings name it
     size: int  # bytes
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that may be shown: its run folder, and its desk, where what is done for it is kept. `is_own`: made by the page."""
+    """A run that may be shown."""
 
     id: str
     title: str
-    folder: Path
-    desk: Path
-    is_own: bool
+    folder: Path  # the run folder
+    desk: Path  # the folder with what the page keeps for the run
+    is_own: bool  # made by the page
     made: float = 0.0  # seconds since the epoch
-    data: str = ""
+    data: str = ""  # the id of its uploaded file
 
     def job(self, name: str) -> Job:
-        """A command of this run."""
+        """Return a command of this run."""
         return Job(self.desk / "jobs", name)
 
     @property
     def settings(self) -> Path:
-        """Its settings as the user wrote them, of an own run; else those in the run folder."""
+        """Return the file of the settings: as the user wrote them, or else the run folder's."""
         return self.desk / YAML if self.is_own else self.folder / "config.yaml"
 
 
 class Workspace:
-    """The page's folder; `runs` are folders of the user's with further runs, `models` folders of models that may be used."""
+    """The page's folder.
+
+    `runs` are folders of the user's with further runs, `models` folders of models that may be used.
+    """
 
     def __init__(
         self, folder: Path, runs: Sequence[Path] = (), models: Sequence[Path] = ()
@@ -89,7 +93,7 @@ class Workspace:
         for path in (*self.others, *map(Path, self.models)):
             if not path.exists():
                 raise ConfigError(f"{path}: no such folder; name one that is there")
-        self._writing = threading.RLock()  # what changes settings reads them first
+        self._writing = threading.RLock()  # settings are read, changed and written in one go
         for part in ("data", "runs"):
             try:
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
@@ -100,153 +104,166 @@ class Workspace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, this folder is this process's alone. Raises StoreError where another page is at work on it."""
+        """Return a context in which this folder belongs to this process alone.
+
+        Raise StoreError if another page uses it.
+        """
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            text = f"{self.folder}: another page is at work on it; open the address that its terminal shows, end it, or "
-            raise StoreError(f"{text}choose another --folder") from None
+            raise StoreError(
+                f"{self.folder}: another page is at work on it; "
+                "open the address that its terminal shows, end it, or choose another --folder"
+            ) from None
         try:
             yield
         finally:
             lock.release()
 
     def check_trusted(self, run: Run) -> None:
-        """Raise ConfigError for a run of the user's folders whose model brings code of its own: no page may have that run."""
+        """Raise ConfigError for a run of the user's folders whose model brings code of its own.
+
+        The page may not run that code.
+        """
         if not run.is_own and load_settings(run.folder / "config.yaml").trust_remote_code:
             raise ConfigError(
-                f"{run.title}: trust_remote_code: not from the page; use fulcrum serve, chat or export in a terminal"
+                f"{run.title}: trust_remote_code: not from the page; "
+                "use fulcrum serve, chat or export in a terminal"
             )
 
     def place(self, run: Run) -> Path:
-        """The folder that relative paths of a run's settings start from."""
+        """Return the folder that relative paths of a run's settings start from."""
         return self.folder if run.is_own else Path.cwd()
 
     def in_words(self, text: str) -> str:
-        """What a command said, with uploaded files called as the user called them."""
-        for data in self.data() if "data/" in text else ():
-            text = text.replace(data.path, data.name)
+        """Return a command's output with uploaded files called as the user called them."""
+        if "data/" in text:
+            for data in self.data():
+                text = text.replace(data.path, data.name)
         return text
 
     # ---- data
 
     def add_data(self, name: str, parts: Iterable[bytes]) -> Data:
-        """Keep an uploaded file under a name of our own. Raises DataError for what is too large or no table of rows."""
-        made = secrets.token_hex(6)
-        partial = self.folder / "data" / f".{made}{store.PARTIAL}"
+        """Keep an uploaded file under a name of our own.
+
+        Raise DataError if it is too large or holds no rows.
+        """
+        new_id = secrets.token_hex(6)
+        folder = self.folder / "data"
+        partial = folder / f".{new_id}{store.PARTIAL}"
         try:
             with partial.open("wb") as stream:
-                _pour(parts, stream)
-            ending = kind_of(partial, name)
-            size, path = partial.stat().st_size, f"data/{made}{ending}"
-            store.write_json(
-                self.folder / "data" / f"{made}.about",
-                {"name": shown(name), "file": f"{made}{ending}", "size": size},
-            )
-            partial.rename(self.folder / path)
+                _copy(parts, stream)
+            file = f"{new_id}{kind_of(partial, name)}"
+            size = partial.stat().st_size
+            about = {"name": shown(name), "file": file, "size": size}
+            store.write_json(folder / f"{new_id}.about", about)
+            partial.rename(folder / file)
         except OSError as error:
             raise StoreError(
                 f"{self.folder}: cannot write: {error.strerror}; {store.ELSEWHERE}"
             ) from error
         finally:
             partial.unlink(missing_ok=True)
-        return Data(made, shown(name), path, size)
+        return Data(new_id, shown(name), f"data/{file}", size)
 
     def data(self) -> list[Data]:
-        """What was uploaded and is there, the newest first."""
-        abouts = sorted(
-            (self.folder / "data").glob("*.about"), key=lambda path: -path.stat().st_mtime_ns
-        )
-        return [
-            found
-            for about in abouts
-            if ID.fullmatch(about.stem) and (found := self._data(about)) is not None
-        ]
+        """Return the uploaded files that are there, the newest first."""
+        abouts = list((self.folder / "data").glob("*.about"))
+        abouts.sort(key=lambda path: -path.stat().st_mtime_ns)
+        uploads = []
+        for about in abouts:
+            data = self._data(about) if ID.fullmatch(about.stem) else None
+            if data is not None:
+                uploads.append(data)
+        return uploads
 
     def datum(self, asked: str) -> Data:
-        """The uploaded file with an id. Raises DataError where there is none."""
+        """Return the uploaded file with an id. Raise DataError if there is none."""
         about = self.folder / "data" / f"{asked}.about"
-        found = self._data(about) if ID.fullmatch(asked) else None
-        if found is None:
+        data = self._data(about) if ID.fullmatch(asked) else None
+        if data is None:
             raise DataError("no such data here; choose a file again")
-        return found
+        return data
 
     def _data(self, about: Path) -> Data | None:
         known = store.recalled(about)
         file = str(known.get("file", ""))
-        if (
-            not re.fullmatch(rf"{about.stem}\.(jsonl|json|csv|parquet)", file)
-            or not (about.parent / file).is_file()
-        ):
+        is_named = re.fullmatch(rf"{about.stem}\.(jsonl|json|csv|parquet)", file)
+        if not is_named or not (about.parent / file).is_file():
             return None
-        return Data(
-            about.stem, str(known.get("name", file)), f"data/{file}", int(known.get("size", 0))
-        )
+        name = str(known.get("name", file))
+        return Data(about.stem, name, f"data/{file}", int(known.get("size", 0)))
 
     # ---- runs
 
     def runs(self) -> list[Run]:
-        """All runs, the page's own before those of the user's folders, each the newest first."""
-        own = [
-            found
-            for path in (self.folder / "runs").iterdir()
-            if (found := self._own(path.name)) is not None
-        ]
-        return [
-            *sorted(own, key=lambda run: -run.made),
-            *sorted(self._others(), key=lambda run: -run.made),
-        ]
+        """Return the page's own runs and then those of the user's folders, the newest first."""
+        own = []
+        for path in (self.folder / "runs").iterdir():
+            run = self._own(path.name)
+            if run is not None:
+                own.append(run)
+        own.sort(key=lambda run: -run.made)
+        return [*own, *sorted(self._others(), key=lambda run: -run.made)]
 
     def run(self, asked: str) -> Run:
-        """The run with an id. Raises StoreError where there is none."""
-        found = self._own(asked) or next((run for run in self._others() if run.id == asked), None)
-        if found is None:
-            raise StoreError("no such run here; look at the list of runs")
-        return found
+        """Return the run with an id. Raise StoreError if there is none."""
+        own = self._own(asked)
+        if own is not None:
+            return own
+        for run in self._others():
+            if run.id == asked:
+                return run
+        raise StoreError("no such run here; look at the list of runs")
 
     def new_run(self, title: str, data: Data) -> Run:
-        """A run on uploaded data, without settings as yet."""
-        made = secrets.token_hex(6)
+        """Make a run on uploaded data, which has no settings yet."""
+        new_id = secrets.token_hex(6)
         with self._writing:
             about = {"title": shown(title), "data": self.datum(data.id).id, "made": time.time()}
-            store.write_json(self.folder / "runs" / made / "about.json", about)
-        return self.run(made)
+            store.write_json(self.folder / "runs" / new_id / "about.json", about)
+        return self.run(new_id)
 
     def again(self, run: Run) -> Run:
-        """Another run with the settings of one. Raises ConfigError where it has none that the page may use."""
+        """Make another run with the settings of one.
+
+        Raise ConfigError if it has none that the page may use.
+        """
         with self._writing:
             data = parsing.parse(self.text(run), YAML)
-            self.checked(data, run)  # before a run is made that would have no settings
-            made = self.new_run(f"{run.title} (again)", self.datum(run.data))
-            self.write(made, data)
-        return made
+            self.check(data, run)  # before a run is made that would have no settings
+            copy = self.new_run(f"{run.title} (again)", self.datum(run.data))
+            self.write(copy, data)
+        return copy
 
     def remove(self, run: Run) -> None:
-        """Remove an own run with all that was made for it, and the uploaded files that no other run names. Raises StoreError
-        where a process works in its folder, or where the disk refuses."""
+        """Remove an own run, all that was made for it, and uploads that no other run names.
+
+        Raise StoreError if a process works in its folder or the disk refuses.
+        """
         with self._writing, run_folder.held(run.folder):
-            needed = {
-                name for other in self.runs() if other.id != run.id for name in self._named(other)
-            }
-            mine = self._named(run) - needed
+            unneeded = self._named(run)
+            for other in self.runs():
+                if other.id != run.id:
+                    unneeded -= self._named(other)
             if not store.drop_folder(run.desk):
                 raise StoreError(
                     f"{run.desk}: not all of it could be removed; look who may write there"
                 )
             for data in self.data():
-                if data.id in mine:
+                if data.id in unneeded:
                     (self.folder / "data" / f"{data.id}.about").unlink(missing_ok=True)
                     (self.folder / data.path).unlink(missing_ok=True)
 
     def _named(self, run: Run) -> set[str]:
-        """Ids of the uploaded files that a run is about, or names in its settings."""
+        """Return the ids of the uploaded files that a run is about, or names in its settings."""
+        text = ""
         try:
-            text = (
-                run.settings.read_text(encoding="utf-8", errors="replace")
-                if run.settings.is_file()
-                else ""
-            )
+            if run.settings.is_file():
+                text = run.settings.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise StoreError(
                 f"{run.settings}: {error.strerror}: which uploaded files it needs is not known"
@@ -258,35 +275,47 @@ class Workspace:
         if not ID.fullmatch(asked) or not (place / "about.json").is_file():
             return None
         about = store.recalled(place / "about.json")
-        title, made = str(about.get("title", asked)), float(about.get("made", 0.0))
-        return Run(asked, title, place / "out", place, True, made, str(about.get("data", "")))
+        return Run(
+            id=asked,
+            title=str(about.get("title", asked)),
+            folder=place / "out",
+            desk=place,
+            is_own=True,
+            made=float(about.get("made", 0.0)),
+            data=str(about.get("data", "")),
+        )
 
     def _others(self) -> Iterator[Run]:
         for root in self.others:
             for folder in _run_folders(root, _DEPTH):
-                made = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-                title = shown(str(folder.relative_to(root.parent)))
-                since = (folder / store.MANIFEST).stat().st_mtime
-                yield Run(made, title, folder, self.folder / "others" / made, False, since)
+                run_id = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+                yield Run(
+                    id=run_id,
+                    title=shown(str(folder.relative_to(root.parent))),
+                    folder=folder,
+                    desk=self.folder / "others" / run_id,
+                    is_own=False,
+                    made=(folder / store.MANIFEST).stat().st_mtime,
+                )
 
     # ---- settings
 
     def text(self, run: Run) -> str:
-        """A run's settings as they are written. Raises StoreError where it has none."""
+        """Return a run's settings as they are written. Raise StoreError if it has none."""
         try:
             return run.settings.read_text(encoding="utf-8")
         except OSError:
             raise StoreError(f"{run.title}: has no settings; choose its data again") from None
 
     def save(self, run: Run, text: str) -> Settings:
-        """Write settings that the user wrote, as they are, if they may be. Raises ConfigError."""
+        """Write settings as the user wrote them. Raise ConfigError if the page may not use them."""
         with self._writing:
-            found = self.values(run, text)
+            settings = self.values(run, text)
             store.write_bytes(run.settings, text.encode())
-        return found
+        return settings
 
     def change(self, run: Run, changes: dict[str, Any]) -> Settings:
-        """Set `a.b: value` in a run's settings, and write them anew. Raises ConfigError."""
+        """Set `a.b: value` in a run's settings, and write them again. Raise ConfigError."""
         with self._writing:
             data = parsing.rename(parsing.parse(self.text(run), YAML))
             for dotted, value in changes.items():
@@ -294,112 +323,120 @@ class Workspace:
             return self.write(run, data)
 
     def write(self, run: Run, data: Any) -> Settings:
-        """Write settings from plain values; where the run writes is not the user's to choose. Raises ConfigError."""
+        """Write settings from plain values; `output_dir` is the page's to choose.
+
+        Raise ConfigError.
+        """
         if isinstance(data, dict):
             data = {**data, "output_dir": self._out(run)}
         with self._writing:
-            found = self.checked(data, run)
-            store.write_bytes(
-                run.settings,
-                yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100).encode(),
-            )
-        return found
+            settings = self.check(data, run)
+            text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+            store.write_bytes(run.settings, text.encode())
+        return settings
 
-    def checked(self, data: Any, run: Run) -> Settings:
-        """Settings whose every path was looked up. Raises ConfigError naming the setting and what it may hold."""
+    def check(self, data: Any, run: Run) -> Settings:
+        """Return the settings, after looking up every path in them.
+
+        Raise ConfigError naming the setting and what it may hold.
+        """
         if not isinstance(data, dict):
             raise ConfigError(f"{YAML}: expected a mapping of settings")
-        found = settings_from_dict(data, YAML)
-        if found.output_dir != self._out(run):
+        settings = settings_from_dict(data, YAML)
+        if settings.output_dir != self._out(run):
             raise ConfigError(
-                f"{YAML}: output_dir: this run is kept in {self._out(run)}; leave it so (got {found.output_dir!r})"
+                f"{YAML}: output_dir: this run is kept in {self._out(run)}; "
+                f"leave it so (got {settings.output_dir!r})"
             )
-        if found.trust_remote_code or found.teacher is not None:
-            name = "trust_remote_code" if found.trust_remote_code else "teacher"
+        if settings.trust_remote_code or settings.teacher is not None:
+            name = "trust_remote_code" if settings.trust_remote_code else "teacher"
             raise ConfigError(
                 f"{YAML}: {name}: not from the page; run these settings from a terminal"
             )
-        self.model(found.model)
-        for name, source in _sources(found):
+        self.model(settings.model)
+        for name, source in _sources(settings):
             self._look_up(name, source)
-        return found
+        return settings
 
     def _out(self, run: Run) -> str:
         return run.folder.relative_to(self.folder).as_posix()
 
     def values(self, run: Run, text: str) -> Settings:
-        """Settings that are written, in full. Raises ConfigError."""
-        return self.checked(parsing.parse(text, YAML), run)
+        """Return written settings, with defaults filled in. Raise ConfigError."""
+        return self.check(parsing.parse(text, YAML), run)
 
     def model(self, name: str) -> str:
-        """A model that may be used, by its name. Raises ConfigError for any other."""
+        """Return a model's name. Raise ConfigError for one that may not be used."""
         from fulcrum.model import registry
 
         if name in registry.BUILTIN or name in self.models or self._is_hub_id(name):
             return name
         known = ", ".join((*registry.BUILTIN, *self.models))
         raise ConfigError(
-            f"{YAML}: model: {name!r} is neither a hub id (org/name) nor one of {known}; folders are named at the start: "
-            "fulcrum ui --model FOLDER"
+            f"{YAML}: model: {name!r} is neither a hub id (org/name) nor one of {known}; "
+            "folders are named at the start: fulcrum ui --model FOLDER"
         )
 
     def _look_up(self, name: str, source: DataSource) -> None:
-        if (
-            source.path in PACKAGED
-            or source.path in {data.path for data in self.data()}
-            or self._is_hub_id(source.path)
-        ):
+        if source.path in PACKAGED or self._is_hub_id(source.path):
+            return
+        if any(data.path == source.path for data in self.data()):
             return
         raise ConfigError(
-            f"{YAML}: {name}: {source.path!r} is no uploaded file, no hub id (org/name) and not builtin; upload it first"
+            f"{YAML}: {name}: {source.path!r} is no uploaded file, no hub id (org/name) "
+            "and not builtin; upload it first"
         )
 
     def _is_hub_id(self, text: str) -> bool:
-        """Whether a text is a hub id, and no path from the folder in which commands run."""
+        """Return whether a text is a hub id, and no path from the folder in which commands run."""
         return bool(_HUB_ID.fullmatch(text)) and not (self.folder / text.partition("/")[0]).exists()
 
 
-def _sources(found: Settings) -> Iterator[tuple[str, DataSource]]:
-    """Every source of data in settings, by the name of its setting."""
-    for task in found.tasks:
+def _sources(settings: Settings) -> Iterator[tuple[str, DataSource]]:
+    """Yield every source of data in settings, by the name of its setting."""
+    for task in settings.tasks:
         for part in ("train", "dev", "test", "unlabeled"):
-            yield from ((f"task.{part}", source) for source in getattr(task, part))
-    yield from (("general", source) for source in found.general)
-    for arm in found.compare.arms:
-        yield from (
-            ("compare.arms", source) for source in (arm.pool if isinstance(arm, Arm) else ())
-        )
+            for source in getattr(task, part):
+                yield f"task.{part}", source
+    for source in settings.general:
+        yield "general", source
+    for arm in settings.compare.arms:
+        if isinstance(arm, Arm):
+            for source in arm.pool:
+                yield "compare.arms", source
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Run folders at or below a folder, none of them inside of another."""
+    """Yield the run folders at or below a folder, none of them inside another."""
     if (folder / store.MANIFEST).is_file():
         yield folder
     elif depth:
         try:
-            below = sorted(
-                path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-            )
+            paths = [path for path in sorted(folder.iterdir()) if path.is_dir()]
         except OSError:
             return
-        for path in below:
-            yield from _run_folders(path, depth - 1)
+        for path in paths:
+            if not path.name.startswith("."):
+                yield from _run_folders(path, depth - 1)
 
 
-def _pour(parts: Iterable[bytes], stream: IO[bytes]) -> None:
+def _copy(parts: Iterable[bytes], stream: IO[bytes]) -> None:
     size = 0
     for part in parts:
         size += len(part)
         if size > MOST_BYTES:
             raise DataError(
-                f"the file has more than {MOST_BYTES // 2**20} MiB; give its path to `fulcrum init` in a terminal"
+                f"the file has more than {MOST_BYTES // 2**20} MiB; "
+                "give its path to `fulcrum init` in a terminal"
             )
         stream.write(part)
 
 
 def kind_of(file: Path, name: str = "") -> str:
-    """The ending that a file's content asks for, and its name where the content may be several. Raises DataError for what holds
-    no rows of text."""
+    """Return the extension for a file's content, or for its name if the content fits several.
+
+    Raise DataError for a file that holds no rows of text.
+    """
     with file.open("rb") as stream:
         head = stream.readline(_FIRST_BYTES)
         head += stream.read(65_536)
@@ -409,24 +446,24 @@ def kind_of(file: Path, name: str = "") -> str:
     if head[:4] == b"PAR1" and foot == b"PAR1":
         return ".parquet"
     try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(
-            head, final=is_all
-        )  # a letter may be cut in two at the end
+        # Incremental: a character may be cut in two at the end.
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head, final=is_all)
     except UnicodeDecodeError:
         raise DataError(
-            "the file is no text in UTF-8 and no Parquet; give .jsonl, .json, .csv or .parquet, unpacked"
+            "the file is no text in UTF-8 and no Parquet; "
+            "give .jsonl, .json, .csv or .parquet, unpacked"
         ) from None
     if "\0" in text or not text.strip():
         raise DataError("the file is empty or no text; give .jsonl, .json, .csv or .parquet")
-    if text.lstrip()[0] == "[":
+    text = text.lstrip()
+    if text[0] == "[":
         return ".json"
-    if name.lower().endswith(".jsonl"):  # whose first line may be broken
+    if name.lower().endswith(".jsonl"):  # even if its first line is broken
         return ".jsonl"
-    return (
-        (".jsonl" if _is_object(text.lstrip().split("\n", 1)[0]) else ".json")
-        if text.lstrip()[0] == "{"
-        else ".csv"
-    )
+    if text[0] != "{":
+        return ".csv"
+    first_line = text.split("\n", 1)[0]
+    return ".jsonl" if _is_object(first_line) else ".json"
 
 
 def _is_object(line: str) -> bool:
@@ -437,6 +474,7 @@ def _is_object(line: str) -> bool:
 
 
 def shown(name: str) -> str:
-    """A name as it may stand on a page: one line, no control characters, not long, never empty."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    """Return a name to show: one line, no control characters, not long, never empty."""
+    printable = "".join(c if c.isprintable() else " " for c in name)
+    text = " ".join(printable.split())
     return text[:_SHOWN] or "data"
