@@ -417,13 +417,13 @@ def test_folders_and_globs_read_their_files_by_name(tmp_path):
 
 
 def test_builtin_names_lead_into_the_package(tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
+    (tmp_path / "builtin").mkdir()
     monkeypatch.setattr(readers.resources, "files", lambda package: tmp_path)
     with pytest.raises(DataError, match=r"lacks its data file builtin_pool\.jsonl\.gz"):
         read([DataSource(path="builtin")])
     for name in ("pool", "eval"):
         write(
-            tmp_path / "data" / f"builtin_{name}.jsonl.gz",
+            tmp_path / "builtin" / f"builtin_{name}.jsonl.gz",
             gzip.compress(json.dumps(pair(name, "a")).encode()),
         )
     assert [
