@@ -1,24 +1,19 @@
-"""Sources -> Examples and reasoned rejects; then splits, subsets and checks by content.
+"""Read labelled task rows and split them by content into train, dev and test rows of a `Task`.
 
-Content is what `Example.group` names: rows of equal groups are never put on two sides of a split. The order in which groups are
-drawn is that of a hash of (purpose, seed, group), so it depends neither on the order of the rows nor on which other groups
-there are.
+Rows whose `Example.group` is equal have the same content and never land on two sides of a split.
+Groups are drawn in the order of a hash of (purpose, seed, group), so a draw depends neither on the
+order of the rows nor on which other groups exist. Row lengths need a tokenizer; no model is loaded.
 
-Invariant: rows in = kept + rejected.
-
-Labelled rows: files -> tasks, split by content, short enough, as many as asked for.
-
-Needs a tokenizer (to know how long a row is) and no model. Invariant: no training row's content stands among dev or test rows,
-of its own task or another.
+Invariants: rows read = rows kept + rejects. No training row has the content of a dev or test row,
+of its own task or of another.
 """
 
 import hashlib
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import accumulate, zip_longest
 
 import numpy as np
 
@@ -33,139 +28,120 @@ from fulcrum.data.formats import content_key, digest
 from fulcrum.data.readers import open_tables
 from fulcrum.stats import metrics
 
+_TEST_SHARE = 0.25  # of the training groups, if a task names no test files
+_DEV_SHARE = 0.2  # of the groups that are left, if it names no dev files
+_LONG_ANCHOR = 64  # tokens
+_BLOCK = 4096  # rows that are encoded together
+_SHOWN = 3  # pairs of overlapping rows that an error names
+
 
 def read(
     sources: Sequence[DataSource], *, group: str | None = None, seed: int = 0, answered: bool = True
 ) -> tuple[list[Example], list[Reject]]:
-    """Read all rows of the sources, in order: every row is in exactly one of the two lists returned.
+    """Read all rows of the sources, in order; each row is in exactly one of the two lists returned.
 
-    `group` names the column whose equal values belong together; without it a column called ``group`` is used, else a hash of
-    the prompt's text. A source's `limit` draws rows by `seed` (they stay in file order). A later row with the same normalised
-    texts as an earlier one is rejected as ``duplicate``. Rows that are not `answered` are inputs: they end with the user's
-    message. Raises DataError for missing, empty or broken files and wrong columns.
+    `group` names the column whose equal values belong together. Without it a column called
+    ``group`` is used, or else a hash of the prompt's text. A source's `limit` draws rows by `seed`
+    (they stay in file order). A row with the same normalised texts as an earlier one is rejected as
+    ``duplicate``. If rows are not `answered`, they are inputs that end with the user's message.
+    Raises DataError for missing, empty or broken files and for columns that fit no format.
     """
     examples: list[Example] = []
     rejects: list[Reject] = []
-    first: dict[str, str] = {}
+    first_origin: dict[str, str] = {}  # content key -> origin
     for place, source in enumerate(sources):
         tables = open_tables(source, group=group, answered=answered)
-        for table, ids in zip(
-            tables, draw([table.size for table in tables], source.limit, (seed, place)), strict=True
-        ):
-            for row in (table[int(index)] for index in ids):
+        drawn = _draw_rows([table.size for table in tables], source.limit, (seed, place))
+        for table, ids in zip(tables, drawn, strict=True):
+            for index in ids:
+                row = table[index]
                 if isinstance(row, Reject):
                     rejects.append(row)
-                elif (key := content_key(row)) in first:
-                    rejects.append(Reject(row.origin, "duplicate", f"same as {first[key]}"))
-                else:
-                    first[key] = row.origin
-                    examples.append(row)
+                    continue
+                key = content_key(row)
+                if key in first_origin:
+                    rejects.append(Reject(row.origin, "duplicate", f"same as {first_origin[key]}"))
+                    continue
+                first_origin[key] = row.origin
+                examples.append(row)
     return examples, rejects
 
 
-def draw(sizes: Sequence[int], limit: int | None, key: tuple[int, ...]) -> list[Sequence[int]]:
-    """Draw `limit` rows of tables with these sizes, seeded by `key`: ascending row ids for each table, nested in `limit`."""
-    total = sum(sizes)
-    if limit is None or limit >= total:
-        return [range(size) for size in sizes]
-    chosen = np.sort(np.random.default_rng(key).permutation(total)[:limit]).astype(np.int64)
-    ends = list(accumulate(sizes))
-    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
-    return [
-        (part - (end - size)).tolist() for part, end, size in zip(parts, ends, sizes, strict=True)
-    ]
-
-
 def require_rows(examples: Sequence[Example], rejects: Sequence[Reject], minimum: int = 2) -> None:
-    """Raise DataError, counting the rejects by reason, where fewer than `minimum` rows are usable."""
+    """Raise DataError, counting the rejects by reason, if fewer than `minimum` rows are usable."""
     if len(examples) >= minimum:
         return
-    files = sorted(
-        {
-            origin.rpartition(":")[0]
-            for origin in [e.origin for e in examples] + [r.origin for r in rejects]
-        }
-    )
-    counts = Counter(reject.reason for reject in rejects).most_common()
-    reasons = (
-        f"; rejected: {', '.join(f'{count} {reason}' for reason, count in counts)}"
-        if rejects
-        else ""
-    )
-    first = f" (first: {rejects[0].origin} {rejects[0].detail})" if rejects else ""
+    origins = [row.origin for row in (*examples, *rejects)]
+    files = ", ".join(sorted({origin.rpartition(":")[0] for origin in origins}))
+    why = ""
+    if rejects:
+        first = rejects[0]
+        reasons = ", ".join(f"{count} {reason}" for reason, count in _count_reasons(rejects))
+        why = f"; rejected: {reasons} (first: {first.origin} {first.detail})"
     raise DataError(
-        f"{', '.join(files) or 'no source'}: {len(examples)} usable of {len(examples) + len(rejects)} rows read, "
-        f"at least {minimum} are needed{reasons}{first}; add rows or mend these"
+        f"{files or 'no source'}: {len(examples)} usable of {len(origins)} rows read, "
+        f"at least {minimum} are needed{why}; add rows or mend these"
     )
-
-
-def _seeded_groups(
-    examples: Sequence[Example], purpose: str, seed: int
-) -> dict[str, list[Example]]:
-    """Rows by group, groups in seeded order, rows of a group in the order given."""
-    members: dict[str, list[Example]] = {}
-    for example in examples:
-        members.setdefault(example.group, []).append(example)
-    order = sorted(
-        members, key=lambda group: hashlib.sha256(f"{purpose}\0{seed}\0{group}".encode()).digest()
-    )
-    return {group: members[group] for group in order}
 
 
 def split(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Hold out `share` (in (0, 1)) of the groups, at least one and never all: returns (rest, held out), in the order given.
+    """Return (rest, held out): `share` (in (0, 1)) of the groups is held out.
 
-    Raises DataError where there are fewer than two groups.
+    At least one group is held out, never all. Rows stay in the order given. Raises DataError if there are fewer than two groups.
     """
     groups = list(_seeded_groups(examples, "split", seed))
     _require_two(examples, groups)
-    held = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
-    return [e for e in examples if e.group not in held], [e for e in examples if e.group in held]
+    count = min(max(round(share * len(groups)), 1), len(groups) - 1)
+    held_groups = set(groups[:count])
+    rest: list[Example] = []
+    held: list[Example] = []
+    for example in examples:
+        side = held if example.group in held_groups else rest
+        side.append(example)
+    return rest, held
 
 
 def fold(
     examples: Sequence[Example], number: int, count: int
 ) -> tuple[list[Example], list[Example]]:
-    """Hold out the groups of one of `count` folds (fewer, where there are fewer groups): returns (rest, held out), in the
-    order given. Every group is in one fold; the largest are dealt out first, each to the fold that has fewest rows.
+    """Return (rest, held out): the groups of fold `number` of `count` are held out.
 
-    Raises DataError where there are fewer than two groups, or fewer than the fold's number says.
+    There are fewer folds if there are fewer groups. Every group is in one fold; the largest groups
+    are dealt out first, each to the fold that has fewest rows. Rows stay in the order given. Raises
+    DataError if there are fewer than two groups, or no more groups than `number`.
     """
     from sklearn.model_selection import GroupKFold
 
-    groups = _seeded_groups(examples, "split", 0)
-    _require_two(examples, list(groups))
+    groups = list(_seeded_groups(examples, "split", 0))
+    _require_two(examples, groups)
     if number >= len(groups):
         raise DataError(
-            f"{len(examples)} rows in {len(groups)} group(s): without a test file each of {count} seeds holds out other "
-            f"groups; use at most {len(groups)} seeds, give a `test:` file, or name another column with `group:`"
+            f"{len(examples)} rows in {len(groups)} group(s): without a test file each of {count} "
+            f"seeds holds out other groups; use at most {len(groups)} seeds, give a `test:` file, "
+            "or name another column with `group:`"
         )
-    place = {group: k for k, group in enumerate(groups)}
-    folds = GroupKFold(min(count, len(groups))).split(
-        examples, groups=[place[e.group] for e in examples]
-    )
-    rest, held = next(itertools.islice(folds, number, None))
-    return [examples[k] for k in rest], [examples[k] for k in held]
-
-
-def _require_two(examples: Sequence[Example], groups: Sequence[str]) -> None:
-    if len(groups) < 2:
-        raise DataError(
-            f"{len(examples)} rows in {len(groups)} group(s) cannot be split by content: two groups are needed; "
-            "give `dev:` and `test:` files, add rows with other content, or name another column with `group:`"
-        )
+    place_of = {group: place for place, group in enumerate(groups)}
+    places = [place_of[example.group] for example in examples]
+    cuts = GroupKFold(min(count, len(groups))).split(examples, groups=places)
+    rest, held = next(itertools.islice(cuts, number, None))
+    return _take(examples, rest), _take(examples, held)
 
 
 def subset(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
-    """Return `limit` rows (all, where there are fewer): the first ones of a single seeded order.
+    """Return the first `limit` rows of a single seeded order (all rows, if there are fewer).
 
-    The order takes one row of every group, then a second one of those that have it, and so on: few rows still cover as many
-    groups as they can. Subsets are nested: a smaller one is the beginning of a larger one.
+    The order takes one row of every group, then a second one of those that have it, and so on: few
+    rows still cover as many groups as they can. A smaller subset is the beginning of a larger one.
     """
-    rounds = zip_longest(*_seeded_groups(examples, "subset", seed).values())
-    return [example for row in rounds for example in row if example is not None][:limit]
+    ordered: list[Example] = []
+    groups = _seeded_groups(examples, "subset", seed).values()
+    for round_of_rows in itertools.zip_longest(*groups):
+        for row in round_of_rows:
+            if row is not None:
+                ordered.append(row)
+    return ordered[:limit]
 
 
 def check_overlap(
@@ -176,173 +152,154 @@ def check_overlap(
     of: str = "training",
     by_group: bool = True,
 ) -> None:
-    """Refuse held-out rows (`name`: dev or test) whose content is in `train` (`of`: its name). Raises DataError with places.
+    """Raise DataError if held-out rows have content of `train`.
 
-    Content is the same where the normalised prompt is the same (its turns in one text, the system's included), or prompt and
-    answer together, or, with `by_group`, the group. Switch `by_group` off where group values were not meant to be compared
-    between files, as where each file numbers its groups from 0.
+    The error calls the two `name` rows (dev or test) and `of` rows.
+
+    Content is the same if the normalised prompt is the same (its turns as one text, the system's
+    included), or prompt and answer together, or, with `by_group`, the group. Switch `by_group` off
+    if group values are not comparable between files, as when each file numbers its groups from 0.
     """
+    train_origin: dict[str, str] = {}  # content key -> the first row's origin
+    for row in train:
+        for key in _overlap_keys(row, by_group):
+            train_origin.setdefault(key, row.origin)
+    kinds: Counter[str] = Counter()
+    pairs: list[str] = []
+    for row in held_out:
+        key = next((key for key in _overlap_keys(row, by_group) if key in train_origin), None)
+        if key is not None:
+            kinds[key.split()[0]] += 1
+            pairs.append(f"{row.origin} = {train_origin[key]}")
+    if not pairs:
+        return
+    counts = ", ".join(f"{count} the same {kind}" for kind, count in kinds.items())
+    shown = ", ".join(pairs[:_SHOWN])
+    if len(pairs) > _SHOWN:
+        shown += " ..."
+    remedy = f"remove them from one side, or leave `{name}:` out, and rows are held out by content"
+    if kinds["group"]:
+        remedy += "; if group values restart in every file, make them unique"
+    raise DataError(
+        f"{len(pairs)} of {len(held_out)} {name} rows have content of the {of} rows "
+        f"({counts}): {shown}; {remedy}"
+    )
 
-    def keys(example: Example) -> list[str]:
-        texts = [message.content for message in example.messages]
-        found = ["prompt " + digest(" ".join(texts[:-1])), "text " + digest(" ".join(texts))]
-        return [*found, "group " + example.group] if by_group else found
 
-    known = {key: example.origin for example in reversed(train) for key in keys(example)}
-    hits = [(row, next((key for key in keys(row) if key in known), None)) for row in held_out]
-    shared = [(row, key) for row, key in hits if key is not None]
-    if shared:
-        kinds = Counter(key.split()[0] for _, key in shared)
-        pairs = ", ".join(f"{row.origin} = {known[key]}" for row, key in shared[:3])
-        raise DataError(
-            f"{len(shared)} of {len(held_out)} {name} rows have content of the {of} rows "
-            f"({', '.join(f'{count} the same {kind}' for kind, count in kinds.items())}): {pairs}"
-            f"{' ...' if len(shared) > 3 else ''}; remove them from one side, "
-            f"or leave `{name}:` out, and rows are held out by content"
-            + (
-                "; if group values restart in every file, make them unique"
-                if kinds["group"]
-                else ""
+def check_between(tasks: Sequence[Task]) -> None:
+    """Raise DataError if one task trains on what another is scored on: tasks share one adapter."""
+    for task, other in itertools.permutations(tasks, 2):
+        for name, rows in (("dev", other.dev), ("test", other.test)):
+            check_overlap(
+                task.train,
+                rows,
+                f"{other.name} {name}",
+                of=f"{task.name} training",
+                by_group=False,
             )
-        )
-
-
-ANCHOR_TOKENS = 64  # beyond which an anchor is long
-_BLOCK = 4096  # rows that are encoded together
 
 
 def read_tasks(
     settings: TaskSettings, seed: int, outer: tuple[int, int] | None = None, near: float = 0.0
 ) -> tuple[Task, list[Reject]]:
-    """Read one task whole and split it by content: files, and hold-outs where dev or test are not given (the same for every
-    seed; `seed` draws the rows that a source's own `limit` leaves). With `outer`, the number of a fold and how many there are,
-    that fold is the test rows that are not given. Unlabelled inputs that a row asks too, or that are at least `near` (above 0)
-    like a dev or test row's, are left out.
+    """Read one task whole and split it by content.
 
-    Raises DataError where rows are missing, unusable, or stand on two sides.
+    If the task names no test (dev) files, rows are held out of its training rows, the same for
+    every seed; `seed` draws the rows that a source's own `limit` leaves. With `outer`, (number of a
+    fold, count of folds), that fold becomes the test rows instead. Unlabelled inputs are rejected
+    if a labelled row asks the same, or if they are at least `near` (above 0) like a dev or test
+    row. Raises DataError if rows are missing, unusable, or on two sides.
     """
-    metrics.needs_generation(settings.metrics)  # unknown names are refused before anything is read
-    by_group = (
-        settings.group is not None
-    )  # files that number their groups from 0 each do not mean the same groups
+    metrics.needs_generation(settings.metrics)  # refuse unknown names before anything is read
+    # Without a group column, files that each number their groups from 0 mean different groups.
+    by_group = settings.group is not None
     train, rejects = read(settings.train, group=settings.group, seed=seed)
     require_rows(train, rejects, minimum=2)
-    parts: dict[str, list[Example]] = {}
-    for name, sources, part_of_train in (("test", settings.test, 0.25), ("dev", settings.dev, 0.2)):
-        if sources:
-            parts[name], refused = read(sources, group=settings.group, seed=seed)
-            require_rows(parts[name], refused, minimum=1)
-            rejects += refused
-            check_overlap(train, parts[name], name, by_group=by_group)
-        elif name == "test" and outer is not None:
-            train, parts[name] = fold(train, *outer)
-        else:
-            train, parts[name] = split(train, part_of_train, seed=0)
-    check_overlap(parts["dev"], parts["test"], "test", of="dev", by_group=by_group)
-    unlabeled, refused = _unlabeled(settings, seed, train, [*parts["dev"], *parts["test"]], near)
-    return Task(
-        settings.name, tuple(train), tuple(parts["dev"]), tuple(parts["test"]),
-        settings.anchor_value(), settings.metrics, settings.max_new_tokens, unlabeled,
-    ), rejects + refused  # fmt: skip
 
+    if settings.test:
+        test, refused = _read_held_out("test", settings.test, settings, seed, train)
+        rejects += refused
+    elif outer is not None:
+        train, test = fold(train, *outer)
+    else:
+        train, test = split(train, _TEST_SHARE, seed=0)
 
-def _unlabeled(
-    settings: TaskSettings,
-    seed: int,
-    train: Sequence[Example],
-    held_out: Sequence[Example],
-    near: float,
-) -> tuple[tuple[Example, ...], list[Reject]]:
-    """The inputs without answers, and those not used: no arm may learn the answers that another gives to test rows."""
-    if not settings.unlabeled:
-        return (), []
-    found, rejects = read(settings.unlabeled, seed=seed, answered=False)
-    require_rows(found, rejects, minimum=1)
-    asked = filters.TaskText([[replace(row, messages=row.prompt) for row in held_out]], near)
-    labelled = {said for row in train if (said := _question(row))}
-    kept = []
-    for row in found:
-        refused = (
-            Reject(row.origin, "labelled already", row.question)
-            if _question(row) in labelled
-            else asked.shared(row)
-        )
-        if refused is None:
-            kept.append(row)
-        else:
-            rejects.append(replace(refused, reason=f"unlabeled: {refused.reason}"))
-    if not kept:
-        reason, count = Counter(reject.reason for reject in rejects).most_common(1)[0]
-        raise DataError(
-            f"task.unlabeled: none of {len(rejects):,} inputs is left, mostly since: {reason} ({count:,}); give inputs that "
-            "are not asked in labelled, dev or test rows"
-        )
-    return tuple(kept), rejects
+    if settings.dev:
+        dev, refused = _read_held_out("dev", settings.dev, settings, seed, train)
+        rejects += refused
+    else:
+        train, dev = split(train, _DEV_SHARE, seed=0)
 
-
-def _question(row: Example) -> str:
-    """What a row's user says, in words: the same question with another system text, or other punctuation, is the same."""
-    return " ".join(
-        word
-        for message in row.messages
-        if message.role == "user"
-        for word in filters.words(message.content)
+    check_overlap(dev, test, "test", of="dev", by_group=by_group)
+    unlabeled, refused = _read_unlabeled(settings, seed, train, [*dev, *test], near)
+    task = Task(
+        name=settings.name,
+        train=tuple(train),
+        dev=tuple(dev),
+        test=tuple(test),
+        anchor=settings.anchor_value(),
+        metrics=settings.metrics,
+        max_new_tokens=settings.max_new_tokens,
+        unlabeled=unlabeled,
     )
+    return task, rejects + refused
 
 
 def check_anchor(
     anchor: Anchor, task: Task, settings: Settings, tokenizer: encode.Tokenizer, where: str
 ) -> list[str]:
-    """What to know of an anchor on a task's rows. `where` names the setting that gave it.
+    """Return notes for the user on an anchor and a task's rows.
 
-    Raises ConfigError where it holds a special token, leaves no room for a row, stands in most rows already, or takes a part
-    of the answers that the metrics would miss.
+    `where` names the setting that gave the anchor. Raises ConfigError if the anchor holds a special
+    token, leaves no room for a row, is in most rows already, or takes a part of the answers that
+    the metrics would miss.
     """
-    plain, text = encode.make_format(tokenizer, None), anchor.text.strip()
-    if found := plain.special.search(anchor.text):
+    plain = encode.make_format(tokenizer, None)
+    special = plain.special.search(anchor.text)
+    if special is not None:
         raise ConfigError(
-            f"{where}: holds {found.group()!r}, a special token of the model; write it without"
+            f"{where}: holds {special.group()!r}, a special token of the model; write it without"
         )
+
     rows = (*task.train, *task.dev, *task.test)
+    holding = [row for row in rows if _holds_anchor(row, anchor)]
     at_answer = anchor.placement == "response_prefix"
-    holding = [
-        row for row in rows
-        if (row.answer.lstrip().startswith(text) if at_answer else any(text in message.content for message in row.prompt))
-    ]  # fmt: skip
     held = "begin their answers with" if at_answer else "hold"
-    told = f"{len(holding):,} of {task.name}'s {len(rows):,} rows {held} its text"
+    count = f"{len(holding):,} of {task.name}'s {len(rows):,} rows {held} its text"
     if 2 * len(holding) >= len(rows):
         raise ConfigError(
-            f"{where}: {told} already ({holding[0].origin}), and would have it twice; take it out of them, or out"
+            f"{where}: {count} already ({holding[0].origin}), and would have it twice; "
+            "take it out of them, or out"
         )
-    if (
-        at_answer
-        and set(task.metrics) & {"json_valid", "json_fields"}
-        and any(mark in text for mark in "{[")
-    ):
+
+    judges_json = not {"json_valid", "json_fields"}.isdisjoint(task.metrics)
+    if at_answer and judges_json and not {"{", "["}.isdisjoint(anchor.text):
         raise ConfigError(
-            f"{where}: begins the JSON of the answers, which json_valid and json_fields would judge without it; use a prefix "
-            "without brackets, or another placement"
+            f"{where}: begins the JSON of the answers, which json_valid and json_fields would "
+            "judge without it; use a prefix without brackets, or another placement"
         )
-    length = len(
-        plain.tokenizer(anchor.text, add_special_tokens=False, split_special_tokens=False)[
-            "input_ids"
-        ]
-    )
-    if length >= settings.train.max_length:
+
+    encoded = plain.tokenizer(anchor.text, add_special_tokens=False, split_special_tokens=False)
+    length = len(encoded["input_ids"])
+    limit = settings.train.max_length
+    if length >= limit:
         raise ConfigError(
-            f"{where}: of {length:,} tokens, train.max_length ({settings.train.max_length:,}) leaves no room"
+            f"{where}: of {length:,} tokens, train.max_length ({limit:,}) leaves no room"
         )
-    notes = [f"{where}: {told}; there it stands twice"] if holding else []
-    if length > ANCHOR_TOKENS:
+
+    notes = []
+    if holding:
+        notes.append(f"{where}: {count}; there it stands twice")
+    if length > _LONG_ANCHOR:
         notes.append(
-            f"{where}: {length:,} tokens, which every row of {task.name} pays for; 8 to {ANCHOR_TOKENS} are usual"
+            f"{where}: {length:,} tokens, which every row of {task.name} pays for; "
+            f"8 to {_LONG_ANCHOR} are usual"
         )
     return notes
 
 
 def check_answers(task: Task, tokenizer: encode.Tokenizer) -> list[str]:
-    """What to say of test rows whose answers cannot be given within `max_new_tokens`: they are wrong, whatever is learned."""
+    """Return a note if test answers are longer than `max_new_tokens`: they are always wrong."""
     if not metrics.needs_generation(task.metrics):
         return []
     form = encode.make_format(tokenizer, None)
@@ -351,28 +308,14 @@ def check_answers(task: Task, tokenizer: encode.Tokenizer) -> list[str]:
     if not cut:
         return []
     return [
-        f"{task.name}: {len(cut):,} of {len(lengths):,} test answers are longer than max_new_tokens ({task.max_new_tokens}), "
-        f"so that none generated can equal them; set task.max_new_tokens to {max(cut)} or more"
+        f"{task.name}: {len(cut):,} of {len(lengths):,} test answers are longer than "
+        f"max_new_tokens ({task.max_new_tokens}), so that none generated can equal them; "
+        f"set task.max_new_tokens to {max(cut)} or more"
     ]
 
 
-def check_between(tasks: Sequence[Task]) -> None:
-    """Tasks share one adapter: what one trains on must not be what another is scored on."""
-    for task in tasks:
-        for other in tasks:
-            if other is not task:
-                for name, rows in (("dev", other.dev), ("test", other.test)):
-                    check_overlap(
-                        task.train,
-                        rows,
-                        f"{other.name} {name}",
-                        of=f"{task.name} training",
-                        by_group=False,
-                    )
-
-
 def longest(settings: Settings, context: int | None) -> int:
-    """Tokens that a training row may have."""
+    """Return how many tokens a training row may have."""
     return min(settings.train.max_length, context or settings.train.max_length)
 
 
@@ -384,62 +327,52 @@ def limited(
     context: int | None,
     seed: int,
 ) -> tuple[Task, list[Reject]]:
-    """The rows of a task that a run uses: short enough, then as many as its limits say, in seeded nested order.
+    """Return the task with the rows that a run uses, and the rows that are too long.
 
-    Training and dev rows follow `too_long`; test rows are bounded by the model's context only.
+    Rows are taken in a seeded, nested order until a limit is full. `too_long` decides about
+    training and dev rows; test rows are bounded by the model's context only. Raises DataError if
+    rows are too long and may not be dropped, or if too few are left.
     """
     form = encode.make_format(tokenizer, task.anchor)
+    row_limit = longest(settings, context)
     rejects: list[Reject] = []
     parts: dict[str, tuple[Example, ...]] = {}
-    for name, rows, wanted, order in (
+    for name, rows, wanted, order_seed in (
         ("train", task.train, limits.train_limit, seed_for(seed, "data")),
         ("dev", task.dev, limits.dev_limit, 0),
         ("test", task.test, limits.test_limit, 0),
     ):
-        limit = longest(settings, context) if name != "test" else context or sys.maxsize
-        answer_room = (
-            task.max_new_tokens if name == "test" and metrics.needs_generation(task.metrics) else 0
-        )
-        kept, over = fitting(
-            subset(rows, len(rows), order), form, limit, wanted or len(rows), answer_room
-        )
+        limit = row_limit
+        answer_room = 0
+        if name == "test":
+            limit = context or sys.maxsize
+            if metrics.needs_generation(task.metrics):
+                answer_room = task.max_new_tokens
+        ordered = subset(rows, len(rows), order_seed)
+        kept, over = fitting(ordered, form, limit, wanted or len(rows), answer_room)
         minimum = 2 if name == "train" else 1
         if over and (settings.train.too_long == "error" or len(kept) < minimum):
             example, length = max(over, key=lambda pair: pair[1])
             raise DataError(
-                f"{example.origin}: {name} row of {length} tokens is over the limit of {limit} ({len(over)} of "
-                f"{len(over) + len(kept)} rows are); set train.max_length to {length} or more (the model's context is "
-                f"{context}), or shorten them"
+                f"{example.origin}: {name} row of {length} tokens is over the limit of {limit} "
+                f"({len(over)} of {len(over) + len(kept)} rows are); set train.max_length to "
+                f"{length} or more (the model's context is {context}), or shorten them"
             )
         parts[name] = tuple(kept)
-        rejects += [
-            Reject(e.origin, f"{name}: over {limit} tokens (train.too_long: drop)", f"{n} tokens")
-            for e, n in over
-        ]
-    inputs = []
-    for row in subset(task.unlabeled, len(task.unlabeled), seed_for(seed, "unlabeled")):
-        length = len(encode.prompt_ids(row.messages, form)) + task.max_new_tokens
-        if length <= longest(settings, context):
-            inputs.append(row)
-        else:
-            rejects.append(
-                Reject(
-                    row.origin,
-                    f"unlabeled: over {longest(settings, context)} tokens with its answer",
-                    f"{length}",
-                )
-            )
-    return replace(
-        task, train=parts["train"], dev=parts["dev"], test=parts["test"], unlabeled=tuple(inputs)
-    ), rejects
+        reason = f"{name}: over {limit} tokens (train.too_long: drop)"
+        for example, length in over:
+            rejects.append(Reject(example.origin, reason, f"{length} tokens"))
+    inputs, refused = _fitting_inputs(task, form, row_limit, seed)
+    return replace(task, unlabeled=inputs, **parts), rejects + refused
 
 
 def fitting(
     examples: Sequence[Example], form: encode.Format, limit: int, wanted: int, answer_room: int
 ) -> tuple[list[Example], list[tuple[Example, int]]]:
-    """The first `wanted` examples of at most `limit` tokens, and the longer ones met on the way with their lengths.
+    """Return the first `wanted` examples of at most `limit` tokens, and the longer ones on the way.
 
-    `answer_room`: tokens that a generated answer may need beside the prompt.
+    The longer ones come with their lengths. `answer_room` is the number of tokens that a generated
+    answer may need after the prompt; above 0 only the last answer of a row counts.
     """
     kept: list[Example] = []
     over: list[tuple[Example, int]] = []
@@ -448,9 +381,9 @@ def fitting(
             break
         if place % _BLOCK == 0:
             block = examples[place : place + min(_BLOCK, wanted - len(kept))]
-            encode.encode_ahead(
-                [encode.scored(row) for row in block] if answer_room else block, form
-            )
+            if answer_room:
+                block = [encode.scored(row) for row in block]
+            encode.encode_ahead(block, form)
         tokens = encode.final_answer(example, form) if answer_room else encode.encode(example, form)
         length = max(len(tokens), len(tokens) - tokens.n_loss + answer_room)
         if length > limit:
@@ -461,29 +394,29 @@ def fitting(
 
 
 def last_trained(example: Example) -> Example:
-    """The row with the last of its trained answers as the only one."""
-    trained = [
-        place
-        for place, message in enumerate(example.messages)
-        if message.role == "assistant" and message.train
-    ]
-    messages = (
-        replace(m, train=m.train and place in trained[-1:])
-        for place, m in enumerate(example.messages)
-    )
+    """Return the row with only the last of its trained answers left to train."""
+    last = -1
+    for place, message in enumerate(example.messages):
+        if message.role == "assistant" and message.train:
+            last = place
+    messages = []
+    for place, message in enumerate(example.messages):
+        messages.append(replace(message, train=message.train and place == last))
     return replace(example, messages=tuple(messages))
 
 
 def joined(task: Task, seed: int) -> Task:
-    """The task with its dev rows among the training rows, in an order drawn by seed."""
+    """Return the task with its dev rows among the training rows, in an order drawn by `seed`."""
     rows = (*task.train, *task.dev)
     order = np.random.default_rng(seed_for(seed, "sizes")).permutation(len(rows))
-    return replace(task, train=tuple(rows[k] for k in order), dev=())
+    return replace(task, train=tuple(_take(rows, order)), dev=())
 
 
 def folds(task: Task, count: int, seed: int) -> list[Task]:
-    """Cut the training rows `count` times into rows to train on and dev rows, by content group; each is a dev row once. Fewer
-    groups are fewer folds. Raises DataError where there is a single group.
+    """Cut the training rows `count` times into training and dev rows, by content group.
+
+    Each row is a dev row once. Fewer groups give fewer folds. Raises DataError if there is a single
+    group.
     """
     from sklearn.model_selection import GroupKFold
 
@@ -491,13 +424,160 @@ def folds(task: Task, count: int, seed: int) -> list[Task]:
     count = min(count, len(set(groups)))
     if count < 2:
         raise DataError(
-            f"{task.name}: its {len(groups)} rows are one content group ({groups[0]!r:.60}), so none can be set apart to "
-            "choose settings by; name another column in task.group, or use more rows"
+            f"{task.name}: its {len(groups)} rows are one content group ({groups[0]!r:.60}), so "
+            "none can be set apart to choose settings by; name another column in task.group, or "
+            "use more rows"
         )
     cuts = GroupKFold(count, shuffle=True, random_state=seed).split(groups, groups=groups)
-    return [
-        replace(
-            task, train=tuple(task.train[k] for k in own), dev=tuple(task.train[k] for k in dev)
+    tasks = []
+    for train_places, dev_places in cuts:
+        train = _take(task.train, train_places)
+        dev = _take(task.train, dev_places)
+        tasks.append(replace(task, train=tuple(train), dev=tuple(dev)))
+    return tasks
+
+
+def _draw_rows(
+    sizes: Sequence[int], limit: int | None, key: tuple[int, ...]
+) -> list[Sequence[int]]:
+    """Draw `limit` rows of tables with these sizes, seeded by `key`.
+
+    Returns ascending row ids for each table. A smaller limit draws some of the same rows.
+    """
+    total = sum(sizes)
+    if limit is None or limit >= total:
+        return [range(size) for size in sizes]
+    chosen = np.sort(np.random.default_rng(key).permutation(total)[:limit])
+    drawn: list[Sequence[int]] = []
+    start = 0
+    for size in sizes:
+        low, high = np.searchsorted(chosen, (start, start + size))
+        drawn.append((chosen[low:high] - start).tolist())
+        start += size
+    return drawn
+
+
+def _count_reasons(rejects: Iterable[Reject]) -> list[tuple[str, int]]:
+    """Return (reason, count), the most common first."""
+    return Counter(reject.reason for reject in rejects).most_common()
+
+
+def _take(rows: Sequence[Example], places: Iterable[int]) -> list[Example]:
+    return [rows[place] for place in places]
+
+
+def _seeded_groups(
+    examples: Sequence[Example], purpose: str, seed: int
+) -> dict[str, list[Example]]:
+    """Return rows by group: groups in seeded order, rows of a group in the order given."""
+    members: dict[str, list[Example]] = {}
+    for example in examples:
+        members.setdefault(example.group, []).append(example)
+
+    def rank(group: str) -> bytes:
+        return hashlib.sha256(f"{purpose}\0{seed}\0{group}".encode()).digest()
+
+    return {group: members[group] for group in sorted(members, key=rank)}
+
+
+def _require_two(examples: Sequence[Example], groups: Sequence[str]) -> None:
+    if len(groups) < 2:
+        raise DataError(
+            f"{len(examples)} rows in {len(groups)} group(s) cannot be split by content: two "
+            "groups are needed; give `dev:` and `test:` files, add rows with other content, or "
+            "name another column with `group:`"
         )
-        for own, dev in cuts
-    ]
+
+
+def _overlap_keys(row: Example, by_group: bool) -> list[str]:
+    """Return the row's content as keys, each "KIND VALUE"."""
+    texts = [message.content for message in row.messages]
+    keys = ["prompt " + digest(" ".join(texts[:-1])), "text " + digest(" ".join(texts))]
+    if by_group:
+        keys.append("group " + row.group)
+    return keys
+
+
+def _read_held_out(
+    name: str,
+    sources: Sequence[DataSource],
+    settings: TaskSettings,
+    seed: int,
+    train: Sequence[Example],
+) -> tuple[list[Example], list[Reject]]:
+    rows, rejects = read(sources, group=settings.group, seed=seed)
+    require_rows(rows, rejects, minimum=1)
+    check_overlap(train, rows, name, by_group=settings.group is not None)
+    return rows, rejects
+
+
+def _read_unlabeled(
+    settings: TaskSettings,
+    seed: int,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    near: float,
+) -> tuple[tuple[Example, ...], list[Reject]]:
+    """Return the inputs without answers, and the rejected ones.
+
+    Inputs that dev or test rows ask are rejected, so that no arm learns the answers that another
+    arm gives to test rows.
+    """
+    if not settings.unlabeled:
+        return (), []
+    inputs, rejects = read(settings.unlabeled, seed=seed, answered=False)
+    require_rows(inputs, rejects, minimum=1)
+    held_out_prompts = [replace(row, messages=row.prompt) for row in held_out]
+    overlap = filters.TaskText([held_out_prompts], near)
+    labelled = {_question(row) for row in train} - {""}
+    kept = []
+    for row in inputs:
+        refused = overlap.shared(row)
+        if _question(row) in labelled:
+            refused = Reject(row.origin, "labelled already", row.question)
+        if refused is None:
+            kept.append(row)
+        else:
+            rejects.append(replace(refused, reason=f"unlabeled: {refused.reason}"))
+    if not kept:
+        reason, count = _count_reasons(rejects)[0]
+        raise DataError(
+            f"task.unlabeled: none of {len(rejects):,} inputs is left, mostly since: {reason} "
+            f"({count:,}); give inputs that are not asked in labelled, dev or test rows"
+        )
+    return tuple(kept), rejects
+
+
+def _question(row: Example) -> str:
+    """Return the words of a row's user.
+
+    Questions that differ in the system's text or in punctuation alone are the same.
+    """
+    words: list[str] = []
+    for message in row.messages:
+        if message.role == "user":
+            words += filters.words(message.content)
+    return " ".join(words)
+
+
+def _holds_anchor(row: Example, anchor: Anchor) -> bool:
+    text = anchor.text.strip()
+    if anchor.placement == "response_prefix":
+        return row.answer.lstrip().startswith(text)
+    return any(text in message.content for message in row.prompt)
+
+
+def _fitting_inputs(
+    task: Task, form: encode.Format, limit: int, seed: int
+) -> tuple[tuple[Example, ...], list[Reject]]:
+    """Return the inputs that fit together with an answer, in seeded order, and the longer ones."""
+    inputs: list[Example] = []
+    rejects: list[Reject] = []
+    reason = f"unlabeled: over {limit} tokens with its answer"
+    for row in subset(task.unlabeled, len(task.unlabeled), seed_for(seed, "unlabeled")):
+        length = len(encode.prompt_ids(row.messages, form)) + task.max_new_tokens
+        if length <= limit:
+            inputs.append(row)
+        else:
+            rejects.append(Reject(row.origin, reason, f"{length}"))
+    return tuple(inputs), rejects
