@@ -28,7 +28,7 @@ import numpy as np
 from fulcrum.config.settings import load_settings
 from fulcrum.core import store
 from fulcrum.experiments import pilot
-from fulcrum.mechanism import clusters, scale_report
+from fulcrum.mechanism import cluster_gains, clusters, scale_report
 from fulcrum.report import anchor_validity
 from fulcrum.stats import certificate, outcomes
 from fulcrum.stats.certificate import Certificate
@@ -138,15 +138,15 @@ def quanta(file: Path) -> Iterator[Verdict]:
     items = record["items"]
     general = np.array([item["general"] for item in items])
     plain, mixed = (np.array([item["losses"][arm][-1] for item in items]) for arm in record["arms"])
-    test = clusters.density_test(
+    described = cluster_gains.summarise(
         [item["cluster"] for item in items],
         general,
         ~general,
         plain - mixed,
         weights=np.where(general, 1 / general.sum(), 1 / (~general).sum()),
         before=[item["untrained"] for item in items],
-        seed=record["seed"],
     )
+    test = cluster_gains.density_test(described, seed=record["seed"])
     yield Verdict(f"{name}, test", record["test"]["verdict"], test.verdict)
     yield Verdict(f"{name}, all of the test", record["test"], store.plain(test))
 

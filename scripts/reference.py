@@ -43,9 +43,11 @@ OFFERED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("core.errors", ("FulcrumError", "ConfigError", "DataError", "ModelError", "StoreError")),
     (
         "mechanism.jumps",
-        ("JumpTest", "jump_test", "power", "detectable", "verdict", "RowJumps", "row_jumps"),
+        ("JumpTest", "jump_test", "power", "detectable", "verdict"),
     ),
-    ("mechanism.clusters", ("Clusters", "find", "DensityTest", "density_test")),
+    ("mechanism.row_jumps", ("RowJumps", "row_jumps")),
+    ("mechanism.clusters", ("Clusters", "find")),
+    ("mechanism.cluster_gains", ("Cluster", "summarise", "DensityTest", "density_test")),
 )
 
 

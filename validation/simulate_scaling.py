@@ -20,7 +20,8 @@ from rich.table import Table
 from scipy.stats import binomtest
 
 from fulcrum.core.types import BoolArray, FloatArray
-from fulcrum.mechanism.jumps import find_jumps, row_jumps
+from fulcrum.mechanism.jumps import find_jumps
+from fulcrum.mechanism.row_jumps import row_jumps
 
 SHORT = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 LONG = (*SHORT, 32.0, 64.0)

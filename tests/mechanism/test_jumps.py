@@ -8,16 +8,16 @@ from scipy.stats import false_discovery_control
 
 import simulate_scaling
 from fulcrum.core.errors import DataError
-from fulcrum.mechanism.curve_fits import FORMS, aicc, best, fits, octaves
+from fulcrum.mechanism.curve_fits import FORMS, aicc, best_fit, fit_forms, octaves
 from fulcrum.mechanism.jumps import (
     JumpTest,
     detectable,
     find_jumps,
     jump_test,
     power,
-    row_jumps,
     verdict,
 )
+from fulcrum.mechanism.row_jumps import row_jumps
 
 SEVEN = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 NINE = (*SEVEN, 32.0, 64.0)
@@ -61,35 +61,35 @@ def test_parameters_count_the_variance():
 
 @pytest.mark.parametrize(("beta", "a"), [(0.3, 2.0), (0.8, 0.7), (2.5, -1.5)])
 def test_a_power_law_is_recovered_from_exact_values(beta, a):
-    found = fits(NINE, 0.25 + a * U**-beta)
+    found = fit_forms(NINE, 0.25 + a * U**-beta)
     assert found["power"].parameters == pytest.approx({"c": 0.25, "a": a, "beta": beta}, rel=1e-4)
     assert found["power"].rss < 1e-12
-    assert best(found).form == "power"
+    assert best_fit(found).form == "power"
 
 
 def test_a_sigmoid_is_recovered_from_exact_values():
-    found = fits(NINE, 2 + 3 / (1 + np.exp(-(X - 2.3) / 0.6)))
+    found = fit_forms(NINE, 2 + 3 / (1 + np.exp(-(X - 2.3) / 0.6)))
     assert found["sigmoid"].parameters == pytest.approx(
         {"c": 2, "a": 3, "location": 2.3, "width": 0.6}, rel=1e-5
     )
     assert found["sigmoid"].curve == pytest.approx(2 + 3 / (1 + np.exp(-(X - 2.3) / 0.6)))
-    assert best(found).form == "sigmoid"
+    assert best_fit(found).form == "sigmoid"
 
 
 def test_one_break_is_recovered_from_exact_values():
-    found = fits(NINE, 1 + 2 * U**-0.1 * (1 + (U / 8) ** (1 / 0.2)) ** (-1.0 * 0.2))["break"]
+    found = fit_forms(NINE, 1 + 2 * U**-0.1 * (1 + (U / 8) ** (1 / 0.2)) ** (-1.0 * 0.2))["break"]
     assert found.parameters == pytest.approx(
         {"c": 1, "a": 2, "b0": 0.1, "b1": 1, "d": 8, "f": 0.2}, rel=1e-3
     )
 
 
 def test_a_constant_is_the_mean_and_best_where_nothing_moves():
-    found = fits(NINE, np.full(9, 0.1))
+    found = fit_forms(NINE, np.full(9, 0.1))
     assert found["constant"].parameters == pytest.approx({"c": 0.1})
-    assert best(found).form == "constant"
+    assert best_fit(found).form == "constant"
     values = np.arange(9.0)
-    assert fits(NINE, values)["constant"].rss == pytest.approx(60)
-    assert fits(NINE, values)["constant"].aicc == pytest.approx(float(aicc(60, 9, 2)))
+    assert fit_forms(NINE, values)["constant"].rss == pytest.approx(60)
+    assert fit_forms(NINE, values)["constant"].aicc == pytest.approx(float(aicc(60, 9, 2)))
 
 
 @pytest.mark.parametrize(
@@ -110,21 +110,21 @@ def test_a_constant_is_the_mean_and_best_where_nothing_moves():
     ],
 )
 def test_a_form_with_too_few_levels_says_so(n, refused):
-    found = fits(NINE[:n], np.sin(np.arange(n)))
+    found = fit_forms(NINE[:n], np.sin(np.arange(n)))
     assert {name for name, fit in found.items() if fit.refused} == set(refused)
     for name, words in refused.items():
         assert found[name].refused.startswith(words)
         assert not found[name].parameters
         assert found[name].aicc == np.inf
-    assert (best(found) is None) == (n == 3)
+    assert (best_fit(found) is None) == (n == 3)
 
 
 def test_the_reported_fit_is_a_minimum():
     values = np.random.default_rng(0).normal(size=9)
-    for fit in fits(NINE, values).values():
+    for fit in fit_forms(NINE, values).values():
         assert fit.rss == pytest.approx(float(((values - fit.curve) ** 2).sum()))
-        assert fit.rss <= fits(NINE, values)["constant"].rss + 1e-12
-    sigmoid = fits(NINE, values)["sigmoid"]
+        assert fit.rss <= fit_forms(NINE, values)["constant"].rss + 1e-12
+    sigmoid = fit_forms(NINE, values)["sigmoid"]
     place, width = sigmoid.parameters["location"], sigmoid.parameters["width"]
     for moved in (
         (place + 0.05, width),
@@ -523,7 +523,7 @@ def test_an_affine_change_of_the_losses_changes_no_p():
 )
 def test_ratios_that_are_no_curve_are_refused(ratios, match):
     with pytest.raises(DataError, match=match):
-        fits(ratios, [1.0, 2.0, 3.0])
+        fit_forms(ratios, [1.0, 2.0, 3.0])
     with pytest.raises(DataError, match=match):
         jump_test(ratios, np.zeros((2, 3)), higher_is_better=True)
     with pytest.raises(DataError, match=match):
@@ -534,7 +534,7 @@ def test_ratios_that_are_no_curve_are_refused(ratios, match):
 
 def test_numbers_that_fit_no_ratios_are_refused():
     with pytest.raises(DataError, match=r"means of shape \(3,\) for 7 ratios"):
-        fits(SEVEN, [1, 2, 3])
+        fit_forms(SEVEN, [1, 2, 3])
     with pytest.raises(DataError, match=r"scores of shape \(7,\) for 7 ratios: give \(seeds, 7\)"):
         jump_test(SEVEN, np.zeros(7), higher_is_better=True)
     with pytest.raises(DataError, match=r"scores of shape \(7, 3\) for 7 ratios"):
@@ -556,7 +556,7 @@ def test_numbers_that_fit_no_ratios_are_refused():
 
 def test_numbers_that_are_none_are_refused():
     with pytest.raises(DataError, match=r"means: 1 of 7 are not finite, the first at \[2\]"):
-        fits(SEVEN, [0, 0, np.nan, 0, 0, 0, 0])
+        fit_forms(SEVEN, [0, 0, np.nan, 0, 0, 0, 0])
     broken = np.zeros((3, 7))
     broken[1, 4] = np.inf
     with pytest.raises(

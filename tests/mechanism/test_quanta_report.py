@@ -10,7 +10,8 @@ import pytest
 
 from fulcrum.core import store
 from fulcrum.core.errors import StoreError
-from fulcrum.mechanism import clusters, quanta_report
+from fulcrum.mechanism import quanta_report
+from fulcrum.mechanism.cluster_gains import density_test, summarise
 
 
 def record(k: int = 6, per: int = 10, evil: str = "ending") -> dict[str, Any]:
@@ -39,7 +40,8 @@ def record(k: int = 6, per: int = 10, evil: str = "ending") -> dict[str, Any]:
     gain = np.array(
         [item["losses"]["sft_anchor"][-1] - item["losses"]["tell"][-1] for item in items]
     )
-    test = clusters.density_test(labels, general, ~general, gain, before=np.full(len(items), 4.0))
+    before = np.full(len(items), 4.0)
+    test = density_test(summarise(labels, general, ~general, gain, before=before))
     found = {
         "k": k,
         "stability": 0.9,
