@@ -176,7 +176,7 @@ def test_a_killed_comparison_by_sizes_goes_on_to_the_same_certificate(
             ConfigError,
             r"compare\.sizes_of: 2 rows cannot be cut into folds; use 4 or more",
         ),
-        ({"sizes": [6, 4, 6]}, ConfigError, r"compare\.sizes: 6 is given twice"),
+        ({"sizes": [6, 4, 6]}, ConfigError, r"compare\.sizes: 6 is listed twice"),
         (
             {"sizes": [4, 6], "sft_epochs": [4]},
             ConfigError,
@@ -244,8 +244,8 @@ def test_an_adapter_with_settings_of_its_own_scores_as_it_was_scored(
             [{"name": "tell", "general": "pool"}],
             r"compare\.arms: 'tell' is an arm that is there already; give yours another",
         ),
-        (["mix", {"name": "mix"}], r"compare\.arms: 'mix' is given twice"),
-        ([{"name": "a"}, {"name": "a", "anchored": True}], r"compare\.arms: 'a' is given twice"),
+        (["mix", {"name": "mix"}], r"compare\.arms: 'mix' is listed twice"),
+        ([{"name": "a"}, {"name": "a", "anchored": True}], r"compare\.arms: 'a' is listed twice"),
         (["mien", MINE], r"compare\.arms: no arm 'mien'; did you mean 'mine'"),
     ],
 )

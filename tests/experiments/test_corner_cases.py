@@ -226,7 +226,7 @@ def test_rows_beyond_the_size_that_was_trained_on_may_be_scored(
 
 def test_a_size_given_twice_for_one_arm_is_refused() -> None:
     data = {"task": {"train": "rows.jsonl"}, "compare": {"sizes_of": {"sft": [6, 4, 6]}}}
-    with pytest.raises(ConfigError, match=r"compare\.sizes_of: .*6 is given twice"):
+    with pytest.raises(ConfigError, match=r"compare\.sizes_of: .*6 is listed twice"):
         settings_from_dict(data)
 
 

@@ -895,8 +895,8 @@ def test_a_killed_comparison_goes_on_to_the_same_results(
             r"compare\.arms: no arm 'telll'; did you mean 'tell'",
         ),
         ({"compare": {"arms": []}}, r"compare\.arms: .*at least 1"),
-        ({"compare": {"arms": ["tell", "sft", "tell"]}}, r"compare\.arms: 'tell' is given twice"),
-        ({"compare": {"seeds": [0, 1, 0]}}, r"compare\.seeds: 0 is given twice"),
+        ({"compare": {"arms": ["tell", "sft", "tell"]}}, r"compare\.arms: 'tell' is listed twice"),
+        ({"compare": {"seeds": [0, 1, 0]}}, r"compare\.seeds: 0 is listed twice"),
         (
             {"compare": {"arms": list(ARMS), "sft_epochs": [1, 7]}},
             r"7 epochs of 12 rows are over TELL's 18 steps; use at most 6",
