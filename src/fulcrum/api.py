@@ -1,6 +1,7 @@
-"""The functions of Fulcrum that Python code calls, and the kinds of runs that it knows.
+"""The functions that Python code calls, and the kinds of runs that Fulcrum knows.
 
-Models' libraries are loaded by the functions that need them, so that a report or a verification begins at once.
+Torch and transformers are imported by the functions that need them, so that a report or a
+verification starts at once.
 """
 
 import tempfile
@@ -26,45 +27,48 @@ if TYPE_CHECKING:
 
 KINDS: Kinds = {kind.name: kind for kind in (TRAIN, COMPARE, SCALE, QUANTA)}
 
-# What a run gives that depends on nothing but its manifest; its results hold seconds too.
+# Files of a run that depend on its manifest alone; results.json holds seconds too.
 _REPEATABLE = ("adapter_model.safetensors", "predictions.jsonl")
 
 
 def train(*, resume: bool = False, **settings: Any) -> Results:
-    """Train one adapter; the keywords are the keys of the YAML file (`model=`, `task=`, `general=`, `mix=` ...).
+    """Train one adapter.
 
-    With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError, each naming the
-    remedy; all are FulcrumErrors.
+    The keywords are the keys of the YAML file (`model=`, `task=`, `general=`, `mix=` ...). With
+    `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or
+    StoreError, each naming the remedy; all are FulcrumErrors.
     """
     return launch(TRAIN, settings_from_dict(settings), resume=resume)
 
 
 def compare(*, resume: bool = False, **settings: Any) -> Results:
-    """Compare arms; the keywords are the keys of the YAML file (`model=`, `task=`, `compare=` ...).
+    """Compare arms.
 
-    With `resume` the comparison in `output_dir` is resumed: finished cells are read back. Raises ConfigError, DataError,
-    ModelError or StoreError, each naming the remedy; all are FulcrumErrors.
+    The keywords are the keys of the YAML file (`model=`, `task=`, `compare=` ...). With `resume`
+    the comparison in `output_dir` is resumed: finished cells are read back. Raises ConfigError,
+    DataError, ModelError or StoreError, each naming the remedy; all are FulcrumErrors.
     """
     return launch(COMPARE, settings_from_dict(settings), resume=resume)
 
 
 def scale(*, resume: bool = False, **settings: Any) -> Results:
-    """Train with more and more general data; the keywords are the keys of the YAML file (`model=`, `task=`, `scale=` ...).
+    """Train with more and more general data.
 
-    What the curves say is written to `scaling.json` and the report of `output_dir`;
-    `fulcrum.mechanism.jumps` has its tests for your own arrays.
-    With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
+    The keywords are the keys of the YAML file (`model=`, `task=`, `scale=` ...). The results are
+    written to `scaling.json` and the report of `output_dir`; `fulcrum.mechanism.jumps` has the same
+    tests for your own arrays. With `resume` the run in `output_dir` is resumed. Raises ConfigError,
+    DataError, ModelError or StoreError.
     """
     return launch(SCALE, settings_from_dict(settings), resume=resume)
 
 
 def quanta(*, resume: bool = False, **settings: Any) -> Results:
-    """Cluster answers by their gradients and ask whether general data helped where they are dense; the keywords are the keys of
-    the YAML file (`model=`, `task=`, `quanta=` ...).
+    """Cluster answers by their gradients, and test if general data helped most in dense clusters.
 
-    What was found is written to `quanta.json` and `quanta.html` of `output_dir`;
-    `fulcrum.mechanism.clusters` has its parts for your own arrays.
-    With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
+    The keywords are the keys of the YAML file (`model=`, `task=`, `quanta=` ...). The results are
+    written to `quanta.json` and `quanta.html` of `output_dir`; `fulcrum.mechanism.clusters` has the
+    same steps for your own arrays. With `resume` the run in `output_dir` is resumed. Raises
+    ConfigError, DataError, ModelError or StoreError.
     """
     return launch(QUANTA, settings_from_dict(settings), resume=resume)
 
@@ -77,9 +81,10 @@ def launch(
     progress: "ProgressListener | None" = None,
     **how: Any,
 ) -> Results:
-    """Fill a run folder with a run of this kind, and report to the trackers that the settings name.
+    """Fill a run folder with a run of this kind, and report to the trackers in the settings.
 
-    Raises what the experiment raises, and ConfigError if a tracker is not installed; one that fails later ends nothing.
+    Raises what the experiment raises, and ConfigError if a tracker is not installed. A tracker that
+    fails later does not stop the run.
     """
     from fulcrum.experiments import trackers
 
@@ -104,10 +109,11 @@ def _experiment(kind: RunKind) -> Callable[..., Results]:
 
 
 def load_adapter(folder: Path | str, *, arm: str | None = None) -> "Adapter":
-    """Load the base model and the adapter of a run folder; of a comparison, the adapter of `arm` (default: the first of tell,
-    mix, sft_anchor, sft in it). The device is this machine's own: a GPU if there is one.
+    """Load the base model and the adapter of a run folder, on a GPU if there is one.
 
-    Raises StoreError if the folder holds no finished run or no such arm, or if its files were changed.
+    For a comparison it is the adapter of `arm` (default: the first of tell, mix, sft_anchor, sft in
+    it). Raises StoreError if the folder holds no finished run or no such arm, or if its files were
+    changed.
     """
     from fulcrum.experiments import finished
 
@@ -123,28 +129,28 @@ def evaluate(
     metric_names: Sequence[str] = (),
     out: Path | str | None = None,
 ) -> tuple[tuple[Score, ...], tuple[Prediction, ...]]:
-    """Score an adapter on `data` (default: the task's own test rows), and write the predictions to `out`, as JSON lines.
+    """Score an adapter on `data` (default: the task's own test rows), and store the predictions.
 
-    `out` is a new file in the run folder's eval/ by default. Rejected rows and rows that the run knows are Python warnings.
-    Raises DataError (also for rows that the adapter was trained on), ConfigError or StoreError.
+    They are written as JSON lines to `out` (default: a new file in the run folder's eval/). Python
+    warnings name rejected rows, and rows that the run has seen. Raises DataError (also for rows
+    that the adapter was trained on), ConfigError or StoreError.
     """
     from fulcrum.experiments import finished
 
-    found = finished.evaluate(
+    evaluation = finished.evaluate(
         folder, data=data, arm=arm, task=task, metric_names=metric_names, out=out
     )
-    rejected = [
-        f"{data}: {number} rows left out: {reason}" for reason, number in found.rejects.items()
-    ]
-    for text in (*rejected, *found.notes):
-        warnings.warn(text, stacklevel=2)
-    return found.scores, found.predictions
+    for reason, number in evaluation.rejects.items():
+        warnings.warn(f"{data}: {number} rows left out: {reason}", stacklevel=2)
+    for note in evaluation.notes:
+        warnings.warn(note, stacklevel=2)
+    return evaluation.scores, evaluation.predictions
 
 
 def write_report(folder: Path | str) -> Path:
-    """Write ``report.html`` of a finished run, or of a folder that `fulcrum certify` wrote, anew, and return its path.
+    """Write ``report.html`` again for a finished run or a folder of `fulcrum certify`.
 
-    Raises StoreError if the run or a certificate cannot be read.
+    Returns its path. Raises StoreError if the run or a certificate cannot be read.
     """
     folder = Path(folder)
     if run_report.has_certificate_only(folder):
@@ -153,10 +159,11 @@ def write_report(folder: Path | str) -> Path:
 
 
 def verify(path: Path | str) -> Verification:
-    """Compare what a finished run made with its manifest, and compute every number of its certificates again from their
-    outcomes; or do the latter for one certificate, or for a folder that `fulcrum certify` wrote.
+    """Compare a finished run's files with its manifest, and recompute its certificates.
 
-    Raises StoreError if the run is not finished or a certificate cannot be read, DataError if its outcomes cannot.
+    Every number of a certificate is computed again from its outcomes. For one certificate, or for a
+    folder that `fulcrum certify` wrote, only this is done. Raises StoreError if the run is not
+    finished or a certificate cannot be read, DataError if its outcomes cannot.
     """
     path = Path(path)
     if (path / store.MANIFEST).is_file():
@@ -165,11 +172,12 @@ def verify(path: Path | str) -> Verification:
 
 
 def repeat(folder: Path | str, progress: "ProgressListener | None" = None) -> Verification:
-    """Make a finished run again from its own settings, in a folder that is then dropped, and compare weights and predictions
-    with what its manifest says: the same seed, machine type and number of threads give the same bits.
+    """Run a finished run again from its own settings, and compare weights and predictions.
 
-    What else differs here (machine, versions, code) is named as unchecked: other bits are then no fault. Raises StoreError
-    if the run is not finished, and what made it raises.
+    The same seed, machine type and number of threads give the same bits as its manifest says. If
+    anything else differs (machine, versions, code), it is listed as unchecked: other bits are then
+    no fault. The new run is made in a temporary folder. Raises StoreError if the run is not
+    finished, and whatever the run itself raises.
     """
     import torch
 
@@ -183,16 +191,18 @@ def repeat(folder: Path | str, progress: "ProgressListener | None" = None) -> Ve
         _experiment(kind_of(known, KINDS))(settings, progress=progress)
         made = store.read_json(new / store.MANIFEST)
     unchecked = []
-    if differs := store.changes(known["environment"], made["environment"]):
-        unchecked.append(f"made elsewhere, where the bits may be others: {', '.join(differs)}")
-    if data := store.changes(known["data"], made["data"]):
+    environment = store.changes(known["environment"], made["environment"])
+    if environment:
+        unchecked.append(f"made elsewhere, where the bits may be others: {', '.join(environment)}")
+    data = store.changes(known["data"], made["data"])
+    if data:
         unchecked.append(f"the data are no longer what they were: {', '.join(data)}")
     if (folder / store.PLAN).exists():
         unchecked.append("a time budget may have left seeds out, which were made now")
-    before, after = known[run_folder.OUTPUTS], made[run_folder.OUTPUTS]
-    wrong = [
-        f"{file}: other bits than before"
-        for file in before
-        if Path(file).name in _REPEATABLE and before[file] != after.get(file)
-    ]
+    before = known[run_folder.OUTPUTS]
+    after = made[run_folder.OUTPUTS]
+    wrong = []
+    for file, sha256 in before.items():
+        if Path(file).name in _REPEATABLE and sha256 != after.get(file):
+            wrong.append(f"{file}: other bits than before")
     return Verification(wrong, unchecked)

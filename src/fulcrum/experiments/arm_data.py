@@ -1,11 +1,10 @@
-"""What follows from an arm once its rows are known: anchors, general rows, trials, token streams.
+"""Derive what an arm does with its rows: anchors, general rows, trials, token streams.
 
-No torch: previews need them.
-
-`resolve` derives all of it in one place, as an `ArmPlan`; whatever trains, scores or counts an arm
-takes that.
+`resolve` returns all of it as an `ArmPlan`, which is what training, scoring and counting take. No
+torch is loaded here, so that previews are quick.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +39,7 @@ _STRATIFIED = 200  # steps; shorter mixed streams are stratified by epoch
 class ArmPlan:
     """One arm on the rows of one size and seed, or of a fold of these. Make it with `resolve`.
 
-    What takes time is computed when it is first asked for, and kept.
+    What takes time is computed when it is first needed, and kept.
     """
 
     arm: Arm
@@ -54,21 +53,25 @@ class ArmPlan:
 
     @property
     def members(self) -> int:
-        """How many adapters are trained and averaged."""
+        """Number of adapters that are trained and averaged."""
         return self.arm.members if self.arm.trained else 0
 
     @property
     def task_rows(self) -> tuple[Example, ...]:
         """The task rows that it trains on, of all tasks."""
-        if not self.arm.task_rows:
-            return ()
-        return tuple(row for task in self.rows.tasks for row in task.train)
+        return _train_rows(self.rows) if self.arm.task_rows else ()
 
     @cached_property
     def general_rows(self) -> tuple[Example, ...]:
-        """The general rows with which its streams begin: the run's, the arm's, or chosen ones."""
+        """The general rows that its streams take from, first ones first.
+
+        They are the run's, the arm's own, or chosen among the candidates.
+        """
         if self.arm.general == "unlabeled":
-            return _as_texts([row for task in self.rows.tasks for row in task.unlabeled])
+            inputs: list[Example] = []
+            for task in self.rows.tasks:
+                inputs += task.unlabeled
+            return _as_texts(inputs)
         own = self.rows.own_general
         if self.general_name in own or self.selection == "random":
             # A preview counts the pool's, if rows are yet to be made.
@@ -80,19 +83,19 @@ class ArmPlan:
     def general_name(self) -> str:
         """The key of its rows in `RunData.own_general`.
 
-        Answers of adapters are named by the task rows that taught these.
+        If adapters answer its rows, the key names the task rows that these were trained on.
         """
         if not self.arm.asks_adapters:
             return self.arm.name
-        origins = [row.origin for task in self.rows.tasks for row in task.train]
+        origins = [row.origin for row in _train_rows(self.rows)]
         return f"{self.arm.name} by {store.fingerprint(origins)[:16]}"
 
     def general_count(self, repeats: int) -> int:
-        """Return how many general rows a stream with so many repeats asks for."""
+        """Return how many general rows a stream with so many repeats needs."""
         if not self.arm.uses_general_data:
             return 0
         if self.arm.general_rows is not None:
-            # A fold tries what the whole will be, smaller.
+            # A fold has the same share of general rows as all task rows will have.
             return round(self.arm.general_rows * self.rows.kept)
         if self.arm.general_per_task is None:
             return self.rows.general_count(repeats)
@@ -103,8 +106,8 @@ class ArmPlan:
         """The hyperparameters it tries: repeats (epochs) x learning rates x weight decays.
 
         Arms with few general rows or none try up to the most epochs that TELL's steps allow. Each
-        training's learning rate decays fully within its own steps. What else an arm tunes (the
-        weight of KL, the adapter's scale) takes the place of some epochs, so that all arms have as
+        training's learning rate decays fully within its own steps. If an arm tunes anything else
+        (the weight of KL, the adapter's scale), it tries fewer epochs, so that all arms have as
         many trials. An arm that takes another's hyperparameters tries what that one tries. Raises
         ConfigError for epochs beyond the cap.
         """
@@ -117,13 +120,13 @@ class ArmPlan:
             variants = [(0.1, 1.0), (1.0, 1.0)]
         elif self.arm.members > 1:
             variants = [(0.0, 1.0), (0.0, 0.5)]
-        return tuple(
-            Hyperparameters(repeats, rate, decay, kl=kl, scale=scale)
-            for repeats in _repeats(self, len(variants))
-            for kl, scale in variants
-            for rate in compare.learning_rates or (None,)
-            for decay in compare.weight_decays or (None,)
-        )
+        rates = compare.learning_rates or (None,)
+        decays = compare.weight_decays or (None,)
+        trials = []
+        for repeats in _repeats(self, len(variants)):
+            for (kl, scale), rate, decay in itertools.product(variants, rates, decays):
+                trials.append(Hyperparameters(repeats, rate, decay, kl=kl, scale=scale))
+        return tuple(trials)
 
     def order(self, repeats: int, general: int) -> str:
         """Return the order of a stream; short ones are stratified by epoch, to avoid clumps."""
@@ -146,9 +149,10 @@ class ArmPlan:
         task: list[Tokens] = []
         bare: list[Tokens] = []
         for own in self.rows.tasks if self.arm.task_rows else ():
-            task += _encoded(own.train, encode.make_format(tokenizer, self.train_anchors[own.name]))
+            form = encode.make_format(tokenizer, self.train_anchors[own.name])
+            task += _encode_all(own.train, form)
             if has_bare:
-                bare += _encoded(own.train, plain)
+                bare += _encode_all(own.train, plain)
         general = self.general_rows[: self.general_count(repeats)]
         if self.arm.general == "permuted":
             general = _permuted(general, store.seed_for(seed, "placebo"))
@@ -166,10 +170,13 @@ class ArmPlan:
         number = len(self.task_rows)
         if number == 0:
             return Plan(0, general, 1, general, "random", seed)
-        ratio = general / (repeats * number)
-        order = self.order(repeats, general)
         return mix.plan(
-            number, general, repeats=repeats, general_per_task=ratio, order=order, seed=seed
+            number,
+            general,
+            repeats=repeats,
+            general_per_task=general / (repeats * number),
+            order=self.order(repeats, general),
+            seed=seed,
         )
 
     def _general_tokens(
@@ -178,10 +185,11 @@ class ArmPlan:
         plain = encode.make_format(tokenizer, None)
         if not (self.arm.asks_adapters or self.arm.asks_teacher):
             return token_stream.tokenised(general, plain)
-        forms: dict[str, encode.Format] = {}  # these are rows of the task, and carry its anchor
+        forms: dict[str, encode.Format] = {}  # these are rows of the task, and have its anchor
         for task in self.rows.tasks:
             form = encode.make_format(tokenizer, self.train_anchors[task.name])
-            forms |= {row.origin: form for row in task.unlabeled}
+            for row in task.unlabeled:
+                forms[row.origin] = form
         return [encode.encode(row, forms.get(row.origin, plain)) for row in general]
 
     def folds(self, count: int, seed: int) -> "list[ArmPlan]":
@@ -190,7 +198,7 @@ class ArmPlan:
 
 
 def resolve(arm: Arm, rows: RunData, settings: Settings) -> ArmPlan:
-    """Derive what an arm does with these rows, under these settings."""
+    """Return what an arm does with these rows, under these settings."""
     dropout, cooldown = anchor_schedule(arm, settings)
     return ArmPlan(
         arm=arm,
@@ -204,7 +212,11 @@ def resolve(arm: Arm, rows: RunData, settings: Settings) -> ArmPlan:
     )
 
 
-def _encoded(examples: Sequence[Example], form: encode.Format) -> list[Tokens]:
+def _train_rows(rows: RunData) -> tuple[Example, ...]:
+    return tuple(row for task in rows.tasks for row in task.train)
+
+
+def _encode_all(examples: Sequence[Example], form: encode.Format) -> list[Tokens]:
     encode.encode_ahead(examples, form)
     return [encode.encode(example, form) for example in examples]
 
@@ -213,25 +225,25 @@ def _encoded(examples: Sequence[Example], form: encode.Format) -> list[Tokens]:
 
 
 def _as_texts(inputs: Sequence[Example]) -> tuple[Example, ...]:
-    """Return inputs as rows of language modelling: the first part is asked, the rest answered."""
-    found = []
+    """Return inputs as rows of language modelling: first part the prompt, the rest the answer."""
+    texts = []
     for row in inputs:
         first, rest = split_in_two(row.question)
         if first and rest:
             messages = (Message("user", first), Message("assistant", rest))
-            found.append(replace(row, messages=messages))
-    return tuple(found)
+            texts.append(replace(row, messages=messages))
+    return tuple(texts)
 
 
 def _permuted(rows: Sequence[Example], seed: int) -> tuple[Example, ...]:
-    """Return the rows with each other's answers, so that none keeps its own: along one cycle."""
+    """Return the rows with their answers shifted along one random cycle: none keeps its own."""
     cycle = np.random.default_rng(seed).permutation(len(rows))
-    found = list(rows)
+    permuted = list(rows)
     for place, after in zip(cycle, np.roll(cycle, -1), strict=True):
         row = rows[place]
         answer = replace(row.messages[-1], content=rows[after].answer)
-        found[place] = replace(row, messages=(*row.prompt, answer))
-    return tuple(found)
+        permuted[place] = replace(row, messages=(*row.prompt, answer))
+    return tuple(permuted)
 
 
 def _ranked(plan: ArmPlan) -> IntArray:
@@ -239,9 +251,7 @@ def _ranked(plan: ArmPlan) -> IntArray:
     rows = plan.rows
     if plan.selection == "diverse":
         return selection.diverse(rows.candidates, rows.seed)
-    order = selection.similar(
-        rows.candidates, [row for task in rows.tasks for row in task.train], rows.seed
-    )
+    order = selection.similar(rows.candidates, list(_train_rows(rows)), rows.seed)
     # Previews have no model: they count the most similar rows.
     if plan.selection == "similar" or not rows.gradients:
         return order
@@ -252,7 +262,11 @@ def _ranked(plan: ArmPlan) -> IntArray:
 
 
 def _anchored_rows(plan: ArmPlan) -> list[tuple[Example, Anchor | None]]:
-    return [(row, plan.train_anchors[task.name]) for task in plan.rows.tasks for row in task.train]
+    pairs = []
+    for task in plan.rows.tasks:
+        anchor = plan.train_anchors[task.name]
+        pairs += [(row, anchor) for row in task.train]
+    return pairs
 
 
 def _compared(plan: ArmPlan) -> int:
@@ -273,7 +287,8 @@ def rows_to_probe(plan: ArmPlan) -> dict[str, tuple[Example, Anchor | None]]:
     """
     if plan.selection != "gradient":
         return {}
-    rows, pairs = plan.rows, _anchored_rows(plan)
+    rows = plan.rows
+    pairs = _anchored_rows(plan)
     order = selection.similar(rows.candidates, [row for row, _ in pairs], rows.seed)
     pairs += [(rows.candidates[k], None) for k in order[: _compared(plan)]]
     return {gradient_key(row, anchor): (row, anchor) for row, anchor in pairs}
@@ -306,8 +321,8 @@ def _mean_length(rows: Sequence[Example], form: encode.Format) -> float:
 def _extra_trials(settings: Settings) -> int:
     """Return how many more trials the arms without general data get, for what the others spent.
 
-    Scoring so many rows for each that is trained on costs about as many trainings; adapters that
-    answer inputs are trained.
+    Selection by gradient scores `selection.SCORED` rows for each that is chosen, which costs about
+    as many trainings. Adapters that answer inputs are trained, too.
     """
     spent = []
     for named in settings.compare.arms:
@@ -318,7 +333,7 @@ def _extra_trials(settings: Settings) -> int:
 
 
 def _is_fed(plan: ArmPlan, repeats: int) -> bool:
-    """Whether there are general rows enough for a mixture with so many repeats."""
+    """Return whether there are enough general rows for a mixture with so many repeats."""
     return not plan.arm.is_capped_by_pool or plan.general_count(repeats) <= len(plan.rows.general)
 
 
@@ -330,21 +345,19 @@ def _repeats(plan: ArmPlan, variants: int) -> tuple[int, ...]:
     if batch < settings.train.batch_size and not has_own_ratio:
         raise ConfigError(
             f"compare.arms: {arm.name}: batches of {batch} rows would take more steps than TELL's "
-            "of "
-            f"{settings.train.batch_size}; use larger ones"
+            f"of {settings.train.batch_size}; use larger ones"
         )
     if arm.repeats is not None:
         return _fixed_repeats(plan, arm.repeats, batch)
     if arm.general_rows is not None:
-        return _repeats_beside(plan, arm.general_rows, batch)
+        return _repeats_next_to(plan, arm.general_rows, batch)
     if not has_own_ratio:
         return rows.repeats
     if not _is_fed(plan, 1):
         raise ConfigError(
             f"compare.arms: {arm.name}: {arm.general_per_task:g} general rows for each task row "
-            "are more than the "
-            f"{len(rows.general):,} drawn for the longest mixture; lower general_per_task, or "
-            "raise mix.general_per_task"
+            f"are more than the {len(rows.general):,} drawn for the longest mixture; lower "
+            "general_per_task, or raise mix.general_per_task"
         )
     return _epochs(plan, variants, batch)
 
@@ -359,28 +372,26 @@ def _fixed_repeats(plan: ArmPlan, repeats: int, batch: int) -> tuple[int, ...]:
     if every * plan.arm.members > rows.step_cap * batch or not _is_fed(plan, repeats):
         raise ConfigError(
             f"compare.arms: {plan.arm.name}: {repeats} repeats make {every:,} rows in all, the "
-            "run's longest mixture has "
-            f"{rows.step_cap * batch:,}, {len(rows.general):,} of them general; lower them, or "
-            "raise mix.general_per_task"
+            f"run's longest mixture has {rows.step_cap * batch:,}, {len(rows.general):,} of them "
+            "general; lower them, or raise mix.general_per_task"
         )
     return (repeats,)
 
 
-def _repeats_beside(plan: ArmPlan, general: int, batch: int) -> tuple[int, ...]:
+def _repeats_next_to(plan: ArmPlan, general: int, batch: int) -> tuple[int, ...]:
     """Return the repeats that fit into TELL's steps next to so many general rows.
 
     Raises ConfigError if none does.
     """
     rows = plan.rows
-    left = rows.step_cap * batch - general
-    fitting = tuple(repeats for repeats in rows.repeats if repeats * rows.n_task <= left)
+    room = rows.step_cap * batch - general  # for task rows
+    fitting = tuple(repeats for repeats in rows.repeats if repeats * rows.n_task <= room)
     if not fitting or general > len(rows.general):
         raise ConfigError(
             f"compare.arms: {plan.arm.name}: {general:,} general rows and {rows.n_task} task rows "
-            "are more than the "
-            f"longest mixture of the run ({rows.step_cap:,} steps, {len(rows.general):,} general "
-            "rows); lower general_rows "
-            "or raise mix.general_per_task"
+            f"are more than the longest mixture of the run ({rows.step_cap:,} steps, "
+            f"{len(rows.general):,} general rows); lower general_rows or raise "
+            "mix.general_per_task"
         )
     return fitting
 
@@ -388,9 +399,8 @@ def _repeats_beside(plan: ArmPlan, general: int, batch: int) -> tuple[int, ...]:
 def _epochs(plan: ArmPlan, variants: int, batch: int) -> tuple[int, ...]:
     """Return the epochs to try within TELL's steps.
 
-    They are those given, else from 1 to the most, evenly in the log.
-
-    Raises ConfigError if a number that is given is above the most.
+    They are those that the settings list, else from 1 to the most, evenly in the log. Raises
+    ConfigError if a listed number is above the most.
     """
     arm, rows, settings = plan.arm, plan.rows, plan.settings
     wanted = None if arm.uses_general_data else settings.compare.sft_epochs
@@ -398,8 +408,9 @@ def _epochs(plan: ArmPlan, variants: int, batch: int) -> tuple[int, ...]:
         return tuple(sorted(set(wanted or rows.repeats)))
     ratio = arm.general_per_task or 0.0
     cap = max(1, math.floor(rows.step_cap * batch / (rows.n_task * (1 + ratio) * arm.members)))
-    if arm.is_capped_by_pool:  # none is shown twice, and a ratio that is asked for is kept
-        cap = max((epochs for epochs in range(1, cap + 1) if _is_fed(plan, epochs)), default=1)
+    if arm.is_capped_by_pool:  # no general row is shown twice, and the arm's ratio is kept
+        enough = [epochs for epochs in range(1, cap + 1) if _is_fed(plan, epochs)]
+        cap = max(enough, default=1)
     if wanted is None:
         # At least as many trials as TELL has; a single pass and the cap are always among them.
         count = math.ceil((max(3, len(rows.repeats)) + _extra_trials(settings)) / variants)
@@ -408,7 +419,6 @@ def _epochs(plan: ArmPlan, variants: int, batch: int) -> tuple[int, ...]:
     if arm.members == 1 and max(wanted) > cap:
         raise ConfigError(
             f"compare.sft_epochs: {max(wanted)} epochs of {rows.n_task} rows are over TELL's "
-            f"{rows.step_cap} steps; "
-            f"use at most {cap}"
+            f"{rows.step_cap} steps; use at most {cap}"
         )
     return tuple(sorted({min(epochs, cap) for epochs in wanted}))

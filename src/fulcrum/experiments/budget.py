@@ -1,7 +1,7 @@
-"""How long a run will take on this machine, and which preset fits a time budget.
+"""Estimate how long a run takes on this machine, and choose the preset that fits a time budget.
 
-The model's speed is measured on a few rows of the run, the jobs of each preset are counted. That is
-an estimate, no promise: a run with a budget drops whole seeds rather than exceed it.
+The model's speed is measured on a few rows of the run, and the jobs of each preset are counted.
+This is only an estimate: a run with a budget drops whole seeds rather than exceed it.
 """
 
 import math
@@ -41,7 +41,7 @@ _SAMPLE = 32  # rows of each kind by which speed is measured
 _FEWEST = 8  # task rows to which a design is reduced
 
 
-# ---- which preset
+# Which preset.
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Design:
     rows: task rows of each task that it may use
     jobs: number of trials and trainings
     seconds: expected; infinite if the design cannot be run here
-    why_not: what it lacks then
+    why_not: the reason why it cannot
     """
 
     preset: str
@@ -80,10 +80,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What designs are worked out from.
+    """What the designs are computed from.
 
     settings: as the file has them
-    rows: all of the first seed
+    rows: all rows of the first seed
+    loaded: the model
     speed: of the model on this machine
     pool: number of general rows
     """
@@ -101,9 +102,9 @@ class _Measured:
 
 
 def plan(settings: Settings, *, preset: str | None = None, seconds: float | None = None) -> Plan:
-    """Choose the preset that is asked for, or else the richest that `seconds` allow here.
+    """Choose the given preset, or else the largest that `seconds` allow on this machine.
 
-    If none fits, the smallest is given fewer task rows, unless the file sets their number. Raises
+    If none fits, the smallest gets fewer task rows, unless the file sets their number. Raises
     ConfigError if that does not fit either, or cannot be run.
     """
     if settings.mix.general_per_task == "auto":
@@ -141,10 +142,10 @@ def plan(settings: Settings, *, preset: str | None = None, seconds: float | None
 def _left_out(design: Design, measured: _Measured) -> tuple[str, ...]:
     full = apply(FULL, measured.settings, design.rows)
     test_rows = max(len(task.test) for task in measured.rows.tasks)
-    found = reductions(design.settings, full, test_rows)
+    reduced = reductions(design.settings, full, test_rows)
     if design.rows < measured.every:
-        found.insert(0, f"{design.rows} of {measured.every} task rows")
-    return tuple(found)
+        reduced.insert(0, f"{design.rows} of {measured.every} task rows")
+    return tuple(reduced)
 
 
 def _measure_run(settings: Settings) -> _Measured:
@@ -164,10 +165,10 @@ def _measure_run(settings: Settings) -> _Measured:
 
 
 def _widest(settings: Settings) -> Settings:
-    """Return the settings with all rows, so that every design can be counted from the same ones.
+    """Return the settings with all rows, so that every design can be counted from the same rows.
 
-    If seeds hold out folds of the rows: with the fewest folds, which are the largest and leave the
-    fewest rows.
+    If each seed holds out a fold of the rows, use the fewest folds: they are the largest, and leave
+    the fewest rows.
     """
     seeds = seeds_from(settings, MIN_FOLDS if settings.outer_folds else 1)
     compare = settings.compare.model_copy(update={"sizes": None, "sizes_of": {}, "seeds": seeds})
@@ -175,7 +176,7 @@ def _widest(settings: Settings) -> Settings:
 
 
 def _design(preset: Preset, measured: _Measured, rows: int) -> Design:
-    """Work out a preset on `rows` task rows."""
+    """Return a preset's design on `rows` task rows."""
     settings = apply(preset, measured.settings, rows)
     general = _general_rows(settings, rows)
     if general > measured.pool:
@@ -186,13 +187,13 @@ def _design(preset: Preset, measured: _Measured, rows: int) -> Design:
         return Design(preset.name, settings, rows, 0, math.inf, lacks)
     try:
         jobs, seconds = predict(settings, measured.rows, measured.loaded, measured.speed)
-    except ConfigError as error:  # SFT may not take the steps that these settings ask for
+    except ConfigError as error:  # e.g. SFT may not use more steps than TELL
         return Design(preset.name, settings, rows, 0, math.inf, str(error))
     return Design(preset.name, settings, rows, jobs, seconds)
 
 
 def _general_rows(settings: Settings, rows: int) -> int:
-    """Return about how many general rows a design needs, those held out among them."""
+    """Return about how many general rows a design needs, held-out ones included."""
     largest = 0
     for arm in chosen_arms(settings):
         if arm.uses_general_data:
@@ -203,29 +204,27 @@ def _general_rows(settings: Settings, rows: int) -> int:
 
 def _fewer(every: int) -> list[int]:
     """Return ever fewer task rows, by a factor of √2, down to the fewest that say anything."""
-    found = []
+    numbers = []
     rows = every / math.sqrt(2)
     while round(rows) >= _FEWEST:
-        found.append(round(rows))
+        numbers.append(round(rows))
         rows /= math.sqrt(2)
-    return found
+    return numbers
 
 
-# ---- how long
+# How long it takes.
 
 
 def measure(rows: RunData, loaded: LoadedModel, settings: Settings) -> Speed:
     """Measure on a few rows of this run how long training, scoring and answering take."""
     few = rows.at(_SAMPLE)
-    anchored = any(task.anchor for task in few.tasks)
-    plain = ARMS["sft_anchor" if anchored else "sft"]
+    is_anchored = any(task.anchor for task in few.tasks)
+    plain = ARMS["sft_anchor" if is_anchored else "sft"]
     task, start = _time_training(resolve(plain, few, settings), loaded, 0.0)
-    mixed = next(
-        (arm for arm in chosen_arms(settings) if arm.uses_general_data and arm.task_rows), None
-    )
+    mixed = [arm for arm in chosen_arms(settings) if arm.uses_general_data and arm.task_rows]
     general = 0.0
-    if mixed is not None:
-        general, start = _time_training(resolve(mixed, few, settings), loaded, task)
+    if mixed:
+        general, start = _time_training(resolve(mixed[0], few, settings), loaded, task)
     own = few.tasks[0]
     form = encode.make_format(loaded.tokenizer, own.anchor)
     test = own.test[:_SAMPLE]
@@ -240,15 +239,17 @@ def measure(rows: RunData, loaded: LoadedModel, settings: Settings) -> Speed:
         max_new_tokens=own.max_new_tokens,
         batch_tokens=settings.eval.batch_tokens,
     )
-    scored, answered = _timed(score) / len(tokens), _timed(answer) / len(prompts)
+    scored = _time(score) / len(tokens)
+    answered = _time(answer) / len(prompts)
     adapter.drop_adapter(loaded)
     return Speed(task, general, scored, answered, start)
 
 
 def _time_training(plan: ArmPlan, loaded: LoadedModel, task: float) -> tuple[float, float]:
-    """Train an arm once and return the seconds of a row, and those outside the training's steps.
+    """Train an arm once; return the seconds per row, and those outside the training's steps.
 
-    The row is a task row; of a mixed arm it is a general row, with `task` seconds for a task row.
+    For an arm with general data the row is a general one, given `task` seconds per task row; for
+    any other it is a task row.
     """
     part = plan.stream(loaded.tokenizer, 1, 0)
     began = time.perf_counter()
@@ -256,7 +257,7 @@ def _time_training(plan: ArmPlan, loaded: LoadedModel, task: float) -> tuple[flo
     start = time.perf_counter() - began - result.seconds
     first, last = result.history[0], result.history[-1]
     seconds = last.seconds
-    if last.step > 1:  # the first step warms up
+    if last.step > 1:  # the first step is slower
         seconds = (last.seconds - first.seconds) / (last.step - 1) * last.step
     if plan.arm.uses_general_data:
         general = seconds - task * part.plan.task_positions
@@ -264,7 +265,7 @@ def _time_training(plan: ArmPlan, loaded: LoadedModel, task: float) -> tuple[flo
     return seconds / part.plan.task_positions, start
 
 
-def _timed(work: Callable[[], object]) -> float:
+def _time(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -275,28 +276,26 @@ def predict(
 ) -> tuple[int, float]:
     """Return the number of jobs of a comparison, and about how many seconds they take.
 
-    Which hyperparameters an arm's trials will choose is unknown: the mean over them counts.
+    Nobody knows yet which hyperparameters an arm's trials will choose: the mean over them is used.
     """
-    comparison = ComparisonPlan(
-        settings,
-        dict.fromkeys(settings.seeds, _rows_of(settings, rows)),
-        Path(settings.output_dir),
-        speed,
-    )
-    chosen = chosen_arms(settings)
-    trials = list(plan_trials(comparison, chosen, loaded))
-    jobs, seconds = len(trials), sum(comparison.cost(trial) for trial in trials)
-    for arm in chosen:
+    by_seed = dict.fromkeys(settings.seeds, _rows_of(settings, rows))
+    comparison = ComparisonPlan(settings, by_seed, Path(settings.output_dir), speed)
+    arms = chosen_arms(settings)
+    trials = list(plan_trials(comparison, arms, loaded))
+    jobs = len(trials)
+    seconds = sum(comparison.cost(trial) for trial in trials)
+    for arm in arms:
         for size in comparison.sizes(arm):
             finals = _possible_finals(Cell(arm, size, comparison.seeds[0]), trials)
             mean = sum(comparison.cost(final) for final in finals) / len(finals)
-            times = len(comparison.seeds_of(arm))
-            jobs, seconds = jobs + times, seconds + times * mean
+            n_seeds = len(comparison.seeds_of(arm))
+            jobs += n_seeds
+            seconds += n_seeds * mean
     return jobs, seconds
 
 
 def _rows_of(settings: Settings, rows: RunData) -> RunData:
-    """Return the rows with as many test and general rows as these settings use."""
+    """Return the rows, with only as many test and general rows as these settings use."""
     tasks = []
     for task, own in zip(rows.tasks, settings.tasks, strict=True):
         tasks.append(replace(task, test=task.test[: own.test_limit], metrics=own.metrics))
@@ -309,13 +308,13 @@ def _rows_of(settings: Settings, rows: RunData) -> RunData:
 def _possible_finals(cell: Cell, trials: Sequence[Job]) -> list[Job]:
     """Return a cell's final training, once for the hyperparameters of each of its trials."""
     source = cell.arm.hyperparameters_of or cell.arm.name
-    found: dict[Hyperparameters, Job] = {}
+    finals: dict[Hyperparameters, Job] = {}
     for trial in trials:
         chosen = trial.hyperparameters
         is_own = (trial.cell.arm.name, trial.cell.size) == (source, cell.size)
         if chosen is not None and is_own:
-            found[chosen] = Job(cell, None, (Trial(chosen, 0.0, 0, 0.0),))
-    return list(found.values())
+            finals[chosen] = Job(cell, None, (Trial(chosen, 0.0, 0, 0.0),))
+    return list(finals.values())
 
 
 @dataclass(frozen=True)
@@ -323,9 +322,9 @@ class Estimate:
     """About how long a verb takes on this machine.
 
     verb: train or compare
-    seconds: None if nobody can say
-    trainings: how many these are (trials of a comparison, too)
-    why_not: the reason why nobody can say
+    seconds: None if it is unknown
+    trainings: their number (of a comparison: trials, too)
+    why_not: the reason why it is unknown
     """
 
     verb: str
@@ -337,7 +336,7 @@ class Estimate:
 def estimate(settings: Settings) -> list[Estimate]:
     """Estimate how long `train` and `compare` take, without the scoring of `anchor: auto`.
 
-    Raises ConfigError, DataError or ModelError as these would.
+    Raises ConfigError, DataError or ModelError as these commands do.
     """
     loaded = base_model.load(
         settings.model, settings.train, trust_remote_code=settings.trust_remote_code
@@ -358,15 +357,13 @@ def estimate(settings: Settings) -> list[Estimate]:
             settings, loaded.tokenizer, loaded.context, settings.seeds, mixed_rows=largest
         )[0]
         jobs, seconds = predict(settings, wide, loaded, speed)
-    except (
-        FulcrumError
-    ) as error:  # too few rows to be cut into folds, say: `train` is possible nonetheless
+    except FulcrumError as error:  # e.g. too few rows for folds: `train` is possible even so
         return [train, Estimate("compare", None, 0, str(error))]
     return [train, Estimate("compare", seconds, jobs)]
 
 
 def estimate_training(plan: ArmPlan, speed: Speed) -> Estimate:
-    """Estimate `train`: its trials, which score the dev rows, and the test rows before and after."""
+    """Estimate `train`: its trials, which score dev rows, and test rows before and after them."""
     settings, rows = plan.settings, plan.rows
     n_dev = sum(len(task.dev) for task in rows.tasks)
     n_test = sum(len(task.test) for task in rows.tasks)
@@ -379,6 +376,6 @@ def estimate_training(plan: ArmPlan, speed: Speed) -> Estimate:
     for task, own in zip(rows.tasks, settings.tasks, strict=True):
         if metrics.needs_generation(own.metrics):
             answered += len(task.test)
-    held_out = sum(map(len, rows.held_out.values()))
+    held_out = sum(len(part) for part in rows.held_out.values())
     seconds += 2 * ((n_test + held_out) * speed.scored + answered * speed.answered)
     return Estimate("train", seconds, len(plan.trials))

@@ -1,6 +1,6 @@
-"""Three designs of a comparison: `quick`, `standard` and `full`.
+"""Define the presets `quick`, `standard` and `full`, and apply them to settings.
 
-Every key that the settings file sets under `compare` stays as it is; a preset fills in the others.
+Every key that the settings file sets under `compare` stays as it is; a preset sets the others.
 """
 
 import math
@@ -28,17 +28,17 @@ class Preset:
     name: as `--preset` takes it
     seeds: number of seeds
     arms: what is compared
-    mixed_sizes: 1 (all task rows) or 2 (about a quarter of them, too)
+    mixed_sizes: sizes of arms with general data: 1 (all task rows) or 2 (a quarter of them, too)
     sft_sizes: sizes of plain fine-tuning, the largest of 16, 32, 64 ... all; None: all of these
-    repeats: times that mixed arms show each task row, while SFT tries so many epochs and three
+    repeats: times that mixed arms show each task row, while SFT tries that many epochs and three
         times as many; None: tuned
-    test_rows: most test rows of a task; None: all
+    test_rows: at most so many test rows of a task; None: all
     all_metrics: whether every metric of the task is scored; else the first, and those of labels,
         which cost no time
     side_effects: whether forgetting and leakage of the anchor are measured on general data
 
-    Settings are chosen once, by the first seed's rows in two folds (without a test file: for each
-    seed).
+    Hyperparameters are chosen once, on the first seed's rows in two folds (without a test file: for
+    each seed).
     """
 
     name: str
@@ -122,8 +122,8 @@ def apply(preset: Preset, settings: Settings, rows: int) -> Settings:
     else:
         first = 0 if preset.sft_sizes is None else -preset.sft_sizes
         sizes = sorted({*curve[first:], *(design.compare.sizes or ())})
-        reference = next((name for name in _REFERENCES if name in names), None)
-        sizes_of = {} if reference is None else {reference: tuple(sizes)}
+        references = [name for name in _REFERENCES if name in names]
+        sizes_of = {name: tuple(sizes) for name in references[:1]}
     design = _with_compare(design, {"sizes_of": sizes_of})
     if preset.repeats is not None:
         design = _with_fewer_trials(design, preset.repeats)
@@ -132,37 +132,36 @@ def apply(preset: Preset, settings: Settings, rows: int) -> Settings:
     if not preset.all_metrics:
         design = _with_first_metric(design)
     if not preset.side_effects:
-        design = design.model_copy(
-            update={"eval": design.eval.model_copy(update={"general_rows": 0})}
-        )
+        evaluation = design.eval.model_copy(update={"general_rows": 0})
+        design = design.model_copy(update={"eval": evaluation})
     return design
 
 
 def reductions(design: Settings, full: Settings, test_rows: int) -> list[str]:
-    """Say in a few words each what a design has less of than `full`.
+    """Return what a design has less of than `full`, in a few words each.
 
-    No task has more than `test_rows` test rows.
+    `test_rows` is the number of test rows of the task with the most.
     """
-    found = []
-    own, whole = design.compare, full.compare
+    own = design.compare
+    whole = full.compare
     counts = [
         ("seeds", len(design.seeds), len(full.seeds)),
         ("arms", len(own.arms), len(whole.arms)),
+        ("mix sizes", len(own.sizes or ()), len(whole.sizes or ())),
     ]
-    counts.append(("mix sizes", len(own.sizes or ()), len(whole.sizes or ())))
     for arm, sizes in whole.sizes_of.items():
         counts.append((f"sizes of {arm}", len(own.sizes_of.get(arm, ())), len(sizes)))
     for task, complete in zip(design.tasks, full.tasks, strict=True):
         counts.append((f"metrics of {task.name}", len(task.metrics), len(complete.metrics)))
-    found = [f"{number} of {most} {what}" for what, number, most in counts if number < most]
+    reduced = [f"{number} of {most} {what}" for what, number, most in counts if number < most]
     if design.mix.repeats != full.mix.repeats or own.sft_epochs != whole.sft_epochs:
-        found.append("fewer settings tried")
+        reduced.append("fewer settings tried")
     limit = max(task.test_limit or test_rows for task in design.tasks)
     if limit < test_rows:
-        found.append(f"at most {limit} test rows")
+        reduced.append(f"at most {limit} test rows")
     if design.eval.general_rows < full.eval.general_rows:
-        found.append("no side-effect checks")
-    return found
+        reduced.append("no side-effect checks")
+    return reduced
 
 
 def limit_test_rows(settings: Settings, limit: int) -> Settings:
@@ -175,26 +174,27 @@ def limit_test_rows(settings: Settings, limit: int) -> Settings:
 
 
 def seeds_from(settings: Settings, number: int) -> tuple[int, ...]:
-    """Return so many seeds, from the run's own upwards."""
+    """Return `number` seeds, from the run's own upwards."""
     return tuple(range(settings.seed, settings.seed + number))
 
 
 def _curve(rows: int) -> list[int]:
     """Return 16, 32, 64 ... and all rows."""
-    found = []
+    sizes = []
     size = _LEAST_SIZE
     while size <= _LARGEST_PART * rows:
-        found.append(size)
+        sizes.append(size)
         size *= 2
-    return [*found, rows]
+    return [*sizes, rows]
 
 
 def _mixed_sizes(curve: Sequence[int], number: int) -> tuple[int, ...]:
-    """Return all rows, and if two sizes are asked for the one of the curve nearest to a quarter."""
+    """Return all rows; with a `number` of 2 also the size of the curve nearest to a quarter."""
     rows = curve[-1]
     if number == 1 or len(curve) == 1:
         return (rows,)
-    return (min(curve[:-1], key=lambda size: abs(size - rows / 4)), rows)
+    quarter = min(curve[:-1], key=lambda size: abs(size - rows / 4))
+    return (quarter, rows)
 
 
 def _with_compare(settings: Settings, changes: Mapping[str, Any]) -> Settings:
@@ -216,7 +216,7 @@ def _with_first_metric(settings: Settings) -> Settings:
 
 
 def _with_fewer_trials(settings: Settings, repeats: int) -> Settings:
-    """Return the settings with one number of repeats, of which SFT's epochs are made."""
+    """Return the settings with one number of repeats, and SFT's epochs derived from it."""
     mix: MixSettings = settings.mix
     if mix.repeats == "auto":
         mix = mix.model_copy(update={"repeats": repeats})
