@@ -20,6 +20,7 @@ from fulcrum.anchors import score as scoring
 from fulcrum.anchors.score import Candidate
 from fulcrum.config.base import AnchorSettings
 from fulcrum.config.experiments import Arm
+from fulcrum.config.sections import TaskSettings
 from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.errors import ConfigError, DataError, StoreError
@@ -56,8 +57,9 @@ def load_data(settings: Settings, *, compared: bool) -> AnchorData:
     )
     tasks = []
     for task in settings.tasks:
-        is_auto = task.anchor is not None and task.anchor.is_auto
-        tasks.append(task.model_copy(update={"anchor": None}) if is_auto else task)
+        if _is_auto(task):
+            task = task.model_copy(update={"anchor": None})
+        tasks.append(task)
     drawn = settings.model_copy(update={"tasks": tuple(tasks), "general": ()})
     seed = settings.seeds[0] if compared else settings.seed
     rows = run_data.prepare(drawn, loaded.tokenizer, loaded.context, seed, dev_apart=not compared)
@@ -65,14 +67,6 @@ def load_data(settings: Settings, *, compared: bool) -> AnchorData:
     if size is not None:
         rows = rows.at(size)
     return AnchorData(loaded, rows.tasks, seed)
-
-
-def _smallest_size(settings: Settings) -> int | None:
-    """Return the fewest task rows that an arm of a comparison gets; None if every arm gets all."""
-    sizes = list(settings.compare.sizes or ())
-    for own in settings.compare.sizes_of.values():
-        sizes += own
-    return min(sizes, default=None)
 
 
 def propose_anchors(
@@ -115,6 +109,166 @@ def propose_anchors(
     return list(proposals.accepted.values()), dict(proposals.rejects)
 
 
+def score_candidates(
+    candidates: Sequence[Candidate],
+    task: Task,
+    data: AnchorData,
+    *,
+    rejects: dict[str, int],
+    started: float,
+    choose: bool,
+    progress: ProgressListener,
+) -> AnchorScores:
+    """Score candidates and controls on training rows that no proposal was made from.
+
+    With `choose`, one is chosen. Another task lends its anchor as a control. `started` is when
+    proposing began, on the clock of `time.perf_counter`. Raise DataError if too few rows are left,
+    or there is no candidate.
+    """
+    rows = rows_left(task)
+    if not _is_enough(rows):
+        groups = len({row.group for row in rows})
+        raise DataError(
+            f"{task.name}: anchors are scored on training rows that none was made from; "
+            f"{len(rows)} of {len(task.train)} are left ({groups} content groups); {FEWEST} are "
+            "needed: write the anchor by hand, or add rows"
+        )
+    if not candidates:
+        why = ", ".join(f"{count} × {reason}" for reason, count in rejects.items())
+        raise DataError(
+            f"{task.name}: no anchor to score; proposals were none, by reason: {why}; write one by "
+            "hand"
+        )
+    other_text = None
+    for other in data.tasks:
+        if other.anchor is not None and other.name != task.name:
+            other_text = other.anchor.text
+            break
+    every = [*candidates, *scoring.controls(candidates, data.loaded, other_text, data.seed)]
+    count = partial(progress.count, scoring.LABEL)
+    scores = scoring.score(every, rows, data.loaded, seed=data.seed, count=count)
+    chosen = scoring.choose(scores) if choose else None
+    return AnchorScores(
+        task=task.name,
+        scores=scoring.sort_scores(scores, chosen),
+        rows=min(len(rows), scoring.MAX_ROWS),
+        left_out=rejects,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def rows_left(task: Task) -> list[Example]:
+    """Return the training rows of a task that no anchor is made from."""
+    return list(task.train[len(propose.source_rows(task.train)) :])
+
+
+def resolve(
+    settings: Settings, *, compared: bool, progress: ProgressListener
+) -> tuple[Settings, tuple[AnchorScores, ...]]:
+    """Return the settings with a chosen text for every `anchor: auto`, and the scores behind it.
+
+    Anchors of a comparison's own arms are scored too. A run that is resumed reads its scores back.
+    Raise ConfigError, DataError or ModelError.
+    """
+    own = own_anchors(settings) if compared else []
+    is_any_auto = any(_is_auto(task) for task in settings.tasks)
+    if not is_any_auto and not own:
+        return settings, ()
+    if is_any_auto and compared:
+        settings.refuse_choosing_by(
+            "task.anchor: auto", "anything", "use one seed, write an anchor"
+        )
+    folder = Path(settings.output_dir)
+    if (folder / store.ANCHORS).exists():
+        stored = store.read_as(folder / store.ANCHORS, tuple[AnchorScores, ...])
+        _check_same_candidates(settings, stored, folder)
+        return settle(settings, stored), stored
+    progress.stage("anchors: proposed and scored, before any training")
+    data = load_data(settings, compared=compared)
+    result = []
+    for task, given in zip(data.tasks, settings.tasks, strict=True):
+        started = time.perf_counter()
+        auto = given.anchor if _is_auto(given) else None
+        candidates = _given_candidates(task, auto, own)
+        rejects: dict[str, int] = {}
+        if auto is not None:
+            proposed, rejects = propose_anchors(task, auto.placement, data, progress=progress)
+            candidates += proposed
+        elif not candidates or not _is_enough(rows_left(task)):  # nothing depends on these scores
+            progress.stage(
+                f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and "
+                "an anchor"
+            )
+            continue
+        scores = score_candidates(
+            candidates,
+            task,
+            data,
+            rejects=rejects,
+            started=started,
+            choose=auto is not None,
+            progress=progress,
+        )
+        result.append(scores)
+    adapter.drop_adapter(data.loaded)
+    return settle(settings, result), tuple(result)
+
+
+def own_anchors(settings: Settings) -> list[tuple[str, Anchor]]:
+    """Return the anchors that a file's own arms have, with the arm's name."""
+    arms = [arm for arm in settings.compare.arms if isinstance(arm, Arm)]
+    return [(arm.name, arm.anchor.value) for arm in arms if arm.anchor is not None]
+
+
+def settle(settings: Settings, scores: Sequence[AnchorScores]) -> Settings:
+    """Return the settings with the chosen texts in place of `auto`."""
+    chosen = {}
+    for each in scores:
+        for score in each.scores:
+            if score.chosen:
+                chosen[each.task] = score.text
+    tasks = []
+    for task in settings.tasks:
+        if task.anchor is not None and task.anchor.is_auto:
+            change = {"text": chosen[task.name], "candidates": ()}
+            anchor = task.anchor.model_copy(update=change)
+            task = task.model_copy(update={"anchor": anchor})
+        tasks.append(task)
+    return settings.model_copy(update={"tasks": tuple(tasks)})
+
+
+def keep(scores: Sequence[AnchorScores], folder: Path | None) -> list[str]:
+    """Write the scores into the run's folder; return a note on each anchor that was chosen."""
+    if scores and folder is not None:
+        store.write_json(folder / store.ANCHORS, scores)
+    notes = []
+    for each in scores:
+        if any(score.chosen for score in each.scores):
+            notes.append(sentence(each))
+    return notes
+
+
+def sentence(scores: AnchorScores) -> str:
+    """Say what was chosen, in a sentence."""
+    chosen = next(score for score in scores.scores if score.chosen)
+    none = next(score for score in scores.scores if score.source == "control: none")
+    count = sum(not score.is_control for score in scores.scores)
+    worse = "; no anchor at all has a lower loss" if none.loss < chosen.loss else ""
+    return (
+        f"{scores.task}: of {count} anchors {chosen.text!r} ({chosen.source}) is chosen, by its "
+        f"loss before training, {chosen.loss:.3f} nats per answer token on {scores.rows} training "
+        f"rows ({none.loss:.3f} without anchor){worse}. {scores.seconds:.0f} s."
+    )
+
+
+def _smallest_size(settings: Settings) -> int | None:
+    """Return the fewest task rows that an arm of a comparison gets; None if every arm gets all."""
+    sizes = list(settings.compare.sizes or ())
+    for own in settings.compare.sizes_of.values():
+        sizes += own
+    return min(sizes, default=None)
+
+
 class _Proposals:
     """The proposed texts that are anchors, and the rejects by reason."""
 
@@ -143,12 +297,13 @@ def _questions(
 ) -> list[tuple[Message, ...]]:
     """Return prompts that ask for an anchor, each with other rows or in another order."""
     rng = np.random.default_rng(seed)
-    known = propose.source_rows(rows)
-    least, most = (min(number, len(known)) for number in _SHOWN)
+    source = propose.source_rows(rows)
+    fewest = min(_SHOWN[0], len(source))
+    limit = min(_SHOWN[1], len(source))
     questions = []
     for _ in range(count):
-        picks = rng.permutation(len(known))[: int(rng.integers(least, most + 1))]
-        questions.append(propose.question([known[k] for k in picks], placement))
+        picks = rng.permutation(len(source))[: int(rng.integers(fewest, limit + 1))]
+        questions.append(propose.question([source[k] for k in picks], placement))
     return questions
 
 
@@ -183,111 +338,12 @@ def _ask_model(
     )
 
 
-def score_candidates(
-    candidates: Sequence[Candidate],
-    task: Task,
-    data: AnchorData,
-    *,
-    rejects: dict[str, int],
-    started: float,
-    choose: bool,
-    progress: ProgressListener,
-) -> AnchorScores:
-    """Score candidates and controls on training rows that no proposal was made from.
-
-    With `choose`, one is chosen. Another task lends its anchor as a control. `started` is when
-    proposing began, on the clock of `time.perf_counter`. Raise DataError if too few rows are left,
-    or there is no candidate.
-    """
-    rows = rows_left(task)
-    if not _enough(rows):
-        groups = len({row.group for row in rows})
-        raise DataError(
-            f"{task.name}: anchors are scored on training rows that none was made from; "
-            f"{len(rows)} of {len(task.train)} are left ({groups} content groups); {FEWEST} are "
-            "needed: write the anchor by hand, or add rows"
-        )
-    if not candidates:
-        why = ", ".join(f"{count} × {reason}" for reason, count in rejects.items())
-        raise DataError(
-            f"{task.name}: no anchor to score; proposals were none, by reason: {why}; write one by "
-            "hand"
-        )
-    anchored = [one for one in data.tasks if one.anchor is not None and one.name != task.name]
-    other = anchored[0].anchor if anchored else None
-    other_text = None if other is None else other.text
-    every = [*candidates, *scoring.controls(candidates, data.loaded, other_text, data.seed)]
-    count = partial(progress.count, scoring.LABEL)
-    scores = scoring.score(every, rows, data.loaded, seed=data.seed, count=count)
-    chosen = scoring.choose(scores) if choose else None
-    return AnchorScores(
-        task=task.name,
-        scores=scoring.sort_scores(scores, chosen),
-        rows=min(len(rows), scoring.MAX_ROWS),
-        left_out=rejects,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def rows_left(task: Task) -> list[Example]:
-    """Return the training rows of a task that no anchor is made from."""
-    return list(task.train[len(propose.source_rows(task.train)) :])
-
-
-def _enough(rows: Sequence[Example]) -> bool:
+def _is_enough(rows: Sequence[Example]) -> bool:
     return len(rows) >= FEWEST and len({row.group for row in rows}) > 1
 
 
-def resolve(
-    settings: Settings, *, compared: bool, progress: ProgressListener
-) -> tuple[Settings, tuple[AnchorScores, ...]]:
-    """Return the settings with a chosen text for every `anchor: auto`, and the scores behind it.
-
-    Anchors of a comparison's own arms are scored too. A run that is resumed reads its scores back.
-    Raise ConfigError, DataError or ModelError.
-    """
-    own = own_anchors(settings) if compared else []
-    wanting = [task for task in settings.tasks if task.anchor is not None and task.anchor.is_auto]
-    if not wanting and not own:
-        return settings, ()
-    if wanting and compared:
-        settings.refuse_choosing_by(
-            "task.anchor: auto", "anything", "use one seed, write an anchor"
-        )
-    folder = Path(settings.output_dir)
-    if (folder / store.ANCHORS).exists():
-        known = store.read_as(folder / store.ANCHORS, tuple[AnchorScores, ...])
-        _check_same_question(settings, known, folder)
-        return settle(settings, known), known
-    progress.stage("anchors: proposed and scored, before any training")
-    data = load_data(settings, compared=compared)
-    result = []
-    for task, given in zip(data.tasks, settings.tasks, strict=True):
-        started = time.perf_counter()
-        auto = given.anchor if given.anchor is not None and given.anchor.is_auto else None
-        candidates = _given_candidates(task, auto, own)
-        rejects: dict[str, int] = {}
-        if auto is not None:
-            proposed, rejects = propose_anchors(task, auto.placement, data, progress=progress)
-            candidates += proposed
-        elif not candidates or not _enough(rows_left(task)):  # nothing depends on these scores
-            progress.stage(
-                f"{task.name}: its anchors are not scored, which takes {FEWEST} training rows and "
-                "an anchor"
-            )
-            continue
-        scores = score_candidates(
-            candidates,
-            task,
-            data,
-            rejects=rejects,
-            started=started,
-            choose=auto is not None,
-            progress=progress,
-        )
-        result.append(scores)
-    adapter.drop_adapter(data.loaded)
-    return settle(settings, result), tuple(result)
+def _is_auto(task: TaskSettings) -> bool:
+    return task.anchor is not None and task.anchor.is_auto
 
 
 def _given_candidates(
@@ -306,10 +362,12 @@ def _given_candidates(
     return candidates
 
 
-def _check_same_question(settings: Settings, known: Sequence[AnchorScores], folder: Path) -> None:
+def _check_same_candidates(
+    settings: Settings, stored: Sequence[AnchorScores], folder: Path
+) -> None:
     """Raise StoreError if the run scored other candidates; its manifest holds only the chosen."""
     scored: dict[str, set[str]] = {}
-    for each in known:
+    for each in stored:
         scored[each.task] = {one.text for one in each.scores if one.source == "given"}
     for task in settings.tasks:
         if task.anchor is None or not task.anchor.is_auto:
@@ -319,46 +377,3 @@ def _check_same_question(settings: Settings, known: Sequence[AnchorScores], fold
                 f"{folder}: cannot resume, the candidates of {task.name}'s anchor changed since it "
                 "started; undo that, or begin another run next to it (--force-new)"
             )
-
-
-def own_anchors(settings: Settings) -> list[tuple[str, Anchor]]:
-    """Return the anchors that a file's own arms have, with the arm's name."""
-    arms = [arm for arm in settings.compare.arms if isinstance(arm, Arm)]
-    return [(arm.name, arm.anchor.value) for arm in arms if arm.anchor is not None]
-
-
-def settle(settings: Settings, scores: Sequence[AnchorScores]) -> Settings:
-    """Return the settings with the chosen texts in place of `auto`."""
-    chosen = {}
-    for each in scores:
-        for score in each.scores:
-            if score.chosen:
-                chosen[each.task] = score.text
-    tasks = []
-    for task in settings.tasks:
-        if task.anchor is not None and task.anchor.is_auto:
-            change = {"text": chosen[task.name], "candidates": ()}
-            anchor = task.anchor.model_copy(update=change)
-            task = task.model_copy(update={"anchor": anchor})
-        tasks.append(task)
-    return settings.model_copy(update={"tasks": tuple(tasks)})
-
-
-def keep(scores: Sequence[AnchorScores], folder: Path | None) -> list[str]:
-    """Write the scores into the folder of the run that they settled, and say what was chosen."""
-    if scores and folder is not None:
-        store.write_json(folder / store.ANCHORS, scores)
-    return [sentence(each) for each in scores if any(score.chosen for score in each.scores)]
-
-
-def sentence(scores: AnchorScores) -> str:
-    """Say what was chosen, in a sentence."""
-    chosen = next(score for score in scores.scores if score.chosen)
-    none = next(score for score in scores.scores if score.source == "control: none")
-    own = [score for score in scores.scores if not score.is_control]
-    worse = "; no anchor at all has a lower loss" if none.loss < chosen.loss else ""
-    return (
-        f"{scores.task}: of {len(own)} anchors {chosen.text!r} ({chosen.source}) is chosen, by its "
-        f"loss before training, {chosen.loss:.3f} nats per answer token on {scores.rows} training "
-        f"rows ({none.loss:.3f} without anchor){worse}. {scores.seconds:.0f} s."
-    )

@@ -79,9 +79,10 @@ def templates(rows: Sequence[Example], name: str, placement: Placement) -> list[
 
 def question(rows: Sequence[Example], placement: Placement) -> tuple[Message, ...]:
     """Return a prompt that shows some training rows and asks for one sentence of instruction."""
-    shown = "\n\n".join(
-        f"Input: {_short(row.question)}\nAnswer: {_short(row.answer)}" for row in rows
-    )
+    shown = []
+    for row in rows:
+        shown.append(f"Input: {_short(row.question)}\nAnswer: {_short(row.answer)}")
+    examples = "\n\n".join(shown)
     wish = (
         "Write one sentence that tells somebody who sees an input like these how to answer it. "
         "Write that sentence only."
@@ -91,7 +92,7 @@ def question(rows: Sequence[Example], placement: Placement) -> tuple[Message, ..
             "Write a few words that lead over from such an input to its answer, ending with a "
             "colon. Write these words only."
         )
-    text = f"Here are some inputs with the answers that are wanted.\n\n{shown}\n\n{wish}"
+    text = f"Here are some inputs with the answers that are wanted.\n\n{examples}\n\n{wish}"
     return (Message("user", text),)
 
 
@@ -151,7 +152,7 @@ def _stands_in(text: str, rows: Sequence[Example]) -> bool:
 
 
 def _copies(words: Sequence[str], rows: Sequence[Example]) -> bool:
-    """Whether `_COPIED` words in a row are those of a row's input."""
+    """Return whether `_COPIED` words in a row are those of a row's input."""
     runs = _runs(words)
     return any(runs & _runs(filters.words(row.question)) for row in rows)
 
@@ -205,9 +206,8 @@ def _beginnings(rows: Sequence[Example]) -> list[str]:
         words = row.answer.split()
         if len(words) > 1:
             firsts[words[0]] += 1
-    common = firsts.most_common(2)
-    opened = sum(count for _, count in common)
-    return [word for word, _ in common] if opened > len(rows) / 2 else []
+    common = dict(firsts.most_common(2))
+    return list(common) if sum(common.values()) > len(rows) / 2 else []
 
 
 def _short(text: str) -> str:

@@ -59,12 +59,6 @@ def count_tokens(anchor: Anchor | None, loaded: LoadedModel) -> int:
     return 0 if anchor is None else len(_ids(anchor.text.strip(), loaded))
 
 
-def _ids(text: str, loaded: LoadedModel) -> list[int]:
-    tokenizer = loaded.tokenizer
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=False)
-    return list(encoded["input_ids"])
-
-
 def random_text(loaded: LoadedModel, length: int, seed: int) -> str:
     """Draw a text of rare tokens (of the later half of the vocabulary), about `length` tokens long.
 
@@ -87,12 +81,6 @@ def random_text(loaded: LoadedModel, length: int, seed: int) -> str:
             best = text
             least_miss = miss
     return best
-
-
-def _printable(text: str) -> str:
-    """Return a decoded text on one line, without invisible characters and halves of characters."""
-    shown = "".join(c if c.isprintable() and c != "\ufffd" else " " for c in text)
-    return " ".join(shown.split())
 
 
 def score(
@@ -138,12 +126,39 @@ def score(
     return scores
 
 
+def choose(scores: Sequence[AnchorScore]) -> int:
+    """Return the place of the candidate with the lowest loss.
+
+    Of equal ones (to 0.01 nats) the one with the fewest tokens is chosen; controls never are.
+    """
+    candidates = [k for k, score in enumerate(scores) if not score.is_control]
+    return min(candidates, key=lambda k: (round(scores[k].loss, _TIE), scores[k].tokens, k))
+
+
+def sort_scores(scores: Sequence[AnchorScore], chosen: int | None) -> tuple[AnchorScore, ...]:
+    """Sort scores by loss, controls last, with the `chosen` one marked."""
+    marked = [replace(score, chosen=k == chosen) for k, score in enumerate(scores)]
+    return tuple(sorted(marked, key=lambda score: (score.is_control, score.loss)))
+
+
+def _ids(text: str, loaded: LoadedModel) -> list[int]:
+    tokenizer = loaded.tokenizer
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=False)
+    return list(encoded["input_ids"])
+
+
+def _printable(text: str) -> str:
+    """Return a decoded text on one line, without invisible characters and halves of characters."""
+    shown = "".join(c if c.isprintable() and c != "\ufffd" else " " for c in text)
+    return " ".join(shown.split())
+
+
 def _row_losses(anchor: Anchor | None, rows: Sequence[Example], loaded: LoadedModel) -> FloatArray:
-    """Return the summed nats of each row's answer, asked with the anchor; kept in the cache."""
+    """Return the loss of each row's answer, in nats, asked with the anchor; kept in the cache."""
     file = _cache_file(anchor, rows, loaded)
-    known = store.recalled(file)
-    if known:
-        return np.array(known["nats"], dtype=np.float64)
+    stored = store.recalled(file)
+    if stored:
+        return np.array(stored["nats"], dtype=np.float64)
     form = encode.make_format(loaded.tokenizer, anchor)
     nats, _ = generate.nats(loaded, [encode.final_answer(row, form) for row in rows])
     store.write_json(file, {"nats": nats.tolist()}, indent=None)
@@ -164,18 +179,3 @@ def _difference(
     groups = [row.group for row in rows]
     interval = intervals.bootstrap(sums, groups, intervals.ratio, draws=_DRAWS, seed=seed)
     return (None, None) if np.isnan(interval.low) else (interval.low, interval.high)
-
-
-def choose(scores: Sequence[AnchorScore]) -> int:
-    """Return the place of the candidate with the lowest loss.
-
-    Of equal ones (to 0.01 nats) the one with the fewest tokens is chosen; controls never are.
-    """
-    able = [k for k, score in enumerate(scores) if not score.is_control]
-    return min(able, key=lambda k: (round(scores[k].loss, _TIE), scores[k].tokens, k))
-
-
-def sort_scores(scores: Sequence[AnchorScore], chosen: int | None) -> tuple[AnchorScore, ...]:
-    """Sort scores by loss, controls last, with the `chosen` one marked."""
-    marked = [replace(score, chosen=k == chosen) for k, score in enumerate(scores)]
-    return tuple(sorted(marked, key=lambda score: (score.is_control, score.loss)))

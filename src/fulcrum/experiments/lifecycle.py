@@ -352,7 +352,10 @@ def _idle_adapters(arms: Sequence[ArmResult]) -> Iterator[str]:
 
 def _test_losses(arm: ArmResult) -> list[float]:
     """Return the loss of every test row of every task, in nats."""
-    return [row.nll_sum for rows in arm.predictions.values() for row in rows]
+    losses = []
+    for rows in arm.predictions.values():
+        losses += _losses(rows)
+    return losses
 
 
 def _forgetting(arms: Sequence[ArmResult]) -> Iterator[Difference]:

@@ -271,7 +271,9 @@ def _answer_inputs(session: Session, plan: ArmPlan) -> tuple[str, list[Example]]
 
 def _inputs(plan: ArmPlan) -> list[Input]:
     """Return inputs of all tasks in turn, as many as the longest mixture holds."""
-    by_task = [[(task, row) for row in task.unlabeled] for task in plan.rows.tasks]
+    by_task = []
+    for task in plan.rows.tasks:
+        by_task.append([(task, row) for row in task.unlabeled])
     inputs: list[Input] = []
     for turn in zip_longest(*by_task):
         inputs += filter(None, turn)  # tasks with fewer inputs run out first

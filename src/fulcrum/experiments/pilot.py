@@ -116,16 +116,22 @@ def run(session: Session, rows: RunData, arm: Arm) -> Pilot:
     tried = [(alone, round(repeats * (1 + ratio))) for ratio in _ALONE]
     for ratio in PILOT_RATIOS[1:]:
         tried.append((arm.model_copy(update={"general_per_task": ratio}), repeats))
-    measured = []
+    row_losses: list[FloatArray] = []
+    groups: list[str] = []  # the same rows in every mixture
+    tokens, seconds = 0, 0.0
     for own, shown in tried:
         plan = resolve_arm(own, small, settings)
-        measured.append(_load_or_measure(session, plan, Hyperparameters(shown)))
+        measured = _load_or_measure(session, plan, Hyperparameters(shown))
+        row_losses.append(measured.losses)
+        groups = measured.groups
+        tokens += measured.tokens
+        seconds += measured.seconds
     adapter.drop_adapter(session.model)
-    best_alone = min(range(len(_ALONE)), key=lambda k: float(measured[k].losses.mean()))
-    without = measured[best_alone].losses
-    by_ratio = np.stack([without, *(one.losses for one in measured[len(_ALONE) :])])
+    best_alone = min(range(len(_ALONE)), key=lambda k: float(row_losses[k].mean()))
+    without = row_losses[best_alone]
+    by_ratio = np.stack([without, *row_losses[len(_ALONE) :]])
     losses = by_ratio.mean(axis=1)
-    errors = np.array([_standard_error(row - without, measured[0].groups) for row in by_ratio])
+    errors = np.array([_standard_error(row - without, groups) for row in by_ratio])
     return Pilot(
         ratios=PILOT_RATIOS,
         losses=tuple(losses.tolist()),
@@ -134,8 +140,8 @@ def run(session: Session, rows: RunData, arm: Arm) -> Pilot:
         rows=count,
         repeats=repeats,
         alone=tried[best_alone][1],
-        tokens=sum(one.tokens for one in measured),
-        seconds=sum(one.seconds for one in measured),
+        tokens=tokens,
+        seconds=seconds,
     )
 
 
@@ -233,9 +239,10 @@ def _affordable(session: Session, plan: ArmPlan, repeats: int) -> int:
     """Return how many rows of each task the tokens pay for: two folds train on every row once."""
     rows, budget = plan.rows, session.settings.mix.pilot_tokens
     tokenizer = session.model.tokenizer
-    task = 0.0  # tokens of one row of each task
+    lengths = []
     for own in rows.tasks:
-        task += _mean_length(own.train, plan.train_anchors[own.name], tokenizer)
+        lengths.append(_mean_length(own.train, plan.train_anchors[own.name], tokenizer))
+    task = sum(lengths)  # tokens of one row of each task
     general = _mean_length(rows.general, None, tokenizer) * len(rows.tasks)
     mixed = sum(task + ratio * general for ratio in PILOT_RATIOS[1:])
     alone = sum(task * (1 + ratio) for ratio in _ALONE)
@@ -317,7 +324,8 @@ def _held_out(session: Session, plan: ArmPlan, chosen: Hyperparameters) -> _Meas
         for part in cell.tokenised(session.model, fold, fold.rows.tasks, "dev"):
             nats, counts = generate.nats(session.model, part)
             losses.append(nats / counts)
-        groups += [row.group for task in fold.rows.tasks for row in task.dev]
+        for task in fold.rows.tasks:
+            groups += [row.group for row in task.dev]
     return _Measured(np.concatenate(losses), groups, tokens, time.perf_counter() - started)
 
 
