@@ -277,14 +277,14 @@ def _is_reference(answer: Answer, arm: str) -> bool:
 
 def _mark(answer: Answer, point: Point) -> Mark:
     size, score = point.size, point.score
-    where = f"{size:,} rows" if size else "untrained"
     tip = [
-        f"{point.arm}, {where}",
+        f"{point.arm}, {_show_size(size)}",
         f"{summary.label_of(answer.metric)} {wording.with_interval(score)}",
     ]
     if size and len(point.by_seed) > 1:
-        low, high = summary.decimal(min(point.by_seed)), summary.decimal(max(point.by_seed))
-        tip.append(f"{len(point.by_seed)} seeds: {low} to {high}")
+        lowest, highest = min(point.by_seed), max(point.by_seed)
+        span = f"{summary.decimal(lowest)} to {summary.decimal(highest)}"
+        tip.append(f"{len(point.by_seed)} seeds: {span}")
     if size and point.tokens is not None:
         tip.append(f"{point.tokens:,.0f} task tokens")
     is_ringed = False
@@ -298,6 +298,10 @@ def _mark(answer: Answer, point: Point) -> Mark:
             tip.append(f"reference in {wording.percent(share)} of draws{there}")
     low, high = _none_if_unknown(score.low), _none_if_unknown(score.high)
     return Mark(size, score.estimate, low, high, point.by_seed, "\n".join(tip), is_ringed)
+
+
+def _show_size(size: int) -> str:
+    return f"{size:,} rows" if size else "untrained"
 
 
 def _none_if_unknown(value: float) -> float | None:
@@ -405,7 +409,7 @@ def _view_effect(effect: SideEffect, n: int, order: Sequence[str]) -> dict[str, 
         if interval is None:
             continue
         sizes.add(arm.size)
-        size = f"{arm.size:,} rows" if arm.size else "untrained"
+        size = _show_size(arm.size)
         text = wording.with_interval(interval, signed=rises, percents=axis.percents)
         dots.append(_dot(f"{arm.arm}, {size}", interval, colours[arm.arm], axis))
         rows.append({"name": (arm.arm, size), "text": text, "about": ""})
@@ -429,7 +433,7 @@ def _view_effect(effect: SideEffect, n: int, order: Sequence[str]) -> dict[str, 
 def _method(one: Certificate) -> dict[str, Any]:
     """Return how the first metric was measured: the reference by size, seeds, groups, draws."""
     first, question = one.answer, one.question
-    selected = set()
+    selected: set[str] = set()
     for selection in first.references:
         selected.update(selection.shares)
     names = [arm for arm in question.references if arm in selected]

@@ -113,13 +113,17 @@ def tables(results: Record, *, certified: bool = False) -> list["Table"]:
 
     The certificates of a `certified` run have the differences and forgetting.
     """
-    grids = [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
+    grids = _score_grids(results)
     if not certified:
         grids.append(summary.difference_grid(results, first_metric_only=True))
     grids.append(_training_and_cost(results))
     if not certified:
         grids.append(summary.forgetting_grid(results))
     return [_rich_table(grid) for grid in grids if grid.rows]
+
+
+def _score_grids(results: Record) -> list[Grid]:
+    return [summary.score_grid(results, facts["name"]) for facts in results["tasks"]]
 
 
 def _training_and_cost(results: Record) -> Grid:
@@ -322,9 +326,10 @@ def examples(results: Record, predictions: Sequence[Record]) -> dict[str, list[d
 
 
 def _nll_per_token(prediction: Record) -> float:
-    if not prediction["n_tokens"]:
+    tokens: int = prediction["n_tokens"]
+    if tokens == 0:
         return math.nan
-    return summary.value_of(prediction, "nll_sum") / prediction["n_tokens"]
+    return summary.value_of(prediction, "nll_sum") / tokens
 
 
 def _spread(row: Mapping[str, Record], arms: Sequence[str]) -> float:
@@ -449,16 +454,18 @@ def card(results: Record, kind: RunKind, adapter_note: str) -> str:
     `adapter_note` says in a sentence how the anchor gets into the prompt.
     """
     trained = [arm["arm"] for arm in results["arms"] if arm["training"] is not None]
-    shown = trained[0] if trained else "sft"
+    shown = "sft"
     if "tell" in trained:
         shown = "tell"
+    elif trained:
+        shown = trained[0]
     return _render(
         "card.md.j2",
         results,
         kind=kind,
         adapter_note=adapter_note,
         anchors=[facts for facts in results["tasks"] if facts["anchor"] is not None],
-        grids=[summary.score_grid(results, facts["name"]) for facts in results["tasks"]],
+        grids=_score_grids(results),
         max_new_tokens=_longest_answer(results),
         folder=(kind.adapters or "").format(arm=shown),
         base=_base_kind(results["settings"]["model"]),

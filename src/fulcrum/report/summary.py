@@ -386,8 +386,8 @@ def difference_grid(results: Record, *, first_metric_only: bool = False) -> Grid
         interval = _read_interval(one)
         word = verdict(interval.low, interval.high, higher_is_better=one["higher_is_better"])
         pair = f"{one['arm']} − {one['reference']}"
-        metric = label_of(one["metric"])
-        rows.append((pair, one["task"], metric, _show(interval), f"{one['n_seeds']}", word))
+        label = label_of(one["metric"])
+        rows.append((pair, one["task"], label, _show(interval), f"{one['n_seeds']}", word))
         marks.append(word)
     head = ("arm − reference", "task", "metric", "difference [95% interval]", "seeds", "verdict")
     title = "Paired differences"
