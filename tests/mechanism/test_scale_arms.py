@@ -101,7 +101,7 @@ def test_prepared_settings_name_an_arm_for_each_level_and_the_loss_first() -> No
         ({"task": {"name": "t", "train": "x", "anchor": "auto"}}, "the anchor of t is auto"),
         ({"scale": {"ratios": [1, 2, 4]}}, "begin with 0"),
         ({"scale": {"ratios": [0, 2, 2]}}, "ascend, got 0, 2, 2"),
-        ({"scale": {"designs": ["steps", "steps"]}}, "given twice in steps, steps"),
+        ({"scale": {"designs": ["steps", "steps"]}}, "'steps' is listed twice"),
     ],
 )
 def test_what_cannot_be_scaled_is_refused(changes: dict[str, Any], said: str) -> None:

@@ -303,8 +303,14 @@ def _metric(curve: _Curve) -> dict[str, Any]:
 def _row_table(levels: Sequence["Level"], losses: RowLosses) -> FloatArray:
     """Return the mean losses (levels, rows) of the rows that were tested at every level."""
     by_level = [losses.get(level.arm, {}) for level in levels]
-    rows = [row for row in by_level[0] if all(row in tested for tested in by_level)]
-    return np.array([[np.mean(tested[row]) for row in rows] for tested in by_level])
+    rows = list(by_level[0])
+    for tested in by_level:
+        rows = [row for row in rows if row in tested]
+    table = np.empty((len(levels), len(rows)))
+    for place, tested in enumerate(by_level):
+        for column, row in enumerate(rows):
+            table[place, column] = np.mean(tested[row])
+    return table
 
 
 def _rows(ratios: Sequence[float], table: FloatArray) -> dict[str, Any]:
