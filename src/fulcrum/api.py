@@ -52,7 +52,7 @@ def scale(*, resume: bool = False, **settings: Any) -> Results:
     """Train with more and more general data; the keywords are the keys of the YAML file (`model=`, `task=`, `scale=` ...).
 
     What the curves say is written to `scaling.json` and the report of `output_dir`;
-    `fulcrum.mechanism.jumps` has its tests for your own arrays.
+    `fulcrum.mechanism.jumps` and `row_jumps` have its tests for your own arrays.
     With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
     """
     return launch(SCALE, settings_from_dict(settings), resume=resume)
@@ -63,7 +63,7 @@ def quanta(*, resume: bool = False, **settings: Any) -> Results:
     the YAML file (`model=`, `task=`, `quanta=` ...).
 
     What was found is written to `quanta.json` and `quanta.html` of `output_dir`;
-    `fulcrum.mechanism.clusters` has its parts for your own arrays.
+    `fulcrum.mechanism.clusters` and `cluster_gains` have its parts for your own arrays.
     With `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
     """
     return launch(QUANTA, settings_from_dict(settings), resume=resume)

@@ -545,7 +545,7 @@ def _flat(test: JumpTest) -> str:
 
 
 def _artefacts(hard: Mapping[str, JumpTest] | Sequence[JumpTest]) -> list[str]:
-    """Return the hard metrics that jump, each with where."""
+    """Return the hard metrics that jump, each with the place of its jump."""
     if not isinstance(hard, Mapping):
         hard = {f"hard metric {i + 1}": test for i, test in enumerate(hard)}
     return [f"{name} ({_place(test)})" for name, test in hard.items() if test.abrupt]

@@ -1,9 +1,8 @@
-"""How the loss on a task falls with the amount of general data: one training for each amount,
-design and seed.
+"""Run `scale`: measure how the loss on a task falls with the amount of general data.
 
-The machinery is a comparison's: same nested task rows, stored jobs, workers, resuming. Nothing is
-tuned: along a curve only the amount of general data changes, and what a design holds fixed does
-not.
+There is one training for each amount, design and seed. The machinery is a comparison's: the same
+nested task rows, stored jobs, workers and resuming. Nothing is tuned: along a curve only the amount
+of general data changes, and what a design holds fixed does not.
 """
 
 import math

@@ -49,7 +49,7 @@ RowLosses = Mapping[str, Mapping[str, Sequence[float]]]  # by arm and row, one f
 def analyse(results: Record, predictions: Sequence[Record]) -> dict[str, Any]:
     """Return every task's curves in every design: what `scaling.json` holds.
 
-    Seeds that a budget cut short are left out. Raises DataError if no seed is whole.
+    Seeds that a budget cut short are skipped. Raises DataError if no seed is whole.
     """
     from fulcrum.mechanism.scale_arms import levels
 
