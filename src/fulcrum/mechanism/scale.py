@@ -43,9 +43,9 @@ def run_scale(
 ) -> Results:
     """Train at every amount of general data of `settings.scale`, and fill the run folder.
 
-    The arguments are those of `experiments.compare.compare`. What the curves say is computed from results
-    and predictions, here and whenever the report is written (`scale_report.analyse`). Raises
-    ConfigError, DataError, ModelError or StoreError.
+    The arguments are those of `experiments.compare.compare`. What the curves say is computed from
+    results and predictions, here and whenever the report is written (`scale_report.analyse`).
+    Raises ConfigError, DataError, ModelError or StoreError.
     """
     workers.share_threads(jobs, on)
     progress = progress or Silent()
