@@ -55,9 +55,9 @@ def scale(*, resume: bool = False, **settings: Any) -> Results:
     """Train with more and more general data.
 
     The keywords are the keys of the YAML file (`model=`, `task=`, `scale=` ...). The results are
-    written to `scaling.json` and the report of `output_dir`; `fulcrum.mechanism.jumps` has the same
-    tests for your own arrays. With `resume` the run in `output_dir` is resumed. Raises ConfigError,
-    DataError, ModelError or StoreError.
+    written to `scaling.json` and the report of `output_dir`; `fulcrum.mechanism.jumps` and
+    `row_jumps` have the same tests for your own arrays. With `resume` the run in `output_dir` is
+    resumed. Raises ConfigError, DataError, ModelError or StoreError.
     """
     return launch(SCALE, settings_from_dict(settings), resume=resume)
 
@@ -66,9 +66,9 @@ def quanta(*, resume: bool = False, **settings: Any) -> Results:
     """Cluster answers by their gradients, and test if general data helped most in dense clusters.
 
     The keywords are the keys of the YAML file (`model=`, `task=`, `quanta=` ...). The results are
-    written to `quanta.json` and `quanta.html` of `output_dir`; `fulcrum.mechanism.clusters` has the
-    same steps for your own arrays. With `resume` the run in `output_dir` is resumed. Raises
-    ConfigError, DataError, ModelError or StoreError.
+    written to `quanta.json` and `quanta.html` of `output_dir`; `fulcrum.mechanism.clusters`
+    and `cluster_gains` have the same steps for your own arrays. With `resume` the run in
+    `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
     """
     return launch(QUANTA, settings_from_dict(settings), resume=resume)
 

@@ -135,7 +135,7 @@ def jump_test(
     sign = 1.0 if higher_is_better else -1.0
     tested = _test(sign * table[None], grid)
     rng = np.random.default_rng(seed)
-    p = float(_p_values(tested, np.array([True]), grid, len(table), draws, rng)[0])
+    (p,) = _p_values(tested, np.array([True]), grid, len(table), draws, rng).tolist()
     number = int(tested.abrupt.number[0])
     slope = float(tested.abrupt.slope[0])
     statistic = float(tested.statistic[0])
@@ -545,7 +545,7 @@ def _flat(test: JumpTest) -> str:
 
 
 def _artefacts(hard: Mapping[str, JumpTest] | Sequence[JumpTest]) -> list[str]:
-    """Return the hard metrics that jump, each with where."""
+    """Return the hard metrics that jump, each with the place of its jump."""
     if not isinstance(hard, Mapping):
         hard = {f"hard metric {i + 1}": test for i, test in enumerate(hard)}
     return [f"{name} ({_place(test)})" for name, test in hard.items() if test.abrupt]

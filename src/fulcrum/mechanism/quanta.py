@@ -141,14 +141,13 @@ def draw(
     for row, anchor in rows:
         tokens = encode.final_answer(row, encode.make_format(tokenizer, anchor))
         places = np.flatnonzero(tokens.loss_mask).tolist()
-        if unit == "rows":
-            answers += [_Answer(row, tokens, place, len(tokens)) for place in places[:1]]
-        else:
-            answers += [_Answer(row, tokens, place, place + 1) for place in places]
+        for place in places[:1] if unit == "rows" else places:
+            end = len(tokens) if unit == "rows" else place + 1
+            answers.append(_Answer(row, tokens, place, end))
     if len(answers) < _FEWEST:
-        kind, key = ("test rows", "task.test")
+        kind, key = "test rows", "task.test"
         if general:
-            kind, key = ("held-out general rows", "eval.general_rows")
+            kind, key = "held-out general rows", "eval.general_rows"
         other = "" if unit == "tokens" else ", or set quanta.unit: tokens"
         raise DataError(
             f"quanta: {len(answers)} {unit} in the answers of {len(rows)} {kind} are too few to "

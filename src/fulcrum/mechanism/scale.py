@@ -1,9 +1,8 @@
-"""How the loss on a task falls with the amount of general data: one training for each amount,
-design and seed.
+"""Run `scale`: measure how the loss on a task falls with the amount of general data.
 
-The machinery is a comparison's: same nested task rows, stored jobs, workers, resuming. Nothing is
-tuned: along a curve only the amount of general data changes, and what a design holds fixed does
-not.
+There is one training for each amount, design and seed. The machinery is a comparison's: the same
+nested task rows, stored jobs, workers and resuming. Nothing is tuned: along a curve only the amount
+of general data changes, and what a design holds fixed does not.
 """
 
 import math
@@ -30,7 +29,7 @@ from fulcrum.model import base_model
 from fulcrum.report import wording
 from fulcrum.stats.certificate import Budget
 
-_FEWEST_LEVELS = 7  # with fewer the verdict is "not enough data" whatever comes
+_FEWEST_LEVELS = 7  # with fewer the verdict is always "not enough data"
 
 
 def run_scale(
@@ -44,12 +43,13 @@ def run_scale(
 ) -> Results:
     """Train at every amount of general data of `settings.scale`, and fill the run folder.
 
-    The arguments are those of `comparison.compare`. What the curves say is computed from results
-    and predictions, here and whenever the report is written (`scale_report.analyse`). Raises
-    ConfigError, DataError, ModelError or StoreError.
+    The arguments are those of `experiments.compare.compare`. What the curves say is computed from
+    results and predictions, here and whenever the report is written (`scale_report.analyse`).
+    Raises ConfigError, DataError, ModelError or StoreError.
     """
     workers.share_threads(jobs, on)
-    progress, started = progress or Silent(), time.perf_counter()
+    progress = progress or Silent()
+    started = time.perf_counter()
     settings = scale_arms.prepared(settings)
     _require_general(settings)
     with claimed(settings, resume=resume):
@@ -90,18 +90,12 @@ def _jobs(comparison: ComparisonPlan) -> list[Job]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A scaling run that a budget allows.
+    """A scaling run that a budget allows."""
 
-    settings: the run's, with this design
-    seconds: expected
-    left_out: what it has less of than the settings ask for, in a few words each
-    trainings: their number
-    """
-
-    settings: Settings
+    settings: Settings  # the run's, with this design
     seconds: float  # that it is expected to take
-    left_out: tuple[str, ...]  # in words
-    trainings: int
+    left_out: tuple[str, ...]  # what was reduced from the settings, in a few words each
+    trainings: int  # their number
 
 
 def plan(settings: Settings, seconds: float) -> Plan:
@@ -142,8 +136,8 @@ def plan(settings: Settings, seconds: float) -> Plan:
 
 
 def _designs(settings: Settings) -> Iterator[tuple[Settings, tuple[str, ...]]]:
-    """Yield scaling runs from the richest to the smallest, each with what it leaves out."""
-    left_out: dict[str, str] = {}  # by what is reduced: the last word counts
+    """Yield scaling runs from the richest to the smallest, each with what was reduced."""
+    left_out: dict[str, str] = {}  # by what is reduced: a later text replaces an earlier one
     yield settings, ()
     named = settings.scale.model_fields_set
     free_seeds = settings.compare.seeds is None

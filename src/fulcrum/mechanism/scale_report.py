@@ -49,7 +49,7 @@ RowLosses = Mapping[str, Mapping[str, Sequence[float]]]  # by arm and row, one f
 def analyse(results: Record, predictions: Sequence[Record]) -> dict[str, Any]:
     """Return every task's curves in every design: what `scaling.json` holds.
 
-    Seeds that a budget cut short are left out. Raises DataError if no seed is whole.
+    Seeds that a budget cut short are skipped. Raises DataError if no seed is whole.
     """
     from fulcrum.mechanism.scale_arms import levels
 
@@ -303,8 +303,14 @@ def _metric(curve: _Curve) -> dict[str, Any]:
 def _row_table(levels: Sequence["Level"], losses: RowLosses) -> FloatArray:
     """Return the mean losses (levels, rows) of the rows that were tested at every level."""
     by_level = [losses.get(level.arm, {}) for level in levels]
-    rows = [row for row in by_level[0] if all(row in tested for tested in by_level)]
-    return np.array([[np.mean(tested[row]) for row in rows] for tested in by_level])
+    rows = list(by_level[0])
+    for tested in by_level:
+        rows = [row for row in rows if row in tested]
+    table = np.empty((len(levels), len(rows)))
+    for place, tested in enumerate(by_level):
+        for column, row in enumerate(rows):
+            table[place, column] = np.mean(tested[row])
+    return table
 
 
 def _rows(ratios: Sequence[float], table: FloatArray) -> dict[str, Any]:

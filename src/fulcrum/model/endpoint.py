@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint: asked again if that may help, else a clear error."""
+"""Ask a model behind an OpenAI-compatible endpoint; retry what may pass, else say what is wrong."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,15 +12,15 @@ from fulcrum.data.formats import whole_sentences
 
 WORKERS = 8  # requests at once
 _PATIENCE = 120  # seconds for an answer
-# What an endpoint says of a conversation that it does not take, while it answers others.
+# Status of a conversation that an endpoint refuses while it answers others.
 _REFUSED = (400, 413, 422)
 _RETRIED = (408, 429, 500, 502, 503, 504)
-_AGAIN = 5  # times, after 0, 2, 4, 8 ... seconds or as long as the endpoint says
+_RETRIES = 5  # after 0, 2, 4, 8 ... seconds or as long as the endpoint says
 
 
 def _connections() -> urllib3.PoolManager:
     retries = urllib3.Retry(
-        _AGAIN,
+        _RETRIES,
         backoff_factor=1,
         status_forcelist=_RETRIED,
         allowed_methods=None,
@@ -57,7 +57,7 @@ class Endpoint:
         *,
         whole: bool = False,
     ) -> str | None:
-        """Return the answer to a conversation, or None if an endpoint that answers others refuses it.
+        """Return the answer to a conversation; None if an endpoint that answers others refuses it.
 
         With `whole`, an answer that `max_new_tokens` cut off ends after its last whole sentence.
         Raises ConfigError if no answer comes.
@@ -84,14 +84,16 @@ class Endpoint:
             answer = str(choice["message"]["content"] or "").strip()
             self._answered.append(True)
         except (urllib3.exceptions.HTTPError, ValueError, LookupError, TypeError) as error:
-            if self.key:
-                received = received.replace(
-                    self.key, "(the key)"
-                )  # some repeat what they were given
-            detail = f"{error}: {received[:200]}" if received else str(error)
+            detail = str(error)
+            if received:
+                detail += f": {self._hide_key(received)[:200]}"
             raise ConfigError(
                 f"{self.url}: no answer from {self.model!r}: {detail}; check the address (it ends "
                 "in /v1), the model's name and the key"
             ) from error
         is_cut = choice.get("finish_reason") == "length"
         return whole_sentences(answer) if whole and is_cut else answer
+
+    def _hide_key(self, text: str) -> str:
+        """Return the text without the key: some endpoints repeat what they were sent."""
+        return text.replace(self.key, "(the key)") if self.key else text

@@ -1,16 +1,19 @@
-"""GGUF -> a plain safetensors folder, made once, that from then on loads like any other model folder.
+"""Read and write GGUF files: convert one to a model folder, and put a trained model back into one.
 
-Transformers reads GGUF but refuses to save what it read, so the state dict is saved through a fresh model of the same
-config. Weights are stored in bfloat16: against float32 the mean loss moved by 0.0003 (SmolLM2-135M, Q4_1) and 0.0001
-(Gemma-3-270M, Q4_K_M) nats per token on the first 12,000 characters of the GPL-3 (standard errors 0.0003), at half the size.
+Reading: `convert` makes a plain safetensors folder once, which from then on loads like any other
+model folder. Transformers reads GGUF but refuses to save what it read, so the state dict is saved
+through a fresh model of the same config. Weights are stored in bfloat16: against float32 the mean
+loss moved by 0.0003 (SmolLM2-135M, Q4_1) and 0.0001 (Gemma-3-270M, Q4_K_M) nats per token on the
+first 12,000 characters of the GPL-3 (standard errors 0.0003), at half the size.
 
-Invariant: a folder with a matching `fulcrum_source.json` is complete; it is written last and the folder is renamed into place.
+Writing: `write` copies the source file's metadata and replaces the changed tensors. llama.cpp
+stores some tensors in an order of its own (rotary rows of queries and keys). The order is not
+looked up by architecture but found: the one in which the base model's tensor equals the source
+file's. Tensors that no adapter changed keep the source's numbers, so whatever else an architecture
+asks for (Gemma's norms plus one) stays as it was.
 
-A merged model as a GGUF file, for models that came as one: the source's metadata, with the changed tensors replaced.
-
-llama.cpp stores some tensors in an order of its own (rotary rows of queries and keys). Which order a tensor has is not looked
-up by architecture but found: the one in which the base model's tensor is that of the source file. Tensors that no adapter
-changed are the source's own numbers, so that what else an architecture asks for (Gemma's norms plus one) is as it was.
+Invariant: a folder with a matching `fulcrum_source.json` is complete. That file is written last,
+and the folder is renamed into place.
 """
 
 import contextlib
@@ -43,27 +46,47 @@ from fulcrum.core.store import file_sha256, require_space, write_json
 from fulcrum.data import encode
 from fulcrum.model import registry
 
-# Byte-level vocabularies by how text is cut before merging, as llama.cpp names them (llama-vocab.cpp): these cut every
-# digit off first and then follow GPT-2, those are GPT-2's plainly.
+# Byte-level vocabularies by how text is split before merging, as llama.cpp names them
+# (llama-vocab.cpp). The first cut every digit off and then follow GPT-2; the others are GPT-2's.
 _DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 _PLAIN_GPT2 = {"", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"}
+KINDS: Mapping[str, tuple[Type, gguf.LlamaFileType]] = {
+    "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+_VALUE_TYPES = {
+    str: gguf.GGUFValueType.STRING,
+    int: gguf.GGUFValueType.UINT32,
+    bool: gguf.GGUFValueType.BOOL,
+}
+_ROUNDED = 2.0**-8  # relative: converted base models are stored in bfloat16
+# Metadata that the writer sets itself.
+_WRITTEN_ANEW = (
+    gguf.Keys.General.ARCHITECTURE,
+    "general.file_type",
+    "general.quantization_version",
+)
+
+Array = npt.NDArray[np.float32]
+Speech = Mapping[str, str | int | bool]  # metadata about prompts, by llama.cpp's names
+Layout = Callable[[Array], Array]  # puts a tensor into some order of rows
 
 
 def convert(gguf_file: Path, folder: Path) -> Path:
-    """Write a GGUF file's model (bfloat16 safetensors), tokenizer and generation settings to `folder`; return `folder`.
+    """Write a GGUF file's model (bfloat16), tokenizer and generation settings to `folder`.
 
-    What `folder` held is replaced. Raises ModelError where Transformers cannot read the file or tensors are missing.
+    Replace what `folder` held, and return it. Raises ModelError if Transformers cannot read the
+    file or tensors are missing.
     """
     _, parameters = _read_metadata(gguf_file)
     require_space(folder.parent, 2 * parameters + 2**26, f"converting {gguf_file.name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     identity = registry.converted_mark(file_sha256(gguf_file))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new = Path(scratch, "new")
         tokenizer, model = read(gguf_file)
-        with contextlib.redirect_stderr(
-            io.StringIO()
-        ):  # its progress bar would tear the caller's own
+        # Its progress bar would tear the caller's own.
+        with contextlib.redirect_stderr(io.StringIO()):
             _saveable(model).save_pretrained(new)
             tokenizer.save_pretrained(new)
         write_json(
@@ -71,7 +94,7 @@ def convert(gguf_file: Path, folder: Path) -> Path:
             {"file": gguf_file.name, "transformers": transformers.__version__, **identity},
         )
         if folder.exists():
-            folder.replace(old)
+            folder.replace(Path(scratch, "old"))
         new.replace(folder)
     return folder
 
@@ -79,45 +102,118 @@ def convert(gguf_file: Path, folder: Path) -> Path:
 def read(
     gguf_file: Path, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[PreTrainedTokenizerBase, Any]:
-    """The tokenizer and the model of a GGUF file, weights in `dtype`. Raises ModelError as `convert` does."""
+    """Return the tokenizer and the model of a GGUF file, weights in `dtype`.
+
+    Raises ModelError as `convert` does.
+    """
     metadata, _ = _read_metadata(gguf_file)
     _refuse_unread(gguf_file, metadata)
-    with contextlib.redirect_stderr(
-        io.StringIO()
-    ):  # progress bars of three kinds; all that matters is raised
+    # It prints progress bars of three kinds; whatever matters is raised.
+    with contextlib.redirect_stderr(io.StringIO()):
         tokenizer, model = _read_model(gguf_file, dtype)
         _restore_split(tokenizer, metadata.get("tokenizer.ggml.pre") or "")
         model.generation_config = _generation_config(model, tokenizer, metadata)
     return tokenizer, model
 
 
+def write(
+    source: Path,
+    target: Path,
+    base: Mapping[str, Any],
+    merged: Mapping[str, Any],
+    kind: str,
+    speech: Speech,
+) -> int:
+    """Write the source file's model to `target`, with the tensors that were trained replaced.
+
+    `base` and `merged` are state dicts of float32 tensors by Transformers' names; tensors that
+    differ between them are replaced. They are stored as `kind` (of KINDS) says, and prompts are
+    made as `speech` says. Return how many tensors were replaced.
+
+    Raises ModelError if a changed tensor has no place in the source, or is there in an unknown
+    order.
+    """
+    original = _Original(source)
+    replaced = original.match(base, merged)
+    writer = gguf.GGUFWriter(target, original.architecture)
+    _add_metadata(writer, original, kind, speech)
+    for tensor in original.tensors:
+        _add_tensor_info(writer, tensor, _stored_type(tensor, kind))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in original.tensors:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            values = values.astype(np.float32, copy=False)
+            name = replaced.get(tensor.name)
+            if name is not None:
+                layout = original.layout_of(tensor.name, values, base[name].numpy())
+                values = layout(merged[name].numpy())
+            contiguous = np.ascontiguousarray(values)
+            writer.write_tensor_data(gguf.quants.quantize(contiguous, _stored_type(tensor, kind)))
+    finally:
+        writer.close()
+    return len(replaced)
+
+
+def speech_of(form: encode.Format) -> Speech:
+    """Return the metadata by which llama.cpp makes the prompts that the model was trained with.
+
+    These are the chat template and the token that ends an answer. If the template writes no first
+    token, llama.cpp's server is told to put none before it, as it otherwise would.
+    """
+    start = str(form.tokenizer.special_tokens_map.get("bos_token") or "")
+    text = form.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}],
+        chat_template=form.template,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    speech: dict[str, str | int | bool] = {
+        "tokenizer.chat_template": form.template,
+        "tokenizer.ggml.eot_token_id": form.end_ids[0],
+    }
+    if not (start and str(text).startswith(start)):
+        speech["tokenizer.ggml.add_bos_token"] = False
+    return speech
+
+
+# Reading
+
+
 def _read_metadata(gguf_file: Path) -> tuple[dict[str, Any], int]:
     """Return the scalar metadata by llama.cpp's key names, and the number of parameters."""
     try:
         reader = gguf.GGUFReader(gguf_file)
-        # Arrays (the vocabulary) stay unread: they hold hundreds of thousands of strings.
-        scalars = {
-            key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1
-        }
-        return scalars, sum(int(tensor.n_elements) for tensor in reader.tensors)
+        return _scalars(reader), sum(int(tensor.n_elements) for tensor in reader.tensors)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise ModelError(
             f"{gguf_file}: not a sound GGUF file ({error}); download or convert it again"
         ) from error
 
 
+def _scalars(reader: gguf.GGUFReader) -> dict[str, Any]:
+    """Return the metadata without arrays: the vocabulary holds hundreds of thousands of strings."""
+    scalars = {}
+    for key, field in reader.fields.items():
+        if len(field.types) == 1:
+            scalars[key] = field.contents()
+    return scalars
+
+
 def _refuse_unread(gguf_file: Path, metadata: dict[str, Any]) -> None:
-    """Raise ModelError for what Transformers would drop without a word: scaled rotary positions (Gemma 3 from 4B up)."""
-    scaled = [
-        key
-        for key, value in metadata.items()
-        if key.endswith(".rope.scaling.factor") and float(value) != 1
-    ]
-    if scaled:
-        raise ModelError(
-            f"{gguf_file}: {scaled[0]} is {metadata[scaled[0]]:g}, which Transformers {transformers.__version__} does not read "
-            "from GGUF files: the model would be another one; use its safetensors folder or hub id"
-        )
+    """Raise ModelError for what Transformers would drop silently.
+
+    That is scaled rotary positions (Gemma 3 from 4B up).
+    """
+    for key, value in metadata.items():
+        if key.endswith(".rope.scaling.factor") and float(value) != 1:
+            raise ModelError(
+                f"{gguf_file}: {key} is {value:g}, which Transformers {transformers.__version__} "
+                "does not read from GGUF files: the model would be another one; use its "
+                "safetensors folder or hub id"
+            )
 
 
 def _read_model(gguf_file: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, Any]:
@@ -127,22 +223,18 @@ def _read_model(gguf_file: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenize
     }
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        # Where a GGUF kernel is installed, Transformers would else leave the weights in their packed form.
+        # If a GGUF kernel is installed, Transformers would otherwise leave the weights packed.
         plain: dict[str, Any] = {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
         loaded, report = AutoModelForCausalLM.from_pretrained(
             **place, **plain, output_loading_info=True
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        NotImplementedError,
-    ) as error:  # the last: a quantisation it cannot undo
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        # The last is raised for a quantisation that it cannot undo.
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{gguf_file}: Transformers {transformers.__version__} cannot read it: {reason}"
         ) from error
-    if report["missing_keys"]:  # Transformers would fill them with random numbers and go on
+    if report["missing_keys"]:  # Transformers would fill them with random numbers
         missing = sorted(report["missing_keys"])
         raise ModelError(
             f"{gguf_file}: {len(missing)} tensors are missing, the first is {missing[0]}"
@@ -151,13 +243,12 @@ def _read_model(gguf_file: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenize
 
 
 def _saveable(loaded: Any) -> Any:
-    """The same weights in a fresh model: Transformers refuses to save what it read from a GGUF file."""
+    """Return the weights in a fresh model: Transformers does not save what it read from a GGUF."""
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the saved weights are plain
-    with torch.device(
-        "meta"
-    ):  # no memory and no random numbers for weights that are assigned at once
+    # No memory and no random numbers for weights that are assigned at once.
+    with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.generation_config = loaded.generation_config
@@ -165,10 +256,11 @@ def _saveable(loaded: Any) -> Any:
 
 
 def _restore_split(tokenizer: PreTrainedTokenizerBase, split: str) -> None:
-    """Cut text as the vocabulary's merges were learned, where Transformers knows only GPT-2's way.
+    """Split text as the vocabulary's merges were learned; Transformers knows only GPT-2's way.
 
-    For "smollm" it matters: "\\n\\n1." is then two line breaks in one token, as in training, and not two tokens. On a numbered
-    list of 96 tokens the total loss of SmolLM2-135M-Instruct fell from 192.1 to 176.6 nats.
+    It matters for "smollm": "\\n\\n1." then starts with both line breaks in one token, as in
+    training. On a numbered list of 96 tokens the total loss of SmolLM2-135M-Instruct fell from
+    192.1 to 176.6 nats.
     """
     backend = tokenizer.backend_tokenizer
     if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
@@ -180,8 +272,9 @@ def _restore_split(tokenizer: PreTrainedTokenizerBase, split: str) -> None:
         )
     elif split not in _PLAIN_GPT2:
         warnings.warn(
-            f"the GGUF file splits text in the way {split!r}, which is not known here: some tokens may differ from those the "
-            "model was trained on; prefer the original model folder or hub id",
+            f"the GGUF file splits text in the way {split!r}, which is not known here: some tokens "
+            "may differ from those the model was trained on; prefer the original model folder or "
+            "hub id",
             stacklevel=3,
         )
 
@@ -189,7 +282,7 @@ def _restore_split(tokenizer: PreTrainedTokenizerBase, split: str) -> None:
 def _generation_config(
     model: Any, tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any]
 ) -> GenerationConfig:
-    """Stop at the end of text, at the end of turn that the file names, and at what the chat template puts after an answer."""
+    """Return settings that stop at the end of text, of a turn, and of the template's answer."""
     named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
     stops = {*named, tokenizer.eos_token_id, _answer_end(tokenizer)} - {None}
     return GenerationConfig(
@@ -200,7 +293,7 @@ def _generation_config(
 
 
 def _answer_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the marker token that follows an answer in the chat template, if there is a template and a marker."""
+    """Return the marker token that follows an answer in the chat template, if there is one."""
     if tokenizer.chat_template is None:
         return None
     turns = [
@@ -208,195 +301,121 @@ def _answer_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         {"role": "assistant", "content": "the-answer"},
     ]
     try:
-        after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("the-answer")[
-            2
-        ]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except jinja2.TemplateError as error:
         raise ModelError(
             f"the chat template in the GGUF file cannot lay out a question and an answer: {error}"
         ) from error
+    _, _, after = text.rpartition("the-answer")
     ids = tokenizer.encode(after, add_special_tokens=False)
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
-KINDS: Mapping[str, tuple[Type, gguf.LlamaFileType]] = {
-    "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16), "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}  # fmt: skip
-
-_KIND_OF = {
-    str: gguf.GGUFValueType.STRING,
-    int: gguf.GGUFValueType.UINT32,
-    bool: gguf.GGUFValueType.BOOL,
-}
-_ROUNDED = 2.0**-8  # relative: converted base models are stored in bfloat16
-_WRITTEN_ANEW = (
-    gguf.Keys.General.ARCHITECTURE,
-    "general.file_type",
-    "general.quantization_version",
-)
-
-Array = npt.NDArray[np.float32]
-Speech = Mapping[str, str | int | bool]  # metadata, by llama.cpp's names
-Layout = Callable[[Array], Array]
+# Writing
 
 
-def write(
-    source: Path,
-    target: Path,
-    base: Mapping[str, Any],
-    merged: Mapping[str, Any],
-    kind: str,
-    speech: Speech,
-) -> int:
-    """Write `target`: the source file's model with the tensors that differ between `base` and `merged` (state dicts of float32
-    tensors, Transformers' names) replaced, stored as `kind` of KINDS says, spoken to as `speech` says. Returns how many.
+class _Original:
+    """The source file: its metadata, and its tensors by llama.cpp's names."""
 
-    Raises ModelError where a changed tensor has no place in the source, or stands there in no order that is known.
-    """
-    reader = gguf.GGUFReader(source)
-    facts = {key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1}
-    architecture = str(facts["general.architecture"])
-    changed = {
-        _name(name, architecture, facts): name
-        for name, tensor in merged.items()
-        if not tensor.equal(base[name])
-    }
-    names = {tensor.name for tensor in reader.tensors}
-    if lost := sorted(set(changed) - names):
+    def __init__(self, path: Path) -> None:
+        reader = gguf.GGUFReader(path)
+        self.file = path.name
+        self.fields = list(reader.fields.values())
+        self.tensors = reader.tensors
+        self.facts = _scalars(reader)
+        self.architecture = str(self.facts["general.architecture"])
+
+    def match(self, base: Mapping[str, Any], merged: Mapping[str, Any]) -> dict[str, str]:
+        """Return the tensors that differ: llama.cpp's name to Transformers'.
+
+        Raises ModelError if the file lacks one.
+        """
+        changed = {}
+        for name, tensor in merged.items():
+            if not tensor.equal(base[name]):
+                changed[self._name_of(name)] = name
+        lost = sorted(set(changed) - {tensor.name for tensor in self.tensors})
+        if lost:
+            raise ModelError(
+                f"{self.file} has no tensor {lost[0]}, which the adapter changed "
+                f"({changed[lost[0]]}, {len(lost)} such); export to merged instead, or train other "
+                "lora_target_modules"
+            )
+        return changed
+
+    def _name_of(self, name: str) -> str:
+        """Return llama.cpp's name of a tensor, or Transformers' if it has none."""
+        numbers = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
+        blocks = int(self.facts[f"{self.architecture}.block_count"])
+        names = gguf.get_tensor_name_map(numbers[self.architecture], blocks)
+        return str(names.get_name(name, (".weight", ".bias")) or name)
+
+    def layout_of(self, name: str, stored: Array, base: Array) -> Layout:
+        """Return the order in which `base` is what the file stores. Raise ModelError if none is."""
+        for layout in self._layouts():
+            try:
+                ordered = layout(base)
+            except ValueError:  # the rows are not a multiple of these heads
+                continue
+            if ordered.shape != stored.shape:
+                continue
+            if (np.abs(ordered - stored) <= _ROUNDED * np.abs(stored) + 1e-30).all():
+                return layout
         raise ModelError(
-            f"{source.name} has no tensor {lost[0]}, which the adapter changed ({changed[lost[0]]}, {len(lost)} such); "
-            "export to merged instead, or train other lora_target_modules"
+            f"{name} of {self.file}: the base model's own tensor is not what stands there, in any "
+            "order that is known here; is it the file that the model was made from? Export to "
+            "merged, and convert that with llama.cpp"
         )
-    writer = gguf.GGUFWriter(target, architecture)
-    for field in reader.fields.values():
-        # Templates for other uses (tools) go: the anchor is in none of them.
-        if field.name.startswith(("GGUF.", "tokenizer.chat_template")) or field.name in (
-            *_WRITTEN_ANEW,
-            *speech,
-        ):
+
+    def _layouts(self) -> Iterator[Layout]:
+        """Yield the known orders: as it is, and with rotary rows of the queries' or keys' heads."""
+        yield np.asarray
+        for key in ("head_count", "head_count_kv"):
+            heads = self.facts.get(f"{self.architecture}.attention.{key}")
+            if isinstance(heads, int):
+                yield partial(_interleave, heads)
+
+
+def _interleave(heads: int, tensor: Array) -> Array:
+    """Interleave the two halves of each head row by row, as llama.cpp's `permute` does."""
+    rows = tensor.shape[0]
+    halves = tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:])
+    return halves.swapaxes(1, 2).reshape(tensor.shape)
+
+
+def _add_metadata(writer: gguf.GGUFWriter, original: _Original, kind: str, speech: Speech) -> None:
+    for field in original.fields:
+        # Templates for other uses (tools) are dropped, because the anchor is in none of them.
+        if field.name.startswith(("GGUF.", "tokenizer.chat_template")):
+            continue
+        if field.name in _WRITTEN_ANEW or field.name in speech:
             continue
         inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
     writer.add_file_type(KINDS[kind][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in speech.items():
-        writer.add_key_value(key, value, _KIND_OF[type(value)])
-    for tensor in reader.tensors:
-        shape, stored = tuple(int(n) for n in reversed(tensor.shape)), _type(tensor, kind)
-        size = int(np.prod(shape, dtype=np.int64))
-        block, width = gguf.GGML_QUANT_SIZES[stored]
-        writer.add_tensor_info(
-            tensor.name, _bytes_shape(shape, stored), _held(stored), size // block * width, stored
-        )
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in reader.tensors:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(
-                np.float32, copy=False
-            )
-            if tensor.name in changed:
-                name = changed[tensor.name]
-                order = _order(
-                    values,
-                    base[name].numpy(),
-                    facts,
-                    architecture,
-                    f"{tensor.name} of {source.name}",
-                )
-                values = order(merged[name].numpy())
-            writer.write_tensor_data(
-                gguf.quants.quantize(np.ascontiguousarray(values), _type(tensor, kind))
-            )
-    finally:
-        writer.close()
-    return len(changed)
+        writer.add_key_value(key, value, _VALUE_TYPES[type(value)])
 
 
-def speech_of(form: encode.Format) -> Speech:
-    """How llama.cpp has to speak to a model so that it reads what it read in training: the chat template, the token that ends
-    an answer, and that no first token is put before a template that writes none (llama.cpp's server would)."""
-    start = str(form.tokenizer.special_tokens_map.get("bos_token") or "")
-    text = form.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "x"}],
-        chat_template=form.template,
-        add_generation_prompt=True,
-        tokenize=False,
-    )
-    found: dict[str, str | int | bool] = {
-        "tokenizer.chat_template": form.template, "tokenizer.ggml.eot_token_id": form.end_ids[0],
-    }  # fmt: skip
-    return (
-        found
-        if start and str(text).startswith(start)
-        else {**found, "tokenizer.ggml.add_bos_token": False}
-    )
+def _add_tensor_info(writer: gguf.GGUFWriter, tensor: Any, stored: Type) -> None:
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    block, width = gguf.GGML_QUANT_SIZES[stored]
+    size = int(np.prod(shape, dtype=np.int64)) // block * width
+    held = {Type.F32: np.dtype(np.float32), Type.F16: np.dtype(np.float16)}.get(stored)
+    if held is None:  # quantised: the last axis counts bytes
+        held = np.dtype(np.uint8)
+        shape = tuple(gguf.quant_shape_to_byte_shape(shape, stored))
+    writer.add_tensor_info(tensor.name, shape, held, size, stored)
 
 
-def _name(name: str, architecture: str, facts: Mapping[str, Any]) -> str:
-    """llama.cpp's name of a tensor; Transformers' where it has none."""
-    known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[architecture], int(facts[f"{architecture}.block_count"]))
-    return str(names.get_name(name, (".weight", ".bias")) or name)
+def _stored_type(tensor: Any, kind: str) -> Type:
+    """Return how a tensor is stored.
 
-
-def _type(tensor: Any, kind: str) -> Type:
-    """How a tensor is stored: vectors (norms, biases) as they were; rows that blocks do not divide in 16-bit floats."""
+    Vectors are in float32, and rows that blocks do not divide in float16.
+    """
     if len(tensor.shape) == 1:
         return Type.F32
     wanted = KINDS[kind][0]
-    return wanted if int(tensor.shape[0]) % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else Type.F16
-
-
-def _held(stored: Type) -> Any:
-    return {Type.F32: np.dtype(np.float32), Type.F16: np.dtype(np.float16)}.get(
-        stored, np.dtype(np.uint8)
-    )
-
-
-def _bytes_shape(shape: tuple[int, ...], stored: Type) -> tuple[int, ...]:
-    """The shape of the array that holds a tensor: of quantised ones the last axis counts bytes."""
-    return (
-        shape
-        if stored in (Type.F32, Type.F16)
-        else tuple(gguf.quant_shape_to_byte_shape(shape, stored))
-    )
-
-
-def _order(
-    source: Array, base: Array, facts: Mapping[str, Any], architecture: str, where: str
-) -> Layout:
-    """The order in which `base` is what the source file holds. Raises ModelError where none is."""
-    for order in _orders(facts, architecture):
-        try:
-            found = order(base)
-        except ValueError:  # rows that these heads do not divide
-            continue
-        if found.shape == source.shape and bool(
-            (np.abs(found - source) <= _ROUNDED * np.abs(source) + 1e-30).all()
-        ):
-            return order
-    raise ModelError(
-        f"{where}: the base model's own tensor is not what stands there, in any order that is known here; is it the file that "
-        "the model was made from? Export to merged, and convert that with llama.cpp"
-    )
-
-
-def _orders(facts: Mapping[str, Any], architecture: str) -> Iterator[Layout]:
-    """As it is, or with the rotary rows of as many heads as queries or keys have in llama.cpp's order."""
-    yield np.asarray
-    for key in ("head_count", "head_count_kv"):
-        heads = facts.get(f"{architecture}.attention.{key}")
-        if isinstance(heads, int):
-            yield partial(_interleaved, heads)
-
-
-def _interleaved(heads: int, tensor: Array) -> Array:
-    """The two halves of each head, row by row, as its converter's `permute` has them."""
-    rows = tensor.shape[0]
-    return (
-        tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(tensor.shape)
-    )
+    fits = int(tensor.shape[0]) % gguf.GGML_QUANT_SIZES[wanted][0] == 0
+    return wanted if fits else Type.F16

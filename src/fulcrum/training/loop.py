@@ -98,9 +98,7 @@ def train(
         training.resume(checkpoint, say)
     state = training.state
     steps = training.steps
-    measured: set[int] = set()
-    if dev_loss is not None:
-        measured = _evaluated_steps(steps, settings.evaluations)
+    measured = _evaluated_steps(steps, settings.evaluations) if dev_loss is not None else set()
     seconds_before = state.seconds
     started = time.perf_counter()
     batches = _batches(loaded, stream, settings, state.done, steps)
