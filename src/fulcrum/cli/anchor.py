@@ -80,7 +80,7 @@ def propose(
     from fulcrum.core.types import Anchor
     from fulcrum.model.endpoint import Endpoint
 
-    asked = Endpoint(endpoint, endpoint_model, os.environ.get(key)) if endpoint else None
+    writer = Endpoint(endpoint, endpoint_model, os.environ.get(key)) if endpoint else None
     with terminal.working(screen, f"loading {settings.model}, reading data"):
         data = choose.load_data(settings, compared=False)
     chosen = _task(data.tasks, task)
@@ -98,7 +98,7 @@ def propose(
                 data,
                 wanted=count,
                 by=[cast("choose.Source", source) for source in sources],
-                endpoint=asked,
+                endpoint=writer,
                 progress=watch,
             )
             candidates += proposed

@@ -132,10 +132,10 @@ def read_plan(settings: "Settings") -> tuple["Settings", "Budget"]:
     from fulcrum.core import store
     from fulcrum.stats.certificate import Budget
 
-    known = store.read_json(Path(settings.output_dir) / store.PLAN)
+    plan = store.read_json(Path(settings.output_dir) / store.PLAN)
     here = {"output_dir": settings.output_dir, "report_to": settings.report_to}
-    agreed = Settings.model_validate({**known["settings"], **here})
-    return agreed, Budget(known["seconds"], tuple(known["left_out"]))
+    agreed = Settings.model_validate({**plan["settings"], **here})
+    return agreed, Budget(plan["seconds"], tuple(plan["left_out"]))
 
 
 def _preset_table(plan: "Plan") -> Any:

@@ -51,7 +51,7 @@ def certify(
     metric: Annotated[
         Names,
         typer.Option(
-            "--metric", help="Repeatable, the first decides. Needed where the file has several."
+            "--metric", help="Repeatable, the first decides. Needed if the file has several."
         ),
     ] = None,
     lower: Annotated[
@@ -59,7 +59,7 @@ def certify(
         typer.Option(
             "--lower-is-better",
             metavar="METRIC",
-            help="Repeatable; beside nll, loss, perplexity, wer and such.",
+            help="Repeatable; in addition to nll, loss, perplexity, wer and such.",
         ),
     ] = None,
     higher: Annotated[

@@ -54,7 +54,7 @@ class Talk:
         self.speak = speak
         self.anchors = anchors
         self.names = list(anchors)
-        self.said: dict[str, tuple[Message, ...]] = dict.fromkeys(self.names, ())
+        self.history: dict[str, tuple[Message, ...]] = dict.fromkeys(self.names, ())
         self.anchored = True
         self.out = console()
 
@@ -78,11 +78,11 @@ class Talk:
 
     def _command(self, line: str) -> None:
         if line == "/reset":
-            self.said = dict.fromkeys(self.names, ())
+            self.history = dict.fromkeys(self.names, ())
             say(self.notes, "the conversation begins anew")
         elif line == "/history":
             for name in self.names:
-                for message in self.said[name]:
+                for message in self.history[name]:
                     prefix = f"{name}:" if message.role == "assistant" else "›"
                     say(self.notes, f"{prefix} {message.content}")
         elif line in ("/anchor on", "/anchor off"):
@@ -95,13 +95,17 @@ class Talk:
             say(self.notes, f"{line.split()[0]}: no such command; {HELP}", "yellow")
 
     def _ask(self, question: str) -> None:
-        asked = {}
+        conversations = {}
         for name in self.names:
-            asked[name] = (*self.said[name], Message("user", question))
+            conversations[name] = (*self.history[name], Message("user", question))
         several = len(self.names) > 1
         is_wide = self.out.is_terminal and self.out.width >= _NARROWEST * len(self.names)
         try:
-            answers = self._in_columns(asked) if several and is_wide else self._in_turn(asked)
+            answers = (
+                self._in_columns(conversations)
+                if several and is_wide
+                else self._in_turn(conversations)
+            )
         except KeyboardInterrupt:
             self.out.file.write("\n")
             say(self.notes, "broken off; the question is forgotten, /quit ends", "yellow")
@@ -110,9 +114,9 @@ class Talk:
             say(self.notes, str(error), "yellow")
             return
         for name in self.names:
-            self.said[name] = (*asked[name], Message("assistant", answers[name]))
+            self.history[name] = (*conversations[name], Message("assistant", answers[name]))
 
-    def _in_turn(self, asked: Mapping[str, Sequence[Message]]) -> dict[str, str]:
+    def _in_turn(self, conversations: Mapping[str, Sequence[Message]]) -> dict[str, str]:
         """Print one answer below the other; a single model's without its name.
 
         Text is made safe for a terminal, and left alone in a pipe.
@@ -127,12 +131,12 @@ class Talk:
         for name in self.names:
             if len(self.names) > 1:
                 self.out.print(Text(f"{name}: ", style="bold cyan"), end="")
-            answers[name] = self.speak(name, asked[name], on_text, anchored=self.anchored)
+            answers[name] = self.speak(name, conversations[name], on_text, anchored=self.anchored)
             self.out.file.write("\n" if self.out.is_terminal else answers[name] + "\n")
             self.out.file.flush()
         return answers
 
-    def _in_columns(self, asked: Mapping[str, Sequence[Message]]) -> dict[str, str]:
+    def _in_columns(self, conversations: Mapping[str, Sequence[Message]]) -> dict[str, str]:
         texts = dict.fromkeys(self.names, "")  # so far
 
         def draw() -> Table:
@@ -153,5 +157,7 @@ class Talk:
 
             for name in self.names:
                 on_text = partial(show, name)
-                answers[name] = self.speak(name, asked[name], on_text, anchored=self.anchored)
+                answers[name] = self.speak(
+                    name, conversations[name], on_text, anchored=self.anchored
+                )
         return answers

@@ -51,7 +51,7 @@ ForceNew = Annotated[
     bool,
     typer.Option(
         "--force-new",
-        help="Where output_dir is taken, begin a new run in output_dir-2, -3 ... beside it.",
+        help="If output_dir is taken, begin a new run in output_dir-2, -3 ... next to it.",
     ),
 ]
 DryRun = Annotated[
@@ -276,7 +276,7 @@ def train(
     force_new: ForceNew = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train one adapter and score it beside the untouched model."""
+    """Train one adapter and compare its scores with the untouched model's."""
     given = Overrides(model, output_dir, seed)
     settings = _settings(run_file, changes, given, force_new=_forced(force_new, resume))
     _launch(ctx, "train", settings, resume=resume, dry_run=dry_run)

@@ -201,7 +201,7 @@ def selfgen(
     out: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT.jsonl", help="Where the rows go; batches are kept beside it until then."
+            metavar="OUT.jsonl", help="Where the rows go; batches are kept next to it until then."
         ),
     ],
     rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows.")] = 1000,

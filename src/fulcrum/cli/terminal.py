@@ -394,15 +394,15 @@ class Watch:
         """Show step, speed, time left and the newest losses (nats per supervised token)."""
         self._begin(label, steps)
         newest = {"task loss": point.task_loss, "general loss": point.general_loss, "dev loss": dev}
-        known = self.losses[label]
+        losses = self.losses[label]
         for name, loss in newest.items():
             if loss is not None:
-                known[name] = loss
+                losses[name] = loss
         left = (steps - point.step) * point.seconds / point.step
         status = [f"{point.tokens / max(point.seconds, 1e-9):,.0f} tokens/s", f"{clock(left)} left"]
         for name in newest:
-            if name in known:
-                status.append(f"{name} {known[name]:.3f}")
+            if name in losses:
+                status.append(f"{name} {losses[name]:.3f}")
         self._show(label, point.step, steps, f"step {point.step:,}/{steps:,}", status)
 
     def count(self, label: str, done: int, total: int) -> None:

@@ -304,7 +304,7 @@ def _difference(trained: Measured, other: Measured, kind: str) -> str:
     allowed = MAX_LOSS_DIFFERENCE[kind]
     if not abs(loss) <= allowed:  # also true of NaN
         return (
-            f"the loss is {loss:+.3f} nats a token beside the trained adapter's "
+            f"the loss is {loss:+.3f} nats a token compared with the trained adapter's "
             f"({allowed} is allowed)"
         )
     agreement = _agreement(trained, other)

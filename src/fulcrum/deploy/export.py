@@ -78,11 +78,10 @@ class Wanted:
 
     def __post_init__(self) -> None:
         """Refuse a misspelt name before a model is loaded."""
-        for name, value, known in (("to", self.to, KINDS), ("dtype", self.dtype, DTYPES)):
-            if value not in known:
-                choices = ", ".join(known)
-                hint = nearest(value, known)
-                raise ConfigError(f"{name} {value!r}: it must be one of {choices}{hint}")
+        for name, value, choices in (("to", self.to, KINDS), ("dtype", self.dtype, DTYPES)):
+            if value not in choices:
+                hint = nearest(value, choices)
+                raise ConfigError(f"{name} {value!r}: it must be one of {', '.join(choices)}{hint}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -178,8 +177,9 @@ class Input(NamedTuple):
 def list_inputs(folder: Path, settings: Settings) -> list[Input]:
     """Return what went into a finished run. Raise StoreError if its manifest cannot be read."""
     manifest = store.read_json(folder / store.MANIFEST)
-    known = manifest["environment"]
-    inputs = [Input("model", settings.model, known["weights"], _licence_of_model(settings.model))]
+    environment = manifest["environment"]
+    licence = _licence_of_model(settings.model)
+    inputs = [Input("model", settings.model, environment["weights"], licence)]
     for name, hashes in sorted(manifest["data"].items()):
         for sha256 in dict.fromkeys(_flatten(hashes)):
             inputs.append(Input("data", f"rows: {name}", sha256, _NOT_STATED))
@@ -187,8 +187,8 @@ def list_inputs(folder: Path, settings: Settings) -> list[Input]:
         licence = _BUILTIN_LICENCE if source.path == "builtin" else _NOT_STATED
         inputs.append(Input("data", f"general data: {source.path}", "", licence))
     for name in ("fulcrum-llm", "torch", "transformers", "peft"):
-        if name in known:
-            inputs.append(Input("library", f"{name} {known[name]}", "", ""))
+        if name in environment:
+            inputs.append(Input("library", f"{name} {environment[name]}", "", ""))
     return inputs
 
 

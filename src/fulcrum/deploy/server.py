@@ -573,7 +573,7 @@ def _add_errors(app: FastAPI) -> None:
 class _Server(uvicorn.Server):
     """uvicorn, which tells the engine at once when it is asked to end.
 
-    So clients whose answers cannot be finished in time are told.
+    It then tells the clients whose answers cannot be finished in time.
     """
 
     def __init__(self, settings: uvicorn.Config, engine: Engine, grace: float) -> None:
