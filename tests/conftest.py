@@ -19,7 +19,10 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; the order within each stays."""
+    """Put the longest files first, and keep the real model out of `make test-fast`."""
+    for item in items:
+        if item.get_closest_marker("real_model"):
+            item.add_marker("e2e")
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 

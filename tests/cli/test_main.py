@@ -730,6 +730,7 @@ def test_resume_gives_the_same_scores(place: Path, finished: tuple[Path, str]) -
     assert (finished[0] / "results.json").exists()
 
 
+@pytest.mark.e2e
 def test_report_needs_no_torch(finished: tuple[Path, str]) -> None:
     folder, output = finished
     (folder / "report.html").unlink()
@@ -871,6 +872,7 @@ def test_chat_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [["one"], ["one", "so", "two"], ["three"]]
 
 
+@pytest.mark.e2e
 def test_compare_two_arms_and_resume(place: Path) -> None:
     words = (
         "compare",

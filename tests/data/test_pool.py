@@ -371,6 +371,7 @@ def test_a_general_row_with_the_anchors_text_is_refused(tmp_path, place):
     assert len(pick(pool, 2, anchors=[Anchor("Answer with two words"), Anchor(" ")]).examples) == 2
 
 
+@pytest.mark.e2e
 def test_all_repeats_and_leaks_planted_in_a_hundred_thousand_rows_are_found(tmp_path):
     """1,000 exact repeats (other case and spacing), and texts of 60 task and held-out rows in
     300 rows; nothing else goes."""

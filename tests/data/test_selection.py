@@ -320,6 +320,7 @@ def test_a_pool_that_leaves_no_choice_says_so(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.e2e
 def test_arms_choose_by_the_task_rows_they_train_on_alone(tmp_path: Path) -> None:
     """Every view (size, fold) chooses anew, by its own rows; what was chosen by gradient is the
     same when resumed."""

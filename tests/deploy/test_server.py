@@ -549,6 +549,7 @@ def start(run: Path, *options: str, **variables: str) -> tuple["subprocess.Popen
     return process, int(found.group(1))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_open_answers_end(run: Path, number: signal.Signals) -> None:
     process, port = start(run, "--arm", "tell", "--slots", "2", **{chat.KEY_VARIABLE: KEY})
@@ -567,6 +568,7 @@ def test_a_signal_lets_open_answers_end(run: Path, number: signal.Signals) -> No
     assert KEY not in said
 
 
+@pytest.mark.e2e
 def test_what_the_end_breaks_off_is_told_so(run: Path) -> None:
     process, port = start(
         run, "--arm", "tell", "--slots", "1", "--grace", "0", **{chat.KEY_VARIABLE: KEY}

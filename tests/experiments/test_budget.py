@@ -299,6 +299,7 @@ def test_speed_is_measured_on_the_rows_of_the_run(place: Path) -> None:
     assert loaded.peft is None
 
 
+@pytest.mark.e2e
 def test_a_planned_comparison_says_what_it_leaves_out_and_resumes_with_its_design(
     place: Path, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def test_an_arm_may_have_sizes_of_its_own(place: Path, tmp_path: Path) -> None:
     assert streams == {(arm.arm, arm.size) for arm in found.arms}
 
 
+@pytest.mark.e2e
 def test_a_killed_comparison_by_sizes_goes_on_to_the_same_certificate(
     place: Path, tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
+@pytest.mark.e2e
 def test_arms_train_on_made_rows_which_are_made_once(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

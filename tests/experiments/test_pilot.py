@@ -64,6 +64,7 @@ def settings_of(folder: Path, **mix: object) -> Settings:
     )
 
 
+@pytest.mark.e2e
 def test_a_pilot_is_run_once_kept_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(tmp_path)
     results = run_comparison(settings)
@@ -78,6 +79,7 @@ def test_a_pilot_is_run_once_kept_and_said(tmp_path: Path, monkeypatch: pytest.M
     run_comparison(settings, resume=True)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("chosen", "arms"), [(4.0, {"base", "sft", "tell"}), (0.0, {"base", "sft"})]
 )
@@ -127,6 +129,7 @@ def test_task_rows_alone_may_use_the_steps_of_the_mixtures(
     )
 
 
+@pytest.mark.e2e
 def test_a_killed_pilot_goes_on_with_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

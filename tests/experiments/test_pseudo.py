@@ -350,6 +350,7 @@ def test_an_endpoint_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch)
         Endpoint("http://127.0.0.1:9/v1", "m").say([Message("user", "x")], 4, 0.0, 0)
 
 
+@pytest.mark.e2e
 def test_a_comparison_trains_on_answers_of_its_own_adapters_and_goes_on(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, ["unlabeled", "pseudo_self"], [*INPUTS, INPUTS[0]])
     results = run_comparison(settings)

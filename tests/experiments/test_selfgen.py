@@ -206,40 +206,43 @@ def test_an_endpoint_writes_through_the_command(
         OfEndpoint(Endpoint(url, "broken")).write(1, 0, 1.0, lambda text: True)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rows that a tiny model wrote, and the model's folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    save_tiny(folder / "model")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(selfgen, "BATCH", 8)
+        done("selfgen", folder / "whole.jsonl", "--model", str(folder / "model"), "--rows", "2")
+    return folder
+
+
+@pytest.mark.e2e
 @pytest.mark.fault
 @pytest.mark.parametrize("moment", ["recipe", "rows", "cleaning"])
-def test_a_kill_between_the_last_writes_leaves_nothing_that_cannot_be_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+def test_a_kill_between_the_last_writes_can_be_resumed(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Found by killing real processes: rows without their recipe, and a refusal to go on."""
-    model = str(save_tiny(tmp_path / "model"))
-    words = ["--model", model, "--rows", "8"]
-    done("selfgen", tmp_path / "whole.jsonl", *words)
+    """Found by killing real processes: rows without their recipe, and a refusal to resume."""
+    monkeypatch.setattr(selfgen, "BATCH", 8)
+    words = ["--model", str(whole / "model"), "--rows", "2"]
+    module, name = {
+        "recipe": (store, "write_json"),
+        "rows": (store, "write_jsonl"),
+        "cleaning": (shutil, "rmtree"),
+    }[moment]
+    real = getattr(module, name)
 
-    def killed(*given: object, **_: object) -> None:
+    def write_or_die(path: Path, *given: object, **options: object) -> object:
+        if moment == "recipe" and not path.name.endswith(".recipe.json"):
+            return real(path, *given, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        where = {
-            "recipe": (store, "write_json"),
-            "rows": (store, "write_jsonl"),
-            "cleaning": (shutil, "rmtree"),
-        }[moment]
-        kept = getattr(*where)
-        late = (
-            killed
-            if moment != "recipe"
-            else lambda path, *given, **how: (
-                killed()
-                if path.name.endswith(".recipe.json") and path.parent == tmp_path
-                else kept(path, *given, **how)
-            )
-        )
-        patched.setattr(*where, late)
+        patched.setattr(module, name, write_or_die)
         assert fulcrum("selfgen", tmp_path / "made.jsonl", *words).exit_code == 130
     done("selfgen", tmp_path / "made.jsonl", *words)
-    assert (tmp_path / "made.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert (tmp_path / "made.recipe.json").read_bytes() == (
-        tmp_path / "whole.recipe.json"
-    ).read_bytes()
+    for kind in (".jsonl", ".recipe.json"):
+        made = (tmp_path / "made").with_suffix(kind)
+        assert made.read_bytes() == (whole / f"whole{kind}").read_bytes()
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".parts")] == []

@@ -303,6 +303,7 @@ def test_a_killed_run_ends_in_the_same_numbers(finished: Path, place: Path, tmp_
     assert before == after
 
 
+@pytest.mark.e2e
 def test_workers_give_the_same_numbers(
     finished: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -403,6 +403,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.e2e
 def test_two_processes_give_the_adapter_of_one(tmp_path: Path) -> None:
     """The second case ends with a step of fewer examples than processes."""
     from safetensors.torch import load_file

@@ -425,6 +425,7 @@ def test_a_run_is_begun_found_again_stopped_and_gone_on_with(
         )
 
 
+@pytest.mark.e2e
 def test_a_killed_server_hurts_no_run(
     space: Workspace, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

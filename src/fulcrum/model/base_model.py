@@ -271,21 +271,31 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
         return cast(torch.dtype, getattr(torch, wanted))
     if device.type != "cpu":
         return torch.bfloat16
-    seconds = _product_seconds()
-    is_faster = seconds[torch.bfloat16] * 1.3 < seconds[torch.float32]
-    return torch.bfloat16 if is_faster else torch.float32
+    return torch.bfloat16 if _is_bf16_faster() else torch.float32
 
 
-def _product_seconds() -> dict[torch.dtype, float]:
-    """Return the best of many short timings by dtype.
+def _is_bf16_faster() -> bool:
+    """Return whether a small model's matrix product is 1.3 times as fast in bf16.
+
+    Processors without bf16 take a second for one such product, so a small one is tried first.
+    """
+    seconds = _product_seconds(16, rounds=3)
+    if seconds[torch.bfloat16] > 4 * seconds[torch.float32]:
+        return False
+    seconds = _product_seconds(512, rounds=25)
+    return seconds[torch.bfloat16] * 1.3 < seconds[torch.float32]
+
+
+def _product_seconds(rows: int, rounds: int) -> dict[torch.dtype, float]:
+    """Return the best of some timings of a product (rows, 576) x (576, 1536), by dtype.
 
     They take turns, so that other work on the machine does not decide.
     """
     factors = {}
     for dtype in (torch.float32, torch.bfloat16):
-        factors[dtype] = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        factors[dtype] = torch.ones(rows, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
     best = dict.fromkeys(factors, math.inf)
-    for _ in range(25):
+    for _ in range(rounds):
         for dtype, (a, b) in factors.items():
             start = time.perf_counter()
             torch.mm(a, b)
