@@ -22,7 +22,7 @@ from fulcrum.config.base import GeneralSource
 from fulcrum.core import processes, store
 from fulcrum.core.errors import DataError, StoreError, UnreachableError
 from fulcrum.data import shards, sources
-from fulcrum.data.pool import open_pool, select
+from fulcrum.data.pool import Exclusions, open_pool, select
 from helpers.shards import read, rows, save
 
 
@@ -444,9 +444,12 @@ def test_rows_that_may_not_stand_beside_the_task_take_no_part_of_a_weight(tmp_pa
         save(tmp_path / "b.jsonl", rows(60, start=100)).model_copy(update={"weight": 1.0}),
     ]
     chosen = select(
-        open_pool(sources, seed=0), 60, seed=0, fits=lambda row: "leak" if "leak" in row.question else None,
-        tasks=(), anchors=(),
-    )  # fmt: skip
+        open_pool(sources, seed=0),
+        60,
+        Exclusions((), ()),
+        seed=0,
+        fits=lambda row: "leak" if "leak" in row.question else None,
+    )
     assert sum(row.origin.startswith(sources[0].path) for row in chosen.examples) == 30
 
 

@@ -108,10 +108,17 @@ def check(
     screen, opened = _open(ctx, run_file, None, changes)
     with Watch(screen) as watch:
         stand, reasons, refused = pools.check(
-            opened, rows or len(opened), seed=settings.seed, shown=examples, progress=watch.count,
-            tasks=[(*task.train, *task.dev, *task.test) for task in tasks], anchors=_anchors(settings, tasks),
-            near=settings.clean.near_duplicates,
-        )  # fmt: skip
+            opened,
+            rows or len(opened),
+            pools.Exclusions(
+                tasks=[(*task.train, *task.dev, *task.test) for task in tasks],
+                anchors=_anchors(settings, tasks),
+                near=settings.clean.near_duplicates,
+            ),
+            seed=settings.seed,
+            shown=examples,
+            progress=watch.count,
+        )
     _show(screen, opened)
     terminal.say(
         screen, f"beside the tasks: {stand:,} rows may stand, {sum(reasons.values()):,} may not"

@@ -155,7 +155,7 @@ class _Drawer:
         # All rows of the tasks, also those that a limit leaves out: an arm must not meet them in the pool.
         self.settings, self.tasks = settings, tasks
         self.anchors = [*(task.anchor for task in tasks if task.anchor is not None), *anchors]
-        self.limit = task_data.longest(settings, context)
+        self.limit = task_data.max_row_tokens(settings, context)
         self.plain = encode.make_format(tokenizer, None)
         near = settings.clean.near_duplicates
         self.pool = pool.open_pool(sources or settings.general, seed=settings.seed, near=near)
@@ -175,10 +175,18 @@ class _Drawer:
                 return "refused by the model's chat template"
 
         return pool.select(
-            self.pool, count, seed=seed, fits=fits,
-            tasks=[(*task.train, *task.dev, *task.test) for task in self.tasks], anchors=self.anchors, apart=apart,
-            near=self.settings.clean.near_duplicates, size=self._size,
-        )  # fmt: skip
+            self.pool,
+            count,
+            pool.Exclusions(
+                tasks=[(*task.train, *task.dev, *task.test) for task in self.tasks],
+                anchors=self.anchors,
+                held_out=apart,
+                near=self.settings.clean.near_duplicates,
+            ),
+            seed=seed,
+            fits=fits,
+            size=self._size,
+        )
 
     def _size(self, row: Example) -> int:
         """What a source's weight counts."""
@@ -320,7 +328,7 @@ def prepare(
     ]
     task_data.check_between([task for task, _ in whole])
     for task_settings, (task, refused) in zip(settings.tasks, whole, strict=True):
-        chosen, too_long = task_data.limited(
+        chosen, too_long = task_data.apply_limits(
             task, task_settings, settings, tokenizer, context, seed
         )
         metrics.check_gold(task.metrics, chosen.test)
@@ -344,7 +352,7 @@ def prepare(
         ]
     n_task = sum(len(task.train) for task in tasks)
     if not dev_apart:
-        tasks = [task_data.joined(task, seed) for task in tasks]
+        tasks = [task_data.join_dev_rows(task, seed) for task in tasks]
         for task in tasks:
             _check_sizes(settings, task)
         n_task = sum(len(task.train[:mixed_rows]) for task in tasks)

@@ -229,7 +229,7 @@ def evaluate(
     else:
         examples = _test_rows(folder, adapter, wanted)
     room = wanted.max_new_tokens if metrics.needs_generation(names) else 0
-    over = task_data.fitting(
+    over = task_data.take_fitting(
         examples, form, adapter.loaded.context or sys.maxsize, len(examples), room
     )[1]
     if over:
