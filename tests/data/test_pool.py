@@ -15,7 +15,7 @@ from fulcrum.core.errors import DataError, StoreError
 from fulcrum.core.types import Anchor, Example, Message
 from fulcrum.data import filters
 from fulcrum.data import pool as pools
-from fulcrum.data.pool import open_pool, select
+from fulcrum.data.pool import Exclusions, open_pool, select
 from fulcrum.data.task_data import read
 
 
@@ -47,8 +47,8 @@ def pick(
     anchors=(),
     near=0.0,
 ):
-    given = {"tasks": [[*task_rows, *held_out_rows]], "anchors": anchors}
-    return select(pool, count, seed=seed, fits=fits, near=near, **given)
+    exclusions = Exclusions([[*task_rows, *held_out_rows]], anchors, near=near)
+    return select(pool, count, exclusions, seed=seed, fits=fits)
 
 
 LEAKS = {
@@ -325,14 +325,12 @@ def test_a_check_looks_at_rows_as_the_weights_say(tmp_path):
         update={"weight": 9.0}
     )
     pool = open_pool([one, two], seed=0)
-    asked = {"seed": 0, "anchors": []}
-    none_leak = pools.check(pool, 20, tasks=[], **asked)
+    none_leak = pools.check(pool, 20, Exclusions([], []), seed=0)
     assert none_leak == (20, {}, [])
-    held = [
-        task(f"fine {k}", "b") for k in range(50)
-    ]  # of the heavier source none may stand: it stays behind its part
-    assert pools.check(pool, 40, tasks=[held], **asked)[1] == {LEAKS["asked"]: 40 - 1}
-    assert pools.check(pool, 1000, tasks=[held], **asked)[:2] == (50, {LEAKS["asked"]: 50})
+    # No row of the heavier source is allowed: it stays behind its part.
+    held = Exclusions([[task(f"fine {k}", "b") for k in range(50)]], [])
+    assert pools.check(pool, 40, held, seed=0)[1] == {LEAKS["asked"]: 40 - 1}
+    assert pools.check(pool, 1000, held, seed=0)[:2] == (50, {LEAKS["asked"]: 50})
 
 
 def test_a_selection_is_seeded_and_the_beginning_of_a_larger_one(tmp_path):
@@ -439,8 +437,8 @@ def test_rows_held_out_of_a_pool_do_not_take_it_with_them(tmp_path):
     pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0)
     apart = [pool[k] for k in range(40)]
     own = [task(f"which colour has {word}", "red") for word in WORDS]
-    given = {"seed": 0, "fits": lambda row: None, "anchors": [], "apart": apart, "near": 0.8}
-    found = select(pool, 160, tasks=[own], **given)
+    given = {"seed": 0, "fits": lambda row: None}
+    found = select(pool, 160, Exclusions([own], [], apart, near=0.8), **given)
     assert len(found.examples) == 160
     twin = example(
         "which song is it that the old sailor sings every evening at the harbour",
@@ -453,7 +451,7 @@ def test_rows_held_out_of_a_pool_do_not_take_it_with_them(tmp_path):
     pool = open_pool(
         [conversations(tmp_path / "b.jsonl", spoken(*(m.content for m in near.messages)))], seed=0
     )
-    found = select(pool, 1, tasks=[own], **{**given, "apart": [twin]})
+    found = select(pool, 1, Exclusions([own], [], [twin], near=0.8), **given)
     assert [reject.reason for reject in found.rejects] == [
         "shares a 13-gram with held-out general data"
     ]
@@ -478,7 +476,7 @@ def test_what_a_held_out_row_alone_says_is_kept_out_of_the_mix(tmp_path):
         spoken("where to", "home", "who goes there now", "nobody"),
     ]
     pool = open_pool([conversations(tmp_path / "a.jsonl", *rows)], seed=0)
-    found = select(pool, 4, seed=0, fits=lambda row: None, tasks=[], anchors=[], apart=apart)
+    found = select(pool, 4, Exclusions([], [], apart), seed=0, fits=lambda row: None)
     assert sorted(reject.reason for reject in found.rejects) == [
         "asks what a held-out general row asks",
         "shares a 13-gram with held-out general data",
@@ -518,7 +516,7 @@ def test_instructions_are_those_of_a_task_and_parts_of_a_system_text(tmp_path):
         for k, word in enumerate(WORDS)
     ]
     large = [task(f"count to {k} please", f"{k}") for k in range(1000)]
-    found = select(pool, 1, seed=0, fits=lambda row: None, tasks=[small, large], anchors=[])
+    found = select(pool, 1, Exclusions([small, large], []), seed=0, fits=lambda row: None)
     assert len(found.examples) == 1
 
 

@@ -1,7 +1,4 @@
-"""Pools where things go wrong: killed, full, damaged, changed meanwhile, out of reach.
-
-What is said, and what is left.
-"""
+"""Pools where things go wrong: killed, full, damaged, changed meanwhile, out of reach. What is said, and what is left."""
 
 import gzip
 import json
@@ -25,7 +22,7 @@ from fulcrum.config.base import GeneralSource
 from fulcrum.core import processes, store
 from fulcrum.core.errors import DataError, StoreError, UnreachableError
 from fulcrum.data import shards, sources
-from fulcrum.data.pool import open_pool, select
+from fulcrum.data.pool import Exclusions, open_pool, select
 from helpers.shards import read, rows, save
 
 
@@ -52,7 +49,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.e2e
 def test_a_killed_build_of_two_processes_leaves_none_of_them_and_is_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,10 +446,9 @@ def test_rows_that_may_not_stand_beside_the_task_take_no_part_of_a_weight(tmp_pa
     chosen = select(
         open_pool(sources, seed=0),
         60,
+        Exclusions((), ()),
         seed=0,
         fits=lambda row: "leak" if "leak" in row.question else None,
-        tasks=(),
-        anchors=(),
     )
     assert sum(row.origin.startswith(sources[0].path) for row in chosen.examples) == 30
 

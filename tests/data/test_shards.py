@@ -20,7 +20,7 @@ from fulcrum.config.settings import settings_from_dict
 from fulcrum.core.errors import ConfigError, DataError, UnreachableError
 from fulcrum.core.types import Example, Message
 from fulcrum.data import filters, readers, shards, sources
-from fulcrum.data.pool import open_pool, select
+from fulcrum.data.pool import Exclusions, open_pool, select
 from helpers.commands import done, refused
 from helpers.shards import read, rows, save
 
@@ -247,7 +247,7 @@ def test_weights_divide_the_mix_by_rows_or_tokens_and_nest(tmp_path: Path) -> No
     pool = open_pool(sources, seed=0)
 
     def pick(count: int, size=lambda row: 1):
-        return select(pool, count, seed=4, fits=lambda _: None, tasks=(), anchors=(), size=size)
+        return select(pool, count, Exclusions((), ()), seed=4, fits=lambda _: None, size=size)
 
     names = [row.origin.split("/")[-1][0] for row in pick(100).examples]
     assert Counter(names) == {"a": 75, "b": 25}

@@ -110,12 +110,14 @@ def check(
         allowed, reasons, refused = pools.check(
             opened,
             rows or len(opened),
+            pools.Exclusions(
+                tasks=[(*task.train, *task.dev, *task.test) for task in tasks],
+                anchors=_anchors(settings, tasks),
+                near=settings.clean.near_duplicates,
+            ),
             seed=settings.seed,
             shown=examples,
             progress=watch.count,
-            tasks=[(*task.train, *task.dev, *task.test) for task in tasks],
-            anchors=_anchors(settings, tasks),
-            near=settings.clean.near_duplicates,
         )
     _show(screen, opened)
     terminal.say(

@@ -1,203 +1,257 @@
-"""Rows of general data that repeat an earlier one, exactly or nearly: looked for once in a set of sources, then kept beside
-their shards."""
+"""Find rows of general data that repeat an earlier one, exactly or nearly.
+
+Rows are numbered over all shards of a set of sources, laid end to end. What is found is kept in the
+cache next to the shards, and is not computed again for the same set.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fulcrum.core import processes, store
 from fulcrum.core.errors import StoreError
-from fulcrum.core.types import BoolArray, Reject
+from fulcrum.core.progress import LabelledCount
+from fulcrum.core.types import BoolArray, IntArray, Reject
 from fulcrum.data import filters, shards
-from fulcrum.data.shards import Progress, Shard
+from fulcrum.data.shards import NamedShard, Shard
 
-_ROWS, _COUNTS = "rows.npy", "left_out.json"  # what is kept of a set of sources
+HashArray = npt.NDArray[np.uint64]
+
+_ROWS = "rows.npy"  # the files that are kept of a set of sources
+_COUNTS = "left_out.json"
 _BLOCK = 2**20  # keys that are compared at a time
 
 
+class _Repeat(NamedTuple):
+    row: int
+    earlier: int  # the row that stays
+    similarity: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What is known of a set of sources."""
+
+    ids: IntArray  # (rows that stay,) ascending
+    described: dict[str, Any]  # reason -> [count, some of the repeats (see `_describe`)]
+
+
 def without_repeats(
-    found: Sequence[tuple[str, Shard]],
+    named: Sequence[NamedShard],
     folders: Sequence[str],
     drawn: BoolArray,
     near: float,
     jobs: int,
-    progress: Progress,
-) -> tuple[npt.NDArray[np.int64], dict[str, int], list[Reject]]:
-    """The `drawn` ones (of all shards' rows end to end) that repeat no earlier one of these, ascending; how many do, and some
-    of them. Computed once, then kept. Raises StoreError where the disk refuses."""
+    progress: LabelledCount,
+) -> tuple[IntArray, dict[str, int], list[Reject]]:
+    """Return the `drawn` rows that repeat no earlier drawn row, ascending.
+
+    Also returns counts of the others by reason, and some of them. With `near` above 0, rows of at
+    least that Jaccard similarity are repeats too. Raises StoreError if the disk refuses.
+    """
     total = int(drawn.sum())
-    near = near if total <= filters.NEAR_ROWS else 0.0
-    some_only = None if drawn.all() else hashlib.sha256(np.packbits(drawn).tobytes()).hexdigest()
-    known_by = [shards.VERSION, list(folders), some_only, near]
-    folder = store.cache_dir() / "pools" / "sets" / store.fingerprint(known_by)[:32]
-    known = _kept(folder, total)
+    if total > filters.NEAR_ROWS:
+        near = 0.0
+    subset = None if drawn.all() else hashlib.sha256(np.packbits(drawn).tobytes()).hexdigest()
+    identity = [shards.VERSION, list(folders), subset, near]
+    folder = store.cache_dir() / "pools" / "sets" / store.fingerprint(identity)[:32]
+
+    def report_waiting(done: int) -> None:
+        progress("waiting for another process that looks for duplicates", done, 1)
+
     try:
-        if known is None:  # before any lock: a cache may be read-only
-            label = "waiting for another process that looks for duplicates"
-            with store.locked(folder, lambda done: progress(label, done, 1)):
-                known = _kept(folder, total)
+        known = _load(folder, total)
+        if known is None:  # the lock comes second: a cache may be read-only
+            with store.locked(folder, report_waiting):
+                known = _load(folder, total)
                 if known is None:
-                    known = _look(found, folder, drawn, near, jobs, progress)
+                    known = _find_repeats(named, drawn, near, jobs, progress)
+                    store.write_array(folder / _ROWS, known.ids)
+                    store.write_json(folder / _COUNTS, known.described)
     except OSError as error:
         raise shards.unwritable(folder, error) from error
-    ids, described = known
-    repeats = {reason: count for reason, (count, _) in described.items() if count}
-    shown = [
-        Reject(f"{found[a][0]}:{line}", reason, f"{'same as' if value == 1 else f'{value:.0%} like'} {found[b][0]}:{twin}")
-        for reason, (_, some) in described.items() for a, line, b, twin, value in some
-    ]  # fmt: skip
-    return ids, repeats, shown
+
+    counts: dict[str, int] = {}
+    shown: list[Reject] = []
+    for reason, (count, some) in known.described.items():
+        if count:
+            counts[reason] = count
+        for place, line, earlier_place, earlier_line, similarity in some:
+            how = "same as" if similarity == 1 else f"{similarity:.0%} like"
+            detail = f"{how} {named[earlier_place][0]}:{earlier_line}"
+            shown.append(Reject(f"{named[place][0]}:{line}", reason, detail))
+    return known.ids, counts, shown
 
 
-Known = tuple[
-    npt.NDArray[np.int64], dict[str, Any]
-]  # rows that stay; the others by reason, with some of them
-
-
-def _kept(folder: Path, total: int) -> Known | None:
-    """What was found of these rows before, where it is whole."""
+def _load(folder: Path, total: int) -> _Known | None:
+    """Load what was found before; None if it is missing, damaged, or not of `total` rows."""
     described = store.recalled(folder / _COUNTS)
-    try:
-        ids = (
-            np.load(folder / _ROWS, mmap_mode="r")
-            if total and described
-            else np.empty(0, dtype=np.int64)
-        )
-    except (OSError, ValueError, EOFError):  # missing, damaged, empty
+    if not described:
         return None
-    return (
-        (ids, described)
-        if described and len(ids) + sum(count for count, _ in described.values()) == total
-        else None
-    )
+    ids = np.empty(0, dtype=np.int64)
+    if total:
+        try:
+            ids = np.load(folder / _ROWS, mmap_mode="r")
+        except (OSError, ValueError, EOFError):  # missing, damaged, empty
+            return None
+    repeats = sum(count for count, _ in described.values())
+    if len(ids) + repeats != total:
+        return None
+    return _Known(ids, described)
 
 
-def _look(
-    found: Sequence[tuple[str, Shard]], folder: Path, drawn: BoolArray, near: float, jobs: int, progress: Progress
-) -> Known:  # fmt: skip
-    """Look for repeats, and keep what is found."""
-    stays, same = _exact(found, drawn, progress)
-    alike = _near(found, stays, near, jobs, progress) if near else []
-    stays[[row for row, *_ in alike]] = False
+def _find_repeats(
+    named: Sequence[NamedShard], drawn: BoolArray, near: float, jobs: int, progress: LabelledCount
+) -> _Known:
+    stays, some_exact = _find_exact(named, drawn, progress)
+    nearly: list[_Repeat] = []
+    if near:
+        nearly = _find_near(named, stays, near, jobs, progress)
+        stays[[row for row, _, _ in nearly]] = False
     ids = np.flatnonzero(stays)
+    exact_count = int(drawn.sum()) - len(ids) - len(nearly)
     described = {
-        "duplicate": [int(drawn.sum()) - len(ids) - len(alike), _some(found, same)],
-        "near-duplicate": [len(alike), _some(found, alike)],
+        "duplicate": [exact_count, _describe(named, some_exact)],
+        "near-duplicate": [len(nearly), _describe(named, nearly)],
     }
-    store.write_array(folder / _ROWS, ids)
-    store.write_json(folder / _COUNTS, described)
-    return ids, described
+    return _Known(ids, described)
 
 
-Twin = tuple[int, int, float]  # a row, the earlier row that stays, their similarity
+def _describe(
+    named: Sequence[NamedShard], repeats: Iterable[_Repeat]
+) -> list[tuple[int, int, int, int, float]]:
+    """Describe some repeats as (shard, line, earlier row's shard, its line, similarity).
+
+    Shards are numbers, since a file's name may change.
+    """
+    rows = shards.Rows(named)
+    described = []
+    for row, earlier, similarity in sorted(repeats)[: shards.SHOWN]:
+        described.append((*rows.line(row), *rows.line(earlier), similarity))
+    return described
 
 
-def _exact(
-    found: Sequence[tuple[str, Shard]], drawn: BoolArray, progress: Progress
-) -> tuple[BoolArray, list[Twin]]:
-    """Which of the drawn rows have a content that no earlier one has: as long as `drawn`; and some of the others."""
-    total = int(drawn.sum())
-    keys = np.empty((2, total), dtype=np.uint64)  # 128 bits of SHA-256 a row
-    start = seen = 0
-    for place, (_, shard) in enumerate(found, 1):
-        for batch in shards.batches(shard):
-            own, taken = batch.column("key"), drawn[seen : seen + batch.num_rows]
-            flat = np.frombuffer(own.buffers()[1], dtype=np.uint64, count=2 * len(own)).reshape(
-                -1, 2
-            )[taken]
-            keys[:, start : start + len(flat)] = flat.T
-            start, seen = start + len(flat), seen + batch.num_rows
-        progress("looking for duplicates", place, len(found))
+def _find_exact(
+    named: Sequence[NamedShard], drawn: BoolArray, progress: LabelledCount
+) -> tuple[BoolArray, list[_Repeat]]:
+    """Return which drawn rows have a content that no earlier one has, and some of the others.
+
+    The first array is as long as `drawn`. At its peak this takes some 32 bytes a row.
+    """
+    keys = _drawn_keys(named, drawn, progress)
     order = np.lexsort(keys)  # stable: equal keys stay in the order of their rows
-    same = np.empty(max(total - 1, 0), dtype=np.bool_)
-    for start in range(
-        0, len(same), _BLOCK
-    ):  # in blocks: at its peak all this takes some 32 bytes a row
-        ordered = keys[:, order[start : start + _BLOCK + 1]]
-        same[start : start + _BLOCK] = (ordered[:, 1:] == ordered[:, :-1]).all(axis=0)
+    same = _same_as_previous(keys, order)
     del keys
-    rows, stays = np.flatnonzero(drawn), drawn.copy()
+    rows = np.flatnonzero(drawn)
+    stays = drawn.copy()
     stays[rows[order[1:][same]]] = False
     some = []
     for place in np.flatnonzero(same)[: shards.SHOWN]:
         first = int(place)
         while first and same[first - 1]:
             first -= 1
-        some.append((int(rows[order[place + 1]]), int(rows[order[first]]), 1.0))
+        some.append(_Repeat(int(rows[order[place + 1]]), int(rows[order[first]]), 1.0))
     return stays, some
 
 
-def _near(
-    found: Sequence[tuple[str, Shard]], stays: BoolArray, near: float, jobs: int, progress: Progress
-) -> list[Twin]:
-    """Rows nearly the same as an earlier one that stays."""
-    label, of_shard = "looking for near-duplicates", [shard for _, shard in found]
-    ends = [0, *accumulate(shard.kept for shard in of_shard)]
-    wanted = [
-        stays[start:stop] for start, stop in pairwise(ends)
-    ]  # others are not drawn, or gone: a limit saves their time
-    parts: list[npt.NDArray[np.uint64]] = []
+def _drawn_keys(
+    named: Sequence[NamedShard], drawn: BoolArray, progress: LabelledCount
+) -> HashArray:
+    """Return the drawn rows' content keys, 128 bits of SHA-256 each: (2, drawn rows)."""
+    keys = np.empty((2, int(drawn.sum())), dtype=np.uint64)
+    filled = 0
+    seen = 0
+    for done, (_, shard) in enumerate(named, 1):
+        for batch in shards.batches(shard):
+            is_drawn = drawn[seen : seen + batch.num_rows]
+            column = batch.column("key")
+            flat = np.frombuffer(column.buffers()[1], dtype=np.uint64, count=2 * len(column))
+            own = flat.reshape(-1, 2)[is_drawn]
+            keys[:, filled : filled + len(own)] = own.T
+            filled += len(own)
+            seen += batch.num_rows
+        progress("looking for duplicates", done, len(named))
+    return keys
 
-    def collect(results: Iterator[npt.NDArray[np.uint64]]) -> None:
-        for place, part in enumerate(results, 1):
-            parts.append(part)
-            progress(label, place, len(of_shard))
 
-    if jobs == 1 or len(of_shard) < 2:
-        collect(map(partial(_bands, near), of_shard, wanted))
-    else:
-        try:
-            with processes.start(min(jobs, len(of_shard))) as workers:
-                collect(workers.map(_bands, repeat(near), of_shard, wanted))
-        except BrokenProcessPool as error:
-            raise StoreError(
-                f"{label}: a process died (killed, or out of memory); run again, with --jobs 1"
-            ) from error
-    keys = np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.uint64)
-    rest, everywhere = shards.Rows(found), np.flatnonzero(stays)
+def _same_as_previous(keys: HashArray, order: IntArray) -> BoolArray:
+    """Tell which keys, in this order, equal the one before: (keys - 1,)."""
+    same = np.empty(max(len(order) - 1, 0), dtype=np.bool_)
+    for start in range(0, len(same), _BLOCK):  # in blocks: a sorted copy of all keys is large
+        ordered = keys[:, order[start : start + _BLOCK + 1]]
+        same[start : start + _BLOCK] = (ordered[:, 1:] == ordered[:, :-1]).all(axis=0)
+    return same
 
-    def of(row: int) -> tuple[set[str], ...]:
-        found = rest[int(everywhere[row])]
-        everything = filters.shingles(message.content for message in found.messages)
-        # The less like of both: a long system text that all rows share makes none a repeat of another, nor does the same short
-        # question about another text in the system's place.
-        return everything, filters.shingles(filters.spoken(found)) if found.messages[
-            0
-        ].role == "system" else everything
 
-    def told(done: int, total: int) -> None:
+def _find_near(
+    named: Sequence[NamedShard], stays: BoolArray, near: float, jobs: int, progress: LabelledCount
+) -> list[_Repeat]:
+    """Return the rows that are nearly the same as an earlier one that stays."""
+    keys = _all_bands(named, stays, near, jobs, progress)
+    rows = shards.Rows(named)
+    ids = np.flatnonzero(stays)
+
+    def views(place: int) -> tuple[set[str], ...]:
+        # The smaller similarity of both views counts: a long system text that all rows share makes
+        # no row a repeat of another, nor does a short question about different system texts.
+        row = rows[int(ids[place])]
+        everything = filters.shingles(message.content for message in row.messages)
+        if row.messages[0].role == "system":
+            return everything, filters.shingles(filters.spoken(row))
+        return everything, everything
+
+    def report(done: int, total: int) -> None:
         progress("comparing rows that may be near-duplicates", done, total)
 
-    pairs = filters.near_duplicates(keys, of, near, told)
-    return [
-        (int(everywhere[row]), int(everywhere[earlier]), similarity)
-        for row, earlier, similarity in pairs
-    ]
+    repeats = []
+    for place, earlier, similarity in filters.near_duplicates(keys, views, near, report):
+        repeats.append(_Repeat(int(ids[place]), int(ids[earlier]), similarity))
+    return repeats
 
 
-def _bands(near: float, shard: Shard, wanted: BoolArray) -> npt.NDArray[np.uint64]:
-    """The bands of a shard's rows that are wanted."""
-    rows = zip(shards.table(shard)["messages"], wanted.tolist(), strict=True)
-    texts = (json.loads(row.as_py()) for row, is_wanted in rows if is_wanted)
-    return filters.bands(
-        (filters.shingles(text for role, text, _ in row if role != "system") for row in texts), near
-    )
+def _all_bands(
+    named: Sequence[NamedShard], stays: BoolArray, near: float, jobs: int, progress: LabelledCount
+) -> HashArray:
+    """Return the MinHash bands of the rows that stay: (rows, bands)."""
+    label = "looking for near-duplicates"
+    own_shards = [shard for _, shard in named]
+    ends = accumulate((shard.kept for shard in own_shards), initial=0)
+    wanted = [stays[start:stop] for start, stop in pairwise(ends)]
+
+    def collect(results: Iterable[HashArray]) -> HashArray:
+        parts = [np.empty((0, 1), dtype=np.uint64)]
+        for done, part in enumerate(results, 1):
+            parts.append(part)
+            progress(label, done, len(own_shards))
+        return np.concatenate(parts[1:] or parts)
+
+    if jobs == 1 or len(own_shards) < 2:
+        return collect(map(partial(_bands, near), own_shards, wanted))
+    try:
+        with processes.start(min(jobs, len(own_shards))) as workers:
+            return collect(workers.map(_bands, repeat(near), own_shards, wanted))
+    except BrokenProcessPool as error:
+        raise StoreError(
+            f"{label}: a process died (killed, or out of memory); run again, with --jobs 1"
+        ) from error
 
 
-def _some(
-    found: Sequence[tuple[str, Shard]], twins: Sequence[Twin]
-) -> list[tuple[int, int, int, int, float]]:
-    """Some pairs as (shard, line, shard of the earlier row, its line, similarity): lines, since a file's name may change."""
-    rows = shards.Rows(found)
-    return [
-        (*rows.line(row), *rows.line(earlier), similarity)
-        for row, earlier, similarity in sorted(twins)[: shards.SHOWN]
-    ]
+def _bands(near: float, shard: Shard, wanted: BoolArray) -> HashArray:
+    """Return the bands of a shard's wanted rows. System texts do not count."""
+
+    def shingles() -> Iterable[set[str]]:
+        for row, is_wanted in zip(shards.table(shard)["messages"], wanted.tolist(), strict=True):
+            if is_wanted:
+                messages = json.loads(row.as_py())
+                yield filters.shingles(text for role, text, _ in messages if role != "system")
+
+    return filters.bands(shingles(), near)

@@ -268,7 +268,7 @@ def _prepare(request: _Request) -> RunData:
     anchor_notes = _check_anchors(request, tasks)
     tasks = _train_last_answers(request, tasks)
     if not request.dev_apart:
-        tasks = [task_data.joined(task, request.seed) for task in tasks]
+        tasks = [task_data.join_dev_rows(task, request.seed) for task in tasks]
         for task in tasks:
             _check_sizes(settings, task)
     n_task = sum(len(task.train[: request.mixed_rows]) for task in tasks)
@@ -315,7 +315,7 @@ def _read_tasks(request: _Request) -> tuple[list[Task], list[Task], list[Reject]
     tasks = []
     rejects = []
     for limits, task, refused in zip(settings.tasks, whole, unusable, strict=True):
-        limited, too_long = task_data.limited(
+        limited, too_long = task_data.apply_limits(
             task, limits, settings, request.tokenizer, request.context, request.seed
         )
         metrics.check_gold(task.metrics, limited.test)
@@ -511,7 +511,7 @@ class _Sampler:
             if task.anchor is not None:
                 self._anchors.append(task.anchor)
         self._anchors += request.own_anchors.values()
-        self._limit = task_data.longest(settings, request.context)
+        self._limit = task_data.max_row_tokens(settings, request.context)
         self._form = encode.make_format(request.tokenizer, None)
         self._near = settings.clean.near_duplicates
         self.pool = pool.open_pool(sources, seed=settings.seed, near=self._near)
@@ -539,12 +539,14 @@ class _Sampler:
         return pool.select(
             self.pool,
             count,
+            pool.Exclusions(
+                tasks=self._tasks,
+                anchors=self._anchors,
+                held_out=held_out.get("pool", ()),
+                near=self._near,
+            ),
             seed=seed,
             fits=misfit,
-            tasks=self._tasks,
-            anchors=self._anchors,
-            apart=held_out.get("pool", ()),
-            near=self._near,
             size=self._size,
         )
 

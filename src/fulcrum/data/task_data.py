@@ -89,7 +89,8 @@ def split(
 ) -> tuple[list[Example], list[Example]]:
     """Return (rest, held out): `share` (in (0, 1)) of the groups is held out.
 
-    At least one group is held out, never all. Rows stay in the order given. Raises DataError if there are fewer than two groups.
+    At least one group is held out, never all. Rows stay in the order given. Raises DataError if
+    there are fewer than two groups.
     """
     groups = list(_seeded_groups(examples, "split", seed))
     _require_two(examples, groups)
@@ -314,12 +315,12 @@ def check_answers(task: Task, tokenizer: encode.Tokenizer) -> list[str]:
     ]
 
 
-def longest(settings: Settings, context: int | None) -> int:
+def max_row_tokens(settings: Settings, context: int | None) -> int:
     """Return how many tokens a training row may have."""
     return min(settings.train.max_length, context or settings.train.max_length)
 
 
-def limited(
+def apply_limits(
     task: Task,
     limits: TaskSettings,
     settings: Settings,
@@ -334,7 +335,7 @@ def limited(
     rows are too long and may not be dropped, or if too few are left.
     """
     form = encode.make_format(tokenizer, task.anchor)
-    row_limit = longest(settings, context)
+    row_limit = max_row_tokens(settings, context)
     rejects: list[Reject] = []
     parts: dict[str, tuple[Example, ...]] = {}
     for name, rows, wanted, order_seed in (
@@ -349,7 +350,7 @@ def limited(
             if metrics.needs_generation(task.metrics):
                 answer_room = task.max_new_tokens
         ordered = subset(rows, len(rows), order_seed)
-        kept, over = fitting(ordered, form, limit, wanted or len(rows), answer_room)
+        kept, over = take_fitting(ordered, form, limit, wanted or len(rows), answer_room)
         minimum = 2 if name == "train" else 1
         if over and (settings.train.too_long == "error" or len(kept) < minimum):
             example, length = max(over, key=lambda pair: pair[1])
@@ -362,11 +363,11 @@ def limited(
         reason = f"{name}: over {limit} tokens (train.too_long: drop)"
         for example, length in over:
             rejects.append(Reject(example.origin, reason, f"{length} tokens"))
-    inputs, refused = _fitting_inputs(task, form, row_limit, seed)
+    inputs, refused = _take_fitting_inputs(task, form, row_limit, seed)
     return replace(task, unlabeled=inputs, **parts), rejects + refused
 
 
-def fitting(
+def take_fitting(
     examples: Sequence[Example], form: encode.Format, limit: int, wanted: int, answer_room: int
 ) -> tuple[list[Example], list[tuple[Example, int]]]:
     """Return the first `wanted` examples of at most `limit` tokens, and the longer ones on the way.
@@ -405,7 +406,7 @@ def last_trained(example: Example) -> Example:
     return replace(example, messages=tuple(messages))
 
 
-def joined(task: Task, seed: int) -> Task:
+def join_dev_rows(task: Task, seed: int) -> Task:
     """Return the task with its dev rows among the training rows, in an order drawn by `seed`."""
     rows = (*task.train, *task.dev)
     order = np.random.default_rng(seed_for(seed, "sizes")).permutation(len(rows))
@@ -567,7 +568,7 @@ def _holds_anchor(row: Example, anchor: Anchor) -> bool:
     return any(text in message.content for message in row.prompt)
 
 
-def _fitting_inputs(
+def _take_fitting_inputs(
     task: Task, form: encode.Format, limit: int, seed: int
 ) -> tuple[tuple[Example, ...], list[Reject]]:
     """Return the inputs that fit together with an answer, in seeded order, and the longer ones."""

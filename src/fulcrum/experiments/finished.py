@@ -298,7 +298,7 @@ def _check_lengths(
     """Raise DataError if a row, with room for an answer by metric `names`, exceeds the context."""
     context = adapter.loaded.context
     room = task.max_new_tokens if metrics.needs_generation(names) else 0
-    _, over = task_data.fitting(examples, form, context or sys.maxsize, len(examples), room)
+    _, over = task_data.take_fitting(examples, form, context or sys.maxsize, len(examples), room)
     if over:
         row, needed = over[0]
         raise DataError(
