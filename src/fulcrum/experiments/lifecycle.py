@@ -244,7 +244,7 @@ def _resolve_all(
     plans = []
     for each in rows:
         for arm in arms:
-            sizes = (each.longest,)
+            sizes: tuple[int, ...] = (each.longest,)
             if not kind.has_dev_apart:
                 sizes = sizes_of(settings, arm, each.longest)
             plans += [resolve(arm, each.at(size), settings) for size in sizes]

@@ -88,7 +88,7 @@ def trials(preview: Preview, chosen: Sequence[Arm]) -> list[PlannedTraining]:
     for arm in chosen:
         if not arm.trained:
             continue
-        sizes = (preview.rows.longest,)
+        sizes: tuple[int, ...] = (preview.rows.longest,)
         if not preview.dev_apart:
             sizes = sizes_of(settings, arm, preview.rows.longest)
         for size in sizes:
