@@ -473,7 +473,8 @@ def _null_variance(
     variance = own * by_level + (1 - own) * pooled[:, None]
     misfit = smooth_rss / (n_levels - _SHAPE)
     variance = variance * np.maximum(1, misfit / np.where(pooled > 0, pooled, np.inf))[:, None]
-    return np.where(pooled[:, None] > 0, variance, misfit[:, None])
+    chosen: FloatArray = np.where(pooled[:, None] > 0, variance, misfit[:, None])
+    return chosen
 
 
 def _contrast(

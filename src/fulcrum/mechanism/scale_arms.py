@@ -99,7 +99,7 @@ def paired(settings: Settings) -> Settings:
     """
     mixed = own_arm(settings)
     _check_quanta(settings, mixed)
-    compare = {
+    compare: dict[str, Any] = {
         "arms": (plain_sft(mixed).name, mixed.name),
         "seeds": (settings.seed,),
         "sizes_of": {},
