@@ -139,10 +139,10 @@ def _write_candidates(
     lines = []
     rows = []
     for one in candidates:
-        anchor = one.anchor
-        tokens = scoring.count_tokens(anchor, data.loaded)
-        lines.append({**store.plain(anchor), "source": one.source, "tokens": tokens})
-        rows.append((anchor.text, anchor.placement, one.source, str(tokens)))
+        tokens = scoring.count_tokens(one.anchor, data.loaded)
+        line = {**store.plain(one.anchor), "source": one.source, "tokens": tokens}
+        lines.append(line)
+        rows.append((line["text"], line["placement"], one.source, str(tokens)))
     store.write_jsonl(out, lines)
     head = ("anchor", "placement", "by", "tokens")
     screen.print(terminal.grid(f"Anchors for {task}", head, rows, numbers=False))

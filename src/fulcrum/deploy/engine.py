@@ -265,7 +265,7 @@ class Engine:
     def _admit(self) -> None:
         """Drop those who wait no more, and give free slots to the others in the order they came."""
         now = time.monotonic()
-        admitted = []
+        admitted: list[Question] = []
         with self._wake:
             for question in list(self._waiting):
                 reason = question.given_up(now)
