@@ -37,7 +37,7 @@ def main() -> None:
             settings,
         )
     adapter.put_on(loaded, states)
-    held = kv_cache.Slots(loaded, 32)
+    held = kv_cache.KVCache(loaded, 32)
     print(f"{torch.get_num_threads()} threads, {loaded.dtype}")
     for number, names in (
         (1, ["one"]),

@@ -53,7 +53,7 @@ def trained_parts(tokens: Tokens) -> list[str]:
     return [decode(part) for part in parts]
 
 
-def form(template: str | bool = True, anchor: Anchor | None = None) -> encode.Format:
+def form(template: str | bool = True, anchor: Anchor | None = None) -> encode.PromptFormat:
     tokenizer = tiny_tokenizer(template)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = encode.plain_template(adds_bos=True)

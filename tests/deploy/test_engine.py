@@ -16,8 +16,8 @@ from fulcrum.core.errors import DataError, ModelError
 from fulcrum.core.types import Anchor, Message
 from fulcrum.data import encode
 from fulcrum.deploy import engine, kv_cache
-from fulcrum.deploy.engine import BusyError, Engine, Piece, Question, Speaker
-from fulcrum.deploy.kv_cache import Slots
+from fulcrum.deploy.engine import AnswerDelta, BusyError, Engine, Question, ServedModel
+from fulcrum.deploy.kv_cache import KVCache
 from fulcrum.model import adapter, generate
 from fulcrum.model.adapter import BASE
 from fulcrum.model.base_model import LoadedModel
@@ -52,10 +52,10 @@ class Heard:
     """The parts of one answer, as they come."""
 
     def __init__(self) -> None:
-        self.pieces: list[Piece] = []
+        self.pieces: list[AnswerDelta] = []
         self.ended = threading.Event()
 
-    def __call__(self, piece: Piece) -> None:
+    def __call__(self, piece: AnswerDelta) -> None:
         self.pieces.append(piece)
         if piece.finish is not None:
             self.ended.set()
@@ -66,14 +66,14 @@ class Heard:
         return "".join(piece.text for piece in self.pieces)
 
     @property
-    def last(self) -> Piece:
+    def last(self) -> AnswerDelta:
         assert self.ended.wait(60)
         return self.pieces[-1]
 
 
 def ask(running: Engine, model: str, text: str, **options: object) -> Heard:
     heard = Heard()
-    prompt = encode.prompt_ids([Message("user", text)], running.speakers[model].form)
+    prompt = encode.prompt_ids([Message("user", text)], running.served_models[model].form)
     given: dict[str, Any] = {"most": MOST, "deliver": heard, **options}
     running.submit(Question(model, prompt, **given))
     return heard
@@ -88,28 +88,28 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def speakers(loaded: LoadedModel) -> dict[str, Speaker]:
+def served_models(loaded: LoadedModel) -> dict[str, ServedModel]:
     forms = {
         name: encode.make_format(loaded.tokenizer, anchor)
         for name, anchor in ((BASE, None), ("sft", None), ("tell", ANCHOR))
     }
     return {
-        ("base" if name == BASE else name): Speaker(name, form, MOST)
+        ("base" if name == BASE else name): ServedModel(name, form, MOST)
         for name, form in forms.items()
     }
 
 
 @pytest.fixture(scope="module")
-def alone(loaded: LoadedModel, speakers: dict[str, Speaker]) -> dict[tuple[str, str], str]:
+def alone(loaded: LoadedModel, served_models: dict[str, ServedModel]) -> dict[tuple[str, str], str]:
     """What each model answers to each text when nobody else asks, by Transformers' own
     generation."""
     found = {}
-    for name, speaker in speakers.items():
-        prompts = [encode.prompt_ids([Message("user", text)], speaker.form) for text in TEXTS]
-        with adapter.active(loaded, speaker.adapter):
+    for name, served in served_models.items():
+        prompts = [encode.prompt_ids([Message("user", text)], served.form) for text in TEXTS]
+        with adapter.active(loaded, served.adapter):
             answers = [
                 generate.generate(
-                    loaded, [prompt], speaker.form, max_new_tokens=MOST, batch_tokens=1
+                    loaded, [prompt], served.form, max_new_tokens=MOST, batch_tokens=1
                 )[0]
                 for prompt in prompts
             ]
@@ -119,15 +119,17 @@ def alone(loaded: LoadedModel, speakers: dict[str, Speaker]) -> dict[tuple[str, 
 
 
 @pytest.fixture
-def running(loaded: LoadedModel, speakers: dict[str, Speaker]) -> Iterator[Engine]:
-    with Engine(loaded, speakers, slots=3, waiting=20) as found:
+def running(loaded: LoadedModel, served_models: dict[str, ServedModel]) -> Iterator[Engine]:
+    with Engine(loaded, served_models, slots=3, waiting=20) as found:
         yield found
 
 
 def test_answers_beside_others_are_those_given_alone(
     running: Engine, alone: dict[tuple[str, str], str]
 ) -> None:
-    heard = {(name, text): ask(running, name, text) for text in TEXTS for name in running.speakers}
+    heard = {
+        (name, text): ask(running, name, text) for text in TEXTS for name in running.served_models
+    }
     assert {key: one.text for key, one in heard.items()} == alone
     assert {one.last.finish for one in heard.values()} <= {"stop", "length"}
     assert running.counts.parts > running.counts.steps  # they did share steps
@@ -137,7 +139,7 @@ def test_answers_beside_others_are_those_given_alone(
 def test_what_prompts_begin_with_is_read_once(
     running: Engine, alone: dict[tuple[str, str], str]
 ) -> None:
-    before, beginning = running.counts.reused_tokens, running.speakers["tell"].beginning()
+    before, beginning = running.counts.reused_tokens, running.served_models["tell"].beginning()
     assert ANCHOR.text in running.loaded.tokenizer.decode(beginning)
     assert ask(running, "tell", TEXTS[0]).text == alone["tell", TEXTS[0]]
     assert running.counts.reused_tokens - before == len(beginning)
@@ -161,7 +163,7 @@ def test_every_kind_of_model_that_attends(tmp_path: Path, kind: str) -> None:
             expected.append(
                 loaded.causal(input_ids=torch.tensor([part]), use_cache=False).logits[0].float()
             )
-    held = Slots(loaded, 3)
+    held = KVCache(loaded, 3)
     try:
         for cut in (30, 31, 32):  # read together at first, then a token each
             start = 0 if cut == 30 else cut - 1
@@ -184,7 +186,7 @@ def test_a_model_without_such_a_cache_is_refused(tmp_path: Path, kind: str) -> N
     with pytest.raises(
         ModelError, match=r"cannot answer several conversations at once: .*; use `fulcrum chat`"
     ):
-        Slots(loaded, 2)
+        KVCache(loaded, 2)
     assert loaded.causal.config._attn_implementation != "fulcrum_slots"
 
 
@@ -202,14 +204,16 @@ def test_a_model_whose_windows_do_not_arrive_is_refused(
         lambda *given, sliding_window, **rest: kv_cache.slot_attention(*given, **rest),
     )
     with pytest.raises(ModelError, match="its sliding window does not reach the attention"):
-        Slots(loaded, 2)
+        KVCache(loaded, 2)
 
 
 def test_adapters_that_cannot_be_mixed_are_refused(tmp_path: Path) -> None:
     other = load_tiny(tmp_path)
     adapter.new_adapter(other, tiny_settings(use_dora=True), 0)
     with pytest.raises(ModelError, match="tell: PEFT cannot mix adapters of DoRA in a batch"):
-        Engine(other, {"tell": Speaker("default", encode.make_format(other.tokenizer, None), MOST)})
+        Engine(
+            other, {"tell": ServedModel("default", encode.make_format(other.tokenizer, None), MOST)}
+        )
 
 
 def test_a_question_that_nobody_waits_for_frees_its_slot(
@@ -220,11 +224,11 @@ def test_a_question_that_nobody_waits_for_frees_its_slot(
     questions = []
     for k in range(3):
 
-        def deliver(piece: Piece, k: int = k) -> None:
+        def deliver(piece: AnswerDelta, k: int = k) -> None:
             begun[k].set()
             gate.wait(60)
 
-        prompt = encode.prompt_ids([Message("user", TEXTS[k])], running.speakers["base"].form)
+        prompt = encode.prompt_ids([Message("user", TEXTS[k])], running.served_models["base"].form)
         questions.append(Question("base", prompt, 300, deliver, temperature=5.0, seed=k))
         running.submit(questions[-1])
     assert begun[0].wait(60)
@@ -239,10 +243,10 @@ def test_a_question_that_nobody_waits_for_frees_its_slot(
 def test_who_cannot_be_told_any_more_has_left(
     running: Engine, alone: dict[tuple[str, str], str]
 ) -> None:
-    def broken(piece: Piece) -> None:
+    def broken(piece: AnswerDelta) -> None:
         raise RuntimeError("the connection is gone")
 
-    prompt = encode.prompt_ids([Message("user", "dog")], running.speakers["base"].form)
+    prompt = encode.prompt_ids([Message("user", "dog")], running.served_models["base"].form)
     question = Question("base", prompt, 300, broken, temperature=5.0, seed=1)
     running.submit(question)
     assert ask(running, "sft", TEXTS[0]).text == alone["sft", TEXTS[0]]
@@ -254,9 +258,9 @@ def test_time_runs_out(running: Engine) -> None:
 
 
 def test_too_many_and_too_long_are_refused(
-    loaded: LoadedModel, speakers: dict[str, Speaker]
+    loaded: LoadedModel, served_models: dict[str, ServedModel]
 ) -> None:
-    stopped = Engine(loaded, speakers, slots=1, waiting=1)  # not running: what comes waits
+    stopped = Engine(loaded, served_models, slots=1, waiting=1)  # not running: what comes waits
     ask(stopped, "base", "dog")  # for which a slot is free
     ask(stopped, "base", "dog")
     with pytest.raises(BusyError, match="2 questions wait already"):
@@ -294,12 +298,14 @@ def test_a_stop_text_ends_an_answer_at_its_last_allowed_token_too(
 
 
 def test_a_model_whose_numbers_break_down_is_said_and_spoils_no_slot(
-    loaded: LoadedModel, speakers: dict[str, Speaker], alone: dict[tuple[str, str], str]
+    loaded: LoadedModel, served_models: dict[str, ServedModel], alone: dict[tuple[str, str], str]
 ) -> None:
     """Keys that are no numbers would be seen through any mask."""
     first = next(weight for name, weight in loaded.peft.named_parameters() if "lora_B.tell" in name)
     before = first.detach().clone()
-    with Engine(loaded, {name: speakers[name] for name in ("base", "tell")}, slots=2) as running:
+    with Engine(
+        loaded, {name: served_models[name] for name in ("base", "tell")}, slots=2
+    ) as running:
         torch.nn.init.constant_(first, float("nan"))
         broken = [ask(running, "tell", "ant " * 30) for _ in range(4)]
         assert {heard.last.finish for heard in broken} == {"error"}
@@ -313,7 +319,7 @@ def test_a_model_whose_numbers_break_down_is_said_and_spoils_no_slot(
 def test_room_grows_no_further_than_the_context_and_where_memory_is_short_nothing_breaks(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = kv_cache.Slots(loaded, 2, most=300)
+    held = kv_cache.KVCache(loaded, 2, most=300)
     held.extend([0], [[5, 6, 7]], [BASE])
     known = kv_cache._Layer.widen
     failing = iter([False, True])
@@ -336,16 +342,16 @@ def test_room_grows_no_further_than_the_context_and_where_memory_is_short_nothin
 
 
 def test_stopping_lets_open_answers_end_and_tells_who_waits(
-    loaded: LoadedModel, speakers: dict[str, Speaker]
+    loaded: LoadedModel, served_models: dict[str, ServedModel]
 ) -> None:
-    with Engine(loaded, speakers, slots=1) as running:
+    with Engine(loaded, served_models, slots=1) as running:
         first, gate = Heard(), threading.Event()
 
-        def slow(piece: Piece) -> None:
+        def slow(piece: AnswerDelta) -> None:
             gate.wait(60)
             first(piece)
 
-        prompt = encode.prompt_ids([Message("user", TEXTS[0])], speakers["base"].form)
+        prompt = encode.prompt_ids([Message("user", TEXTS[0])], served_models["base"].form)
         running.submit(Question("base", prompt, 3, slow, temperature=5.0, seed=3))
         second = ask(running, "base", "dog")
         stopping = threading.Thread(target=running.stop, args=(60,))
@@ -480,10 +486,10 @@ def test_a_question_that_cannot_begin_costs_no_other(
 
 
 def test_a_narrower_context_than_the_models_holds(
-    loaded: LoadedModel, speakers: dict[str, Speaker]
+    loaded: LoadedModel, served_models: dict[str, ServedModel]
 ) -> None:
     refused = pytest.raises(DataError, match=r"and 35 answer tokens exceed the context \(40\)")
-    with Engine(loaded, speakers, slots=1, context=40) as narrow, refused:
+    with Engine(loaded, served_models, slots=1, context=40) as narrow, refused:
         ask(narrow, "base", TEXTS[1], most=35)
-    with Engine(loaded, speakers, slots=1, context=10_000) as wide:
+    with Engine(loaded, served_models, slots=1, context=10_000) as wide:
         assert wide.context == CONTEXT

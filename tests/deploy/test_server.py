@@ -160,7 +160,7 @@ def test_adapters_answer_side_by_side_as_they_do_alone(
     client: openai.OpenAI, running: Engine
 ) -> None:
     names, texts = (
-        list(running.speakers),
+        list(running.served_models),
         [f"colour {word} {k}" for k in range(4) for word in ("ant", "bee", "cow")],
     )
     jobs = [(name, text) for text in texts for name in names]
@@ -184,7 +184,7 @@ def test_adapters_answer_side_by_side_as_they_do_alone(
 
 def test_completions_go_on_from_a_text_as_it_is(client: openai.OpenAI, running: Engine) -> None:
     """A prompt that the client rendered itself gives what the chat gives."""
-    form, tokenizer = running.speakers["sft"].form, running.loaded.tokenizer
+    form, tokenizer = running.served_models["sft"].form, running.loaded.tokenizer
     question: Any = [{"role": "user", "content": "colour ant 0"}]
     text = tokenizer.apply_chat_template(
         question, chat_template=form.template, add_generation_prompt=True, tokenize=False

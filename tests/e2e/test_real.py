@@ -78,15 +78,15 @@ def test_a_few_steps_teach_a_format(loaded: base_model.LoadedModel, tmp_path: Pa
     rows = [_row(animal, form) for animal in animals]
     unseen = _row("fish", form)
     adapter.drop_adapter(loaded)
-    before = generate.mean_nats(loaded, [unseen])
+    before = generate.mean_loss(loaded, [unseen])
     plan = mix.plan(len(rows), 0, repeats=6, general_per_task=0, order="random", seed=0)
     loop.train(
         loaded,
         Stream(plan, rows, []),
         loop.Recipe(TrainSettings(evaluations=2), seed=0, repeats=6),
-        dev_loss=lambda: generate.mean_nats(loaded, [unseen]),
+        dev_loss=lambda: generate.mean_loss(loaded, [unseen]),
     )
-    assert generate.mean_nats(loaded, [unseen]) < before / 2
+    assert generate.mean_loss(loaded, [unseen]) < before / 2
     prompt = encode.prompt_ids((Message("user", "I saw a fish today."),), form)
     assert generate.generate(loaded, [prompt], form, max_new_tokens=12, batch_tokens=512) == [
         "[box: fish]"
@@ -94,7 +94,7 @@ def test_a_few_steps_teach_a_format(loaded: base_model.LoadedModel, tmp_path: Pa
     adapter.drop_adapter(loaded)
 
 
-def _row(animal: str, form: encode.Format) -> encode.Tokens:
+def _row(animal: str, form: encode.PromptFormat) -> encode.Tokens:
     messages = (
         Message("user", f"I saw a {animal} today."),
         Message("assistant", f"[box: {animal}]"),

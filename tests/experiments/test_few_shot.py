@@ -136,7 +136,7 @@ def test_rows_outside_a_fold_judge_a_number(tmp_path: Path) -> None:
             encode.final_answer(baselines.with_shots(row, own.train[:2]), form) for row in own.dev
         ]
     assert (len(scored), found.setting, found.train_tokens) == (6, Hyperparameters(shots=2), 0)
-    assert found.dev_nll == pytest.approx(generate.mean_nats(loaded, scored), rel=1e-6)
+    assert found.dev_nll == pytest.approx(generate.mean_loss(loaded, scored), rel=1e-6)
 
 
 def test_the_best_number_is_used_on_test_rows(tmp_path: Path) -> None:

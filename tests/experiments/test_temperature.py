@@ -28,7 +28,7 @@ def test_nats_at_a_temperature_are_those_of_divided_logits(tmp_path: Path, kind:
     loaded = load_tiny(tmp_path, kind)
     rng = np.random.default_rng(0)
     examples = [Tokens(rng.integers(5, 100, n), np.arange(n) >= 4) for n in (9, 14, 7)]
-    found, counts = generate.nats_at(loaded, examples, (1.0, 0.5, 3.0))
+    found, counts = generate.losses_at(loaded, examples, (1.0, 0.5, 3.0))
     for k, example in enumerate(examples):
         ids = torch.tensor(example.ids)
         with torch.no_grad():

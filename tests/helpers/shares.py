@@ -21,9 +21,9 @@ held = sum(
 ids = loaded.tokenizer("the red one is here")["input_ids"]
 text = Tokens(np.asarray(ids), np.ones(len(ids), dtype=bool))
 adapter.new_adapter(loaded, settings, 0)
-nats = [generate.mean_nats(loaded, [text])]
+nats = [generate.mean_loss(loaded, [text])]
 adapter.drop_adapter(loaded)
-nats.append(generate.mean_nats(loaded, [text]))
+nats.append(generate.mean_loss(loaded, [text]))
 form = encode.make_format(loaded.tokenizer, None)
 (answer,) = generate.generate(loaded, [ids], form, max_new_tokens=6, batch_tokens=64)
 line = json.dumps({"held": held, "nats": nats, "answer": answer, "facts": loaded.facts})

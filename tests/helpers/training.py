@@ -48,7 +48,7 @@ def train(
     loaded = load_tiny(folder, kind)
 
     def dev_loss() -> float:
-        return generate.mean_nats(loaded, DEV)
+        return generate.mean_loss(loaded, DEV)
 
     recipe = loop.Recipe(settings, seed, repeats=2)
     return loop.train(loaded, rows or stream(), recipe, dev_loss=dev_loss, **run)

@@ -177,7 +177,7 @@ def test_every_architecture_trains_and_generates(tmp_path: Path, kind: str) -> N
         loaded,
         stream,
         loop.Recipe(settings, seed=0, repeats=30),
-        dev_loss=lambda: generate.mean_nats(loaded, own),
+        dev_loss=lambda: generate.mean_loss(loaded, own),
     )
     first, last = result.history[0].task_loss, result.history[-1].task_loss
     assert result.steps == 30
@@ -230,7 +230,7 @@ def test_a_common_beginning_is_computed_once_and_changes_no_answer(
 
 @torch.no_grad()
 def greedy(
-    loaded: base_model.LoadedModel, prompt: list[int], form: encode.Format, longest: int
+    loaded: base_model.LoadedModel, prompt: list[int], form: encode.PromptFormat, longest: int
 ) -> str:
     """The likeliest next token, again and again, without cache, padding or `generate`."""
     ids = list(prompt)
@@ -467,7 +467,7 @@ def test_bf16_keeps_adapters_in_fp32_and_agrees(tmp_path: Path) -> None:
     assert {p.dtype for p in rough.peft.parameters() if not p.requires_grad} == {torch.bfloat16}
     examples = [tokens(30, seed) for seed in range(8)]
     np.testing.assert_allclose(
-        generate.mean_nats(rough, examples), generate.mean_nats(exact, examples), rtol=0.02
+        generate.mean_loss(rough, examples), generate.mean_loss(exact, examples), rtol=0.02
     )
 
 
@@ -534,13 +534,13 @@ def test_the_base_has_no_dropout_not_even_where_its_layers_are_told_that_they_tr
     )
     adapter.new_adapter(loaded, tiny_settings(), 0)
     example = [tokens(40, 0)]
-    before = generate.mean_nats(loaded, example)
+    before = generate.mean_loss(loaded, example)
     (row,) = loss.rows(example, loaded, 1000)
     loss.set_checkpointing(loaded, True)
     values = {float(loss.row_loss(loaded, row, torch.ones(len(row.labels)))[0]) for _ in range(3)}
     loss.set_checkpointing(loaded, True)
     assert len(values) == 1
-    assert {generate.mean_nats(loaded, example) for _ in range(3)} == {before}
+    assert {generate.mean_loss(loaded, example) for _ in range(3)} == {before}
 
 
 def test_gradients_of_shared_places_are_added_in_a_fixed_order(tmp_path: Path) -> None:
@@ -587,11 +587,11 @@ def test_a_window_that_does_not_reach_the_attention_forbids_packing(
 def test_dropping_the_adapter_leaves_the_base_model_untouched(tmp_path: Path) -> None:
     loaded, settings = load_tiny(tmp_path), tiny_settings()
     before = {n: p.clone() for n, p in loaded.causal.named_parameters()}
-    nats = generate.mean_nats(loaded, [tokens(20, 0)])
+    nats = generate.mean_loss(loaded, [tokens(20, 0)])
     shaken_adapter(loaded, settings)
-    assert generate.mean_nats(loaded, [tokens(20, 0)]) != nats
+    assert generate.mean_loss(loaded, [tokens(20, 0)]) != nats
     adapter.drop_adapter(loaded)
-    assert generate.mean_nats(loaded, [tokens(20, 0)]) == nats
+    assert generate.mean_loss(loaded, [tokens(20, 0)]) == nats
     for name, parameter in loaded.causal.named_parameters():
         assert torch.equal(parameter, before[name]), name
 

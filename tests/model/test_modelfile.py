@@ -93,7 +93,7 @@ def go(template: str, messages: Sequence[Message]) -> str:
     return run(0, live=True)[0]
 
 
-def jinja(form: encode.Format, messages: Sequence[Message]) -> str:
+def jinja(form: encode.PromptFormat, messages: Sequence[Message]) -> str:
     turns = [{"role": message.role, "content": message.content} for message in messages]
     return str(
         form.tokenizer.apply_chat_template(

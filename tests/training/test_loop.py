@@ -102,7 +102,7 @@ def test_losses_are_reported_by_source(tmp_path: Path) -> None:
     ):
         chosen = [e for e, own in zip(examples, is_task, strict=True) if own == kind]
         if chosen:
-            np.testing.assert_allclose(found, generate.mean_nats(loaded, chosen), rtol=1e-5)
+            np.testing.assert_allclose(found, generate.mean_loss(loaded, chosen), rtol=1e-5)
         else:
             assert found is None
 
@@ -193,13 +193,13 @@ def test_dropout_is_on_in_training_and_off_in_scoring(tmp_path: Path) -> None:
     loaded = load_tiny(tmp_path, lora_dropout=0.3)
     adapter.new_adapter(loaded, tiny_settings(lora_dropout=0.3), 0)
     adapter.set_adapter_state(loaded, with_dropout)
-    assert generate.mean_nats(loaded, DEV) == generate.mean_nats(loaded, DEV)
+    assert generate.mean_loss(loaded, DEV) == generate.mean_loss(loaded, DEV)
 
 
 def test_a_second_run_on_one_model_starts_from_the_untouched_base(tmp_path: Path) -> None:
     loaded, settings = load_tiny(tmp_path), tiny_settings(learning_rate=5e-3)
     recipe = loop.Recipe(settings, seed=0, repeats=2)
-    dev_loss = partial(generate.mean_nats, loaded, DEV)
+    dev_loss = partial(generate.mean_loss, loaded, DEV)
     first, _ = loop.train(loaded, stream(), recipe, dev_loss=dev_loss)
     again, _ = loop.train(loaded, stream(), recipe, dev_loss=dev_loss)
     assert same(first, again)

@@ -272,7 +272,9 @@ def _smallest_size(settings: Settings) -> int | None:
 class _Proposals:
     """The proposed texts that are anchors, and the rejects by reason."""
 
-    def __init__(self, rows: Sequence[Example], placement: Placement, form: encode.Format) -> None:
+    def __init__(
+        self, rows: Sequence[Example], placement: Placement, form: encode.PromptFormat
+    ) -> None:
         self.rows = rows
         self.placement = placement
         self.form = form
@@ -325,7 +327,7 @@ def _ask_endpoint(
 def _ask_model(
     loaded: LoadedModel,
     questions: Sequence[tuple[Message, ...]],
-    form: encode.Format,
+    form: encode.PromptFormat,
     seed: int,
 ) -> list[str]:
     return generate.generate(

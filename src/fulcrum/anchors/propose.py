@@ -113,7 +113,7 @@ def clean(text: str, placement: Placement) -> str:
 
 
 def fault(
-    anchor: Anchor, rows: Sequence[Example], form: encode.Format, *, written: bool
+    anchor: Anchor, rows: Sequence[Example], form: encode.PromptFormat, *, written: bool
 ) -> str | None:
     """Return why a proposed text is no anchor for these rows, in words that can be counted.
 

@@ -148,9 +148,9 @@ _KEPT = {  # what is said after Ctrl-C
     "compare": _RESUMED,
     "scale": _RESUMED,
     "quanta": _RESUMED,
-    "pool": "what was converted is kept; the same command goes on with it",
-    "anchor": "what was scored is kept; the same command goes on with it",
-    "selfgen": "what was made is kept; the same command goes on with it",
+    "pool": "what was converted is kept; the same command resumes it",
+    "anchor": "what was scored is kept; the same command resumes it",
+    "selfgen": "what was made is kept; the same command resumes it",
 }
 
 

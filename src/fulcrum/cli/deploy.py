@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from fulcrum.deploy.check import Check
-    from fulcrum.deploy.models import Speakers
+    from fulcrum.deploy.models import ServedModels
 
 MISSING = "the server's packages are missing: pip install 'fulcrum-llm[serve]'"
 PORT = 8642  # of the page
@@ -173,7 +173,7 @@ def serve(
     server.run(app, engine, listening, grace)
 
 
-def _show_models(speakers: "Speakers", host: str, port: int) -> None:
+def _show_models(speakers: "ServedModels", host: str, port: int) -> None:
     from fulcrum.cli import terminal
 
     notes = terminal.console(stderr=True)

@@ -555,7 +555,7 @@ def _settings(
 def _forced(force_new: bool, resume: bool) -> bool:
     if force_new and resume:
         raise ConfigError(
-            "--resume goes on with a run and --force-new begins another; give one of them"
+            "--resume continues a run and --force-new begins another; give one of them"
         )
     return force_new
 
@@ -611,7 +611,7 @@ def _dry_run(screen: "Console", settings: "Settings", kind: "RunKind") -> None:
     if Path(settings.output_dir, store.MANIFEST).exists():
         terminal.say(
             screen,
-            f"warning: {settings.output_dir} holds a run already; --resume goes on with it",
+            f"warning: {settings.output_dir} holds a run already; --resume continues it",
             "yellow",
         )
     runs = len(trials) * len(seeds)

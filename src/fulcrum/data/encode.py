@@ -71,7 +71,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Format:
+class PromptFormat:
     """How one tokenizer writes conversations with one anchor (or none); see `make_format`."""
 
     tokenizer: Tokenizer
@@ -93,7 +93,7 @@ def plain_template(adds_bos: bool) -> str:
     return ("{{- bos_token -}}" if adds_bos else "") + PLAIN_TEMPLATE
 
 
-def make_format(tokenizer: Tokenizer, anchor: Anchor | None) -> Format:
+def make_format(tokenizer: Tokenizer, anchor: Anchor | None) -> PromptFormat:
     """Prepare encoding; equal arguments give the same object.
 
     Raises ModelError if the chat template cannot render one question and answer.
@@ -106,7 +106,7 @@ def make_format(tokenizer: Tokenizer, anchor: Anchor | None) -> Format:
     return _format(tokenizer, len(tokenizer), tokenizer.chat_template, anchor)
 
 
-def encode(example: Example, form: Format, *, keep: bool = True) -> Tokens:
+def encode(example: Example, form: PromptFormat, *, keep: bool = True) -> Tokens:
     """Return ids and loss mask of one conversation.
 
     Every trained answer and its end token is a target. Earlier answers of a multi-turn row are
@@ -139,7 +139,7 @@ def encode(example: Example, form: Format, *, keep: bool = True) -> Tokens:
     return tokens
 
 
-def encode_ahead(examples: Sequence[Example], form: Format) -> None:
+def encode_ahead(examples: Sequence[Example], form: PromptFormat) -> None:
     """Encode rows that will be asked for, all at once: three times as fast.
 
     Rows that cannot be encoded are skipped; asking for them raises.
@@ -147,7 +147,7 @@ def encode_ahead(examples: Sequence[Example], form: Format) -> None:
     _remember(_encode_together(examples, form), form)
 
 
-def encode_many(examples: Sequence[Example], form: Format) -> list[Tokens]:
+def encode_many(examples: Sequence[Example], form: PromptFormat) -> list[Tokens]:
     """Encode rows all at once, without remembering them. Raises DataError as `encode` does."""
     together = _encode_together(examples, form)
     rows = []
@@ -159,7 +159,7 @@ def encode_many(examples: Sequence[Example], form: Format) -> list[Tokens]:
     return rows
 
 
-def final_answer(example: Example, form: Format) -> Tokens:
+def final_answer(example: Example, form: PromptFormat) -> Tokens:
     """Encode a row as it is scored: only the final answer is a target."""
     return encode(scored(example), form)
 
@@ -172,7 +172,7 @@ def scored(example: Example) -> Example:
     return Example(messages, example.group, example.origin)
 
 
-def answer_length(example: Example, form: Format) -> int:
+def answer_length(example: Example, form: PromptFormat) -> int:
     """Return the tokens of the final answer and its end token.
 
     White space that a response prefix left to it is not counted: a summed loss is divided by this
@@ -181,7 +181,7 @@ def answer_length(example: Example, form: Format) -> int:
     return len(_text_ids(example.answer, form)) + len(form.end_ids)
 
 
-def prompt_ids(messages: Sequence[Message], form: Format) -> list[int]:
+def prompt_ids(messages: Sequence[Message], form: PromptFormat) -> list[int]:
     """Return the token ids of a prompt (messages without the final answer).
 
     The generation prompt and a response prefix are included. Raises DataError if the model's chat
@@ -195,7 +195,7 @@ def prompt_ids(messages: Sequence[Message], form: Format) -> list[int]:
         return _prompt_ids(text, form)
 
 
-def opening_ids(form: Format) -> list[int]:
+def opening_ids(form: PromptFormat) -> list[int]:
     """Return the token ids of all that the template writes before a user's first words."""
     (text,) = _render([[Message("user", _PROBE)]], form)
     return _prompt_ids(text.partition(_PROBE)[0], form)
@@ -211,9 +211,9 @@ def unicode_only() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=64)  # one for each anchor: the format remembers rows by it
-def _format(tokenizer: Tokenizer, size: int, template: str, anchor: Anchor | None) -> Format:
+def _format(tokenizer: Tokenizer, size: int, template: str, anchor: Anchor | None) -> PromptFormat:
     markers = _markers(tokenizer, size, template)
-    return Format(
+    return PromptFormat(
         tokenizer,
         anchor_template.bake(template, anchor),
         anchor,
@@ -226,7 +226,7 @@ def _format(tokenizer: Tokenizer, size: int, template: str, anchor: Anchor | Non
 
 @dataclass(frozen=True)
 class _Markers:
-    """The special tokens of a tokenizer with one template; the fields are those of `Format`."""
+    """The special tokens of a tokenizer with one template; the fields are those of `PromptFormat`."""
 
     end_ids: tuple[int, ...]
     end_text: str
@@ -290,7 +290,7 @@ def _check_start(tokenizer: Tokenizer) -> None:
         )
 
 
-def _encode_together(examples: Sequence[Example], form: Format) -> dict[Example, Tokens]:
+def _encode_together(examples: Sequence[Example], form: PromptFormat) -> dict[Example, Tokens]:
     """Encode rows in one call of the template and one of the tokenizer.
 
     Rows that are remembered, hold a special token's text or have no answer to train are skipped.
@@ -326,11 +326,13 @@ def _encode_together(examples: Sequence[Example], form: Format) -> dict[Example,
     return tokens
 
 
-def _holds_special(prompt: str, answer: str, form: Format) -> bool:
+def _holds_special(prompt: str, answer: str, form: PromptFormat) -> bool:
     return _OPEN in prompt or form.special.search(answer) is not None
 
 
-def _ids_by_text(rows: Iterable[Sequence[tuple[str, str]]], form: Format) -> dict[str, list[int]]:
+def _ids_by_text(
+    rows: Iterable[Sequence[tuple[str, str]]], form: PromptFormat
+) -> dict[str, list[int]]:
     """Tokenise all texts of rows in one call."""
     texts: set[str] = set()
     for parts in rows:
@@ -343,13 +345,13 @@ def _ids_by_text(rows: Iterable[Sequence[tuple[str, str]]], form: Format) -> dic
     return dict(zip(ordered, ids["input_ids"], strict=True))
 
 
-def _remember(tokens: Mapping[Example, Tokens], form: Format) -> None:
+def _remember(tokens: Mapping[Example, Tokens], form: PromptFormat) -> None:
     if len(form.encoded) + len(tokens) > _MOST_ENCODED:
         form.encoded.clear()
     form.encoded.update(tokens)
 
 
-def _trained_places(example: Example, form: Format) -> list[int]:
+def _trained_places(example: Example, form: PromptFormat) -> list[int]:
     """Return the places of the answers that are trained."""
     trained = []
     asked = False
@@ -364,7 +366,10 @@ def _trained_places(example: Example, form: Format) -> list[int]:
 
 
 def _split(
-    messages: Messages, trained: Sequence[int], form: Format, render: Callable[[Messages], str]
+    messages: Messages,
+    trained: Sequence[int],
+    form: PromptFormat,
+    render: Callable[[Messages], str],
 ) -> list[tuple[str, str]]:
     """Return each trained answer (a place in `messages`) with the text since the one before it."""
     parts: list[tuple[str, str]] = []
@@ -389,7 +394,7 @@ def _join(parts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tokens:
     return Tokens(np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=np.bool_))
 
 
-def _render(prompts: Sequence[Sequence[Message]], form: Format) -> list[str]:
+def _render(prompts: Sequence[Sequence[Message]], form: PromptFormat) -> list[str]:
     """Render prompts; special-token text of the user is hidden in them. Raises TemplateError."""
     conversations = []
     for prompt in prompts:
@@ -408,7 +413,7 @@ def _render(prompts: Sequence[Sequence[Message]], form: Format) -> list[str]:
     return [str(text) for text in texts]
 
 
-def _hide(text: str, form: Format) -> str:
+def _hide(text: str, form: PromptFormat) -> str:
     """Replace special-token texts, and what would be read as such a mark, by marks."""
     text = text.replace(_OPEN, f"{_OPEN}{len(form.special_names)}{_CLOSE}")
 
@@ -418,7 +423,7 @@ def _hide(text: str, form: Format) -> str:
     return form.special.sub(mark, text)
 
 
-def _show(text: str, form: Format) -> str:
+def _show(text: str, form: PromptFormat) -> str:
     """Undo `_hide`."""
     names = (*form.special_names, _OPEN)
 
@@ -429,7 +434,7 @@ def _show(text: str, form: Format) -> str:
     return _MARKED.sub(name, text)
 
 
-def _prompt_ids(text: str, form: Format) -> list[int]:
+def _prompt_ids(text: str, form: PromptFormat) -> list[int]:
     """Tokenise a rendered prompt; hidden text becomes plain text."""
     if _OPEN not in text:
         return _ids(text, form)
@@ -442,19 +447,19 @@ def _prompt_ids(text: str, form: Format) -> list[int]:
     return ids + _ids(_show(text[end:], form), form, plain=True)
 
 
-def _answer_text(answer: str, form: Format) -> str:
+def _answer_text(answer: str, form: PromptFormat) -> str:
     return anchor_template.answer_lead(form.anchor) + answer
 
 
-def _answer_ids(answer: str, form: Format) -> list[int]:
+def _answer_ids(answer: str, form: PromptFormat) -> list[int]:
     return _text_ids(_answer_text(answer, form), form) + list(form.end_ids)
 
 
-def _text_ids(text: str, form: Format) -> list[int]:
+def _text_ids(text: str, form: PromptFormat) -> list[int]:
     """Tokenise a text in which special-token text is plain text."""
     return _ids(text, form, plain=form.special.search(text) is not None)
 
 
-def _ids(text: str, form: Format, *, plain: bool = False) -> list[int]:
+def _ids(text: str, form: PromptFormat, *, plain: bool = False) -> list[int]:
     ids = form.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
     return list(map(int, ids))

@@ -119,7 +119,7 @@ def languages() -> tuple[str, ...]:
     return tuple(sorted(map(str, _identifier().labels)))
 
 
-class TaskText:
+class OverlapFilter:
     """The text of a task's rows that no general row may hold.
 
     A general row is refused if it shares an n-gram with a message of the task (13 words; 8 words of

@@ -280,8 +280,8 @@ def _draw_rows(sources: Sequence[GeneralSource], ends: Sequence[int], seed: int)
 
 def _overlap_finder(exclusions: Exclusions) -> Callable[[Example], Reject | None]:
     """Return a function that says why a row may not be mixed; None: it may."""
-    task_text = filters.TaskText(exclusions.tasks, exclusions.near)
-    held_out = filters.TaskText([exclusions.held_out], exclusions.near, sampled=True)
+    task_text = filters.OverlapFilter(exclusions.tasks, exclusions.near)
+    held_out = filters.OverlapFilter([exclusions.held_out], exclusions.near, sampled=True)
     normalised = [normalise(anchor.text) for anchor in exclusions.anchors]
     anchor_texts = [text for text in normalised if text]
 

@@ -71,7 +71,8 @@ def require_rows(examples: Sequence[Example], rejects: Sequence[Reject], minimum
     """Raise DataError, counting the rejects by reason, if fewer than `minimum` rows are usable."""
     if len(examples) >= minimum:
         return
-    origins = [row.origin for row in (*examples, *rejects)]
+    origins = [row.origin for row in examples]
+    origins += [reject.origin for reject in rejects]
     files = ", ".join(sorted({origin.rpartition(":")[0] for origin in origins}))
     why = ""
     if rejects:
@@ -168,10 +169,10 @@ def check_overlap(
     kinds: Counter[str] = Counter()
     pairs: list[str] = []
     for row in held_out:
-        key = next((key for key in _overlap_keys(row, by_group) if key in train_origin), None)
-        if key is not None:
-            kinds[key.split()[0]] += 1
-            pairs.append(f"{row.origin} = {train_origin[key]}")
+        shared = [key for key in _overlap_keys(row, by_group) if key in train_origin]
+        if shared:
+            kinds[shared[0].split()[0]] += 1
+            pairs.append(f"{row.origin} = {train_origin[shared[0]]}")
     if not pairs:
         return
     counts = ", ".join(f"{count} the same {kind}" for kind, count in kinds.items())
@@ -364,11 +365,18 @@ def apply_limits(
         for example, length in over:
             rejects.append(Reject(example.origin, reason, f"{length} tokens"))
     inputs, refused = _take_fitting_inputs(task, form, row_limit, seed)
-    return replace(task, unlabeled=inputs, **parts), rejects + refused
+    limited = replace(
+        task, unlabeled=inputs, train=parts["train"], dev=parts["dev"], test=parts["test"]
+    )
+    return limited, rejects + refused
 
 
 def take_fitting(
-    examples: Sequence[Example], form: encode.Format, limit: int, wanted: int, answer_room: int
+    examples: Sequence[Example],
+    form: encode.PromptFormat,
+    limit: int,
+    wanted: int,
+    answer_room: int,
 ) -> tuple[list[Example], list[tuple[Example, int]]]:
     """Return the first `wanted` examples of at most `limit` tokens, and the longer ones on the way.
 
@@ -529,7 +537,7 @@ def _read_unlabeled(
     inputs, rejects = read(settings.unlabeled, seed=seed, answered=False)
     require_rows(inputs, rejects, minimum=1)
     held_out_prompts = [replace(row, messages=row.prompt) for row in held_out]
-    overlap = filters.TaskText([held_out_prompts], near)
+    overlap = filters.OverlapFilter([held_out_prompts], near)
     labelled = {_question(row) for row in train} - {""}
     kept = []
     for row in inputs:
@@ -569,7 +577,7 @@ def _holds_anchor(row: Example, anchor: Anchor) -> bool:
 
 
 def _take_fitting_inputs(
-    task: Task, form: encode.Format, limit: int, seed: int
+    task: Task, form: encode.PromptFormat, limit: int, seed: int
 ) -> tuple[tuple[Example, ...], list[Reject]]:
     """Return the inputs that fit together with an answer, in seeded order, and the longer ones."""
     inputs: list[Example] = []

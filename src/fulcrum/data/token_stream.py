@@ -21,7 +21,7 @@ from fulcrum.core import store
 from fulcrum.core.store import fingerprint
 from fulcrum.core.types import BoolArray, Example, Share, Tokens
 from fulcrum.data import encode, mix
-from fulcrum.data.encode import Format, Tokenizer
+from fulcrum.data.encode import PromptFormat, Tokenizer
 from fulcrum.data.mix import Plan
 
 SMALLEST = 512  # rows; encoding fewer again is faster than opening a file
@@ -133,7 +133,7 @@ class Stored(Sequence[Tokens]):
 
 
 @lru_cache(maxsize=4)  # trials and arms ask for the same rows again
-def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
+def tokenised(examples: tuple[Example, ...], form: PromptFormat) -> Sequence[Tokens]:
     """Return the tokens of `examples`: few from memory, many from a file of the cache.
 
     A missing file is written. If the cache cannot be written (a full disk, a read-only
@@ -158,7 +158,7 @@ def tokenised(examples: tuple[Example, ...], form: Format) -> Sequence[Tokens]:
     return stored
 
 
-def _name(examples: Sequence[Example], form: Format, tokenizer: str) -> str:
+def _name(examples: Sequence[Example], form: PromptFormat, tokenizer: str) -> str:
     """Hash all that the tokens depend on; templates write the special tokens' text."""
     special = form.tokenizer.special_tokens_map.items()
     roles = sorted((name, str(token)) for name, token in special)
@@ -182,7 +182,7 @@ def _is_whole(file: Path, rows: int) -> bool:
         return False
 
 
-def _write(file: Path, examples: Sequence[Example], form: Format) -> None:
+def _write(file: Path, examples: Sequence[Example], form: PromptFormat) -> None:
     """Write another file in the folder and rename it, so that racing processes find it whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")

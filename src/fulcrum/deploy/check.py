@@ -54,7 +54,7 @@ class Trained:
     """The adapter as it was trained and tested (a `Reader`)."""
 
     loaded: LoadedModel
-    form: encode.Format
+    form: encode.PromptFormat
     name: str = "the trained adapter"
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -147,7 +147,7 @@ class Measured:
 def measure(
     reader: Reader,
     rows: Sequence[Example],
-    form: encode.Format,
+    form: encode.PromptFormat,
     most: int,
     count: Count | None = None,
 ) -> Measured:
@@ -177,7 +177,7 @@ def measure(
 
 
 def prompt_mismatch(
-    trained: Measured, reader: Reader, rows: Sequence[Example], form: encode.Format
+    trained: Measured, reader: Reader, rows: Sequence[Example], form: encode.PromptFormat
 ) -> str:
     """Say how an exported model's prompts or ends of answers differ from training; "" if not."""
     differing: list[str] = []

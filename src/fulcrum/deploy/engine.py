@@ -22,8 +22,8 @@ from torch import Tensor
 from fulcrum.core.errors import DataError, FulcrumError, ModelError
 from fulcrum.core.types import Message
 from fulcrum.data import encode
-from fulcrum.data.encode import Format
-from fulcrum.deploy.kv_cache import Slots
+from fulcrum.data.encode import PromptFormat
+from fulcrum.deploy.kv_cache import KVCache
 from fulcrum.model.adapter import BASE
 from fulcrum.model.base_model import LoadedModel
 from fulcrum.model.generate import Answer, end_ids
@@ -57,11 +57,11 @@ def check_room(prompt: Sequence[int], most: int, context: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class Speaker:
+class ServedModel:
     """A model that can be asked."""
 
     adapter: str  # `adapter.BASE`: none
-    form: Format  # how conversations are written for it
+    form: PromptFormat  # how conversations are written for it
     longest: int  # tokens of an answer if a question names no other number
 
     def beginning(self) -> list[int]:
@@ -72,7 +72,7 @@ class Speaker:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerDelta:
     """Part of an answer."""
 
     text: str
@@ -90,7 +90,7 @@ class Question:
     model: str
     prompt: Sequence[int]
     most: int  # answer tokens
-    deliver: Callable[[Piece], None]  # called from the engine's thread with each part
+    deliver: Callable[[AnswerDelta], None]  # called from the engine's thread with each part
     temperature: float = 0.0
     # Keep the likeliest tokens that hold this share (Holtzman et al. 2020, arXiv 1904.09751).
     top_p: float = 1.0
@@ -135,7 +135,7 @@ class Counts:
 
 
 class Engine:
-    """Answers questions to `speakers`, up to `slots` at once, while up to `waiting` wait.
+    """Answers questions to `served_models`, up to `slots` at once, while up to `waiting` wait.
 
     Use it as a context manager: it runs inside.
     """
@@ -143,7 +143,7 @@ class Engine:
     def __init__(
         self,
         loaded: LoadedModel,
-        speakers: Mapping[str, Speaker],
+        served_models: Mapping[str, ServedModel],
         *,
         slots: int = 32,
         waiting: int = 256,
@@ -152,15 +152,15 @@ class Engine:
     ) -> None:
         """Prepare the model.
 
-        Raise ModelError if it cannot answer several at once (`kv_cache.Slots`).
+        Raise ModelError if it cannot answer several at once (`kv_cache.KVCache`).
 
         `context`: tokens of a prompt and its answer (None: the model's own limit). Every slot has
         room for as many as the longest so far, which takes memory. `threads`: of the model (None:
         as many as PyTorch takes).
         """
-        _check_mixing(loaded, speakers)
+        _check_mixing(loaded, served_models)
         self.loaded = loaded
-        self.speakers = dict(speakers)
+        self.served_models = dict(served_models)
         self.slots = slots
         self.most_waiting = waiting
         limits = [limit for limit in (context, loaded.context) if limit is not None]
@@ -173,18 +173,18 @@ class Engine:
         self._until: float | None = None  # once it stops: when open answers are broken off
         # A prompt's last piece may be padded beyond the context, by less than a piece.
         most = None if self.context is None else self.context + _PIECE
-        self._cache = Slots(loaded, slots + len(speakers), most)
+        self._cache = KVCache(loaded, slots + len(served_models), most)
         self._stop_ids: dict[str, set[int]] = {}
         self._beginnings: dict[str, tuple[int, list[int]]] = {}  # slot and tokens, by model
-        for slot, (name, speaker) in enumerate(self.speakers.items(), start=slots):
-            self._stop_ids[name] = {*speaker.form.end_ids, *end_ids(loaded)}
-            self._keep_beginning(name, speaker, slot)
+        for slot, (name, served) in enumerate(self.served_models.items(), start=slots):
+            self._stop_ids[name] = {*served.form.end_ids, *end_ids(loaded)}
+            self._keep_beginning(name, served, slot)
         self._thread = threading.Thread(target=self._run, name="fulcrum-engine", daemon=True)
 
-    def _keep_beginning(self, name: str, speaker: Speaker, slot: int) -> None:
-        beginning = speaker.beginning()
+    def _keep_beginning(self, name: str, served: ServedModel, slot: int) -> None:
+        beginning = served.beginning()
         if len(beginning) >= BLOCK:  # less does not pay
-            self._cache.extend([slot], [beginning], [speaker.adapter])
+            self._cache.extend([slot], [beginning], [served.adapter])
             self._beginnings[name] = slot, beginning
 
     def __enter__(self) -> "Engine":
@@ -271,7 +271,7 @@ class Engine:
                 reason = question.given_up(now)
                 if reason is not None:
                     self._waiting.remove(question)
-                    _deliver(question, Piece("", 0, reason))
+                    _deliver(question, AnswerDelta("", 0, reason))
             free = self.slots - len(self._turns)
             while self._waiting and len(admitted) < free:
                 admitted.append(self._waiting.popleft())
@@ -285,11 +285,11 @@ class Engine:
     @staticmethod
     def _break_off(questions: Iterable[Question], wrong: str) -> None:
         for question in questions:
-            _deliver(question, Piece("", 0, "error", wrong))
+            _deliver(question, AnswerDelta("", 0, "error", wrong))
 
     def _begin(self, question: Question) -> None:
         """Put a question into the next free slot."""
-        speaker = self.speakers[question.model]
+        served = self.served_models[question.model]
         slot = len(self._turns)
         self._cache.clear(slot)
         reused = 0
@@ -309,7 +309,7 @@ class Engine:
             else:
                 generator.manual_seed(question.seed)
         unread = list(question.prompt[reused:])
-        self._turns.append(_Turn(question, speaker.adapter, unread, answer, generator))
+        self._turns.append(_Turn(question, served.adapter, unread, answer, generator))
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True))
@@ -320,7 +320,7 @@ class Engine:
         for turn in list(self._turns):
             reason = turn.question.given_up(now)
             if reason is not None:
-                self._finish(turn, Piece(turn.answer.end(), 0, reason))
+                self._finish(turn, AnswerDelta(turn.answer.end(), 0, reason))
         reading = self._prompts_to_read()
         answering = [turn for turn in self._turns if len(turn.unread) == 1]
         if reading:
@@ -354,7 +354,7 @@ class Engine:
             turn.unread = turn.unread[len(pieces[k]) :]
             if has_nan[k]:  # its keys would spoil the slot for the next question
                 self._cache.erase(self._turns.index(turn))
-                self._finish(turn, Piece("", 0, "error", _NAN))
+                self._finish(turn, AnswerDelta("", 0, "error", _NAN))
             elif turn.unread:
                 continue
             elif turn.generator is None:
@@ -367,17 +367,17 @@ class Engine:
         question = turn.question
         self.counts.answer_tokens += 1
         if token in self._stop_ids[question.model]:
-            self._finish(turn, Piece(turn.answer.end(), 1, "stop"))
+            self._finish(turn, AnswerDelta(turn.answer.end(), 1, "stop"))
             return
         text = turn.answer.add(token)
         if turn.answer.stopped or len(turn.answer.ids) >= question.most:
             text += turn.answer.end()
-            self._finish(turn, Piece(text, 1, "stop" if turn.answer.stopped else "length"))
+            self._finish(turn, AnswerDelta(text, 1, "stop" if turn.answer.stopped else "length"))
             return
         turn.unread = [token]
-        _deliver(question, Piece(text, 1))
+        _deliver(question, AnswerDelta(text, 1))
 
-    def _finish(self, turn: _Turn, last: Piece) -> None:
+    def _finish(self, turn: _Turn, last: AnswerDelta) -> None:
         """Free a slot; the last conversation moves into it, so that those in use stay adjacent."""
         slot = self._turns.index(turn)
         end = len(self._turns) - 1
@@ -388,11 +388,11 @@ class Engine:
         _deliver(turn.question, last)
 
 
-def _check_mixing(loaded: LoadedModel, speakers: Mapping[str, Speaker]) -> None:
+def _check_mixing(loaded: LoadedModel, served_models: Mapping[str, ServedModel]) -> None:
     if loaded.peft is None:
         return
-    for name, speaker in speakers.items():
-        if speaker.adapter != BASE and loaded.peft.peft_config[speaker.adapter].use_dora:
+    for name, served in served_models.items():
+        if served.adapter != BASE and loaded.peft.peft_config[served.adapter].use_dora:
             raise ModelError(
                 f"{name}: PEFT cannot mix adapters of DoRA in a batch; "
                 "train without train.use_dora, or export it"
@@ -403,7 +403,7 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _deliver(question: Question, piece: Piece) -> None:
+def _deliver(question: Question, piece: AnswerDelta) -> None:
     """Hand a part over; if that fails, give the question up, so that others are still served."""
     try:
         question.deliver(piece)

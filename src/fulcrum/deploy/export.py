@@ -260,7 +260,7 @@ class _Job:
     name: str
     adapter: Adapter
     task: TaskSettings
-    form: encode.Format
+    form: encode.PromptFormat
     wanted: Wanted
     rows: Sequence[Example]  # to score it on
 
@@ -368,7 +368,7 @@ def _merge(adapter: Adapter) -> tuple[Any, Any]:
     return merge_adapter(adapter.settings, adapter.train, state)
 
 
-def _copy_adapter(place: Path, adapter: Adapter, form: encode.Format) -> None:
+def _copy_adapter(place: Path, adapter: Adapter, form: encode.PromptFormat) -> None:
     for file in sorted(adapter.folder.iterdir()):
         is_made_here = file.name == store.SUMS or file.name.startswith("Modelfile")
         if file.is_file() and not is_made_here:
@@ -383,7 +383,12 @@ def _copy_adapter(place: Path, adapter: Adapter, form: encode.Format) -> None:
 
 
 def _write_gguf(
-    file: Path, adapter: Adapter, causal: Any, tokenizer: Any, form: encode.Format, wanted: Wanted
+    file: Path,
+    adapter: Adapter,
+    causal: Any,
+    tokenizer: Any,
+    form: encode.PromptFormat,
+    wanted: Wanted,
 ) -> None:
     """Write a GGUF file.
 

@@ -1,6 +1,6 @@
 """Many conversations in one forward pass: a key/value cache with a row, a *slot*, for each.
 
-Slots have lengths of their own. A step writes new keys and values at the end of each slot, and a
+KVCache have lengths of their own. A step writes new keys and values at the end of each slot, and a
 query sees the keys of its own slot up to its own position (`AttentionInterface`, as `attention`).
 So prompts and answers of any length share a step without padding each other; one that ends leaves
 at once, and a new one takes its slot: iteration-level scheduling (Orca: Yu et al., OSDI 2022).
@@ -29,7 +29,7 @@ from fulcrum.model.base_model import (
     allowed_distance,
     declares_window,
     probe_ids,
-    probe_nats,
+    probe_losses,
 )
 from fulcrum.model.loss import set_checkpointing
 
@@ -65,7 +65,7 @@ class _Step:
 class _Layer(CacheLayerMixin):  # type: ignore[misc]  # Transformers' classes have no types
     """One layer's keys and values: (slots, key/value heads, room, head_dim)."""
 
-    def __init__(self, slots: "Slots") -> None:
+    def __init__(self, slots: "KVCache") -> None:
         super().__init__()
         self.slots = slots
 
@@ -127,7 +127,7 @@ def slot_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    slots: "Slots | None" = None,
+    slots: "KVCache | None" = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """Attend from each slot's new tokens to that slot's keys; return (n, tokens, heads, head_dim).
@@ -161,7 +161,7 @@ def slot_attention(
 AttentionInterface.register(NAME, slot_attention)
 
 
-class Slots:
+class KVCache:
     """`number` conversations of a model, each with an adapter of its own or none."""
 
     def __init__(self, loaded: LoadedModel, number: int, most: int | None = None) -> None:
@@ -310,7 +310,7 @@ class Slots:
         slots = list(range(min(2, self.number)))
         texts = [probe_ids(loaded, text, special=True) for text in PROBE_TEXTS[: len(slots)]]
         with torch.no_grad(), without(loaded):
-            stock = [probe_nats(loaded.causal(input_ids=text).logits, text) for text in texts]
+            stock = [probe_losses(loaded.causal(input_ids=text).logits, text) for text in texts]
             allowed = allowed_distance(loaded, texts, stock)
         loaded.causal.set_attn_implementation(NAME)
         ids: list[list[int]] = [text[0].tolist() for text in texts]

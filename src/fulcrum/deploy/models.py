@@ -10,7 +10,7 @@ from fulcrum.config.settings import Settings
 from fulcrum.core.errors import ConfigError, DataError, ModelError, nearest
 from fulcrum.core.types import Message
 from fulcrum.data import encode
-from fulcrum.deploy.engine import Speaker, TooLongError, check_room
+from fulcrum.deploy.engine import ServedModel, TooLongError, check_room
 from fulcrum.experiments import finished
 from fulcrum.model import adapter, generate
 from fulcrum.model.base_model import LoadedModel
@@ -19,11 +19,11 @@ BASE = "base"  # the name of the model without an adapter, and without an anchor
 
 
 @dataclass(frozen=True)
-class Speakers:
+class ServedModels:
     """A base model with adapters on it."""
 
     loaded: LoadedModel
-    by_name: Mapping[str, Speaker]
+    by_name: Mapping[str, ServedModel]
     notes: tuple[str, ...]  # what differs from their training, in words
 
     def speak(
@@ -39,20 +39,20 @@ class Speakers:
         `on_text` is called with the answer's parts as they come. Raise DataError for a text that is
         no Unicode or too long.
         """
-        speaker = self.by_name[name]
-        form = speaker.form if anchored else encode.make_format(self.loaded.tokenizer, None)
+        served = self.by_name[name]
+        form = served.form if anchored else encode.make_format(self.loaded.tokenizer, None)
         prompt = encode.prompt_ids(messages, form)
         try:
-            check_room(prompt, speaker.longest, self.loaded.context)
+            check_room(prompt, served.longest, self.loaded.context)
         except TooLongError as error:
             raise DataError(f"{error}; /reset begins anew") from None
-        with adapter.active(self.loaded, speaker.adapter):
+        with adapter.active(self.loaded, served.adapter):
             return generate.generate_one(
-                self.loaded, prompt, form, max_new_tokens=speaker.longest, on_text=on_text
+                self.loaded, prompt, form, max_new_tokens=served.longest, on_text=on_text
             )
 
 
-def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> Speakers:
+def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> ServedModels:
     """Load the base model once, with the adapters of run folders, or only of the arms `wanted`.
 
     `base` is always there. An adapter is called by its arm; with several tasks `ARM/TASK`; with
@@ -67,7 +67,9 @@ def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> Speakers:
     _check_arms(wanted, weights)
     loaded = finished.load_base(next(iter(runs.values())))
     longest = max(task.max_new_tokens for settings in runs.values() for task in settings.tasks)
-    speakers = {BASE: Speaker(adapter.BASE, encode.make_format(loaded.tokenizer, None), longest)}
+    served_models = {
+        BASE: ServedModel(adapter.BASE, encode.make_format(loaded.tokenizer, None), longest)
+    }
     states: dict[str, tuple[adapter.State, TrainSettings]] = {}
     for folder, settings in runs.items():
         run_name = folder.resolve().name if len(runs) > 1 else None
@@ -80,23 +82,23 @@ def load(folders: Sequence[Path | str], wanted: Sequence[str] = ()) -> Speakers:
             states[key] = (finished.read_state(place), train)
             for task in settings.tasks:
                 name = _served_name(run_name, arm_name, task.name, settings)
-                if name in speakers:
+                if name in served_models:
                     raise ConfigError(
                         f"two adapters would be called {name!r}; rename a folder, or an arm"
                     )
                 anchor = finished.task_anchor(task, arm, settings)
                 form = encode.make_format(loaded.tokenizer, anchor)
-                speakers[name] = Speaker(key, form, task.max_new_tokens)
+                served_models[name] = ServedModel(key, form, task.max_new_tokens)
     adapter.put_on(loaded, states)
     notes: list[str] = []
     for folder in runs:
         notes += finished.other_base(folder, loaded)
-    return Speakers(loaded, speakers, tuple(notes))
+    return ServedModels(loaded, served_models, tuple(notes))
 
 
 def side_by_side(
     folder: Path, arm: str | None, others: Sequence[str], task: str | None
-) -> tuple[Speakers, list[str]]:
+) -> tuple[ServedModels, list[str]]:
     """Load the adapter of an arm and others to compare it with; return also their names.
 
     Defaults: the first arm that the run has, and its first task. Raise as `load`, and ConfigError

@@ -31,7 +31,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fulcrum.core.errors import DataError, nearest
 from fulcrum.data import encode
 from fulcrum.deploy import openai_api
-from fulcrum.deploy.engine import STOPPED, BusyError, Engine, Piece, Question, Speaker, TooLongError
+from fulcrum.deploy.engine import (
+    STOPPED,
+    AnswerDelta,
+    BusyError,
+    Engine,
+    Question,
+    ServedModel,
+    TooLongError,
+)
 from fulcrum.deploy.openai_api import (
     LOOPBACK,
     ChatRequest,
@@ -249,13 +257,13 @@ class _AnswerQueue:
     """The parts of all answers to one request, from the engine's thread to the server's loop."""
 
     def __init__(self) -> None:
-        self.queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()  # answer number, part
+        self.queue: asyncio.Queue[tuple[int, AnswerDelta]] = asyncio.Queue()  # answer number, part
         self.loop = asyncio.get_running_loop()
 
-    def writer(self, index: int) -> Callable[[Piece], None]:
+    def writer(self, index: int) -> Callable[[AnswerDelta], None]:
         """Return the function that takes the parts of one answer."""
 
-        def deliver(piece: Piece) -> None:
+        def deliver(piece: AnswerDelta) -> None:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, piece))
 
         return deliver
@@ -302,26 +310,26 @@ class _Handler:
         # Encoding switches a tokenizer's handling of special tokens, so one request at a time.
         self.lock = threading.Lock()
 
-    def speaker(self, name: str) -> Speaker:
+    def served(self, name: str) -> ServedModel:
         """Return a model by its name."""
-        speakers = self.engine.speakers
-        if name not in speakers:
-            text = f"no model {name!r} here{nearest(name, speakers)}"
+        served_models = self.engine.served_models
+        if name not in served_models:
+            text = f"no model {name!r} here{nearest(name, served_models)}"
             raise RequestError(404, text, field="model", code="model_not_found")
-        return speakers[name]
+        return served_models[name]
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        speaker = self.speaker(body.model)
+        served = self.served(body.model)
         messages = [turn.message() for turn in body.messages]
-        prompt = await self._tokenize(lambda: encode.prompt_ids(messages, speaker.form))
+        prompt = await self._tokenize(lambda: encode.prompt_ids(messages, served.form))
         limit = body.max_completion_tokens or body.max_tokens
-        limit = limit or self._default_limit(speaker.longest, [prompt])
+        limit = limit or self._default_limit(served.longest, [prompt])
         return await self._answer("chat", body, [prompt], limit, request)
 
     async def completion(self, body: CompletionRequest, request: Request) -> Response:
         """Continue a text as it is, markers of the template included: its writer rendered it."""
-        self.speaker(body.model)
+        self.served(body.model)
         number = len(body.prompts) * (body.n or 1)
         if not 0 < number <= openai_api.MAX_CHOICES:
             raise RequestError(
@@ -416,7 +424,7 @@ class _Handler:
             code = "context_length_exceeded" if isinstance(error, TooLongError) else None
             raise RequestError(400, str(error), code=code) from error
 
-    async def _pieces(self, exchange: _Exchange) -> AsyncIterator[tuple[int, Piece]]:
+    async def _pieces(self, exchange: _Exchange) -> AsyncIterator[tuple[int, AnswerDelta]]:
         """Yield the parts as they come, until all answers ended.
 
         Raise RequestError if one was broken off.
@@ -526,11 +534,11 @@ def _add_state(app: FastAPI, handler: _Handler) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [describe(name) for name in engine.speakers]}
+        return {"object": "list", "data": [describe(name) for name in engine.served_models]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        handler.speaker(name)
+        handler.served(name)
         return describe(name)
 
     @app.api_route("/health", methods=["GET", "HEAD"])

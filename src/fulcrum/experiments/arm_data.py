@@ -185,7 +185,9 @@ class ArmPlan:
         plain = encode.make_format(tokenizer, None)
         if not (self.arm.asks_adapters or self.arm.asks_teacher):
             return token_stream.tokenised(general, plain)
-        forms: dict[str, encode.Format] = {}  # these are rows of the task, and have its anchor
+        forms: dict[
+            str, encode.PromptFormat
+        ] = {}  # these are rows of the task, and have its anchor
         for task in self.rows.tasks:
             form = encode.make_format(tokenizer, self.train_anchors[task.name])
             for row in task.unlabeled:
@@ -216,7 +218,7 @@ def _train_rows(rows: RunData) -> tuple[Example, ...]:
     return tuple(row for task in rows.tasks for row in task.train)
 
 
-def _encode_all(examples: Sequence[Example], form: encode.Format) -> list[Tokens]:
+def _encode_all(examples: Sequence[Example], form: encode.PromptFormat) -> list[Tokens]:
     encode.encode_ahead(examples, form)
     return [encode.encode(example, form) for example in examples]
 
@@ -311,7 +313,7 @@ def planned_tokens(plan: ArmPlan, tokenizer: encode.Tokenizer) -> int:
     return round(total)
 
 
-def _mean_length(rows: Sequence[Example], form: encode.Format) -> float:
+def _mean_length(rows: Sequence[Example], form: encode.PromptFormat) -> float:
     if not rows:
         return 0.0
     sample = rows[:: max(1, len(rows) // 64)]

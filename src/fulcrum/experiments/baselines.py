@@ -47,7 +47,7 @@ def add_shots(task: Task, number: int) -> Task:
     return replace(task, dev=dev, test=test)
 
 
-def shot_counts(tasks: Sequence[Task], form: encode.Format, context: int | None) -> list[int]:
+def shot_counts(tasks: Sequence[Task], form: encode.PromptFormat, context: int | None) -> list[int]:
     """Return the numbers of shots that can be tried.
 
     Every task must have that many training rows, and the model's context must hold the prompts.
@@ -69,7 +69,7 @@ def shot_counts(tasks: Sequence[Task], form: encode.Format, context: int | None)
     return possible
 
 
-def _longest(tasks: Sequence[Task], number: int, form: encode.Format) -> int:
+def _longest(tasks: Sequence[Task], number: int, form: encode.PromptFormat) -> int:
     """Return the tokens of the longest row with its shots, and its own or the longest answer."""
     longest = 0
     for task in tasks:

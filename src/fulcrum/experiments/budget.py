@@ -230,7 +230,7 @@ def measure(rows: RunData, loaded: LoadedModel, settings: Settings) -> Speed:
     test = own.test[:_SAMPLE]
     tokens = [encode.final_answer(row, form) for row in test]
     prompts = [encode.prompt_ids(row.prompt, form) for row in test]
-    score = partial(generate.nats_at, loaded, tokens, cell.TEMPERATURES)
+    score = partial(generate.losses_at, loaded, tokens, cell.TEMPERATURES)
     answer = partial(
         generate.generate,
         loaded,

@@ -230,7 +230,7 @@ def _dev_losses(
     """Return each task's dev losses in nats (rows, temperatures), and answer tokens (rows,)."""
     losses = []
     for rows in tokenised(model, plan, tasks, "dev"):
-        losses.append(generate.nats_at(model, rows, TEMPERATURES))
+        losses.append(generate.losses_at(model, rows, TEMPERATURES))
     return losses
 
 

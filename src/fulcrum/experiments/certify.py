@@ -152,7 +152,7 @@ def collect_outcomes(
     rows: Mapping[int, RunData],
     task: str,
     names: Sequence[str],
-    plain: encode.Format,
+    plain: encode.PromptFormat,
 ) -> Outcomes:
     """Return all outcomes of a task, by the metrics `names` and by side effects.
 
@@ -182,7 +182,7 @@ def _task_measurements(
             cell = cell_of(result, rows, task)
             predictions = result.predictions[task]
             if name == TEMPERED:
-                values = _tempered_losses(predictions)
+                values: Sequence[float] = _tempered_losses(predictions)
             else:
                 values = scoring.outcomes(predictions, result.scores[task], name)
             in_nats = name in ("nll", TEMPERED)
@@ -266,7 +266,7 @@ def _outcome_lines(measurements: Iterator[Measurement]) -> Iterator[dict[str, An
 
 
 def _token_lines(
-    results: Sequence[ArmResult], rows: Mapping[int, RunData], task: str, plain: encode.Format
+    results: Sequence[ArmResult], rows: Mapping[int, RunData], task: str, plain: encode.PromptFormat
 ) -> Iterator[dict[str, Any]]:
     """Give a line for each cell with the tokens of its task rows; none if it has no rows."""
     tokens = {}
@@ -278,7 +278,7 @@ def _token_lines(
             yield _cell_keys(cell) | {"tokens": tokens[seed][size]}
 
 
-def _cumulated_tokens(task: Task, plain: encode.Format) -> list[int]:
+def _cumulated_tokens(task: Task, plain: encode.PromptFormat) -> list[int]:
     """Return the number of tokens of the first n training rows, at place n."""
     lengths = [len(encode.encode(row, plain)) for row in task.train]
     return [0, *np.cumsum(lengths).tolist()]

@@ -293,7 +293,7 @@ def _check_lengths(
     task: TaskSettings,
     names: Sequence[str],
     examples: Sequence[Example],
-    form: encode.Format,
+    form: encode.PromptFormat,
 ) -> None:
     """Raise DataError if a row, with room for an answer by metric `names`, exceeds the context."""
     context = adapter.loaded.context

@@ -204,7 +204,7 @@ def _encode_by_key(
     wanted: Mapping[str, tuple[Example, Anchor | None]], tokenizer: encode.Tokenizer
 ) -> dict[str, Tokens]:
     """Return the tokens of rows with their anchors, in the order of their keys."""
-    forms: dict[Anchor | None, encode.Format] = {}
+    forms: dict[Anchor | None, encode.PromptFormat] = {}
     examples: dict[str, Tokens] = {}
     for key in sorted(wanted):
         row, anchor = wanted[key]
@@ -320,7 +320,7 @@ def _ask_adapters(
     return _choose_likeliest(inputs, candidates, losses), how
 
 
-def _forms(session: Session, plan: ArmPlan) -> dict[str, encode.Format]:
+def _forms(session: Session, plan: ArmPlan) -> dict[str, encode.PromptFormat]:
     """Return the prompt format of each task, with the anchor that its rows are trained with."""
     tokenizer = session.model.tokenizer
     return {

@@ -20,7 +20,7 @@ from fulcrum.config.settings import Settings
 from fulcrum.core import store
 from fulcrum.core.types import Anchor, Example, IntArray, Message, Share
 from fulcrum.data import anchor_template, encode, mix, run_data
-from fulcrum.data.encode import Format
+from fulcrum.data.encode import PromptFormat
 from fulcrum.data.run_data import RunData
 from fulcrum.experiments.arm_data import ArmPlan, resolve
 from fulcrum.model import download
@@ -118,10 +118,10 @@ def lengths(preview: Preview) -> Mapping[str, IntArray]:
     return counts
 
 
-def _sources(preview: Preview) -> list[tuple[str, Sequence[Example], Format]]:
+def _sources(preview: Preview) -> list[tuple[str, Sequence[Example], PromptFormat]]:
     """Return the name, rows and prompt format of each source of rows."""
     plain = encode.make_format(preview.tokenizer, None)
-    sources: list[tuple[str, Sequence[Example], Format]] = []
+    sources: list[tuple[str, Sequence[Example], PromptFormat]] = []
     for task in preview.rows.tasks:
         form = encode.make_format(preview.tokenizer, task.anchor)
         sources.append((f"{task.name} train", task.train, form))
@@ -164,14 +164,14 @@ def facts(preview: Preview, trainings: Sequence[PlannedTraining], rows: int) -> 
     }
 
 
-def _shown(source: str, row: Example, form: Format) -> dict[str, Any]:
+def _shown(source: str, row: Example, form: PromptFormat) -> dict[str, Any]:
     return {"source": source, "origin": row.origin, "spans": spans(row, form)}
 
 
 # Spans.
 
 
-def spans(example: Example, form: Format) -> list[Span]:
+def spans(example: Example, form: PromptFormat) -> list[Span]:
     """Cut what the model sees into prompt, anchor, trained text and trained end tokens.
 
     The texts joined are the decoded row, special tokens included.
@@ -192,7 +192,7 @@ def spans(example: Example, form: Format) -> list[Span]:
     return _mark_anchor(parts, form.anchor)
 
 
-def _decode(ids: Sequence[int], form: Format) -> str:
+def _decode(ids: Sequence[int], form: PromptFormat) -> str:
     return str(
         form.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )

@@ -35,7 +35,7 @@ def predict(
     form = encode.make_format(loaded.tokenizer, task.anchor)
     answers = [encode.final_answer(example, form) for example in examples]
     temperatures = (1.0,) if temperature is None else (1.0, temperature)
-    nats, _ = generate.nats_at(loaded, answers, temperatures)
+    nats, _ = generate.losses_at(loaded, answers, temperatures)
     outputs: Sequence[str | None] = [None] * len(examples)
     if metrics.needs_generation(task.metrics):
         prompts = [encode.prompt_ids(example.prompt, form) for example in examples]

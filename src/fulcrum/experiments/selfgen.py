@@ -136,7 +136,7 @@ class OfModel:
     def _generate(
         self,
         prompts: Sequence[Sequence[int]],
-        form: encode.Format,
+        form: encode.PromptFormat,
         max_new_tokens: int,
         decoding: generate.Decoding,
     ) -> list[str]:

@@ -92,4 +92,4 @@ def train_arm(session: Session, plan: ArmPlan) -> ArmResult:
 
 def dev_loss(loaded: LoadedModel, dev: Sequence[Sequence[Tokens]]) -> float:
     """Return nats per answer token, averaged over tasks: a large one does not decide alone."""
-    return float(np.mean([generate.mean_nats(loaded, rows) for rows in dev]))
+    return float(np.mean([generate.mean_loss(loaded, rows) for rows in dev]))

@@ -334,7 +334,7 @@ def probe_ids(loaded: LoadedModel, text: str, *, special: bool = False) -> Tenso
     return ids[:, :12].to(loaded.device)
 
 
-def probe_nats(logits: Tensor, ids: Tensor) -> Tensor:
+def probe_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Return the nats of each token but the first, by logits (1, tokens, vocabulary)."""
     return functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
 
@@ -361,7 +361,7 @@ def _rounding(loaded: LoadedModel, examples: Sequence[Tensor], stock: Sequence[T
     name = causal.config._attn_implementation
     try:
         causal.set_attn_implementation("eager")
-        plain = [probe_nats(causal(input_ids=ids).logits, ids) for ids in examples]
+        plain = [probe_losses(causal(input_ids=ids).logits, ids) for ids in examples]
     except Exception:  # whatever the model's own code raises
         return 0.0
     finally:
@@ -397,7 +397,7 @@ def _probe_packing(loaded: LoadedModel) -> str:
     gpu = loaded.device.type == "cuda"
     first, other, head = (probe_ids(loaded, text, special=True) for text in PROBE_TEXTS[:3])
     pair = [torch.cat([head, probe_ids(loaded, text)], dim=1) for text in PROBE_TEXTS[3:]]
-    alone = [probe_nats(causal(input_ids=ids).logits, ids) for ids in (first, *pair)]
+    alone = [probe_losses(causal(input_ids=ids).logits, ids) for ids in (first, *pair)]
     allowed = allowed_distance(loaded, (first, *pair), alone)
     why = ""
     for shares in (False,) if gpu else (True, False):
@@ -419,7 +419,7 @@ def _probe_packing(loaded: LoadedModel) -> str:
         leak = max(float((a - b).abs().max()) for a, b in pairs)
         together = []
         for part, ids in zip(logits, (first, *pair), strict=True):
-            together.append(probe_nats(part, ids))
+            together.append(probe_losses(part, ids))
         distance = _mean_distance(together, alone)
         if leak <= 1e-4 * float(logits[1].float().std()) and distance <= allowed:
             loaded.packed = True

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from fulcrum.core.types import FloatArray, IntArray, Tokens
-from fulcrum.data.encode import Format
+from fulcrum.data.encode import PromptFormat
 from fulcrum.data.formats import whole_sentences
 from fulcrum.model.adapter import no_dropout
 from fulcrum.model.base_model import LoadedModel, generation_attention
@@ -34,11 +34,11 @@ def nats(
 
     Both have the shape (examples,).
     """
-    sums, counts = nats_at(loaded, examples, (1.0,), budget=budget)
+    sums, counts = losses_at(loaded, examples, (1.0,), budget=budget)
     return sums[:, 0], counts
 
 
-def nats_at(
+def losses_at(
     loaded: LoadedModel,
     examples: Sequence[Tokens],
     temperatures: Sequence[float],
@@ -73,7 +73,7 @@ def divergence(
     return sums[:, 0], counts
 
 
-def mean_nats(loaded: LoadedModel, examples: Sequence[Tokens]) -> float:
+def mean_loss(loaded: LoadedModel, examples: Sequence[Tokens]) -> float:
     """Return the loss per supervised token over all examples together."""
     sums, counts = nats(loaded, examples)
     return float(sums.sum() / counts.sum())
@@ -118,7 +118,7 @@ GREEDY = Decoding()
 def generate(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
-    form: Format,
+    form: PromptFormat,
     *,
     max_new_tokens: int,
     batch_tokens: int,
@@ -153,7 +153,7 @@ def generate(
 def generate_one(
     loaded: LoadedModel,
     prompt: Sequence[int],
-    form: Format,
+    form: PromptFormat,
     *,
     max_new_tokens: int,
     on_text: Callable[[str], None] | None = None,
@@ -178,7 +178,7 @@ def end_ids(loaded: LoadedModel) -> list[int]:
 
 
 def _options(
-    loaded: LoadedModel, form: Format, max_new_tokens: int, decoding: Decoding
+    loaded: LoadedModel, form: PromptFormat, max_new_tokens: int, decoding: Decoding
 ) -> dict[str, Any]:
     """Return what Transformers' `generate` is told, and seed its draws."""
     stop = sorted({*form.end_ids, *end_ids(loaded)})

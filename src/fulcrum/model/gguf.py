@@ -157,7 +157,7 @@ def write(
     return len(replaced)
 
 
-def speech_of(form: encode.Format) -> Speech:
+def speech_of(form: encode.PromptFormat) -> Speech:
     """Return the metadata by which llama.cpp makes the prompts that the model was trained with.
 
     These are the chat template and the token that ends an answer. If the template writes no first

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from fulcrum.core import store
 from fulcrum.core.types import Anchor, Message
 from fulcrum.data import anchor_template, encode
-from fulcrum.data.encode import Format
+from fulcrum.data.encode import PromptFormat
 from fulcrum.model.base_model import LoadedModel
 from fulcrum.model.registry import BUILTIN
 
@@ -109,7 +109,7 @@ def save_adapter(
     return folder
 
 
-def modelfile(base: str, form: Format, *, adapter: bool = True) -> str | None:
+def modelfile(base: str, form: PromptFormat, *, adapter: bool = True) -> str | None:
     """Return the Modelfile for a saved adapter next to it, or for a whole model.
 
     None if the chat template has another shape. The first token of the sequence is omitted if the
@@ -141,7 +141,7 @@ def modelfile(base: str, form: Format, *, adapter: bool = True) -> str | None:
     )
 
 
-def pieces(form: Format) -> Pieces | None:
+def pieces(form: PromptFormat) -> Pieces | None:
     """Return the pieces of a format's template, or None if it has another shape."""
     conversations = (
         [_FIRST],
@@ -194,7 +194,7 @@ def template(pieces: Pieces) -> str:
     )
 
 
-def _render(messages: Sequence[Message], form: Format) -> str:
+def _render(messages: Sequence[Message], form: PromptFormat) -> str:
     """Return what the template renders. Raise ValueError if a message is not in it once."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
     text = str(

@@ -1,4 +1,4 @@
-// A run at work: how far it is, its losses by source, what it says; stopped and gone on with.
+// A run at work: how far it is, its losses by source, what it says; stopped and resumed.
 
 import { action, clock, count, get, h, note, number, poll, say, send } from "./dom.js";
 import { badge } from "./home.js";
