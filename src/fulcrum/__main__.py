@@ -1,4 +1,7 @@
-"""`python -m fulcrum` is `fulcrum`: for launchers that start modules, such as `accelerate launch -m fulcrum train ...`."""
+"""`python -m fulcrum` is `fulcrum`, for launchers that start modules.
+
+An example is `accelerate launch -m fulcrum train ...`.
+"""
 
 from fulcrum.cli.main import main
 

@@ -13,19 +13,24 @@ AUTO = "auto"  # in place of an anchor's text
 
 
 def _is_list(kind: Any) -> bool:
-    """Whether a field takes a list of names or numbers, and no single text."""
+    """Return whether a field takes a list of names or numbers, and no single text."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    elements = [get_args(option)[0] for option in options if get_origin(option) is tuple]
-    return str not in options and any(_plain_kinds(element) for element in elements)
+    if str in options:
+        return False
+    tuples = [option for option in options if get_origin(option) is tuple]
+    return any(_may_be_plain(get_args(option)[0]) for option in tuples)
 
 
-def _plain_kinds(kind: Any) -> bool:
-    """Whether a kind is a name or a number, or may be one."""
-    return kind in (str, int, float) or any(_plain_kinds(part) for part in get_args(kind))
+def _may_be_plain(kind: Any) -> bool:
+    """Return whether a kind is a name or a number, or may be one."""
+    return kind in (str, int, float) or any(map(_may_be_plain, get_args(kind)))
 
 
 class Section(BaseModel):
-    """Base of all settings: frozen, and unknown keys are refused. One value does where a list of names or numbers is asked."""
+    """Base of all settings: frozen, and unknown keys are refused.
+
+    One value does where a list of names or numbers is asked.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -33,17 +38,18 @@ class Section(BaseModel):
     @classmethod
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
-        if _is_list(kind) and isinstance(value, str | int | float) and not isinstance(value, bool):
-            value = (
-                [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
-            )
+        if _is_list(kind):
+            if isinstance(value, str):
+                value = [part.strip() for part in value.split(",")]
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                value = [value]
+        items = value if isinstance(value, list | tuple) else [value]
+        is_bool = any(isinstance(item, bool) for item in items)
         # Python takes True for 1: `repeats: yes` would be one repeat.
-        if bool not in (kind, *get_args(kind)) and any(
-            isinstance(item, bool)
-            for item in (value if isinstance(value, list | tuple) else [value])
-        ):
+        if is_bool and bool not in (kind, *get_args(kind)):
             raise ValueError(
-                "takes no truth value (YAML reads yes, no, on and off as such; quote them where they are text)"
+                "takes no truth value (YAML reads yes, no, on and off as such; quote them if they "
+                "are text)"
             )
         return value
 
@@ -53,7 +59,10 @@ class AnchorSettings(Section):
 
     text: str = Field(
         min_length=1,
-        description="the anchor's words; auto: some are proposed, scored without any training, and one is chosen",
+        description=(
+            "the anchor's words; auto: some are proposed, scored without any training, "
+            "and one is chosen"
+        ),
     )
     placement: Placement = Field(
         "user_prefix", description="where it stands in every row of the task"
@@ -64,7 +73,9 @@ class AnchorSettings(Section):
     paraphrase: str | None = Field(
         None,
         min_length=1,
-        description="the same in other words, in which the trained model is asked too; none: made by rule",
+        description=(
+            "the same in other words, in which the trained model is asked too; none: made by rule"
+        ),
     )
 
     @field_validator("candidates", mode="before")
@@ -76,9 +87,7 @@ class AnchorSettings(Section):
     @classmethod
     def _visible(cls, value: Any) -> Any:
         for text in value if isinstance(value, tuple) else [value]:
-            if text is not None and not any(
-                character.isprintable() and not character.isspace() for character in text
-            ):
+            if text is not None and not any(map(_is_visible, text)):
                 raise ValueError(
                     f"an anchor needs words, {text!r} shows none; leave it out, or write some"
                 )
@@ -88,19 +97,24 @@ class AnchorSettings(Section):
     def _chosen_among(self) -> "AnchorSettings":
         if self.candidates and not self.is_auto:
             raise ValueError(
-                "candidates are for `text: auto`, which chooses among them; this anchor has its text"
+                "candidates are for `text: auto`, which chooses among them; this "
+                "anchor has its text"
             )
         return self
 
     @property
     def is_auto(self) -> bool:
-        """Whether the text is yet to be chosen."""
+        """Return whether the text is yet to be chosen."""
         return self.text == AUTO
 
     @property
     def value(self) -> Anchor:
-        """The anchor as a plain record."""
+        """Return the anchor as a plain record."""
         return Anchor(self.text, self.placement)
+
+
+def _is_visible(character: str) -> bool:
+    return character.isprintable() and not character.isspace()
 
 
 def as_anchor(value: Any) -> Any:
@@ -113,7 +127,7 @@ def as_anchor(value: Any) -> Any:
 
 
 class DataSource(Section):
-    """Where rows come from: a file, folder, glob, hub id or `builtin`, and how its columns are named."""
+    """Where rows come from: a file, folder, glob, hub id or `builtin`."""
 
     path: str = Field(
         min_length=1,
@@ -140,7 +154,10 @@ class GeneralSource(DataSource):
     weight: float | None = Field(
         None,
         gt=0,
-        description="its part of the general rows, in mix.unit; none: every source's rows are as likely as others",
+        description=(
+            "its part of the general rows, in mix.unit; none: every source's rows are as "
+            "likely as others"
+        ),
     )
     include: Accepted = Field(
         default_factory=dict,
@@ -158,7 +175,10 @@ class GeneralSource(DataSource):
     )
     stream: bool = Field(
         False,
-        description="read a hub data set row by row until `limit` rows are there, instead of downloading it whole",
+        description=(
+            "read a hub data set row by row until `limit` rows are there, instead of "
+            "downloading it whole"
+        ),
     )
 
     @field_validator("include", "exclude", mode="before")
@@ -166,15 +186,16 @@ class GeneralSource(DataSource):
     def _one_value(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        listed = {
-            name: item if isinstance(item, list | tuple) else [item] for name, item in value.items()
-        }
-        for name, items in listed.items():
+        accepted = {}
+        for name, item in value.items():
+            items = item if isinstance(item, list | tuple) else [item]
             if any(isinstance(part, bool) for part in items):
                 raise ValueError(
-                    f"{name}: YAML reads yes, no, on, off and true, false as truth values; quote them: 'no', 'true'"
+                    f"{name}: YAML reads yes, no, on, off and true, false as truth values; quote "
+                    "them: 'no', 'true'"
                 )
-        return {name: [str(part) for part in items] for name, items in listed.items()}
+            accepted[name] = [str(part) for part in items]
+        return accepted
 
     @model_validator(mode="after")
     def _streamed(self) -> "GeneralSource":
@@ -201,5 +222,9 @@ def as_sources(value: Any) -> Any:
 
 
 def may_hold_secret(address: str) -> bool:
-    """Whether an address holds a name or password before its host (also without `https://`), or what may be a key after `?`."""
-    return "@" in (address.partition("//")[2] or address).partition("/")[0] or "?" in address
+    """Return whether an address may hold a secret.
+
+    That is a name or password before its host (also without `https://`), or a key after `?`.
+    """
+    host = (address.partition("//")[2] or address).partition("/")[0]
+    return "@" in host or "?" in address

@@ -1,20 +1,22 @@
-"""Settings as people write them: YAML text and `a.b=value` flags -> nested data; pydantic's findings -> sentences.
+"""Settings as people write them: YAML text and `a.b=value` flags.
 
-The settings themselves are `config`'s; here they are only "a pydantic model". Names of other trainers are renamed here, before
-validation. Invariant: no key is read twice and no value is lost silently; whatever is refused is named with its place.
+Text becomes nested data, in which the key names of other trainers are replaced by ours; what
+pydantic finds wrong becomes a sentence. Invariant: no key is read twice and no value is lost
+silently; whatever is refused is named with its place.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from fulcrum.core.errors import ConfigError
 
-# Names that people bring from TRL, LLaMA-Factory, Axolotl, ms-swift and Hugging Face -> ours (dotted).
+# Names that people bring from TRL, LLaMA-Factory, Axolotl, ms-swift and Hugging Face -> ours
+# (dotted).
 ALIASES: Mapping[str, str] = {
     "model_name_or_path": "model",
     "base_model": "model",
@@ -61,11 +63,18 @@ _YAML_REMEDIES = (
 )
 
 _EXPECTED: Mapping[str, str] = {
-    "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
-    "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
-    "bool_type": "true or false", "bool_parsing": "true or false",
-    "string_type": "a text", "tuple_type": "a list", "dict_type": "a mapping",
-}  # fmt: skip
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+}
 
 _TAGS = ("arm by name", "arm in full")  # of items that are a name or a section
 
@@ -84,65 +93,86 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
-        first: dict[str, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in first:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in lines:
                 problem = (
-                    f"{key.value!r} is given twice, first in line {first[key.value]}; keep one"
+                    f"{key.value!r} is given twice, first in line {lines[key.value]}; keep one"
                 )
                 raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
-            first[key.value] = key.start_mark.line + 1
+            lines[key.value] = key.start_mark.line + 1
         return node
 
 
 def parse(text: str, where: str) -> Any:
-    """Read YAML. Raises ConfigError as ``where:line:column: problem`` for what is not YAML and for a key given twice."""
+    """Read YAML.
+
+    Raises ConfigError as ``where:line:column: problem`` if it is not YAML or a key is given twice.
+    """
     try:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        remedy = next(
-            (f"; {remedy}" for part, remedy in _YAML_REMEDIES if part in str(error.problem)), ""
-        )
+        remedy = ""
+        for part, advice in _YAML_REMEDIES:
+            if part in str(error.problem):
+                remedy = f"; {advice}"
+                break
         raise ConfigError(f"{place}: {error.problem}{remedy}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not readable as YAML: {str(error).splitlines()[0]}") from None
 
 
 def put(data: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested mappings, making those that lack. Raises ConfigError where a plain value is in the way."""
+    """Set ``a.b.c`` in nested mappings, and make those that are missing.
+
+    Raises ConfigError if a plain value is in the way.
+    """
     *parents, last = dotted.split(".")
     for key in parents:
         child = data.setdefault(key, {})
         if not isinstance(child, dict):
             raise ConfigError(
-                f"{dotted}: {key!r} already holds {child!r} and cannot take {last!r}; give {key} as a mapping"
+                f"{dotted}: {key!r} already holds {child!r} and cannot take "
+                f"{last!r}; give {key} as a mapping"
             )
         data = child
     data[last] = value
 
 
 def rename(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Move what stands under other trainers' names to ours. Raises ConfigError where a setting is then given twice."""
-    given = {
-        str(key).replace("-", "_"): dict(value) if isinstance(value, dict) else value
-        for key, value in data.items()
-    }
-    result = {key: value for key, value in given.items() if key not in ALIASES}
-    for key in [key for key in given if key in ALIASES]:
+    """Replace other trainers' key names by ours.
+
+    Raises ConfigError if a setting is then given twice.
+    """
+    result: dict[str, Any] = {}
+    aliased: dict[str, Any] = {}
+    for written, value in data.items():
+        key = str(written).replace("-", "_")
+        own = dict(value) if isinstance(value, dict) else value
+        if key in ALIASES:
+            aliased[key] = own
+        else:
+            result[key] = own
+    for key, value in aliased.items():
         section, _, last = ALIASES[key].rpartition(".")
         place = result.get(section) if section else result
         if isinstance(place, dict) and last in place:
             raise ConfigError(
                 f"{key!r} and {ALIASES[key]!r} (or another name of it) are both given; keep one"
             )
-        put(result, ALIASES[key], given[key])
+        put(result, ALIASES[key], value)
     return result
 
 
 def override(text: str) -> tuple[str, Any]:
-    """Read ``a.b=value`` (the value is YAML) into our dotted name and the value. Raises ConfigError."""
+    """Return our dotted name and the value of ``a.b=value`` (the value is YAML).
+
+    Raises ConfigError if there is no ``=`` or no name.
+    """
     key, separator, value = text.partition("=")
     key = key.strip()
     if not separator or not key:
@@ -155,17 +185,20 @@ def override(text: str) -> tuple[str, Any]:
 def explain(
     error: ValidationError, settings: type[BaseModel], where: str, flags: Mapping[str, str]
 ) -> ConfigError:
-    """Say in plain words what pydantic found first, a misspelt name before all else.
+    """Return what pydantic found first in plain words; a misspelt name comes before all else.
 
-    `flags`: dotted name -> the flag that set it; a finding there is the flag's, any other is that of the file `where`.
+    `flags`: dotted name -> the flag that set it; a finding there is the flag's, any other is that
+    of the file `where`.
     """
-    found = error.errors()
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    findings = error.errors()
+    misspelt = [finding for finding in findings if finding["type"] == "extra_forbidden"]
+    first = misspelt[0] if misspelt else findings[0]
     dotted, section = _place(first["loc"], settings)
     plain = re.sub(r"\[\d+\]", "", dotted)
-    where = next(
-        (flag for name, flag in flags.items() if f"{plain}.".startswith(f"{name}.")), where
-    )
+    for name, flag in flags.items():
+        if f"{plain}.".startswith(f"{name}."):
+            where = flag
+            break
     if first["type"] == "extra_forbidden":
         return ConfigError(f"{where}: unknown setting {dotted!r}{_near(first['loc'], settings)}")
     if first["type"] == "missing":
@@ -173,21 +206,23 @@ def explain(
             f"{where}: {dotted!r} is missing; write it, or start from `fulcrum init DATA_FILE`"
         )
     # A setting that may be of several kinds has one finding for each.
-    same = [_phrase(one, section) for one in found if _place(one["loc"], settings)[0] == dotted]
-    expected = [text.removeprefix("expected ") for text in same if text.startswith("expected ")]
-    message = (
-        f"expected {' or '.join(dict.fromkeys(expected))}"
-        if len(expected) == len(same)
-        else same[0]
-    )
+    phrases = []
+    for finding in findings:
+        if _place(finding["loc"], settings)[0] == dotted:
+            phrases.append(_phrase(finding, section))
+    message = phrases[0]
+    if all(text.startswith("expected ") for text in phrases):
+        expected = dict.fromkeys(text.removeprefix("expected ") for text in phrases)
+        message = f"expected {' or '.join(expected)}"
+    if not dotted:
+        return ConfigError(f"{where}: settings: {message}")
     given = "nothing" if first["input"] in (None, "", (), []) else f"{first['input']!r:.200}"
-    return ConfigError(
-        f"{where}: {dotted or 'settings'}: {message}" + (f" (got {given})" if dotted else "")
-    )
+    return ConfigError(f"{where}: {dotted}: {message} (got {given})")
 
 
-def _phrase(found: Any, section: type[BaseModel] | None) -> str:
-    kind, context = found["type"], found.get("ctx", {})
+def _phrase(finding: Any, section: type[BaseModel] | None) -> str:
+    kind = finding["type"]
+    context = finding.get("ctx", {})
     if kind in _EXPECTED:
         return f"expected {_EXPECTED[kind]}"
     if kind == "literal_error":
@@ -196,14 +231,15 @@ def _phrase(found: Any, section: type[BaseModel] | None) -> str:
         return f"expected a mapping with {', '.join(list(section.model_fields)[:3])} ..."
     if kind in _BOUNDS:
         return _BOUNDS[kind].format(**context)
-    return str(found["msg"]).removeprefix("Value error, ")
+    return str(finding["msg"]).removeprefix("Value error, ")
 
 
 def _place(
     location: Sequence[int | str], settings: type[BaseModel]
 ) -> tuple[str, type[BaseModel] | None]:
-    """The dotted name of a finding, and the section that it is (None: a plain value)."""
-    dotted, section = "", settings
+    """Return the dotted name of a finding, and the section that it is (None: a plain value)."""
+    dotted = ""
+    section = settings
     for place, part in enumerate(location):
         if isinstance(part, int):
             dotted += f"[{part}]"
@@ -211,65 +247,73 @@ def _place(
         if part in _TAGS and place and isinstance(location[place - 1], int):
             continue  # pydantic's name for the kind of an item
         dotted += f".{part}"
-        inner = section.model_fields[part].annotation if part in section.model_fields else None
-        if (
-            below := _section(inner)
-        ) is None:  # what follows are positions in a list, or pydantic's name for a kind of value
-            dotted += "".join(
-                f"[{rest}]" for rest in location[place + 1 :] if isinstance(rest, int)
-            )
-            return _named(dotted), None
+        field = section.model_fields.get(part)
+        below = None if field is None else _section(field.annotation)
+        if below is None:
+            # What follows are positions in a list, or pydantic's name for a kind of value.
+            for rest in location[place + 1 :]:
+                if isinstance(rest, int):
+                    dotted += f"[{rest}]"
+            return _as_written(dotted), None
         section = below
-    return _named(dotted), section
+    return _as_written(dotted), section
 
 
-def _named(dotted: str) -> str:
+def _as_written(dotted: str) -> str:
     return re.sub(r"^\.tasks\[0\]", ".task", dotted).removeprefix(".")
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section inside an annotation such as ``tuple[DataSource, ...]``."""
-    if (
-        isinstance(annotation, type)
-        and get_origin(annotation) is None
-        and issubclass(annotation, BaseModel)
-    ):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _section(part))), None)
+    """Return the section inside an annotation such as ``tuple[DataSource, ...]``, if any."""
+    is_class = isinstance(annotation, type) and get_origin(annotation) is None
+    if is_class and issubclass(annotation, BaseModel):
+        return cast(type[BaseModel], annotation)
+    for part in get_args(annotation):
+        section = _section(part)
+        if section is not None:
+            return section
+    return None
 
 
 def _names(section: type[BaseModel], prefix: str) -> dict[str, str]:
-    """Full dotted name -> last part, of all settings below a section."""
-    found: dict[str, str] = {}
-    for name, field in section.model_fields.items():
-        dotted = f"{prefix}{'task' if name == 'tasks' else name}"
-        found[dotted] = dotted.rpartition(".")[2]
-        if (inner := _section(field.annotation)) is not None:
-            found |= _names(inner, f"{dotted}.")
-    return found
+    """Return full dotted name -> last part, of all settings below a section."""
+    names: dict[str, str] = {}
+    for field_name, field in section.model_fields.items():
+        last = "task" if field_name == "tasks" else field_name
+        names[prefix + last] = last
+        inner = _section(field.annotation)
+        if inner is not None:
+            names |= _names(inner, f"{prefix}{last}.")
+    return names
 
 
 def _near(location: Sequence[int | str], settings: type[BaseModel]) -> str:
-    """Which settings an unknown name may mean: another trainer's name, the same name elsewhere, a near one beside it."""
+    """Return which settings an unknown name may mean, as the end of a message.
+
+    Another trainer's name comes first, then the same name elsewhere, then a similar one in the
+    same section.
+    """
     *parents, wrong = location
     word = str(wrong).replace("-", "_")
     dotted, section = _place(parents, settings)
     if section is not None and RENAMED.get(word) in section.model_fields:
         return f"; it is called {RENAMED[word]!r} now"
-    everywhere = _names(settings, "")
-    exact = (
-        [ALIASES[word]]
-        if word in ALIASES
-        else [name for name, last in everywhere.items() if last == word]
-    )
-    if not exact and section is not None:
-        beside = {
-            last: f"{dotted}.{last}".lstrip(".") for last in section.model_fields if last != "tasks"
-        }
-        beside |= {} if parents else {**ALIASES, "task": "task"}
-        exact = list(
-            dict.fromkeys(beside[last] for last in get_close_matches(word, beside, n=3, cutoff=0.5))
-        )
-        if not exact:
-            return f"; known: {', '.join(sorted({*section.model_fields, *({} if parents else {'task': ''})}))}"
-    return "; did you mean " + " or ".join(repr(name) for name in exact[:3]) + "?"
+    if word in ALIASES:
+        meant = [ALIASES[word]]
+    else:
+        meant = [name for name, last in _names(settings, "").items() if last == word]
+    if not meant and section is not None:
+        siblings: dict[str, str] = {}
+        for last in section.model_fields:
+            if last != "tasks":
+                siblings[last] = f"{dotted}.{last}".lstrip(".")
+        if not parents:
+            siblings |= {**ALIASES, "task": "task"}
+        near = get_close_matches(word, siblings, n=3, cutoff=0.5)
+        meant = list(dict.fromkeys(siblings[last] for last in near))
+        if not meant:
+            known = {*section.model_fields}
+            if not parents:
+                known.add("task")
+            return f"; known: {', '.join(sorted(known))}"
+    return "; did you mean " + " or ".join(repr(name) for name in meant[:3]) + "?"

@@ -226,7 +226,7 @@ def _format(tokenizer: Tokenizer, size: int, template: str, anchor: Anchor | Non
 
 @dataclass(frozen=True)
 class _Markers:
-    """The special tokens of a tokenizer with one template; the fields are those of `PromptFormat`."""
+    """Special tokens of a tokenizer with one template, as in `PromptFormat`."""
 
     end_ids: tuple[int, ...]
     end_text: str
