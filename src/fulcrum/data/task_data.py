@@ -71,7 +71,7 @@ def require_rows(examples: Sequence[Example], rejects: Sequence[Reject], minimum
     """Raise DataError, counting the rejects by reason, if fewer than `minimum` rows are usable."""
     if len(examples) >= minimum:
         return
-    origins = [row.origin for row in (*examples, *rejects)]
+    origins = [row.origin for row in examples] + [reject.origin for reject in rejects]
     files = ", ".join(sorted({origin.rpartition(":")[0] for origin in origins}))
     why = ""
     if rejects:
@@ -168,10 +168,11 @@ def check_overlap(
     kinds: Counter[str] = Counter()
     pairs: list[str] = []
     for row in held_out:
-        key = next((key for key in _overlap_keys(row, by_group) if key in train_origin), None)
-        if key is not None:
-            kinds[key.split()[0]] += 1
-            pairs.append(f"{row.origin} = {train_origin[key]}")
+        for key in _overlap_keys(row, by_group):
+            if key in train_origin:
+                kinds[key.split()[0]] += 1
+                pairs.append(f"{row.origin} = {train_origin[key]}")
+                break
     if not pairs:
         return
     counts = ", ".join(f"{count} the same {kind}" for kind, count in kinds.items())
@@ -364,7 +365,10 @@ def apply_limits(
         for example, length in over:
             rejects.append(Reject(example.origin, reason, f"{length} tokens"))
     inputs, refused = _take_fitting_inputs(task, form, row_limit, seed)
-    return replace(task, unlabeled=inputs, **parts), rejects + refused
+    limited = replace(
+        task, train=parts["train"], dev=parts["dev"], test=parts["test"], unlabeled=inputs
+    )
+    return limited, rejects + refused
 
 
 def take_fitting(
