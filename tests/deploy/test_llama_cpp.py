@@ -72,7 +72,7 @@ class Jinja2ChatFormatter:
 
     def __call__(self, messages):
         contents = [each["content"] for each in messages]
-    return type("Written", (), {"prompt": "<s>" + "".join(contents)})
+        return type("Written", (), {"prompt": "<s>" + "".join(contents)})
 """
 
 

@@ -256,7 +256,7 @@ def _check_languages(source: GeneralSource) -> None:
 
 def _unread_notes(source: GeneralSource) -> list[str]:
     """Return a note if the source's folder holds files that are not read."""
-    unread = readers.passed_over(source.path)
+    unread = readers.unread_names(source.path)
     if not unread:
         return []
     names = ", ".join(unread[:_UNREAD_SHOWN])
