@@ -1,8 +1,8 @@
-"""A certificate, typed: what an arm's general data bought, in rows and in score, with intervals.
+"""A certificate: what an arm's general data bought, in rows and in score, with intervals.
 
-`certificate.json` holds codes and numbers alone. All of them follow from the outcomes next to it
-and the question asked (`certification`), so that `verify` can compute them again. `wording` makes
-the sentences, which may change without breaking a stored certificate.
+`certificate.json` holds codes and numbers only. All of them follow from the outcomes next to it and
+the question asked (`certification`), so `verify` can compute them again. `wording` makes the
+sentences, which may change without breaking a stored certificate.
 
 Invariant: every score, difference and slope is in its metric's own unit and sign. Of a loss, a
 difference below 0 is an improvement.
@@ -24,43 +24,43 @@ from fulcrum.stats.intervals import Interval
 from fulcrum.stats.row_savings import Factor
 
 FILE = "certificate.json"
-FORMAT = 3  # 1 knew no `identifiable` of each row gain; 2 held sentences, and turned losses round
+# 1 had no `identifiable` for each row gain; 2 held sentences, and turned the sign of losses.
+FORMAT = 3
 
 Verdict = Literal["gain", "no_gain", "loss", "unknown"]
 Choice = Literal["general_data", "labelling", "undecided", "unmeasured"]
 
 
-# ---- numbers in JSON: null is what is not known, a code what lies beyond the measured sizes
+# Numbers in JSON: null if it is not known, "under" or "over" if it lies beyond the measured sizes.
 
 
 def _read_interval(given: Any) -> Interval:
     if isinstance(given, Interval):
         return given
     _check_keys(given, Interval._fields)
-    return Interval(
-        *(math.nan if given[key] is None else _finite(given[key]) for key in Interval._fields)
-    )
+    return Interval(*[_read_number(given[key]) for key in Interval._fields])
 
 
 def _plain_interval(interval: Interval) -> dict[str, float | None]:
-    return {
-        key: value if math.isfinite(value) else None for key, value in interval._asdict().items()
-    }
+    plain: dict[str, float | None] = {}
+    for key, value in interval._asdict().items():
+        plain[key] = value if math.isfinite(value) else None
+    return plain
 
 
 def _read_factor(given: Any) -> Factor:
     if isinstance(given, Factor):
         return given
     _check_keys(given, Factor._fields)
-    return Factor(*(_read_end(given[key]) for key in Factor._fields))
+    return Factor(*[_read_end(given[key]) for key in Factor._fields])
 
 
 def _read_end(end: Any) -> float:
-    if end is None:
-        return math.nan
     if end == "under":
         return 0.0
-    return math.inf if end == "over" else _finite(end)
+    if end == "over":
+        return math.inf
+    return _read_number(end)
 
 
 def _plain_factor(factor: Factor) -> dict[str, float | str | None]:
@@ -81,31 +81,33 @@ def _check_keys(given: Any, keys: Sequence[str]) -> None:
         raise ValueError(f"expected an object with {', '.join(keys)}")
 
 
-def _finite(value: Any) -> float:
+def _read_number(value: Any) -> float:
+    if value is None:
+        return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"expected a number, got {value!r:.40}")
     return float(value)
 
 
-# A number with its 95% interval; nan where nothing is known.
+# A number with its 95% interval; nan if nothing is known.
 Estimate = Annotated[Interval, PlainValidator(_read_interval), PlainSerializer(_plain_interval)]
-# A factor in rows or tokens; 0 or inf beyond what was measured, nan where nothing is known.
+# A factor in rows or tokens; 0 or inf beyond what was measured, nan if nothing is known.
 Censored = Annotated[Factor, PlainValidator(_read_factor), PlainSerializer(_plain_factor)]
 
 
-def signed(interval: Interval, sign: int) -> Interval:
+def with_sign(interval: Interval, sign: int) -> Interval:
     """Multiply an interval by +1 or -1; a zero has no sign."""
     if sign > 0:
         return interval
     return Interval(-interval.estimate + 0.0, -interval.high + 0.0, -interval.low + 0.0)
 
 
-# ---- what a certificate holds
+# What a certificate holds.
 
 
 @dataclass(frozen=True, slots=True)
 class AtEnd:
-    """A hyperparameter whose best value was the least or the most that was tried."""
+    """A hyperparameter whose best value was the smallest or the largest that was tried."""
 
     arm: str
     size: int  # task rows
@@ -147,8 +149,8 @@ class Design:
     trained: tuple[str, ...]  # the arms among these that are trained
     at_end: tuple[AtEnd, ...] = ()
     diverged: tuple[Diverged, ...] = ()
-    all_rows: int | None = None  # the largest size, where the task has no further rows
-    test_rows: int | None = None  # rows held out as test rows, where the task has no test file
+    all_rows: int | None = None  # the largest size, if the task has no further rows
+    test_rows: int | None = None  # rows held out as test rows, if the task has no test file
     budget: Budget | None = None
 
 
@@ -172,7 +174,7 @@ class Point:
 
     arm: str
     size: int  # task rows; 0 for an untrained arm
-    tokens: float | None  # of the task rows, mean over seeds; None where they say nothing
+    tokens: float | None  # of the task rows, mean over seeds; None if they say nothing
     by_seed: tuple[float, ...]
     score: Estimate
 
@@ -183,7 +185,7 @@ class Selection:
 
     size: int  # task rows
     arm: str  # by the estimate itself
-    shares: Mapping[str, float]  # of the draws in which an arm was selected
+    shares: Mapping[str, float]  # arm -> share of the draws in which it was selected
 
     @property
     def usual(self) -> str:
@@ -193,28 +195,28 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Worth:
-    """A row saving (of all rows), or the row gain of so many."""
+    """A row saving (with all rows), or the row gain of a number of rows."""
 
     size: int  # task rows
     identifiable: bool  # whether the reference clearly rises where this is read off
     rows: Censored
-    tokens: Censored | None  # the same in task tokens, where these rise with the rows
+    tokens: Censored | None  # the same in task tokens, if these rise with the rows
 
 
 @dataclass(frozen=True, slots=True)
 class MoreRows:
-    """What labelling more rows would have brought, next to what general data brought."""
+    """What labelling more rows would have brought, compared with what general data brought."""
 
-    rows: int  # more labelled rows
+    rows: int  # how many more
     choice: Choice
     references: tuple[str, ...]  # the arms that were measured with so many
-    labelling: Estimate  # difference of the reference with more rows to the reference with all
-    advantage: Estimate  # difference of the arm with all rows to the reference with more
+    labelling: Estimate  # the reference with more rows minus the reference with all rows
+    advantage: Estimate  # the arm with all rows minus the reference with more rows
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A difference between arms with all rows that tells what the whole difference comes from."""
+    """A difference between arms with all rows that shows one cause of the whole difference."""
 
     code: str  # of ATTRIBUTION
     difference: Estimate
@@ -231,9 +233,8 @@ class Answer:
     test_groups: float  # equal content groups that the test rows are worth
     points: tuple[Point, ...]
     references: tuple[Selection, ...]  # by size, ascending
-    selected_on: Literal[
-        "dev", "test"
-    ]  # the scores that select the reference; its own test scores favour it
+    # The scores that select the reference; its own test scores favour it.
+    selected_on: Literal["dev", "test"]
     difference: Estimate  # the arm minus the reference
     p: float | None  # two-sided, of a difference of 0
     slope: Estimate  # of the reference, for each doubling of its rows
@@ -246,7 +247,7 @@ class Answer:
 
     @property
     def gain(self) -> Worth | None:
-        """The row gain of all rows, where it can be read off."""
+        """The row gain of all rows, if it can be read off."""
         for worth in self.gains:
             if worth.size == self.rows and worth.identifiable:
                 return worth
@@ -259,7 +260,7 @@ class Answer:
 
     def improvement(self, difference: Interval) -> Interval:
         """Return a difference or slope of this metric with the sign that makes above 0 better."""
-        return signed(difference, -1 if self.lower_is_better else 1)
+        return with_sign(difference, -1 if self.lower_is_better else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +283,7 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class SideEffect:
-    """What arms did next to the task, by one metric, such as "leakage" or "forgetting: pool"."""
+    """What arms did besides the task, by one metric, such as "leakage" or "forgetting: pool"."""
 
     metric: str
     seeds: int
@@ -292,7 +293,7 @@ class SideEffect:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The hyperparameters of a cell; None where there was nothing to choose."""
+    """The hyperparameters of a cell; None if there was nothing to choose."""
 
     arm: str
     size: int
@@ -302,23 +303,26 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the outcomes rest on. If another trainer made them, only their file is known."""
+    """What the outcomes rest on. If another trainer made them, only their file is known.
 
-    outcomes_file: str | None = None  # its SHA-256
+    outcomes_file: its SHA-256
+    rows: place -> short hash of the task row
+    files: path -> SHA-256 of the data file
+    made: path -> SHA-256 of a file of rows that a model made
+    general_rows: seed -> hash of the general rows
+    environment: versions, machine, model
+    adjusted_p: task -> p-value adjusted for several tasks, by Holm
+    """
+
+    outcomes_file: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    rows: Mapping[str, str] = field(
-        default_factory=dict
-    )  # short hash of each task row, by its place
-    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of each data file, by its path
-    made: Mapping[str, str] = field(
-        default_factory=dict
-    )  # SHA-256 of each file of rows that a model made
-    general_rows: Mapping[str, str] = field(
-        default_factory=dict
-    )  # hash of the general rows, by seed
-    environment: Mapping[str, Any] = field(default_factory=dict)  # versions, machine, model
+    rows: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, str] = field(default_factory=dict)
+    general_rows: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
     hyperparameters: tuple[Chosen, ...] = ()
-    adjusted_p: Mapping[str, float] = field(default_factory=dict)  # of several tasks, by Holm
+    adjusted_p: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +368,7 @@ class Certificate:
 
     @classmethod
     def read(cls, file: Path) -> "Certificate":
-        """Read a certificate. Raises StoreError for anything else, and for other formats."""
+        """Read a certificate. Raises StoreError for anything else, such as other formats."""
         try:
             content = store.strict_json(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -383,7 +387,8 @@ class Certificate:
             raise StoreError(
                 f"{file}: not a certificate: {place}: {first['msg']}; the file was changed"
             ) from None
-        if changed := store.changes(content, certificate.plain()):
+        changed = store.changes(content, certificate.plain())
+        if changed:
             raise StoreError(
                 f"{file}: not a certificate: odd {', '.join(changed[:5])}; the file was changed"
             )
@@ -410,5 +415,5 @@ def save(file: Path, certificate: Certificate) -> None:
 
 
 def is_side_effect(metric: str) -> bool:
-    """Return whether a metric tells what happened next to the task, such as "leakage"."""
+    """Return whether a metric measures something besides the task, such as "leakage"."""
     return metric.partition(":")[0] in ("forgetting", "drift", "dependency", "leakage")

@@ -37,7 +37,7 @@ from fulcrum.stats.certificate import (
     is_side_effect,
     save,
     sealed,
-    signed,
+    with_sign,
 )
 from fulcrum.stats.intervals import Interval
 from fulcrum.stats.outcomes import Cell, Outcomes
@@ -226,10 +226,10 @@ def _answer(comparison: _Comparison, metric: str) -> Answer:
         points=_points(comparison),
         references=_selections(comparison),
         selected_on="test" if on_test else "dev",
-        difference=signed(improvement, sign),
+        difference=with_sign(improvement, sign),
         p=None if np.isnan(improvement.low) else row_savings.p_value(comparison.improvement),
-        slope=signed(row_savings.slope(curve), sign),
-        slope_towards_rows=signed(row_savings.slope_towards(curve, n), sign),
+        slope=with_sign(row_savings.slope(curve), sign),
+        slope_towards_rows=with_sign(row_savings.slope_towards(curve, n), sign),
         saving=_saving(comparison),
         gains=tuple(gains),
         verdict=_verdict(improvement, is_worse),
@@ -244,7 +244,7 @@ def _points(comparison: _Comparison) -> tuple[Point, ...]:
     for place, (arm, size) in enumerate(measured.points):
         tokens = float(measured.tokens[place]) if comparison.in_tokens else None
         by_seed = tuple(sign * float(score) + 0.0 for score in measured.by_seed[place])
-        score = signed(row_savings.interval(comparison.draws.score[:, place]), sign)
+        score = with_sign(row_savings.interval(comparison.draws.score[:, place]), sign)
         points.append(Point(arm, size, tokens, by_seed, score))
     return tuple(points)
 
@@ -333,7 +333,7 @@ def _attribution(draws: Draws, n: int, sign: int) -> tuple[Part, ...]:
     for code, arms in ATTRIBUTION.items():
         if all((arm, n) in draws.measured.points for arm, _ in arms):
             total = row_savings.contrast(*[(factor, draws.of(arm, n)) for arm, factor in arms])
-            parts.append(Part(code, signed(row_savings.interval(total), sign)))
+            parts.append(Part(code, with_sign(row_savings.interval(total), sign)))
     return tuple(parts)
 
 
@@ -384,7 +384,7 @@ def _more_rows(comparison: _Comparison) -> MoreRows:
     elif advantage.high < 0:
         choice = "labelling"
     arms = tuple(sorted(set(curve.selected.values())))
-    return MoreRows(MORE, choice, arms, signed(labelling, sign), signed(advantage, sign))
+    return MoreRows(MORE, choice, arms, with_sign(labelling, sign), with_sign(advantage, sign))
 
 
 def _verdict(improvement: Interval, is_worse: bool) -> Verdict:
