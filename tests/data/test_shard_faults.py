@@ -1,4 +1,4 @@
-"""Pools where things go wrong: killed, full, damaged, changed meanwhile, out of reach. What is said, and what is left."""
+"""Pools in trouble: killed, full, damaged, changed, out of reach; what is said and what is left."""
 
 import gzip
 import json

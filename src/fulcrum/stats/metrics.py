@@ -220,7 +220,7 @@ def _rouge_tokens(text: str) -> list[str]:
 
 
 def _chrf(row: _Row) -> float:
-    return _chrf_scorer().sentence_score(row.output, [row.gold]).score
+    return float(_chrf_scorer().sentence_score(row.output, [row.gold]).score)
 
 
 @cache

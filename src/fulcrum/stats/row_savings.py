@@ -493,11 +493,7 @@ def _row_weights(denominators: FloatArray | None, n_rows: int) -> FloatArray:
 
 
 def _tested_rows(outcomes: Mapping[Point, FloatArray], n_seeds: int, n_rows: int) -> BoolArray:
-<<<<<<< HEAD
-    """Return which rows are test rows at each seed (seeds, rows); all points must agree."""
-=======
     """Return which rows (seeds, rows) are test rows at each seed; all points must agree."""
->>>>>>> q/stats
     tested = np.ones((n_seeds, n_rows), dtype=bool)
     first = None
     for point, values in outcomes.items():
