@@ -637,5 +637,5 @@ for verb in (pool.selfgen, certificate.certify, certificate.verify, deploy.ui):
 
 
 def main() -> None:
-    """The console entry point."""
+    """Run the command line; the console entry point."""
     app(prog_name="fulcrum")

@@ -334,7 +334,7 @@ def selects(arm: Arm, settings: Settings) -> str:
 
 
 def by_task_rows(arm: Arm, settings: Settings) -> bool:
-    """Whether an arm's general rows depend on the task rows that it is trained on."""
+    """Return whether an arm's general rows depend on the task rows that it is trained on."""
     return selects(arm, settings) != "random" or arm.asks_adapters
 
 

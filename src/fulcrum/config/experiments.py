@@ -160,52 +160,52 @@ class Arm(Section):
 
     @property
     def uses_general_data(self) -> bool:
-        """Whether it trains on general rows."""
+        """Return whether it trains on general rows."""
         return self.general != "none"
 
     @property
     def depends_on_seed(self) -> bool:
-        """Whether another seed, with its other task rows, gives another result."""
+        """Return whether another seed, with its other task rows, gives another result."""
         return self.trained or self.few_shot or self.tfidf
 
     @property
     def is_reference(self) -> bool:
-        """Whether TELL has to beat it: without general data, with hyperparameters it chose."""
+        """Return whether TELL has to beat it: no general data, hyperparameters of its own."""
         return not self.uses_general_data and self.hyperparameters_of is None
 
     @property
     def uses_pool(self) -> bool:
-        """Whether it trains on rows of the pool with the pool's own answers."""
+        """Return whether it trains on rows of the pool with the pool's own answers."""
         return self.general == "pool"
 
     @property
     def can_select(self) -> bool:
-        """Whether it may choose among the rows of the run's pool."""
+        """Return whether it may choose among the rows of the run's pool."""
         return self.general in ("pool", "permuted") and not self.pool
 
     @property
     def is_capped_by_pool(self) -> bool:
-        """Whether it has at most as many general rows as were drawn for the longest mixture."""
+        """Return whether its general rows are at most those drawn for the longest mixture."""
         return self.general in ("pool", "permuted", "own_answers", "self_made")
 
     @property
     def makes_rows(self) -> bool:
-        """Whether the base model writes its general rows, or their answers, before training."""
+        """Return whether the base model writes its general rows, or their answers."""
         return self.general in ("own_answers", "self_made")
 
     @property
     def uses_unlabeled(self) -> bool:
-        """Whether its general rows are inputs of the task that nobody labelled."""
+        """Return whether its general rows are inputs of the task that nobody labelled."""
         return self.general in ("unlabeled", "pseudo_self", "pseudo_teacher")
 
     @property
     def asks_adapters(self) -> bool:
-        """Whether adapters trained on its task rows answer the unlabelled inputs."""
+        """Return whether adapters trained on its task rows answer the unlabelled inputs."""
         return self.general == "pseudo_self"
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether the teacher answers the unlabelled inputs."""
+        """Return whether the teacher answers the unlabelled inputs."""
         return self.general == "pseudo_teacher"
 
 

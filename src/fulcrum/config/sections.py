@@ -149,7 +149,7 @@ class MixSettings(Section):
 
     @property
     def candidates(self) -> tuple[int, ...]:
-        """The numbers of repeats to try."""
+        """Return the numbers of repeats to try."""
         return (1, 2, 4, 8) if self.repeats == "auto" else (self.repeats,)
 
 

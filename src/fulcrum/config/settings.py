@@ -121,7 +121,7 @@ class Settings(Section):
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seeds of a comparison's chains: those given, else the run's own."""
+        """Return the seeds of a comparison's chains: those given, else the run's own."""
         return self.compare.seeds or (self.seed,)
 
     @property

@@ -43,17 +43,17 @@ class Example:
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """All messages before the final answer."""
+        """Return all messages before the final answer."""
         return self.messages[:-1]
 
     @property
     def answer(self) -> str:
-        """The final answer's text."""
+        """Return the final answer's text."""
         return self.messages[-1].content
 
     @property
     def question(self) -> str:
-        """The last user message's text (empty if there is none)."""
+        """Return the last user message's text (empty if there is none)."""
         for message in reversed(self.messages):
             if message.role == "user":
                 return message.content
@@ -191,7 +191,7 @@ class Hyperparameters:
 
     @property
     def name(self) -> str:
-        """What differs from the default, as a part of file names: "repeats4-learning_rate0.001"."""
+        """Return what differs from the default, for file names: "repeats4-learning_rate0.001"."""
         if self.shots:
             return f"shots{self.shots}"
         parts = [f"repeats{self.repeats}"]
@@ -248,7 +248,7 @@ class ArmResult:
 
     @property
     def setting(self) -> Hyperparameters | None:
-        """What was chosen; None if there was nothing to choose."""
+        """Return what was chosen; None if there was nothing to choose."""
         return None if self.chosen is None else self.tried[self.chosen].setting
 
 

@@ -65,17 +65,17 @@ class Plan:
 
     @property
     def task_positions(self) -> int:
-        """How many positions hold a task row: n_task * repeats."""
+        """Return how many positions hold a task row: n_task * repeats."""
         return self.n_task * self.repeats
 
     @property
     def task_share(self) -> float:
-        """The task's part of the stream in examples, q = RT / N; `share` counts tokens too."""
+        """Return the task's part of the stream in examples: q = RT / N."""
         return self.task_positions / len(self)
 
     @property
     def mixed(self) -> bool:
-        """Whether task and general rows alternate: not in plain SFT, nor one after the other."""
+        """Return whether task and general rows alternate."""
         alternates = self.order not in ("general_then_task", "task_then_general")
         return self.general_used > 0 and alternates
 

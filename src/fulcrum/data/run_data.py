@@ -103,7 +103,7 @@ class RunData:
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """A hash over the rows of each part, by name: a refusal can say which data changed."""
+        """Return a hash over the rows of each part, by name, to say which data changed."""
         parts: dict[str, Sequence[Example]] = {
             "general": self.general,
             "candidates": self.candidates[len(self.general) :],
@@ -238,7 +238,7 @@ class _Request:
 
     @property
     def outer(self) -> tuple[int, int] | None:
-        """The number of the fold to hold out and how many there are; None: no folds."""
+        """Return the number of the fold to hold out and how many there are; None: no folds."""
         if not self.by_fold:
             return None
         seeds = self.settings.seeds
@@ -247,14 +247,14 @@ class _Request:
 
     @property
     def own_arms(self) -> list[Arm]:
-        """The arms that the settings file itself describes; none outside a comparison."""
+        """Return the arms that the settings file itself describes; none outside a comparison."""
         if self.dev_apart:
             return []
         return [arm for arm in self.settings.compare.arms if isinstance(arm, Arm)]
 
     @property
     def own_anchors(self) -> dict[str, Anchor]:
-        """The anchors of these arms, by the setting that gives them."""
+        """Return the anchors of these arms, by the setting that gives them."""
         anchors = {}
         for arm in self.own_arms:
             if arm.anchor is not None:
@@ -339,7 +339,7 @@ def _check_anchors(request: _Request, tasks: Sequence[Task]) -> list[str]:
 
 
 def _train_last_answers(request: _Request, tasks: list[Task]) -> list[Task]:
-    """If some anchor allows only last answers to be trained, let no arm and task train others."""
+    """Train on last answers only, in every arm and task, if some anchor allows no others."""
     anchors = [*(task.anchor for task in tasks), *request.own_anchors.values()]
     if not any(map(last_answer_only, anchors)):
         return tasks

@@ -78,7 +78,7 @@ class Shard:
 
     @property
     def read(self) -> int:
-        """Rows of the part."""
+        """Return rows of the part."""
         return self.kept + sum(self.left_out.values())
 
 

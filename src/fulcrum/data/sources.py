@@ -61,7 +61,7 @@ class Origin:
 
     @property
     def kind(self) -> str:
-        """How it is read: lines, parquet, arrow, hub; or sequence, which cannot be cut."""
+        """Return how it is read: lines, parquet, arrow, hub; or sequence, which cannot be cut."""
         if not self.path:
             return "sequence" if self.source.stream else "hub"
         kinds = {".jsonl": "lines", ".parquet": "parquet", ".arrow": "arrow"}

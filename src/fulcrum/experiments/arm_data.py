@@ -58,12 +58,12 @@ class ArmPlan:
 
     @property
     def task_rows(self) -> tuple[Example, ...]:
-        """The task rows that it trains on, of all tasks."""
+        """Return the task rows that it trains on, of all tasks."""
         return _train_rows(self.rows) if self.arm.task_rows else ()
 
     @cached_property
     def general_rows(self) -> tuple[Example, ...]:
-        """The general rows that its streams take from, first ones first.
+        """Return the general rows that its streams take from, first ones first.
 
         They are the run's, the arm's own, or chosen among the candidates.
         """
@@ -81,7 +81,7 @@ class ArmPlan:
 
     @property
     def general_name(self) -> str:
-        """The key of its rows in `RunData.own_general`.
+        """Return the key of its rows in `RunData.own_general`.
 
         If adapters answer its rows, the key names the task rows that these were trained on.
         """
@@ -103,7 +103,7 @@ class ArmPlan:
 
     @cached_property
     def trials(self) -> tuple[Hyperparameters, ...]:
-        """The hyperparameters it tries: repeats (epochs) x learning rates x weight decays.
+        """Return the hyperparameters it tries: repeats (epochs) x learning rates x weight decays.
 
         Arms with few general rows or none try up to the most epochs that TELL's steps allow. Each
         training's learning rate decays fully within its own steps. If an arm tunes anything else

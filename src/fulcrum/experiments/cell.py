@@ -65,7 +65,7 @@ class Session:
 
     @property
     def kept(self) -> Path | None:
-        """The folder that this process writes to; None if it writes nothing."""
+        """Return the folder that this process writes to; None if it writes nothing."""
         return self.folder if distributed.writes() else None
 
     def listener(self, label: str) -> loop.Progress:
@@ -100,7 +100,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its name in files and messages."""
+        """Return its name in files and messages."""
         return f"{self.arm.name}-{self.size}-seed{self.seed}"
 
 

@@ -84,7 +84,7 @@ class Writer(Protocol):
 
     @property
     def described(self) -> Mapping[str, str]:
-        """What its rows depend on: name and weights."""
+        """Return what its rows depend on: name and weights."""
 
     def write(
         self, count: int, seed: int, temperature: float, sound: Callable[[str], bool]

@@ -53,12 +53,12 @@ class _Run:
 
     @property
     def place(self) -> Path:
-        """Where tools may write."""
+        """Return where tools may write."""
         return _place(self.folder)
 
     @property
     def name(self) -> str:
-        """Its name in a project, which holds several run folders."""
+        """Return its name in a project, which holds several run folders."""
         return f"{self.folder.name}/{self.label}"
 
 

@@ -40,7 +40,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The stem of its file's name."""
+        """Return the stem of its file's name."""
         if self.hyperparameters is None:
             return self.cell.name
         return f"{self.cell.name}-{self.hyperparameters.name}"
@@ -78,7 +78,7 @@ class ComparisonPlan:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Every seed, in the order in which they run."""
+        """Return every seed, in the order in which they run."""
         return tuple(self.rows)
 
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ class Clusters:
 
     @property
     def sentence(self) -> str:
-        """The result in plain words."""
+        """Return the result in plain words."""
         if self.labels is not None:
             sizes = np.bincount(self.labels)
             return (

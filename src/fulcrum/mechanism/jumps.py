@@ -94,12 +94,12 @@ class JumpTest:
 
     @property
     def jump(self) -> bool:
-        """Whether all conditions hold."""
+        """Return whether all conditions hold."""
         return not self.failed
 
     @property
     def abrupt(self) -> bool:
-        """Whether all conditions but the direction hold: a jump, for better or worse."""
+        """Return whether all conditions but the direction hold: a jump, for better or worse."""
         return set(self.failed) <= {"direction"}
 
 

@@ -123,7 +123,9 @@ def _weights(loaded: LoadedModel, adapter: str = "default") -> State:
 
 
 def is_finite(loaded: LoadedModel) -> bool:
-    """Whether all weights of the present adapter are finite: not after a training that diverged.
+    """Return whether all weights of the present adapter are finite.
+
+    They are not after a training that diverged.
 
     True without an adapter.
     """
@@ -274,7 +276,7 @@ class LoraLinear(Linear):  # type: ignore[misc]  # PEFT's classes have no types
 
 
 def _is_cast(weight: Tensor) -> bool:
-    """Whether autocast would give products with this weight another dtype than it has."""
+    """Return whether autocast would give products with this weight another dtype than it has."""
     kind = weight.device.type
     return torch.is_autocast_enabled(kind) and weight.dtype != torch.get_autocast_dtype(kind)
 
@@ -318,7 +320,7 @@ class _Product(torch.autograd.Function):
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """into += scale * left @ right, in place."""
+    """Add scale * left @ right to `into`, in place."""
     if torch.compiler.is_compiling():
         _add_product_opaquely(into, left, right, scale)
     else:

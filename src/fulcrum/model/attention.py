@@ -157,7 +157,7 @@ class Segments:
 
     @property
     def windows(self) -> set[int | None]:
-        """The sliding windows that layers have asked for so far."""
+        """Return the sliding windows that layers have asked for so far."""
         return {kind.window for kind in self._plans}
 
     def plan(

@@ -84,17 +84,17 @@ class LoadedModel:
 
     @property
     def sharded(self) -> bool:
-        """Whether its layers are spread over processes (FSDP), which must run it together."""
+        """Return whether its layers are spread over processes (FSDP), which run it together."""
         return isinstance(self.body, FSDPModule)
 
     @property
     def flash(self) -> bool:
-        """Whether rows go to a GPU's variable-length kernel."""
+        """Return whether rows go to a GPU's variable-length kernel."""
         return self.device.type == "cuda" and self.packed
 
     @property
     def body(self) -> nn.Module:
-        """The model below its output head: ids -> hidden states."""
+        """Return the model below its output head: ids -> hidden states."""
         return cast(nn.Module, getattr(self.causal, self.causal.base_model_prefix))
 
     def fingerprint(self) -> str:
@@ -375,7 +375,7 @@ def _mean_distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 def declares_window(config: Any) -> bool:
-    """Whether some layer sees a window or chunk only.
+    """Return whether some layer sees a window or chunk only.
 
     A probe's few words cannot tell, because windows are longer.
     """
@@ -457,7 +457,7 @@ def _probe_logits(
 
 
 def _probe_head(loaded: LoadedModel) -> bool:
-    """Whether `head` on the body's hidden states gives the model's own logits."""
+    """Return whether `head` on the body's hidden states gives the model's own logits."""
     ids = probe_ids(loaded, PROBE_TEXTS[0])
     try:
         apart = loaded.head(loaded.body(input_ids=ids, use_cache=False)[0])

@@ -40,12 +40,15 @@ def processes() -> Any:
 
 
 def writes() -> bool:
-    """Whether this process is the one that writes files."""
+    """Return whether this process is the one that writes files."""
     return bool(processes().is_main_process)
 
 
 def is_alone() -> bool:
-    """Whether `accelerate launch` started one process only; with `--cpu` it leaves more to MPI."""
+    """Return whether `accelerate launch` started one process only.
+
+    With `--cpu` it leaves more to MPI.
+    """
     launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
     return launched and processes().num_processes == 1
 
@@ -88,7 +91,10 @@ def share_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def wants_shards() -> bool:
-    """Whether the launcher asks for FSDP. Raises ConfigError for a kind that is not supported."""
+    """Return whether the launcher asks for FSDP.
+
+    Raises ConfigError for a kind that is not supported.
+    """
     asks = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if not asks or processes().num_processes == 1:
         return False

@@ -197,7 +197,7 @@ def _base(loaded: LoadedModel, row: Row) -> Tensor:
 
 
 def _head_is_apart(loaded: LoadedModel) -> bool:
-    """Whether the head runs by itself, on chunks: an adapter on it would lose its gradient."""
+    """Return whether the head runs by itself, on chunks; an adapter on it has no gradient then."""
     head = loaded.causal.get_output_embeddings()
     return loaded.split_head and not any(parameter.requires_grad for parameter in head.parameters())
 
@@ -306,7 +306,7 @@ def _layers_compiled(loaded: LoadedModel, on: bool) -> Iterator[None]:
 
 
 def _needs_checkpointing(loaded: LoadedModel, row: Row) -> bool:
-    """Whether the row's activations are too many to keep, by the model's shapes."""
+    """Return whether the row's activations are too many to keep, by the model's shapes."""
     config = loaded.causal.config.get_text_config()
     width = getattr(config, "hidden_size", 0)
     inner = getattr(config, "intermediate_size", None) or 4 * width

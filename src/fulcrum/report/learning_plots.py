@@ -55,7 +55,7 @@ class Line:
 
     @property
     def untrained(self) -> bool:
-        """Whether the arm has no task rows at all, so that its score holds at every size."""
+        """Return whether the arm has no task rows at all, so that its score holds at every size."""
         return self.marks[-1].size == 0
 
 

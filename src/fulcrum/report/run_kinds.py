@@ -52,7 +52,7 @@ class RunKind:
 
     @property
     def has_dev_apart(self) -> bool:
-        """Whether dev rows are kept out of the rows that train."""
+        """Return whether dev rows are kept out of the rows that train."""
         return self.selection == "dev"
 
 

@@ -189,7 +189,7 @@ class Selection:
 
     @property
     def usual(self) -> str:
-        """The arm that was selected in most draws."""
+        """Return the arm that was selected in most draws."""
         return max(self.shares, key=self.shares.__getitem__)
 
 
@@ -247,7 +247,7 @@ class Answer:
 
     @property
     def gain(self) -> Worth | None:
-        """The row gain of all rows, if it can be read off."""
+        """Return the row gain of all rows, if it can be read off."""
         for worth in self.gains:
             if worth.size == self.rows and worth.identifiable:
                 return worth
@@ -255,7 +255,7 @@ class Answer:
 
     @property
     def reference(self) -> Selection:
-        """The reference with all rows."""
+        """Return the reference with all rows."""
         return next(selection for selection in self.references if selection.size == self.rows)
 
     def improvement(self, difference: Interval) -> Interval:
@@ -351,12 +351,12 @@ class Certificate:
 
     @property
     def answer(self) -> Answer:
-        """The answer of the metric that decides."""
+        """Return the answer of the metric that decides."""
         return self.answers[0]
 
     @property
     def seal(self) -> str:
-        """The SHA-256 that this content should be sealed with."""
+        """Return the SHA-256 that this content should be sealed with."""
         content = self.plain()
         del content["sha256"]
         return store.fingerprint(content)

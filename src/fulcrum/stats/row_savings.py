@@ -101,7 +101,7 @@ class Reference(NamedTuple):
 
     @property
     def last(self) -> FloatArray:
-        """Its score at the largest size."""
+        """Return its score at the largest size."""
         return self.score[:, -1]
 
 

@@ -27,7 +27,7 @@ PAYS_FROM = 1e10
 
 
 def wanted(loaded: LoadedModel, settings: TrainSettings, tokens: int) -> bool:
-    """Whether a run that trains on so many tokens, in all its cells together, should compile.
+    """Return whether a run that trains on so many tokens, in all its cells, should compile.
 
     Raises ConfigError if `train.compile` is always and this machine or model cannot.
     """

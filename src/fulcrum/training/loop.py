@@ -67,7 +67,7 @@ def learning_rate(step: int, phases: Sequence[int], settings: TrainSettings) -> 
 
 
 def is_shown(step: int, steps: int) -> bool:
-    """Whether step `step` (from 1) of `steps` is logged."""
+    """Return whether step `step` (from 1) of `steps` is logged."""
     return step in (1, steps) or step % math.ceil(steps / POINTS) == 0
 
 
@@ -210,7 +210,7 @@ class _Training:
 
     @property
     def is_stale(self) -> bool:
-        """Whether early stopping ends the training."""
+        """Return whether early stopping ends the training."""
         patience = self.recipe.settings.early_stopping_patience
         return patience is not None and self.state.stale >= patience
 
