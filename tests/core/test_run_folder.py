@@ -200,7 +200,7 @@ def test_a_folder_that_may_only_be_read_is_said(tmp_path: Path) -> None:
 def test_a_new_run_finds_a_place_beside(tmp_path: Path, there: tuple[str, ...], found: str) -> None:
     for name in there:
         (tmp_path / name).mkdir()
-    assert run_folder.beside(tmp_path / "run") == tmp_path / found
+    assert run_folder.first_free(tmp_path / "run") == tmp_path / found
 
 
 # The seal.

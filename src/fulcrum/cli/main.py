@@ -547,7 +547,7 @@ def _settings(
     overrides = {name: value for name, value in asdict(given).items() if value is not None}
     settings = load_settings(run_file, changes or (), overrides)
     if force_new:
-        free = run_folder.beside(Path(settings.output_dir))
+        free = run_folder.first_free(Path(settings.output_dir))
         return settings.model_copy(update={"output_dir": str(free)})
     return settings
 

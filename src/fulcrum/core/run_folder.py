@@ -108,7 +108,7 @@ def held(folder: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def beside(folder: Path) -> Path:
+def first_free(folder: Path) -> Path:
     """Return the folder, or if it exists the first free one of `folder-2`, `folder-3` ..."""
     free = folder
     number = 1
