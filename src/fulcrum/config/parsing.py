@@ -1,7 +1,11 @@
-"""Settings as people write them: YAML text and `a.b=value` flags -> nested data; pydantic's findings -> sentences.
+"""Settings as people write them: YAML text and `a.b=value` flags, and messages about them.
 
-The settings themselves are `config`'s; here they are only "a pydantic model". Names of other trainers are renamed here, before
-validation. Invariant: no key is read twice and no value is lost silently; whatever is refused is named with its place.
+Texts become nested data, and pydantic's findings become sentences. The settings themselves are in
+`settings`; here they are only "a pydantic model". Other trainers' names become ours here, before
+validation.
+
+Invariant: no key is read twice and no value is lost silently; whatever is refused is named with its
+place.
 """
 
 import re
@@ -14,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from fulcrum.core.errors import ConfigError
 
-# Names that people bring from TRL, LLaMA-Factory, Axolotl, ms-swift and Hugging Face -> ours (dotted).
+# Names in TRL, LLaMA-Factory, Axolotl, ms-swift and Hugging Face -> ours (dotted).
 ALIASES: Mapping[str, str] = {
     "model_name_or_path": "model",
     "base_model": "model",
@@ -43,14 +47,14 @@ ALIASES: Mapping[str, str] = {
     "data_seed": "seed",
 }
 
-# Settings that had other names before -> theirs now; the old names are refused.
+# Former names of settings -> today's; the former ones are refused.
 RENAMED: Mapping[str, str] = {
     "settings_of": "hyperparameters_of",
     "shots": "few_shot",
     "words": "tfidf",
 }
 
-# What PyYAML says -> what people most often have to do about it; the first that fits is used.
+# A part of PyYAML's message -> what most often has to be done; the first that fits is used.
 _YAML_REMEDIES = (
     ("mapping values are not allowed", "put quotes around a text that holds ': '"),
     ("'\\t'", "indent with spaces, not with tabs"),
@@ -60,14 +64,20 @@ _YAML_REMEDIES = (
     ("end of stream", "a quote is not closed"),
 )
 
+# pydantic's types of errors -> what was expected.
 _EXPECTED: Mapping[str, str] = {
-    "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
-    "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
-    "bool_type": "true or false", "bool_parsing": "true or false",
-    "string_type": "a text", "tuple_type": "a list", "dict_type": "a mapping",
-}  # fmt: skip
-
-_TAGS = ("arm by name", "arm in full")  # of items that are a name or a section
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+}
 
 _BOUNDS: Mapping[str, str] = {
     "greater_than_equal": "must be at least {ge:g}",
@@ -78,71 +88,70 @@ _BOUNDS: Mapping[str, str] = {
     "string_too_short": "must not be empty",
 }
 
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys; here the second is an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        first: dict[str, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in first:
-                problem = (
-                    f"{key.value!r} is given twice, first in line {first[key.value]}; keep one"
-                )
-                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
-            first[key.value] = key.start_mark.line + 1
-        return node
+# pydantic's names for the kinds of an item that is either a name or a section.
+_TAGS = ("arm by name", "arm in full")
 
 
 def parse(text: str, where: str) -> Any:
-    """Read YAML. Raises ConfigError as ``where:line:column: problem`` for what is not YAML and for a key given twice."""
+    """Read YAML.
+
+    Raises ConfigError as ``where:line:column: problem`` if it is no YAML or gives a key twice.
+    """
     try:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        remedy = next(
-            (f"; {remedy}" for part, remedy in _YAML_REMEDIES if part in str(error.problem)), ""
-        )
+        remedy = _yaml_remedy(str(error.problem))
         raise ConfigError(f"{place}: {error.problem}{remedy}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not readable as YAML: {str(error).splitlines()[0]}") from None
 
 
 def put(data: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested mappings, making those that lack. Raises ConfigError where a plain value is in the way."""
+    """Set ``a.b.c`` in nested mappings, adding those that are missing.
+
+    Raises ConfigError if a plain value is in the way.
+    """
     *parents, last = dotted.split(".")
     for key in parents:
         child = data.setdefault(key, {})
         if not isinstance(child, dict):
             raise ConfigError(
-                f"{dotted}: {key!r} already holds {child!r} and cannot take {last!r}; give {key} as a mapping"
+                f"{dotted}: {key!r} already holds {child!r} and cannot take {last!r}; "
+                f"give {key} as a mapping"
             )
         data = child
     data[last] = value
 
 
 def rename(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Move what stands under other trainers' names to ours. Raises ConfigError where a setting is then given twice."""
-    given = {
-        str(key).replace("-", "_"): dict(value) if isinstance(value, dict) else value
-        for key, value in data.items()
-    }
-    result = {key: value for key, value in given.items() if key not in ALIASES}
-    for key in [key for key in given if key in ALIASES]:
-        section, _, last = ALIASES[key].rpartition(".")
+    """Move what other trainers' names hold to ours.
+
+    Raises ConfigError if a setting is then given twice.
+    """
+    result: dict[str, Any] = {}
+    foreign: dict[str, Any] = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        target = foreign if name in ALIASES else result
+        target[name] = dict(value) if isinstance(value, dict) else value
+    for name, value in foreign.items():
+        section, _, last = ALIASES[name].rpartition(".")
         place = result.get(section) if section else result
         if isinstance(place, dict) and last in place:
             raise ConfigError(
-                f"{key!r} and {ALIASES[key]!r} (or another name of it) are both given; keep one"
+                f"{name!r} and {ALIASES[name]!r} (or another name of it) are both given; keep one"
             )
-        put(result, ALIASES[key], given[key])
+        put(result, ALIASES[name], value)
     return result
 
 
 def override(text: str) -> tuple[str, Any]:
-    """Read ``a.b=value`` (the value is YAML) into our dotted name and the value. Raises ConfigError."""
+    """Read ``a.b=value`` into our dotted name and the value, which is YAML.
+
+    Raises ConfigError if it is something else.
+    """
     key, separator, value = text.partition("=")
     key = key.strip()
     if not separator or not key:
@@ -157,37 +166,101 @@ def explain(
 ) -> ConfigError:
     """Say in plain words what pydantic found first, a misspelt name before all else.
 
-    `flags`: dotted name -> the flag that set it; a finding there is the flag's, any other is that of the file `where`.
+    `flags` maps a dotted name to the flag that set it. A finding at such a name is the flag's, any
+    other is the file's, which `where` names.
     """
-    found = error.errors()
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-    dotted, section = _place(first["loc"], settings)
-    plain = re.sub(r"\[\d+\]", "", dotted)
-    where = next(
-        (flag for name, flag in flags.items() if f"{plain}.".startswith(f"{name}.")), where
-    )
+    findings = error.errors()
+    misspelt = [finding for finding in findings if finding["type"] == "extra_forbidden"]
+    first = (misspelt or findings)[0]
+    dotted, _ = _place(first["loc"], settings)
+    where = _flag_of(dotted, flags) or where
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"{where}: unknown setting {dotted!r}{_near(first['loc'], settings)}")
+        return ConfigError(f"{where}: unknown setting {dotted!r}{_hint(first['loc'], settings)}")
     if first["type"] == "missing":
         return ConfigError(
             f"{where}: {dotted!r} is missing; write it, or start from `fulcrum init DATA_FILE`"
         )
-    # A setting that may be of several kinds has one finding for each.
-    same = [_phrase(one, section) for one in found if _place(one["loc"], settings)[0] == dotted]
-    expected = [text.removeprefix("expected ") for text in same if text.startswith("expected ")]
-    message = (
-        f"expected {' or '.join(dict.fromkeys(expected))}"
-        if len(expected) == len(same)
-        else same[0]
-    )
+    message = _message(findings, dotted, settings)
+    if not dotted:
+        return ConfigError(f"{where}: settings: {message}")
     given = "nothing" if first["input"] in (None, "", (), []) else f"{first['input']!r:.200}"
-    return ConfigError(
-        f"{where}: {dotted or 'settings'}: {message}" + (f" (got {given})" if dotted else "")
-    )
+    return ConfigError(f"{where}: {dotted}: {message} (got {given})")
 
 
-def _phrase(found: Any, section: type[BaseModel] | None) -> str:
-    kind, context = found["type"], found.get("ctx", {})
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section inside an annotation such as ``tuple[DataSource, ...]``."""
+    is_class = isinstance(annotation, type) and get_origin(annotation) is None
+    if is_class and issubclass(annotation, BaseModel):
+        return annotation
+    for part in get_args(annotation):
+        section = section_in(part)
+        if section is not None:
+            return section
+    return None
+
+
+def dotted_names(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """List the full dotted names of all settings below a section."""
+    names = []
+    for name, field in section.model_fields.items():
+        dotted = f"{prefix}{'task' if name == 'tasks' else name}"
+        names.append(dotted)
+        inner = section_in(field.annotation)
+        if inner is not None:
+            names += dotted_names(inner, f"{dotted}.")
+    return names
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys; here the second is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in first:
+                problem = (
+                    f"{key.value!r} is given twice, first in line {first[key.value]}; keep one"
+                )
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            first[key.value] = key.start_mark.line + 1
+        return node
+
+
+def _yaml_remedy(problem: str) -> str:
+    for part, remedy in _YAML_REMEDIES:
+        if part in problem:
+            return f"; {remedy}"
+    return ""
+
+
+def _flag_of(dotted: str, flags: Mapping[str, str]) -> str | None:
+    """Return the flag that set a name, or a section that holds it."""
+    plain = re.sub(r"\[\d+\]", "", dotted)
+    for name, flag in flags.items():
+        if f"{plain}.".startswith(f"{name}."):
+            return flag
+    return None
+
+
+def _message(findings: Sequence[Any], dotted: str, settings: type[BaseModel]) -> str:
+    """Say what is wrong with a setting. One that may be of several kinds has a finding for each."""
+    phrases = []
+    for finding in findings:
+        name, section = _place(finding["loc"], settings)
+        if name == dotted:
+            phrases.append(_phrase(finding, section))
+    if not all(phrase.startswith("expected ") for phrase in phrases):
+        return phrases[0]
+    kinds = [phrase.removeprefix("expected ") for phrase in phrases]
+    return f"expected {' or '.join(dict.fromkeys(kinds))}"
+
+
+def _phrase(finding: Any, section: type[BaseModel] | None) -> str:
+    kind = finding["type"]
+    context = finding.get("ctx", {})
     if kind in _EXPECTED:
         return f"expected {_EXPECTED[kind]}"
     if kind == "literal_error":
@@ -196,80 +269,64 @@ def _phrase(found: Any, section: type[BaseModel] | None) -> str:
         return f"expected a mapping with {', '.join(list(section.model_fields)[:3])} ..."
     if kind in _BOUNDS:
         return _BOUNDS[kind].format(**context)
-    return str(found["msg"]).removeprefix("Value error, ")
+    return str(finding["msg"]).removeprefix("Value error, ")
 
 
 def _place(
     location: Sequence[int | str], settings: type[BaseModel]
 ) -> tuple[str, type[BaseModel] | None]:
-    """The dotted name of a finding, and the section that it is (None: a plain value)."""
-    dotted, section = "", settings
+    """Return the dotted name of a finding, and the section that it is (None: a plain value)."""
+    dotted = ""
+    section: type[BaseModel] | None = settings
     for place, part in enumerate(location):
         if isinstance(part, int):
             dotted += f"[{part}]"
-            continue
-        if part in _TAGS and place and isinstance(location[place - 1], int):
-            continue  # pydantic's name for the kind of an item
-        dotted += f".{part}"
-        inner = section.model_fields[part].annotation if part in section.model_fields else None
-        if (
-            below := _section(inner)
-        ) is None:  # what follows are positions in a list, or pydantic's name for a kind of value
-            dotted += "".join(
-                f"[{rest}]" for rest in location[place + 1 :] if isinstance(rest, int)
-            )
-            return _named(dotted), None
-        section = below
-    return _named(dotted), section
+        elif section is None:
+            continue  # pydantic's name for a kind of value
+        elif part not in _TAGS or not place or not isinstance(location[place - 1], int):
+            dotted += f".{part}"
+            field = section.model_fields.get(part)
+            section = None if field is None else section_in(field.annotation)
+    return re.sub(r"^\.tasks\[0\]", ".task", dotted).removeprefix("."), section
 
 
-def _named(dotted: str) -> str:
-    return re.sub(r"^\.tasks\[0\]", ".task", dotted).removeprefix(".")
+def _hint(location: Sequence[int | str], settings: type[BaseModel]) -> str:
+    """Return which settings an unknown name may mean.
 
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section inside an annotation such as ``tuple[DataSource, ...]``."""
-    if (
-        isinstance(annotation, type)
-        and get_origin(annotation) is None
-        and issubclass(annotation, BaseModel)
-    ):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _section(part))), None)
-
-
-def _names(section: type[BaseModel], prefix: str) -> dict[str, str]:
-    """Full dotted name -> last part, of all settings below a section."""
-    found: dict[str, str] = {}
-    for name, field in section.model_fields.items():
-        dotted = f"{prefix}{'task' if name == 'tasks' else name}"
-        found[dotted] = dotted.rpartition(".")[2]
-        if (inner := _section(field.annotation)) is not None:
-            found |= _names(inner, f"{dotted}.")
-    return found
-
-
-def _near(location: Sequence[int | str], settings: type[BaseModel]) -> str:
-    """Which settings an unknown name may mean: another trainer's name, the same name elsewhere, a near one beside it."""
+    That is another trainer's name, the same name elsewhere, or a similar one in its section.
+    """
     *parents, wrong = location
     word = str(wrong).replace("-", "_")
     dotted, section = _place(parents, settings)
     if section is not None and RENAMED.get(word) in section.model_fields:
         return f"; it is called {RENAMED[word]!r} now"
-    everywhere = _names(settings, "")
-    exact = (
-        [ALIASES[word]]
-        if word in ALIASES
-        else [name for name, last in everywhere.items() if last == word]
-    )
-    if not exact and section is not None:
-        beside = {
-            last: f"{dotted}.{last}".lstrip(".") for last in section.model_fields if last != "tasks"
-        }
-        beside |= {} if parents else {**ALIASES, "task": "task"}
-        exact = list(
-            dict.fromkeys(beside[last] for last in get_close_matches(word, beside, n=3, cutoff=0.5))
-        )
-        if not exact:
-            return f"; known: {', '.join(sorted({*section.model_fields, *({} if parents else {'task': ''})}))}"
-    return "; did you mean " + " or ".join(repr(name) for name in exact[:3]) + "?"
+    names = _same_name(word, settings)
+    if not names and section is not None:
+        neighbours = _neighbours(section, dotted)
+        close = get_close_matches(word, neighbours, n=3, cutoff=0.5)
+        names = list(dict.fromkeys(neighbours[name] for name in close))
+        if not names:
+            known = {*section.model_fields}
+            if not parents:
+                known.add("task")
+            return f"; known: {', '.join(sorted(known))}"
+    return "; did you mean " + " or ".join(map(repr, names[:3])) + "?"
+
+
+def _same_name(word: str, settings: type[BaseModel]) -> list[str]:
+    """List the dotted names that a word is another trainer's name of, or the last part of."""
+    if word in ALIASES:
+        return [ALIASES[word]]
+    return [name for name in dotted_names(settings) if name.rpartition(".")[2] == word]
+
+
+def _neighbours(section: type[BaseModel], dotted: str) -> dict[str, str]:
+    """Map what could be meant in a section to its dotted name; at the top aliases too."""
+    names = {}
+    for name in section.model_fields:
+        if name != "tasks":
+            names[name] = f"{dotted}.{name}".lstrip(".")
+    if not dotted:
+        names.update(ALIASES)
+        names["task"] = "task"
+    return names
