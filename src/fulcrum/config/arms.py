@@ -112,7 +112,7 @@ _BUILT_IN = (
 ARMS: Mapping[str, BuiltInArm] = {arm.name: arm for arm in _BUILT_IN}
 
 # Arms that were built in until they became one line of YAML (docs/recipes/arms.md): what each sets
-# besides TELL's fields.
+# in addition to TELL's fields.
 RECIPES: Mapping[str, str] = {
     "tell_similar": "select: similar",
     "tell_gradient": "select: gradient",

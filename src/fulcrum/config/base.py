@@ -1,6 +1,6 @@
 """What settings are made of: the base of their sections, anchors, and where rows come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -59,7 +59,7 @@ class AnchorSettings(Section):
     @field_validator("text", "paraphrase", "candidates")
     @classmethod
     def _check_visible(cls, value: Any) -> Any:
-        for text in value if isinstance(value, tuple) else [value]:
+        for text in _items(value):
             if text is not None and not _is_visible(text):
                 raise ValueError(
                     f"an anchor needs words, {text!r} shows none; leave it out, or write some"
@@ -142,7 +142,7 @@ class GeneralSource(DataSource):
             return value
         listed = {}
         for name, item in value.items():
-            items = item if isinstance(item, list | tuple) else [item]
+            items = _items(item)
             if any(isinstance(part, bool) for part in items):
                 raise ValueError(
                     f"{name}: YAML reads yes, no, on, off and true, false as truth values; quote "
@@ -180,8 +180,10 @@ def as_sources(value: Any) -> Any:
     """Accept a path, a mapping or a list of these as sources."""
     if value is None:
         return ()
-    items = value if isinstance(value, list | tuple) else [value]
-    return tuple({"path": str(item)} if isinstance(item, str | Path) else item for item in items)
+    sources = []
+    for item in _items(value):
+        sources.append({"path": str(item)} if isinstance(item, str | Path) else item)
+    return tuple(sources)
 
 
 def may_hold_secret(address: str) -> bool:
@@ -218,12 +220,16 @@ def _listed(value: Any) -> Any:
 
 
 def _refuse_truth_values(value: Any) -> None:
-    for item in value if isinstance(value, list | tuple) else [value]:
+    for item in _items(value):
         if isinstance(item, bool):
             raise ValueError(
                 "takes no truth value (YAML reads yes, no, on and off as such; quote them where "
                 "they are text)"
             )
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _is_visible(text: str) -> bool:

@@ -189,9 +189,9 @@ def explain(
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
     """Return the section inside an annotation such as ``tuple[DataSource, ...]``."""
-    is_class = isinstance(annotation, type) and get_origin(annotation) is None
-    if is_class and issubclass(annotation, BaseModel):
-        return annotation
+    # `list[str]` counts as a type, and is none that `issubclass` takes.
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation if issubclass(annotation, BaseModel) else None
     for part in get_args(annotation):
         section = section_in(part)
         if section is not None:

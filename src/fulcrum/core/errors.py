@@ -38,7 +38,7 @@ class StoreError(FulcrumError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return the end of a message: ``; did you mean 'x' or 'y'?``, or all choices if none is near."""
+    """Return the end of a message: ``; did you mean 'x' or 'y'?``, or all choices."""
     names = sorted(set(choices))
     close = get_close_matches(word, names, n=3, cutoff=0.5)
     if close:

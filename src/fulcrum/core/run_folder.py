@@ -109,7 +109,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def beside(folder: Path) -> Path:
-    """Return the folder, or if that exists, the first of `folder-2`, `folder-3` ... that is free."""
+    """Return the folder, or if it exists the first free one of `folder-2`, `folder-3` ..."""
     free = folder
     number = 1
     while free.exists():

@@ -121,7 +121,10 @@ def changes(before: Any, after: Any, name: str = "") -> list[str]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write all of `data` or leave the file as it was. Raises StoreError if it cannot be written."""
+    """Write all of `data`, or leave the file as it was.
+
+    Raises StoreError if it cannot be written.
+    """
     _write(path, lambda stream: stream.write(data))
 
 
