@@ -406,7 +406,7 @@ def test_one_name_does_where_a_list_is_asked() -> None:
 def test_every_setting_is_described() -> None:
     def undescribed(section: type[BaseModel]) -> Iterator[str]:
         for name, field in section.model_fields.items():
-            inner = parsing._section(field.annotation)
+            inner = parsing.section_in(field.annotation)
             if inner is not None:
                 yield from undescribed(inner)
             elif not field.description:
@@ -416,4 +416,4 @@ def test_every_setting_is_described() -> None:
 
 
 def test_every_alias_leads_to_a_setting() -> None:
-    assert set(parsing.ALIASES.values()) <= set(parsing._names(Settings, ""))
+    assert set(parsing.ALIASES.values()) <= set(parsing.dotted_names(Settings))

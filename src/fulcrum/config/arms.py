@@ -1,8 +1,8 @@
-"""The registry of arms: what is built in and known of each, and which ones a file asks for.
+"""The registry of arms: the built-in ones with their attributes, and which ones a file asks for.
 
-Arms differ in what an `Arm` says and in nothing else: the same task rows, as many trials, the last
-step's weights. What follows from an arm once its rows are known (general rows, trials, streams) is
-in `arm_data`.
+Arms differ in what an `Arm` says and in nothing else: they get the same task rows and as many
+trials, and keep the last step's weights. What follows from an arm once its rows are known (general
+rows, trials, streams) is in `experiments.arm_data`.
 """
 
 import math
@@ -23,7 +23,7 @@ class BuiltInArm(Arm):
     """An arm that is built in, with what other parts have to know of it."""
 
     colour: str = Field(
-        "", exclude=True, description="of its marks in plots; none: that of arms without one"
+        "", exclude=True, description="of its marks in plots; none: the colour of unnamed arms"
     )
     advice: str = Field(
         "", exclude=True, description="what to do if TELL does not beat this reference"
@@ -31,13 +31,12 @@ class BuiltInArm(Arm):
     use_rank: int | None = Field(
         None,
         exclude=True,
-        description="place among the adapters of a comparison that are used unasked",
+        description="place in the order in which adapters of a comparison are used by default",
     )
 
 
-# Colours: Okabe & Ito 2008, "Color Universal Design", which people with colour-blindness can tell
-# apart.
-# In the order in which TELL is compared with them: the most telling first.
+# In the order in which TELL is compared with them, the most informative first. The colours are
+# those of Okabe & Ito 2008, "Color Universal Design", which colour-blind people can tell apart.
 _BUILT_IN = (
     BuiltInArm(
         name="sft_anchor",
@@ -89,12 +88,12 @@ _BUILT_IN = (
         colour="#5f5f5f",
         advice="Use the base model untrained",
     ),
-    # As many passes over the task rows as TELL's: what general rows bring at equal exposures (a
+    # As many passes over the task rows as TELL: what general rows bring at equal exposures (a
     # diagnostic).
     BuiltInArm(name="sft_matched", anchored=True, hyperparameters_of="tell"),
     BuiltInArm(name="mix", general="pool", colour="#56b4e9", use_rank=1),
     BuiltInArm(name="tell", anchored=True, general="pool", colour="#0072b2", use_rank=0),
-    # TELL's own rows, one source after the other: what the shuffle brings.
+    # TELL's own rows, one source after the other: what shuffling brings.
     BuiltInArm(
         name="general_then_task",
         anchored=True,
@@ -113,7 +112,7 @@ _BUILT_IN = (
 ARMS: Mapping[str, BuiltInArm] = {arm.name: arm for arm in _BUILT_IN}
 
 # Arms that were built in until they became one line of YAML (docs/recipes/arms.md): what each sets
-# besides TELL's fields.
+# in addition to TELL's fields.
 RECIPES: Mapping[str, str] = {
     "tell_similar": "select: similar",
     "tell_gradient": "select: gradient",
@@ -132,11 +131,11 @@ def recipe(name: str) -> str:
 
 
 def by_use() -> list[str]:
-    """Return the names of the built-in arms, those used first in front."""
+    """Return the names of the built-in arms, the one that is used first in front."""
 
     def rank(name: str) -> float:
-        found = ARMS[name].use_rank
-        return math.inf if found is None else found
+        own = ARMS[name].use_rank
+        return math.inf if own is None else own
 
     return sorted(ARMS, key=rank)
 
@@ -207,14 +206,66 @@ def chosen_arms(settings: Settings) -> list[Arm]:
             f"compare.arms: {names[0]} alone has nothing to be compared with; name a second arm"
         )
     _check_anchors(settings, arms)
-    mixed = [arm.name for arm in arms if arm.uses_general_data]
-    if settings.mix.per_task == 0 and mixed:
-        raise ConfigError(
-            f"compare: mix.general_per_task is 0, so {', '.join(mixed)} would have no general "
-            "data; set it above 0 or leave "
-            "these arms out"
-        )
+    _check_ratio(settings, arms)
     return arms
+
+
+def sizes_of(settings: Settings, arm: Arm, every: int) -> tuple[int, ...]:
+    """Return the numbers of task rows that an arm is run with, ascending; `every` means all."""
+    sizes = settings.compare.sizes_of.get(arm.name) or settings.compare.sizes or (every,)
+    return tuple(sorted(sizes))
+
+
+def largest_mixture(settings: Settings) -> int | None:
+    """Return the most task rows that an arm with general rows is given; None means all."""
+    largest = []
+    for arm in chosen_arms(settings):
+        if arm.uses_general_data:
+            largest.append(max(sizes_of(settings, arm, 0)))
+    return None if 0 in largest else max(largest, default=4)
+
+
+def training_anchor(arm: Arm, task: Task) -> Anchor | None:
+    """Return the anchor that an arm's rows of a task are trained with."""
+    if not arm.anchored:
+        return None
+    return task.anchor if arm.anchor is None else arm.anchor.value
+
+
+def inference_anchor(arm: Arm, task: Task, settings: Settings) -> Anchor | None:
+    """Return the anchor that an arm is asked with: its own, unless it was trained to do without."""
+    asked = settings.eval.anchored if arm.asked_anchored is None else arm.asked_anchored
+    if arm.trained and not asked:
+        return None
+    return training_anchor(arm, task)
+
+
+def anchor_schedule(arm: Arm, settings: Settings) -> tuple[float, float]:
+    """Return (anchor_dropout, anchor_cooldown) for this arm."""
+    if not arm.anchored:
+        return 0.0, 0.0
+    dropout = settings.mix.anchor_dropout if arm.anchor_dropout is None else arm.anchor_dropout
+    cooldown = settings.mix.anchor_cooldown if arm.anchor_cooldown is None else arm.anchor_cooldown
+    return dropout, cooldown
+
+
+def selects(arm: Arm, settings: Settings) -> str:
+    """Return how an arm chooses its general rows."""
+    if not arm.can_select:
+        return "random"
+    return arm.select or settings.mix.select
+
+
+def by_task_rows(arm: Arm, settings: Settings) -> bool:
+    """Return whether an arm's general rows depend on the task rows that it is trained on."""
+    return selects(arm, settings) != "random" or arm.asks_adapters
+
+
+def choose_from(arms: Sequence[Arm], settings: Settings) -> int:
+    """Return how many rows of the pool the arms choose from; 0 if none chooses."""
+    if all(selects(arm, settings) == "random" for arm in arms):
+        return 0
+    return settings.mix.choose_from
 
 
 def _check_training(settings: Settings, arms: Sequence[Arm]) -> None:
@@ -225,15 +276,15 @@ def _check_training(settings: Settings, arms: Sequence[Arm]) -> None:
                 f"compare.arms: {arm.name}: weight-decomposed adapters (use_dora) cannot be "
                 "averaged; leave it out"
             )
-    unlabelled = [
-        task.name for task in settings.tasks if not set(task.metrics) & set(metrics.LABELS)
-    ]
-    if unlabelled and any(arm.tfidf for arm in arms):
-        raise ConfigError(
-            f"compare.arms: tfidf is for answers that are labels, and {unlabelled[0]} has no "
-            "metric of labels "
-            f"({', '.join(metrics.LABELS)}); add one to task.metrics, or leave this arm out"
-        )
+    if not any(arm.tfidf for arm in arms):
+        return
+    for task in settings.tasks:
+        if set(task.metrics).isdisjoint(metrics.LABELS):
+            raise ConfigError(
+                f"compare.arms: tfidf is for answers that are labels, and {task.name} has no "
+                f"metric of labels ({', '.join(metrics.LABELS)}); add one to task.metrics, or "
+                "leave this arm out"
+            )
 
 
 def _check_general_rows(settings: Settings, arms: Sequence[Arm]) -> None:
@@ -249,8 +300,8 @@ def _check_general_rows(settings: Settings, arms: Sequence[Arm]) -> None:
         if arm.general == "own_answers" and settings.mix.select != "random":
             raise ConfigError(
                 f"compare.arms: {arm.name} answers rows of the pool as they are drawn, and "
-                f"mix.select: {settings.mix.select} "
-                "gives the others chosen ones; leave it out, or set `select:` in single arms"
+                f"mix.select: {settings.mix.select} gives the others chosen ones; leave it out, "
+                "or set `select:` in single arms"
             )
     for arm in arms:
         if arm.asks_teacher and settings.teacher is None:
@@ -270,6 +321,16 @@ def _check_anchors(settings: Settings, arms: Sequence[Arm]) -> None:
         )
 
 
+def _check_ratio(settings: Settings, arms: Sequence[Arm]) -> None:
+    """Raise ConfigError for arms with general data if there is to be none."""
+    mixed = [arm.name for arm in arms if arm.uses_general_data]
+    if settings.mix.per_task == 0 and mixed:
+        raise ConfigError(
+            f"compare: mix.general_per_task is 0, so {', '.join(mixed)} would have no general "
+            "data; set it above 0 or leave these arms out"
+        )
+
+
 def _check_source(settings: Settings, arm: Arm, arms: Sequence[Arm]) -> None:
     """Raise ConfigError if `hyperparameters_of` names an arm that cannot give any.
 
@@ -277,7 +338,7 @@ def _check_source(settings: Settings, arm: Arm, arms: Sequence[Arm]) -> None:
     """
     if arm.hyperparameters_of is None:
         return
-    source = next((other for other in arms if other.name == arm.hyperparameters_of), None)
+    source = {other.name: other for other in arms}.get(arm.hyperparameters_of)
     where = f"compare.arms: {arm.name} takes the hyperparameters of {arm.hyperparameters_of!r}"
     if source is None:
         raise ConfigError(f"{where}, which is not among the arms; add it, or leave {arm.name} out")
@@ -289,57 +350,3 @@ def _check_source(settings: Settings, arm: Arm, arms: Sequence[Arm]) -> None:
     if missing:
         numbers = ", ".join(map(str, sorted(missing)))
         raise ConfigError(f"{where}, which does not run at its sizes ({numbers} rows)")
-
-
-def sizes_of(settings: Settings, arm: Arm, every: int) -> tuple[int, ...]:
-    """Return how many task rows an arm is run with, ascending; `every` are all there are."""
-    return tuple(
-        sorted(settings.compare.sizes_of.get(arm.name) or settings.compare.sizes or (every,))
-    )
-
-
-def largest_mixture(settings: Settings) -> int | None:
-    """Return the most task rows that an arm with general rows is given; None for all there are."""
-    found = [
-        max(sizes_of(settings, arm, 0)) for arm in chosen_arms(settings) if arm.uses_general_data
-    ]
-    return None if 0 in found else max(found, default=4)
-
-
-def training_anchor(arm: Arm, task: Task) -> Anchor | None:
-    """Return the anchor that an arm's rows of a task are trained with."""
-    if not arm.anchored:
-        return None
-    return task.anchor if arm.anchor is None else arm.anchor.value
-
-
-def inference_anchor(arm: Arm, task: Task, settings: Settings) -> Anchor | None:
-    """Return the anchor that an arm is asked with: its own, unless it was trained to do without."""
-    asked = settings.eval.anchored if arm.asked_anchored is None else arm.asked_anchored
-    return training_anchor(arm, task) if asked or not arm.trained else None
-
-
-def anchor_schedule(arm: Arm, settings: Settings) -> tuple[float, float]:
-    """Return (anchor_dropout, anchor_cooldown) for this arm."""
-    if not arm.anchored:
-        return 0.0, 0.0
-    dropout = settings.mix.anchor_dropout if arm.anchor_dropout is None else arm.anchor_dropout
-    cooldown = settings.mix.anchor_cooldown if arm.anchor_cooldown is None else arm.anchor_cooldown
-    return dropout, cooldown
-
-
-def selects(arm: Arm, settings: Settings) -> str:
-    """Return how an arm chooses its general rows."""
-    return (arm.select or settings.mix.select) if arm.can_select else "random"
-
-
-def by_task_rows(arm: Arm, settings: Settings) -> bool:
-    """Return whether an arm's general rows depend on the task rows that it is trained on."""
-    return selects(arm, settings) != "random" or arm.asks_adapters
-
-
-def choose_from(arms: Sequence[Arm], settings: Settings) -> int:
-    """Return how many rows of the pool the arms choose from; 0 if none chooses."""
-    return (
-        settings.mix.choose_from if any(selects(arm, settings) != "random" for arm in arms) else 0
-    )

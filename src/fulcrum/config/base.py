@@ -1,6 +1,6 @@
-"""What settings are made of: the base of their sections, and where rows come from."""
+"""What settings are made of: the base of their sections, anchors, and where rows come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -12,45 +12,23 @@ from fulcrum.core.types import Anchor, Placement
 AUTO = "auto"  # in place of an anchor's text
 
 
-def _is_list(kind: Any) -> bool:
-    """Return whether a field takes a list of names or numbers, and no single text."""
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if str in options:
-        return False
-    tuples = [option for option in options if get_origin(option) is tuple]
-    return any(_may_be_plain(get_args(option)[0]) for option in tuples)
-
-
-def _may_be_plain(kind: Any) -> bool:
-    """Return whether a kind is a name or a number, or may be one."""
-    return kind in (str, int, float) or any(map(_may_be_plain, get_args(kind)))
-
-
 class Section(BaseModel):
     """Base of all settings: frozen, and unknown keys are refused.
 
-    One value does where a list of names or numbers is asked.
+    A single value is accepted for a list of names or numbers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+    def _accept_single(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
         if _is_list(kind):
-            if isinstance(value, str):
-                value = [part.strip() for part in value.split(",")]
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                value = [value]
-        items = value if isinstance(value, list | tuple) else [value]
-        is_bool = any(isinstance(item, bool) for item in items)
+            value = _listed(value)
         # Python takes True for 1: `repeats: yes` would be one repeat.
-        if is_bool and bool not in (kind, *get_args(kind)):
-            raise ValueError(
-                "takes no truth value (YAML reads yes, no, on and off as such; quote them if they "
-                "are text)"
-            )
+        if bool not in (kind, *get_args(kind)):
+            _refuse_truth_values(value)
         return value
 
 
@@ -59,46 +37,41 @@ class AnchorSettings(Section):
 
     text: str = Field(
         min_length=1,
-        description=(
-            "the anchor's words; auto: some are proposed, scored without any training, "
-            "and one is chosen"
-        ),
+        description="the anchor's words; auto: some are proposed, scored without any training, and "
+        "one is chosen",
     )
-    placement: Placement = Field(
-        "user_prefix", description="where it stands in every row of the task"
-    )
+    placement: Placement = Field("user_prefix", description="its place in every row of the task")
     candidates: tuple[str, ...] = Field(
         (), description="of auto: texts of yours among which it may choose too"
     )
     paraphrase: str | None = Field(
         None,
         min_length=1,
-        description=(
-            "the same in other words, in which the trained model is asked too; none: made by rule"
-        ),
+        description="the same in other words, in which the trained model is asked too; none: made "
+        "by rule",
     )
 
     @field_validator("candidates", mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
+    def _accept_one(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value  # a sentence with commas is one anchor
 
     @field_validator("text", "paraphrase", "candidates")
     @classmethod
-    def _visible(cls, value: Any) -> Any:
-        for text in value if isinstance(value, tuple) else [value]:
-            if text is not None and not any(map(_is_visible, text)):
+    def _check_visible(cls, value: Any) -> Any:
+        for text in _items(value):
+            if text is not None and not _is_visible(text):
                 raise ValueError(
                     f"an anchor needs words, {text!r} shows none; leave it out, or write some"
                 )
         return value
 
     @model_validator(mode="after")
-    def _chosen_among(self) -> "AnchorSettings":
+    def _check_candidates(self) -> "AnchorSettings":
         if self.candidates and not self.is_auto:
             raise ValueError(
-                "candidates are for `text: auto`, which chooses among them; this "
-                "anchor has its text"
+                "candidates are for `text: auto`, which chooses among them; this anchor has its "
+                "text"
             )
         return self
 
@@ -113,21 +86,8 @@ class AnchorSettings(Section):
         return Anchor(self.text, self.placement)
 
 
-def _is_visible(character: str) -> bool:
-    return character.isprintable() and not character.isspace()
-
-
-def as_anchor(value: Any) -> Any:
-    """Accept a text or a plain record wherever an anchor is asked for; `none` is none."""
-    if value in (None, "none"):
-        return None
-    if isinstance(value, Anchor):
-        return {"text": value.text, "placement": value.placement}
-    return {"text": value} if isinstance(value, str) else value
-
-
 class DataSource(Section):
-    """Where rows come from: a file, folder, glob, hub id or `builtin`."""
+    """Where rows come from, and how the columns are named."""
 
     path: str = Field(
         min_length=1,
@@ -149,15 +109,13 @@ Accepted = dict[str, tuple[str, ...]]
 
 
 class GeneralSource(DataSource):
-    """A source of general data: how much of the mix is its, and which of its rows may be used."""
+    """A source of general data: its part of the mix, and which of its rows may be used."""
 
     weight: float | None = Field(
         None,
         gt=0,
-        description=(
-            "its part of the general rows, in mix.unit; none: every source's rows are as "
-            "likely as others"
-        ),
+        description="its part of the general rows, in mix.unit; none: every source's rows are as "
+        "likely as others",
     )
     include: Accepted = Field(
         default_factory=dict,
@@ -167,38 +125,34 @@ class GeneralSource(DataSource):
         default_factory=dict, description="column -> values, of which a row must have none"
     )
     languages: tuple[str, ...] = Field(
-        (), description="ISO 639-1 codes, as [en, is]; rows in other languages are left out"
+        (), description="ISO 639-1 codes, as [en, is]; rows in other languages are skipped"
     )
-    min_words: int = Field(0, ge=0, description="rows with fewer words in all are left out")
-    max_words: int | None = Field(
-        None, ge=1, description="rows with more words in all are left out"
-    )
+    min_words: int = Field(0, ge=0, description="rows with fewer words in all are skipped")
+    max_words: int | None = Field(None, ge=1, description="rows with more words in all are skipped")
     stream: bool = Field(
         False,
-        description=(
-            "read a hub data set row by row until `limit` rows are there, instead of "
-            "downloading it whole"
-        ),
+        description="read a hub data set row by row until `limit` rows are there, instead of "
+        "downloading it whole",
     )
 
     @field_validator("include", "exclude", mode="before")
     @classmethod
-    def _one_value(cls, value: Any) -> Any:
+    def _list_values(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        accepted = {}
+        listed = {}
         for name, item in value.items():
-            items = item if isinstance(item, list | tuple) else [item]
+            items = _items(item)
             if any(isinstance(part, bool) for part in items):
                 raise ValueError(
                     f"{name}: YAML reads yes, no, on, off and true, false as truth values; quote "
                     "them: 'no', 'true'"
                 )
-            accepted[name] = [str(part) for part in items]
-        return accepted
+            listed[name] = list(map(str, items))
+        return listed
 
     @model_validator(mode="after")
-    def _streamed(self) -> "GeneralSource":
+    def _check_limits(self) -> "GeneralSource":
         if self.stream and self.limit is None:
             raise ValueError(
                 f"{self.path}: a streamed data set needs `limit:`, the number of rows to read"
@@ -213,18 +167,70 @@ class GeneralSource(DataSource):
 GeneralSources = tuple[GeneralSource, ...]
 
 
+def as_anchor(value: Any) -> Any:
+    """Accept a text or a plain record as an anchor; `none` is none."""
+    if value in (None, "none"):
+        return None
+    if isinstance(value, Anchor):
+        return {"text": value.text, "placement": value.placement}
+    return {"text": value} if isinstance(value, str) else value
+
+
 def as_sources(value: Any) -> Any:
-    """Accept a path, a mapping or a list of these wherever sources are asked for."""
+    """Accept a path, a mapping or a list of these as sources."""
     if value is None:
         return ()
-    items = value if isinstance(value, list | tuple) else [value]
-    return tuple({"path": str(item)} if isinstance(item, str | Path) else item for item in items)
+    sources = []
+    for item in _items(value):
+        sources.append({"path": str(item)} if isinstance(item, str | Path) else item)
+    return tuple(sources)
 
 
 def may_hold_secret(address: str) -> bool:
-    """Return whether an address may hold a secret.
+    """Return whether an address may hold a password or key.
 
-    That is a name or password before its host (also without `https://`), or a key after `?`.
+    That is if it has a name or password before its host (also without `https://`), or anything
+    after `?`.
     """
     host = (address.partition("//")[2] or address).partition("/")[0]
     return "@" in host or "?" in address
+
+
+def _is_list(kind: Any) -> bool:
+    """Return whether a field takes a list of names or numbers, and no single text."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if str in options:
+        return False
+    lists = [option for option in options if get_origin(option) is tuple]
+    return any(_is_plain(get_args(option)[0]) for option in lists)
+
+
+def _is_plain(kind: Any) -> bool:
+    """Return whether a kind is a name or a number, or may be one."""
+    return kind in (str, int, float) or any(map(_is_plain, get_args(kind)))
+
+
+def _listed(value: Any) -> Any:
+    """Return the list that a text with commas, or a single number, is short for."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return [value]
+    return value
+
+
+def _refuse_truth_values(value: Any) -> None:
+    for item in _items(value):
+        if isinstance(item, bool):
+            raise ValueError(
+                "takes no truth value (YAML reads yes, no, on and off as such; quote them where "
+                "they are text)"
+            )
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _is_visible(text: str) -> bool:
+    return any(character.isprintable() and not character.isspace() for character in text)

@@ -1,22 +1,24 @@
-"""Settings as people write them: YAML text and `a.b=value` flags.
+"""Settings as people write them: YAML text and `a.b=value` flags, and messages about them.
 
-Text becomes nested data, in which the key names of other trainers are replaced by ours; what
-pydantic finds wrong becomes a sentence. Invariant: no key is read twice and no value is lost
-silently; whatever is refused is named with its place.
+Texts become nested data, and pydantic's findings become sentences. The settings themselves are in
+`settings`; here they are only "a pydantic model". Other trainers' names become ours here, before
+validation.
+
+Invariant: no key is read twice and no value is lost silently; whatever is refused is named with its
+place.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, cast, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from fulcrum.core.errors import ConfigError
 
-# Names that people bring from TRL, LLaMA-Factory, Axolotl, ms-swift and Hugging Face -> ours
-# (dotted).
+# Names in TRL, LLaMA-Factory, Axolotl, ms-swift and Hugging Face -> ours (dotted).
 ALIASES: Mapping[str, str] = {
     "model_name_or_path": "model",
     "base_model": "model",
@@ -45,14 +47,14 @@ ALIASES: Mapping[str, str] = {
     "data_seed": "seed",
 }
 
-# Settings that had other names before -> theirs now; the old names are refused.
+# Former names of settings -> today's; the former ones are refused.
 RENAMED: Mapping[str, str] = {
     "settings_of": "hyperparameters_of",
     "shots": "few_shot",
     "words": "tfidf",
 }
 
-# What PyYAML says -> what people most often have to do about it; the first that fits is used.
+# A part of PyYAML's message -> what most often has to be done; the first that fits is used.
 _YAML_REMEDIES = (
     ("mapping values are not allowed", "put quotes around a text that holds ': '"),
     ("'\\t'", "indent with spaces, not with tabs"),
@@ -62,6 +64,7 @@ _YAML_REMEDIES = (
     ("end of stream", "a quote is not closed"),
 )
 
+# pydantic's types of errors -> what was expected.
 _EXPECTED: Mapping[str, str] = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -76,8 +79,6 @@ _EXPECTED: Mapping[str, str] = {
     "dict_type": "a mapping",
 }
 
-_TAGS = ("arm by name", "arm in full")  # of items that are a name or a section
-
 _BOUNDS: Mapping[str, str] = {
     "greater_than_equal": "must be at least {ge:g}",
     "greater_than": "must be above {gt:g}",
@@ -87,47 +88,28 @@ _BOUNDS: Mapping[str, str] = {
     "string_too_short": "must not be empty",
 }
 
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys; here the second is an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in lines:
-                problem = (
-                    f"{key.value!r} is given twice, first in line {lines[key.value]}; keep one"
-                )
-                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
-            lines[key.value] = key.start_mark.line + 1
-        return node
+# pydantic's names for the kinds of an item that is either a name or a section.
+_TAGS = ("arm by name", "arm in full")
 
 
 def parse(text: str, where: str) -> Any:
     """Read YAML.
 
-    Raises ConfigError as ``where:line:column: problem`` if it is not YAML or a key is given twice.
+    Raises ConfigError as ``where:line:column: problem`` if it is no YAML or gives a key twice.
     """
     try:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        remedy = ""
-        for part, advice in _YAML_REMEDIES:
-            if part in str(error.problem):
-                remedy = f"; {advice}"
-                break
+        remedy = _yaml_remedy(str(error.problem))
         raise ConfigError(f"{place}: {error.problem}{remedy}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not readable as YAML: {str(error).splitlines()[0]}") from None
 
 
 def put(data: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested mappings, and make those that are missing.
+    """Set ``a.b.c`` in nested mappings, adding those that are missing.
 
     Raises ConfigError if a plain value is in the way.
     """
@@ -136,42 +118,39 @@ def put(data: dict[str, Any], dotted: str, value: Any) -> None:
         child = data.setdefault(key, {})
         if not isinstance(child, dict):
             raise ConfigError(
-                f"{dotted}: {key!r} already holds {child!r} and cannot take "
-                f"{last!r}; give {key} as a mapping"
+                f"{dotted}: {key!r} already holds {child!r} and cannot take {last!r}; "
+                f"give {key} as a mapping"
             )
         data = child
     data[last] = value
 
 
 def rename(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace other trainers' key names by ours.
+    """Move what other trainers' names hold to ours.
 
     Raises ConfigError if a setting is then given twice.
     """
     result: dict[str, Any] = {}
-    aliased: dict[str, Any] = {}
-    for written, value in data.items():
-        key = str(written).replace("-", "_")
-        own = dict(value) if isinstance(value, dict) else value
-        if key in ALIASES:
-            aliased[key] = own
-        else:
-            result[key] = own
-    for key, value in aliased.items():
-        section, _, last = ALIASES[key].rpartition(".")
+    foreign: dict[str, Any] = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        target = foreign if name in ALIASES else result
+        target[name] = dict(value) if isinstance(value, dict) else value
+    for name, value in foreign.items():
+        section, _, last = ALIASES[name].rpartition(".")
         place = result.get(section) if section else result
         if isinstance(place, dict) and last in place:
             raise ConfigError(
-                f"{key!r} and {ALIASES[key]!r} (or another name of it) are both given; keep one"
+                f"{name!r} and {ALIASES[name]!r} (or another name of it) are both given; keep one"
             )
-        put(result, ALIASES[key], value)
+        put(result, ALIASES[name], value)
     return result
 
 
 def override(text: str) -> tuple[str, Any]:
-    """Return our dotted name and the value of ``a.b=value`` (the value is YAML).
+    """Read ``a.b=value`` into our dotted name and the value, which is YAML.
 
-    Raises ConfigError if there is no ``=`` or no name.
+    Raises ConfigError if it is something else.
     """
     key, separator, value = text.partition("=")
     key = key.strip()
@@ -185,39 +164,98 @@ def override(text: str) -> tuple[str, Any]:
 def explain(
     error: ValidationError, settings: type[BaseModel], where: str, flags: Mapping[str, str]
 ) -> ConfigError:
-    """Return what pydantic found first in plain words; a misspelt name comes before all else.
+    """Say in plain words what pydantic found first, a misspelt name before all else.
 
-    `flags`: dotted name -> the flag that set it; a finding there is the flag's, any other is that
-    of the file `where`.
+    `flags` maps a dotted name to the flag that set it. A finding at such a name is the flag's, any
+    other is the file's, which `where` names.
     """
     findings = error.errors()
     misspelt = [finding for finding in findings if finding["type"] == "extra_forbidden"]
-    first = misspelt[0] if misspelt else findings[0]
-    dotted, section = _place(first["loc"], settings)
-    plain = re.sub(r"\[\d+\]", "", dotted)
-    for name, flag in flags.items():
-        if f"{plain}.".startswith(f"{name}."):
-            where = flag
-            break
+    first = (misspelt or findings)[0]
+    dotted, _ = _place(first["loc"], settings)
+    where = _flag_of(dotted, flags) or where
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"{where}: unknown setting {dotted!r}{_near(first['loc'], settings)}")
+        return ConfigError(f"{where}: unknown setting {dotted!r}{_hint(first['loc'], settings)}")
     if first["type"] == "missing":
         return ConfigError(
             f"{where}: {dotted!r} is missing; write it, or start from `fulcrum init DATA_FILE`"
         )
-    # A setting that may be of several kinds has one finding for each.
-    phrases = []
-    for finding in findings:
-        if _place(finding["loc"], settings)[0] == dotted:
-            phrases.append(_phrase(finding, section))
-    message = phrases[0]
-    if all(text.startswith("expected ") for text in phrases):
-        expected = dict.fromkeys(text.removeprefix("expected ") for text in phrases)
-        message = f"expected {' or '.join(expected)}"
+    message = _message(findings, dotted, settings)
     if not dotted:
         return ConfigError(f"{where}: settings: {message}")
     given = "nothing" if first["input"] in (None, "", (), []) else f"{first['input']!r:.200}"
     return ConfigError(f"{where}: {dotted}: {message} (got {given})")
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section inside an annotation such as ``tuple[DataSource, ...]``."""
+    # `list[str]` counts as a type, and is none that `issubclass` takes.
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation if issubclass(annotation, BaseModel) else None
+    for part in get_args(annotation):
+        section = section_in(part)
+        if section is not None:
+            return section
+    return None
+
+
+def dotted_names(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """List the full dotted names of all settings below a section."""
+    names = []
+    for name, field in section.model_fields.items():
+        dotted = f"{prefix}{'task' if name == 'tasks' else name}"
+        names.append(dotted)
+        inner = section_in(field.annotation)
+        if inner is not None:
+            names += dotted_names(inner, f"{dotted}.")
+    return names
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys; here the second is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in first:
+                problem = (
+                    f"{key.value!r} is given twice, first in line {first[key.value]}; keep one"
+                )
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            first[key.value] = key.start_mark.line + 1
+        return node
+
+
+def _yaml_remedy(problem: str) -> str:
+    for part, remedy in _YAML_REMEDIES:
+        if part in problem:
+            return f"; {remedy}"
+    return ""
+
+
+def _flag_of(dotted: str, flags: Mapping[str, str]) -> str | None:
+    """Return the flag that set a name, or a section that holds it."""
+    plain = re.sub(r"\[\d+\]", "", dotted)
+    for name, flag in flags.items():
+        if f"{plain}.".startswith(f"{name}."):
+            return flag
+    return None
+
+
+def _message(findings: Sequence[Any], dotted: str, settings: type[BaseModel]) -> str:
+    """Say what is wrong with a setting. One that may be of several kinds has a finding for each."""
+    phrases = []
+    for finding in findings:
+        name, section = _place(finding["loc"], settings)
+        if name == dotted:
+            phrases.append(_phrase(finding, section))
+    if not all(phrase.startswith("expected ") for phrase in phrases):
+        return phrases[0]
+    kinds = [phrase.removeprefix("expected ") for phrase in phrases]
+    return f"expected {' or '.join(dict.fromkeys(kinds))}"
 
 
 def _phrase(finding: Any, section: type[BaseModel] | None) -> str:
@@ -239,81 +277,56 @@ def _place(
 ) -> tuple[str, type[BaseModel] | None]:
     """Return the dotted name of a finding, and the section that it is (None: a plain value)."""
     dotted = ""
-    section = settings
+    section: type[BaseModel] | None = settings
     for place, part in enumerate(location):
         if isinstance(part, int):
             dotted += f"[{part}]"
-            continue
-        if part in _TAGS and place and isinstance(location[place - 1], int):
-            continue  # pydantic's name for the kind of an item
-        dotted += f".{part}"
-        field = section.model_fields.get(part)
-        below = None if field is None else _section(field.annotation)
-        if below is None:
-            # What follows are positions in a list, or pydantic's name for a kind of value.
-            for rest in location[place + 1 :]:
-                if isinstance(rest, int):
-                    dotted += f"[{rest}]"
-            return _as_written(dotted), None
-        section = below
-    return _as_written(dotted), section
+        elif section is None:
+            continue  # pydantic's name for a kind of value
+        elif part not in _TAGS or not place or not isinstance(location[place - 1], int):
+            dotted += f".{part}"
+            field = section.model_fields.get(part)
+            section = None if field is None else section_in(field.annotation)
+    return re.sub(r"^\.tasks\[0\]", ".task", dotted).removeprefix("."), section
 
 
-def _as_written(dotted: str) -> str:
-    return re.sub(r"^\.tasks\[0\]", ".task", dotted).removeprefix(".")
+def _hint(location: Sequence[int | str], settings: type[BaseModel]) -> str:
+    """Return which settings an unknown name may mean.
 
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """Return the section inside an annotation such as ``tuple[DataSource, ...]``, if any."""
-    is_class = isinstance(annotation, type) and get_origin(annotation) is None
-    if is_class and issubclass(annotation, BaseModel):
-        return cast(type[BaseModel], annotation)
-    for part in get_args(annotation):
-        section = _section(part)
-        if section is not None:
-            return section
-    return None
-
-
-def _names(section: type[BaseModel], prefix: str) -> dict[str, str]:
-    """Return full dotted name -> last part, of all settings below a section."""
-    names: dict[str, str] = {}
-    for field_name, field in section.model_fields.items():
-        last = "task" if field_name == "tasks" else field_name
-        names[prefix + last] = last
-        inner = _section(field.annotation)
-        if inner is not None:
-            names |= _names(inner, f"{prefix}{last}.")
-    return names
-
-
-def _near(location: Sequence[int | str], settings: type[BaseModel]) -> str:
-    """Return which settings an unknown name may mean, as the end of a message.
-
-    Another trainer's name comes first, then the same name elsewhere, then a similar one in the
-    same section.
+    That is another trainer's name, the same name elsewhere, or a similar one in its section.
     """
     *parents, wrong = location
     word = str(wrong).replace("-", "_")
     dotted, section = _place(parents, settings)
     if section is not None and RENAMED.get(word) in section.model_fields:
         return f"; it is called {RENAMED[word]!r} now"
-    if word in ALIASES:
-        meant = [ALIASES[word]]
-    else:
-        meant = [name for name, last in _names(settings, "").items() if last == word]
-    if not meant and section is not None:
-        siblings: dict[str, str] = {}
-        for last in section.model_fields:
-            if last != "tasks":
-                siblings[last] = f"{dotted}.{last}".lstrip(".")
-        if not parents:
-            siblings |= {**ALIASES, "task": "task"}
-        near = get_close_matches(word, siblings, n=3, cutoff=0.5)
-        meant = list(dict.fromkeys(siblings[last] for last in near))
-        if not meant:
+    names = _same_name(word, settings)
+    if not names and section is not None:
+        neighbours = _neighbours(section, dotted)
+        close = get_close_matches(word, neighbours, n=3, cutoff=0.5)
+        names = list(dict.fromkeys(neighbours[name] for name in close))
+        if not names:
             known = {*section.model_fields}
             if not parents:
                 known.add("task")
             return f"; known: {', '.join(sorted(known))}"
-    return "; did you mean " + " or ".join(repr(name) for name in meant[:3]) + "?"
+    return "; did you mean " + " or ".join(map(repr, names[:3])) + "?"
+
+
+def _same_name(word: str, settings: type[BaseModel]) -> list[str]:
+    """List the dotted names that a word is another trainer's name of, or the last part of."""
+    if word in ALIASES:
+        return [ALIASES[word]]
+    return [name for name in dotted_names(settings) if name.rpartition(".")[2] == word]
+
+
+def _neighbours(section: type[BaseModel], dotted: str) -> dict[str, str]:
+    """Map what could be meant in a section to its dotted name; at the top aliases too."""
+    names = {}
+    for name in section.model_fields:
+        if name != "tasks":
+            names[name] = f"{dotted}.{name}".lstrip(".")
+    if not dotted:
+        names.update(ALIASES)
+        names["task"] = "task"
+    return names

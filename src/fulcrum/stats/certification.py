@@ -40,7 +40,7 @@ from fulcrum.stats.certificate import (
     with_sign,
 )
 from fulcrum.stats.intervals import Interval
-from fulcrum.stats.outcomes import Cell, Outcomes
+from fulcrum.stats.outcomes import Outcomes
 from fulcrum.stats.row_savings import Draws, Reference
 
 MORE = 50  # rows that the user could label instead
@@ -126,11 +126,11 @@ def _draw(found: Outcomes, question: Question, metric: str) -> Draws:
         scores[point] = sign * found.matrix(metric, *point)
         cells = [(*point, seed) for seed in own_seeds]
         dev[point] = [0.0]  # an arm that is no reference is not selected
-        if _all_in(cells, found.dev):
+        if found.dev.keys() >= set(cells):
             dev[point] = [found.dev[cell] for cell in cells]
         elif point[0] in question.references:
             is_dev_known = False
-        if _all_in(cells, found.tokens):
+        if found.tokens.keys() >= set(cells):
             tokens[point] = float(np.mean([found.tokens[cell] for cell in cells]))
     measured = row_savings.measure(
         scores,
@@ -160,10 +160,6 @@ def _check_seeds(seeds: Mapping[tuple[str, int], list[int]]) -> None:
 
 def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _all_in(cells: Sequence[Cell], known: Mapping[Cell, float]) -> bool:
-    return all(cell in known for cell in cells)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -299,7 +295,7 @@ def _side_effect(found: Outcomes, question: Question, metric: str, n: int) -> Si
 
 
 def _clip(score: Interval, most: float) -> Interval:
-    return Interval(*(float(np.clip(end, 0.0, most)) for end in score))
+    return Interval(*np.clip(score, 0.0, most).tolist())
 
 
 def _points_at(found: Outcomes, metric: str, n: int) -> list[tuple[str, int]]:
@@ -307,8 +303,10 @@ def _points_at(found: Outcomes, metric: str, n: int) -> list[tuple[str, int]]:
     sizes: dict[str, list[int]] = {}
     for arm, size in found.points(metric):
         sizes.setdefault(arm, []).append(size)
-    chosen = [(arm, n if n in own else max(own)) for arm, own in sizes.items()]
-    return sorted(chosen, key=lambda point: (point[1] > 0, point))
+    points = []
+    for arm, own in sizes.items():
+        points.append((arm, n if n in own else max(own)))
+    return sorted(points, key=lambda point: (point[1] > 0, point))
 
 
 def _largest(draws: Draws, question: Question) -> int:
@@ -364,8 +362,10 @@ def _more_rows(comparison: _Comparison) -> MoreRows:
     curve = comparison.curve
     wanted = comparison.n + MORE
     if curve.sizes[-1] < wanted:
-        largest = {arm: max(draws.measured.sizes([arm]), default=0) for arm in question.references}
-        far = [arm for arm, size in largest.items() if size >= wanted]
+        far = []
+        for arm in question.references:
+            if max(draws.measured.sizes([arm]), default=0) >= wanted:
+                far.append(arm)
         if far:
             curve = row_savings.curve(draws, far, max(draws.measured.sizes(far)))
     with_more = row_savings.score_at(curve, wanted)

@@ -220,7 +220,8 @@ def _rouge_tokens(text: str) -> list[str]:
 
 
 def _chrf(row: _Row) -> float:
-    return float(_chrf_scorer().sentence_score(row.output, [row.gold]).score)
+    value: float = _chrf_scorer().sentence_score(row.output, [row.gold]).score
+    return value
 
 
 @cache
@@ -335,13 +336,15 @@ def _label_sums(rows: Sequence[_Row]) -> tuple[FloatArray, int]:
 
     Balanced accuracy and MCC need these margins of the confusion matrix only, not its C² cells.
     """
-    classes = {label: i for i, label in enumerate(sorted({_label(row.gold) for row in rows}))}
+    labels = [_label(row.gold) for row in rows]
+    classes = {label: i for i, label in enumerate(sorted(set(labels)))}
     n = len(classes)
-    gold = np.array([classes[_label(row.gold)] for row in rows])
-    output = np.array([classes.get(_label(row.output), n) for row in rows])
-    truth = np.eye(n)[gold]
-    answer = np.eye(n + 1)[output]
-    return np.hstack([truth * answer[:, :n], truth, answer]), n
+    gold = np.zeros((len(rows), n))
+    output = np.zeros((len(rows), n + 1))
+    for k, row in enumerate(rows):
+        gold[k, classes[labels[k]]] = 1
+        output[k, classes.get(_label(row.output), n)] = 1
+    return np.hstack([gold * output[:, :n], gold, output]), n
 
 
 def _balanced_accuracy(rows: Sequence[_Row]) -> _Sums:
