@@ -491,7 +491,7 @@ def test_a_signal_ends_a_process_with_its_code_and_says_how_to_go_on(
 def test_a_run_that_another_process_works_on_is_refused(place: Path, trained: Path) -> None:
     with (
         run_folder.held(trained),
-        pytest.raises(StoreError, match=f"process {os.getpid()} on .* has been at work"),
+        pytest.raises(StoreError, match=f"process {os.getpid()} on .* has been working"),
     ):
         run_training(settings_of(place, trained), resume=True)
 

@@ -343,7 +343,7 @@ def test_a_conversation_that_is_refused_stops_no_others(endpoint: tuple[str, Ask
 
 
 def test_an_endpoint_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fulcrum.model.endpoint._AGAIN", 0)
+    monkeypatch.setattr("fulcrum.model.endpoint._RETRIES", 0)
     with pytest.raises(
         ConfigError, match=r"http://127\.0\.0\.1:9/v1: no answer from 'm': .*check the address"
     ):
