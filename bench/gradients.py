@@ -59,7 +59,7 @@ def main() -> None:
     )
     began = time.perf_counter()
     begin = partial(adapter.new_adapter, loaded, train, 0)
-    examples = {item.key: item.tokens for item in both}
+    examples = [(item.key, item.tokens) for item in both]
     found, _ = gradients.sketch_in_blocks(
         loaded,
         examples,

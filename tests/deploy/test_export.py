@@ -293,6 +293,8 @@ def test_of_several_tasks_each_has_an_export_of_its_own(run: Path, tmp_path: Pat
         match=r"the run has the tasks colour, hue, an export has one anchor: choose with --task",
     ):
         export.export(tmp_path / "two", Wanted("adapter"))
+    with pytest.raises(ConfigError, match="no task 'hu' in this run; did you mean 'hue'"):
+        export.export(tmp_path / "two", Wanted("adapter"), task="hu")
     found = [
         export.export(tmp_path / "two", Wanted("adapter"), task=name) for name in ("colour", "hue")
     ]

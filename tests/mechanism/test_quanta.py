@@ -18,7 +18,7 @@ from fulcrum.model import adapter, base_model, generate
 from fulcrum.report import run_report
 from fulcrum.training import gradients
 from helpers.runs import KillAfter, Killed
-from helpers.tiny import comparison_settings, load_tiny, save_task
+from helpers.tiny import comparison_settings, load_tiny, save_task, tiny_settings
 
 ANCHOR = Anchor("Name it.")
 
@@ -210,3 +210,20 @@ def test_gradients_of_items_are_their_rows(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         single.sum(axis=0) / whole.n_loss, mean, atol=1e-4 * np.abs(mean).max()
     )
+
+
+def test_two_items_of_one_key_have_a_sketch_each(tmp_path: Path) -> None:
+    """Two tasks that read other columns of one file name their rows alike."""
+    loaded = load_tiny(tmp_path)
+    form = encode.make_format(loaded.tokenizer, None)
+    first, second = (encode.encode(row, form) for row, _ in ROWS[:2])
+    sketches, _ = gradients.sketch_in_blocks(
+        loaded,
+        [("rows.jsonl:1", first), ("rows.jsonl:1", second)],
+        gradients.SketchOptions(256, seed=0, normalise=True),
+        put_adapter=lambda: adapter.new_adapter(loaded, tiny_settings(), 0),
+        folder=tmp_path / "stored",
+        count=lambda done, total: None,
+    )
+    assert len(sketches) == 2
+    assert not np.array_equal(sketches[0], sketches[1])

@@ -353,7 +353,7 @@ def scale(
         settings, how["budget"] = budget_options.read_plan(settings)
     elif budget:
         seconds = budget_options.parse_duration(budget)
-        screen = common.ready(ctx, settings, dry_run=dry_run)
+        screen = _ready_to_plan(ctx, settings, resume=resume, dry_run=dry_run)
         ask = not (yes or dry_run)
         settings, how["budget"] = budget_options.plan_scaling(screen, settings, seconds, ask=ask)
     plan = scale_arms.prepared

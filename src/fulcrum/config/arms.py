@@ -90,7 +90,7 @@ _BUILT_IN = (
     ),
     # As many passes over the task rows as TELL: what general rows bring at equal exposures (a
     # diagnostic).
-    BuiltInArm(name="sft_matched", anchored=True, hyperparameters_of="tell"),
+    BuiltInArm(name="sft_matched", anchored=True, hyperparameters_of="tell", use_rank=4),
     BuiltInArm(name="mix", general="pool", colour="#56b4e9", use_rank=1),
     BuiltInArm(name="tell", anchored=True, general="pool", colour="#0072b2", use_rank=0),
     # TELL's own rows, one source after the other: what shuffling brings.

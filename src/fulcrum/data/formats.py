@@ -298,12 +298,9 @@ def _history(value: Any) -> list[Message]:
     """Read [[question, answer], ...]; return nothing if there is none."""
     if value in (None, "", []):
         return []
-    wrong = _RowError("history is not a list of [question, answer]", f"got {value!r:.60}")
-    if not isinstance(value, list):
-        raise wrong
-    for pair in value:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise wrong
+    is_list = isinstance(value, list)
+    if not is_list or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
+        raise _RowError("history is not a list of [question, answer]", f"got {value!r:.60}")
     messages: list[Message] = []
     for question, answer in value:
         messages.append(Message("user", _string(question, "history")))

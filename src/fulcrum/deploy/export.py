@@ -277,10 +277,9 @@ def _task(adapter: Adapter, name: str | None) -> TaskSettings:
         raise ConfigError(
             f"the run has the tasks {names}, an export has one anchor: choose with --task"
         )
-    tasks = adapter.settings.tasks
-    if name is None:
-        return tasks[0]
-    return next(task for task in tasks if task.name == name)
+    adapter.anchor(name)  # raises ConfigError for an unknown name
+    by_name = {task.name: task for task in adapter.settings.tasks}
+    return next(iter(by_name.values())) if name is None else by_name[name]
 
 
 def _folder_name(adapter: Adapter, task: TaskSettings, wanted: Wanted) -> str:

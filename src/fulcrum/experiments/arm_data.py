@@ -183,11 +183,11 @@ class ArmPlan:
         self, general: tuple[Example, ...], tokenizer: encode.Tokenizer
     ) -> Sequence[Tokens]:
         plain = encode.make_format(tokenizer, None)
-        if not (self.arm.asks_adapters or self.arm.asks_teacher):
+        labels_task_inputs = self.arm.asks_adapters or self.arm.asks_teacher
+        if not (self.arm.anchored and labels_task_inputs):
             return token_stream.tokenised(general, plain)
-        forms: dict[
-            str, encode.PromptFormat
-        ] = {}  # these are rows of the task, and have its anchor
+        # These are rows of the task, and have its anchor.
+        forms: dict[str, encode.PromptFormat] = {}
         for task in self.rows.tasks:
             form = encode.make_format(tokenizer, self.train_anchors[task.name])
             for row in task.unlabeled:

@@ -116,9 +116,8 @@ def plan(settings: Settings, *, preset: str | None = None, seconds: float | None
     wanted = [preset_named(preset)] if preset else list(PRESETS.values())
     measured = _measure_run(settings)
     every = measured.every
-    designs = tuple(_design(one, measured, every) for one in PRESETS.values())
-    names = {one.name for one in wanted}
-    candidates = [design for design in reversed(designs) if design.preset in names]
+    candidates = [_design(one, measured, every) for one in reversed(wanted)]
+    by_preset = {design.preset: design for design in candidates}
     limit = math.inf
     if seconds is not None:
         limit = PLANNED * seconds - (time.perf_counter() - started)
@@ -126,6 +125,10 @@ def plan(settings: Settings, *, preset: str | None = None, seconds: float | None
             candidates += [_design(wanted[0], measured, rows) for rows in _fewer(every)]
     for design in candidates:
         if design.seconds <= limit and not design.why_not:
+            for one in PRESETS.values():  # what the others would cost is shown
+                if one.name not in by_preset:
+                    by_preset[one.name] = _design(one, measured, every)
+            designs = tuple(by_preset[name] for name in PRESETS)
             return Plan(design, designs, _left_out(design, measured))
     least = candidates[-1]
     if seconds is None or least.why_not:

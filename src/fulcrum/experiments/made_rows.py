@@ -74,7 +74,7 @@ def with_gradients(session: Session, rows: RunData, plans: Sequence[ArmPlan]) ->
     name = f"gradients-seed{rows.seed}"
     sketches, seconds = sketch_in_blocks(
         session.model,
-        examples,
+        list(examples.items()),
         SketchOptions(session.settings.train.pack_tokens, rows.seed),
         put_adapter=partial(_warm_up, session.model, rows, session.settings),
         folder=None if session.kept is None else session.kept / store.MADE / name,

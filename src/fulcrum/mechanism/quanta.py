@@ -97,7 +97,7 @@ def run_quanta(
         fresh_seed = seed_for(settings.seed, "quanta")
         gradients, seconds = gradient_sketches.sketch_in_blocks(
             session.model,
-            {item.key: item.tokens for item in items},
+            [(item.key, item.tokens) for item in items],
             SketchOptions(settings.train.pack_tokens, settings.seed, normalise=True),
             put_adapter=partial(adapter.new_adapter, session.model, settings.train, fresh_seed),
             folder=None if session.kept is None else session.kept / store.MADE / "gradients",

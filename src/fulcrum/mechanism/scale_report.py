@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulcrum.config.settings import Settings
+from fulcrum.config.settings import settings_from_dict
 from fulcrum.core import store
 from fulcrum.core.errors import DataError
 from fulcrum.core.types import FloatArray
@@ -53,7 +53,7 @@ def analyse(results: Record, predictions: Sequence[Record]) -> dict[str, Any]:
     """
     from fulcrum.mechanism.scale_arms import levels
 
-    settings = Settings.model_validate(results["settings"])
+    settings = settings_from_dict(results["settings"], "results.json")
     ladder = levels(settings)
     by_arm: dict[str, dict[int, Record]] = {}
     for arm in results["arms"]:

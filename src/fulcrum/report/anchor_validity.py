@@ -13,12 +13,14 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from scipy.stats import norm, rankdata, spearmanr
 
+from fulcrum.config import parsing
 from fulcrum.config.arms import ARMS
 from fulcrum.config.experiments import Arm
 from fulcrum.core import store
-from fulcrum.core.errors import StoreError
+from fulcrum.core.errors import ConfigError, StoreError
 from fulcrum.core.types import FloatArray
 from fulcrum.report.summary import Record
 from fulcrum.stats.intervals import Interval
@@ -114,7 +116,12 @@ def _test_losses(results: Record, arm: str, task: str) -> list[float]:
 def _find_arm(results: Record, name: str) -> Arm:
     for arm in results["settings"]["compare"]["arms"]:
         if not isinstance(arm, str) and arm["name"] == name:
-            return Arm.model_validate(arm)
+            try:
+                return Arm.model_validate(arm)
+            except ValidationError as error:
+                raise parsing.explain(error, Arm, f"arm {name!r} of a run", {}) from None
+    if name not in ARMS:
+        raise ConfigError(f"arm {name!r} of a run is not built in any more, nor described there")
     return ARMS[name]
 
 

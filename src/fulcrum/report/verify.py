@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fulcrum.config.sections import TaskSettings
-from fulcrum.config.settings import Settings
+from fulcrum.config.settings import Settings, settings_from_dict
 from fulcrum.core import run_folder, store
 from fulcrum.core.errors import FulcrumError
 from fulcrum.core.types import Example
@@ -195,7 +195,8 @@ def _check_made(stated: Inputs, run: Path) -> Verification:
 
 def _check_rows(stated: Inputs, task: str, folder: Path) -> Verification:
     try:
-        settings = Settings.model_validate({**stated.settings, "output_dir": str(folder)})
+        where = "its settings"
+        settings = settings_from_dict({**stated.settings, "output_dir": str(folder)}, where)
         rows = _read_rows(_find_task(settings, task), settings.seed)
     except (FulcrumError, ValueError, StopIteration) as error:
         why = str(error).partition("\n")[0] or f"no task {task!r} in the settings"

@@ -8,7 +8,7 @@ costs one forward and one backward pass.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -171,7 +171,7 @@ def _random(seed: int, layer: int, width: int, rank: int) -> tuple[Tensor, Tenso
 
 def sketch_in_blocks(
     loaded: LoadedModel,
-    examples: Mapping[str, Tokens],
+    examples: Sequence[tuple[str, Tokens]],
     options: SketchOptions,
     *,
     put_adapter: Callable[[], object],
@@ -180,16 +180,16 @@ def sketch_in_blocks(
 ) -> tuple[npt.NDArray[np.float16], float]:
     """Return the sketches of examples, in their order, and the seconds they took.
 
-    Blocks of them are stored in `folder` under the examples' keys, and read back when a run is
-    resumed. `put_adapter` is called once, before the first block that is not stored.
+    `examples` are pairs of key and tokens; a key may occur twice. Blocks of sketches are stored in
+    `folder` under the keys, and read back when a run is resumed. `put_adapter` is called once,
+    before the first block that is not stored.
     """
-    keys = list(examples)
     blocks = []
     seconds = 0.0
     has_adapter = False
-    for start in range(0, len(keys), _BLOCK):
-        block = keys[start : start + _BLOCK]
-        name = store.fingerprint([block, options.budget])
+    for start in range(0, len(examples), _BLOCK):
+        block = examples[start : start + _BLOCK]
+        name = store.fingerprint([[key for key, _ in block], options.budget])
         file = None if folder is None else folder / f"{start // _BLOCK:04}.npz"
         stored = None if file is None else _read(file, name)
         if stored is None:
@@ -197,8 +197,8 @@ def sketch_in_blocks(
             if not has_adapter:
                 put_adapter()
                 has_adapter = True
-            progress = after(start, len(keys), count)
-            sketches = sketch(loaded, [examples[key] for key in block], options, progress)
+            progress = after(start, len(examples), count)
+            sketches = sketch(loaded, [tokens for _, tokens in block], options, progress)
             stored = sketches.astype(np.float16), time.perf_counter() - began
             if file is not None:
                 _write(file, name, *stored)

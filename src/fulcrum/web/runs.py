@@ -203,7 +203,10 @@ def read_result(run: Run, kinds: Kinds) -> dict[str, Any]:
         tables = _grids(results, certified=bool(certificates))
         seconds = results["seconds"]
         if not certificates:
-            sentences = kind_of(results, kinds).sentences(run.folder, results)
+            try:
+                sentences = kind_of(results, kinds).sentences(run.folder, results)
+            except StoreError as error:  # a damaged side file must not hide the tables
+                sentences = [str(error)]
     return {
         "verdicts": verdicts,
         "said": " ".join(sentences),
