@@ -81,6 +81,11 @@ VOLATILE = {
     r"^sha256$": "seal of a certificate, which covers the environment",
 }
 
+# Values that only the new checkout has: pattern of their paths -> the reason.
+ADDED = {
+    r"^differences\.[^.]+ tell - ": "TELL is compared with one's own mixtures too",
+}
+
 # Values that are sentences for people.
 WORDS = r"(^|\.)(notes|headline|sentence|why)(\[|$)"
 
@@ -315,6 +320,9 @@ def compare_file(name: str, old: Side, new: Side, seen: Seen) -> None:
     for one in (before, after):
         for key in [key for key in one if any(re.search(pattern, key) for pattern in VOLATILE)]:
             del one[key]
+    for key in [key for key in after if key not in before]:
+        if any(re.search(pattern, key) for pattern in ADDED):
+            del after[key]
     words = [
         {key: one.pop(key) for key in list(one) if re.search(WORDS, key)} for one in (before, after)
     ]
@@ -404,7 +412,10 @@ def read(file: Path) -> Values:
     if kind == ".npz":
         return {name: _hash(array) for name, array in np.load(file).items()}
     if kind == ".json":
-        return leaves(json.loads(file.read_text(encoding="utf-8")))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if file.name == "results.json":
+            content["differences"] = by_pair(content["differences"])
+        return leaves(content)
     if kind == ".jsonl":
         rows = [json.loads(row) for row in file.read_text(encoding="utf-8").split("\n") if row]
         if file.name == "events.jsonl":
@@ -419,6 +430,14 @@ def read(file: Path) -> Values:
     if kind == ".jinja" or file.name.startswith("Modelfile"):
         return lines(file.read_text(encoding="utf-8"))
     return {"bytes": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def by_pair(differences: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the paired differences of a run by what they compare; their order is free."""
+    named = {}
+    for one in differences:
+        named[f"{one['task']} {one['metric']} {one['arm']} - {one['reference']}"] = one
+    return named
 
 
 def leaves(value: Any, path: str = "") -> Values:
