@@ -53,7 +53,7 @@ class ArmPlan:
 
     @property
     def members(self) -> int:
-        """Number of adapters that are trained and averaged."""
+        """Return the number of adapters that are trained and averaged."""
         return self.arm.members if self.arm.trained else 0
 
     @property
