@@ -345,14 +345,16 @@ def test_stopping_lets_open_answers_end_and_tells_who_waits(
     loaded: LoadedModel, served_models: dict[str, ServedModel]
 ) -> None:
     with Engine(loaded, served_models, slots=1) as running:
-        first, gate = Heard(), threading.Event()
+        first, begun, gate = Heard(), threading.Event(), threading.Event()
 
         def slow(piece: AnswerDelta) -> None:
+            begun.set()
             gate.wait(60)
             first(piece)
 
         prompt = encode.prompt_ids([Message("user", TEXTS[0])], served_models["base"].form)
         running.submit(Question("base", prompt, 3, slow, temperature=5.0, seed=3))
+        assert begun.wait(60)  # a question that still waits when the engine stops gets no answer
         second = ask(running, "base", "dog")
         stopping = threading.Thread(target=running.stop, args=(60,))
         stopping.start()

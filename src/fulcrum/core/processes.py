@@ -7,11 +7,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _WAIT = b"\nstopping after this step, which is then saved; once more: at once\n"
@@ -62,12 +63,16 @@ def deferred() -> Iterator[Callable[[], int]]:
 
 def start(
     jobs: int, initializer: Callable[..., None] | None = None, given: tuple[Any, ...] = ()
-) -> ProcessPoolExecutor:
+) -> "ProcessPoolExecutor":
     """Return a pool of `jobs` processes, each of which first calls `initializer(*given)`.
 
     They are spawned, since a forked copy of this process's threads would hang. They end when this
     process does, even if it is killed.
     """
+    # Imported here since every command imports this module, and most start no process.
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     return ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(initializer, given)
     )
@@ -84,6 +89,8 @@ def _begin(initializer: Callable[..., None] | None, given: tuple[Any, ...]) -> N
 
 
 def _end_with_parent() -> None:
+    from multiprocessing import parent_process
+
     parent = parent_process()
     if parent is not None:
         parent.join()
