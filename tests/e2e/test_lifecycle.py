@@ -905,15 +905,16 @@ def test_a_compared_adapter_answers_as_predicted(compared: Path) -> None:
         api.load_adapter(compared, arm="tel")
 
 
-@pytest.mark.parametrize("steps", [12, 200])
-def test_a_killed_comparison_goes_on_to_the_same_results(
-    place: Path, compared: Path, tmp_path: Path, steps: int
+def test_a_comparison_killed_twice_goes_on_to_the_same_results(
+    place: Path, compared: Path, tmp_path: Path
 ) -> None:
     """Killed in the second fold of an arm's second trial (6 + 4 steps before it), and at the
     second seed (180 before it)."""
     folder = tmp_path / "six"
     with pytest.raises(Killed):
-        run_comparison(two_tasks(place, folder), progress=KillAfter(steps))
+        run_comparison(two_tasks(place, folder), progress=KillAfter(12))
+    with pytest.raises(Killed):
+        run_comparison(two_tasks(place, folder), resume=True, progress=KillAfter(188))
     finished_cells = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
     assert finished_cells
     run_comparison(two_tasks(place, folder), resume=True)

@@ -95,17 +95,6 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # as in the process alone: results repeat for a number of threads
 
 
-def test_two_processes_give_the_same(place: Path, alone: Path, tmp_path: Path) -> None:
-    told = Told()
-    run_comparison(settings(place, tmp_path / "out"), jobs=2, progress=told)
-    same(tmp_path / "out", alone)
-    assert "tell-8-seed1" in told.labels  # steps in workers are told here
-    assert (told.shares[-1], told.shares[6]) == (
-        (9, 9),
-        (7, 7),
-    )  # 1 + 2 x 2 + 2 trials; 1 + 2 x 2 x 2 trainings
-
-
 def test_a_killed_process_is_said_and_the_comparison_goes_on(
     place: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -118,7 +107,10 @@ def test_a_killed_process_is_said_and_the_comparison_goes_on(
         run_comparison(settings(place, out), jobs=2, progress=Told(kill))
     before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     assert len(before) >= 7
-    run_comparison(settings(place, out), jobs=2, resume=True)
+    told = Told()
+    run_comparison(settings(place, out), jobs=2, resume=True, progress=told)
+    assert told.labels  # steps in workers are told here
+    assert told.shares[-1] == (9, 9)  # 1 + 2 x 2 x 2 trainings, with those that were kept
     assert (
         before.items()
         <= {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}.items()

@@ -108,7 +108,7 @@ def test_an_arm_may_have_sizes_of_its_own(place: Path, tmp_path: Path) -> None:
 def test_a_killed_comparison_by_sizes_goes_on_to_the_same_certificate(
     place: Path, tmp_path: Path
 ) -> None:
-    """Killed in the middle of its trials, and in its last training."""
+    """Killed in the middle of its trials, and once more in its last training."""
     compare = {
         "arms": ["base_anchor", "kshot", "sft", "tell"],
         "sizes": [4, 6],
@@ -133,21 +133,24 @@ def test_a_killed_comparison_by_sizes_goes_on_to_the_same_certificate(
         name for name in files if name.name in ("adapter_model.safetensors", "predictions.jsonl")
     ]
     assert len(kept) == 3
-    for number, steps in enumerate((counting.steps // 3, counting.steps - 1)):
-        folder = tmp_path / f"killed{number}"
+    folder = tmp_path / "killed"
+    third = counting.steps // 3
+    for steps, resume in ((third, False), (counting.steps - third, True)):
         with pytest.raises(Killed):
-            run_comparison(settings(place, folder, **changes), progress=KillAfter(steps))
-        before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
-        assert before
+            run_comparison(
+                settings(place, folder, **changes), resume=resume, progress=KillAfter(steps)
+            )
         assert not (folder / "certificate.json").exists()
-        run_comparison(settings(place, folder, **changes), resume=True)
-        assert (
-            before.items()
-            <= {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}.items()
-        )
-        assert cells(folder) == cells(tmp_path / "whole")
-        for name in (*proof, *kept):
-            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
+    assert before
+    run_comparison(settings(place, folder, **changes), resume=True)
+    assert (
+        before.items()
+        <= {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}.items()
+    )
+    assert cells(folder) == cells(tmp_path / "whole")
+    for name in (*proof, *kept):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(

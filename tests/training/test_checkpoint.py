@@ -13,7 +13,8 @@ import torch
 from fulcrum.core import store
 from fulcrum.core.errors import DivergedError, StoreError
 from fulcrum.core.processes import Stopped, deferred
-from fulcrum.core.types import TrainPoint
+from fulcrum.core.types import TrainingRun, TrainPoint
+from fulcrum.model.adapter import State
 from fulcrum.training import loop
 from helpers.training import same, stream, train
 
@@ -138,15 +139,34 @@ def test_what_somebody_copied_beside_checkpoints_is_none(tmp_path: Path) -> None
     assert (tmp_path / "c" / "checkpoint-3 (copy)").exists()
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[State, TrainingRun]:
+    """The weights and the result of a training that nothing killed."""
+    return train(tmp_path_factory.mktemp("uninterrupted"))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model beside `c`, the checkpoints of a training killed at step 4."""
+    folder = tmp_path_factory.mktemp("killed")
+    killed_checkpoint(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "name", ["adapter.safetensors", "best.safetensors", "optimizer.pt", "state.json", "SHA256SUMS"]
 )
 @pytest.mark.parametrize("damage", ["missing", "cut", "emptied", "one bit"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    tmp_path: Path, name: str, damage: str
+    tmp_path: Path,
+    uninterrupted: tuple[State, TrainingRun],
+    killed: Path,
+    name: str,
+    damage: str,
 ) -> None:
-    whole, expected = train(tmp_path)
-    file = killed_checkpoint(tmp_path) / name
+    whole, expected = uninterrupted
+    shutil.copytree(killed / "c", tmp_path / "c")
+    file = max((tmp_path / "c").glob("checkpoint-*")) / name
     content = bytearray(file.read_bytes())
     file.unlink()
     if damage != "missing":
@@ -157,7 +177,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     said: list[str] = []
     steps: list[int] = []
     resumed, found = train(
-        tmp_path,
+        killed,
         checkpoint=tmp_path / "c",
         say=said.append,
         progress=lambda point, *_: steps.append(point.step),

@@ -1,10 +1,6 @@
 """What must agree does: packing and accumulation, resumed and uninterrupted, one process and two,
 TRL and Fulcrum."""
 
-import os
-import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -381,68 +377,6 @@ def test_an_adapter_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     } <= names
     assert "left over" not in names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
-
-
-# Two processes.
-
-TWO = """
-import sys
-sys.path[:0] = {paths!r}
-from functools import partial
-from pathlib import Path
-import test_loop
-from safetensors.torch import save_file
-folder, cases = Path(sys.argv[1]), {cases!r}
-import os, torch.distributed as dist
-for number, options in enumerate(cases):
-    state, result = test_loop.train(folder, **options)
-    if int(os.environ["RANK"]) == 0:
-        save_file(state, folder / f"two-{{number}}.safetensors")
-        (folder / f"two-{{number}}.json").write_text(repr(test_loop.curve(result)))
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.e2e
-def test_two_processes_give_the_adapter_of_one(tmp_path: Path) -> None:
-    """The second case ends with a step of fewer examples than processes."""
-    from safetensors.torch import load_file
-
-    cases = [{"batch_size": 6}, {"batch_size": 23, "weight_decay": 0.1}]
-    expected = [train(tmp_path, **case) for case in cases]
-    script = tmp_path / "two.py"
-    script.write_text(TWO.format(paths=[str(Path(__file__).parent), *sys.path], cases=cases))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-        str(tmp_path),
-    ]
-    with subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as both:
-        try:
-            _, said = both.communicate(timeout=100)
-        except subprocess.TimeoutExpired:
-            os.killpg(
-                both.pid, signal.SIGKILL
-            )  # the launcher and the processes that wait for each other
-            raise
-    assert both.returncode == 0, said[-3000:]
-    for number, (state, result) in enumerate(expected):
-        close(load_file(tmp_path / f"two-{number}.safetensors"), state)
-        found = eval((tmp_path / f"two-{number}.json").read_text())
-        np.testing.assert_allclose(
-            np.array(found, dtype=float), np.array(curve(result), dtype=float), rtol=1e-5
-        )
 
 
 @pytest.mark.parametrize(
