@@ -5,7 +5,8 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# One thread for each of two workers; processes that tests start read compiled files.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: venv demo test test-fast lint docs check soak mutants lock release bench validate data clean
 
@@ -25,7 +26,7 @@ demo: venv
 test: venv lint
 	$(PYTEST)
 
-# All but real processes, the browser, the real model and the commands of the docs: under four minutes.
+# All but real processes, the browser, the real model, whole comparisons and the commands of the docs: under four minutes.
 test-fast: venv
 	$(PYTEST) -m "not e2e"
 

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import io
 import os
 from collections.abc import Iterator
 
@@ -16,12 +17,13 @@ LONGEST = (
     "test_compare.py",
     "test_compile.py",
 )
+PAGES = ("mechanism", "report", "web", "e2e")  # folders of tests that look at whole pages
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, and keep the real model out of `make test-fast`."""
+    """Put the longest files first, and keep browsers and the real model out of `make test-fast`."""
     for item in items:
-        if item.get_closest_marker("real_model"):
+        if item.get_closest_marker("real_model") or "browser" in getattr(item, "fixturenames", ()):
             item.add_marker("e2e")
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
@@ -32,6 +34,21 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     """What tests write need not outlive a power cut: 10,000 waits for the disk are left out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plots_are_not_laid_out(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Outside the tests of pages, what is drawn on a figure is not laid out and written as SVG,
+    which takes longer than a tiny model's training."""
+    from matplotlib.figure import Figure
+
+    def write_none(figure: Figure, buffer: io.StringIO, **_: object) -> None:
+        buffer.write("<svg ></svg>")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name not in PAGES:
+            patch.setattr(Figure, "savefig", write_none)
         yield
 
 

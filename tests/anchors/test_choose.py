@@ -46,6 +46,7 @@ def settings_of(folder: Path, anchor: Any = AUTO, **more: Any) -> Settings:
     return comparison_settings(place, place / "out", task=task, **more)
 
 
+@pytest.mark.e2e
 def test_a_run_chooses_keeps_says_and_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_run_chooses_keeps_says_and_shows(
         run_training(settings_of(tmp_path), resume=True)
 
 
+@pytest.mark.e2e
 def test_a_comparison_chooses_by_its_smallest_size_and_sees_no_test_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +165,7 @@ def test_scores_that_choose_nothing_stop_no_comparison_of_few_rows(tmp_path: Pat
     assert not (tmp_path / "out" / "anchors.json").exists()
 
 
+@pytest.mark.e2e
 def test_where_nothing_is_proposed_the_reasons_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

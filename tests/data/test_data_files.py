@@ -69,6 +69,7 @@ def test_pool_is_spread_over_topics(pool):
     assert max(topics.values()) <= 0.02 * len(pool)
 
 
+@pytest.mark.e2e
 def test_held_out_rows_are_apart_from_the_pool_by_prompt_and_topic(pool, held_out):
     prompts = [row["prompt"] for row in pool + held_out]
     assert len(set(prompts)) == len(prompts)

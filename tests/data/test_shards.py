@@ -113,6 +113,7 @@ def test_a_killed_conversion_goes_on_and_converts_no_part_twice(
     assert [row.question for row in found] == [row["prompt"] for row in content]
 
 
+@pytest.mark.e2e
 def test_several_processes_give_what_one_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +312,7 @@ def test_near_duplicates_are_found_at_the_stated_recall_and_none_is_invented(
     assert len(open_pool([GeneralSource(path=str(tmp_path / "a.jsonl"))], seed=0)) == len(content)
 
 
+@pytest.mark.e2e
 def test_near_duplicates_are_found_among_rows_of_one_template() -> None:
     """All rows are alike by 0.78, and so share bands with hundreds of others: those alike by more
     than 0.8 are found still."""

@@ -10,6 +10,7 @@ from fulcrum.data import run_data, starter, task_data
 from helpers.tiny import tiny_tokenizer, write_rows
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("rows", "per_task", "repeats"), [(40, 4, (1, 2, 4, 8)), (240, 4, (1, 2, 4)), (3000, 1.2, (1,))]
 )

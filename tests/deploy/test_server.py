@@ -156,6 +156,7 @@ def test_answers_are_those_of_the_adapter_with_its_anchor(
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
 
 
+@pytest.mark.e2e
 def test_adapters_answer_side_by_side_as_they_do_alone(
     client: openai.OpenAI, running: Engine
 ) -> None:

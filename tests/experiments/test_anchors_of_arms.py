@@ -145,6 +145,7 @@ def test_what_contradicts_itself_in_an_arm_is_refused(arm: dict[str, Any], said:
         given(compare={"arms": ["base", arm]})
 
 
+@pytest.mark.e2e
 def test_an_arms_own_anchor_is_trained_asked_saved_and_used(tmp_path: Path) -> None:
     own = {
         "name": "other",

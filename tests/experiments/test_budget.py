@@ -323,6 +323,7 @@ def test_a_planned_comparison_says_what_it_leaves_out_and_resumes_with_its_desig
     assert verify.verify(out / "certificate.json") == ([], [])
 
 
+@pytest.mark.e2e
 def test_a_preset_without_a_budget_has_no_limit(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = tmp_path / "run.yaml"
@@ -345,6 +346,7 @@ def test_a_preset_without_a_budget_has_no_limit(place: Path, tmp_path: Path) -> 
     done("compare", file, "--resume")
 
 
+@pytest.mark.e2e
 def test_whole_seeds_are_dropped_rather_than_the_budget_overrun(
     place: Path, tmp_path: Path
 ) -> None:

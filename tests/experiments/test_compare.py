@@ -40,6 +40,7 @@ def cells(folder: Path) -> set[str]:
 # Sizes, and where settings are chosen.
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("tune", ["first", "each"])
 def test_settings_are_chosen_once_or_for_each_seed(place: Path, tmp_path: Path, tune: str) -> None:
     compare = {
@@ -204,6 +205,7 @@ def test_sizes_that_cannot_be_are_refused_before_training(
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.e2e
 def test_an_arm_of_a_file_runs_and_is_set_against_sft(place: Path, tmp_path: Path) -> None:
     other = {"name": "other", "general": "pool", "pool": str(place / "other.jsonl")}
     given = written(place, tmp_path, ["sft", MINE, other])
@@ -302,6 +304,7 @@ def rivals(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, found
 
 
+@pytest.mark.e2e
 def test_words_alone_are_an_arm_of_a_task_of_labels(
     place: Path, rivals: tuple[Path, Results]
 ) -> None:
@@ -345,6 +348,7 @@ def test_words_alone_are_refused_where_answers_are_no_labels(place: Path, tmp_pa
         run_comparison(settings(place, tmp_path / "r", compare={"arms": ["tfidf", "sft"]}))
 
 
+@pytest.mark.e2e
 def test_a_saved_average_answers_as_predicted(rivals: tuple[Path, Results]) -> None:
     folder, results = rivals
     rows = [

@@ -46,6 +46,7 @@ def test_the_cap_is_that_of_the_size_at_which_arms_are_compared(
     assert found.step_cap == 3  # 4 rows and 8 general ones, 4 a step, though there are 9 rows
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "train", [{"use_rslora": True}, {"lora_target_modules": ["q_proj"]}, {"use_dora": True}]
 )
@@ -60,6 +61,7 @@ def test_an_adapter_with_settings_of_its_own_scores_as_it_was_scored(
     assert score.value == pytest.approx(result.scores["task"][0].value, rel=1e-6)
 
 
+@pytest.mark.e2e
 def test_no_arm_of_a_file_takes_more_steps_than_tell(place: Path, tmp_path: Path) -> None:
     given = written(place, tmp_path, ["tell", "sft", {"name": "mine", "train": {"batch_size": 2}}])
     found = run_comparison(given)
@@ -197,6 +199,7 @@ def test_an_average_of_weight_decomposed_adapters_is_refused_before_training(
     assert progress.steps == 0
 
 
+@pytest.mark.e2e
 def test_training_on_general_rows_alone_is_an_arm(place: Path, tmp_path: Path) -> None:
     alone = {"name": "general_only", "anchored": True, "general": "pool", "task_rows": False}
     found = run_comparison(

@@ -237,6 +237,7 @@ def test_devices_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # ---- notebooks
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("verb", ["train", "compare"])
 def test_notebooks_resume_too(place: Path, tmp_path: Path, verb: str) -> None:
     call = getattr(fulcrum, verb)

@@ -35,6 +35,7 @@ def nothing(done: int, total: int) -> None:
     """Nobody is told."""
 
 
+@pytest.mark.e2e
 def test_own_answers_are_the_models_greedy_ones_to_the_same_prompts(loaded: LoadedModel) -> None:
     found = made_rows.own_answers(loaded, rows(), 4096, nothing)
     form = encode.make_format(loaded.tokenizer, None)

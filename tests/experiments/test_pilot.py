@@ -107,6 +107,7 @@ def test_what_it_chose_is_what_is_compared_and_trained(
     assert [tried.setting.repeats for tried in trained.arms[1].tried] == ([1] if chosen else [1, 5])
 
 
+@pytest.mark.e2e
 def test_task_rows_alone_may_use_the_steps_of_the_mixtures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +215,7 @@ def test_a_pilot_sees_no_test_row_of_the_run(
         run_comparison(settings.model_copy(update={"tasks": (task,), "compare": compare}))
 
 
+@pytest.mark.e2e
 def test_what_is_left_out_for_a_zero_is_said_and_takes_its_settings_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,6 +217,7 @@ def test_arms_that_need_inputs_or_a_teacher_say_so(tmp_path: Path) -> None:
         chosen_arms(settings.model_copy(update={"tasks": (without,)}))
 
 
+@pytest.mark.e2e
 def test_adapters_that_answer_are_trained_on_the_arms_own_rows_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +289,7 @@ def endpoint() -> Iterator[tuple[str, Asked]]:
         yield url, asked
 
 
+@pytest.mark.e2e
 def test_a_teacher_answers_once_and_again_after_it_was_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: tuple[str, Asked]
 ) -> None:

@@ -81,6 +81,7 @@ def done(tmp_path_factory: pytest.TempPathFactory):
     return place / "run", settings, run_comparison(settings)
 
 
+@pytest.mark.e2e
 def test_the_temperature_is_fitted_in_trials_and_used_on_test(done):
     folder, _, results = done
     found = outcomes.read(folder / outcomes.FILE)
@@ -108,6 +109,7 @@ def test_the_temperature_is_fitted_in_trials_and_used_on_test(done):
 # SFT at TELL's exposures.
 
 
+@pytest.mark.e2e
 def test_the_matched_arm_takes_what_tell_chose_and_tries_nothing(done):
     folder, _, results = done
     by_arm = {(arm.arm, arm.seed): arm for arm in results.arms}

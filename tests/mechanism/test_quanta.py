@@ -141,6 +141,7 @@ def test_general_items_are_of_rows_that_no_arm_was_trained_on(done: Path) -> Non
     assert held_out <= {line["origin"] for line in lines if line["task"] == "general: pool"}
 
 
+@pytest.mark.e2e
 def test_a_killed_run_ends_in_the_same_record(done: Path, place: Path, tmp_path: Path) -> None:
     changed = settings(
         place, tmp_path / "run", train={**settings(place, done).train.model_dump(), "save_every": 2}

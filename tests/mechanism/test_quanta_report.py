@@ -81,6 +81,7 @@ def test_every_cluster_has_its_sizes_losses_and_gain() -> None:
     assert rows[0]["words"] == ["␣ending ×10"]
 
 
+@pytest.mark.e2e
 def test_the_page_says_the_verdict_and_shows_both_kinds_in_context() -> None:
     known = record()
     assert known["test"]["verdict"] == "rises"

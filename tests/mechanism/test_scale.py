@@ -267,6 +267,7 @@ def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.e2e
 def test_every_amount_is_trained_once_at_every_seed_and_nothing_is_tuned(finished: Path) -> None:
     results = run_report.load(finished)
     trained = [
@@ -292,6 +293,7 @@ def test_every_amount_is_trained_once_at_every_seed_and_nothing_is_tuned(finishe
     assert "Exposures fixed: not enough data" in (finished / "report.html").read_text()
 
 
+@pytest.mark.e2e
 def test_a_killed_run_ends_in_the_same_numbers(finished: Path, place: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run_scale(asked(place, tmp_path / "run"), progress=KillAfter(9))
@@ -325,6 +327,7 @@ def test_a_pool_that_cannot_feed_the_longest_training_is_refused(
         run_scale(asked(place, tmp_path / "r", scale=scaled))
 
 
+@pytest.mark.e2e
 def test_the_command_line_plans_shows_and_keeps_to_a_budget(place: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(dump_settings(asked(place, tmp_path / "run", compare={})))
     dry = done("scale", tmp_path / "run.yaml", "--dry-run")

@@ -287,6 +287,7 @@ def test_the_reference_is_ringed_and_its_share_is_said(rich: Path) -> None:
     assert "768 task tokens" in marks["sft", 64].title
 
 
+@pytest.mark.e2e
 def test_equal_certificates_give_equal_bytes_below_a_megabyte(rich: Path) -> None:
     first = certificate_page.write(rich).read_bytes()
     assert certificate_page.write(rich).read_bytes() == first
@@ -329,6 +330,7 @@ def test_what_is_no_certificate_is_refused(tmp_path: Path) -> None:
 # ---- run folders and commands
 
 
+@pytest.mark.e2e
 def test_a_runs_report_opens_with_its_certificate_in_place_of_claims(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, make(notes=("another note",)), predictions())
     assert 'class="claim' in run_report.write(folder, COMPARE).read_text()
@@ -353,6 +355,7 @@ def test_a_runs_report_opens_with_its_certificate_in_place_of_claims(tmp_path: P
     assert text.index('id="c1-curves"') < text.index('id="scores"')
 
 
+@pytest.mark.e2e
 def test_each_task_of_a_run_has_its_certificate(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, make(tasks=("a", "b")), predictions())
     for task in ("b", "a"):

@@ -16,6 +16,8 @@ from fulcrum.report import verify
 from fulcrum.stats import outcomes
 from helpers.tiny import comparison_settings, save_task
 
+pytestmark = pytest.mark.e2e  # of a whole comparison
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
