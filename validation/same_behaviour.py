@@ -87,7 +87,7 @@ ADDED = {
 }
 
 # Values that are sentences for people.
-WORDS = r"(^|\.)(notes|headline|sentence|why)(\[|$)"
+WORDS = r"(^|\.)(notes?|headline|sentence|why)(\[|$)"
 
 # Words of certificates of format 2 -> codes of format 3.
 CODES = {
