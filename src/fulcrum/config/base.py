@@ -96,8 +96,9 @@ class DataSource(Section):
     name: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set, slices as in `train[:1%]`")
     revision: str | None = Field(None, description="commit or tag of a hub data set")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="our column name -> the file's, e.g. {prompt: text}"
+    columns: dict[str, str | None] = Field(
+        default_factory=dict,
+        description="our column name -> the file's, e.g. {prompt: text}; null: none of them",
     )
     limit: int | None = Field(
         None, ge=1, description="use at most this many rows, drawn by `seed` before repeats go"

@@ -14,6 +14,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from typing import Any
 from fulcrum.config.base import DataSource
 from fulcrum.core.errors import DataError, UnreachableError, nearest
 from fulcrum.core.types import Example, Reject
-from fulcrum.data.formats import Layout, convert, find_layout
+from fulcrum.data.formats import Layout, Unread, convert, find_layout, unread_column
 
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
@@ -52,11 +53,12 @@ class Table:
     size: int  # rows
     fetch: Callable[[int], Row] = field(repr=False)  # gives raw row i
     layout: Layout
+    unread: Unread = field(default_factory=Counter)  # in the rows converted so far
 
     def __getitem__(self, index: int) -> Example | Reject:
         """Convert row `index`, 0 <= index < size."""
         line, row = self.fetch(index)
-        return convert(row, self.layout, f"{self.name}:{line}")
+        return convert(row, self.layout, f"{self.name}:{line}", self.unread)
 
 
 def open_tables(
@@ -263,7 +265,39 @@ def _arrow_table(
     require_some(name, len(data))
     layout = find_layout(data.column_names, source.columns, group, name, answered=answered)
     used = data.select_columns(sorted(set(layout.columns.values())))
-    return Table(name, len(used), lambda index: (index + 1, used[index]), layout)
+    labels = label_names(used.features)
+    unread: Unread = Counter()
+    for column in layout.unread(data.column_names):
+        missing = data.data.column(column).null_count if len(data.data) == len(data) else 0
+        unread[unread_column(column, layout)] = len(data) - missing
+
+    def fetch(index: int) -> Row:
+        return index + 1, named_labels(used[index], labels)
+
+    return Table(name, len(used), fetch, layout, +unread)
+
+
+def label_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the names of the classes of each column of class numbers (ClassLabel)."""
+    import datasets
+
+    names = {}
+    for column, feature in features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            names[column] = list(feature.names)
+    return names
+
+
+def named_labels(row: Mapping[str, Any], labels: Mapping[str, list[str]]) -> Mapping[str, Any]:
+    """Return the row with class names instead of class numbers; -1 says that there is no label."""
+    if not labels:
+        return row
+    named = dict(row)
+    for column, names in labels.items():
+        number = named.get(column)
+        if isinstance(number, int):
+            named[column] = names[number] if number >= 0 else None
+    return named
 
 
 def _open_arrow(path: Path) -> Any:

@@ -63,19 +63,19 @@ def stem(data: str) -> str:
     return "task" if name in ("", "default") else name
 
 
-def read_columns(text: str) -> dict[str, str]:
-    """Read ``ours=theirs,ours=theirs``. Raises ConfigError."""
-    columns = {}
+def read_columns(text: str) -> dict[str, str | None]:
+    """Read ``ours=theirs,ours=theirs``; ``ours=`` says that no column is. Raises ConfigError."""
+    columns: dict[str, str | None] = {}
     for part in text.split(","):
         if not part.strip():
             continue
-        ours, _, theirs = part.partition("=")
-        if not ours.strip() or not theirs.strip():
+        ours, equals, theirs = part.partition("=")
+        if not ours.strip() or not equals:
             raise ConfigError(
                 f"--columns {part!r}: expected ours=theirs, e.g. "
                 "--columns prompt=text,completion=label"
             )
-        columns[ours.strip()] = theirs.strip()
+        columns[ours.strip()] = theirs.strip() or None
     return columns
 
 

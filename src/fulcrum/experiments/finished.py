@@ -133,8 +133,9 @@ def evaluate(
     notes = list(adapter.notes)
     if data:
         source = DataSource(path=data, columns=(own.test or own.train)[0].columns)
-        examples, rejects = task_data.read((source,), group=own.group)
+        examples, rejects, unread = task_data.read_rows((source,), group=own.group)
         task_data.require_rows(examples, rejects, minimum=1)
+        notes += unread
         notes += _check_unseen(folder, adapter, own, examples, data)
     else:
         examples = _test_rows(folder, adapter, own)
