@@ -283,6 +283,7 @@ class Broken:
         return self
 
     info = "described"
+    features = None
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         yield from rows(105)

@@ -394,16 +394,21 @@ def _conversation(value: Any, what: str) -> list[Message]:
         raise _RowError("not a list of messages", f"{what} is {value!r:.60}")
     messages: list[Message] = []
     for item in value:
-        name = item.get("role") or item.get("from")
-        if item.get("role") and item.get("from") and ROLES.get(item["from"]) != ROLES.get(name):
-            raise _RowError("two roles in a message", f"`role` {name!r}, `from` {item['from']!r}")
-        if not isinstance(name, str) or name not in ROLES:
-            raise _RowError("unknown role", f"{name!r}; known: {', '.join(ROLES)}")
         for key, remedy in _REFUSED_KEYS.items():
             if _holds_something(item.get(key)):
                 raise _RowError(f"message key {key} is not supported", remedy)
-        messages.append(Message(ROLES[name], _content(item), _is_trained(item)))
+        messages.append(Message(_role(item), _content(item), _is_trained(item)))
     return messages
+
+
+def _role(message: Mapping[str, Any]) -> Role:
+    names = [message[key] for key in ("role", "from") if message.get(key)]
+    for name in names or [None]:
+        if not isinstance(name, str) or name not in ROLES:
+            raise _RowError("unknown role", f"{name!r:.60}; known: {', '.join(ROLES)}")
+    if len({ROLES[name] for name in names}) > 1:
+        raise _RowError("two roles in a message", f"`role` {names[0]!r}, `from` {names[1]!r}")
+    return ROLES[names[0]]
 
 
 def _content(message: Mapping[str, Any]) -> str:
