@@ -206,7 +206,7 @@ def load_base(settings: Settings) -> LoadedModel:
     """Load the base model of a run onto this machine's own device."""
     # The run's device may have been another machine's GPU.
     here = settings.train.model_copy(update={"device": "auto"})
-    return base_model.load(settings.model, here, trust_remote_code=settings.trust_remote_code)
+    return base_model.load_for(settings, here)
 
 
 def read_state(weights: Path) -> adapter.State:
