@@ -17,6 +17,7 @@ from fulcrum.config.base import (
     GeneralSource,
     GeneralSources,
     Section,
+    UserPath,
     as_sources,
     may_hold_secret,
 )
@@ -39,7 +40,7 @@ _TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 class Settings(Section):
     """A whole run."""
 
-    model: str = Field(
+    model: UserPath = Field(
         "smollm2-135m-instruct",
         min_length=1,
         description="hub id, folder, .gguf file or a name from `fulcrum models`",
@@ -66,7 +67,7 @@ class Settings(Section):
     compare: CompareSettings = CompareSettings()
     scale: ScaleSettings = ScaleSettings()
     quanta: QuantaSettings = QuantaSettings()
-    output_dir: str = Field("runs/run", min_length=1, description="run folder")
+    output_dir: UserPath = Field("runs/run", min_length=1, description="run folder")
     seed: int = Field(
         0,
         ge=0,

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 
 from fulcrum.core.errors import StoreError
+from fulcrum.core.user_paths import expanded
 
 # Files and folders of a run.
 MANIFEST = "manifest.json"
@@ -347,7 +348,7 @@ def cache_dir() -> Path:
     """
     chosen = os.environ.get("FULCRUM_CACHE")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return Path(expanded(chosen)).absolute()
     return Path(user_cache_dir("fulcrum", appauthor=False))
 
 

@@ -161,13 +161,14 @@ def _first_lost(tokenizer: Any, template: str) -> str | None:
 
 def _opened_block(tokenizer: Any, template: str) -> str:
     """Return the end of a generation prompt that opens a block around the answer, or ""."""
-    prompt = _render(tokenizer, template, [("user", _QUESTION)])
-    opened = _OPENED.search(prompt or "")
-    if prompt is None or opened is None:
+    question = [("user", _QUESTION)]
+    prompt = _render(tokenizer, template, question) or ""
+    alone = _render(tokenizer, template, question, prompted=False) or ""
+    opened = _OPENED.search(prompt.removeprefix(alone))
+    if opened is None:
         return ""
-    whole = [("user", _QUESTION), ("assistant", _ANSWER)]
-    text = _render(tokenizer, template, whole, prompted=False) or ""
-    before = text.partition(_ANSWER)[0]
+    answered = [*question, ("assistant", _ANSWER)]
+    before, _, _ = (_render(tokenizer, template, answered, prompted=False) or "").partition(_ANSWER)
     header = _OPENED.search(before)  # also before a finished answer: it names who speaks
     if header is not None and header[1] == opened[1]:
         return ""

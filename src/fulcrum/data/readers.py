@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fulcrum.config.base import DataSource
+from fulcrum.core import user_paths
 from fulcrum.core.errors import DataError, UnreachableError, nearest
 from fulcrum.core.types import Example, Reject
 from fulcrum.data.formats import Layout, Unread, convert, find_layout, unread_column
@@ -133,7 +134,7 @@ def files(text: str) -> list[tuple[str, Path]] | None:
     """
     if text in BUILTIN:
         return [(text, _builtin(text))]
-    path = Path(text).expanduser()
+    path = Path(user_paths.expanded(text))
     if path.is_dir():
         paths = _files_in_folder(path, text)
     elif path.is_file():
@@ -161,7 +162,7 @@ def unread_names(text: str) -> list[str]:
     These are other kinds of file, folders and broken links. If the path is no folder, there are
     none.
     """
-    path = Path(text).expanduser()
+    path = Path(user_paths.expanded(text))
     if not path.is_dir():
         return []
     read = {file.name for _, file in files(text) or ()}

@@ -276,6 +276,7 @@ def _prepare(request: _Request) -> RunData:
     notes = [*unread, *drawn.notes, *dict.fromkeys(anchor_notes)]
     for task in tasks:
         notes += task_data.check_answers(task, request.tokenizer)
+        notes += task_data.check_turns(task, request.tokenizer)
     for own in settings.tasks:
         if own.anchor is not None and own.anchor.is_auto:
             notes.append(f"{own.name}: anchor: auto is chosen by a run; the rows here have none")

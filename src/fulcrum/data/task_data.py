@@ -13,7 +13,7 @@ import itertools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ _TEST_SHARE = 0.25  # of the training groups, if a task names no test files
 _DEV_SHARE = 0.2  # of the groups that are left, if it names no dev files
 _LONG_ANCHOR = 64  # tokens
 _BLOCK = 4096  # rows that are encoded together
+_ASKING = ("system", "user")
 _SHOWN = 3  # pairs of overlapping rows that an error names
 
 
@@ -344,6 +345,29 @@ def check_answers(task: Task, tokenizer: encode.Tokenizer) -> list[str]:
     ]
 
 
+def check_turns(task: Task, tokenizer: encode.Tokenizer) -> list[str]:
+    """Return notes on answers of earlier turns that the chat template changes."""
+    form = encode.make_format(tokenizer, task.anchor)
+    untrained = trimmed = 0
+    for row in task.train:
+        one, other = encode.changed_answers(row, form)
+        untrained += one
+        trimmed += other
+    notes = []
+    if untrained:
+        notes.append(
+            f"{task.name}: {untrained:,} answers of earlier turns are not trained, since the chat "
+            "template rewrites earlier turns (as thoughts are dropped); for each, write a row that "
+            "ends with it"
+        )
+    if trimmed:
+        notes.append(
+            f"{task.name}: {trimmed:,} answers of earlier turns are trained without white space "
+            "around them, which the chat template trims"
+        )
+    return notes
+
+
 def max_row_tokens(settings: Settings, context: int | None) -> int:
     """Return how many tokens a training row may have."""
     return min(settings.train.max_length, context or settings.train.max_length)
@@ -566,11 +590,11 @@ def _read_unlabeled(
     require_rows(inputs, rejects, minimum=1)
     held_out_prompts = [replace(row, messages=row.prompt) for row in held_out]
     overlap = filters.OverlapFilter([held_out_prompts], near)
-    labelled = {_question(row) for row in train} - {""}
+    labelled = {_question(row, roles) for row in train for roles in (("user",), _ASKING)} - {""}
     kept = []
     for row in inputs:
         refused = overlap.shared(row)
-        if _question(row) in labelled:
+        if _question(row, _ASKING) in labelled:
             refused = Reject(row.origin, "labelled already", row.question)
         if refused is None:
             kept.append(row)
@@ -585,11 +609,14 @@ def _read_unlabeled(
     return tuple(kept), rejects, notes
 
 
-def _question(row: Example) -> str:
-    """Return the words that a row asks with; questions that differ in punctuation are the same."""
+def _question(row: Example, roles: Collection[str]) -> str:
+    """Return the words of some roles; questions that differ in punctuation alone are the same.
+
+    One without a system text is that of a labelled row, whatever its system text.
+    """
     words: list[str] = []
     for message in row.messages:
-        if message.role in ("system", "user"):
+        if message.role in roles:
             words += filters.words(message.content)
     return " ".join(words)
 

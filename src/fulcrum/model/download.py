@@ -75,8 +75,18 @@ def load_tokenizer(
 
 
 def check_ids(name: str, tokenizer: Any, rows: int) -> None:
-    """Raise ModelError if the tokenizer has ids that the embedding, of so many rows, lacks."""
-    beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= rows}
+    """Raise ModelError if the tokenizer may give ids that the embedding, of so many rows, lacks.
+
+    A special token without a role or a place in the template is never given: readers of .gguf files
+    add one.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    beyond = {}
+    for token, place in tokenizer.get_vocab().items():
+        is_given = token not in special or token in roles or token in tokenizer.chat_template
+        if place >= rows and is_given:
+            beyond[token] = place
     if not beyond:
         return
     shown = ", ".join(sorted(beyond, key=lambda token: beyond[token])[:5])

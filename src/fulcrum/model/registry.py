@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from fulcrum.core import store
+from fulcrum.core import store, user_paths
 from fulcrum.core.errors import ModelError, nearest
 from fulcrum.core.progress import Count
 from fulcrum.core.store import file_sha256, require_space, write_bytes
@@ -112,7 +112,7 @@ def locate(name: str) -> Source:
     """
     if name in BUILTIN:
         return Source("wheel", name)
-    path = Path(name).expanduser()
+    path = Path(user_paths.expanded(name))
     if name.strip() and path.is_dir():
         _check_folder(path)
         return Source("folder", str(path.absolute()))
