@@ -43,6 +43,7 @@ ELSEWHERE = (
 )
 # Files of these kinds are read only if their hash is in SUMS.
 _SEALED_SUFFIXES = (".safetensors", ".pt", ".json", ".jinja")
+_LONGEST_POINTER = 1024  # bytes, by Git LFS's own rule
 _LOCK_WAIT = 1.0  # seconds between two tries to take a lock
 
 
@@ -339,6 +340,13 @@ def damaged(folder: Path) -> list[str]:
         for name, sha256 in expected.items()
         if not (folder / name).is_file() or file_sha256(folder / name) != sha256
     ]
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Return whether a file is what Git keeps in place of a large one."""
+    if not file.is_file() or file.stat().st_size > _LONGEST_POINTER:
+        return False
+    return file.read_bytes().startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def cache_dir() -> Path:

@@ -189,6 +189,14 @@ def answer_length(example: Example, form: PromptFormat) -> int:
     return len(_text_ids(example.answer, form)) + len(form.end_ids)
 
 
+def written_answer(example: Example, form: PromptFormat) -> str:
+    """Return the final answer as the tokenizer writes it, without outer white space.
+
+    It is the best that a model can generate; tokenizers that normalise text write another one.
+    """
+    return str(form.tokenizer.decode(_text_ids(example.answer, form))).strip()
+
+
 def prompt_ids(messages: Sequence[Message], form: PromptFormat) -> list[int]:
     """Return the token ids of a prompt (messages without the final answer).
 

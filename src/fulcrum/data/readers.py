@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fulcrum.config.base import DataSource
-from fulcrum.core import user_paths
+from fulcrum.core import store, user_paths
 from fulcrum.core.errors import DataError, UnreachableError, nearest
 from fulcrum.core.types import Example, Reject
 from fulcrum.data.formats import Layout, Unread, convert, find_layout, unread_column
@@ -147,6 +147,10 @@ def files(text: str) -> list[tuple[str, Path]] | None:
         is_bare = path.name == text and suffix(path) is None
         raise DataError(f"{text}: {_missing(path, BUILTIN if is_bare else ())}")
     for file in paths:
+        if store.is_lfs_pointer(file):
+            raise DataError(
+                f"{file}: is a Git LFS pointer, which stands for the file; fetch it: git lfs pull"
+            )
         if suffix(file) is None:
             raise DataError(
                 f"{file}: unknown kind of file {file.suffix!r}; give one of {', '.join(SUFFIXES)}"

@@ -330,19 +330,36 @@ def check_anchor(
 
 
 def check_answers(task: Task, tokenizer: encode.Tokenizer) -> list[str]:
-    """Return a note if test answers are longer than `max_new_tokens`: they are always wrong."""
+    """Return notes on answers that no model can give, or that teach nothing.
+
+    Test answers may be longer than `max_new_tokens`, or hold what the tokenizer writes otherwise.
+    """
+    notes = []
+    if len({row.answer.strip() for row in (*task.train, *task.dev)}) == 1:
+        notes.append(
+            f"{task.name}: all training answers are the same ({task.train[0].answer.strip()!r:.60})"
+            ": there is nothing to learn or to compare"
+        )
     if not metrics.needs_generation(task.metrics):
-        return []
+        return notes
     form = encode.make_format(tokenizer, None)
+    changed = [row for row in task.test if encode.written_answer(row, form) != row.answer.strip()]
+    if changed:
+        notes.append(
+            f"{task.name}: {len(changed):,} of {len(task.test):,} test answers are written "
+            f"otherwise by the model's tokenizer ({changed[0].answer.strip()!r:.40} becomes "
+            f"{encode.written_answer(changed[0], form)!r:.40}), so that no generated answer can "
+            "equal them; write the rows in the tokenizer's form"
+        )
     lengths = [encode.answer_length(row, form) - len(form.end_ids) for row in task.test]
     cut = [length for length in lengths if length > task.max_new_tokens]
-    if not cut:
-        return []
-    return [
-        f"{task.name}: {len(cut):,} of {len(lengths):,} test answers are longer than "
-        f"max_new_tokens ({task.max_new_tokens}), so that none generated can equal them; "
-        f"set task.max_new_tokens to {max(cut)} or more"
-    ]
+    if cut:
+        notes.append(
+            f"{task.name}: {len(cut):,} of {len(lengths):,} test answers are longer than "
+            f"max_new_tokens ({task.max_new_tokens}), so that none generated can equal them; "
+            f"set task.max_new_tokens to {max(cut)} or more"
+        )
+    return notes
 
 
 def check_turns(task: Task, tokenizer: encode.Tokenizer) -> list[str]:

@@ -183,7 +183,14 @@ def is_converted(folder: Path, sha256: str) -> bool:
 
 def _check_folder(path: Path) -> None:
     if (path / "config.json").exists():
-        if any(path.glob("*.safetensors")):
+        weights = sorted(path.glob("*.safetensors"))
+        for file in weights:
+            if store.is_lfs_pointer(file):
+                raise ModelError(
+                    f"{file}: is a Git LFS pointer, which stands for the weights; fetch them: git "
+                    "lfs pull"
+                )
+        if weights:
             return
         raise ModelError(
             f"model folder {path}: has config.json but no *.safetensors; convert the weights to "
