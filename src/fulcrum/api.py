@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulcrum.config.settings import Settings, load_settings, settings_from_dict
-from fulcrum.core import run_folder, store
+from fulcrum.core import run_folder, store, user_paths
 from fulcrum.core.types import Prediction, Results, Score
 from fulcrum.mechanism.quanta_report import QUANTA
 from fulcrum.mechanism.scale_report import SCALE
@@ -117,7 +117,7 @@ def load_adapter(folder: Path | str, *, arm: str | None = None) -> "Adapter":
     """
     from fulcrum.experiments import finished
 
-    return finished.load_adapter(folder, arm=arm)
+    return finished.load_adapter(user_paths.expanded(folder), arm=arm)
 
 
 def evaluate(
@@ -138,7 +138,12 @@ def evaluate(
     from fulcrum.experiments import finished
 
     evaluation = finished.evaluate(
-        folder, data=data, arm=arm, task=task, metric_names=metric_names, out=out
+        user_paths.expanded(folder),
+        data=data,
+        arm=arm,
+        task=task,
+        metric_names=metric_names,
+        out=None if out is None else user_paths.expanded(out),
     )
     for reason, number in evaluation.rejects.items():
         warnings.warn(f"{data}: {number} rows left out: {reason}", stacklevel=2)
@@ -152,7 +157,7 @@ def write_report(folder: Path | str) -> Path:
 
     Returns its path. Raises StoreError if the run or a certificate cannot be read.
     """
-    folder = Path(folder)
+    folder = Path(user_paths.expanded(folder))
     if run_report.has_certificate_only(folder):
         return certificate_page.write(folder)
     return run_report.write(folder, kind_of(run_report.load(folder), KINDS))
@@ -165,7 +170,7 @@ def verify(path: Path | str) -> Verification:
     folder that `fulcrum certify` wrote, only this is done. Raises StoreError if the run is not
     finished or a certificate cannot be read, DataError if its outcomes cannot.
     """
-    path = Path(path)
+    path = Path(user_paths.expanded(path))
     if (path / store.MANIFEST).is_file():
         return verification.verify_run(path)
     return verification.verify(path / certificate.FILE if path.is_dir() else path)
@@ -181,7 +186,7 @@ def repeat(folder: Path | str, progress: "ProgressListener | None" = None) -> Ve
     """
     import torch
 
-    folder = Path(folder)
+    folder = Path(user_paths.expanded(folder))
     known = store.read_json(folder / store.MANIFEST)
     run_folder.unsealed(folder)  # it must be finished
     torch.set_num_threads(int(known["environment"]["threads"]))

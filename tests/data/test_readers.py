@@ -72,7 +72,7 @@ def test_numbers_and_truth_values_are_their_json_text(label: object, text: str) 
     assert (found.question, found.answer) == ("7", text)
 
 
-@pytest.mark.parametrize("label", [["a"], {"a": 1}, float("nan"), float("inf")])
+@pytest.mark.parametrize("label", [["a"], {"a": 1}, float("inf")])
 def test_what_is_no_text_stays_rejected(label: object) -> None:
     shape = Layout("prompt+completion", {"prompt": "prompt", "completion": "completion"})
     found = convert({"prompt": "q", "completion": label}, shape, "f:1")

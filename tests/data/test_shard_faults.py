@@ -283,6 +283,7 @@ class Broken:
         return self
 
     info = "described"
+    features = None
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         yield from rows(105)
@@ -325,6 +326,7 @@ def test_a_stream_is_pinned_and_its_limit_counts_usable_rows(
     monkeypatch.setattr(sources, "hub_commit", lambda name, revision: None)
     assert open_pool([source], seed=0).notes == (
         "some/thing: the hub does not say its commit; the last one known is read, abc123",
+        "some/thing: not read: column kind (columns: {input: kind} would read it) in 37 of 37 rows",
     )
     assert asked[-1] == ("abc123", True)
 
@@ -334,6 +336,7 @@ def test_a_stream_is_pinned_and_its_limit_counts_usable_rows(
     monkeypatch.setattr(sources, "hub", unreachable)
     assert open_pool([source], seed=0).notes == (
         "some/thing: the hub cannot be reached; what was last read of it (commit abc123) is used",
+        "some/thing: not read: column kind (columns: {input: kind} would read it) in 37 of 37 rows",
     )
 
     def gone(*given: Any, **named: Any) -> None:
@@ -470,7 +473,11 @@ def test_folders_say_what_they_do_not_read_and_odd_files_are_read(tmp_path: Path
         ("hi", 2),
     ]
     assert found.left_out == {"not a list of messages": 2}
-    assert found.notes == (f"{folder}: not read, being no data files: gone.jsonl, notes.txt",)
+    assert found.notes == (
+        f"{folder}/A.JSONL.GZ: not read: column kind (columns: {{input: kind}} would read it) "
+        "in 1 of 1 rows",
+        f"{folder}: not read, being no data files: gone.jsonl, notes.txt",
+    )
     (folder / "b.csv").rename(folder / os.fsdecode(b"\xff.csv"))
     with pytest.raises(DataError, match=r"its name is not valid UTF-8; rename it"):
         open_pool([GeneralSource(path=str(folder))], seed=0)

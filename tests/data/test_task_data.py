@@ -140,7 +140,10 @@ def user_says(*rest: dict[str, object]) -> dict[str, object]:
         ({"messages": "user: hi"}, "not a list of messages"),
         (user_says(), "last message is not the assistant's"),
         (user_says({"role": "boss", "content": "a"}), "unknown role"),
-        (user_says({"role": "assistant", "content": [{"type": "text", "text": "a"}]}), "not text"),
+        (
+            user_says({"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}),
+            "message part is not text",
+        ),
         (
             user_says({"role": "assistant", "content": "a", "weight": 0}),
             "every answer has weight 0",
@@ -148,7 +151,7 @@ def user_says(*rest: dict[str, object]) -> dict[str, object]:
         (user_says({"role": "assistant", "content": "a", "weight": 0.5}), "weight is not 0 or 1"),
         (
             user_says({"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}),
-            "tool calls are not supported",
+            "message key tool_calls is not supported",
         ),
         (
             {**user_says({"role": "assistant", "content": "a"}), "tools": [{"name": "f"}]},
@@ -163,8 +166,6 @@ def user_says(*rest: dict[str, object]) -> dict[str, object]:
             "history is not a list of [question, answer]",
         ),
         (pair("q", "\ud800"), "invalid Unicode"),
-        ({**pair("q", "a"), "group": None}, "empty group"),
-        ({**pair("q", "a"), "group": [1]}, "group is not a plain value"),
     ],
 )
 def test_unusable_rows_are_rejected_with_a_reason(tmp_path, row, reason):
@@ -285,22 +286,33 @@ def test_wrong_columns_are_refused(tmp_path, row, columns, group, message):
         read([source], group=group)
 
 
-def test_groups_come_from_the_named_column_else_from_group_else_from_the_question(tmp_path):
+@pytest.mark.parametrize(
+    ("group", "reason"), [(None, "empty group"), ([1], "group is not a plain value")]
+)
+def test_rows_without_a_usable_value_of_the_named_group_are_rejected(tmp_path, group, reason):
+    row = {**pair("q", "a"), "group": group}
+    _, rejects = read([jsonl(tmp_path / "a.jsonl", row)], group="group")
+    assert [reject.reason for reject in rejects] == [reason]
+
+
+def test_groups_come_from_the_named_column_else_from_the_prompt(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", {**pair("q", "a"), "doc": 7, "group": "g"})
     assert read([source], group="doc")[0][0].group == "7"
-    assert read([source])[0][0].group == "g"
+    assert read([source])[0][0].group not in ("g", "7")
     assert read([source.model_copy(update={"columns": {"group": "doc"}})])[0][0].group == "7"
     same = read(
         [
             jsonl(
                 tmp_path / "b.jsonl",
                 pair("Two  words", "a"),
-                {**pair("two words ", "b"), "system": "s"},
+                pair("two words ", "b"),
+                {**pair("two words ", "c"), "system": "about another document"},
                 pair("w", "a"),
             )
         ]
     )[0]
-    assert same[0].group == same[1].group != same[2].group
+    assert same[0].group == same[1].group
+    assert len({row.group for row in same}) == 3
 
 
 # --- files

@@ -160,9 +160,9 @@ def test_the_first_token_is_left_to_a_runner_that_adds_it(adds: bool) -> None:
 
 
 def test_a_template_of_another_shape_has_no_modelfile(tmp_path: Path) -> None:
-    forgets = "{{- messages[-1]['content'] + '<|im_end|>' -}}"
-    assert save.modelfile("base", encode.make_format(tiny_tokenizer(forgets), None)) is None
-    loaded = load_tiny(tmp_path, template=forgets)
+    counts = CHATML.replace("'<|im_end|>\\n'", "'<|im_end|>' + loop.index|string + '\\n'")
+    assert save.modelfile("base", encode.make_format(tiny_tokenizer(counts), None)) is None
+    loaded = load_tiny(tmp_path, template=counts)
     assert not (saved(loaded, tmp_path / "adapter", {"task": None}) / "Modelfile").exists()
 
 

@@ -52,9 +52,7 @@ class AnchorData:
 
 def load_data(settings: Settings, *, compared: bool) -> AnchorData:
     """Load the model and the training rows: in a comparison the first seed's smallest size."""
-    loaded = base_model.load(
-        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
-    )
+    loaded = base_model.load_for(settings)
     tasks = []
     for task in settings.tasks:
         if _is_auto(task):

@@ -6,6 +6,7 @@ traceback comes before the line. Ctrl-C is exit code 130, SIGTERM 143.
 """
 
 import os
+import re
 import signal
 import socket
 import traceback
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fulcrum.core import processes
+from fulcrum.core import processes, user_paths
 from fulcrum.core.errors import ConfigError, FulcrumError
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 DEBUG = "--debug"
+_PATH_OF_HOME = re.compile(r"(~|\$\w+|\$\{\w+\})(/\S*)?$")
 _RESUMED = "what was finished is kept; go on with --resume"
 _KEPT = {  # what is said after Ctrl-C
     "train": _RESUMED,
@@ -154,14 +156,30 @@ _KEPT = {  # what is said after Ctrl-C
 }
 
 
+def _with_home(argument: str) -> str:
+    """Return an argument with `~` and a leading variable replaced, which shells leave in quotes.
+
+    That of an option (`--out=~/x`) too. Texts stay as they are.
+    """
+    option, equals, value = argument.partition("=")
+    if not (equals and option.startswith("--")):
+        option, equals, value = "", "", argument
+    if not _PATH_OF_HOME.match(value):
+        return argument
+    try:
+        return option + equals + user_paths.expanded(value)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 class Group(TyperGroup):
     """The verbs of the command line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Accept `--debug` after the verb too: that is where people add it."""
+        """Accept `--debug` after the verb too, where people add it, and `~` in every path."""
         if DEBUG in args:
             args = [DEBUG, *(arg for arg in args if arg != DEBUG)]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, list(map(_with_home, args)))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; turn what a user can mend into one line."""

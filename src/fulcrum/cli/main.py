@@ -155,12 +155,13 @@ def init(
         terminal.silence_data_libraries()
     screen = terminal.console()
     source = DataSource(path=data, columns=starter.read_columns(columns))
-    examples, rejects = task_data.read([source])
+    examples, rejects, notes = task_data.read_rows([source])
     task_data.require_rows(examples, rejects, minimum=2)
     kept = f"{len(examples):,} rows kept, {len(rejects):,} rejected"
     terminal.say(screen, f"{data}: {starter.formats(source)}, {kept}")
     if rejects:
         terminal.say_rejects(screen, Counter(reject.reason for reject in rejects))
+    terminal.warn(screen, (), notes)
     test_source = None
     if test is not None:
         test_source = source.model_copy(update={"path": test})
@@ -177,6 +178,7 @@ def init(
             "rejected": len(rejects),
             "answers": guess.why,
             "reasons": Counter(reject.reason for reject in rejects),
+            "notes": notes,
             "rejects": rejects[:5],
             "rows": examples[:5],
         }
@@ -192,11 +194,12 @@ def _check_test_rows(source: "DataSource", examples: "Sequence[Example]") -> Non
     from fulcrum.cli import terminal
     from fulcrum.data import task_data
 
-    test_rows, rejects = task_data.read([source])
+    test_rows, rejects, notes = task_data.read_rows([source])
     task_data.require_rows(test_rows, rejects, minimum=1)
     task_data.check_overlap(examples, test_rows, "test")
     kept = f"{len(test_rows):,} rows kept, {len(rejects):,} rejected"
     terminal.say(terminal.console(), f"{source.path}: {kept}")
+    terminal.warn(terminal.console(), (), notes)
 
 
 @app.command()

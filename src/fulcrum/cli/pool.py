@@ -104,7 +104,7 @@ def check(
             f"{run_file}: is data; "
             "`pool check` needs a settings file, which says what the task rows are"
         )
-    tasks = [task_data.read_tasks(task, settings.seed)[0] for task in settings.tasks]
+    tasks = [task_data.read_task(task, settings.seed)[0] for task in settings.tasks]
     screen, opened = _open(ctx, run_file, None, changes)
     with Watch(screen) as watch:
         allowed, reasons, refused = pools.check(

@@ -3,13 +3,33 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from fulcrum.core import user_paths
+from fulcrum.core.errors import ConfigError
 from fulcrum.core.types import Anchor, Placement
 
 AUTO = "auto"  # in place of an anchor's text
+
+
+def _expanded(path: str) -> str:
+    try:
+        return user_paths.expanded(path)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+UserPath = Annotated[str, AfterValidator(_expanded)]  # `~` and environment variables replaced
 
 
 class Section(BaseModel):
@@ -89,15 +109,16 @@ class AnchorSettings(Section):
 class DataSource(Section):
     """Where rows come from, and how the columns are named."""
 
-    path: str = Field(
+    path: UserPath = Field(
         min_length=1,
         description="file (.jsonl .json .csv .parquet .arrow), folder, glob, hub id, or `builtin`",
     )
     name: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set, slices as in `train[:1%]`")
     revision: str | None = Field(None, description="commit or tag of a hub data set")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="our column name -> the file's, e.g. {prompt: text}"
+    columns: dict[str, str | None] = Field(
+        default_factory=dict,
+        description="our column name -> the file's, e.g. {prompt: text}; null: none of them",
     )
     limit: int | None = Field(
         None, ge=1, description="use at most this many rows, drawn by `seed` before repeats go"

@@ -17,6 +17,7 @@ from fulcrum.config.base import (
     GeneralSource,
     GeneralSources,
     Section,
+    UserPath,
     as_sources,
     may_hold_secret,
 )
@@ -32,19 +33,25 @@ from fulcrum.config.sections import (
 from fulcrum.core.errors import ConfigError, nearest
 
 MIN_FOLDS = 4  # of the rows that seeds hold out
+TemplateValue = bool | int | float | str | None
 _TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
 
 class Settings(Section):
     """A whole run."""
 
-    model: str = Field(
+    model: UserPath = Field(
         "smollm2-135m-instruct",
         min_length=1,
         description="hub id, folder, .gguf file or a name from `fulcrum models`",
     )
     trust_remote_code: bool = Field(
         False, description="run code that comes with a hub model; off unless you read that code"
+    )
+    template: dict[str, TemplateValue] = Field(
+        default_factory=dict,
+        description="arguments of the chat template, as {enable_thinking: false}; `name` chooses "
+        "one of several",
     )
     tasks: tuple[TaskSettings, ...] = Field(
         min_length=1, description="one task (`task:`) or several that share one adapter"
@@ -60,7 +67,7 @@ class Settings(Section):
     compare: CompareSettings = CompareSettings()
     scale: ScaleSettings = ScaleSettings()
     quanta: QuantaSettings = QuantaSettings()
-    output_dir: str = Field("runs/run", min_length=1, description="run folder")
+    output_dir: UserPath = Field("runs/run", min_length=1, description="run folder")
     seed: int = Field(
         0,
         ge=0,
@@ -75,6 +82,16 @@ class Settings(Section):
     )
 
     _sources = field_validator("general", mode="before")(as_sources)
+
+    @field_validator("template")
+    @classmethod
+    def _check_arguments(cls, value: dict[str, TemplateValue]) -> dict[str, TemplateValue]:
+        for name in value:
+            if not name.isidentifier() or name in ("messages", "add_generation_prompt"):
+                raise ValueError(f"{name!r} cannot be an argument of a chat template")
+        if not isinstance(value.get("name", ""), str):
+            raise ValueError(f"name: expected a template's name, got {value['name']!r}")
+        return value
 
     @field_validator("report_to", mode="before")
     @classmethod

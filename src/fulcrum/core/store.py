@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 
 from fulcrum.core.errors import StoreError
+from fulcrum.core.user_paths import expanded
 
 # Files and folders of a run.
 MANIFEST = "manifest.json"
@@ -42,6 +43,7 @@ ELSEWHERE = (
 )
 # Files of these kinds are read only if their hash is in SUMS.
 _SEALED_SUFFIXES = (".safetensors", ".pt", ".json", ".jinja")
+_LONGEST_POINTER = 1024  # bytes, by Git LFS's own rule
 _LOCK_WAIT = 1.0  # seconds between two tries to take a lock
 
 
@@ -340,6 +342,13 @@ def damaged(folder: Path) -> list[str]:
     ]
 
 
+def is_lfs_pointer(file: Path) -> bool:
+    """Return whether a file is what Git keeps in place of a large one."""
+    if not file.is_file() or file.stat().st_size > _LONGEST_POINTER:
+        return False
+    return file.read_bytes().startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def cache_dir() -> Path:
     """Return the folder for downloaded models and converted pools.
 
@@ -347,7 +356,7 @@ def cache_dir() -> Path:
     """
     chosen = os.environ.get("FULCRUM_CACHE")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return Path(expanded(chosen)).absolute()
     return Path(user_cache_dir("fulcrum", appauthor=False))
 
 

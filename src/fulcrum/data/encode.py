@@ -1,7 +1,10 @@
 """Turn conversations into token ids and loss masks, alike in training and inference.
 
-- A prompt (with a response prefix) is one string and is tokenised as one; an answer is tokenised
-  apart and ends with the template's end-of-turn token, which is trained.
+- The ids of a prompt are the beginning of the ids that train its answer, in every turn: training,
+  scoring and answering build them in the same steps (`_ids_of_turns`). A first prompt (with a
+  response prefix) is tokenised as one string; an answer apart, ending with the template's
+  end-of-turn token, which is trained.
+- What messages and the anchor say must stand in the rendered text, else the row is refused.
 - Template markers become special ids; the same characters inside a user's text stay plain text, so
   a row that contains ``<|im_end|>`` cannot end a turn.
 - The anchor is part of the template (`anchor_template.bake`).
@@ -9,9 +12,10 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +23,7 @@ from jinja2 import TemplateError
 
 from fulcrum.core.errors import DataError, ModelError
 from fulcrum.core.types import Anchor, Example, Message, Tokens
-from fulcrum.data import anchor_template
+from fulcrum.data import anchor_template, chat_template
 
 Messages = tuple[Message, ...]
 
@@ -40,7 +44,10 @@ PLAIN_TEMPLATE = (
 _OPEN = "\ufdd0"
 _CLOSE = "\ufdd1"
 _MARKED = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-_PROBE = "fulcrumprobe"  # a text that no template writes
+_PROBE, _PROBE_ANSWER = "fulcrumprobe", "fulcrumreply"  # texts that no template writes
+_QUESTION = {"role": "user", "content": _PROBE}
+_ANSWER = {"role": "assistant", "content": _PROBE_ANSWER}
+_TO_COME = Message("assistant", "")  # an answer that is yet to be given
 _MOST_ENCODED = 2**15  # rows that a format remembers
 
 
@@ -79,6 +86,10 @@ class PromptFormat:
     anchor: Anchor | None
     end_ids: tuple[int, ...]  # of the token that ends a turn
     end_text: str
+    around: tuple[str, str]  # white space that the template writes before and after an answer
+    # For tokenizers that cut a text otherwise alone than after other text (SentencePiece's blank at
+    # a beginning, tokens that swallow white space): what stands before every answer; else "".
+    context: str
     special: re.Pattern[str] = field(repr=False)  # finds the text of any special token
     special_names: tuple[str, ...] = field(repr=False)
     # Arms, trials and previews ask for the same rows again.
@@ -125,15 +136,12 @@ def encode(example: Example, form: PromptFormat, *, keep: bool = True) -> Tokens
             "drop the row"
         )
     try:
-        texts = _split(example.messages, trained, form, lambda prompt: _render([prompt], form)[0])
+        turns = _turns(example.messages, trained[-1], form, partial(_render_one, form))
     except TemplateError as error:
         raise DataError(
             f"{example.origin}: the model's chat template refuses this row: {error}"
         ) from error
-    parts = []
-    for prompt, answer in texts:
-        parts.append((_prompt_ids(prompt, form), _answer_ids(answer, form)))
-    tokens = _join(parts)
+    tokens = _join(_ids_of_turns(turns, form), trained)
     if keep:
         _remember({example: tokens}, form)
     return tokens
@@ -181,6 +189,14 @@ def answer_length(example: Example, form: PromptFormat) -> int:
     return len(_text_ids(example.answer, form)) + len(form.end_ids)
 
 
+def written_answer(example: Example, form: PromptFormat) -> str:
+    """Return the final answer as the tokenizer writes it, without outer white space.
+
+    It is the best that a model can generate; tokenizers that normalise text write another one.
+    """
+    return str(form.tokenizer.decode(_text_ids(example.answer, form))).strip()
+
+
 def prompt_ids(messages: Sequence[Message], form: PromptFormat) -> list[int]:
     """Return the token ids of a prompt (messages without the final answer).
 
@@ -188,11 +204,36 @@ def prompt_ids(messages: Sequence[Message], form: PromptFormat) -> list[int]:
     template refuses the messages, or if they are not valid Unicode.
     """
     try:
-        (text,) = _render([messages], form)
+        turns = _turns((*messages, _TO_COME), len(messages), form, partial(_render_one, form))
     except TemplateError as error:
         raise DataError(f"the model's chat template refuses these messages: {error}") from error
     with unicode_only():
-        return _prompt_ids(text, form)
+        *earlier, last = _ids_of_turns(turns, form)
+    ids: list[int] = []
+    for part in earlier:
+        ids += [*part.prompt, *part.answer]
+    return ids + last.prompt
+
+
+def changed_answers(example: Example, form: PromptFormat) -> tuple[int, int]:
+    """Return how many trained answers of a row the template changes once they are earlier turns.
+
+    First those that are not trained, since it rewrites the turns before a later answer; then those
+    that are trained without their outer white space, which it trims. Raises DataError as `encode`.
+    """
+    places = _trained_places(example, form)
+    if len(places) < 2:
+        return 0, 0
+    try:
+        turns = _turns(example.messages, places[-1], form, partial(_render_one, form))
+    except TemplateError as error:
+        raise DataError(
+            f"{example.origin}: the model's chat template refuses this row: {error}"
+        ) from error
+    kept = {turn.place: turn.answer for turn in turns}
+    trained = [place for place in places if place in kept]
+    trimmed = [place for place in trained if kept[place] != example.messages[place].content]
+    return len(places) - len(trained), len(trimmed)
 
 
 def opening_ids(form: PromptFormat) -> list[int]:
@@ -219,6 +260,8 @@ def _format(tokenizer: Tokenizer, size: int, template: str, anchor: Anchor | Non
         anchor,
         end_ids=markers.end_ids,
         end_text=markers.end_text,
+        around=markers.around,
+        context=markers.context,
         special=markers.special,
         special_names=markers.special_names,
     )
@@ -230,6 +273,8 @@ class _Markers:
 
     end_ids: tuple[int, ...]
     end_text: str
+    around: tuple[str, str]
+    context: str
     special: re.Pattern[str]
     special_names: tuple[str, ...]
 
@@ -245,22 +290,29 @@ def _markers(tokenizer: Tokenizer, size: int, template: str) -> _Markers:
     names.discard("")
     longest_first = tuple(sorted(names, key=len, reverse=True))
     special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-    end_ids, end_text = _end_of_turn(tokenizer, special)
-    _check_start(tokenizer)
-    return _Markers(end_ids, end_text, special, longest_first)
-
-
-def _end_of_turn(tokenizer: Tokenizer, special: re.Pattern[str]) -> tuple[tuple[int, ...], str]:
-    """Return the special token that the template writes after an answer, else the EOS token."""
-    question = {"role": "user", "content": "x"}
-    answer = {"role": "assistant", "content": _PROBE}
+    prompt = _prompt_of_probe(tokenizer)
     try:
-        text = str(tokenizer.apply_chat_template([question, answer], tokenize=False))
+        whole = str(tokenizer.apply_chat_template([_QUESTION, _ANSWER], tokenize=False))
     except Exception as error:  # Jinja raises many kinds, and templates raise their own
         raise ModelError(
             f"the model's chat template cannot render a question and an answer: {error}"
         ) from error
-    end = special.match(text.rpartition(_PROBE)[2].lstrip())
+    after = whole.rpartition(_PROBE_ANSWER)[2]
+    end_ids, end_text = _end_of_turn(tokenizer, special, after)
+    before = whole[len(prompt) :].partition(_PROBE_ANSWER)[0] if whole.startswith(prompt) else ""
+    trail = after.partition(end_text)[0] if end_text in after else ""
+    around = tuple("" if text.strip() else text for text in (before, trail))
+    context = prompt.partition(_PROBE)[2] or "\n"
+    if not _depends_on_context(tokenizer, context, end_text):
+        context = ""
+    return _Markers(end_ids, end_text, (around[0], around[1]), context, special, longest_first)
+
+
+def _end_of_turn(
+    tokenizer: Tokenizer, special: re.Pattern[str], after: str
+) -> tuple[tuple[int, ...], str]:
+    """Return the special token that the template writes `after` an answer, else the EOS token."""
+    end = special.match(after.lstrip())
     if end:
         return (int(tokenizer.convert_tokens_to_ids(end.group())),), end.group()
     if tokenizer.eos_token_id is None:
@@ -271,13 +323,31 @@ def _end_of_turn(tokenizer: Tokenizer, special: re.Pattern[str]) -> tuple[tuple[
     return (tokenizer.eos_token_id,), str(tokenizer.decode([tokenizer.eos_token_id]))
 
 
-def _check_start(tokenizer: Tokenizer) -> None:
-    """Raise ModelError if the template writes the BOS token twice: no model was trained on that."""
+def _depends_on_context(tokenizer: Tokenizer, context: str, end_text: str) -> bool:
+    """Return whether a text is cut otherwise after other text than alone."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for before, texts in ((context, ("x", " x", "1")), ("x" + end_text, ("\n", "\n\nx", " x"))):
+        head = ids(before)
+        for text in texts:
+            whole = ids(before + text)
+            if whole[: len(head)] == head and whole[len(head) :] != ids(text):
+                return True
+    return False
+
+
+def _prompt_of_probe(tokenizer: Tokenizer) -> str:
+    """Return a question with the generation prompt.
+
+    Raises ModelError if it cannot be rendered, or if the template writes the BOS token twice: no
+    model was trained on that.
+    """
     start = tokenizer.special_tokens_map.get("bos_token")
-    question = {"role": "user", "content": "x"}
     try:
         text = str(
-            tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template([_QUESTION], tokenize=False, add_generation_prompt=True)
         )
     except Exception as error:  # as above
         raise ModelError(
@@ -288,13 +358,17 @@ def _check_start(tokenizer: Tokenizer) -> None:
             f"the model's chat template begins with {start!r} twice; take one out of it and save "
             "the tokenizer"
         )
+    return text
 
 
 def _encode_together(examples: Sequence[Example], form: PromptFormat) -> dict[Example, Tokens]:
     """Encode rows in one call of the template and one of the tokenizer.
 
-    Rows that are remembered, hold a special token's text or have no answer to train are skipped.
+    Rows that are remembered, hold a special token's text or have no answer to train are skipped,
+    and so are all if answers are cut in their context.
     """
+    if form.context:
+        return {}
     trained_places = {}
     for example in examples:
         if example not in form.encoded:
@@ -303,7 +377,7 @@ def _encode_together(examples: Sequence[Example], form: PromptFormat) -> dict[Ex
                 trained_places[example] = trained
     prompts: dict[Messages, None] = {}  # an ordered set
     for row, trained in trained_places.items():
-        for place in trained:
+        for place in _answer_places(row.messages, trained[-1]):
             prompts[row.messages[:place]] = None
     if not prompts:
         return {}
@@ -311,18 +385,21 @@ def _encode_together(examples: Sequence[Example], form: PromptFormat) -> dict[Ex
         rendered = dict(zip(prompts, _render(list(prompts), form), strict=True))
     except TemplateError:
         return {}
-    texts: dict[Example, list[tuple[str, str]]] = {}
+    texts: dict[Example, list[tuple[int, str, str]]] = {}
     for row, trained in trained_places.items():
-        parts = []
-        for prompt, answer in _split(row.messages, trained, form, rendered.__getitem__):
-            parts.append((prompt, _answer_text(answer, form)))
-        if not any(_holds_special(prompt, answer, form) for prompt, answer in parts):
+        try:
+            turns = _turns(row.messages, trained[-1], form, partial(_look_up, form, rendered))
+        except TemplateError:
+            continue
+        parts = [(turn.place, turn.since, _answer_text(turn.answer, form)) for turn in turns]
+        if not any(_holds_special(prompt, answer, form) for _, prompt, answer in parts):
             texts[row] = parts
     ids = _ids_by_text(texts.values(), form)
     end = list(form.end_ids)
     tokens = {}
     for row, parts in texts.items():
-        tokens[row] = _join([(ids[prompt], ids[answer] + end) for prompt, answer in parts])
+        pieces = [_Part(place, ids[prompt], ids[answer] + end) for place, prompt, answer in parts]
+        tokens[row] = _join(pieces, trained_places[row])
     return tokens
 
 
@@ -331,13 +408,13 @@ def _holds_special(prompt: str, answer: str, form: PromptFormat) -> bool:
 
 
 def _ids_by_text(
-    rows: Iterable[Sequence[tuple[str, str]]], form: PromptFormat
+    rows: Iterable[Sequence[tuple[int, str, str]]], form: PromptFormat
 ) -> dict[str, list[int]]:
     """Tokenise all texts of rows in one call."""
     texts: set[str] = set()
     for parts in rows:
-        for part in parts:
-            texts.update(part)
+        for _, prompt, answer in parts:
+            texts.update((prompt, answer))
     if not texts:
         return {}
     ordered = list(texts)
@@ -365,33 +442,122 @@ def _trained_places(example: Example, form: PromptFormat) -> list[int]:
     return trained
 
 
-def _split(
-    messages: Messages,
-    trained: Sequence[int],
-    form: PromptFormat,
-    render: Callable[[Messages], str],
-) -> list[tuple[str, str]]:
-    """Return each trained answer (a place in `messages`) with the text since the one before it."""
-    parts: list[tuple[str, str]] = []
-    done = ""
-    for place in trained:
-        text = render(messages[:place])
-        if not text.startswith(done):
-            return _split(messages, trained[-1:], form, render)
-        answer = messages[place].content
-        parts.append((text[len(done) :], answer))
-        done = text + _hide(answer, form) + form.end_text
+@dataclass(frozen=True)
+class _Turn:
+    """An answer in a rendered conversation."""
+
+    place: int  # of the answer among the messages
+    prompt: str  # the conversation up to it
+    since: str  # what of that comes after the answer before
+    answer: str
+
+    def with_answer(self, form: PromptFormat) -> str:
+        """Return the conversation up to the end of this answer."""
+        lead, trail = _around(form)
+        return self.prompt + lead + _hide(self.answer, form) + trail + form.end_text
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The token ids of a turn."""
+
+    place: int  # of the answer among the messages
+    prompt: list[int]  # since the answer before
+    answer: list[int]
+
+
+def _answer_places(messages: Messages, last: int) -> list[int]:
+    """Return the places of the answers to questions, up to `last`, which counts in any case."""
+    places = []
+    asked = False
+    for place, message in enumerate(messages[:last]):
+        if message.role == "user":
+            asked = True
+        elif message.role == "assistant" and asked:
+            places.append(place)
+    return [*places, last]
+
+
+def _turns(
+    messages: Messages, last: int, form: PromptFormat, render: Callable[[Messages], str]
+) -> list[_Turn]:
+    """Return the turns up to the answer at `last`.
+
+    They begin anew if the template renders earlier turns otherwise than they were as the last one;
+    only outer white space that it trims is taken from an earlier answer.
+    """
+    turns: list[_Turn] = []
+    for place in _answer_places(messages, last):
+        prompt = render(messages[:place])
+        since = prompt
+        if turns:
+            since = ""
+            before = turns.pop()
+            for earlier in (before, replace(before, answer=before.answer.strip())):
+                done = earlier.with_answer(form)
+                if prompt.startswith(done):
+                    turns.append(earlier)
+                    since = prompt[len(done) :]
+                    break
+            else:
+                turns = []
+                since = prompt
+        turns.append(_Turn(place, prompt, since, messages[place].content))
+    return turns
+
+
+def _ids_of_turns(turns: Sequence[_Turn], form: PromptFormat) -> list[_Part]:
+    """Tokenise turns.
+
+    If texts are cut otherwise in context, a later prompt is cut as a whole, unless it then does not
+    begin with the ids of the turns before.
+    """
+    parts = []
+    done: list[int] = []
+    for turn in turns:
+        prompt = _prompt_ids(turn.since, form)
+        if form.context and done:
+            whole = _prompt_ids(turn.prompt, form)
+            if whole[: len(done)] == done:
+                prompt = whole[len(done) :]
+        answer = _answer_ids(turn.answer, form)
+        parts.append(_Part(turn.place, prompt, answer))
+        done += [*prompt, *answer]
     return parts
 
 
-def _join(parts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tokens:
-    """Lay the ids of prompts and answers end to end; the answers are targets."""
+def _join(parts: Sequence[_Part], trained: Collection[int]) -> Tokens:
+    """Lay the ids of turns end to end; the answers at `trained` places are targets."""
     ids: list[int] = []
     mask: list[bool] = []
-    for prompt, answer in parts:
-        ids += [*prompt, *answer]
-        mask += [False] * len(prompt) + [True] * len(answer)
+    for part in parts:
+        ids += [*part.prompt, *part.answer]
+        mask += [False] * len(part.prompt) + [part.place in trained] * len(part.answer)
     return Tokens(np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=np.bool_))
+
+
+def _render_one(form: PromptFormat, prompt: Messages) -> str:
+    """Render a prompt. Raises TemplateError if something that is said in it is not written."""
+    (text,) = _render([prompt], form)
+    _check_said(prompt, text, form)
+    return text
+
+
+def _look_up(form: PromptFormat, rendered: Mapping[Messages, str], prompt: Messages) -> str:
+    """Return a prompt that was rendered before. Raises TemplateError as `_render_one`."""
+    text = rendered[prompt]
+    _check_said(prompt, text, form)
+    return text
+
+
+def _check_said(prompt: Messages, text: str, form: PromptFormat) -> None:
+    turns = [(message.role, message.content) for message in prompt]
+    missing = chat_template.missing_text(turns, text, lambda said: _hide(said, form))
+    if missing is not None:
+        role, said = missing
+        raise TemplateError(f"it does not write what its {role} message says, {said!r:.60}")
+    if form.anchor is not None and form.anchor.text.strip() not in text:
+        raise TemplateError(f"it does not write the anchor, {form.anchor.text!r:.60}")
 
 
 def _render(prompts: Sequence[Sequence[Message]], form: PromptFormat) -> list[str]:
@@ -447,8 +613,16 @@ def _prompt_ids(text: str, form: PromptFormat) -> list[int]:
     return ids + _ids(_show(text[end:], form), form, plain=True)
 
 
+def _around(form: PromptFormat) -> tuple[str, str]:
+    """Return the white space before and after an answer."""
+    if form.anchor is not None and form.anchor.placement == "response_prefix":
+        return anchor_template.answer_lead(form.anchor), form.around[1]
+    return form.around
+
+
 def _answer_text(answer: str, form: PromptFormat) -> str:
-    return anchor_template.answer_lead(form.anchor) + answer
+    lead, trail = _around(form)
+    return lead + answer + trail
 
 
 def _answer_ids(answer: str, form: PromptFormat) -> list[int]:
@@ -456,8 +630,15 @@ def _answer_ids(answer: str, form: PromptFormat) -> list[int]:
 
 
 def _text_ids(text: str, form: PromptFormat) -> list[int]:
-    """Tokenise a text in which special-token text is plain text."""
-    return _ids(text, form, plain=form.special.search(text) is not None)
+    """Tokenise an answer's text, in which special-token text is plain text."""
+    if form.special.search(text) is not None:
+        return _ids(text, form, plain=True)
+    if form.context:
+        head = _ids(form.context, form)
+        whole = _ids(form.context + text, form)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return _ids(text, form)
 
 
 def _ids(text: str, form: PromptFormat, *, plain: bool = False) -> list[int]:

@@ -22,7 +22,7 @@ from fulcrum.core.errors import DataError, nearest
 from fulcrum.core.progress import LabelledCount
 from fulcrum.core.types import Anchor, BoolArray, Example, IntArray, Reject
 from fulcrum.data import dedup, filters, readers, shards
-from fulcrum.data.formats import normalise
+from fulcrum.data.formats import normalise, unread_note
 from fulcrum.data.shards import NamedShard, silent
 from fulcrum.data.sources import origins
 
@@ -131,11 +131,17 @@ def open_pool(
             folders.append(str(shards.folder(origin)))
             if origin.note:
                 notes.append(origin.note)
+            unread: Counter[str] = Counter()
+            rows = 0
             for shard in shards.build(origin, jobs=jobs, progress=progress):
                 named.append((origin.name, shard))
                 left_out.update(shard.left_out)
+                unread.update(shard.unread)
                 shown += shard.shown
                 end += shard.kept
+                rows += shard.read
+            if unread and source.path not in readers.BUILTIN:
+                notes.append(unread_note(origin.name, unread, rows))
         notes += _unread_notes(source)
         ends.append(end)
 

@@ -14,6 +14,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from fulcrum.config.base import DataSource
+from fulcrum.core import store, user_paths
 from fulcrum.core.errors import DataError, UnreachableError, nearest
 from fulcrum.core.types import Example, Reject
-from fulcrum.data.formats import Layout, convert, find_layout
+from fulcrum.data.formats import Layout, Unread, convert, find_layout, unread_column
 
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
@@ -52,11 +54,12 @@ class Table:
     size: int  # rows
     fetch: Callable[[int], Row] = field(repr=False)  # gives raw row i
     layout: Layout
+    unread: Unread = field(default_factory=Counter)  # in the rows converted so far
 
     def __getitem__(self, index: int) -> Example | Reject:
         """Convert row `index`, 0 <= index < size."""
         line, row = self.fetch(index)
-        return convert(row, self.layout, f"{self.name}:{line}")
+        return convert(row, self.layout, f"{self.name}:{line}", self.unread)
 
 
 def open_tables(
@@ -131,7 +134,7 @@ def files(text: str) -> list[tuple[str, Path]] | None:
     """
     if text in BUILTIN:
         return [(text, _builtin(text))]
-    path = Path(text).expanduser()
+    path = Path(user_paths.expanded(text))
     if path.is_dir():
         paths = _files_in_folder(path, text)
     elif path.is_file():
@@ -144,6 +147,10 @@ def files(text: str) -> list[tuple[str, Path]] | None:
         is_bare = path.name == text and suffix(path) is None
         raise DataError(f"{text}: {_missing(path, BUILTIN if is_bare else ())}")
     for file in paths:
+        if store.is_lfs_pointer(file):
+            raise DataError(
+                f"{file}: is a Git LFS pointer, which stands for the file; fetch it: git lfs pull"
+            )
         if suffix(file) is None:
             raise DataError(
                 f"{file}: unknown kind of file {file.suffix!r}; give one of {', '.join(SUFFIXES)}"
@@ -159,7 +166,7 @@ def unread_names(text: str) -> list[str]:
     These are other kinds of file, folders and broken links. If the path is no folder, there are
     none.
     """
-    path = Path(text).expanduser()
+    path = Path(user_paths.expanded(text))
     if not path.is_dir():
         return []
     read = {file.name for _, file in files(text) or ()}
@@ -263,7 +270,39 @@ def _arrow_table(
     require_some(name, len(data))
     layout = find_layout(data.column_names, source.columns, group, name, answered=answered)
     used = data.select_columns(sorted(set(layout.columns.values())))
-    return Table(name, len(used), lambda index: (index + 1, used[index]), layout)
+    labels = label_names(used.features)
+    unread: Unread = Counter()
+    for column in layout.unread(data.column_names):
+        missing = data.data.column(column).null_count if len(data.data) == len(data) else 0
+        unread[unread_column(column, layout)] = len(data) - missing
+
+    def fetch(index: int) -> Row:
+        return index + 1, named_labels(used[index], labels)
+
+    return Table(name, len(used), fetch, layout, +unread)
+
+
+def label_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the names of the classes of each column of class numbers (ClassLabel)."""
+    import datasets
+
+    names = {}
+    for column, feature in features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            names[column] = list(feature.names)
+    return names
+
+
+def named_labels(row: Mapping[str, Any], labels: Mapping[str, list[str]]) -> Mapping[str, Any]:
+    """Return the row with class names instead of class numbers; -1 says that there is no label."""
+    if not labels:
+        return row
+    named = dict(row)
+    for column, names in labels.items():
+        number = named.get(column)
+        if isinstance(number, int):
+            named[column] = names[number] if number >= 0 else None
+    return named
 
 
 def _open_arrow(path: Path) -> Any:

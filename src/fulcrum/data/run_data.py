@@ -264,7 +264,7 @@ class _Request:
 
 def _prepare(request: _Request) -> RunData:
     settings = request.settings
-    whole, tasks, rejects = _read_tasks(request)
+    whole, tasks, rejects, unread = _read_tasks(request)
     anchor_notes = _check_anchors(request, tasks)
     tasks = _train_last_answers(request, tasks)
     if not request.dev_apart:
@@ -273,9 +273,10 @@ def _prepare(request: _Request) -> RunData:
             _check_sizes(settings, task)
     n_task = sum(len(task.train[: request.mixed_rows]) for task in tasks)
     drawn = _draw_general(request, tasks, whole, n_task)
-    notes = [*drawn.notes, *dict.fromkeys(anchor_notes)]
+    notes = [*unread, *drawn.notes, *dict.fromkeys(anchor_notes)]
     for task in tasks:
         notes += task_data.check_answers(task, request.tokenizer)
+        notes += task_data.check_turns(task, request.tokenizer)
     for own in settings.tasks:
         if own.anchor is not None and own.anchor.is_auto:
             notes.append(f"{own.name}: anchor: auto is chosen by a run; the rows here have none")
@@ -301,16 +302,24 @@ def _prepare(request: _Request) -> RunData:
     )
 
 
-def _read_tasks(request: _Request) -> tuple[list[Task], list[Task], list[Reject]]:
-    """Return the tasks with all their rows, the tasks within their limits, and the rejects."""
+def _read_tasks(
+    request: _Request,
+) -> tuple[list[Task], list[Task], list[Reject], list[str]]:
+    """Read every task.
+
+    Return the tasks with all their rows, the tasks within their limits, the rejects, and notes on
+    what is not read.
+    """
     settings = request.settings
     whole = []
     unusable = []
+    notes: list[str] = []
     for limits in settings.tasks:
         near = settings.clean.near_duplicates
-        task, refused = task_data.read_tasks(limits, settings.seed, request.outer, near)
+        task, refused, unread = task_data.read_task(limits, settings.seed, request.outer, near)
         whole.append(task)
         unusable.append(refused)
+        notes += unread
     task_data.check_between(whole)
     tasks = []
     rejects = []
@@ -321,7 +330,7 @@ def _read_tasks(request: _Request) -> tuple[list[Task], list[Task], list[Reject]
         metrics.check_gold(task.metrics, limited.test)
         tasks.append(limited)
         rejects += refused + too_long
-    return whole, tasks, rejects
+    return whole, tasks, rejects, notes
 
 
 def _check_anchors(request: _Request, tasks: Sequence[Task]) -> list[str]:

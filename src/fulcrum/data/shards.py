@@ -35,11 +35,11 @@ from fulcrum.core.errors import DataError, StoreError
 from fulcrum.core.progress import LabelledCount
 from fulcrum.core.types import Example, IntArray, Message, Reject
 from fulcrum.data import filters, sources
-from fulcrum.data.formats import Layout, content_key, convert
+from fulcrum.data.formats import Layout, Unread, content_key, convert, unread_column
 from fulcrum.data.readers import Row, require_some, suffix
 from fulcrum.data.sources import Origin, Part
 
-VERSION = 5  # raise it if the same file would give other shards
+VERSION = 6  # raise it if the same file would give other shards
 SHOWN = 5  # rows left out that are kept as examples, of each reason
 
 _BATCH_ROWS = 10_000  # of a shard's batches
@@ -75,6 +75,7 @@ class Shard:
     kept: int  # rows in the file
     left_out: Mapping[str, int]  # rows that are not, by reason
     shown: Sequence[Reject]  # some of these
+    unread: Mapping[str, int]  # rows that hold what is not read, by its name
 
     @property
     def read(self) -> int:
@@ -210,7 +211,14 @@ def _load_all(directory: Path, origin: Origin) -> list[Shard] | None:
 def _load_shard(directory: Path, described: Mapping[str, Any]) -> Shard:
     shown = [Reject(**reject) for reject in described["shown"]]
     path = str(directory / described["path"])
-    return Shard(path, described["size"], described["kept"], described["left_out"], shown)
+    return Shard(
+        path,
+        described["size"],
+        described["kept"],
+        described["left_out"],
+        shown,
+        described["unread"],
+    )
 
 
 def _describe(shard: Shard) -> dict[str, Any]:
@@ -360,11 +368,12 @@ def _write(
     # Named by process: workers of a killed conversion may still write theirs.
     partial_file = file.with_name(f".{file.name}.{os.getpid()}.partial")
     left_out = _LeftOut()
+    unread: Unread = Counter()
     kept = 0
     try:
         with partial_file.open("wb") as stream:
             with pa.ipc.new_file(stream, _SCHEMA) as writer:
-                usable = islice(_usable(origin, layout, rows, left_out), limit)
+                usable = islice(_usable(origin, layout, rows, left_out, unread), limit)
                 for batch in _in_batches(usable):
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
                     kept += len(batch)
@@ -377,9 +386,23 @@ def _write(
         partial_file.unlink(missing_ok=True)
         raise
     shown = list(chain.from_iterable(left_out.shown.values()))
-    shard = Shard(str(file), size, kept, dict(left_out.counts), shown)
+    read = kept + sum(left_out.counts.values())
+    not_read = _all_unread(origin, layout, part, unread, read)
+    shard = Shard(str(file), size, kept, dict(left_out.counts), shown, dict(not_read))
     store.write_json(file.with_suffix(".json"), _describe(shard))
     return shard
+
+
+def _all_unread(origin: Origin, layout: Layout, part: Part, unread: Unread, rows: int) -> Unread:
+    """Add the columns of a table that were not even loaded; drop those that sources choose by."""
+    found = Counter(unread)
+    if origin.kind in ("parquet", "arrow", "hub"):
+        for columns in sources.shapes(origin, part):
+            for column in layout.unread(columns):
+                found[unread_column(column, layout)] = rows
+    for column in (*origin.source.include, *origin.source.exclude):
+        found.pop(unread_column(column, layout), None)
+    return found
 
 
 @dataclass
@@ -396,11 +419,12 @@ class _LeftOut:
 
 
 def _usable(
-    origin: Origin, layout: Layout, rows: Iterable[Row], left_out: _LeftOut
+    origin: Origin, layout: Layout, rows: Iterable[Row], left_out: _LeftOut, unread: Unread
 ) -> Iterator[dict[str, Any]]:
-    """Yield rows as shards hold them; count the others in `left_out`."""
+    """Yield rows as shards hold them; count the others in `left_out`, and what is not read."""
     for line, row in rows:
-        converted = _excluded(origin.source, line, row) or convert(row, layout, str(line))
+        refused = _excluded(origin.source, line, row)
+        converted = refused or convert(row, layout, str(line), unread)
         if not isinstance(converted, Reject):
             converted = filters.unfit(converted, origin.source) or converted
         if isinstance(converted, Reject):

@@ -29,6 +29,8 @@ from fulcrum.data.readers import (
     fitting_layout,
     hub,
     hub_commit,
+    label_names,
+    named_labels,
     refuse_unreadable,
     require_some,
     suffix,
@@ -169,8 +171,10 @@ def rows(origin: Origin, shape: Layout, part: Part) -> Iterator[Row]:
         yield from _part_lines(origin, part)
         return
     used = sorted({*shape.columns.values(), *origin.source.include, *origin.source.exclude})
+    labels = _class_names(origin)
     batches = _part_batches(origin, used, part)
-    yield from enumerate(chain.from_iterable(batches), part.first)
+    for number, row in enumerate(chain.from_iterable(batches), part.first):
+        yield number, named_labels(row, labels)
 
 
 def sequence(origin: Origin) -> Iterator[Row]:
@@ -182,7 +186,10 @@ def sequence(origin: Origin) -> Iterator[Row]:
         yield from text_rows(Path(origin.path))
         return
     try:
-        yield from enumerate(_load(origin).shuffle(seed=0, buffer_size=_BUFFER), 1)
+        stream = _load(origin)
+        labels = label_names(stream.features or {})
+        for number, row in enumerate(stream.shuffle(seed=0, buffer_size=_BUFFER), 1):
+            yield number, named_labels(row, labels)
     except DataError:
         raise
     except Exception as error:  # any error of the hub's client or the network
@@ -190,6 +197,20 @@ def sequence(origin: Origin) -> Iterator[Row]:
             f"{origin.name}: the stream broke off: {cause_of(error)}; run again: what was "
             "converted is kept"
         ) from error
+
+
+def _class_names(origin: Origin) -> dict[str, list[str]]:
+    """Return the names of the classes of a table's columns of class numbers."""
+    import datasets
+
+    if origin.kind == "hub":
+        return label_names(_load(origin).features)
+    with refuse_unreadable(origin.path):
+        if origin.kind == "parquet":
+            schema = pq.read_schema(origin.path)
+        else:
+            schema = next(_arrow_batches(origin.path)).schema
+        return label_names(datasets.Features.from_arrow_schema(schema))
 
 
 def _file_origin(name: str, path: Path, source: GeneralSource) -> Origin:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulcrum.config.base import DataSource
-from fulcrum.core.errors import ConfigError
+from fulcrum.core.errors import ConfigError, DataError
 from fulcrum.core.types import Example
 from fulcrum.data.readers import open_tables
+from fulcrum.stats import metrics
 
 _MOST_LABELS = 20
 _MOST_LABEL_CHARACTERS = 40
@@ -63,19 +64,19 @@ def stem(data: str) -> str:
     return "task" if name in ("", "default") else name
 
 
-def read_columns(text: str) -> dict[str, str]:
-    """Read ``ours=theirs,ours=theirs``. Raises ConfigError."""
-    columns = {}
+def read_columns(text: str) -> dict[str, str | None]:
+    """Read ``ours=theirs,ours=theirs``; ``ours=`` says that no column is. Raises ConfigError."""
+    columns: dict[str, str | None] = {}
     for part in text.split(","):
         if not part.strip():
             continue
-        ours, _, theirs = part.partition("=")
-        if not ours.strip() or not theirs.strip():
+        ours, equals, theirs = part.partition("=")
+        if not ours.strip() or not equals:
             raise ConfigError(
                 f"--columns {part!r}: expected ours=theirs, e.g. "
                 "--columns prompt=text,completion=label"
             )
-        columns[ours.strip()] = theirs.strip()
+        columns[ours.strip()] = theirs.strip() or None
     return columns
 
 
@@ -88,10 +89,15 @@ def formats(source: DataSource) -> str:
 def guess(examples: Sequence[Example]) -> Guess:
     """Guess metrics, anchor and answer length from the answers of at least one row."""
     answers = [example.answer.strip() for example in examples]
-    why, metrics, anchor = _guess_kind(answers)
+    why, names, anchor = _guess_kind(answers)
+    try:
+        metrics.check_gold(names, examples)
+    except DataError as error:  # of JSON that is odd, as with a key twice
+        why = f"{why}, but {error}"
+        names = tuple(name for name in names if name != "json_fields")
     longest = max(len(answer.encode()) for answer in answers) / _BYTES_PER_TOKEN
     tokens = math.ceil((1.25 * longest + 8) / 16) * 16
-    return Guess(why, metrics, anchor, min(tokens, _MOST_ANSWER_TOKENS))
+    return Guess(why, names, anchor, min(tokens, _MOST_ANSWER_TOKENS))
 
 
 def _guess_kind(answers: Sequence[str]) -> tuple[str, tuple[str, ...], str]:
@@ -105,6 +111,9 @@ def _guess_kind(answers: Sequence[str]) -> tuple[str, tuple[str, ...], str]:
     few = len(labels) <= min(_MOST_LABELS, len(answers) // 3)
     if few and max(map(len, labels)) <= _MOST_LABEL_CHARACTERS:
         anchor = f"Read the input and answer with exactly one of these labels: {_list(labels)}."
+        if len(labels) == 1:
+            why = f"all are the same ({labels[0]!r}): there is nothing to learn or to compare"
+            return why, ("nll", "accuracy"), anchor
         return f"{len(labels)} labels", ("nll", "accuracy", "balanced_accuracy"), anchor
     if statistics.median(map(len, answers)) > _LONG_CHARACTERS:
         anchor = "Read the input and write the whole answer that it asks for."

@@ -11,9 +11,11 @@ of its own task or of another.
 import hashlib
 import itertools
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,15 +26,24 @@ from fulcrum.core.errors import ConfigError, DataError
 from fulcrum.core.store import seed_for
 from fulcrum.core.types import Anchor, Example, Reject, Task
 from fulcrum.data import encode, filters
-from fulcrum.data.formats import content_key, digest
-from fulcrum.data.readers import open_tables
+from fulcrum.data.formats import content_key, digest, unread_note
+from fulcrum.data.readers import BUILTIN, open_tables
 from fulcrum.stats import metrics
 
 _TEST_SHARE = 0.25  # of the training groups, if a task names no test files
 _DEV_SHARE = 0.2  # of the groups that are left, if it names no dev files
 _LONG_ANCHOR = 64  # tokens
 _BLOCK = 4096  # rows that are encoded together
+_ASKING = ("system", "user")
 _SHOWN = 3  # pairs of overlapping rows that an error names
+
+
+class ReadRows(NamedTuple):
+    """Rows of sources; each is in exactly one of the two lists."""
+
+    examples: list[Example]
+    rejects: list[Reject]
+    notes: list[str]  # columns and keys that are not read, counted for each file
 
 
 def read(
@@ -40,14 +51,28 @@ def read(
 ) -> tuple[list[Example], list[Reject]]:
     """Read all rows of the sources, in order; each row is in exactly one of the two lists returned.
 
-    `group` names the column whose equal values belong together. Without it a column called
-    ``group`` is used, or else a hash of the prompt's text. A source's `limit` draws rows by `seed`
+    What rows hold and is not read is said by a warning for each file. Otherwise as `read_rows`.
+    """
+    rows = read_rows(sources, group=group, seed=seed, answered=answered)
+    for note in rows.notes:
+        warnings.warn(note, stacklevel=2)
+    return rows.examples, rows.rejects
+
+
+def read_rows(
+    sources: Sequence[DataSource], *, group: str | None = None, seed: int = 0, answered: bool = True
+) -> ReadRows:
+    """Read all rows of the sources, in order.
+
+    `group` names the column whose equal values belong together. Without it rows with the same
+    prompt do. A source's `limit` draws rows by `seed`
     (they stay in file order). A row with the same normalised texts as an earlier one is rejected as
     ``duplicate``. If rows are not `answered`, they are inputs that end with the user's message.
     Raises DataError for missing, empty or broken files and for columns that fit no format.
     """
     examples: list[Example] = []
     rejects: list[Reject] = []
+    notes: list[str] = []
     first_origin: dict[str, str] = {}  # content key -> origin
     for place, source in enumerate(sources):
         tables = open_tables(source, group=group, answered=answered)
@@ -64,7 +89,9 @@ def read(
                     continue
                 first_origin[key] = row.origin
                 examples.append(row)
-    return examples, rejects
+            if table.unread and source.path not in BUILTIN:
+                notes.append(unread_note(table.name, table.unread, len(ids)))
+    return ReadRows(examples, rejects, notes)
 
 
 def require_rows(examples: Sequence[Example], rejects: Sequence[Reject], minimum: int = 2) -> None:
@@ -201,10 +228,10 @@ def check_between(tasks: Sequence[Task]) -> None:
             )
 
 
-def read_tasks(
+def read_task(
     settings: TaskSettings, seed: int, outer: tuple[int, int] | None = None, near: float = 0.0
-) -> tuple[Task, list[Reject]]:
-    """Read one task whole and split it by content.
+) -> tuple[Task, list[Reject], list[str]]:
+    """Read one task whole and split it by content; also return its rejects and what is not read.
 
     If the task names no test (dev) files, rows are held out of its training rows, the same for
     every seed; `seed` draws the rows that a source's own `limit` leaves. With `outer`, (number of a
@@ -215,25 +242,27 @@ def read_tasks(
     metrics.needs_generation(settings.metrics)  # refuse unknown names before anything is read
     # Without a group column, files that each number their groups from 0 mean different groups.
     by_group = settings.group is not None
-    train, rejects = read(settings.train, group=settings.group, seed=seed)
+    train, rejects, notes = read_rows(settings.train, group=settings.group, seed=seed)
     require_rows(train, rejects, minimum=2)
 
     if settings.test:
-        test, refused = _read_held_out("test", settings.test, settings, seed, train)
+        test, refused, unread = _read_held_out("test", settings.test, settings, seed, train)
         rejects += refused
+        notes += unread
     elif outer is not None:
         train, test = fold(train, *outer)
     else:
         train, test = split(train, _TEST_SHARE, seed=0)
 
     if settings.dev:
-        dev, refused = _read_held_out("dev", settings.dev, settings, seed, train)
+        dev, refused, unread = _read_held_out("dev", settings.dev, settings, seed, train)
         rejects += refused
+        notes += unread
     else:
         train, dev = split(train, _DEV_SHARE, seed=0)
 
     check_overlap(dev, test, "test", of="dev", by_group=by_group)
-    unlabeled, refused = _read_unlabeled(settings, seed, train, [*dev, *test], near)
+    unlabeled, refused, unread = _read_unlabeled(settings, seed, train, [*dev, *test], near)
     task = Task(
         name=settings.name,
         train=tuple(train),
@@ -244,7 +273,7 @@ def read_tasks(
         max_new_tokens=settings.max_new_tokens,
         unlabeled=unlabeled,
     )
-    return task, rejects + refused
+    return task, rejects + refused, notes + unread
 
 
 def check_anchor(
@@ -301,19 +330,59 @@ def check_anchor(
 
 
 def check_answers(task: Task, tokenizer: encode.Tokenizer) -> list[str]:
-    """Return a note if test answers are longer than `max_new_tokens`: they are always wrong."""
+    """Return notes on answers that no model can give, or that teach nothing.
+
+    Test answers may be longer than `max_new_tokens`, or hold what the tokenizer writes otherwise.
+    """
+    notes = []
+    if len({row.answer.strip() for row in (*task.train, *task.dev)}) == 1:
+        notes.append(
+            f"{task.name}: all training answers are the same ({task.train[0].answer.strip()!r:.60})"
+            ": there is nothing to learn or to compare"
+        )
     if not metrics.needs_generation(task.metrics):
-        return []
+        return notes
     form = encode.make_format(tokenizer, None)
+    changed = [row for row in task.test if encode.written_answer(row, form) != row.answer.strip()]
+    if changed:
+        notes.append(
+            f"{task.name}: {len(changed):,} of {len(task.test):,} test answers are written "
+            f"otherwise by the model's tokenizer ({changed[0].answer.strip()!r:.40} becomes "
+            f"{encode.written_answer(changed[0], form)!r:.40}), so that no generated answer can "
+            "equal them; write the rows in the tokenizer's form"
+        )
     lengths = [encode.answer_length(row, form) - len(form.end_ids) for row in task.test]
     cut = [length for length in lengths if length > task.max_new_tokens]
-    if not cut:
-        return []
-    return [
-        f"{task.name}: {len(cut):,} of {len(lengths):,} test answers are longer than "
-        f"max_new_tokens ({task.max_new_tokens}), so that none generated can equal them; "
-        f"set task.max_new_tokens to {max(cut)} or more"
-    ]
+    if cut:
+        notes.append(
+            f"{task.name}: {len(cut):,} of {len(lengths):,} test answers are longer than "
+            f"max_new_tokens ({task.max_new_tokens}), so that none generated can equal them; "
+            f"set task.max_new_tokens to {max(cut)} or more"
+        )
+    return notes
+
+
+def check_turns(task: Task, tokenizer: encode.Tokenizer) -> list[str]:
+    """Return notes on answers of earlier turns that the chat template changes."""
+    form = encode.make_format(tokenizer, task.anchor)
+    untrained = trimmed = 0
+    for row in task.train:
+        one, other = encode.changed_answers(row, form)
+        untrained += one
+        trimmed += other
+    notes = []
+    if untrained:
+        notes.append(
+            f"{task.name}: {untrained:,} answers of earlier turns are not trained, since the chat "
+            "template rewrites earlier turns (as thoughts are dropped); for each, write a row that "
+            "ends with it"
+        )
+    if trimmed:
+        notes.append(
+            f"{task.name}: {trimmed:,} answers of earlier turns are trained without white space "
+            "around them, which the chat template trims"
+        )
+    return notes
 
 
 def max_row_tokens(settings: Settings, context: int | None) -> int:
@@ -513,11 +582,11 @@ def _read_held_out(
     settings: TaskSettings,
     seed: int,
     train: Sequence[Example],
-) -> tuple[list[Example], list[Reject]]:
-    rows, rejects = read(sources, group=settings.group, seed=seed)
-    require_rows(rows, rejects, minimum=1)
-    check_overlap(train, rows, name, by_group=settings.group is not None)
-    return rows, rejects
+) -> ReadRows:
+    held_out = read_rows(sources, group=settings.group, seed=seed)
+    require_rows(held_out.examples, held_out.rejects, minimum=1)
+    check_overlap(train, held_out.examples, name, by_group=settings.group is not None)
+    return held_out
 
 
 def _read_unlabeled(
@@ -526,23 +595,23 @@ def _read_unlabeled(
     train: Sequence[Example],
     held_out: Sequence[Example],
     near: float,
-) -> tuple[tuple[Example, ...], list[Reject]]:
-    """Return the inputs without answers, and the rejected ones.
+) -> tuple[tuple[Example, ...], list[Reject], list[str]]:
+    """Return the inputs without answers, the rejected ones, and what is not read of them.
 
     Inputs that dev or test rows ask are rejected, so that no arm learns the answers that another
     arm gives to test rows.
     """
     if not settings.unlabeled:
-        return (), []
-    inputs, rejects = read(settings.unlabeled, seed=seed, answered=False)
+        return (), [], []
+    inputs, rejects, notes = read_rows(settings.unlabeled, seed=seed, answered=False)
     require_rows(inputs, rejects, minimum=1)
     held_out_prompts = [replace(row, messages=row.prompt) for row in held_out]
     overlap = filters.OverlapFilter([held_out_prompts], near)
-    labelled = {_question(row) for row in train} - {""}
+    labelled = {_question(row, roles) for row in train for roles in (("user",), _ASKING)} - {""}
     kept = []
     for row in inputs:
         refused = overlap.shared(row)
-        if _question(row) in labelled:
+        if _question(row, _ASKING) in labelled:
             refused = Reject(row.origin, "labelled already", row.question)
         if refused is None:
             kept.append(row)
@@ -554,17 +623,17 @@ def _read_unlabeled(
             f"task.unlabeled: none of {len(rejects):,} inputs is left, mostly since: {reason} "
             f"({count:,}); give inputs that are not asked in labelled, dev or test rows"
         )
-    return tuple(kept), rejects
+    return tuple(kept), rejects, notes
 
 
-def _question(row: Example) -> str:
-    """Return the words of a row's user.
+def _question(row: Example, roles: Collection[str]) -> str:
+    """Return the words of some roles; questions that differ in punctuation alone are the same.
 
-    Questions that differ in the system's text or in punctuation alone are the same.
+    One without a system text is that of a labelled row, whatever its system text.
     """
     words: list[str] = []
     for message in row.messages:
-        if message.role == "user":
+        if message.role in roles:
             words += filters.words(message.content)
     return " ".join(words)
 

@@ -41,7 +41,7 @@ from fulcrum.experiments.finished import Adapter
 from fulcrum.model import adapter, gguf, registry
 from fulcrum.model import save as saving
 from fulcrum.model.adapter import State
-from fulcrum.model.base_model import load as load_model
+from fulcrum.model.base_model import load_for
 from fulcrum.report import run_report
 from fulcrum.stats import metrics
 
@@ -219,7 +219,7 @@ def merge_adapter(settings: Settings, own: TrainSettings, state: State) -> tuple
     exact = own.model_copy(
         update={"dtype": "float32", "device": "cpu", "load_in_4bit": False, "compile": "never"}
     )
-    loaded = load_model(settings.model, exact, trust_remote_code=settings.trust_remote_code)
+    loaded = load_for(settings, exact)
     adapter.use(loaded, state, exact)
     _untie(loaded.causal)
     whole = loaded.peft.merge_and_unload(safe_merge=True)

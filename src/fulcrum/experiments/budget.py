@@ -152,9 +152,7 @@ def _left_out(design: Design, measured: _Measured) -> tuple[str, ...]:
 
 
 def _measure_run(settings: Settings) -> _Measured:
-    loaded = base_model.load(
-        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
-    )
+    loaded = base_model.load_for(settings)
     wide = _widest(settings)
     rows = run_data.of_seeds(
         wide, loaded.tokenizer, loaded.context, wide.seeds, mixed_rows=_SAMPLE
@@ -341,9 +339,7 @@ def estimate(settings: Settings) -> list[Estimate]:
 
     Raises ConfigError, DataError or ModelError as these commands do.
     """
-    loaded = base_model.load(
-        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
-    )
+    loaded = base_model.load_for(settings)
     own = own_arm(settings)
     among = choose_from([own], settings)
     rows = run_data.prepare(

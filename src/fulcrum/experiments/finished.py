@@ -133,8 +133,9 @@ def evaluate(
     notes = list(adapter.notes)
     if data:
         source = DataSource(path=data, columns=(own.test or own.train)[0].columns)
-        examples, rejects = task_data.read((source,), group=own.group)
+        examples, rejects, unread = task_data.read_rows((source,), group=own.group)
         task_data.require_rows(examples, rejects, minimum=1)
+        notes += unread
         notes += _check_unseen(folder, adapter, own, examples, data)
     else:
         examples = _test_rows(folder, adapter, own)
@@ -205,7 +206,7 @@ def load_base(settings: Settings) -> LoadedModel:
     """Load the base model of a run onto this machine's own device."""
     # The run's device may have been another machine's GPU.
     here = settings.train.model_copy(update={"device": "auto"})
-    return base_model.load(settings.model, here, trust_remote_code=settings.trust_remote_code)
+    return base_model.load_for(settings, here)
 
 
 def read_state(weights: Path) -> adapter.State:

@@ -76,9 +76,7 @@ def begin(
         probed = {name: getattr(stored, name) for name in ("dtype", "device", "compile")}
         train_settings = train_settings.model_copy(update=probed)
     progress.stage(f"loading {settings.model}")
-    loaded = base_model.load(
-        settings.model, train_settings, trust_remote_code=settings.trust_remote_code
-    )
+    loaded = base_model.load_for(settings, train_settings)
     progress.stage("reading data")
     rows = _read_rows(kind, settings, loaded, arms, seeds)
     plans = _resolve_all(kind, settings, rows, arms)

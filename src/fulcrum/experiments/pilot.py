@@ -168,9 +168,7 @@ def _prepare_and_run(settings: Settings, *, compared: bool, progress: ProgressLi
     repeats = _repeats(settings)
     mix = settings.mix.model_copy(update={"repeats": repeats, "select": "random"})
     small = settings.model_copy(update={"mix": mix})
-    loaded = base_model.load(
-        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
-    )
+    loaded = base_model.load_for(settings)
     rows = run_data.prepare_for_pilot(
         small,
         loaded.tokenizer,

@@ -60,8 +60,8 @@ def open_preview(
     Raises ConfigError, DataError or ModelError.
     """
     candidates = choose_from(chosen, settings)
-    tokenizer, context = download.load_tokenizer(
-        settings.model, trust_remote_code=settings.trust_remote_code
+    tokenizer, context, facts = download.load_tokenizer(
+        settings.model, settings.template, trust_remote_code=settings.trust_remote_code
     )
     if dev_apart:
         rows = run_data.prepare(settings, tokenizer, context, seed, choose_from=candidates)
@@ -74,6 +74,7 @@ def open_preview(
             mixed_rows=largest_mixture(settings),
             choose_from=candidates,
         )[0]
+    rows = replace(rows, notes=(*facts, *rows.notes))
     return Preview(settings, seed, rows, tokenizer, dev_apart)
 
 

@@ -130,9 +130,7 @@ class _Worker:
         torch.set_num_threads(threads)
         self.comparison = comparison
         settings = comparison.settings
-        self.loaded = base_model.load(
-            settings.model, settings.train, trust_remote_code=settings.trust_remote_code
-        )
+        self.loaded = base_model.load_for(settings)
         if settings.train.compile == "always":
             rows = comparison.rows[comparison.seeds[0]].tasks[0].train
             compile.switch_on(self.loaded, settings.train, shortest(rows))

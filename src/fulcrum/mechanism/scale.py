@@ -106,9 +106,7 @@ def plan(settings: Settings, seconds: float) -> Plan:
     name are kept. Raises ConfigError if not even that fits.
     """
     began = time.perf_counter()
-    loaded = base_model.load(
-        settings.model, settings.train, trust_remote_code=settings.trust_remote_code
-    )
+    loaded = base_model.load_for(settings)
     wide = scale_arms.prepared(settings)
     _require_general(wide)
     (rows,) = run_data.of_seeds(

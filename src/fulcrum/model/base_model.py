@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from fulcrum.config.sections import TrainSettings
+from fulcrum.config.settings import Settings
 from fulcrum.core.errors import ModelError
 from fulcrum.core.store import file_sha256, fingerprint
 from fulcrum.data import encode
@@ -131,11 +132,27 @@ class LoadedModel:
         return logits
 
 
-def load(name: str, settings: TrainSettings, *, trust_remote_code: bool = False) -> LoadedModel:
+def load_for(settings: Settings, train: TrainSettings | None = None) -> LoadedModel:
+    """Load the model of a run; `train` replaces its training settings. Raises as `load` does."""
+    return load(
+        settings.model,
+        train or settings.train,
+        template=settings.template,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def load(
+    name: str,
+    settings: TrainSettings,
+    *,
+    template: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """Load a model by hub id, folder, .gguf file or built-in name, and probe what it allows.
 
-    Raises ModelError if the name is unknown, the weights are not safe to load, or the model cannot
-    be run.
+    `template` names a chat template and its arguments, as the settings do. Raises ModelError if the
+    name is unknown, the weights are not safe to load, or the model cannot be run.
     """
     path = download.prepare(name)
     device = _device(settings.device)
@@ -163,7 +180,7 @@ def load(name: str, settings: TrainSettings, *, trust_remote_code: bool = False)
         distributed.spread(getattr(causal, causal.base_model_prefix), device)
     if not settings.load_in_4bit:  # bitsandbytes has put its weights where they belong
         causal = causal.to(device)
-    return adopt(name, path, causal, tokenizer, dtype)
+    return adopt(name, path, causal, tokenizer, dtype, template)
 
 
 def _refuse_missing(name: str, missing: Sequence[str]) -> None:
@@ -177,7 +194,14 @@ def _refuse_missing(name: str, missing: Sequence[str]) -> None:
         )
 
 
-def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype) -> LoadedModel:
+def adopt(
+    name: str,
+    path: str,
+    causal: Any,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    template: Mapping[str, Any] | None = None,
+) -> LoadedModel:
     """Take a model and tokenizer that are in memory already: freeze, complete and probe them."""
     causal.requires_grad_(False)
     causal.eval()
@@ -188,7 +212,8 @@ def adopt(name: str, path: str, causal: Any, tokenizer: Any, dtype: torch.dtype)
         # head's weights once a row: 3.2 GiB for 60 prompts of SmolLM2, 19 GiB for Gemma.
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     facts = [f"matrix products in {str(dtype).removeprefix('torch.')}"]
-    facts += download.complete(tokenizer)
+    facts += download.complete(tokenizer, template or {})
+    download.check_ids(name, tokenizer, causal.get_input_embeddings().weight.shape[0])
     _add_ends(causal, encode.make_format(tokenizer, None).end_ids)
     loaded = LoadedModel(
         name=name,

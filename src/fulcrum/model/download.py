@@ -4,7 +4,7 @@ Neither needs torch, so previews answer at once.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from fulcrum.core import store
 from fulcrum.core.errors import FulcrumError, ModelError
 from fulcrum.core.progress import Count
 from fulcrum.core.store import file_sha256
-from fulcrum.data import encode
+from fulcrum.data import chat_template, encode
 from fulcrum.model import registry
 
 
@@ -49,22 +49,54 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     gguf.convert(gguf_file, folder)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
+def load_tokenizer(
+    name: str, template: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> tuple[Any, int | None, list[str]]:
     """Load a model's tokenizer, completed as `base_model.load` does; no weights are read.
 
-    Its context in tokens comes second (None: no limit). Raises ModelError if the name is unknown or
-    the files cannot be read.
+    Its context in tokens comes second (None: no limit), and what a run says about the tokenizer
+    third. Raises ModelError if the name is unknown, the files cannot be read, or the tokenizer does
+    not fit the model.
     """
     path = prepare(name)
     with explained(name):
         loaded = tokenizer(path, trust_remote_code=trust_remote_code)
-        limit = _written_context(path)
-        if limit is None:
+        limit = _written_number(path, "max_position_embeddings")
+        rows = _written_number(path, "vocab_size")
+        if limit is None or rows is None:
             from transformers import AutoConfig  # and torch with it
 
-            limit = context(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
-    complete(loaded)
-    return loaded, limit
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            limit = limit or context(config)
+            rows = rows or config.get_text_config().vocab_size
+    facts = complete(loaded, template)
+    check_ids(name, loaded, rows)
+    return loaded, limit, facts
+
+
+def check_ids(name: str, tokenizer: Any, rows: int) -> None:
+    """Raise ModelError if the tokenizer may give ids that the embedding, of so many rows, lacks.
+
+    A special token without a role or a place in the template is never given: readers of .gguf files
+    add one.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    beyond = {}
+    for token, place in tokenizer.get_vocab().items():
+        is_given = token not in special or token in roles or token in tokenizer.chat_template
+        if place >= rows and is_given:
+            beyond[token] = place
+    if not beyond:
+        return
+    shown = ", ".join(sorted(beyond, key=lambda token: beyond[token])[:5])
+    more = " ..." if len(beyond) > 5 else ""
+    raise ModelError(
+        f"model {name!r}: {len(beyond):,} of its tokenizer's {len(tokenizer):,} tokens ({shown}"
+        f"{more}) have no row in the embedding, which has {rows:,}; call "
+        "model.resize_token_embeddings(len(tokenizer)) in Transformers and save the model, or use "
+        "the tokenizer that came with it"
+    )
 
 
 def tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
@@ -86,8 +118,8 @@ def tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def _written_context(path: str) -> int | None:
-    """Return the context that a local folder's config.json names, if it does.
+def _written_number(path: str, key: str) -> int | None:
+    """Return a number that a local folder's config.json names, if it does.
 
     None leaves it to the architecture's default.
     """
@@ -95,7 +127,7 @@ def _written_context(path: str) -> int | None:
     inner = config.get("text_config")
     if isinstance(inner, dict):
         config = inner
-    written = config.get("max_position_embeddings")
+    written = config.get(key)
     return written if isinstance(written, int) else None
 
 
@@ -122,16 +154,17 @@ def explained(name: str) -> Iterator[None]:
         raise ModelError(f"model {name!r}: cannot load: {lines[0]}") from error
 
 
-def complete(tokenizer: Any) -> list[str]:
-    """Give a tokenizer what every stage needs: a chat template and a padding token.
+def complete(tokenizer: Any, template: Mapping[str, Any]) -> list[str]:
+    """Give a tokenizer what every stage needs: one fitting chat template and a padding token.
 
-    Returns what the run's files should say about it.
+    `template` is the settings' section. Returns what the run's files should say about it.
     """
     facts = []
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         starts = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = encode.plain_template(adds_bos=starts)
         facts.append("the tokenizer has no chat template: the plain one is used")
+    facts += chat_template.adapt(tokenizer, template)
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         # Without either, generation pads with the template's end token.
         tokenizer.pad_token = tokenizer.eos_token

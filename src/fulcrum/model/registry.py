@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from fulcrum.core import store
+from fulcrum.core import store, user_paths
 from fulcrum.core.errors import ModelError, nearest
 from fulcrum.core.progress import Count
 from fulcrum.core.store import file_sha256, require_space, write_bytes
@@ -112,7 +112,7 @@ def locate(name: str) -> Source:
     """
     if name in BUILTIN:
         return Source("wheel", name)
-    path = Path(name).expanduser()
+    path = Path(user_paths.expanded(name))
     if name.strip() and path.is_dir():
         _check_folder(path)
         return Source("folder", str(path.absolute()))
@@ -183,7 +183,14 @@ def is_converted(folder: Path, sha256: str) -> bool:
 
 def _check_folder(path: Path) -> None:
     if (path / "config.json").exists():
-        if any(path.glob("*.safetensors")):
+        weights = sorted(path.glob("*.safetensors"))
+        for file in weights:
+            if store.is_lfs_pointer(file):
+                raise ModelError(
+                    f"{file}: is a Git LFS pointer, which stands for the weights; fetch them: git "
+                    "lfs pull"
+                )
+        if weights:
             return
         raise ModelError(
             f"model folder {path}: has config.json but no *.safetensors; convert the weights to "

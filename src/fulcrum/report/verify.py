@@ -215,7 +215,7 @@ def _read_rows(task: TaskSettings, seed: int) -> dict[str, Example]:
     rows: dict[str, Example] = {}
     for sources in (task.train, task.dev, task.test):
         if sources:
-            examples, _ = task_data.read(sources, group=task.group, seed=seed)
+            examples = task_data.read_rows(sources, group=task.group, seed=seed).examples
             for example in examples:
                 rows[example.origin] = example
     return rows
