@@ -7,9 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fulcrum.api import compare, evaluate, load_adapter, quanta, scale, train, verify
-    from fulcrum.config.sections import MixSettings as Mix
-    from fulcrum.config.sections import TaskSettings as Task
+    from fulcrum.api import (
+        Mix,
+        Task,
+        compare,
+        evaluate,
+        load_adapter,
+        quanta,
+        scale,
+        train,
+        verify,
+    )
     from fulcrum.core.types import Anchor, Example, Message, Results
     from fulcrum.data.mix import plan
     from fulcrum.data.task_data import read
@@ -18,9 +26,9 @@ _HOME = {
     "Anchor": "core.types.Anchor",
     "Example": "core.types.Example",
     "Message": "core.types.Message",
-    "Mix": "config.sections.MixSettings",
+    "Mix": "api.Mix",
     "Results": "core.types.Results",
-    "Task": "config.sections.TaskSettings",
+    "Task": "api.Task",
     "compare": "api.compare",
     "evaluate": "api.evaluate",
     "load_adapter": "api.load_adapter",

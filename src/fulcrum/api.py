@@ -6,13 +6,20 @@ verification starts at once.
 
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ValidationError
+
+from fulcrum.config import parsing
+from fulcrum.config.sections import MixSettings, TaskSettings
 from fulcrum.config.settings import Settings, load_settings, settings_from_dict
 from fulcrum.core import run_folder, store, user_paths
+from fulcrum.core.errors import FulcrumError
 from fulcrum.core.types import Prediction, Results, Score
+from fulcrum.data.python_rows import as_source
 from fulcrum.mechanism.quanta_report import QUANTA
 from fulcrum.mechanism.scale_report import SCALE
 from fulcrum.report import certificate_page, run_report
@@ -27,6 +34,9 @@ if TYPE_CHECKING:
 
 KINDS: Kinds = {kind.name: kind for kind in (TRAIN, COMPARE, SCALE, QUANTA)}
 
+_ROWS = ("train", "dev", "test", "unlabeled")  # of a task
+_IN_PYTHON = {"--resume": "resume=True", "--force-new": "another output_dir"}
+
 # Files of a run that depend on its manifest alone; results.json holds seconds too.
 _REPEATABLE = ("adapter_model.safetensors", "predictions.jsonl")
 
@@ -38,7 +48,7 @@ def train(*, resume: bool = False, **settings: Any) -> Results:
     `resume` the run in `output_dir` is resumed. Raises ConfigError, DataError, ModelError or
     StoreError, each naming the remedy; all are FulcrumErrors.
     """
-    return launch(TRAIN, settings_from_dict(settings), resume=resume)
+    return _run(TRAIN, settings, resume=resume)
 
 
 def compare(*, resume: bool = False, **settings: Any) -> Results:
@@ -48,7 +58,7 @@ def compare(*, resume: bool = False, **settings: Any) -> Results:
     the comparison in `output_dir` is resumed: finished cells are read back. Raises ConfigError,
     DataError, ModelError or StoreError, each naming the remedy; all are FulcrumErrors.
     """
-    return launch(COMPARE, settings_from_dict(settings), resume=resume)
+    return _run(COMPARE, settings, resume=resume)
 
 
 def scale(*, resume: bool = False, **settings: Any) -> Results:
@@ -59,7 +69,7 @@ def scale(*, resume: bool = False, **settings: Any) -> Results:
     `row_jumps` have the same tests for your own arrays. With `resume` the run in `output_dir` is
     resumed. Raises ConfigError, DataError, ModelError or StoreError.
     """
-    return launch(SCALE, settings_from_dict(settings), resume=resume)
+    return _run(SCALE, settings, resume=resume)
 
 
 def quanta(*, resume: bool = False, **settings: Any) -> Results:
@@ -70,7 +80,30 @@ def quanta(*, resume: bool = False, **settings: Any) -> Results:
     and `cluster_gains` have the same steps for your own arrays. With `resume` the run in
     `output_dir` is resumed. Raises ConfigError, DataError, ModelError or StoreError.
     """
-    return launch(QUANTA, settings_from_dict(settings), resume=resume)
+    return _run(QUANTA, settings, resume=resume)
+
+
+class Task(TaskSettings):
+    """The user's few rows and how they are scored: the `task:` section of the settings.
+
+    Rows may be paths, lists of dicts, data frames and data sets. Raises ConfigError for keywords
+    and values that do not fit, naming the nearest.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        with _explained(TaskSettings, "Task"):
+            super().__init__(**_with_files(settings, _ROWS))
+
+
+class Mix(MixSettings):
+    """How general rows are mixed in: the `mix:` section of the settings.
+
+    Raises ConfigError for keywords and values that do not fit, naming the nearest.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        with _explained(MixSettings, "Mix"):
+            super().__init__(**settings)
 
 
 def launch(
@@ -90,6 +123,43 @@ def launch(
 
     with trackers.reporting(settings, progress) as listener:
         return _experiment(kind)(settings, resume=resume, progress=listener, **how)
+
+
+def _run(kind: RunKind, given: Mapping[str, Any], *, resume: bool) -> Results:
+    """Run an experiment for Python code: rows may be objects, remedies are Python's."""
+    settings = _with_files(given, ("general",))
+    for name in ("task", "tasks"):
+        sections = settings.get(name)
+        if isinstance(sections, Mapping):
+            settings[name] = _with_files(sections, _ROWS)
+        elif isinstance(sections, list | tuple):
+            items = [_with_files(s, _ROWS) if isinstance(s, Mapping) else s for s in sections]
+            settings[name] = items
+    try:
+        return launch(kind, settings_from_dict(settings), resume=resume)
+    except FulcrumError as error:
+        said = str(error)
+        for flag, words in _IN_PYTHON.items():
+            said = said.replace(flag, words)
+        raise type(error)(said) from error
+
+
+def _with_files(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return settings whose rows, under these names, are in files."""
+    stored = dict(settings)
+    for name in names:
+        if name in stored:
+            stored[name] = as_source(stored[name])
+    return stored
+
+
+@contextmanager
+def _explained(section: type[BaseModel], name: str) -> Iterator[None]:
+    """Turn what pydantic finds wrong with a section into the ConfigError of a settings file."""
+    try:
+        yield
+    except ValidationError as error:
+        raise parsing.explain(error, section, name, {}) from None
 
 
 def _experiment(kind: RunKind) -> Callable[..., Results]:

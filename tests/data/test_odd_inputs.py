@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fulcrum.core.errors import DataError, ModelError
-from fulcrum.core.types import Example, Message, Task
-from fulcrum.data import readers, starter, task_data
-from fulcrum.model import base_model, download, registry
-from helpers.tiny import save_tiny, tiny_settings
+from fulcrum.config.settings import load_settings
+from fulcrum.core.errors import ConfigError, DataError, ModelError
+from fulcrum.core.types import Anchor, Example, Message, Task
+from fulcrum.data import encode, readers, starter, task_data
+from fulcrum.model import adapter, base_model, download, registry
+from helpers.tiny import CHATML, save_tiny, tiny_settings
 from helpers.tokenizers import byte_level, normalising
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123456\n"
@@ -67,3 +68,34 @@ def test_ids_beyond_the_embedding_are_refused_with_and_without_weights(tmp_path:
         download.load_tokenizer(str(model), {})
     with pytest.raises(ModelError, match=message):
         base_model.load(str(model), tiny_settings())
+
+
+def test_excels_line_of_the_separator_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text('sep=;\nprompt;completion\n"a;b";c\n\nd;e\n')
+    assert list(readers.text_rows(file)) == [
+        (3, {"prompt": "a;b", "completion": "c"}),
+        (5, {"prompt": "d", "completion": "e"}),
+    ]
+
+
+def test_a_data_file_in_place_of_settings_is_called_that(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: is a data file, .*`fulcrum init "):
+        load_settings(file)
+
+
+def test_the_setting_that_peft_refuses_is_named() -> None:
+    settings = tiny_settings(lora_dropout=0.1)
+    said = adapter._refusal(settings, "lora.ParamWrapper does not work with lora_dropout != 0.")
+    assert said.startswith("train.lora_dropout: PEFT refuses 0.1 for this model: ")
+    assert said.endswith("set it to 0")
+
+
+def test_a_system_anchor_names_its_placement_where_the_template_has_no_system_turn() -> None:
+    refuses = "{%- if messages[0]['role'] == 'system' -%}{{- raise_exception('none here') -}}"
+    tokenizer = byte_level(refuses + "{%- endif -%}" + CHATML)
+    form = encode.make_format(tokenizer, Anchor("Be brief.", "system"))
+    with pytest.raises(DataError, match=r"f:0: .*none here; the anchor is placed in a system turn"):
+        encode.encode(rows("a")[0], form)

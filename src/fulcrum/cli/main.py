@@ -4,6 +4,8 @@ Commands import what they need when they run, so that `--help` answers at once. 
 stdout; for `eval` and `chat`, whose output may be piped, progress goes to stderr.
 """
 
+import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -640,5 +642,11 @@ for verb in (pool.selfgen, certificate.certify, certificate.verify, deploy.ui):
 
 
 def main() -> None:
-    """Run the command line; the console entry point."""
+    """Run the command line; the console entry point.
+
+    Terminals that lack a character get its number: no command fails because of what a row holds.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="fulcrum")

@@ -33,6 +33,7 @@ from fulcrum.config.sections import (
 from fulcrum.core.errors import ConfigError, nearest
 
 MIN_FOLDS = 4  # of the rows that seeds hold out
+_DATA = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".arrow")  # no settings file
 TemplateValue = bool | int | float | str | None
 _TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
@@ -216,6 +217,11 @@ def dump_settings(settings: Settings) -> str:
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
+    if file.name.lower().endswith(_DATA) and file.exists():
+        raise ConfigError(
+            f"{file}: is a data file, and this command takes a settings file, which says how the "
+            f"rows are used; `fulcrum init {file}` writes one"
+        )
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -139,7 +139,7 @@ def encode(example: Example, form: PromptFormat, *, keep: bool = True) -> Tokens
         turns = _turns(example.messages, trained[-1], form, partial(_render_one, form))
     except TemplateError as error:
         raise DataError(
-            f"{example.origin}: the model's chat template refuses this row: {error}"
+            f"{example.origin}: the model's chat template refuses this row: {error}{_remedy(form)}"
         ) from error
     tokens = _join(_ids_of_turns(turns, form), trained)
     if keep:
@@ -228,7 +228,7 @@ def changed_answers(example: Example, form: PromptFormat) -> tuple[int, int]:
         turns = _turns(example.messages, places[-1], form, partial(_render_one, form))
     except TemplateError as error:
         raise DataError(
-            f"{example.origin}: the model's chat template refuses this row: {error}"
+            f"{example.origin}: the model's chat template refuses this row: {error}{_remedy(form)}"
         ) from error
     kept = {turn.place: turn.answer for turn in turns}
     trained = [place for place in places if place in kept]
@@ -240,6 +240,12 @@ def opening_ids(form: PromptFormat) -> list[int]:
     """Return the token ids of all that the template writes before a user's first words."""
     (text,) = _render([[Message("user", _PROBE)]], form)
     return _prompt_ids(text.partition(_PROBE)[0], form)
+
+
+def _remedy(form: PromptFormat) -> str:
+    if form.anchor is not None and form.anchor.placement == "system":
+        return "; the anchor is placed in a system turn: try `placement: user_prefix`"
+    return ""
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ SAVED_META = ("dataset_info.json", "state.json", "dataset_dict.json")
 # rows in batches of 1,000.
 _BATCH_ROWS = 10_000
 
+_EXCEL = re.compile(r"sep=(.)\r?\n?$", re.IGNORECASE)
 _LONGEST_FIELD = 2**30  # characters of a CSV field; Python's own limit is 131,072
 _NAMES_SHOWN = 8  # files of a folder that an error names
 
@@ -467,14 +469,20 @@ def _require_object(row: Any, place: str) -> Mapping[str, Any]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    start = 1  # line in which a row begins
+    lines = (line for _, line in _lines(path))
+    first = next(lines, "")
+    named = _EXCEL.match(first)  # Excel's own first line, which names the separator
+    before = 1 if named else 0  # lines that the reader does not see
+    separator = named[1] if named else ","
+    rest = lines if named else chain([first], lines)
+    reader = csv.reader(rest, strict=True, delimiter=separator)
+    start = 1 + before  # line in which a row begins
     try:
         header = next(reader, None)
-        if header is None:
+        if not header:
             return
         _check_header(path, header)
-        start = reader.line_num + 1
+        start = reader.line_num + 1 + before
         for fields in reader:
             if fields:
                 if len(fields) != len(header):
@@ -483,7 +491,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                         "quote fields with commas"
                     )
                 yield start, dict(zip(header, fields, strict=True))
-            start = reader.line_num + 1
+            start = reader.line_num + 1 + before
     except csv.Error as error:
         raise DataError(
             f"{path}:{start}: broken CSV: {error}; quote the field, double the quotes inside"

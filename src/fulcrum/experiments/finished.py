@@ -56,10 +56,15 @@ class Adapter:
         return self.anchors[name]
 
     def answer(
-        self, texts: Sequence[str], *, task: str | None = None, max_new_tokens: int | None = None
+        self,
+        texts: str | Sequence[str],
+        *,
+        task: str | None = None,
+        max_new_tokens: int | None = None,
     ) -> list[str]:
-        """Return greedy answers to single questions, asked with the task's anchor."""
-        conversations = [(Message("user", text),) for text in texts]
+        """Return greedy answers to single questions (or to one), asked with the task's anchor."""
+        questions = [texts] if isinstance(texts, str) else texts
+        conversations = [(Message("user", text),) for text in questions]
         return self.reply(conversations, task=task, max_new_tokens=max_new_tokens)
 
     def reply(

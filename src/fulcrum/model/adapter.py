@@ -50,11 +50,7 @@ def new_adapter(
             loaded.causal, config, adapter_name=name, autocast_adapter_dtype=True
         )
     except ValueError as error:
-        targets = settings.lora_target_modules
-        raise ConfigError(
-            f"train.lora_target_modules: PEFT refuses {targets!r}: {error}; all-linear is the "
-            "default"
-        ) from error
+        raise ConfigError(_refusal(settings, str(error))) from error
     loaded.causal = loaded.peft.get_base_model()
     loaded.dropouts = []
     for path, module in loaded.peft.named_modules():
@@ -184,6 +180,18 @@ def lora_config(loaded: LoadedModel, settings: TrainSettings) -> LoraConfig:
         use_dora=settings.use_dora,
         bias="none",
         task_type="CAUSAL_LM",
+    )
+
+
+def _refusal(settings: TrainSettings, error: str) -> str:
+    """Say which setting PEFT refuses, by the name that is in its error."""
+    for name, remedy in (("lora_dropout", "set it to 0"), ("use_dora", "set it to false")):
+        if name in error:
+            value = getattr(settings, name)
+            return f"train.{name}: PEFT refuses {value!r} for this model: {error} {remedy}"
+    targets = settings.lora_target_modules
+    return (
+        f"train.lora_target_modules: PEFT refuses {targets!r}: {error}; all-linear is the default"
     )
 
 
