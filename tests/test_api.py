@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 import fulcrum
+from fulcrum.config.base import GeneralSource
 from fulcrum.core.errors import ConfigError, DataError, StoreError
 from fulcrum.data.python_rows import as_source
 from fulcrum.data.task_data import read_rows
@@ -65,6 +66,8 @@ def test_paths_and_sources_stay_what_they_are() -> None:
     assert as_source(["a.jsonl", "b.jsonl"]) == ["a.jsonl", "b.jsonl"]
     sources = [{"path": "a.jsonl", "columns": {"prompt": "text"}}]
     assert as_source(sources) == sources
+    written_out = [GeneralSource(path="a.jsonl", weight=2).model_dump()]
+    assert as_source(written_out) == written_out
     with pytest.raises(DataError, match="no text, number or list: set"):
         as_source([{"prompt": {1}, "completion": "a"}])
 

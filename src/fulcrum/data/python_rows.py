@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fulcrum.config.base import DataSource
+from fulcrum.config.base import GeneralSource
 from fulcrum.core import store
 from fulcrum.core.errors import DataError
 
@@ -55,7 +55,7 @@ def _rows(value: Any) -> list[Mapping[str, Any]] | None:
 
 
 def _is_source(item: Mapping[str, Any]) -> bool:
-    return "path" in item and item.keys() <= {*DataSource.model_fields, "weight", "stream"}
+    return "path" in item and item.keys() <= GeneralSource.model_fields.keys()
 
 
 def _plain(value: Any) -> Any:
