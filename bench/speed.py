@@ -130,7 +130,7 @@ def run(
 
 def mixes(name: str, pool: str, count: int) -> dict[str, list[list[Message]]]:
     """Three row mixes: short task rows, rows with a long anchor, general rows."""
-    tokenizer, _ = download.load_tokenizer(name)
+    tokenizer, _, _ = download.load_tokenizer(name, {})
     form = encode.make_format(tokenizer, None)
     packaged, _ = task_data.read([DataSource(path="builtin")])
     task, _ = task_data.read(
@@ -175,7 +175,7 @@ def write(rows: Sequence[Sequence[Message]], file: Path) -> None:
 
 def count_tokens(name: str, rows: Iterable[Sequence[Message]]) -> int:
     """Tokens of the rows in the model's own template."""
-    form = encode.make_format(download.load_tokenizer(name)[0], None)
+    form = encode.make_format(download.load_tokenizer(name, {})[0], None)
     return sum(len(encode.encode(Example(tuple(row), "", ""), form)) for row in rows)
 
 
@@ -224,7 +224,7 @@ def rounds(
 def memory(name: str, folder: str) -> None:
     """Peak memory of rows of 2,048 tokens, half of them supervised, one a step: with and without
     recomputed activations."""
-    tokenizer, _ = download.load_tokenizer(name)
+    tokenizer, _, _ = download.load_tokenizer(name, {})
     form = encode.make_format(tokenizer, None)
     packaged, _ = task_data.read([DataSource(path="builtin")])
     ids = tokenizer(" ".join(row.answer for row in packaged), add_special_tokens=False)["input_ids"]

@@ -17,7 +17,8 @@ LONGEST = (
     "test_compare.py",
     "test_compile.py",
 )
-PAGES = ("mechanism", "report", "web", "e2e")  # folders of tests that look at whole pages
+# Folders and files of tests that look at whole pages.
+PAGES = {"mechanism", "report", "web", "e2e", "test_pilot.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,7 +48,7 @@ def _plots_are_not_laid_out(request: pytest.FixtureRequest) -> Iterator[None]:
         buffer.write("<svg ></svg>")
 
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name not in PAGES:
+        if not PAGES & {request.path.parent.name, request.path.name}:
             patch.setattr(Figure, "savefig", write_none)
         yield
 

@@ -10,7 +10,7 @@ from fulcrum.core.errors import DataError, ModelError
 from fulcrum.core.types import Anchor, Example, Message
 from fulcrum.data import chat_template, encode
 from helpers.tiny import CHATML
-from helpers.tokenizers import byte_level
+from helpers.tokenizer_kinds import byte_level
 
 THINK = CHATML.replace("assistant\\n' -}}{%- endif", "assistant\\n<think>\\n' -}}{%- endif")
 PARTS = (

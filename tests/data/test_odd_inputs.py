@@ -11,7 +11,7 @@ from fulcrum.core.types import Anchor, Example, Message, Task
 from fulcrum.data import encode, readers, starter, task_data
 from fulcrum.model import adapter, base_model, download, registry
 from helpers.tiny import CHATML, save_tiny, tiny_settings
-from helpers.tokenizers import byte_level, normalising
+from helpers.tokenizer_kinds import byte_level, normalising
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123456\n"
 

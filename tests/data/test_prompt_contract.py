@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from fulcrum.core.types import Anchor, Example, Message
 from fulcrum.data import encode
 from helpers.tiny import FORGETFUL, TRIMMING
-from helpers.tokenizers import INST, byte_level, normalising, sentencepiece, wordpiece
+from helpers.tokenizer_kinds import INST, byte_level, normalising, sentencepiece, wordpiece
 
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte level": byte_level,

@@ -12,7 +12,7 @@ import pytest
 from fulcrum.core.errors import DataError
 from fulcrum.core.types import Example, Message
 from fulcrum.data import chat_template, encode
-from helpers.tokenizers import byte_level
+from helpers.tokenizer_kinds import byte_level
 
 PROMPT = "{%- if add_generation_prompt -%}{{- 'HEADER' -}}{%- endif -%}"
 
